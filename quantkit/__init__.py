@@ -1,21 +1,55 @@
-"""quantkit: one recipe in, one quantized safetensors artifact out, with the evidence of what it lost."""
+"""quantkit: quantize a language model as a recipe says, and report what it lost.
+
+The public API (quantkit/api.py), imported on first use so that `import quantkit` is fast:
+
+    import quantkit
+
+    [plan] = quantkit.plan_recipe("tiny-v3-awq4")
+    [result] = quantkit.build_recipe("tiny-v3-awq4", overrides={"output.path": "artifacts/mine"})
+    quantkit.verify_artifact(result.path)
+    quantkit.read_report(result.path).distribution
+    quantkit.diff_artifacts("artifacts/tiny-v3-rtn4", result.path)
+    model = quantkit.load(result.path)
+
+`quantkit.plan`, `.build`, `.report`, `.diff` and `.verify` are subpackages, so the functions have
+longer names.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from quantkit.version import __version__
+
+if TYPE_CHECKING:
+    from quantkit.api import (
+        build_recipe,
+        diff_artifacts,
+        load,
+        plan_recipe,
+        read_report,
+        verify_artifact,
+    )
+
+__all__ = [
+    "__version__",
+    "build_recipe",
+    "diff_artifacts",
+    "load",
+    "plan_recipe",
+    "read_report",
+    "verify_artifact",
+]
 
 
-def load(folder: str | Path, *, device: str | None = None, dtype: str | None = None) -> Any:
-    """The artifact in `folder` as a transformers causal language model in eval mode (quantkit/loading.py).
+def __getattr__(name: str) -> object:
+    """Import a function of the API on first use (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("quantkit.api"), name)
 
-    NF4 stays packed in bitsandbytes linears, routed experts too; other formats are unpacked to plain weights.
-    device: "cpu", "cuda", ..., None for a GPU where there is one; dtype: "bfloat16", "float16" or "float32", None for
-    the model's own. Raises QuantkitError for a folder that is no artifact, or for a missing package.
-    """
-    return import_module("quantkit.artifact.load_model").load_model(
-        folder, device=device, dtype=dtype
-    )  # torch starts here, not above
+
+def __dir__() -> list[str]:
+    """Return the names of the API."""
+    return sorted(__all__)

@@ -6,21 +6,22 @@ import sys
 
 
 def start() -> None:
-    """Run the command line; Ctrl-C while it is still being imported ends it as quietly as later.
+    """Run the command line.
 
-    So does help that cannot be printed: commands say for themselves what the operating system refused.
+    Handles Ctrl-C during the import of the package, and errors of the operating system outside of
+    commands, e.g. help that cannot be printed.
     """
     try:
-        from quantkit.cli.main import main  # half a second
+        from quantkit.cli.main import main
 
         main(prog_name="quantkit")
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         raise SystemExit(130) from None
-    except OSError as fault:
+    except OSError as error:
         from quantkit.cli.console import format_os_error
 
-        sys.stderr.write(f"error: {format_os_error(fault)}\n")
+        sys.stderr.write(f"error: {format_os_error(error)}\n")
         raise SystemExit(1) from None
 
 

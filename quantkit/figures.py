@@ -244,7 +244,7 @@ FIGURES: tuple[FigureDefinition, ...] = (
     FigureDefinition(
         key="ppl_ratio", label="perplexity ratio", style="ratio", direction="lower", at_source=1.0,
         meaning="Perplexity of the artifact divided by that of the source; its error is paired.",
-        tile="Perplexity", tile_note="times the source's", run_column="ppl",
+        tile="Perplexity ratio", tile_note="artifact / source", run_column="ppl",
         run_heading="ppl ratio",
     ),
     FigureDefinition(

@@ -16,7 +16,7 @@ from quantkit.evaluate.sandbox import Sandbox, probe_sandbox
 from quantkit.io.package_data import locate_folder
 
 if TYPE_CHECKING:
-    from support.places.here import Place
+    from support.places.here import RemoteFixture
 
 # A shell ignores SIGINT in background jobs, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -71,21 +71,23 @@ def jail(request: pytest.FixtureRequest) -> Sandbox:
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:
     """An S3 server."""
-    from support.places.using import moto
+    from support.places.using import run_moto
 
-    with moto() as port:
+    with run_moto() as port:
         yield port
 
 
 @pytest.fixture
 def make(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_port: int
-) -> Iterator[Callable[[str], Place]]:
+) -> Iterator[Callable[[str], RemoteFixture]]:
     """Return a function that creates an empty remote of a kind."""
-    from support.places.here import place
+    from support.places.here import open_remote_fixture
 
     with ExitStack() as stack:
-        yield lambda kind: stack.enter_context(place(kind, tmp_path, monkeypatch, s3_port))
+        yield lambda kind: stack.enter_context(
+            open_remote_fixture(kind, tmp_path, monkeypatch, s3_port)
+        )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

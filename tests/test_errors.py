@@ -14,25 +14,25 @@ LINE = re.compile(
 
 def drawn() -> dict[str, tuple[str | None, int]]:
     """Return class -> (base, exit code) from the docstring."""
-    found: dict[str, tuple[str | None, int]] = {}
+    tree: dict[str, tuple[str | None, int]] = {}
     above: list[str] = []
     for line in (errors.__doc__ or "").splitlines():
         match = LINE.match(line.removeprefix("    ")) if line.startswith("    ") else None
         if match:
-            depth = 0 if not found else len(match["branch"]) // 4 + 1
+            depth = 0 if not tree else len(match["branch"]) // 4 + 1
             above = [*above[:depth], match["name"]]
-            found[match["name"]] = (above[-2] if depth else None, int(match["code"]))
-    return found
+            tree[match["name"]] = (above[-2] if depth else None, int(match["code"]))
+    return tree
 
 
 def real(
     root: type[QuantkitError] = QuantkitError, base: str | None = None
 ) -> dict[str, tuple[str | None, int]]:
     """Return class -> (base, exit code) of the classes, from the root."""
-    found = {root.__name__: (base, root.exit_code)}
+    tree = {root.__name__: (base, root.exit_code)}
     for child in root.__subclasses__():
-        found |= real(child, root.__name__)
-    return found
+        tree |= real(child, root.__name__)
+    return tree
 
 
 def test_docstring_tree_equals_classes() -> None:

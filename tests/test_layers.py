@@ -12,7 +12,7 @@ from support.paths import ROOT
 PACKAGE = ROOT / "quantkit"
 
 ROWS = (
-    "__init__ errors progress",
+    "version library_settings errors progress",
     "contracts figures",
     "numerics/ io/",
     "methods/ roundings/ formats/ architectures/",
@@ -27,8 +27,9 @@ ROWS = (
     "evaluate/",
     "report/",
     "pipeline diff/ serve/",
+    "api",
     "cli/",
-    "__main__",
+    "__init__ __main__",
 )
 """A file imports only from rows above its own."""
 
@@ -44,7 +45,7 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "evaluate/answer_store.py": frozenset({"mkdir"}),  # the folder of its SQLite file
     "artifact/model_files.py": frozenset({"read_bytes"}),  # the source's sidecars
     "artifact/staging.py": frozenset({"rename", "unlink"}),  # the staging folder and its renaming
-    "cli/options.py": frozenset({"read_text"}),  # the recipe
+    "recipe/recipe_file.py": frozenset({"read_text"}),  # the recipe
     "plan/published.py": frozenset({"read_text"}),  # configs, package data
     "serve/sizing/gpus.py": frozenset({"read_text"}),  # the cards, package data
     "serve/cost/assumptions.py": frozenset({

@@ -1,8 +1,9 @@
-"""Schema of quantkit/fidelity.json, version 1: all that a report shows, as plain frozen values. Of a plan see planned.py.
+"""Schema of quantkit/fidelity.json, version 1: everything that a report shows, as frozen values.
 
-Shares (top-1, recovery, scores, agreement, errors) are 0 .. 1; KL is in nats per token; differences of scores are in
-percentage points; sizes are in bytes. A figure that was measured and is not finite has value None; a figure that was
-not measured is None itself. Non-finite numbers become None on the way in, because JSON has no word for them.
+For the schema of plans see plan.plan_schema. Shares (top-1, recovery, scores, agreement, errors)
+are 0 .. 1; KL is in nats per token; differences of scores are in percentage points; sizes are in
+bytes. A measured figure that is not finite has value None; a figure that was not measured is None
+itself. Non-finite numbers become None when a value is made, because JSON cannot hold them.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from quantkit.plan.plan_schema import FROZEN, PlanRule
 Status = Literal["accepted", "rejected", "not judged"]
 
 
-def _finite(value: object) -> object:
+def _drop_non_finite(value: object) -> object:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
 Number = Annotated[
-    float | None, AfterValidator(_finite)
+    float | None, AfterValidator(_drop_non_finite)
 ]  # after: the text "nan" becomes a number first
 
 
 class Figure(BaseModel):
-    """A measured number with its standard error, or its 95 % confidence interval, where one is known."""
+    """A measured number with its standard error, or its 95 % confidence interval, if known."""
 
     model_config = FROZEN
     value: Number
@@ -39,11 +40,11 @@ class Figure(BaseModel):
     ci: tuple[Number, Number] | None = None
 
 
-# ------------------------------------------------------------------------------------------------- what was compared
+# ------------------------------------------------------------------------------- compared artifacts
 
 
 class RoleSummary(BaseModel):
-    """What happened to the linears of one role, and why."""
+    """Treatment of the linears of one role, and the reason."""
 
     model_config = FROZEN
     role: str  # "routed_expert"
@@ -55,7 +56,7 @@ class RoleSummary(BaseModel):
 
 
 class ServeCommand(BaseModel):
-    """How an engine serves the artifact: the exact command."""
+    """The command by which an engine serves the artifact."""
 
     model_config = FROZEN
     engine: str
@@ -63,7 +64,7 @@ class ServeCommand(BaseModel):
 
 
 class ArtifactSummary(BaseModel):
-    """What was made."""
+    """The artifact: format, scheme, sizes, rules."""
 
     model_config = FROZEN
     name: str
@@ -76,13 +77,13 @@ class ArtifactSummary(BaseModel):
     rules: tuple[PlanRule, ...] = ()
     roles: tuple[RoleSummary, ...] = ()
     serving: tuple[ServeCommand, ...] = ()
-    notes: tuple[str, ...] = ()  # what an operator must know
+    notes: tuple[str, ...] = ()  # for operators
     tags: tuple[str, ...] = ()  # for the model hub: "awq", "4-bit"
     quantized_by: str = "quantkit"
 
 
 class License(BaseModel):
-    """The source's licence, carried over as it was found."""
+    """The source's license, carried over."""
 
     model_config = FROZEN
     id: str
@@ -91,7 +92,7 @@ class License(BaseModel):
 
 
 class SourceModel(BaseModel):
-    """What it was made from, and what the figures compare with."""
+    """The source of the artifact, and the baseline of the figures."""
 
     model_config = FROZEN
     model: str
@@ -99,14 +100,14 @@ class SourceModel(BaseModel):
     hash: str
     architecture: str
     dtype: str
-    baseline: str  # "BF16 dequantization of FP8 128x128": what the figures compare with
+    baseline: str  # "BF16 dequantization of FP8 128x128": the reference of the figures
     license: License | None = None
     library_name: str = "transformers"
     pipeline_tag: str = "text-generation"
 
 
 class TextSet(BaseModel):
-    """Text that was calibrated on or measured on."""
+    """A text set that was used for calibration or measurement."""
 
     model_config = FROZEN
     set: str
@@ -119,7 +120,7 @@ class TextSet(BaseModel):
     description: str = ""
 
 
-# ----------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 class DistributionResult(BaseModel):
@@ -137,7 +138,10 @@ class DistributionResult(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def complete_figures(cls, values: object) -> object:
-        """Put the figures in the order of the table, None where one is absent; refuse other keys."""
+        """Put the figures in the order of the table, None where one is absent.
+
+        Refuse other keys.
+        """
         if not isinstance(values, dict):
             return values
         stored = list_stored_keys()
@@ -154,10 +158,10 @@ class DistributionResult(BaseModel):
 
 
 class LikelihoodResult(BaseModel):
-    """Log-likelihood of a task's gold solutions behind their prompts, teacher-forced; nothing is generated.
+    """Log-likelihood of a task's gold solutions after their prompts, teacher-forced, no generation.
 
-    source, artifact: mean over items of the log-likelihood per token of the solution, nats; difference: artifact -
-    source, paired by item.
+    source, artifact: mean over items of the log-likelihood per token of the solution, nats;
+    difference: artifact - source, paired by item.
     """
 
     model_config = FROZEN
@@ -181,7 +185,7 @@ class BlockError(BaseModel):
 
 
 class ModuleResult(BaseModel):
-    """What became of one matrix."""
+    """Treatment and errors of one matrix."""
 
     model_config = FROZEN
     name: str
@@ -216,15 +220,15 @@ class ExpertTokens(BaseModel):
 
 
 class ExpertCoverage(BaseModel):
-    """How calibration tokens were shared among the routed experts."""
+    """Distribution of the calibration tokens over the routed experts."""
 
     model_config = FROZEN
     min_tokens: int
-    policy: str  # what an expert below min_tokens got
+    policy: str  # treatment of an expert below min_tokens
     layers: tuple[ExpertTokens, ...]
 
     def uncalibrated(self) -> list[tuple[str, int, int]]:
-        """(block, expert, tokens) of every expert that saw fewer than `min_tokens`."""
+        """Return (block, expert, tokens) of every expert that saw fewer than `min_tokens`."""
         return [
             (layer.block, expert, tokens)
             for layer in self.layers
@@ -234,7 +238,7 @@ class ExpertCoverage(BaseModel):
 
 
 class FallbackUse(BaseModel):
-    """A named rule that took over where the method could not be applied."""
+    """A named rule that was used where the method could not be applied."""
 
     model_config = FROZEN
     kind: str
@@ -243,7 +247,7 @@ class FallbackUse(BaseModel):
 
 
 class BenchmarkResult(BaseModel):
-    """One task on source and artifact, item by item. Statistics are those of evaluate.statistics, shown as given."""
+    """One task on source and artifact, item by item, with the statistics of evaluate.statistics."""
 
     model_config = FROZEN
     task: str
@@ -263,13 +267,13 @@ class BenchmarkResult(BaseModel):
         None  # share of answers cut at the token limit: source, artifact
     )
     unparsed: tuple[Number, Number] | None = (
-        None  # share of answers in which no result was found: source, artifact
+        None  # share of answers without a parsable result: source, artifact
     )
     data_sha256: str = ""
 
 
 class GateResult(BaseModel):
-    """One bound of the recipe. ok None: the figure was not measured, so nothing is known."""
+    """One bound of the recipe; ok is None if the figure was not measured."""
 
     model_config = FROZEN
     figure: str
@@ -304,7 +308,7 @@ class Fidelity(BaseModel):
     command: str = ""
 
     def to_json(self) -> str:
-        """The text of quantkit/fidelity.json: the same report is the same bytes."""
+        """Return the text of fidelity.json: the same report gives the same bytes."""
         return (
             json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
             + "\n"

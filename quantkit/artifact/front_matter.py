@@ -1,4 +1,4 @@
-"""The front matter of a source's own model card: what its artifact must carry over."""
+"""The front matter of the source's model card, which the artifact carries over."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ _LIMIT_BYTES = 1_000_000
 
 
 def read_front_matter(folder: Path) -> Mapping[str, str]:
-    """Text values between the `---` lines of README.md, in the folder or (a built-in model) beside it; else nothing.
+    """Return the text values between the `---` lines of README.md, in the folder or its parent.
 
-    A card is a courtesy, not part of the checkpoint: one that cannot be read says nothing and stops nothing.
+    The parent holds the card of a built-in model. The card is not part of the checkpoint: a missing
+    or unreadable one gives no values and no error.
     """
     for path in (folder / MODEL_CARD, folder.parent / MODEL_CARD):
         if path.is_file() and not path.is_symlink() and path.stat().st_size <= _LIMIT_BYTES:

@@ -1,7 +1,8 @@
 """Paths inside an artifact, relative to its folder, and the schema versions of its files.
 
-An artifact is a checkpoint in Hugging Face's layout (the names that `checkpoint.file_names` holds) with the recipe and
-the folder `quantkit/`, which holds everything that quantkit adds. No other module spells these paths.
+An artifact is a checkpoint in Hugging Face's layout (the names that `checkpoint.file_names` holds)
+with the recipe and the folder `quantkit/`, which holds everything that quantkit adds. No other
+module spells these paths.
 """
 
 from __future__ import annotations
@@ -55,10 +56,14 @@ SOLUTION_SAMPLES = "quantkit/samples/solutions.parquet"
 BENCHMARK_SAMPLES = "quantkit/samples/benchmarks.parquet"
 
 UNHASHED = frozenset({TIMINGS})
-"""Files that the manifest lists without a hash: figures that depend on the clock or the machine's load."""
+"""Files that the manifest lists without a hash: figures that depend on the clock or the machine's
+load.
+"""
 
 ADDED_LATER = (LOADTEST, LOADTEST_PAGE)
-"""Files that `quantkit loadtest` adds on other machines: neither the manifest nor the signature covers them."""
+"""Files that `quantkit loadtest` adds on other machines: neither the manifest nor the signature
+covers them.
+"""
 
 SCHEMA_VERSION: Final = 1
 """`schema_version` of the manifest."""

@@ -1,9 +1,10 @@
-"""`quantkit.load`: an artifact as a transformers model that runs here, whatever engine its format was made for.
+"""`quantkit.load`: an artifact of any format as a transformers model that runs on this machine.
 
-NF4 artifacts stay packed: every quantized linear is a bitsandbytes `Linear4bit`, and so are the projections of routed
-experts, which transformers itself cannot load (it fuses the experts of a layer into two tensors). What other formats
-hold is unpacked, so the model needs the memory of its source. Only safetensors and JSON are read; no code of the folder
-runs, and nothing is compared with the manifest's hashes: `quantkit verify` does that.
+NF4 artifacts stay packed: every quantized linear is a bitsandbytes `Linear4bit`, and so are the
+projections of routed experts, which transformers itself cannot load (it fuses the experts of a
+layer into two tensors). Other formats are unpacked, so that the model needs the memory of its
+source. Only safetensors and JSON are read; no code of the folder runs. Hashes are not checked:
+`quantkit verify` does that.
 """
 
 from __future__ import annotations
@@ -41,34 +42,37 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-CPU_ROWS = 32
-"""bitsandbytes' bfloat16 kernel for CPUs works on so many rows of a weight at once."""
+CPU_KERNEL_ROWS = 32
+"""bitsandbytes' bfloat16 kernel for CPUs works on this many rows of a weight at once."""
 
 
 def load_model(folder: str | Path, *, device: str | None = None, dtype: str | None = None) -> Any:
-    """The artifact in `folder` as a transformers causal language model in eval mode.
+    """Load the artifact in `folder` as a transformers causal language model in eval mode.
 
-    device: "cpu", "cuda", ...; None takes a GPU where there is one. dtype: "bfloat16", "float16" or "float32", what the
-    model computes in; None takes the dtype that config.json names. Raises ArtifactError or CheckpointError for a folder
-    that is no artifact, UsageError for a missing package, an unknown dtype or a device that is not there.
+    device: "cpu", "cuda", ...; None takes a GPU if there is one. dtype: "bfloat16", "float16" or
+    "float32", the compute dtype; None takes the dtype of config.json. Raises ArtifactError or
+    CheckpointError for a folder without a valid artifact, UsageError for a missing package, an
+    unknown dtype or an absent device.
     """
     path = Path(folder)
     manifest, checkpoint = read_manifest(path), Checkpoint.open(path)
     format_name, schemes = read_schemes(manifest, checkpoint, path)
     config = checkpoint.config
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    named = dtype or str(
+    device_name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype_name = dtype or str(
         config.values.get("dtype") or config.values.get("torch_dtype") or "bfloat16"
     )
-    if named not in DTYPES:
-        raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {named!r}; name one of them")
-    bones = make_meta_model(config, get_device(where), DTYPES[named])
+    if dtype_name not in DTYPES:
+        raise UsageError(
+            f"dtype: expected {', '.join(DTYPES)}, found {dtype_name!r}; name one of them"
+        )
+    meta = make_meta_model(config, get_device(device_name), DTYPES[dtype_name])
     layout = load_architecture(config).layout(config)
     if format_name == "bitsandbytes":
-        model = build_packed_model(bones, layout, checkpoint, schemes)
+        model = build_packed_model(meta, layout, checkpoint, schemes)
     else:
         model = full_model.make_model(
-            bones, layout, full_model.make_reader(checkpoint, format_name, schemes)
+            meta, layout, full_model.make_reader(checkpoint, format_name, schemes)
         )
     if (path / GENERATION_CONFIG).is_file():
         model.generation_config = read_generation_config(path / GENERATION_CONFIG)
@@ -76,7 +80,7 @@ def load_model(folder: str | Path, *, device: str | None = None, dtype: str | No
 
 
 def read_generation_config(path: Path) -> Any:
-    """The settings in a generation_config.json; ArtifactError for one that transformers refuses."""
+    """Read a generation_config.json; raises ArtifactError if transformers refuses it."""
     values = dict(read_json(path, ArtifactError))
     try:
         return GenerationConfig.from_dict(values)
@@ -84,15 +88,16 @@ def read_generation_config(path: Path) -> Any:
         TypeError,
         ValueError,
         AttributeError,
-    ) as fault:  # a wrong value surfaces as what it breaks in transformers
+    ) as fault:  # transformers raises the first error that a wrong value causes
         raise ArtifactError(
-            f"{path}: expected settings that transformers takes, found: {' '.join(str(fault).split()):.300}; repair "
+            f"{path}: expected settings that transformers takes, found: "
+            f"{' '.join(str(fault).split()):.300}; repair "
             "the value, or remove the file"
         ) from fault
 
 
 def get_device(name: str) -> torch.device:
-    """The device of that name; UsageError when it is not here."""
+    """Return the device of that name; raises UsageError if this machine lacks it."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -106,7 +111,7 @@ def get_device(name: str) -> torch.device:
 def read_schemes(
     manifest: Mapping[str, object], checkpoint: Checkpoint, path: Path
 ) -> tuple[str | None, dict[str, Scheme]]:
-    """The format of the packed linears, None where there are none, and the scheme of each by the manifest."""
+    """Return the format of the packed linears (None if there are none) and the scheme of each."""
     entry = checkpoint.config.values.get("quantization_config")
     if not isinstance(entry, dict):
         return None, {}
@@ -122,34 +127,37 @@ def read_schemes(
 
 
 def read_config_format(entry: Mapping[str, object]) -> str:
-    """The format by config.json, for artifacts of before manifests named it; gptq_v2 shares its method with gptq."""
+    """Return the format by config.json, for manifests without one.
+
+    gptq_v2 shares its quant_method with gptq, so that checkpoint_format decides.
+    """
     return str(entry.get("checkpoint_format") or entry.get("quant_method")).replace("-", "_")
 
 
-# ------------------------------------------------------------------------------------------------------------ NF4
+# ---------------------------------------------------------------------------------------------- NF4
 
 
 def build_packed_model(
-    bones: MetaModel, layout: Layout, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]
+    meta: MetaModel, layout: Layout, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]
 ) -> Any:
-    """The model of `bones` with a Linear4bit for every linear in `schemes` that transformers runs."""
-    model = full_model.make_empty_model(bones)
+    """Return the model with a Linear4bit for every linear in `schemes` that transformers runs."""
+    model = full_model.make_empty_model(meta)
     for block in layout.blocks:
         if block.kind != "decoder":
             continue
-        made = {
-            linear.name: build_linear4bit(bones, linear, checkpoint, schemes[linear.name])
+        linears = {
+            linear.name: build_linear4bit(meta, linear, checkpoint, schemes[linear.name])
             for linear in block.linears
             if linear.name in schemes
         }
         experts = block.experts
         if experts and experts.linear(0, experts.gate) in schemes:
-            routed = Experts4bit(experts, made, ACT2FN[bones.config.hidden_act])
+            routed = Experts4bit(experts, linears, ACT2FN[meta.config.hidden_act])
             model.set_submodule(f"{block.name}.{get_layer_name(block, experts.module)}", routed)
         for linear in block.linears:
-            if linear.name in made and linear.role != "routed_expert":
+            if linear.name in linears and linear.role != "routed_expert":
                 model.set_submodule(
-                    f"{block.name}.{get_layer_name(block, linear.name)}", made[linear.name]
+                    f"{block.name}.{get_layer_name(block, linear.name)}", linears[linear.name]
                 )
     kind = codebook.import_bitsandbytes("nn").Linear4bit
     packed = {
@@ -159,7 +167,7 @@ def build_packed_model(
     }
     return full_model.fill_model(
         model,
-        bones,
+        meta,
         layout,
         full_model.iterate_state_dict(layout, full_model.make_reader(checkpoint), schemes),
         packed,
@@ -167,9 +175,9 @@ def build_packed_model(
 
 
 def build_linear4bit(
-    bones: MetaModel, linear: Linear, checkpoint: Checkpoint, scheme: Scheme
+    meta: MetaModel, linear: Linear, checkpoint: Checkpoint, scheme: Scheme
 ) -> nn.Module:
-    """One linear as stored. Its bias comes with the rest of the model."""
+    """Return one linear as stored, without its bias, which is loaded with the rest of the model."""
     bitsandbytes = codebook.import_bitsandbytes("nn")
     names = [spec.name for spec in nf4.list_tensors(linear, scheme)]
     missing = [name for name in names if name not in checkpoint.specs]
@@ -186,21 +194,21 @@ def build_linear4bit(
             linear.in_features,
             linear.out_features,
             bias=linear.bias,
-            compute_dtype=bones.dtype,
+            compute_dtype=meta.dtype,
             compress_statistics=scheme.double_quant,
             quant_type="nf4",
         )
     module.weight = bitsandbytes.Params4bit.from_prequantized(
-        data=tensors["weight"], quantized_stats=state, device=str(bones.device), module=module
+        data=tensors["weight"], quantized_stats=state, device=str(meta.device), module=module
     )
-    fits = bones.dtype == torch.bfloat16 and linear.out_features % CPU_ROWS == 0
+    fits = meta.dtype == torch.bfloat16 and linear.out_features % CPU_KERNEL_ROWS == 0
     module.support_avx512bf16_for_cpu = module.support_avx512bf16_for_cpu and fits
-    made: nn.Module = module
-    return made
+    result: nn.Module = module
+    return result
 
 
 class Experts4bit(nn.Module):
-    """The routed experts of a layer, one Linear4bit per projection, where transformers has two fused tensors.
+    """The routed experts of a layer, one Linear4bit per projection; transformers fuses two tensors.
 
     Submodules are named as in the checkpoint: "0.gate_proj".
     """
@@ -219,15 +227,17 @@ class Experts4bit(nn.Module):
             )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """What the router asked of the experts: hidden [tokens, hidden], index and weights [tokens, k]."""
+        """Run the routed experts: hidden [tokens, hidden], index and weights [tokens, k]."""
         routed = RouterOutput(hidden=hidden_states, index=top_k_index, weight=top_k_weights)
-        out = torch.zeros_like(hidden_states)
+        output = torch.zeros_like(hidden_states)
         for e in top_k_index.unique().tolist():
             token, weight = select_expert_tokens(routed.index, routed.weight, e)  # [n], [n]
             expert: Any = self.get_submodule(str(e))
             x = hidden_states[token]  # [tokens, hidden] -> [n, hidden]
-            inner = self.activation(expert[self.names.gate](x)) * expert[self.names.up](
+            intermediate = self.activation(expert[self.names.gate](x)) * expert[self.names.up](
                 x
             )  # -> [n, intermediate]
-            out.index_add_(0, token, expert[self.names.down](inner) * weight[:, None].to(inner))
-        return out
+            output.index_add_(
+                0, token, expert[self.names.down](intermediate) * weight[:, None].to(intermediate)
+            )
+        return output

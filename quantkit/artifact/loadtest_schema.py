@@ -1,6 +1,6 @@
-"""What is kept of a load test, as JSON, and whether a file is one.
+"""Schema of loadtest.json, and its validation.
 
-Times in milliseconds, throughput per second of the level's own time.
+Times are in milliseconds, throughput is per second of the level's own time.
 """
 
 from __future__ import annotations
@@ -15,52 +15,52 @@ from quantkit.artifact.layout import LOADTEST_VERSION
 from quantkit.errors import ArtifactError
 from quantkit.io.files import read_json
 
-Count = Annotated[int, Field(ge=0)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class FrozenModel(BaseModel):
-    """Every part of it: frozen, and nothing unknown in it."""
+    """Base of the schema's classes: frozen, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Percentiles(FrozenModel):
-    """Of the requests that were answered."""
+    """Mean and percentiles over the answered requests."""
 
-    mean: Amount
-    p50: Amount
-    p90: Amount
-    p99: Amount
+    mean: NonNegativeFloat
+    p50: NonNegativeFloat
+    p90: NonNegativeFloat
+    p99: NonNegativeFloat
 
 
 class CacheCounters(FrozenModel):
-    """The engine's prefix cache during a level, in tokens, as its own counters tell."""
+    """Token counters of the engine's prefix cache during a level."""
 
-    asked: Amount
-    hits: Amount
+    asked: NonNegativeFloat
+    hits: NonNegativeFloat
 
     @property
     def rate(self) -> float | None:
-        """Share of the prompts' tokens that did not have to be computed; None when nothing was asked."""
+        """Share of the prompts' tokens that were served from the cache; None without requests."""
         return self.hits / self.asked if self.asked else None
 
 
 class LoadLevel(FrozenModel):
-    """So many requests at once. inter_token: of each answer the mean gap between its tokens."""
+    """Results at one concurrency. inter_token: the mean gap between tokens, per answer."""
 
     concurrency: Annotated[int, Field(ge=1)]
-    seconds: Amount
-    answered: Count
-    errored: Count
-    unfinished: Count
+    seconds: NonNegativeFloat
+    answered: NonNegativeInt
+    errored: NonNegativeInt
+    unfinished: NonNegativeInt
     ttft_ms: Percentiles
     inter_token_ms: Percentiles
     latency_ms: Percentiles
-    requests_per_second: Amount
-    output_tokens_per_second: Amount
-    prompt_tokens: Amount  # mean
-    output_tokens: Amount  # mean
+    requests_per_second: NonNegativeFloat
+    output_tokens_per_second: NonNegativeFloat
+    prompt_tokens: NonNegativeFloat  # mean
+    output_tokens: NonNegativeFloat  # mean
     cache: CacheCounters | None = None
 
 
@@ -73,16 +73,16 @@ class LoadTest(FrozenModel):
     api: Literal["completions", "chat"]
     data: str
     data_sha256: str
-    prompts: Count
-    max_tokens: Count
+    prompts: NonNegativeInt
+    max_tokens: NonNegativeInt
     ignore_eos: bool
     started: str  # UTC
-    machine: str  # of the side that asked
+    machine: str  # the load generator's
     note: str = Field(default="", max_length=500)  # what served, in the operator's words
     levels: Annotated[tuple[LoadLevel, ...], Field(min_length=1)]
 
     def comparable(self, other: LoadTest) -> str | None:
-        """Why two runs cannot be laid side by side; None when they asked the same in the same way."""
+        """Return why two runs cannot be compared; None if they sent the same requests."""
         for name in ("api", "data_sha256", "max_tokens", "ignore_eos"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
@@ -91,12 +91,12 @@ class LoadTest(FrozenModel):
 
 
 def read_load_test(path: Path) -> LoadTest:
-    """The run in a file; ArtifactError when that is none."""
+    """Read a load test from a file; raises ArtifactError."""
     return parse_load_test(read_json(path, ArtifactError), str(path))
 
 
 def find_load_test_faults(path: Path) -> Iterator[str]:
-    """Why a file is no load test's."""
+    """Yield why a file is not a load test."""
     try:
         read_load_test(path)
     except ArtifactError as fault:
@@ -104,10 +104,12 @@ def find_load_test_faults(path: Path) -> Iterator[str]:
 
 
 def parse_load_test(values: Mapping[str, object], where: str) -> LoadTest:
-    """A stored run; ArtifactError names the key that is wrong."""
+    """Validate a stored load test; raises ArtifactError with the wrong key."""
     try:
         return LoadTest.model_validate(values)
     except ValidationError as error:
         fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise ArtifactError(f"{where}: {place}: {fault['msg']}; run the load test again") from None
+        location = ".".join(map(str, fault["loc"]))
+        raise ArtifactError(
+            f"{where}: {location}: {fault['msg']}; run the load test again"
+        ) from None

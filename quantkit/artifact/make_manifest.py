@@ -1,4 +1,4 @@
-"""The durable description of an artifact: manifest and resolved plan. No time, no path of this machine is in them."""
+"""The manifest and plan.json of a build. They hold no time and no path of this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENVIRONMENT = ("MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG")
 def make_manifest(
     plan: Plan, source: Checkpoint, report: Fidelity, blocks: Sequence[BlockRecord]
 ) -> dict[str, object]:
-    """What `verify` checks and a reviewer traces: `seal` adds the hashes of the files."""
+    """Return the manifest without the hashes of the files, which `seal_artifact` adds."""
     return {
         "status": report.status,
         "format": plan.format_name,
@@ -35,7 +35,7 @@ def make_manifest(
             "model": plan.source.model,
             "revision": plan.source.revision,
             "fingerprint": plan.source.fingerprint,
-            "files": source.hashes(),
+            "files": source.compute_hashes(),
         },
         "quantization_config": make_config(plan).get("quantization_config"),
         "tensors": {
@@ -52,12 +52,12 @@ def make_manifest(
 
 
 def make_module_entry(record: ModuleRecord) -> dict[str, object]:
-    """A quantized linear: rule, method, scheme, errors, tokens and fallbacks."""
+    """Return a quantized linear's entry: rule, method, scheme, errors, tokens and fallbacks."""
     return {key: value for key, value in asdict(record).items() if key != "module"}
 
 
 def make_block_entry(block: BlockRecord) -> dict[str, object]:
-    """What was chosen and checked for a block as a whole."""
+    """Return the entry of a block: scale choices and checks."""
     return {
         "fold_change": block.fold_change,
         "output_error": block.output_error,
@@ -68,21 +68,21 @@ def make_block_entry(block: BlockRecord) -> dict[str, object]:
 
 
 def read_environment(plan: Plan) -> dict[str, str]:
-    """What could change a bit: device, dtype, and how the linear algebra libraries were told to sum."""
+    """Return the settings that can change a bit: device, dtype, CPU, and libraries' variables."""
     compute = sources.resolve_compute(plan.recipe)
-    found: dict[str, str] = {
+    environment: dict[str, str] = {
         "device": compute.device,
         "dtype": compute.dtype,
         "calibration_dtype": compute.calibration,
     }
-    found["cpu"] = torch.backends.cpu.get_cpu_capability()
+    environment["cpu"] = torch.backends.cpu.get_cpu_capability()
     if compute.device == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
-    return found | {name: os.environ.get(name, "unset") for name in ENVIRONMENT}
+        environment["gpu"] = torch.cuda.get_device_name()
+    return environment | {name: os.environ.get(name, "unset") for name in ENVIRONMENT}
 
 
 def format_plan(plan: Plan) -> str:
-    """Return the text of plan.json: the recipe as resolved, and what it decided over every linear."""
+    """Return the text of plan.json: the resolved recipe, and its decision for every linear."""
     summary = summarize_plan(plan).model_dump(mode="json", exclude={"memory", "output"})
     decisions = {name: [format_action(d), d.rule] for name, d in plan.decisions.items()}
     values = {
@@ -103,7 +103,7 @@ PACKAGES = ("quantkit", "torch", "transformers", "safetensors", "tokenizers", "l
 
 
 def read_versions(plan: Plan) -> dict[str, str]:
-    """What computed the artifact."""
+    """Return the versions of Python and of the packages that computed the artifact."""
     return {
         "python": python_version(),
         **{name: version(name) for name in (*PACKAGES, *plan.format.packages)},

@@ -1,4 +1,6 @@
-"""The files of an artifact next to its weights: config.json, the index, the source's sidecars, recipe.yaml."""
+"""The files of an artifact next to its weights: config.json, the index, the source's sidecars,
+recipe.yaml.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from quantkit.recipe.parse import apply_overrides
 
 
 def make_config(plan: Plan) -> dict[str, object]:
-    """Return the artifact's config.json: the source's, with quantization_config replaced by the artifact's own."""
+    """Return the artifact's config.json: the source's, with quantization_config replaced by the
+    artifact's own.
+    """
     values = {
         key: value
         for key, value in plan.source.config.values.items()
@@ -40,10 +44,11 @@ def list_mtp_blocks(plan: Plan) -> tuple[str, ...]:
 
 
 def write_model_files(folder: Path, plan: Plan, sidecars: Sequence[Path], recipe_text: str) -> None:
-    """Write config.json, the index (for more than one shard), the source's sidecars and recipe.yaml.
+    """Write config.json, the index (for more than one shard), the source's sidecars and
+    recipe.yaml.
 
-    recipe_text: the recipe's file. Values set on the command line are written into it, so that the recipe in the
-    artifact builds the artifact again.
+    recipe_text: the recipe's file. Values set on the command line are written into it, so that the
+    recipe in the artifact builds the artifact again.
     """
     for path in sidecars:
         write_atomic(folder / path.name, path.read_bytes())

@@ -13,7 +13,8 @@ from quantkit.io.files import read_json
 def read_manifest(path: Path) -> Mapping[str, object]:
     """Return the manifest of the artifact in folder `path`.
 
-    Raises ArtifactError for a folder without a manifest and for a manifest of another schema version.
+    Raises ArtifactError for a folder without a manifest and for a manifest of another schema
+    version.
     """
     if not path.is_dir():
         raise ArtifactError(
@@ -34,17 +35,24 @@ def read_manifest(path: Path) -> Mapping[str, object]:
 
 
 def get_section(manifest: Mapping[str, object], key: str, path: Path) -> Mapping[str, object]:
-    """Return the object under `key` of a manifest; `path` is the artifact's folder. Raises ArtifactError."""
+    """Return the object under `key` of a manifest; `path` is the artifact's folder.
+
+    Raises ArtifactError.
+    """
     section = manifest.get(key)
     if not isinstance(section, Mapping):
         raise ArtifactError(
-            f"{path / MANIFEST}: {key}: expected an object, found {type(section).__name__}; pull it again"
+            f"{path / MANIFEST}: {key}: expected an object, found {type(section).__name__}; pull "
+            "it again"
         )
     return section
 
 
 def get_format_name(manifest: Mapping[str, object]) -> object:
-    """Return the format's name; for older manifests without one, the name that quantization_config implies."""
+    """Return the format's name.
+
+    For older manifests without one, the name that quantization_config implies.
+    """
     entry = manifest.get("quantization_config")
     if manifest.get("format") is not None or not isinstance(entry, Mapping):
         return manifest.get("format", "dense")

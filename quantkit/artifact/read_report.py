@@ -1,4 +1,4 @@
-"""The report of an artifact, read back from its fidelity.json."""
+"""Reading the report of an artifact, fidelity.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from quantkit.io.files import is_file, read_json, sha256_file
 
 
 def read_report(artifact: Path) -> Fidelity:
-    """The report inside an artifact's folder; ArtifactError when there is none or it cannot be read."""
+    """Read the report in an artifact's folder.
+
+    Raises ArtifactError if it is missing or unreadable.
+    """
     path = artifact / FIDELITY
     if not path.is_file():
         raise ArtifactError(
@@ -25,7 +28,10 @@ def read_report(artifact: Path) -> Fidelity:
 
 
 def read_artifact_report(artifact: Path) -> Fidelity:
-    """The report of an artifact, as it was sealed once it is."""
+    """Read the report of an artifact.
+
+    Once the artifact is sealed, check it against the manifest.
+    """
     return (
         read_sealed_report(artifact)[0]
         if (artifact / MANIFEST).is_file()
@@ -34,34 +40,34 @@ def read_artifact_report(artifact: Path) -> Fidelity:
 
 
 def read_report_file(path: Path) -> Fidelity:
-    """The report in a file; ArtifactError when it cannot be read."""
+    """Read the report in a file; raises ArtifactError."""
     try:
         return Fidelity.model_validate(read_json(path, ArtifactError))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        location = ".".join(map(str, first["loc"]))
         raise ArtifactError(
-            f"{path}: {where}: {first['msg']}; use the quantkit that made it, or pull it again"
+            f"{path}: {location}: {first['msg']}; use the quantkit that made it, or pull it again"
         ) from None
 
 
 def read_sealed_report(
     artifact: Path, absent: Collection[str] = ()
 ) -> tuple[Fidelity, Mapping[str, object]]:
-    """Report and manifest of an artifact whose evidence is what was sealed; the weights are left to `verify`.
+    """Read report and manifest of an artifact, with the hashes of its evidence checked.
 
-    absent: evidence that need not be there. Raises ArtifactError: nobody must go by figures that were changed after the
-    build.
+    absent: evidence that may be missing. `verify` checks the weights. Raises ArtifactError for
+    figures that were changed after the build.
     """
     manifest = read_manifest(artifact)
     for name, entry in get_section(manifest, "files", artifact).items():
         if not name.startswith(EVIDENCE_FOLDER) or name in absent:
             continue
         expected = entry.get("sha256") if isinstance(entry, Mapping) else None
-        there = is_file(artifact / name)
-        if not there or sha256_file(artifact / name, ArtifactError) != expected:
+        exists = is_file(artifact / name)
+        if not exists or sha256_file(artifact / name, ArtifactError) != expected:
             raise ArtifactError(
                 f"{artifact / name}: expected the file that {MANIFEST} names, found "
-                f"{'another' if there else 'none'}; pull or build the artifact again"
+                f"{'another' if exists else 'none'}; pull or build the artifact again"
             )
     return read_report(artifact), manifest

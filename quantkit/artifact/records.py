@@ -1,4 +1,4 @@
-"""What a build records of each block and each quantized linear."""
+"""Records that a build makes of each block and each quantized linear."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from quantkit.models.scaling import ScaleChoice
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleRecord:
-    """What the manifest and the report say of one quantized linear. Errors compare stored with original weights.
+    """Record of one quantized linear for manifest and report; errors compare stored and original
+    weight.
 
-    relative_error: ||W - Q|| / ||W||; sqnr_db: the same in dB, None where nothing is lost; output_error: share of the
-    output's energy that is lost on the calibration inputs, None without statistics; tokens: calibration tokens that
-    reached its input; rescaled: whether its input was, in the columns of W. Where its rows absorbed the scale of a
-    later linear's input, W is the weight with them folded. method: who chose the codes; fallbacks: names, if any.
+    relative_error: ||W - Q|| / ||W||; sqnr_db: the same in dB, None without any loss; output_error:
+    lost share of the output's energy on the calibration inputs, None without statistics; tokens:
+    calibration tokens that reached its input; rescaled: whether its input was scaled, in the
+    columns of W. If its rows absorbed the scale of a later linear's input, W is the scaled weight.
+    method: the effective method; fallbacks: their names.
     """
 
     module: str
@@ -33,7 +35,9 @@ class ModuleRecord:
 
 @dataclass(kw_only=True)
 class BlockRecord:
-    """What the report says of one block. `fold_change`: how much folding moved its output, by rounding alone."""
+    """Record of one block. `fold_change`: change of its output by folding, caused by rounding
+    alone.
+    """
 
     name: str
     seconds: float = 0.0

@@ -1,7 +1,7 @@
 """Sealing: the manifest with the sha256 of every other file, written last.
 
-Figures that depend on the clock or the machine's load are in timings.json, the one file without a hash: two builds of a
-recipe have the same bytes.
+Figures that depend on the clock or the machine's load are in timings.json, the one file without a
+hash: two builds of a recipe have the same bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from quantkit.io.files import sha256_file, sync_folder, write_json
 
 
 def hash_files(folder: Path, known: Mapping[str, WrittenFile]) -> dict[str, dict[str, object]]:
-    """Return sha256 and bytes of every file but the manifest and the timings, by relative path in sorted order.
+    """Return sha256 and bytes of every file but the manifest and the timings, by relative path in
+    sorted order.
 
     known: files whose hash was computed while they were written.
     """

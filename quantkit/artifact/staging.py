@@ -1,7 +1,9 @@
-"""The staging folder of a build, `<path>.building`, and the rename that gives a sealed artifact its final name.
+"""The staging folder of a build, `<path>.building`, and the rename that gives a sealed artifact its
+final name.
 
-A folder under the final name is complete: files are written into the staging folder, sealing writes the manifest last,
-and the rename follows. An artifact that is replaced is moved to `<path>.replaced` until the new one has its name.
+A folder under the final name is complete: files are written into the staging folder, sealing writes
+the manifest last, and the rename follows. An artifact that is replaced is moved to
+`<path>.replaced` until the new one has its name.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def check_output_free(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path}: exists already; choose another output.path or pass --overwrite")
     if path.exists() and not (path / MANIFEST).is_file():
         raise UsageError(
-            f"{path}: exists and is not an artifact of quantkit; --overwrite replaces artifacts only"
+            f"{path}: exists and is not an artifact of quantkit; --overwrite replaces artifacts "
+            "only"
         )
 
 
@@ -47,7 +50,10 @@ def check_replaced_free(path: Path) -> None:
 
 
 def prepare_staging(plan: Plan, stored: WrittenState) -> Path:
-    """Make the staging folder of a plan and return it; only shards with tensors in `stored` stay in it."""
+    """Make the staging folder of a plan and return it.
+
+    Only shards with tensors in `stored` stay in it.
+    """
     folder, stored_tensors = get_staging_path(Path(plan.path)), set(stored.tensors)
     started = {
         shard.file
@@ -66,9 +72,11 @@ def prepare_staging(plan: Plan, stored: WrittenState) -> Path:
 
 
 def rename_into_place(folder: Path, path: Path, manifest: str) -> None:
-    """Rename a sealed folder to `path` unless that was done before; an artifact at `path` is replaced as a whole.
+    """Rename a sealed folder to `path` unless that was done before; an artifact at `path` is
+    replaced as a whole.
 
-    Raises ArtifactError when neither `folder` nor `path` holds the artifact whose manifest has this sha256.
+    Raises ArtifactError when neither `folder` nor `path` holds the artifact whose manifest has this
+    sha256.
     """
     old = get_replaced_path(path)
     if is_sealed(folder, manifest):

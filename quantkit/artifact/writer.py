@@ -1,4 +1,6 @@
-"""Writing the planned shards of an artifact, tensor by tensor, so that an interrupted build can resume."""
+"""Writing the planned shards of an artifact, tensor by tensor, so that an interrupted build can
+resume.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from quantkit.plan.output_tensors import Shard
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenState:
-    """The part of an artifact that is safely on disk: tensors by name, and complete files with their hashes."""
+    """The part of an artifact that is safely on disk: tensors by name, and complete files with
+    their hashes.
+    """
 
     tensors: tuple[str, ...] = ()
     files: Mapping[str, WrittenFile] = field(default_factory=dict)
@@ -26,8 +30,9 @@ class WrittenState:
 class ArtifactWriter:
     """Writes the planned shards of one build; tensors come by name in any order.
 
-    `stored` is the state that an interrupted build has committed: only the other tensors are still to be written. A
-    stored tensor that is written again, because its block was not finished, has the same bytes and is skipped.
+    `stored` is the state that an interrupted build has committed: only the other tensors are still
+    to be written. A stored tensor that is written again, because its block was not finished, has
+    the same bytes and is skipped.
     """
 
     def __init__(
@@ -62,7 +67,10 @@ class ArtifactWriter:
         return self._specs[name]
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors into their shards; a shard that is complete is closed, hashed and renamed at once."""
+        """Write tensors into their shards.
+
+        A shard that is complete is closed, hashed and renamed at once.
+        """
         for name, tensor in tensors.items():
             if name in self._stored:
                 continue
@@ -78,7 +86,10 @@ class ArtifactWriter:
                 self.written[file] = self._open.pop(file).finish()
 
     def commit(self) -> WrittenState:
-        """Make everything written so far survive a crash; return the tensors and files since the last commit."""
+        """Make everything written so far survive a crash.
+
+        Return the tensors and files since the last commit.
+        """
         for writer in self._open.values():
             writer.flush()
         sync_folder(self._folder)
@@ -97,7 +108,8 @@ class ArtifactWriter:
         missing = sorted(name for names in self._missing.values() for name in names)
         if missing:
             raise ArtifactError(
-                f"{self._folder}: the build ended without {len(missing)} planned tensors, the first {missing[0]}"
+                f"{self._folder}: the build ended without {len(missing)} planned tensors, the "
+                f"first {missing[0]}"
             )
         return self.written
 
@@ -123,6 +135,7 @@ def _check_started(path: Path) -> None:
     part = path.with_name(path.name + PART)
     if not part.is_file() and not path.is_file():
         raise ArtifactError(
-            f"{part}: expected the file that the build started, found none: its tensors are lost; start over with "
+            f"{part}: expected the file that the build started, found none: its tensors are lost; "
+            "start over with "
             "--restart"
         )

@@ -177,8 +177,12 @@ def begin_session(
         return BuildSession(plans=plans, journal=journal, resumed=True)
     discard_build(plans)
     make_owned_dir(place)
-    source.hashes(tell)
-    entry = {"kind": "began", "stamps": source.stamps(), "of": build_identity(plans, source, texts)}
+    source.compute_hashes(tell)
+    entry = {
+        "kind": "began",
+        "stamps": source.read_stamps(),
+        "of": build_identity(plans, source, texts),
+    }
     return BuildSession(plans=plans, journal=Journal.begin(place / JOURNAL, entry), resumed=False)
 
 
@@ -223,8 +227,8 @@ def build_identity(
         "recipe": plan.recipe.model_dump(mode="json", exclude={"memory": True, "output": {"path"}}),
         "source": {
             "revision": plan.source.revision,
-            "files": source.hashes(),
-            "other files": source.fingerprint(),
+            "files": source.compute_hashes(),
+            "other files": source.compute_fingerprint(),
         },
         "text": dict(texts),
         "versions": used,
@@ -265,11 +269,14 @@ def check_same(
 def check_source(journal: Journal, source: Checkpoint) -> None:
     """Check that the source's files are the same as at the start. Raises CheckpointError."""
     began = journal.entries[0]
-    if source.stamps() == began["stamps"]:
+    if source.read_stamps() == began["stamps"]:
         return
     now = Checkpoint.open(source.folder)
     before = began["of"]["source"]
-    if now.fingerprint() != before["other files"] or now.hashes() != before["files"]:
+    if (
+        now.compute_fingerprint() != before["other files"]
+        or now.compute_hashes() != before["files"]
+    ):
         raise CheckpointError(
             f"{source.folder}: expected the files that the build began with, found changed ones; "
             f"restore "

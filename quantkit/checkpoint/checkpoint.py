@@ -1,8 +1,8 @@
-"""A source checkpoint: logical tensors read one by one, FP8 blocks dequantized on the way, everything checked.
+"""A source checkpoint: checked logical tensors, read one by one, with FP8 blocks dequantized.
 
-A logical tensor is what the model computes with. An FP8 `X.weight` and its `X.weight_scale_inv` (`X.weight_scale` in an
-artifact of format compressed_tensors) are two stored tensors and one logical one; they may lie in two shards. Nothing
-is kept in memory but names and headers.
+A logical tensor is one that the model computes with. An FP8 `X.weight` and its `X.weight_scale_inv`
+(`X.weight_scale` in an artifact of format compressed_tensors) are two stored tensors and one
+logical tensor; they may be in two shards. Only names and headers are kept in memory.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ _SIDECARS = (
     "LICEN[CS]E*",
     "NOTICE*",
 )
-"""FORMATS: what an artifact carries over as it is; never weights, indexes, config.json or the model card."""
+"""Files that an artifact carries over unchanged. Never weights, indexes, config.json or the model
+card.
+"""
 
 _SIDECAR_LIMIT_BYTES = 1_000_000_000
 _CHECK_ELEMENTS = 1 << 24
@@ -58,9 +60,10 @@ _CHECK_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Blocks:
-    """An FP8 weight as stored and as computed with.
+    """An FP8 weight as stored and dequantized.
 
-    codes [out, in] float8_e4m3fn and scale [block rows, block columns], bit for bit; values [out, in] bfloat16.
+    codes: [out, in] float8_e4m3fn; scale: [block rows, block columns], both bit for bit; values:
+    [out, in] bfloat16.
     """
 
     codes: Tensor
@@ -70,9 +73,10 @@ class Fp8Blocks:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened source: `config`, the logical tensors in `specs`, and reads by name that any thread may do.
+    """An opened source: config, logical tensor specs, and thread-safe reads by name.
 
-    `specs[name].dtype` is the stored dtype: "F8_E4M3" for an FP8 weight that `read` returns as bfloat16.
+    `specs[name].dtype` is the stored dtype: "F8_E4M3" for an FP8 weight that `read` returns as
+    bfloat16.
     """
 
     folder: Path
@@ -84,7 +88,10 @@ class Checkpoint:
 
     @staticmethod
     def open(folder: Path) -> Checkpoint:
-        """Read config.json, the index and every header; raises one CheckpointError with all faults found."""
+        """Read config.json, the index and every header.
+
+        Raises one CheckpointError with all faults.
+        """
         faults: list[str] = []
         config, shards = None, None
         try:
@@ -96,7 +103,7 @@ class Checkpoint:
             if is_file(folder / GENERATION_CONFIG):
                 read_json(
                     folder / GENERATION_CONFIG
-                )  # carried over as it is, and read by whoever loads the artifact
+                )  # carried over unchanged, and read when the artifact is loaded
         except CheckpointError as fault:
             faults.append(str(fault))
         if config is None or shards is None or faults:
@@ -111,26 +118,32 @@ class Checkpoint:
 
     @cached_property
     def stored_specs(self) -> Mapping[str, TensorSpec]:
-        """Every tensor as stored, the FP8 scales included."""
+        """Specs of all stored tensors, including FP8 scales."""
         return self.shards.specs
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Logical tensors by name: BF16, FP16, FP32 and integers as stored, FP8 blocks as bfloat16.
+        """Read logical tensors: BF16, FP16, FP32 and integers as stored, FP8 blocks as bfloat16.
 
-        Raises CheckpointError for an unknown name, a file that changed, and NaN or infinity among the values.
+        Raises CheckpointError for an unknown name, a changed file, and NaN or infinity.
         """
         return {name: self._read(name, 0, None) for name in names}
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start .. stop-1 of one logical tensor, [stop - start, ...]: a vocabulary in pieces. Errors as `read`."""
+        """Read rows start .. stop-1 of a logical tensor: [stop - start, ...]. Raises as `read`
+        does.
+        """
         return self._read(name, start, stop)
 
-    def blocks(self, name: str) -> Fp8Blocks:
-        """The FP8 blocks of a weight and what they stand for, from one read. Errors as `read`, and for other dtypes."""
+    def read_fp8_blocks(self, name: str) -> Fp8Blocks:
+        """Read an FP8 weight once, as stored and dequantized.
+
+        Raises as `read` does, and for other dtypes.
+        """
         spec = self._spec(name)
         if spec.dtype != FP8:
             raise CheckpointError(
-                f"{self.folder}: tensor {shorten_repr(name)}: expected {FP8} blocks, found {spec.dtype}; read it as it is"
+                f"{self.folder}: tensor {shorten_repr(name)}: expected {FP8} blocks, found "
+                f"{spec.dtype}; read it as it is"
             )
         codes = read_tensor(*self.shards.locate(name), name)
         scale = self._scale(name)
@@ -142,70 +155,79 @@ class Checkpoint:
 
     @cached_property
     def sidecars(self) -> tuple[Path, ...]:
-        """The other files an artifact carries over: tokenizer, chat template, generation config, licence, code."""
-        found = {
+        """Other files that an artifact carries over: tokenizer, chat template, license, code."""
+        paths = {
             path for pattern in _SIDECARS for path in self.folder.glob(pattern) if path.is_file()
         }
-        out = sorted(path.name for path in found if leads_outside(self.folder, path))
-        if out:
+        outside = sorted(path.name for path in paths if leads_outside(self.folder, path))
+        if outside:
             raise CheckpointError(
-                f"{self.folder / out[0]}: expected a file inside the folder, found a link that leads out of it; "
+                f"{self.folder / outside[0]}: expected a file inside the folder, found a link that "
+                "leads out of it; "
                 "copy the file"
             )
-        return tuple(sorted(found))
+        return tuple(sorted(paths))
 
-    def fingerprint(self) -> str:
-        """sha256 over names, sizes and headers of the weights and the bytes of config and sidecars; cheap."""
-        digest = hashlib.sha256(self.shards.fingerprint().encode())
+    def compute_fingerprint(self) -> str:
+        """Return the sha256 of names, sizes and headers of the weights and of config and sidecars;
+        cheap.
+        """
+        digest = hashlib.sha256(self.shards.compute_fingerprint().encode())
         for path in (self.folder / CONFIG, *self.sidecars):
             content = read_bytes(path, _SIDECAR_LIMIT_BYTES)
             digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
         return digest.hexdigest()
 
-    def hashes(self, tell: ProgressCallback | None = None) -> dict[str, str]:
-        """sha256 of each weight file by name; the first call reads every byte, minutes for a large model.
+    def compute_hashes(self, progress: ProgressCallback | None = None) -> dict[str, str]:
+        """Return the sha256 of each weight file by name.
 
-        CheckpointError when a file changes meanwhile, and for headers and config.json that are not those opened.
+        The first call reads every byte, which takes minutes for a large model. Raises
+        CheckpointError if a file changes meanwhile, or if headers or config.json differ from the
+        opened ones.
         """
         if not self._hashes:
-            before, found = self.stamps(), self.shards.hashes(tell)
-            opened = (
+            stamps, digests = self.read_stamps(), self.shards.compute_hashes(progress)
+            is_unchanged = (
                 open_shards(self.folder) == self.shards and read_config(self.folder) == self.config
             )
-            if not opened or self.stamps() != before:
+            if not is_unchanged or self.read_stamps() != stamps:
                 raise CheckpointError(
-                    f"{self.folder}: expected files that stay as they are, found others than a moment ago; wait until "
+                    f"{self.folder}: expected files that stay as they are, found others than a "
+                    "moment ago; wait until "
                     "they are complete and begin again"
                 )
-            self._hashes.update(found)
+            self._hashes.update(digests)
         return dict(self._hashes)
 
     @cached_property
     def _hashes(self) -> dict[str, str]:
-        return {}  # until somebody asks
+        return {}  # filled by compute_hashes and trust_hashes
 
-    def take_hashes(self, hashes: Mapping[str, str]) -> None:
-        """Believe hashes that were taken when the files had the `stamps` they have now."""
+    def trust_hashes(self, hashes: Mapping[str, str]) -> None:
+        """Trust hashes that were computed when the files had the same stamps as now."""
         self._hashes.update(hashes)
 
-    def stamps(self) -> dict[str, list[int]]:
-        """Size and times of change of every file, by name: equal stamps, equal bytes, unless somebody turns clocks.
+    def read_stamps(self) -> dict[str, list[int]]:
+        """Return size, mtime and ctime of every file: equal stamps mean equal bytes.
 
-        The second time is the kernel's own, which a program that sets the first one back cannot set.
+        The kernel sets ctime; a program that resets mtime cannot reset it. Setting the clock back
+        defeats both.
         """
         names = (*sorted(self.shards.headers), CONFIG, *(path.name for path in self.sidecars))
-        found = {
+        states = {
             name: (self.folder / name).stat() for name in names if (self.folder / name).is_file()
         }
         return {
             name: [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
-            for name, state in found.items()
+            for name, state in states.items()
         }
 
-    def content_hash(self) -> str:
-        """One sha256 for the whole checkpoint: every weight byte, config and sidecars; as slow as `hashes`."""
-        lines = "".join(f"{value}  {name}\n" for name, value in self.hashes().items())
-        return hashlib.sha256((lines + self.fingerprint()).encode()).hexdigest()
+    def compute_content_hash(self) -> str:
+        """Return one sha256 of the whole checkpoint: weights, config and sidecars; as slow as
+        `hashes`.
+        """
+        lines = "".join(f"{value}  {name}\n" for name, value in self.compute_hashes().items())
+        return hashlib.sha256((lines + self.compute_fingerprint()).encode()).hexdigest()
 
     def _spec(self, name: str) -> TensorSpec:
         spec = self.specs.get(name)
@@ -217,7 +239,8 @@ class Checkpoint:
                 else "check the architecture and the config"
             )
             raise CheckpointError(
-                f"{self.folder}: expected a tensor {shorten_repr(name)}, found none of that name; {hint}"
+                f"{self.folder}: expected a tensor {shorten_repr(name)}, found none of that name; "
+                f"{hint}"
             )
         return spec
 
@@ -237,7 +260,7 @@ class Checkpoint:
         return tensor
 
     def _scale(self, name: str) -> Tensor:
-        """The scales of an FP8 weight's blocks as stored: [block rows, block columns]."""
+        """Read the block scales of an FP8 weight as stored: [block rows, block columns]."""
         scale = name + self.scale_suffix
         scales = read_tensor(*self.shards.locate(scale), scale)
         self._check_finite(scale, scales)
@@ -251,7 +274,10 @@ class Checkpoint:
         start: int,
         stop: int,
     ) -> Tensor:
-        """Rows start .. stop-1 of an FP8 weight: [stop - start, in] bfloat16; `rows` gives them strip by strip."""
+        """Dequantize rows start .. stop-1 of an FP8 weight: [stop - start, in] bfloat16.
+
+        rows(i, j) reads rows i .. j-1 as stored.
+        """
         assert self.block is not None  # `open` refuses FP8 weights without a block size
         return dequantize_fp8(rows, scales, self.block, start, stop, spec.shape[1])
 
@@ -260,17 +286,18 @@ class Checkpoint:
             flat = tensor.reshape(-1)  # [...] -> [n_elements]
             for first in range(0, flat.numel(), _CHECK_ELEMENTS):
                 piece = flat[first : first + _CHECK_ELEMENTS]
-                if not _finite(piece):
+                if not _is_finite(piece):
                     position = first + int((~torch.isfinite(piece.to(torch.float32))).nonzero()[0])
                     raise CheckpointError(
-                        f"{self.shards.locate(name)[0]}: tensor {shorten_repr(name)}: expected finite values, "
+                        f"{self.shards.locate(name)[0]}: tensor {shorten_repr(name)}: expected "
+                        "finite values, "
                         f"found {float(flat[position])} at element {position}; "
                         "the weights are damaged, fetch the file again"
                     )
 
 
 def read_config(folder: Path) -> Config:
-    """The parsed config.json of a folder; raises CheckpointError."""
+    """Read the config.json of a folder; raises CheckpointError."""
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(
@@ -283,8 +310,11 @@ def read_config(folder: Path) -> Config:
     return Config(values=read_json(path), where=str(path))
 
 
-def _finite(flat: Tensor) -> bool:
-    """Whether no value is NaN or infinite; minimum and maximum carry both and need no copy."""
+def _is_finite(flat: Tensor) -> bool:
+    """Return whether all values are finite.
+
+    NaN and infinity survive min and max, without a copy.
+    """
     if flat.dtype == torch.float8_e4m3fn:  # it has NaN (all ones below the sign) and no infinity
         return not bool(((flat.view(torch.uint8) & 0x7F) == 0x7F).any())
     low, high = torch.aminmax(flat.to(torch.float32) if flat.dtype == torch.float8_e5m2 else flat)

@@ -12,5 +12,5 @@ INDEX = "model.safetensors.index.json"
 
 
 def format_shard_name(number: int, count: int) -> str:
-    """Return the name of shard `number` of `count`, numbered from 1: "model-00001-of-00003.safetensors"."""
+    """Return the name of a shard, counted from 1: "model-00001-of-00003.safetensors"."""
     return f"model-{number:05d}-of-{count:05d}.safetensors"

@@ -1,9 +1,10 @@
-"""FP8 weights in blocks, as DeepSeek-V3 stores them, back to BF16.
+"""Dequantization of FP8 weights in blocks, as DeepSeek-V3 stores them, to BF16.
 
-    weight[n, k] = fp8[n, k] * scale_inv[n // block_rows, k // block_columns]      (multiply, despite "inv")
+    weight[n, k] = fp8[n, k] * scale_inv[n // block_rows, k // block_columns]
 
-The last block of a row or column may be partial. DeepSeek-V3 report (arXiv:2412.19437) section 3.3.2; the arithmetic
-is that of DeepSeek's own cast to BF16: FP8 to float32, one multiplication in float32, one rounding to bfloat16.
+The scale is multiplied, despite "inv". The last block of a row or column may be partial.
+DeepSeek-V3 report (arXiv:2412.19437) section 3.3.2; the arithmetic is that of DeepSeek's own cast
+to BF16: FP8 to float32, one multiplication in float32, one rounding to bfloat16.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# float32 of each of the 256 bytes: a table look-up is three times as fast as torch's conversion on a CPU
+# float32 of each of the 256 bytes: a table lookup is three times as fast as torch's conversion on
+# a CPU
 _VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
 _STRIP_ELEMENTS = (
     1 << 17
@@ -28,10 +30,11 @@ def dequantize_fp8(
     stop: int,
     width: int,
 ) -> Tensor:
-    """Rows start .. stop-1 of a weight: [stop - start, width] bfloat16.
+    """Dequantize rows start .. stop-1 of a weight: [stop - start, width] bfloat16.
 
-    rows(i, j) gives rows i .. j-1 as stored, [j - i, width] float8_e4m3fn; it is called for strips within one row of
-    blocks, so that memory holds the result and little else. scale_inv [block rows, block columns], any float.
+    rows(i, j) reads rows i .. j-1 as stored, [j - i, width] float8_e4m3fn; it is called for strips
+    within one row of blocks, so that memory holds little more than the result. scale_inv: [block
+    rows, block columns], any floating dtype.
     """
     result = torch.empty(stop - start, width, dtype=torch.bfloat16)
     scales = scale_inv.to(torch.float32)

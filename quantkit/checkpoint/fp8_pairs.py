@@ -1,4 +1,7 @@
-"""Which stored tensors make one logical tensor: an FP8 weight and its block scales. Names and shapes only, no torch."""
+"""Pairs of stored tensors that form one logical tensor: an FP8 weight and its block scales.
+
+Names and shapes only, no torch.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from quantkit.io.files import shorten_repr
 FP8 = "F8_E4M3"
 SCALE_INV_SUFFIX = "_scale_inv"
 SCALE_SUFFIX = "_scale"
-"""What follows the name of an FP8 weight in that of its block scales: as DeepSeek, and as compressed-tensors."""
+"""Suffix of the block scales of an FP8 weight: DeepSeek's, and that of compressed-tensors."""
 _SCALE_DTYPES = ("F32", "BF16", "F16")
-_AGAIN = "fetch the checkpoint again"
+_FETCH_AGAIN = "fetch the checkpoint again"
 
 
 def get_scale_suffix(config: Config) -> str:
-    """INVERSE or COMPRESSED, by quantization_config.quant_method."""
+    """Return SCALE_INV_SUFFIX or SCALE_SUFFIX, by quantization_config.quant_method."""
     entry = config.values.get("quantization_config")
     return (
         SCALE_SUFFIX
@@ -27,19 +30,22 @@ def get_scale_suffix(config: Config) -> str:
 
 
 def is_scale_name(stored: Mapping[str, TensorSpec], name: str, suffix: str) -> bool:
-    """Whether a name is that of block scales. compressed-tensors calls the scales of packed codes likewise."""
+    """Return whether a name is that of block scales.
+
+    compressed-tensors uses the same suffix for the scales of packed codes, which have no weight.
+    """
     return name.endswith(suffix) and (
         suffix == SCALE_INV_SUFFIX or name.removesuffix(suffix) in stored
     )
 
 
 def select_logical_specs(stored: Mapping[str, TensorSpec], suffix: str) -> dict[str, TensorSpec]:
-    """The stored tensors without the scales of FP8 weights, in the same order, dtypes as stored."""
+    """Return the stored tensors without FP8 scales, in the same order, with their stored dtypes."""
     return {name: spec for name, spec in stored.items() if not is_scale_name(stored, name, suffix)}
 
 
 def read_block_size(config: Config, stored: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
-    """Rows and columns of an FP8 block by the config's quantization_config; None without FP8 weights."""
+    """Return rows and columns of an FP8 block by quantization_config; None without FP8 weights."""
     if not any(spec.dtype == FP8 for spec in stored.values()):
         return None
     key, size = read_block_entry(config)
@@ -56,7 +62,7 @@ def read_block_size(config: Config, stored: Mapping[str, TensorSpec]) -> tuple[i
 
 
 def read_block_entry(config: Config) -> tuple[str, object]:
-    """The key that says how large FP8 blocks are, and what it says."""
+    """Return the config key of the FP8 block size, and its value."""
     entry = config.values.get("quantization_config")
     entry = entry if isinstance(entry, dict) else {}
     if get_scale_suffix(config) == SCALE_INV_SUFFIX:
@@ -66,9 +72,9 @@ def read_block_entry(config: Config) -> tuple[str, object]:
         [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
     )
     sizes = [
-        found["block_structure"]
-        for found in weights
-        if isinstance(found, dict) and "block_structure" in found
+        arguments["block_structure"]
+        for arguments in weights
+        if isinstance(arguments, dict) and "block_structure" in arguments
     ]
     return "quantization_config.config_groups: block_structure", sizes[0] if sizes else None
 
@@ -76,15 +82,17 @@ def read_block_entry(config: Config) -> tuple[str, object]:
 def find_pair_faults(
     stored: Mapping[str, TensorSpec], block: tuple[int, int] | None, where: str, suffix: str
 ) -> list[str]:
-    """FP8 weights without a scale of the right shape, and scales without an FP8 weight; one sentence each."""
+    """Return FP8 weights without scales of the right shape, and scales without FP8 weights."""
     faults = []
     for name, spec in stored.items():
         if spec.dtype == FP8 and block is not None:
-            fault = _weight_fault(spec, stored.get(name + suffix), name + suffix, block)
+            fault = _find_weight_fault(spec, stored.get(name + suffix), name + suffix, block)
         elif spec.dtype == "F8_E5M2":
             fault = "expected FP8 as F8_E4M3, found F8_E5M2; convert it to BF16"
         elif is_scale_name(stored, name, suffix):
-            fault = _scale_fault(stored.get(name.removesuffix(suffix)), name.removesuffix(suffix))
+            fault = _find_scale_fault(
+                stored.get(name.removesuffix(suffix)), name.removesuffix(suffix)
+            )
         else:
             fault = None
         if fault:
@@ -92,29 +100,39 @@ def find_pair_faults(
     return faults
 
 
-def _weight_fault(
+def _find_weight_fault(
     weight: TensorSpec, scale: TensorSpec | None, name: str, block: tuple[int, int]
 ) -> str | None:
     if len(weight.shape) != 2:
-        return f"expected two dimensions for FP8 blocks, found shape {list(weight.shape)}; convert it to BF16"
+        return (
+            f"expected two dimensions for FP8 blocks, found shape {list(weight.shape)}; convert it "
+            "to BF16"
+        )
     if scale is None:
-        return f"expected its scale {shorten_repr(name)}, found none in any file; {_AGAIN}"
+        return f"expected its scale {shorten_repr(name)}, found none in any file; {_FETCH_AGAIN}"
     expected = tuple(-(-size // edge) for size, edge in zip(weight.shape, block))
     if scale.shape != expected:
         return (
-            f"expected a scale of shape {list(expected)} for {list(weight.shape)} in blocks of {list(block)}, "
-            f"found {list(scale.shape)}; {_AGAIN}"
+            f"expected a scale of shape {list(expected)} for {list(weight.shape)} in blocks of "
+            f"{list(block)}, "
+            f"found {list(scale.shape)}; {_FETCH_AGAIN}"
         )
     if scale.dtype not in _SCALE_DTYPES:
-        return f"expected a scale of {', '.join(_SCALE_DTYPES)}, found {scale.dtype}; {_AGAIN}"
+        return (
+            f"expected a scale of {', '.join(_SCALE_DTYPES)}, found {scale.dtype}; {_FETCH_AGAIN}"
+        )
     return None
 
 
-def _scale_fault(weight: TensorSpec | None, base: str) -> str | None:
+def _find_scale_fault(weight: TensorSpec | None, base: str) -> str | None:
     if weight is None:
-        return f"expected the weight {shorten_repr(base)} of this scale, found none in any file; {_AGAIN}"
+        return (
+            f"expected the weight {shorten_repr(base)} of this scale, found none in any file; "
+            f"{_FETCH_AGAIN}"
+        )
     if weight.dtype != FP8:
         return (
-            f"expected {shorten_repr(base)} of this scale as {FP8}, found {weight.dtype}; {_AGAIN}"
+            f"expected {shorten_repr(base)} of this scale as {FP8}, found {weight.dtype}; "
+            f"{_FETCH_AGAIN}"
         )
     return None

@@ -1,7 +1,8 @@
-"""The safetensors header: read with suspicion, and built so that the `safetensors` library writes the same bytes.
+"""The safetensors header: strict parsing, and writing with the bytes of the `safetensors` library.
 
     8 bytes   length of the JSON, little-endian
-    JSON      {"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [begin, end]}}, padded with spaces
+    JSON      {"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [begin, end]}},
+              padded with spaces
     data      every tensor's bytes, without holes, offsets counted from here
 
 No torch: `quantkit verify` and `quantkit plan` read headers only.
@@ -21,13 +22,13 @@ from quantkit.errors import CheckpointError
 from quantkit.io.files import describe_os_error, parse_json, shorten_repr
 
 HEADER_LIMIT_BYTES = 100_000_000
-"""The limit of the `safetensors` library; a longer header is not loadable by anybody."""
+"""The limit of the `safetensors` library, which refuses longer headers."""
 
 MAX_TENSORS = 500_000
-"""In one file; DeepSeek-V3 has 92,000 in all of its 163."""
+"""Tensors in one file; DeepSeek-V3 has 92,000 in all of its 163 files."""
 
 PREFIX_BYTES = 8
-_LARGEST = 2**63 - 1
+_MAX_INTEGER = 2**63 - 1
 _MAX_DIMENSIONS = 64  # torch refuses more
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _WRITE_ORDER = (
@@ -44,14 +45,16 @@ _WRITE_ORDER = (
     "U8",
     "BOOL",
 )
-"""Wide dtypes first, as the library sorts them: each tensor is then aligned to its element size."""
+"""Wide dtypes first, as the library sorts them: each tensor is aligned to its element size."""
 
-_AGAIN = "the file is damaged, fetch or write it again"
+_DAMAGED = "the file is damaged, fetch or write it again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a safetensors file holds: specs and [begin, end) byte offsets by name, counted from `data_start`."""
+    """Contents of a safetensors file: specs and [begin, end) byte offsets by name, from
+    `data_start`.
+    """
 
     specs: Mapping[str, TensorSpec]
     offsets: Mapping[str, tuple[int, int]]
@@ -64,7 +67,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a file; raises one CheckpointError for the first thing that is wrong."""
+    """Read and check the header of a file; raises CheckpointError for the first fault."""
     try:
         with path.open("rb") as file:
             n_file_bytes = os.fstat(file.fileno()).st_size
@@ -76,48 +79,52 @@ def read_header(path: Path) -> Header:
         ) from None
     if len(text) != length:
         raise CheckpointError(
-            f"{path}: header: expected {length} bytes, found {len(text)}; {_AGAIN}"
+            f"{path}: header: expected {length} bytes, found {len(text)}; {_DAMAGED}"
         )
     return parse_header(text, str(path), n_file_bytes - PREFIX_BYTES - length)
 
 
 def parse_header(text: bytes, where: str, n_data_bytes: int) -> Header:
-    """Check a header's JSON against the number of data bytes that follow it; raises CheckpointError."""
+    """Check a header's JSON against the number of data bytes after it; raises CheckpointError."""
     if not text.startswith(b"{"):
         raise CheckpointError(
-            f"{where}: header: expected to start with '{{', found {shorten_repr(text[:1])}; {_AGAIN}"
+            f"{where}: header: expected to start with '{{', found {shorten_repr(text[:1])}; "
+            f"{_DAMAGED}"
         )
     entries = parse_json(text, f"{where}: header")
     if len(entries) > MAX_TENSORS:
         raise CheckpointError(
-            f"{where}: header: expected at most {MAX_TENSORS:,} tensors in one file, found {len(entries):,}; {_AGAIN}"
+            f"{where}: header: expected at most {MAX_TENSORS:,} tensors in one file, found "
+            f"{len(entries):,}; {_DAMAGED}"
         )
     _check_metadata(entries.get("__metadata__"), where)
     specs: dict[str, TensorSpec] = {}
     offsets: dict[str, tuple[int, int]] = {}
     for name, entry in entries.items():
         if name != "__metadata__":
-            specs[name], offsets[name] = _entry(name, entry, where)
+            specs[name], offsets[name] = _parse_entry(name, entry, where)
     _check_cover(offsets, where, n_data_bytes)
     return Header(specs=specs, offsets=offsets, data_start=PREFIX_BYTES + len(text))
 
 
 def build_header(specs: Iterable[TensorSpec]) -> bytes:
-    """Length, JSON and padding for a file of these tensors, in any order given; data starts 8-byte aligned.
+    """Return length, JSON and padding for a file of these tensors; the data starts 8-byte aligned.
 
-    The order on disk is by dtype, then by name, so the same tensors always give the same bytes. Raises
-    CheckpointError for two tensors of one name, an unknown dtype or a header beyond the limit.
+    The order on disk is by dtype, then by name, so that the same tensors in any order give the same
+    bytes. Raises CheckpointError for duplicate names, an unknown dtype or a header beyond the
+    limit.
     """
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0
-    given = list(specs)
-    for spec in given:
+    planned = list(specs)
+    for spec in planned:
         _check_name(spec.name, "new file")
         _check_dtype(spec.name, spec.dtype, "new file")
-    for spec in sorted(given, key=lambda spec: (_WRITE_ORDER.index(spec.dtype), spec.name)):
+    for spec in sorted(planned, key=lambda spec: (_WRITE_ORDER.index(spec.dtype), spec.name)):
         if spec.name in entries:
             raise CheckpointError(
-                f"new file: tensor {shorten_repr(spec.name)}: expected once, found twice; rename one of them"
+                f"new file: tensor {shorten_repr(spec.name)}: expected once, found twice; rename "
+                "one of them"
             )
         end = begin + spec.n_bytes
         entries[spec.name] = {
@@ -130,16 +137,18 @@ def build_header(specs: Iterable[TensorSpec]) -> bytes:
     text += b" " * (-len(text) % PREFIX_BYTES)
     if len(text) > HEADER_LIMIT_BYTES:
         raise CheckpointError(
-            f"new file: header: expected at most {HEADER_LIMIT_BYTES} bytes, found {len(text)}; use smaller shards"
+            f"new file: header: expected at most {HEADER_LIMIT_BYTES} bytes, found {len(text)}; "
+            "use smaller shards"
         )
     return len(text).to_bytes(PREFIX_BYTES, "little") + text
 
 
 def parse_header_length(prefix: bytes, n_file_bytes: int, where: str) -> int:
-    """The length of the JSON by a file's first 8 bytes; raises CheckpointError when it cannot be one."""
+    """Return the length of the JSON by a file's first 8 bytes; raises CheckpointError."""
     if len(prefix) < PREFIX_BYTES:
         raise CheckpointError(
-            f"{where}: expected at least {PREFIX_BYTES} bytes of header length, found {len(prefix)}; {_AGAIN}"
+            f"{where}: expected at least {PREFIX_BYTES} bytes of header length, found "
+            f"{len(prefix)}; {_DAMAGED}"
         )
     length = int.from_bytes(prefix, "little")
     if length > HEADER_LIMIT_BYTES:
@@ -149,8 +158,9 @@ def parse_header_length(prefix: bytes, n_file_bytes: int, where: str) -> int:
         )
     if length > n_file_bytes - PREFIX_BYTES:
         raise CheckpointError(
-            f"{where}: header length: expected at most {n_file_bytes - PREFIX_BYTES} (the rest of the file), "
-            f"found {length}; {_AGAIN}"
+            f"{where}: header length: expected at most {n_file_bytes - PREFIX_BYTES} (the rest of "
+            "the file), "
+            f"found {length}; {_DAMAGED}"
         )
     return length
 
@@ -162,7 +172,8 @@ def _check_metadata(metadata: object, where: str) -> None:
         isinstance(value, str) for value in metadata.values()
     ):
         raise CheckpointError(
-            f"{where}: __metadata__: expected an object of strings, found {shorten_repr(metadata)}; write the file again"
+            f"{where}: __metadata__: expected an object of strings, found "
+            f"{shorten_repr(metadata)}; write the file again"
         )
 
 
@@ -175,66 +186,77 @@ def _check_name(name: str, where: str) -> None:
         name.encode()
     except UnicodeEncodeError:
         raise CheckpointError(
-            f"{where}: tensor {shorten_repr(name)}: expected a name in UTF-8, found half a surrogate pair; {_AGAIN}"
+            f"{where}: tensor {shorten_repr(name)}: expected a name in UTF-8, found half a "
+            f"surrogate pair; {_DAMAGED}"
         ) from None
 
 
 def _check_dtype(name: str, dtype: object, where: str) -> str:
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(
-            f"{where}: tensor {shorten_repr(name)}: dtype: expected one of {', '.join(DTYPE_BYTES)}, found {shorten_repr(dtype)}; "
+            f"{where}: tensor {shorten_repr(name)}: dtype: expected one of "
+            f"{', '.join(DTYPE_BYTES)}, found {shorten_repr(dtype)}; "
             "convert the tensor"
         )
     return dtype
 
 
-def _entry(name: str, entry: object, where: str) -> tuple[TensorSpec, tuple[int, int]]:
-    """One tensor's entry, checked alone."""
+def _parse_entry(name: str, entry: object, where: str) -> tuple[TensorSpec, tuple[int, int]]:
+    """Check one tensor's entry on its own; return its spec and byte offsets."""
     _check_name(name, where)
     at = f"{where}: tensor {shorten_repr(name)}"
     if not isinstance(entry, dict) or set(entry) != _ENTRY_KEYS:
-        found = sorted(entry) if isinstance(entry, dict) else entry
+        content = sorted(entry) if isinstance(entry, dict) else entry
         raise CheckpointError(
-            f"{at}: expected an object of dtype, shape, data_offsets, found {shorten_repr(found)}; {_AGAIN}"
+            f"{at}: expected an object of dtype, shape, data_offsets, found "
+            f"{shorten_repr(content)}; "
+            f"{_DAMAGED}"
         )
     dtype = _check_dtype(name, entry["dtype"], where)
-    shape = _whole_numbers(entry["shape"], f"{at}: shape")
-    offsets = _whole_numbers(entry["data_offsets"], f"{at}: data_offsets")
+    shape = _parse_integers(entry["shape"], f"{at}: shape")
+    offsets = _parse_integers(entry["data_offsets"], f"{at}: data_offsets")
     if len(shape) > _MAX_DIMENSIONS:
         raise CheckpointError(
-            f"{at}: shape: expected at most {_MAX_DIMENSIONS} dimensions, found {len(shape)}; {_AGAIN}"
+            f"{at}: shape: expected at most {_MAX_DIMENSIONS} dimensions, found {len(shape)}; "
+            f"{_DAMAGED}"
         )
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(
-            f"{at}: data_offsets: expected [begin, end], found {shorten_repr(list(offsets))}; {_AGAIN}"
+            f"{at}: data_offsets: expected [begin, end], found {shorten_repr(list(offsets))}; "
+            f"{_DAMAGED}"
         )
-    if prod(max(n, 1) for n in shape) > _LARGEST:  # torch multiplies strides before it meets a zero
+    if (
+        prod(max(n, 1) for n in shape) > _MAX_INTEGER
+    ):  # torch multiplies strides before it meets a zero
         raise CheckpointError(
-            f"{at}: shape: expected fewer than 2**63 elements, found {shorten_repr(list(shape))}; {_AGAIN}"
+            f"{at}: shape: expected fewer than 2**63 elements, found {shorten_repr(list(shape))}; "
+            f"{_DAMAGED}"
         )
     begin, end = offsets
     spec = TensorSpec(name=name, dtype=dtype, shape=shape)
     if spec.n_bytes != end - begin:
         raise CheckpointError(
-            f"{at}: expected {shorten_repr(spec.n_bytes)} bytes for {dtype} {shorten_repr(list(shape))}, "
-            f"found data_offsets of {end - begin} bytes; {_AGAIN}"
+            f"{at}: expected {shorten_repr(spec.n_bytes)} bytes for {dtype} "
+            f"{shorten_repr(list(shape))}, "
+            f"found data_offsets of {end - begin} bytes; {_DAMAGED}"
         )
     return spec, (begin, end)
 
 
-def _whole_numbers(values: object, at: str) -> tuple[int, ...]:
-    """A list of integers 0 .. 2**63 - 1; JSON's true and 1.0 are none."""
+def _parse_integers(values: object, at: str) -> tuple[int, ...]:
+    """Check a list of integers 0 .. 2**63 - 1; JSON's true and 1.0 are refused."""
     if not isinstance(values, list) or not all(
-        type(v) is int and 0 <= v <= _LARGEST for v in values
+        type(v) is int and 0 <= v <= _MAX_INTEGER for v in values
     ):
         raise CheckpointError(
-            f"{at}: expected whole numbers from 0 to 2**63 - 1, found {shorten_repr(values)}; {_AGAIN}"
+            f"{at}: expected whole numbers from 0 to 2**63 - 1, found {shorten_repr(values)}; "
+            f"{_DAMAGED}"
         )
     return tuple(values)
 
 
 def _check_cover(offsets: Mapping[str, tuple[int, int]], where: str, n_data_bytes: int) -> None:
-    """The tensors cover the data from 0 to its end, each byte once."""
+    """Check that the tensors cover the data from 0 to its end, each byte once."""
     expected = 0
     for name, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
         if begin != expected:
@@ -242,8 +264,9 @@ def _check_cover(offsets: Mapping[str, tuple[int, int]], where: str, n_data_byte
                 "overlaps the tensor before it" if begin < expected else "leaves a hole before it"
             )
             raise CheckpointError(
-                f"{where}: tensor {shorten_repr(name)}: data_offsets: expected to begin at {expected}, found {begin}, "
-                f"which {kind}; {_AGAIN}"
+                f"{where}: tensor {shorten_repr(name)}: data_offsets: expected to begin at "
+                f"{expected}, found {begin}, "
+                f"which {kind}; {_DAMAGED}"
             )
         expected = end
     if expected != n_data_bytes:

@@ -1,6 +1,12 @@
-"""From `source.model` to a folder or to headers: a folder, `builtin:<name>`, or a model of the Hugging Face Hub.
+"""Models by name: a folder, `builtin:<name>`, or a model of the Hugging Face Hub.
 
-The Hub is asked for safetensors, JSON, tokenizer and licence files; code in a repository is copied, never run.
+From the Hub, safetensors, JSON, tokenizer and license files are downloaded; code is copied, never
+run.
+
+Remote headers are read by range requests of our own, with the checks of local headers.
+`HfApi.parse_safetensors_file_metadata` would lose: the file's size, which exposes a truncated
+upload; the checks of offsets, shapes, dtypes, duplicate keys and nesting; headers above 25 MB; and
+the refusal of a server that ignores the range and sends gigabytes.
 """
 
 from __future__ import annotations
@@ -39,7 +45,7 @@ from quantkit.errors import CheckpointError, HubUnreachable, UsageError
 from quantkit.io.files import join_faults, read_json, shorten_repr
 from quantkit.io.package_data import BUILTIN_PREFIX, locate_model
 
-_WANTED = [
+_ALLOWED_FILES = [
     "*.safetensors",
     "*.json",
     "*.model",
@@ -50,7 +56,10 @@ _WANTED = [
     "LICEN*",
     "NOTICE*",
 ]
-_UNWANTED = ["*/*", "consolidated*"]  # folders of other formats; the same weights a second time
+_IGNORED_FILES = [
+    "*/*",
+    "consolidated*",
+]  # folders of other formats; the same weights a second time
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONNECTIONS = 8
 _FIRST_BYTES = 100_000  # most headers are shorter
@@ -58,7 +67,7 @@ _FIRST_BYTES = 100_000  # most headers are shorter
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedModel:
-    """A model on this machine; `revision` is the Hub's commit, None for a folder or a built-in model."""
+    """A model on this machine; `revision` is the Hub's commit, None for other models."""
 
     folder: Path
     revision: str | None
@@ -66,7 +75,7 @@ class ResolvedModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelHeaders:
-    """What a plan needs of a model: config, logical and stored specs; no weights."""
+    """Config, logical and stored tensor specs of a model, without weights: the input of a plan."""
 
     config: Config
     specs: Mapping[str, TensorSpec]
@@ -75,13 +84,15 @@ class ModelHeaders:
 
 
 def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
-    """The folder of a model, downloaded into the Hub's cache when it is not local; raises CheckpointError."""
-    local = _local(model, revision)
+    """Return the folder of a model, downloaded into the Hub's cache if remote; raises
+    CheckpointError.
+    """
+    local = _locate_local(model, revision)
     if local is not None:
         return ResolvedModel(folder=local, revision=None)
-    with _hub_faults(model, revision):
+    with _translate_errors(model, revision):
         path = snapshot_download(
-            model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            model, revision=revision, allow_patterns=_ALLOWED_FILES, ignore_patterns=_IGNORED_FILES
         )
     return ResolvedModel(
         folder=Path(path), revision=Path(path).name
@@ -89,8 +100,11 @@ def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
 
 
 def read_model_headers(model: str, revision: str | None = None) -> ModelHeaders:
-    """Config and tensor specs of a model; from the Hub only config, index and headers come. Raises CheckpointError."""
-    local = _local(model, revision)
+    """Return config and tensor specs; only config, index and headers are downloaded from the Hub.
+
+    Raises CheckpointError.
+    """
+    local = _locate_local(model, revision)
     if local is not None:
         opened = Checkpoint.open(local)
         return ModelHeaders(
@@ -99,36 +113,38 @@ def read_model_headers(model: str, revision: str | None = None) -> ModelHeaders:
             stored_specs=opened.stored_specs,
             revision=None,
         )
-    with _hub_faults(model, revision):
-        return _remote_headers(model, revision)
+    with _translate_errors(model, revision):
+        return _fetch_headers(model, revision)
 
 
-def _local(model: str, revision: str | None) -> Path | None:
-    """The folder of a model on this machine; None for a Hub id."""
+def _locate_local(model: str, revision: str | None) -> Path | None:
+    """Return the folder of a local model; None for a Hub id."""
     try:
-        here = Path(model).expanduser()
-        is_here = here.is_dir()
-    except (OSError, RuntimeError):  # a name too long for any file; a home of nobody
-        here, is_here = Path(), False
+        path = Path(model).expanduser()
+        is_local = path.is_dir()
+    except (OSError, RuntimeError):  # a name too long for any file; an unknown user's home
+        path, is_local = Path(), False
     if model.startswith(BUILTIN_PREFIX):
-        found = locate_model(model)
-    elif is_here:
-        found = here.absolute()
+        folder = locate_model(model)
+    elif is_local:
+        folder = path.absolute()
     elif model.startswith(("/", "./", "../", "~")) or not _HUB_ID.fullmatch(model):
         raise CheckpointError(
-            f"source.model: expected a folder, {BUILTIN_PREFIX}<name> or a Hub id like org/name, found {shorten_repr(model)}, "
+            f"source.model: expected a folder, {BUILTIN_PREFIX}<name> or a Hub id like org/name, "
+            f"found {shorten_repr(model)}, "
             "which is none of these; check the path"
         )
     else:
         return None
     if revision is not None:
         raise UsageError(
-            f"source.revision: expected none for a model on this machine ({model}), found {shorten_repr(revision)}; remove it"
+            f"source.revision: expected none for a model on this machine ({model}), found "
+            f"{shorten_repr(revision)}; remove it"
         )
-    return found
+    return folder
 
 
-def _remote_headers(model: str, revision: str | None) -> ModelHeaders:
+def _fetch_headers(model: str, revision: str | None) -> ModelHeaders:
     api = HfApi()
     info = api.model_info(model, revision=revision)
     commit = info.sha
@@ -136,26 +152,29 @@ def _remote_headers(model: str, revision: str | None) -> ModelHeaders:
         raise CheckpointError(f"{model}: expected the Hub to name a commit, found none; try again")
     present = {sibling.rfilename for sibling in info.siblings or ()}
     config = Config(
-        values=read_json(_small_file(model, CONFIG, commit)), where=f"{model}: {CONFIG}"
+        values=read_json(_fetch_file(model, CONFIG, commit)), where=f"{model}: {CONFIG}"
     )
     index: dict[str, str] | None = None
     if INDEX in present:
-        index = read_weight_map(read_json(_small_file(model, INDEX, commit)), f"{model}: {INDEX}")
+        index = read_weight_map(read_json(_fetch_file(model, INDEX, commit)), f"{model}: {INDEX}")
     elif SINGLE not in present:
         raise CheckpointError(
-            f"{model}: expected {SINGLE} or {INDEX} in the repository, found neither; quantkit reads safetensors only"
+            f"{model}: expected {SINGLE} or {INDEX} in the repository, found neither; quantkit "
+            "reads safetensors only"
         )
     files = list(dict.fromkeys(index.values())) if index is not None else [SINGLE]
     if missing := [file for file in files if file not in present]:
         raise CheckpointError(
-            f"{model}: {INDEX}: expected the repository to hold every file, found {len(missing)} missing, "
-            f"the first {shorten_repr(missing[0])}; the upload is not complete, use another revision"
+            f"{model}: {INDEX}: expected the repository to hold every file, found {len(missing)} "
+            "missing, "
+            f"the first {shorten_repr(missing[0])}; the upload is not complete, use another "
+            "revision"
         )
 
     def header(file: str) -> Header:
-        return _remote_header(hf_hub_url(model, file, revision=commit), f"{model}: {file}")
+        return _fetch_header(hf_hub_url(model, file, revision=commit), f"{model}: {file}")
 
-    headers = _in_parallel(header, files)
+    headers = _map_parallel(header, files)
     faults = find_index_faults(index, headers, f"{model}: {INDEX}") if index is not None else []
     order = index if index is not None else dict.fromkeys(headers[SINGLE].specs, SINGLE)
     stored = {
@@ -175,16 +194,16 @@ def _remote_headers(model: str, revision: str | None) -> ModelHeaders:
     )
 
 
-def _small_file(model: str, name: str, commit: str) -> Path:
+def _fetch_file(model: str, name: str, commit: str) -> Path:
     return Path(hf_hub_download(model, name, revision=commit))
 
 
-def _remote_header(url: str, where: str) -> Header:
-    """The header of a file on the Hub, by one range request, two when it is long; checked like a local one."""
-    start, n_file_bytes = _range(url, 0, _FIRST_BYTES, where)
+def _fetch_header(url: str, where: str) -> Header:
+    """Fetch and check a remote header, by one range request, or two if it is long."""
+    start, n_file_bytes = _fetch_range(url, 0, _FIRST_BYTES, where)
     end = PREFIX_BYTES + parse_header_length(start[:PREFIX_BYTES], n_file_bytes, where)
     if end > len(start):
-        start += _range(url, len(start), end - len(start), where)[0]
+        start += _fetch_range(url, len(start), end - len(start), where)[0]
     if len(start) < end:
         raise CheckpointError(
             f"{where}: header: expected {end} bytes, found {len(start)}; try again"
@@ -192,45 +211,48 @@ def _remote_header(url: str, where: str) -> Header:
     return parse_header(start[PREFIX_BYTES:end], where, n_file_bytes - end)
 
 
-def _range(url: str, first: int, n_bytes: int, where: str) -> tuple[bytes, int]:
-    """At most `n_bytes` bytes from `first` on, and the size of the whole file; a server may ignore the range."""
+def _fetch_range(url: str, first: int, n_bytes: int, where: str) -> tuple[bytes, int]:
+    """Return at most `n_bytes` bytes of a remote file from `first` on, and the size of the file."""
     headers = {
         **build_hf_headers(),
         "Range": f"bytes={first}-{first + n_bytes - 1}",
         "Accept-Encoding": "identity",
     }
-    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
-        if answer.is_error:
-            answer.read()
-        hf_raise_for_status(answer)
-        if answer.status_code != 206:
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+        if response.is_error:
+            response.read()
+        hf_raise_for_status(response)
+        if response.status_code != 206:
             raise CheckpointError(
-                f"{where}: expected the server to send a part of the file (206), found {answer.status_code}; "
+                f"{where}: expected the server to send a part of the file (206), found "
+                f"{response.status_code}; "
                 "download the model and give its folder as source.model"
             )
-        total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
         if not total.isdecimal():
             raise CheckpointError(
-                f"{where}: expected the file's size in Content-Range, found {shorten_repr(total)}; try again"
+                f"{where}: expected the file's size in Content-Range, found {shorten_repr(total)}; "
+                "try again"
             )
-        found = bytearray()
-        for piece in answer.iter_bytes():
-            found += piece
-            if len(found) >= n_bytes:
+        content = bytearray()
+        for piece in response.iter_bytes():
+            content += piece
+            if len(content) >= n_bytes:
                 break
-    return bytes(found[:n_bytes]), int(total)
+    return bytes(content[:n_bytes]), int(total)
 
 
-def _in_parallel(header: Callable[[str], Header], files: list[str]) -> dict[str, Header]:
-    """Each file's header, a few connections at a time: DeepSeek-V3 has 163 shards."""
+def _map_parallel(header: Callable[[str], Header], files: list[str]) -> dict[str, Header]:
+    """Fetch the headers over a few connections at a time: DeepSeek-V3 has 163 shards."""
     with ThreadPoolExecutor(max_workers=_CONNECTIONS) as pool:
         return dict(zip(files, pool.map(header, files), strict=True))
 
 
-_ANSWERS: tuple[tuple[type[Exception], str], ...] = (
+_HUB_ERRORS: tuple[tuple[type[Exception], str], ...] = (
     (
         GatedRepoError,
-        "expected access to this model, found a gate; accept its licence on the Hub and `hf auth login`",
+        "expected access to this model, found a gate; accept its license on the Hub and `hf auth "
+        "login`",
     ),
     (RevisionNotFoundError, "expected this revision on the Hub, found none; check source.revision"),
     (
@@ -247,31 +269,31 @@ _ANSWERS: tuple[tuple[type[Exception], str], ...] = (
     ),
     (HfHubHTTPError, "expected an answer of the Hub, found an HTTP error; try again later"),
 )
-"""What the Hub answers, the special before the general; all but connections that fail."""
+"""Errors of the Hub and their messages, specific ones first; connection errors excluded."""
 
 _TRANSPORTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "requests"})
-"""huggingface_hub changed its HTTP library twice; their connection errors share no base class."""
+"""HTTP libraries of huggingface_hub's versions; their connection errors share no base class."""
 
 
 @contextmanager
-def _hub_faults(model: str, revision: str | None) -> Iterator[None]:
-    """Everything the Hub or the network can answer, as one CheckpointError that says what to do."""
+def _translate_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Turn every error of the Hub or the network into a CheckpointError that says what to do."""
     at = f"{model}@{revision}" if revision else model
     try:
         yield
     except CheckpointError:
         raise
     except Exception as fault:
-        for kind, sentence in _ANSWERS:
+        for kind, sentence in _HUB_ERRORS:
             if isinstance(fault, kind):
                 raise CheckpointError(f"{at}: {sentence}") from fault
         if isinstance(fault, OSError) or type(fault).__module__.partition(".")[0] in _TRANSPORTS:
-            raise _unreachable(at, fault) from fault
+            raise _make_unreachable_error(at, fault) from fault
         raise
 
 
-def _unreachable(at: str, fault: Exception) -> HubUnreachable:
-    """The Hub's own transport errors differ between its versions; what the user can do does not."""
+def _make_unreachable_error(at: str, fault: Exception) -> HubUnreachable:
+    """Return the error for a Hub that cannot be reached, whatever the transport library."""
     endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
     state = (
         "offline mode (HF_HUB_OFFLINE)"

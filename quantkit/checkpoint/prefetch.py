@@ -1,4 +1,4 @@
-"""Reading ahead: while one block computes, a single background thread reads the next one."""
+"""Prefetching: a background thread reads the next block while the current one is computed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Result = TypeVar("Result")
 
 
 class ReadAhead(Generic[Request, Result]):
-    """Calls `load(request)` one request ahead of its taker.
+    """Calls `load(request)` one request ahead.
 
-    At most two results exist at once, the one taken and the one announced: a memory plan counts
-    both. An error of the background read is raised by the `take` that asks for it. Use as a context
-    manager; leaving it waits for the read under way and drops its result.
+    At most two results exist at once, the current and the next: a memory plan counts both. An error
+    of the background read is raised by the `take` of that request. Use as a context manager:
+    leaving it waits for a running read and drops its result.
     """
 
     def __init__(self, load: Callable[[Request], Result]) -> None:
@@ -26,8 +26,9 @@ class ReadAhead(Generic[Request, Result]):
         self._announced: tuple[Request, Future[Result]] | None = None
 
     def take(self, request: Request, following: Request | None = None) -> Result:
-        """load(request), from the background if it was announced; then starts on `following`.
-        Errors are load's.
+        """Return load(request), prefetched if it was announced; then start reading `following`.
+
+        Raises the errors of `load`.
         """
         announced, self._announced = self._announced, None
         if announced is not None and announced[0] == request:
@@ -37,14 +38,14 @@ class ReadAhead(Generic[Request, Result]):
                 announced[1].cancel()
             result = self._thread.submit(
                 self._load, request
-            ).result()  # after a read under way, never beside it
+            ).result()  # one thread: it starts after a running read
         announced = None
         if following is not None:
             self._announced = (following, self._thread.submit(self._load, following))
         return result
 
     def close(self) -> None:
-        """Wait for the read under way, drop its result and end the thread; safe to call twice."""
+        """Wait for a running read, drop its result and end the thread; safe to call twice."""
         self._announced = None
         self._thread.shutdown(wait=True, cancel_futures=True)
 

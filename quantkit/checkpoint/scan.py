@@ -1,7 +1,7 @@
-"""One reading of a file for its hash and for a look at every tensor's bytes: at the speed of the disk or of sha256.
+"""Single-pass reading of a file: its hash, and a visit of every tensor's bytes.
 
-A thread hashes a piece while the next is read and looked at; memory is BUFFERS pieces, whatever the file's size. Links
-and what is no file (a pipe would never end) are not opened.
+A thread hashes one piece while the next is read and visited, at the speed of the disk or of sha256;
+memory is BUFFERS pieces for any file size. Links and pipes (which would never end) are not opened.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from quantkit.errors import ArtifactError
 from quantkit.io.files import describe_os_error
 
 Visit = Callable[[str, int, memoryview], None]
-"""Name of a tensor, where in it the bytes begin, and the bytes: whole elements, gone after the call."""
+"""Arguments: a tensor's name, the offset in it, and whole elements, which are valid during the
+call.
+"""
 
 PIECE_BYTES = 4 << 20
 BUFFERS = 3
 FEW_BYTES = 1 << 20
-"""Files up to this size are hashed at once: a thread would cost more."""
+"""Files up to this size are hashed in one go: a thread would cost more."""
 
 
 class TensorRanges:
-    """Which tensor's bytes lie where in a file."""
+    """The byte ranges of a file's tensors."""
 
     def __init__(self, header: Header | None) -> None:
         self._found: list[tuple[int, int, str, int]] = []  # begin, end, name, bytes of an element
@@ -43,14 +45,14 @@ class TensorRanges:
         self._begins = [begin for begin, *_ in self._found]
 
     def cut(self, position: int) -> int:
-        """The last place up to `position` that does not divide an element."""
+        """Return the last position up to `position` that does not divide an element."""
         index = bisect_right(self._begins, position) - 1
         if index < 0:
             return position
         begin, end, _, width = self._found[index]
         return position if position >= end else position - (position - begin) % width
 
-    def tell(self, position: int, piece: memoryview, visit: Visit) -> None:
+    def visit_piece(self, position: int, piece: memoryview, visit: Visit) -> None:
         """Visit every tensor with bytes in a piece of the file that begins at `position`."""
         last = position + len(piece)
         first_index = max(bisect_right(self._begins, position) - 1, 0)
@@ -61,11 +63,11 @@ class TensorRanges:
 
 
 def scan_file(path: Path, header: Header | None = None, visit: Visit | None = None) -> str:
-    """The sha256 of a file in hexadecimal; `visit` is shown the bytes of every tensor of its `header`, in file order.
+    """Return the hexadecimal sha256 of a file; `visit` gets every tensor's bytes in file order.
 
-    Raises ArtifactError for a file that cannot be read, is a link or no file.
+    Raises ArtifactError for an unreadable file, a link and anything but a regular file.
     """
-    places = TensorRanges(header if visit else None)
+    ranges = TensorRanges(header if visit else None)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
@@ -73,8 +75,8 @@ def scan_file(path: Path, header: Header | None = None, visit: Visit | None = No
             if not S_ISREG(state.st_mode):
                 raise ArtifactError(f"{path}: expected a file, found something else; remove it")
             if state.st_size <= FEW_BYTES:
-                return _at_once(descriptor, places, visit)
-            return _in_pieces(descriptor, places, visit)
+                return _scan_whole(descriptor, ranges, visit)
+            return _scan_pieces(descriptor, ranges, visit)
         finally:
             os.close(descriptor)
     except OSError as fault:
@@ -83,19 +85,19 @@ def scan_file(path: Path, header: Header | None = None, visit: Visit | None = No
         ) from None
 
 
-def _at_once(descriptor: int, places: TensorRanges, visit: Visit | None) -> str:
-    """A small file, read whole; it may have grown since it was measured, so that the rest is read too."""
+def _scan_whole(descriptor: int, ranges: TensorRanges, visit: Visit | None) -> str:
+    """Scan a small file; it may have grown since its size was read, so the rest is read too."""
     parts = []
     while part := os.read(descriptor, FEW_BYTES):
         parts.append(part)
     content = b"".join(parts)
     if visit:
-        places.tell(0, memoryview(content), visit)
+        ranges.visit_piece(0, memoryview(content), visit)
     return hashlib.sha256(content).hexdigest()
 
 
-def _in_pieces(descriptor: int, places: TensorRanges, visit: Visit | None) -> str:
-    """A large file, piece by piece."""
+def _scan_pieces(descriptor: int, ranges: TensorRanges, visit: Visit | None) -> str:
+    """Scan a large file piece by piece."""
     digest = hashlib.sha256()
     buffers: Sequence[bytearray] = [bytearray(PIECE_BYTES) for _ in range(BUFFERS)]
     hashing: list[Future[None]] = []
@@ -104,22 +106,22 @@ def _in_pieces(descriptor: int, places: TensorRanges, visit: Visit | None) -> st
         for number in range(1 << 62):
             if number >= BUFFERS:
                 hashing[number - BUFFERS].result()  # its buffer is read into again
-            wanted = places.cut(position + PIECE_BYTES) - position
-            piece = memoryview(buffers[number % BUFFERS])[:wanted]
-            count = _fill(descriptor, piece)
+            n_bytes = ranges.cut(position + PIECE_BYTES) - position
+            piece = memoryview(buffers[number % BUFFERS])[:n_bytes]
+            count = _read_into(descriptor, piece)
             hashing.append(hasher.submit(digest.update, piece[:count]))
             if visit:
-                places.tell(position, piece[:count], visit)
+                ranges.visit_piece(position, piece[:count], visit)
             position += count
-            if count < wanted:
+            if count < n_bytes:
                 break
-        for each in hashing[-BUFFERS:]:
-            each.result()
+        for pending in hashing[-BUFFERS:]:
+            pending.result()
     return digest.hexdigest()
 
 
-def _fill(descriptor: int, piece: memoryview) -> int:
-    """Bytes read into a piece; fewer than it holds only at the end of the file."""
+def _read_into(descriptor: int, piece: memoryview) -> int:
+    """Fill a piece and return the number of bytes; fewer only at the end of the file."""
     done = 0
     while done < len(piece):
         count = os.readv(descriptor, [piece[done:]])
@@ -130,7 +132,7 @@ def _fill(descriptor: int, piece: memoryview) -> int:
 
 
 def read_small_tensor(path: Path, header: Header, name: str, limit_bytes: int = FEW_BYTES) -> bytes:
-    """All bytes of a small tensor; no bytes when it is larger than the limit or cannot be read."""
+    """Read a small tensor; return no bytes if it is larger than the limit or unreadable."""
     begin, end = header.offsets[name]
     if end - begin > limit_bytes:
         return b""

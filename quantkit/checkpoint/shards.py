@@ -1,6 +1,6 @@
-"""The weight files of a folder: one model.safetensors, or shards under an index; names and headers, no data.
+"""The weight files of a folder: one model.safetensors, or shards with an index; headers only.
 
-No torch: `quantkit verify` and `quantkit plan` use this alone.
+No torch: `quantkit verify` and `quantkit plan` use this module alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """The weight files of a folder by file name, and the tensors in them; every name is in exactly one file."""
+    """The weight files of a folder, and the tensors in them; every name is in exactly one file."""
 
     folder: Path
     headers: Mapping[str, Header]
@@ -42,15 +42,17 @@ class Shards:
         return {name: self.headers[file].specs[name] for name, file in self.files.items()}
 
     def locate(self, name: str) -> tuple[Path, Header]:
-        """File and header of a stored tensor; raises CheckpointError for an unknown name."""
+        """Return file and header of a stored tensor; raises CheckpointError for an unknown name."""
         if name not in self.files:
             raise CheckpointError(
                 f"{self.folder}: expected a tensor {shorten_repr(name)}, found none of that name"
             )
         return self.folder / self.files[name], self.headers[self.files[name]]
 
-    def fingerprint(self) -> str:
-        """sha256 over file names, sizes and the headers' bytes: cheap, tells one checkpoint from another."""
+    def compute_fingerprint(self) -> str:
+        """Return the sha256 of file names, sizes and header bytes: a cheap identity of the
+        checkpoint.
+        """
         digest = hashlib.sha256()
         for name in sorted(self.headers):
             header = self.headers[name]
@@ -58,30 +60,33 @@ class Shards:
             digest.update(read_prefix(self.folder / name, header.data_start))
         return digest.hexdigest()
 
-    def hashes(self, tell: ProgressCallback | None = None) -> dict[str, str]:
-        """sha256 of each weight file; reads every byte, and says around each file how far it is."""
+    def compute_hashes(self, progress: ProgressCallback | None = None) -> dict[str, str]:
+        """Return the sha256 of each weight file, reading every byte.
+
+        progress: called before each file and at the end.
+        """
         sizes = {
             name: header.data_start + header.n_data_bytes for name, header in self.headers.items()
         }
-        found, done, total = dict[str, str](), 0, sum(sizes.values())
+        digests, done, total = dict[str, str](), 0, sum(sizes.values())
 
-        def say(next_file: str) -> None:
-            if tell:
-                tell(Progress(stage="source's sha256", done=done, total=total, note=next_file))
+        def report(next_file: str) -> None:
+            if progress:
+                progress(Progress(stage="source's sha256", done=done, total=total, note=next_file))
 
         for name in sorted(sizes):
-            say(name)
-            found[name] = sha256_file(self.folder / name)
+            report(name)
+            digests[name] = sha256_file(self.folder / name)
             done += sizes[name]
-        say("")
-        return found
+        report("")
+        return digests
 
 
 def open_shards(folder: Path) -> Shards:
-    """Read the index and every header of a folder; raises one CheckpointError with all faults found."""
+    """Read the index and every header of a folder; raises one CheckpointError with all faults."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a model folder, found none; check the path")
-    index = _index(folder)
+    index = _read_index(folder)
     names = [SINGLE] if index is None else list(dict.fromkeys(index.values()))
     faults: list[str] = []
     headers: dict[str, Header] = {}
@@ -102,7 +107,7 @@ def open_shards(folder: Path) -> Shards:
 
 
 def read_weight_map(index: Mapping[str, object], where: str) -> dict[str, str]:
-    """The tensor -> file table of an index; raises CheckpointError when it is none."""
+    """Return the tensor -> file table of an index; raises CheckpointError."""
     table = index.get("weight_map")
     if (
         not isinstance(table, dict)
@@ -110,7 +115,8 @@ def read_weight_map(index: Mapping[str, object], where: str) -> dict[str, str]:
         or not all(isinstance(file, str) for file in table.values())
     ):
         raise CheckpointError(
-            f"{where}: weight_map: expected an object of tensor names and file names, found {shorten_repr(table)}; "
+            f"{where}: weight_map: expected an object of tensor names and file names, found "
+            f"{shorten_repr(table)}; "
             "fetch the index again"
         )
     return dict(table)
@@ -119,40 +125,55 @@ def read_weight_map(index: Mapping[str, object], where: str) -> dict[str, str]:
 def find_index_faults(
     index: Mapping[str, str], headers: Mapping[str, Header], where: str
 ) -> list[str]:
-    """Where the index and the files' headers disagree, one sentence each; files without a header are left out."""
+    """Return where the index and the headers disagree, one sentence each.
+
+    Other files are skipped.
+    """
     faults: list[str] = []
     owner: dict[str, str] = {}
     for file, header in headers.items():
         for name in header.specs:
             if name in owner:
                 faults.append(
-                    f"{where}: tensor {shorten_repr(name)}: expected in one file, found in {owner[name]} and {file}; "
+                    f"{where}: tensor {shorten_repr(name)}: expected in one file, found in "
+                    f"{owner[name]} and {file}; "
                     "fetch the checkpoint again"
                 )
             elif name not in index:
                 faults.append(
-                    f"{where}: tensor {shorten_repr(name)} of {file}: expected in weight_map, found no entry; "
+                    f"{where}: tensor {shorten_repr(name)} of {file}: expected in weight_map, "
+                    "found no entry; "
                     "add it to the index or it would be lost"
                 )
             owner.setdefault(name, file)
     for name, file in index.items():
         if file in headers and name not in headers[file].specs:
             faults.append(
-                f"{where}: tensor {shorten_repr(name)}: expected in {file}, found no such tensor there; fetch the file again"
+                f"{where}: tensor {shorten_repr(name)}: expected in {file}, found no such tensor "
+                "there; fetch the file again"
             )
     return faults
 
 
 def find_path_fault(folder: Path, name: str) -> str | None:
-    """Why a file name of an index is not a weight file inside the folder; None when it is one."""
+    """Return why an index entry is no weight file inside the folder; None for a good one."""
     path = PurePosixPath(name)
     shown = f"{folder / INDEX}: file {shorten_repr(name)}"
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not name:
-        return f"{shown}: expected a path inside the folder, found one that leads elsewhere; do not use this checkpoint"
+        return (
+            f"{shown}: expected a path inside the folder, found one that leads elsewhere; do not "
+            "use this checkpoint"
+        )
     if path.suffix != ".safetensors":
-        return f"{shown}: expected a .safetensors file, found {shorten_repr(path.suffix)}; convert the checkpoint"
+        return (
+            f"{shown}: expected a .safetensors file, found {shorten_repr(path.suffix)}; convert "
+            "the checkpoint"
+        )
     if leads_outside(folder, folder / name):
-        return f"{folder / name}: expected a file inside the folder, found a link that leads out of it; copy the file"
+        return (
+            f"{folder / name}: expected a file inside the folder, found a link that leads out of "
+            "it; copy the file"
+        )
     if not is_file(folder / name):
         place = folder / name if len(name) < MAX_NAME_LENGTH else f"{folder}: {shorten_repr(name)}"
         return (
@@ -162,7 +183,10 @@ def find_path_fault(folder: Path, name: str) -> str | None:
 
 
 def leads_outside(folder: Path, path: Path) -> bool:
-    """Whether a path resolves outside its folder; the links of the Hugging Face cache into its blobs do not."""
+    """Return whether a path resolves outside its folder.
+
+    Links of the Hugging Face cache to its blobs count as inside.
+    """
     home = folder.resolve()
     roots = [home]
     if home.parent.name == "snapshots":
@@ -178,8 +202,8 @@ def leads_outside(folder: Path, path: Path) -> bool:
     return not any(target.is_relative_to(root) for root in roots)
 
 
-def _index(folder: Path) -> dict[str, str] | None:
-    """The index of the folder; None when one model.safetensors is all there is."""
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Read the index of a folder; None if a single model.safetensors is all there is."""
     single, index = folder / SINGLE, folder / INDEX
     if index.is_file():
         if leads_outside(folder, index):
@@ -189,24 +213,28 @@ def _index(folder: Path) -> dict[str, str] | None:
         table = read_weight_map(read_json(index), str(index))
         if single.is_file() and SINGLE not in table.values():
             raise CheckpointError(
-                f"{folder}: expected one set of weights, found {SINGLE} and an index that does not name it; "
+                f"{folder}: expected one set of weights, found {SINGLE} and an index that does not "
+                "name it; "
                 "remove one of them"
             )
         return table
     if single.is_symlink() or single.exists():
         return None
-    raise CheckpointError(_no_weights(folder))
+    raise CheckpointError(_describe_missing_weights(folder))
 
 
-def _no_weights(folder: Path) -> str:
+def _describe_missing_weights(folder: Path) -> str:
     expected = f"{folder}: expected {SINGLE} or {INDEX}"
-    pickled = _found(folder, _PICKLED)
-    if found := _found(folder, ("*.safetensors",)):
-        return f"{expected}, found {found} without an index; fetch or write the index"
+    pickled = _list_files(folder, _PICKLED)
+    if names := _list_files(folder, ("*.safetensors",)):
+        return f"{expected}, found {names} without an index; fetch or write the index"
     if pickled:
-        return f"{expected}, found pickled weights ({pickled}) only; quantkit reads safetensors only, convert them"
+        return (
+            f"{expected}, found pickled weights ({pickled}) only; quantkit reads safetensors only, "
+            "convert them"
+        )
     return f"{expected}, found neither; check the path or fetch the checkpoint again"
 
 
-def _found(folder: Path, patterns: Sequence[str]) -> str:
+def _list_files(folder: Path, patterns: Sequence[str]) -> str:
     return ", ".join(sorted(path.name for pattern in patterns for path in folder.glob(pattern))[:3])

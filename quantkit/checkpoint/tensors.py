@@ -1,6 +1,6 @@
-"""Tensor bytes in and out of safetensors files, by positioned reads and writes of slices.
+"""Reading and writing tensors of safetensors files, by positioned reads and writes of slices.
 
-No memory maps: mapped pages count as resident memory, and a build promises to stay within a stated budget.
+No memory maps: mapped pages count as resident memory, and a build must stay within its budget.
 Every read opens the file, reads its slice and closes it, so any number of threads may read at once.
 """
 
@@ -47,7 +47,7 @@ _NO_FALLOCATE = (
 
 
 def get_dtype_name(dtype: torch.dtype) -> str:
-    """The safetensors name of a torch dtype; raises ArtifactError for one that the format lacks."""
+    """Return the safetensors name of a torch dtype; raises ArtifactError for unsupported ones."""
     for name, known in TORCH_DTYPES.items():
         if known == dtype:
             return name
@@ -57,12 +57,15 @@ def get_dtype_name(dtype: torch.dtype) -> str:
 
 
 def view_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor of any dtype, shared and not copied."""
+    """Return the bytes of a contiguous CPU tensor of any dtype, shared and not copied."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data  # [...] -> [n_bytes]
 
 
 def read_into(descriptor: int, view: memoryview, offset: int) -> int:
-    """Fill `view` from `offset` on; returns the number of bytes read, fewer only at the end of the file."""
+    """Fill `view` from `offset` on.
+
+    Return the number of bytes, fewer only at the end of the file.
+    """
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done : done + _IO_BYTES]], offset + done)
@@ -80,17 +83,20 @@ def write_from(descriptor: int, view: memoryview, offset: int) -> None:
 
 
 def read_tensor(file: Path, header: Header, name: str) -> Tensor:
-    """The tensor `name` as stored, in fresh memory; raises CheckpointError when the file changed since its header."""
+    """Read the tensor `name` as stored; raises CheckpointError if the file changed since its
+    header.
+    """
     spec = header.specs[name]
     return _read(file, header, spec, spec.shape, 0)
 
 
 def read_rows(file: Path, header: Header, name: str, start: int, stop: int) -> Tensor:
-    """Rows start .. stop-1 of `name` as stored: [stop - start, ...]; raises CheckpointError like `read_tensor`."""
+    """Read rows start .. stop-1 as stored: [stop - start, ...]; raises as `read_tensor` does."""
     spec = header.specs[name]
     if not spec.shape or not 0 <= start <= stop <= spec.shape[0]:
         raise CheckpointError(
-            f"{file}: tensor {shorten_repr(name)}: expected rows within {spec.shape}, found {start}:{stop}"
+            f"{file}: tensor {shorten_repr(name)}: expected rows within {spec.shape}, found "
+            f"{start}:{stop}"
         )
     row_bytes = spec.n_bytes // max(spec.shape[0], 1)
     return _read(file, header, spec, (stop - start, *spec.shape[1:]), start * row_bytes)
@@ -123,20 +129,22 @@ def _read(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WrittenFile:
-    """A finished file: its sha256 in hexadecimal and its size."""
+    """A finished file: its hexadecimal sha256 and its size."""
 
     sha256: str
     n_bytes: int
 
 
 class ShardWriter:
-    """Writes one safetensors file of known tensors, in any order, into `<path>.part`; `finish` gives it its name.
+    """Writes one safetensors file of known tensors, in any order, into `<path>.part`.
 
-    The header is written and the space reserved at once, so a full disk is found before the work is done. `written`
-    names tensors that an earlier, interrupted writer of the same specs has put into the part file and flushed: they
-    are kept. Without `finish` (a `with` block left by an error) no file of the final name appears.
+    `finish` renames it. The header is written and the space reserved at once, so that a full disk
+    shows before the work is done. `written` names tensors that an interrupted writer of the same
+    specs has flushed into the part file: they are kept. Without `finish` (a `with` block left by an
+    error) no file of the final name appears.
 
-    Raises ArtifactError for tensors that are not what their specs say, QuantkitError when the disk refuses.
+    Raises ArtifactError for tensors that differ from their specs, QuantkitError if the disk
+    refuses.
     """
 
     def __init__(
@@ -159,21 +167,23 @@ class ShardWriter:
             raise make_write_error(self._part, fault) from fault
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor at its place; dtype and shape must be those of its spec, and each comes once."""
+        """Write a tensor at its place, once; dtype and shape must be those of its spec."""
         spec = self._header.specs.get(name)
         if spec is None:
             raise ArtifactError(
-                f"{self.path}: tensor {shorten_repr(name)}: expected a planned tensor, found one not in the plan"
+                f"{self.path}: tensor {shorten_repr(name)}: expected a planned tensor, found one "
+                "not in the plan"
             )
         if name in self._written:
             raise ArtifactError(
                 f"{self.path}: tensor {shorten_repr(name)}: expected once, found a second time"
             )
-        found = (get_dtype_name(tensor.dtype), tuple(tensor.shape))
-        if found != (spec.dtype, spec.shape):
+        actual = (get_dtype_name(tensor.dtype), tuple(tensor.shape))
+        if actual != (spec.dtype, spec.shape):
             raise ArtifactError(
-                f"{self.path}: tensor {shorten_repr(name)}: expected {spec.dtype} {list(spec.shape)}, "
-                f"found {found[0]} {list(found[1])}; the plan and the format's pack disagree"
+                f"{self.path}: tensor {shorten_repr(name)}: expected {spec.dtype} "
+                f"{list(spec.shape)}, "
+                f"found {actual[0]} {list(actual[1])}; the plan and the format's pack disagree"
             )
         view = view_bytes(tensor.detach().to("cpu").contiguous())
         offset = self._header.data_start + self._header.offsets[name][0]
@@ -187,26 +197,31 @@ class ShardWriter:
             self._hashed += len(view)
 
     def read(self, name: str) -> Tensor:
-        """A tensor written before, read back from the disk: what is measured is what ships."""
+        """Read a written tensor back from the disk: what is measured is what ships."""
         if name not in self._written:
             raise ArtifactError(
-                f"{self.path}: tensor {shorten_repr(name)}: expected one that was written, found none"
+                f"{self.path}: tensor {shorten_repr(name)}: expected one that was written, found "
+                "none"
             )
         return read_tensor(self._part, self._header, name)
 
     def flush(self) -> None:
-        """Make what was written survive a crash, so that a journal may say so."""
+        """Make the written tensors survive a crash, so that a journal may record them."""
         try:
             os.fsync(self._descriptor)
         except OSError as fault:
             raise make_write_error(self._part, fault) from fault
 
     def finish(self) -> WrittenFile:
-        """Check that nothing is missing, sync, rename, sync the folder; returns hash and size."""
+        """Check that no tensor is missing, sync, rename and sync the folder.
+
+        Return hash and size.
+        """
         missing = [name for name in self._header.specs if name not in self._written]
         if missing:
             raise ArtifactError(
-                f"{self.path}: expected {len(self._header.specs)} tensors, found {len(missing)} not written, "
+                f"{self.path}: expected {len(self._header.specs)} tensors, found {len(missing)} "
+                "not written, "
                 f"the first {shorten_repr(missing[0])}"
             )
         try:
@@ -256,7 +271,8 @@ class ShardWriter:
         unknown = sorted(self._written - set(self._header.specs))
         if unknown:
             raise ArtifactError(
-                f"{self._part}: expected a part of the same plan, found {shorten_repr(unknown[0])} written; start again"
+                f"{self._part}: expected a part of the same plan, found {shorten_repr(unknown[0])} "
+                "written; start again"
             )
         if (
             self.path.exists() and not self._part.exists()
@@ -271,7 +287,10 @@ class ShardWriter:
         return descriptor
 
     def _digest(self) -> str:
-        """The sha256 of the whole part file; what was not hashed on the way is read again, piece by piece."""
+        """Return the sha256 of the part file.
+
+        Bytes that were written out of order are read again.
+        """
         piece = memoryview(bytearray(min(_IO_BYTES, self._size)))
         while self._hashed < self._size:
             count = read_into(self._descriptor, piece[: self._size - self._hashed], self._hashed)
@@ -285,7 +304,7 @@ class ShardWriter:
 
 
 def reserve_space(descriptor: int, n_bytes: int) -> None:
-    """Give a file its size and its space on the disk; raises OSError when the disk is too small."""
+    """Set a file's size and reserve its space; raises OSError if the disk is too small."""
     os.ftruncate(descriptor, n_bytes)
     if n_bytes:
         try:

@@ -1,4 +1,4 @@
-"""What is wrong with the files that transformers makes a tokenizer of, where it names none in its own error."""
+"""Diagnosis of a tokenizer that transformers cannot load: its own error may name no file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ _FILES = (
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """CheckpointError for the first file that is no JSON object, and for a config.json that transformers refuses.
+    """Check the tokenizer's files after transformers failed to load it.
 
-    Asked only when the tokenizer did not load: others are taken as transformers takes them.
+    Raises CheckpointError for the first file that is no JSON object, and for a config.json that
+    transformers refuses.
     """
     from transformers import CONFIG_MAPPING
 
-    found = {name: read_json(folder / name) for name in _FILES if is_file(folder / name)}
-    values = {key: value for key, value in found.get(CONFIG, {}).items() if key != "auto_map"}
+    contents = {name: read_json(folder / name) for name in _FILES if is_file(folder / name)}
+    values = {key: value for key, value in contents.get(CONFIG, {}).items() if key != "auto_map"}
     model_type = values.get("model_type")
     if not values or (isinstance(model_type, str) and model_type not in CONFIG_MAPPING):
         return  # a family that exists as code only, or none

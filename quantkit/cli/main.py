@@ -1,39 +1,67 @@
-"""The command line: a command per file of commands/.
+"""The command line: a lazy group with one command per module of commands/.
 
-Exit codes: 0 done, 1 a failure, 2 usage or recipe, 3 a missed gate.
+Exit codes: 0 success, 1 failure, 2 usage or recipe error, 3 missed gate.
 """
 
 from __future__ import annotations
 
-import os
-import pkgutil
+from collections.abc import Mapping
 from importlib import import_module
 
 import click
 
-from quantkit import __version__
-from quantkit.cli import commands
+from quantkit.library_settings import apply_settings
+from quantkit.version import __version__
 
-REPRODUCIBLE = {"MKL_CBWR": "AVX2,STRICT", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""What the linear algebra libraries must be told before they load, so that the number of threads changes no bit."""
-BOUNDED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
-"""The same, so that memory stays the same: oneDNN and torch keep the code made for each shape of a product, and every
-expert has another number of tokens. With their 1,024 shapes each a build grew by 14 MB a block, with these by 3."""
+COMMANDS: Mapping[str, str] = {
+    "build": "Quantize a model as a recipe says, measure it, and write the artifact.",
+    "cost": "Compare owned and rented GPUs with API prices per million tokens.",
+    "diff": "Compare artifact B with A.",
+    "eval": "Run benchmarks on an artifact, a model or a server.",
+    "gate": "Check an artifact against gates.",
+    "key": "Create an API key for the gateway.",
+    "loadtest": "Measure a server under increasing load.",
+    "plan": "Show what a build would do.",
+    "publish": "Verify an artifact and upload it to DEST.",
+    "pull": "Download an artifact from SRC and verify it.",
+    "report": "Print the fidelity report of an artifact.",
+    "runs": "List the artifacts in FOLDER with their key figures.",
+    "serve": "Verify an artifact, size it, and serve it.",
+    "sign": "Check an artifact and sign all of its files.",
+    "size": "Estimate the memory and speed of a model.",
+    "verify": "Check an artifact against its manifest.",
+}
+"""Command -> short help, the first sentence of its docstring: `--help` imports no command."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class LazyGroup(click.Group):
+    """A click group that imports a command's module if the command runs or shows its help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of a command and return its `command`; None for an unknown name."""
+        if cmd_name not in COMMANDS:
+            return None
+        apply_settings()  # before a command imports torch
+        command: click.Command = import_module(f"quantkit.cli.commands.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the short helps of COMMANDS, without importing any command."""
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="quantkit")
 def main() -> None:
-    """One recipe in, one quantized safetensors artifact out, with the evidence of what it lost.
+    """Build a quantized safetensors artifact from a recipe, with a report of what it lost.
 
     Example: quantkit build tiny-v3-awq4
     """
-    for name, value in {**REPRODUCIBLE, **BOUNDED}.items():
-        os.environ.setdefault(name, value)
-
-
-for found in pkgutil.iter_modules(commands.__path__):
-    main.add_command(import_module(f"{commands.__name__}.{found.name}").COMMAND, found.name)
 
 
 if __name__ == "__main__":

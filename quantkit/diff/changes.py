@@ -1,4 +1,4 @@
-"""Recipe, plan and tensors, key by key and name by name. Pure."""
+"""Changes of recipe, plan, gates, sizes and tensors, by key and by name. Pure."""
 
 from __future__ import annotations
 
@@ -16,36 +16,38 @@ UNQUANTIZED = "not quantized"
 
 
 def compare_recipes(a: Side, b: Side) -> tuple[Change, ...]:
-    """Keys of the resolved recipes that differ.
+    """Return the keys of the resolved recipes that differ.
 
-    What a rule takes over from `quantize` is told once, under `quantize`.
+    A value that rules inherit from `quantize` is listed once, under `quantize`.
     """
     if a.recipe is None or b.recipe is None:
         return ()
-    found = list_changes(_flat(a.recipe), _flat(b.recipe))
+    differences = list_changes(_flatten(a.recipe), _flatten(b.recipe))
     default = {
         change.key.rpartition(".")[2]: change
-        for change in found
+        for change in differences
         if change.key.startswith("quantize.")
     }
 
-    def inherited(change: Change) -> bool:
+    def is_inherited(change: Change) -> bool:
         head, _, key = change.key.rpartition(".")
         same = default.get(key)
         return head.startswith("rules[") and head.endswith("].quantize") and same is not None and (
             (change.a, change.b) == (same.a, same.b)
         )  # fmt: skip
 
-    return tuple(change for change in found if not inherited(change))
+    return tuple(change for change in differences if not is_inherited(change))
 
 
 def compare_plans(a: Side, b: Side) -> tuple[Change, ...]:
-    """Keys of the plans that differ: what each rule came to, and the totals."""
-    return () if a.plan is None or b.plan is None else list_changes(_flat(a.plan), _flat(b.plan))
+    """Return the keys of the plans that differ: results of the rules, and totals."""
+    return (
+        () if a.plan is None or b.plan is None else list_changes(_flatten(a.plan), _flatten(b.plan))
+    )
 
 
 def list_changes(first: Mapping[str, str], second: Mapping[str, str]) -> tuple[Change, ...]:
-    """Keys whose text differs, in the order of the first, then of the second."""
+    """Return the keys whose text differs, in the order of the first, then of the second."""
     keys = dict.fromkeys((*first, *second))
     return tuple(
         Change(key=k, a=first.get(k), b=second.get(k))
@@ -55,9 +57,9 @@ def list_changes(first: Mapping[str, str], second: Mapping[str, str]) -> tuple[C
 
 
 def compare_gates(a: Side, b: Side) -> tuple[Change, ...]:
-    """Every bound of either, with value and result on both sides."""
-    words = {True: "kept", False: "missed", None: "not judged"}
-    told = [
+    """Return every bound of either side, with result and value on both."""
+    words = {True: "pass", False: "fail", None: "not judged"}
+    results = [
         {
             f"{row.figure} {row.bound}": f"{words[row.ok]} ({format_numbers.format_digits(row.value)})"
             if row.value is not None
@@ -67,34 +69,34 @@ def compare_gates(a: Side, b: Side) -> tuple[Change, ...]:
         for side in (a, b)
     ]
     return tuple(
-        Change(key=k, a=told[0].get(k), b=told[1].get(k))
-        for k in dict.fromkeys((*told[0], *told[1]))
+        Change(key=k, a=results[0].get(k), b=results[1].get(k))
+        for k in dict.fromkeys((*results[0], *results[1]))
     )
 
 
 def compare_fallbacks(a: Side, b: Side) -> tuple[Change, ...]:
-    """How many modules took each fallback, where that differs."""
+    """Return the number of modules per fallback, if it differs."""
     first, second = (
         {row.kind: f"{len(row.modules):,}" for row in s.fidelity.fallbacks} for s in (a, b)
     )
     keys = dict.fromkeys((*first, *second))
-    found = (Change(key=k, a=first.get(k, "0"), b=second.get(k, "0")) for k in keys)
-    return tuple(change for change in found if change.a != change.b)
+    counts = (Change(key=k, a=first.get(k, "0"), b=second.get(k, "0")) for k in keys)
+    return tuple(change for change in counts if change.a != change.b)
 
 
 def group_decisions(a: Side, b: Side) -> tuple[TensorGroup, ...]:
-    """Linears about which the plans decided otherwise, by what was decided."""
+    """Return the linear layers with different decisions, grouped by decision."""
     if a.decisions is None or b.decisions is None:
         return ()
     pairs = {
         name: (a.decisions.get(name, ABSENT), b.decisions.get(name, ABSENT))
         for name in {**a.decisions, **b.decisions}
     }
-    return _grouped("decision", pairs)
+    return _group_names("decision", pairs)
 
 
 def group_schemes(a: Side, b: Side) -> tuple[TensorGroup, ...]:
-    """Matrices that are stored in another scheme; where the plans are known, their decisions tell it too."""
+    """Return the matrices with different schemes, for sides without a plan."""
     first, second = (
         {m.name: m.scheme for m in side.fidelity.modules if m.method} for side in (a, b)
     )
@@ -102,31 +104,33 @@ def group_schemes(a: Side, b: Side) -> tuple[TensorGroup, ...]:
         name: (first.get(name, UNQUANTIZED), second.get(name, UNQUANTIZED))
         for name in {**first, **second}
     }
-    return _grouped("scheme", pairs)
+    return _group_names("scheme", pairs)
 
 
 def group_tensors(a: Side, b: Side) -> tuple[TensorGroup, ...]:
-    """Tensors that were added or removed, or that have another dtype or shape."""
+    """Return the tensors that were added, removed, or changed in dtype or shape."""
     if a.tensors is None or b.tensors is None:
         return ()
     first, second = a.tensors, b.tensors
     common = [name for name in first if name in second]
     dtypes = {name: (first[name][0], second[name][0]) for name in common}
-    shapes = {name: (_shape(first[name][1]), _shape(second[name][1])) for name in common}
+    shapes = {
+        name: (_format_shape(first[name][1]), _format_shape(second[name][1])) for name in common
+    }
     return (
-        *_grouped(
+        *_group_names(
             "removed", {name: (first[name][0], ABSENT) for name in first if name not in second}
         ),
-        *_grouped(
+        *_group_names(
             "added", {name: (ABSENT, second[name][0]) for name in second if name not in first}
         ),
-        *_grouped("dtype", dtypes),
-        *_grouped("shape", shapes),
+        *_group_names("dtype", dtypes),
+        *_group_names("shape", shapes),
     )
 
 
 def compare_sizes(a: Side, b: Side) -> tuple[Quantity, ...]:
-    """Bytes, bits and counts of both."""
+    """Return bytes, bits and counts of both sides."""
     first, second = a.fidelity.artifact, b.fidelity.artifact
     quantized = [bool(side.fidelity.modules) for side in (a, b)]
     rows = [
@@ -143,8 +147,8 @@ def compare_sizes(a: Side, b: Side) -> tuple[Quantity, ...]:
             a=8 * first.bytes_artifact / first.parameters if first.parameters else None,
             b=8 * second.bytes_artifact / second.parameters if second.parameters else None,
         ),
-        Quantity(name="tensors", unit="", a=_count(a.tensors), b=_count(b.tensors)),
-        Quantity(name="quantized matrices", unit="", a=_quantized(a), b=_quantized(b)),
+        Quantity(name="tensors", unit="", a=_count_tensors(a.tensors), b=_count_tensors(b.tensors)),
+        Quantity(name="quantized matrices", unit="", a=_count_quantized(a), b=_count_quantized(b)),
     ]
     if a.files and b.files:
         held = [sum(size for _, size in side.files.values()) for side in (a, b) if side.files]
@@ -153,39 +157,39 @@ def compare_sizes(a: Side, b: Side) -> tuple[Quantity, ...]:
 
 
 def has_same_weights(a: Side, b: Side) -> bool:
-    """Whether the weight files of both are the same bytes."""
+    """Return whether the weight files of both are identical."""
     first, second = (
         {n: f for n, f in (s.files or {}).items() if n.endswith(".safetensors")} for s in (a, b)
     )
     return bool(first) and first == second
 
 
-def _quantized(side: Side) -> int:
+def _count_quantized(side: Side) -> int:
     return sum(module.method is not None for module in side.fidelity.modules)
 
 
-def _count(tensors: Tensors | None) -> int | None:
+def _count_tensors(tensors: Tensors | None) -> int | None:
     return None if tensors is None else len(tensors)
 
 
-def _flat(values: object, path: str = "") -> dict[str, str]:
-    """ "quantize.bits" -> "4": every leaf of JSON values as text; null is left out."""
+def _flatten(values: object, path: str = "") -> dict[str, str]:
+    """Flatten JSON values into text by dotted key: {"quantize.bits": "4"}; null is left out."""
     items: Iterable[tuple[str, object]]
     if isinstance(values, Mapping):
         items = ((f"{path}.{key}" if path else str(key), value) for key, value in values.items())
     elif isinstance(values, list) and any(isinstance(value, Mapping) for value in values):
         items = ((f"{path}[{place}]", value) for place, value in enumerate(values))
     else:
-        told = f"{values:.10g}" if isinstance(values, float) else json.dumps(values)
-        return {} if values is None else {path: values if isinstance(values, str) else told}
-    return {key: text for name, value in items for key, text in _flat(value, name).items()}
+        text = f"{values:.10g}" if isinstance(values, float) else json.dumps(values)
+        return {} if values is None else {path: values if isinstance(values, str) else text}
+    return {key: text for name, value in items for key, text in _flatten(value, name).items()}
 
 
-def _grouped(
+def _group_names(
     change: Literal["added", "removed", "dtype", "shape", "decision", "scheme"],
     pairs: Mapping[str, tuple[str, str]],
 ) -> tuple[TensorGroup, ...]:
-    """Names whose two texts differ, by those texts; the largest group first."""
+    """Group the names whose two texts differ by those texts, the largest group first."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, (a, b) in pairs.items():
         if a != b:
@@ -197,5 +201,5 @@ def _grouped(
     )
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def _format_shape(shape: tuple[int, ...]) -> str:
     return f"[{', '.join(map(str, shape))}]"

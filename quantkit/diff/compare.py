@@ -1,4 +1,4 @@
-"""Two sides in, all that differs out, or one refusal that says why they do not compare."""
+"""The comparison of two sides: all differences, or NotComparable with the reason."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from quantkit.errors import NotComparable
 
 
 def compare_sides(a: Side, b: Side, *, partial: bool = False) -> Diff:
-    """B compared with A.
+    """Return the differences of B from A.
 
-    Raises NotComparable for another source, other text or other prompts; `partial` leaves such parts out instead.
+    Raises NotComparable for different sources, texts or prompts; `partial` leaves such parts out.
     """
     allowed = assess_comparability(a, b)
     if allowed.reasons and not partial:
@@ -27,10 +27,10 @@ def compare_sides(a: Side, b: Side, *, partial: bool = False) -> Diff:
         )
     items, reworded = paired_figures.count_items(a, b, allowed)
     return Diff(
-        a=_party(a),
-        b=_party(b),
+        a=_describe_side(a),
+        b=_describe_side(b),
         left_out=allowed.reasons,
-        notes=_notes(a, b, allowed),
+        notes=_list_notes(a, b, allowed),
         sizes=changes.compare_sizes(a, b),
         recipe=changes.compare_recipes(a, b),
         plan=changes.compare_plans(a, b),
@@ -52,7 +52,7 @@ def compare_sides(a: Side, b: Side, *, partial: bool = False) -> Diff:
     )
 
 
-def _party(side: Side) -> ComparedModel:
+def _describe_side(side: Side) -> ComparedModel:
     fidelity = side.fidelity
     return ComparedModel(
         name=side.name,
@@ -64,54 +64,61 @@ def _party(side: Side) -> ComparedModel:
     )
 
 
-def _notes(a: Side, b: Side, allowed: Comparability) -> tuple[str, ...]:
-    """What a reader must know before believing the tables."""
-    found = []
+def _list_notes(a: Side, b: Side, allowed: Comparability) -> tuple[str, ...]:
+    """Return the conditions that a reader of the tables must know."""
+    notes = []
     if changes.has_same_weights(a, b):
-        found.append("The weight files of both are the same bytes.")
+        notes.append("The weight files of both are identical.")
     for side in (a, b):
         if side.kind == "report":
-            found.append(
-                f"{side.name} is a fidelity.json alone: no recipe, no tensors, no items and no tokens to pair."
+            notes.append(
+                f"{side.name} is a single fidelity.json: no recipe, no tensors, and no items or "
+                "tokens to pair."
             )
         elif side.kind == "source" and side.tensors is None:
-            found.append(f"{side.name} cannot be reached, so its tensors are not compared.")
+            notes.append(f"{side.name} cannot be reached, so its tensors are not compared.")
     if allowed.source:
-        return tuple(found + loadtest_diff.list_loadtest_notes(a, b))
-    texts = a.fidelity.calibration, b.fidelity.calibration
-    if "source" not in (a.kind, b.kind) and any(texts) and not is_same_text(*texts):
-        alone = [side.name for side in (a, b) if side.fidelity.calibration is None]
-        told = (
-            f"{alone[0]} learned from no text"
-            if alone
-            else "They did not learn from the same calibration text"
-        )
-        found.append(
-            f"{told}, so modules are compared by the error of their weights; "
-            "a method that learns lets that grow to make the error of the outputs smaller."
-        )
+        return tuple(notes + loadtest_diff.list_loadtest_notes(a, b))
+    notes += _list_calibration_notes(a, b)
     gap = compute_baseline_gap(a, b)
     if gap > BASELINE_NOISE and not allowed.text:
-        found.append(
-            f"The source's own losses differ by up to {gap:.2g} nats between the two builds: another device, dtype or "
-            "version computed them."
+        notes.append(
+            f"The source's own losses differ by up to {gap:.2g} nats between the two builds: they "
+            "were computed by another device, dtype or version."
         )
-    found += _asked(a, b, allowed)
-    return tuple(found + loadtest_diff.list_loadtest_notes(a, b))
+    notes += _list_item_notes(a, b, allowed)
+    return tuple(notes + loadtest_diff.list_loadtest_notes(a, b))
 
 
-def _asked(a: Side, b: Side, allowed: Comparability) -> list[str]:
-    """Items that only one side was asked, and items on which the source itself was scored otherwise."""
+def _list_calibration_notes(a: Side, b: Side) -> list[str]:
+    """Return a note if the output errors are not comparable."""
+    texts = a.fidelity.calibration, b.fidelity.calibration
+    if "source" in (a.kind, b.kind) or not any(texts) or is_same_text(*texts):
+        return []
+    uncalibrated = [side.name for side in (a, b) if side.fidelity.calibration is None]
+    reason = (
+        f"{uncalibrated[0]} used no calibration text"
+        if uncalibrated
+        else "They used different calibration texts"
+    )
+    return [
+        f"{reason}, so modules are compared by the error of their weights; calibrated methods "
+        "accept larger weight errors for smaller output errors."
+    ]
+
+
+def _list_item_notes(a: Side, b: Side, allowed: Comparability) -> list[str]:
+    """Return notes on items that only one side has, and on changed scores of the source."""
     if a.items is None or b.items is None:
         return []
-    found, first, second = [], a.items, b.items
+    notes, first, second = [], a.items, b.items
     for task in dict.fromkeys(task for task, _, _ in (*first, *second)):
-        ours, theirs = ({key for key in items if key[0] == task} for items in (first, second))
-        if ours and theirs and ours != theirs and task not in allowed.tasks:
-            found.append(
-                f"{task}: {len(ours & theirs):,} items are in both, {len(ours ^ theirs):,} in one only."
+        of_a, of_b = ({key for key in items if key[0] == task} for items in (first, second))
+        if of_a and of_b and of_a != of_b and task not in allowed.tasks:
+            notes.append(
+                f"{task}: {len(of_a & of_b):,} items are in both, {len(of_a ^ of_b):,} in one only."
             )
-    moved = 0
+    changed = 0
     for key, item in first.items():
         other = second[key].source if key in second else None
         if (
@@ -120,9 +127,10 @@ def _asked(a: Side, b: Side, allowed: Comparability) -> list[str]:
             and other
             and item.source.score != other.score
         ):
-            moved += 1
-    if moved:
-        found.append(
-            f"The source itself was scored otherwise on {moved:,} items: another device or version answered."
+            changed += 1
+    if changed:
+        notes.append(
+            f"The source itself has other scores on {changed:,} items: another device or version "
+            "generated its answers."
         )
-    return found
+    return notes

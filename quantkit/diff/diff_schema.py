@@ -1,7 +1,8 @@
-"""What differs between two models, as plain frozen values: `quantkit diff --json`. B is compared with A.
+"""The values of `quantkit diff --json`: differences of B from A.
 
-Shares are 0 .. 1, KL in nats per token, differences of scores in percentage points, sizes in bytes; a difference is
-B - A and a ratio B / A. Names of many tensors are folded: "model.layers.{1-3}.mlp.gate.weight".
+Shares are 0 .. 1, KL is in nats per token, score differences in percentage points, sizes in bytes.
+A difference is B - A, a ratio B / A. Names of many tensors are folded:
+"model.layers.{1-3}.mlp.gate.weight".
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ SideKind = Literal["artifact", "report", "source"]
 
 
 class ComparedModel(BaseModel):
-    """One of the two."""
+    """One of the two compared models."""
 
     model_config = FROZEN
     name: str
-    kind: SideKind  # report: a fidelity.json alone, without recipe, tensors and samples
+    kind: SideKind  # report: a single fidelity.json, without recipe, tensors and samples
     status: Status | Literal["source"]
     scheme: str
     format: str
@@ -30,7 +31,7 @@ class ComparedModel(BaseModel):
 
 
 class Change(BaseModel):
-    """A key of the recipe, a version, a verdict: what A has and what B has, as text; None where it has none."""
+    """A key of a recipe or plan, a version or a gate, with both values as text; None if absent."""
 
     model_config = FROZEN
     key: str
@@ -39,7 +40,7 @@ class Change(BaseModel):
 
 
 class TensorGroup(BaseModel):
-    """Tensors or modules that changed alike."""
+    """Tensors or modules with the same change."""
 
     model_config = FROZEN
     change: Literal["added", "removed", "dtype", "shape", "decision", "scheme"]
@@ -60,7 +61,10 @@ class Quantity(BaseModel):
 
 
 class ErrorShift(BaseModel):
-    """An error of a module or a block on both sides. `by`: of its outputs where both are known, else of its weights."""
+    """An error of a module or block on both sides.
+
+    by: the measured value; output errors if both sides have them, else weight errors.
+    """
 
     model_config = FROZEN
     name: str
@@ -73,7 +77,7 @@ class ErrorShift(BaseModel):
 class DistributionDiff(BaseModel):
     """A figure of the next-token distributions on one domain.
 
-    difference: of the mean over the same tokens, with its 95 % interval; None where the tokens cannot be paired.
+    difference: over the same tokens, with its 95 % interval; None if tokens cannot be paired.
     """
 
     model_config = FROZEN
@@ -87,7 +91,7 @@ class DistributionDiff(BaseModel):
 
 
 class LikelihoodDiff(BaseModel):
-    """Log-likelihood per token of a task's gold solutions, nats; the difference is paired solution by solution."""
+    """Log-likelihood per token of a task's gold solutions in nats; the difference is paired."""
 
     model_config = FROZEN
     task: str
@@ -100,7 +104,7 @@ class LikelihoodDiff(BaseModel):
 
 
 class BenchmarkDiff(BaseModel):
-    """One task, item by item. lost: items that A has right and B wrong; gained: the other way round."""
+    """One task, paired by item. lost: right in A and wrong in B; gained: wrong in A and right in B."""
 
     model_config = FROZEN
     task: str
@@ -117,7 +121,7 @@ class BenchmarkDiff(BaseModel):
 
 
 class FlippedItem(BaseModel):
-    """An item that one of the two has right and the other wrong, with both answers."""
+    """An item whose score differs, with both answers."""
 
     model_config = FROZEN
     task: str
@@ -130,12 +134,12 @@ class FlippedItem(BaseModel):
 
     @property
     def lost(self) -> bool:
-        """B scores less than A."""
+        """Whether B scores less than A."""
         return self.b.score < self.a.score
 
 
 class LoadDiff(BaseModel):
-    """A figure of two load tests with so many requests at once."""
+    """A figure of two load tests at one concurrency."""
 
     model_config = FROZEN
     at_once: int
@@ -145,14 +149,14 @@ class LoadDiff(BaseModel):
 
 
 class Diff(BaseModel):
-    """All that differs."""
+    """All differences."""
 
     model_config = FROZEN
     version: Literal[1] = 1
     a: ComparedModel
     b: ComparedModel
-    left_out: tuple[str, ...] = ()  # what is not comparable, a sentence each
-    notes: tuple[str, ...] = ()  # what a reader must know of the comparison
+    left_out: tuple[str, ...] = ()  # reasons for parts that are not comparable
+    notes: tuple[str, ...] = ()  # conditions of the comparison
     sizes: tuple[Quantity, ...] = ()
     recipe: tuple[Change, ...] = ()
     plan: tuple[Change, ...] = ()

@@ -1,4 +1,4 @@
-"""Two load tests side by side: what both sides were asked alike. One run each, so a difference has no interval."""
+"""The comparison of two load tests. One run each, so a difference has no interval."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from quantkit.diff.sides import Side
 
 
 def compare_loadtests(a: Side, b: Side) -> tuple[LoadDiff, ...]:
-    """Figures at every number of requests at once that both were asked with; none where the runs do not compare."""
+    """Return the figures at every concurrency that both runs have; none if the runs differ."""
     if a.load is None or b.load is None or a.load.comparable(b.load):
         return ()
     first = {level.concurrency: level for level in a.load.levels}
@@ -21,14 +21,14 @@ def compare_loadtests(a: Side, b: Side) -> tuple[LoadDiff, ...]:
 
 
 def compare_levels(a: LoadLevel, b: LoadLevel) -> list[LoadDiff]:
-    """The figures of two levels that a serving team asks for."""
+    """Return the figures of two levels of the same concurrency."""
     figures = {
         "output tokens/s": (a.output_tokens_per_second, b.output_tokens_per_second),
         "time to first token p50 [ms]": (a.ttft_ms.p50, b.ttft_ms.p50),
         "time to first token p99 [ms]": (a.ttft_ms.p99, b.ttft_ms.p99),
-        "between tokens p50 [ms]": (a.inter_token_ms.p50, b.inter_token_ms.p50),
-        "between tokens p99 [ms]": (a.inter_token_ms.p99, b.inter_token_ms.p99),
-        "answer p99 [ms]": (a.latency_ms.p99, b.latency_ms.p99),
+        "inter-token latency p50 [ms]": (a.inter_token_ms.p50, b.inter_token_ms.p50),
+        "inter-token latency p99 [ms]": (a.inter_token_ms.p99, b.inter_token_ms.p99),
+        "request latency p99 [ms]": (a.latency_ms.p99, b.latency_ms.p99),
     }
     return [
         LoadDiff(at_once=b.concurrency, figure=name, a=x, b=y) for name, (x, y) in figures.items()
@@ -36,21 +36,22 @@ def compare_levels(a: LoadLevel, b: LoadLevel) -> list[LoadDiff]:
 
 
 def list_loadtest_notes(a: Side, b: Side) -> list[str]:
-    """What a reader must know of the two runs."""
+    """Return the conditions of the two runs."""
     if faults := [
         f"The load test is left out: {side.load_fault}." for side in (a, b) if side.load_fault
     ]:
         return faults
     if a.load is None or b.load is None:
         return []
-    why = a.load.comparable(b.load)
-    if why:
-        return [f"Their load tests asked otherwise ({why}) and are not compared."]
-    told = [
-        f"{name}: {side.load.note or 'nobody noted'}"
+    reason = a.load.comparable(b.load)
+    if reason:
+        return [f"The load tests have different settings ({reason}) and are not compared."]
+    servers = [
+        f"{name}: {side.load.note or 'not noted'}"
         for name, side in (("A", a), ("B", b))
         if side.load
     ]
     return [
-        f"Load: one run each, {a.load.started} and {b.load.started}. What served {', '.join(told)}."
+        f"Load test: one run each, {a.load.started} and {b.load.started}. "
+        f"Servers: {', '.join(servers)}."
     ]

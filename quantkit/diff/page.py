@@ -1,10 +1,10 @@
-"""A comparison as one page for people, in the style of fidelity.html and under the same content policy."""
+"""The comparison as one HTML page, with the style and content security policy of fidelity.html."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantkit.diff import render_text, tables
+from quantkit.diff import tables
 from quantkit.diff.charts import make_charts
 from quantkit.diff.diff_schema import Diff, DistributionDiff, FlippedItem
 from quantkit.diff.sides import TokenFigures
@@ -13,17 +13,16 @@ from quantkit.report import format_numbers, html_page
 from quantkit.report.html_page import Tile
 from quantkit.report.samples import ChangedItem
 
-ROWS = 200  # of the tables of modules, blocks and routers
+ROWS = 200  # rows of the tables of modules, blocks and routers
 NAMES = 400  # lines of folded names per group
 
 
 def render_page(diff: Diff, a: TokenFigures | None = None, b: TokenFigures | None = None) -> str:
-    """The whole page. `a`, `b`: the tokens behind the distributions, for the plot of their tails."""
-    made = html_page.make_environment(autoescape=True)
-    made.filters["party"] = render_text.describe_model
-    made.filters["tone"] = choose_tone
+    """Return the page; `a` and `b` are the tokens of both sides, for the plot of the tails."""
+    environment = html_page.make_environment(autoescape=True)
+    environment.filters["tone"] = choose_tone
     items = html_page.select_items([make_changed_item(flip) for flip in diff.flips])
-    return made.get_template("diff.html.j2").render(
+    return environment.get_template("diff.html.j2").render(
         diff=diff,
         items=items,
         hidden=len(diff.flips) - len(items),
@@ -33,12 +32,14 @@ def render_page(diff: Diff, a: TokenFigures | None = None, b: TokenFigures | Non
         intervals=html_page.draw_intervals([row.delta_pp for row in diff.benchmarks]),
         rows=ROWS,
         names=NAMES,
-        **html_page.make_plot_context(made, make_charts(diff, a, b), ("fidelity.css", "diff.css")),
+        **html_page.make_plot_context(
+            environment, make_charts(diff, a, b), ("fidelity.css", "diff.css")
+        ),
     )
 
 
 def make_changed_item(flip: FlippedItem) -> ChangedItem:
-    """A flipped item as the report's page shows changed ones: A in the place of the source."""
+    """Return a flipped item as a changed item of the report's page, with A as the source."""
     return ChangedItem(
         task=flip.task,
         item=flip.item,
@@ -50,7 +51,7 @@ def make_changed_item(flip: FlippedItem) -> ChangedItem:
 
 
 def choose_tone(text: str) -> str:
-    """The class of a cell that says which way something went."""
+    """Return the CSS class of a cell with a result."""
     word = text.split(":")[0].split("(")[0].strip().lower()
     return {
         "better": "good",
@@ -62,8 +63,8 @@ def choose_tone(text: str) -> str:
 
 
 def make_tiles(diff: Diff) -> list[Tile]:
-    """The figures that a reader wants first: B's, with A's below."""
-    found = []
+    """Return the tiles: values of B, with those of A below."""
+    tiles = []
     for row in diff.sizes:
         if (
             row.a is None
@@ -76,15 +77,15 @@ def make_tiles(diff: Diff) -> list[Tile]:
             for v in (row.a, row.b)
         )
         label = "Size" if row.unit == "B" else "Bits per weight"
-        found.append(Tile(label=label, value=b, note="as A" if a == b else f"from {a}"))
-    found += _make_distribution_tiles(diff.distribution)
+        tiles.append(Tile(label=label, value=b, note="same as A" if a == b else f"from {a}"))
+    tiles += _make_distribution_tiles(diff.distribution)
     if diff.compared_items:
         lost = sum(flip.lost for flip in diff.flips)
         value = f"{lost} / {len(diff.flips) - lost}"
-        found.append(
+        tiles.append(
             Tile(label="Items lost / gained", value=value, note=f"of {diff.compared_items:,}")
         )
-    return found
+    return tiles
 
 
 def _make_distribution_tiles(rows: Sequence[DistributionDiff]) -> list[Tile]:

@@ -1,4 +1,4 @@
-"""A comparison for a terminal and for a pull request's comment. Nothing is printed here."""
+"""The comparison as text for a terminal and as Markdown for a pull request. Nothing is printed here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quantkit.report import html_page, markdown, terminal
 from quantkit.report.samples import find_divergence
 
 MAX_CHARACTERS = 60_000
-"""GitHub takes 65,536 in a comment."""
+"""Limit of the Markdown view; a GitHub comment takes 65,536."""
 
 TERMINAL_ROWS = 10
 _LIMITS = (
@@ -23,17 +23,17 @@ _LIMITS = (
     (8, 60, 3, 200),
     (3, 30, 0, 0),
 )
-"""Rows of a table, characters of a cell, flipped items, characters of an answer: the first that fits."""
+"""Rows of a table, characters of a cell, flipped items, characters of an answer; the first that fits."""
 
 
-def describe_model(party: ComparedModel) -> str:
-    """ "tiny-v3-awq4: awq, int4 g128 asymmetric, bfloat16 scales, format awq; accepted"."""
-    status = "" if party.status == "source" else f"; {party.status}"
-    return f"{party.name}: {party.scheme}, format {party.format}{status}"
+def describe_model(model: ComparedModel) -> str:
+    """Return "tiny-v3-awq4: awq, int4 g128 asymmetric, bfloat16 scales, format awq; accepted"."""
+    status = "" if model.status == "source" else f"; {model.status}"
+    return f"{model.name}: {model.scheme}, format {model.format}{status}"
 
 
 def render_terminal(diff: Diff) -> Group:
-    """Who is compared, what matters, then the tables."""
+    """Return both models, notes, tables and the headline."""
     head = Text(
         f"A  {terminal.strip_control_characters(describe_model(diff.a))}\nB  {terminal.strip_control_characters(describe_model(diff.b))}",
         style="bold",
@@ -43,47 +43,47 @@ def render_terminal(diff: Diff) -> Group:
         for reason in diff.left_out
     ]
     lines += [Text(terminal.strip_control_characters(note), style="dim") for note in diff.notes]
-    made = [terminal.render_table(table) for table in tables.make_tables(diff, TERMINAL_ROWS)]
+    rendered = [terminal.render_table(table) for table in tables.make_tables(diff, TERMINAL_ROWS)]
     return Group(
         head,
         Text(),
         *lines,
         *([Text()] if lines else []),
-        *made,
+        *rendered,
         Text(terminal.strip_control_characters(tables.format_headline(diff))),
     )
 
 
 def render_markdown(diff: Diff) -> str:
-    """A comment of fewer than 60,000 characters: tables and answers are cut where they must be, and say so."""
+    """Return Markdown of fewer than MAX_CHARACTERS; cut tables and answers say so."""
     text = ""
     for rows, cell, items, answer in _LIMITS:
-        text = _markdown(diff, rows, cell, items, answer)
+        text = _render_markdown(diff, rows, cell, items, answer)
         if len(text) < MAX_CHARACTERS:
             break
     return text
 
 
-def _markdown(diff: Diff, rows: int, cell: int, items: int, answer: int) -> str:
+def _render_markdown(diff: Diff, rows: int, cell: int, items: int, answer: int) -> str:
     environment = html_page.make_environment(
         autoescape=False
-    )  # Markdown: the filters take care of text from elsewhere
-    environment.filters["table"] = lambda made: disable_mentions(
-        markdown.format_table(made, rows, cell, "quantkit diff --json")
+    )  # Markdown: the filters escape untrusted text
+    environment.filters["table"] = lambda table: disable_mentions(
+        markdown.format_table(table, rows, cell, "quantkit diff --json")
     )
     environment.filters["cell"] = lambda text: disable_mentions(
         markdown.escape_cell(text, 4 * cell)
     )
     environment.filters["answer"] = lambda text: fence_text(text, answer)
     text = environment.get_template("diff.md.j2").render(
-        diff=diff, tables=tables, headline=tables.format_headline(diff), party=describe_model, rows=rows, items=diff.flips[:items],
+        diff=diff, tables=tables, headline=tables.format_headline(diff), describe=describe_model, rows=rows, items=diff.flips[:items],
         around=cut_to_difference,
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def cut_to_difference(flip: FlippedItem, limit: int = 300) -> tuple[str, str]:
-    """Both answers from shortly before the first character in which they differ."""
+    """Return both answers from shortly before their first difference."""
     place = find_divergence(flip.a.text, flip.b.text)
     start = max(0, place - limit)
     cut = f"[{start:,} characters before] … " if start else ""
@@ -91,13 +91,13 @@ def cut_to_difference(flip: FlippedItem, limit: int = 300) -> tuple[str, str]:
 
 
 def disable_mentions(text: str) -> str:
-    """Without mentions and issue numbers: a decorator in an answer must call nobody to the pull request."""
+    """Break mentions and issue numbers, so that "@decorator" in an answer notifies no user."""
     return re.sub(r"(?<![\w])([@#])(?=\w)", "\\1\u200b", text)
 
 
 def fence_text(text: str, limit: int) -> str:
-    """A block that the text in it cannot end."""
-    kept = "".join(sign if sign.isprintable() or sign in "\n\t" else "\ufffd" for sign in text)
+    """Return a fenced block that its text cannot end."""
+    kept = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
     kept = kept if len(kept) <= limit else kept[:limit] + " …"
     longest = max((len(run) for run in re.findall(r"`+", kept)), default=0)
     fence = "`" * max(3, longest + 1)

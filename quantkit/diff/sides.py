@@ -1,7 +1,7 @@
-"""The two sides of a comparison, read: an artifact with its evidence, a fidelity.json alone, or an artifact's source.
+"""The two sides of a comparison: artifacts with their samples, fidelity.json files, or a source.
 
-A source is what its artifact measured of it: the answers and tokens of the samples, and no error at all. So all that
-compares two artifacts compares an artifact with its source too.
+A source is what its artifact measured of it: the answers and tokens of the samples, with no error.
+So an artifact and its source are compared like two artifacts.
 """
 
 from __future__ import annotations
@@ -64,18 +64,18 @@ ItemKey = tuple[str, str, int]  # task, filter, item
 
 @dataclass(frozen=True, kw_only=True)
 class ItemResult:
-    """A benchmark item and what one side answered; `source` is the baseline's answer to it."""
+    """A benchmark item with a side's answer; `source` is the answer of its source."""
 
     hashes: tuple[str, str, str]
     prompt: str
     target: str
-    answer: Answer | None  # None: it could not be scored
+    answer: Answer | None  # None if it could not be scored
     source: Answer | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFigures:
-    """Figures of every scored token, in the order of the text."""
+    """Values of every scored token, in the order of the text."""
 
     domains: Sequence[str]
     kl: Sequence[float]
@@ -86,7 +86,7 @@ class TokenFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class SolutionScore:
-    """Log-likelihood per token of an item's gold solution, nats; `source`: under the baseline."""
+    """Log-likelihood per token of an item's gold solution in nats; `source` is the source's."""
 
     n_tokens: int
     source: float
@@ -95,13 +95,13 @@ class SolutionScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """What is known of one side; None where nobody wrote it down."""
+    """One side of a comparison; None for parts that were not recorded."""
 
     name: str
     kind: SideKind
     fidelity: Fidelity
     recipe: Mapping[str, object] | None = None
-    plan: Mapping[str, object] | None = None  # what its rules came to, and the totals
+    plan: Mapping[str, object] | None = None  # result of each rule, and the totals
     decisions: Mapping[str, str] | None = None  # linear -> "awq int4 g128 asymmetric"
     tensors: Tensors | None = None
     files: Mapping[str, tuple[str, int]] | None = None  # of the artifact: sha256, bytes
@@ -111,49 +111,54 @@ class Side:
     tokens: TokenFigures | None = None
     solutions: Mapping[tuple[str, int], SolutionScore] | None = None  # by task and item
     load: LoadTest | None = None
-    load_fault: str = ""  # why the load test that lies there cannot be read
+    load_fault: str = ""  # why the load test cannot be read
 
 
 def read_sides(a: str, b: str) -> tuple[Side, Side]:
-    """Both sides; raises QuantkitError for what is neither artifact, fidelity.json nor the other's source."""
-    first, second = _read(a), _read(b)
+    """Read both sides: artifacts, fidelity.json files, or the source of the other side.
+
+    Raises QuantkitError for other paths.
+    """
+    first, second = _read_side(a), _read_side(b)
     if first is None and second is None:
         raise UsageError(
-            f"{a}, {b}: expected an artifact or a fidelity.json among the two, found none; check the paths"
+            f"{a}, {b}: expected an artifact or a fidelity.json among the two, found none; "
+            "check the paths"
         )
     if first is None:
         assert second is not None
-        return _source(a, second), second
-    return first, second if second is not None else _source(b, first)
+        return _make_source_side(a, second), second
+    return first, second if second is not None else _make_source_side(b, first)
 
 
-def _read(text: str) -> Side | None:
-    """An artifact or a report; None for what can only be a source."""
+def _read_side(text: str) -> Side | None:
+    """Read an artifact or a report; None for a path that can only be a source."""
     path = Path(text)
     if (path / MANIFEST).is_file() or (path / EVIDENCE_FOLDER).is_dir():
-        return _artifact(path)
+        return _read_artifact(path)
     if (
         path.parts[-2:] == PurePosixPath(FIDELITY).parts
         and (path.parent.parent / MANIFEST).is_file()
     ):
-        return _artifact(path.parent.parent)  # all its evidence lies there
+        return _read_artifact(path.parent.parent)  # with all files of the report
     if path.is_file():
-        found = read_report_file(path)
+        report = read_report_file(path)
         return Side(
-            name=found.artifact.name, kind="report", fidelity=found, versions=found.versions
+            name=report.artifact.name, kind="report", fidelity=report, versions=report.versions
         )
     if (path / CONFIG).is_file() or not path.exists():
         return None
     raise ArtifactError(
-        f"{path}: expected an artifact, a fidelity.json or a source model, found a folder of none of them"
+        f"{path}: expected an artifact, a fidelity.json or a source model, found another folder; "
+        "check the path"
     )
 
 
-def _artifact(path: Path) -> Side:
+def _read_artifact(path: Path) -> Side:
     fidelity, manifest = read_sealed_report(path)
     plan = read_json(path / PLAN, ArtifactError)
     decisions = get_section(plan, "decisions", path)
-    load, fault = _load(path / LOADTEST)
+    load, fault = _read_loadtest(path / LOADTEST)
     files = {
         name: entry
         for name, entry in get_section(manifest, "files", path).items()
@@ -164,15 +169,16 @@ def _artifact(path: Path) -> Side:
         kind="artifact",
         fidelity=fidelity,
         recipe=get_section(plan, "recipe", path),
-        plan=_totals(get_section(plan, "summary", path), plan.get("dropped")),
+        plan=_summarize_plan(get_section(plan, "summary", path), plan.get("dropped")),
         decisions={
             name: str(row[0]) for name, row in decisions.items() if isinstance(row, list) and row
         },
         tensors={
-            name: _spec(row, path) for name, row in get_section(manifest, "tensors", path).items()
+            name: _parse_spec(row, path)
+            for name, row in get_section(manifest, "tensors", path).items()
         },
         files={
-            name: (str(entry.get("sha256")), _whole(entry.get("bytes"), name, path))
+            name: (str(entry.get("sha256")), _parse_count(entry.get("bytes"), name, path))
             for name, entry in files.items()
         },
         source_files={
@@ -184,9 +190,11 @@ def _artifact(path: Path) -> Side:
             for part in ("versions", "environment")
             for key, value in get_section(manifest, part, path).items()
         },
-        items=_items(path / BENCHMARK_SAMPLES) if (path / BENCHMARK_SAMPLES).is_file() else None,
-        tokens=_tokens(path / TOKEN_SAMPLES) if (path / TOKEN_SAMPLES).is_file() else None,
-        solutions=_solutions(path / SOLUTION_SAMPLES)
+        items=_read_items(path / BENCHMARK_SAMPLES)
+        if (path / BENCHMARK_SAMPLES).is_file()
+        else None,
+        tokens=read_tokens(path / TOKEN_SAMPLES) if (path / TOKEN_SAMPLES).is_file() else None,
+        solutions=_read_solutions(path / SOLUTION_SAMPLES)
         if (path / SOLUTION_SAMPLES).is_file()
         else None,
         load=load,
@@ -194,30 +202,33 @@ def _artifact(path: Path) -> Side:
     )
 
 
-def _load(path: Path) -> tuple[LoadTest | None, str]:
-    """The load test of an artifact, or why it cannot be read: unsealed, it is no reason to show nothing else."""
+def _read_loadtest(path: Path) -> tuple[LoadTest | None, str]:
+    """Read the load test of an artifact, or return why it cannot be read.
+
+    The manifest does not cover load tests, so a damaged one does not stop the comparison.
+    """
     try:
         return (read_load_test(path), "") if path.is_file() else (None, "")
     except ArtifactError as fault:
         return None, str(fault)
 
 
-def _totals(summary: Mapping[str, object], dropped: object) -> dict[str, object]:
-    """The parts of a plan that say what comes out: of the output files only how many there are."""
+def _summarize_plan(summary: Mapping[str, object], dropped: object) -> dict[str, object]:
+    """Return the results of a plan; of the output files only their number."""
     shards = summary.get("shards")
     kept = {key: summary.get(key) for key in ("rules", "totals", "warnings")}
     return {**kept, "files": len(shards) if isinstance(shards, list) else None, "dropped": dropped}
 
 
-def _spec(row: object, path: Path) -> tuple[str, tuple[int, ...]]:
+def _parse_spec(row: object, path: Path) -> tuple[str, tuple[int, ...]]:
     if isinstance(row, list) and len(row) == 2 and isinstance(row[1], list):
-        return str(row[0]), tuple(_whole(n, "tensors", path) for n in row[1])
+        return str(row[0]), tuple(_parse_count(n, "tensors", path) for n in row[1])
     raise ArtifactError(
         f"{path / MANIFEST}: tensors: expected [dtype, shape], found {row!r:.60}; pull it again"
     )
 
 
-def _whole(value: object, what: str, path: Path) -> int:
+def _parse_count(value: object, what: str, path: Path) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise ArtifactError(
@@ -225,27 +236,27 @@ def _whole(value: object, what: str, path: Path) -> int:
     )
 
 
-def _typed(path: Path, types: Mapping[str, str]) -> Any:
-    """Columns of these Arrow types, complete but for scores; ArtifactError otherwise."""
+def _read_typed_columns(path: Path, types: Mapping[str, str]) -> Any:
+    """Read columns, checking their Arrow types; only scores may be null. Raises ArtifactError."""
     table = read_columns(path, list(types))
     for name, expected in types.items():
-        found = str(table.schema.field(name).type)
-        if found != expected:
+        actual = str(table.schema.field(name).type)
+        if actual != expected:
             raise ArtifactError(
-                f"{path}: {name}: expected {expected}, found {found}; pull or build the artifact again"
+                f"{path}: {name}: expected {expected}, found {actual}; pull or build the artifact again"
             )
         if table[name].null_count and not name.endswith("_score"):
             raise ArtifactError(
-                f"{path}: {name}: expected no empty cell, found some; pull or build the artifact again"
+                f"{path}: {name}: expected no null value, found some; pull or build the artifact again"
             )
     return table
 
 
-def _items(path: Path) -> dict[ItemKey, ItemResult]:
-    rows = _typed(
+def _read_items(path: Path) -> dict[ItemKey, ItemResult]:
+    rows = _read_typed_columns(
         path,
         _ITEM
-        | {f"{who}_{name}": kind for who in ("base", "quant") for name, kind in _ANSWER.items()},
+        | {f"{side}_{name}": kind for side in ("base", "quant") for name, kind in _ANSWER.items()},
     )
     rows = rows.to_pylist()
     return {
@@ -253,19 +264,20 @@ def _items(path: Path) -> dict[ItemKey, ItemResult]:
             hashes=(row["doc_hash"], row["prompt_hash"], row["target_hash"]),
             prompt=row["prompt"],
             target=row["target"],
-            answer=_answer(row, "quant"),
-            source=_answer(row, "base"),
+            answer=_parse_scored_answer(row, "quant"),
+            source=_parse_scored_answer(row, "base"),
         )
         for row in rows
     }
 
 
-def _answer(row: Mapping[str, Any], who: str) -> Answer | None:
-    return None if row[f"{who}_score"] is None else parse_answer(row, who)
+def _parse_scored_answer(row: Mapping[str, Any], side: str) -> Answer | None:
+    return None if row[f"{side}_score"] is None else parse_answer(row, side)
 
 
-def _tokens(path: Path) -> TokenFigures:
-    table = _typed(path, _TOKEN).to_pydict()
+def read_tokens(path: Path) -> TokenFigures:
+    """Read the values of every scored token."""
+    table = _read_typed_columns(path, _TOKEN).to_pydict()
     return TokenFigures(
         domains=table["domain"],
         kl=table["kl"],
@@ -275,41 +287,43 @@ def _tokens(path: Path) -> TokenFigures:
     )
 
 
-def _solutions(path: Path) -> dict[tuple[str, int], SolutionScore]:
+def _read_solutions(path: Path) -> dict[tuple[str, int], SolutionScore]:
     return {
         (row["task"], row["doc_id"]): SolutionScore(
             n_tokens=row["n_tokens"], source=row["source"], value=row["artifact"]
         )
-        for row in _typed(path, _SOLUTION).to_pylist()
+        for row in _read_typed_columns(path, _SOLUTION).to_pylist()
     }
 
 
 # --------------------------------------------------------------------------------------------------------- the source
 
 
-def _source(text: str, artifact: Side) -> Side:
-    """The source of an artifact; UsageError when `text` is another model."""
-    told = artifact.fidelity.source
+def _make_source_side(text: str, artifact: Side) -> Side:
+    """Return the source of an artifact as a side; raises UsageError if `text` is another model."""
+    source = artifact.fidelity.source
     tensors: Tensors | None = None
     if Path(text).is_dir() or text.startswith(BUILTIN_PREFIX):
-        tensors = _local_source(text, artifact)
-    elif text != told.model:
+        tensors = _read_local_source(text, artifact)
+    elif text != source.model:
         raise UsageError(
-            f"{text}: expected an artifact, a fidelity.json or {artifact.name}'s source {told.model}, found none; "
-            "check the path"
+            f"{text}: expected an artifact, a fidelity.json or {artifact.name}'s source "
+            f"{source.model}, found none; check the path"
         )
     else:
         from quantkit.checkpoint import hub
 
         try:
-            tensors = _specs(hub.read_model_headers(told.model, told.revision).stored_specs)
+            tensors = _convert_specs(
+                hub.read_model_headers(source.model, source.revision).stored_specs
+            )
         except HubUnreachable:
-            tensors = None  # all else is in the artifact
+            tensors = None  # the artifact has everything else
     tokens, solutions = artifact.tokens, artifact.solutions
     return Side(
-        name=told.model,
+        name=source.model,
         kind="source",
-        fidelity=_unquantized(artifact.fidelity),
+        fidelity=_make_source_report(artifact.fidelity),
         tensors=tensors,
         source_files=artifact.source_files,
         items={key: replace(item, answer=item.source) for key, item in artifact.items.items()}
@@ -329,31 +343,32 @@ def _source(text: str, artifact: Side) -> Side:
     )
 
 
-def _local_source(text: str, artifact: Side) -> Tensors:
-    """Tensors of a source whose files are here, if they are those that the artifact was made from."""
+def _read_local_source(text: str, artifact: Side) -> Tensors:
+    """Read the tensors of a local source; raises UsageError if the artifact has another source."""
     from quantkit.checkpoint.checkpoint import Checkpoint  # torch
     from quantkit.io.package_data import locate_model
 
-    told = artifact.fidelity.source
+    source = artifact.fidelity.source
     try:
         folder = locate_model(text) if text.startswith(BUILTIN_PREFIX) else Path(text)
     except CheckpointError as fault:
         raise UsageError(str(fault)) from None
     opened = Checkpoint.open(folder)
-    if opened.fingerprint() != told.hash:
+    if opened.compute_fingerprint() != source.hash:
         raise UsageError(
-            f"{text}: expected {artifact.name}'s source {told.model} ({told.hash[:12]}), found another model "
-            f"({opened.fingerprint()[:12]}); only its own source can be compared with an artifact"
+            f"{text}: expected {artifact.name}'s source {source.model} "
+            f"({source.hash[:12]}), found another model "
+            f"({opened.compute_fingerprint()[:12]}); only its own source can be compared with an artifact"
         )
-    return _specs(opened.stored_specs)
+    return _convert_specs(opened.stored_specs)
 
 
-def _specs(specs: Mapping[str, TensorSpec]) -> Tensors:
+def _convert_specs(specs: Mapping[str, TensorSpec]) -> Tensors:
     return {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
 
 
-def _unquantized(fidelity: Fidelity) -> Fidelity:
-    """The report of an artifact that would be its source: nothing quantized, nothing lost."""
+def _make_source_report(fidelity: Fidelity) -> Fidelity:
+    """Return the report of the source compared with itself: nothing quantized, no error."""
     source = fidelity.source
     artifact = fidelity.artifact.model_copy(
         update={
@@ -363,7 +378,7 @@ def _unquantized(fidelity: Fidelity) -> Fidelity:
             "bytes_artifact": fidelity.artifact.bytes_source,
         }
     )
-    distribution = [_unquantized_distribution(row) for row in fidelity.distribution]
+    distribution = [_make_source_distribution(row) for row in fidelity.distribution]
     return fidelity.model_copy(
         update={
             "artifact": artifact,
@@ -375,7 +390,7 @@ def _unquantized(fidelity: Fidelity) -> Fidelity:
             "routers": tuple(row.model_copy(update={"agreement": 1.0}) for row in fidelity.routers),
             "fallbacks": (),
             "gates": (),
-            "benchmarks": tuple(_own(row) for row in fidelity.benchmarks),
+            "benchmarks": tuple(_make_source_benchmark(row) for row in fidelity.benchmarks),
             "likelihood": tuple(
                 row.model_copy(update={"artifact": row.source}) for row in fidelity.likelihood
             ),
@@ -384,7 +399,7 @@ def _unquantized(fidelity: Fidelity) -> Fidelity:
     )
 
 
-def _unquantized_distribution(row: DistributionResult) -> DistributionResult:
+def _make_source_distribution(row: DistributionResult) -> DistributionResult:
     """Return the figures of the source against itself, those that the artifact has."""
     figures = dict(row.figures)
     for definition in list_figures():
@@ -400,7 +415,7 @@ def _unquantized_distribution(row: DistributionResult) -> DistributionResult:
     })
 
 
-def _own(row: BenchmarkResult) -> BenchmarkResult:
+def _make_source_benchmark(row: BenchmarkResult) -> BenchmarkResult:
     rates = {
         name: rate and (rate[0], rate[0])
         for name in ("truncated", "unparsed")

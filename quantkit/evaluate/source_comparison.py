@@ -156,7 +156,7 @@ def compute_baseline_key(
     """Return the cache key of a source's greedy answers. compute: as "float32 on cpu"."""
     versions = {name: version(name) for name in ("quantkit", "torch", "transformers", "lm_eval")}
     return item_results.compute_cache_key(
-        source.content_hash(),
+        source.compute_content_hash(),
         {task.name: task.sha256 for task in loaded},
         limit,
         compute,

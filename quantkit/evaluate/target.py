@@ -65,7 +65,7 @@ def resolve_target(name: str, backend: BackendName) -> EvaluationTarget:
         name=folder.resolve().name if folder.is_dir() else name,
         kind="model",
         folder=model_folder,
-        hash=Checkpoint.open(model_folder).content_hash(),
+        hash=Checkpoint.open(model_folder).compute_content_hash(),
     )
 
 
@@ -84,10 +84,10 @@ def resolve_source(target: EvaluationTarget, name: str) -> EvaluationTarget:
     source_name = name or str(recorded.get("model"))
     folder = hub.resolve_model(source_name, str(revision) if revision and not name else None).folder
     source = Checkpoint.open(folder)
-    if source.fingerprint() != recorded.get("fingerprint"):
+    if source.compute_fingerprint() != recorded.get("fingerprint"):
         raise EvaluationError(
             f"{source_name}: not the model that {target.name} was made from: fingerprint "
-            f"{source.fingerprint()[:12]}, the manifest has "
+            f"{source.compute_fingerprint()[:12]}, the manifest has "
             f"{str(recorded.get('fingerprint'))[:12]}; name its folder "
             "with --source"
         )
@@ -96,7 +96,7 @@ def resolve_source(target: EvaluationTarget, name: str) -> EvaluationTarget:
         name=path.resolve().name if path.is_dir() else source_name,
         kind="model",
         folder=folder,
-        hash=source.content_hash(),
+        hash=source.compute_content_hash(),
     )
 
 

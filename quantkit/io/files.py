@@ -1,7 +1,7 @@
-"""Plain files: JSON read with suspicion, bytes written beside and renamed, hashes, free space.
+"""Plain files: strict JSON, atomic writes, hashes and free space.
 
-A reader of an artifact sees the old file or the new one, never half of one: bytes go to `<name>.part`, are synced,
-renamed, and the folder is synced, so that the name survives a power cut too.
+A reader sees the old file or the new one, never half of one: bytes go to `<name>.part`, which is
+synced and renamed; the folder is synced too, so that the name survives a power failure.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from pathlib import Path
 from quantkit.errors import CheckpointError, QuantkitError
 
 JSON_LIMIT_BYTES = 100_000_000
-"""No JSON file of a checkpoint is larger; DeepSeek-V3's index of 92,000 names has 9 MB."""
+"""Largest JSON file of a checkpoint; DeepSeek-V3's index of 92,000 names has 9 MB."""
 
 PART = ".part"
-
+"""Suffix of an unfinished file."""
 
 MAX_JSON_VALUES = 5_000_000
-"""In one JSON file, ten for each of 500,000 tensors; ten million need more memory than a build is given."""
+"""Values in one file: ten for each of 500,000 tensors. More need more memory than a build has."""
 
 
 class NonFiniteNumber(ValueError):
-    """A number that JSON has not: it could be read and not be written again."""
+    """NaN or infinity: Python's parser reads them, but JSON cannot hold them."""
 
 
 class DuplicateKey(ValueError):
-    """An object names a key twice; which of the two values counts would depend on the reader."""
+    """An object names a key twice; which of the two values counts depends on the reader."""
 
 
 def shorten_repr(value: object, limit: int = 60) -> str:
-    """`repr` for an error message, cut in the middle, so that a hostile value cannot fill the terminal."""
+    """Return `repr(value)`, cut in the middle so that a hostile value cannot fill the terminal."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 20]}...{text[-17:]}"
 
 
 def join_faults(faults: Sequence[str], limit: int = 20) -> str:
-    """One fault per line, the rest counted."""
+    """Return one fault per line, and the number of the others after `limit` lines."""
     rest = len(faults) - limit
     return "\n".join(faults[:limit]) + (
         f"\nand {rest} more faults of this checkpoint" if rest > 0 else ""
@@ -50,17 +50,20 @@ def join_faults(faults: Sequence[str], limit: int = 20) -> str:
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """json's object_pairs_hook; raises DuplicateKey."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    """Return the pairs as a dict, as json's object_pairs_hook; raises DuplicateKey."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise DuplicateKey(shorten_repr(twice))
-    return found
+    return values
 
 
 def parse_finite(digits: str) -> float:
-    """json's parse_float and parse_constant; raises NotFinite for NaN, Infinity and 1e999."""
+    """Parse a number, as json's parse_float and parse_constant.
+
+    Raises NonFiniteNumber for NaN, Infinity and 1e999.
+    """
     value = float(digits)
     if not isfinite(value):
         raise NonFiniteNumber(shorten_repr(digits))
@@ -68,7 +71,7 @@ def parse_finite(digits: str) -> float:
 
 
 def is_encodable(value: object) -> bool:
-    """Whether the texts in a value of JSON can be encoded: "\\ud800" alone is half a character."""
+    """Return whether the texts in a JSON value can be encoded: "\\ud800" is half a character."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -77,7 +80,7 @@ def is_encodable(value: object) -> bool:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file is there; a name that no file can have, being too long or with NUL, is like another."""
+    """Return whether a file exists; False for impossible names (too long, or with NUL)."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -87,19 +90,20 @@ def is_file(path: Path) -> bool:
 def parse_json(
     text: bytes, where: str, error: type[QuantkitError] = CheckpointError
 ) -> dict[str, object]:
-    """The JSON object in `text`; `where` names the file in errors.
+    """Parse one JSON object; `where` names the file in errors.
 
-    Raises `error` for anything but one UTF-8 object with unique keys and finite numbers, without a byte order mark.
+    Raises `error` for anything but one UTF-8 object with unique keys and finite numbers, without a
+    byte order mark.
     """
     if text.startswith(b"\xef\xbb\xbf"):
         raise error(
             f"{where}: expected plain UTF-8, found a byte order mark; save the file without it"
         )
-    if (
-        found := sum(map(text.count, (b",", b"[", b"{")))
-    ) > MAX_JSON_VALUES:  # counted before they take memory
+    n_values = sum(map(text.count, (b",", b"[", b"{")))  # counted before they take memory
+    if n_values > MAX_JSON_VALUES:
         raise error(
-            f"{where}: expected at most {MAX_JSON_VALUES:,} values, found {found:,}; fetch the file again"
+            f"{where}: expected at most {MAX_JSON_VALUES:,} values, found {n_values:,}; "
+            "fetch the file again"
         )
     try:
         value = json.loads(
@@ -110,11 +114,13 @@ def parse_json(
         )
         if b"\\u" in text and not is_encodable(value):
             raise error(
-                f"{where}: expected text, found half a surrogate pair (\\ud800 to \\udfff); fetch it again"
+                f"{where}: expected text, found half a surrogate pair (\\ud800 to \\udfff); "
+                "fetch it again"
             )
     except UnicodeDecodeError as fault:
         raise error(
-            f"{where}: expected UTF-8, found byte 0x{text[fault.start]:02x} at offset {fault.start}; save it as UTF-8"
+            f"{where}: expected UTF-8, found byte 0x{text[fault.start]:02x} at offset "
+            f"{fault.start}; save it as UTF-8"
         ) from None
     except NonFiniteNumber as fault:
         raise error(
@@ -122,7 +128,8 @@ def parse_json(
         ) from None
     except DuplicateKey as fault:
         raise error(
-            f"{where}: expected every key once, found {fault} twice in one object; remove one of them"
+            f"{where}: expected every key once, found {fault} twice in one object; "
+            "remove one of them"
         ) from None
     except json.JSONDecodeError as fault:
         raise error(
@@ -131,7 +138,8 @@ def parse_json(
         ) from None
     except (RecursionError, ValueError):  # nesting bombs; numbers of more than 4300 digits
         raise error(
-            f"{where}: expected JSON, found nesting or a number beyond any real file; fetch it again"
+            f"{where}: expected JSON, found nesting or a number beyond any real file; "
+            "fetch it again"
         ) from None
     if not isinstance(value, dict):
         raise error(
@@ -143,12 +151,13 @@ def parse_json(
 def read_bytes(
     path: Path, limit: int = JSON_LIMIT_BYTES, error: type[QuantkitError] = CheckpointError
 ) -> bytes:
-    """The bytes of a small file; raises `error` when it is missing, unreadable or larger than `limit` bytes."""
+    """Read a small file; raises `error` if missing, unreadable or larger than `limit` bytes."""
     try:
         size = path.stat().st_size
         if size > limit:
             raise error(
-                f"{path}: expected at most {limit} bytes, found {size}; this is not the file it claims to be"
+                f"{path}: expected at most {limit} bytes, found {size}; "
+                "this is not the file it claims to be"
             )
         with path.open("rb") as file:
             return file.read(limit)
@@ -159,53 +168,64 @@ def read_bytes(
 
 
 def read_prefix(path: Path, n_bytes: int) -> bytes:
-    """The first bytes of a file of any size; raises CheckpointError when it cannot be read or is shorter."""
+    """Read the first bytes of a file of any size.
+
+    Raises CheckpointError if the file cannot be read or is shorter.
+    """
     try:
         with path.open("rb") as file:
-            found = file.read(n_bytes)
+            prefix = file.read(n_bytes)
     except OSError as fault:
         raise CheckpointError(
             f"{path}: expected a readable file, found: {describe_os_error(fault)}; check the path"
         ) from None
-    if len(found) < n_bytes:
+    if len(prefix) < n_bytes:
         raise CheckpointError(
-            f"{path}: expected {n_bytes} bytes or more, found {len(found)}; fetch the file again"
+            f"{path}: expected {n_bytes} bytes or more, found {len(prefix)}; fetch the file again"
         )
-    return found
+    return prefix
 
 
 def read_json(path: Path, error: type[QuantkitError] = CheckpointError) -> dict[str, object]:
-    """The JSON object in a file; raises `error` as `read_bytes` and `parse_json` do."""
+    """Read the JSON object in a file; raises `error` as `read_bytes` and `parse_json` do."""
     return parse_json(read_bytes(path, error=error), str(path), error)
 
 
 def describe_os_error(fault: OSError) -> str:
-    """What the operating system said, without its error number."""
+    """Return the operating system's message without its error number."""
     return (fault.strerror or str(fault) or type(fault).__name__).lower()
 
 
 def make_config_error(where: object, model_type: object, fault: Exception) -> CheckpointError:
-    """For a config.json that transformers makes no model of: a wrong value surfaces as whatever it first breaks."""
+    """Return the error for a config.json that transformers refuses.
+
+    transformers raises whatever error a wrong value causes first; its text is part of the message.
+    """
     return CheckpointError(
-        f"{where}: expected a configuration that transformers makes a {model_type} of, found: {type(fault).__name__}: "
-        f"{' '.join(str(fault).split()):.300}; repair the value, or upgrade transformers"
+        f"{where}: expected a configuration that transformers makes a {model_type} of, "
+        f"found: {type(fault).__name__}: {' '.join(str(fault).split()):.300}; "
+        "repair the value, or upgrade transformers"
     )
 
 
 def make_write_error(path: Path, fault: OSError) -> QuantkitError:
-    """The error for a file that could not be written, with the free space when that is the cause."""
+    """Return the error for a file that cannot be written, with the free space if that is short."""
     if fault.errno in {errno.ENOSPC, errno.EDQUOT}:
         free = get_free_bytes(path) / 1e9
         return QuantkitError(
-            f"{path}: cannot be written: {describe_os_error(fault)} ({free:.1f} GB free); free some space or choose another folder"
+            f"{path}: cannot be written: {describe_os_error(fault)} ({free:.1f} GB free); "
+            "free some space or choose another folder"
         )
     return QuantkitError(
-        f"{path}: cannot be written: {describe_os_error(fault)}; mend that or choose another folder"
+        f"{path}: cannot be written: {describe_os_error(fault)}; fix that or choose another folder"
     )
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file beside its place and rename it; raises QuantkitError and leaves the old file when that fails."""
+    """Write a file next to its place and rename it.
+
+    Raises QuantkitError and keeps the old file if that fails.
+    """
     part = path.with_name(path.name + PART)
     try:
         with part.open("wb") as file:
@@ -220,9 +240,9 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_output(path: Path, content: bytes) -> None:
-    """Write a file that a user names: as `write_atomic` does, behind a link; a device or pipe is written to.
+    """Write a file that a user names, atomically; follow links, and write into devices and pipes.
 
-    Renamed over, /dev/null or /dev/stdout would be a file from then on, for everybody on the machine.
+    A rename over /dev/null or /dev/stdout would replace it with a file for the whole machine.
     """
     if path.exists() and not path.is_file():
         try:
@@ -234,17 +254,17 @@ def write_output(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as indented UTF-8 JSON with keys in the order given: the same value gives the same bytes."""
+    """Write a value as indented UTF-8 JSON, keys in the given order: equal values, equal bytes."""
     write_atomic(path, encode_json(value))
 
 
 def encode_json(value: object) -> bytes:
-    """A value as `write_json` writes it."""
+    """Return the bytes that `write_json` writes."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, to stay after a power cut; raises QuantkitError."""
+    """Make a folder and its parents, durably; raises QuantkitError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.parent)
@@ -253,13 +273,13 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_files(paths: Iterable[Path]) -> None:
-    """Remove files that may be gone already."""
+    """Remove files; missing ones are skipped."""
     for path in paths:
         path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
+    """Make renames inside `folder` survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -268,7 +288,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_file(path: Path, error: type[QuantkitError] = CheckpointError) -> str:
-    """Hexadecimal sha256 of a file, read in small pieces; raises `error` when it cannot be read."""
+    """Return the hexadecimal sha256 of a file, read in pieces; raises `error` if unreadable."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -279,8 +299,8 @@ def sha256_file(path: Path, error: type[QuantkitError] = CheckpointError) -> str
 
 
 def get_free_bytes(path: Path) -> int:
-    """Bytes that this user may still write where `path` lies or would lie."""
-    place = path.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return shutil.disk_usage(place).free
+    """Return the bytes that this user may still write at `path`, which need not exist."""
+    folder = path.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

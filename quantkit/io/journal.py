@@ -1,10 +1,10 @@
-"""What a long job has finished, one line of JSON per step, in a file that survives whatever ends the process.
+"""The journal of a long job: one line of JSON per finished step, safe against any crash.
 
     {"sha256": "<of the previous line's sha256 and this entry>", "entry": {...}}
 
-The file is written beside its place and renamed with its first entry; further ones are appended and synced. A last line
-that does not fit its sum was being written when the process ended: it is as if it had never been. Any other such line
-is damage.
+The file is written next to its place and renamed with its first entry; later entries are appended
+and synced. A last line with a wrong hash was being written when the process ended and is dropped.
+Any other line with a wrong hash is damage.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from quantkit.io.files import make_write_error, write_atomic
 Entry = Mapping[str, Any]
 
 _HEAD, _MIDDLE, _END = b'{"sha256":"', b'","entry":', b"}\n"
-_SUM = 64  # characters of a sha256
+_HASH_LENGTH = 64  # characters of a sha256
 
 
 class Journal:
     """The entries of one file, oldest first; `append` returns when its entry is on disk."""
 
-    def __init__(self, path: Path, entries: list[Entry], last: str) -> None:
+    def __init__(self, path: Path, entries: list[Entry], last_hash: str) -> None:
         self.path = path
         self.entries = entries
-        self._last = last
+        self._last_hash = last_hash
 
     @classmethod
     def begin(cls, path: Path, first: Entry) -> Self:
-        """A new file with one entry, in place of an old one; raises QuantkitError when the disk refuses."""
-        line, digest = _line("", first)
+        """Start a new file with one entry, replacing an old file; raises QuantkitError."""
+        line, digest = _format_line("", first)
         write_atomic(path, line)
         return cls(path, [first], digest)
 
     @classmethod
     def open(cls, path: Path) -> Self | None:
-        """The entries of an earlier process, without a torn last one; None where there is no file.
+        """Read the entries of an earlier process, without a torn last one; None without a file.
 
-        Raises ArtifactError for a file that is damaged, QuantkitError when the disk refuses.
+        Raises ArtifactError for a damaged file, QuantkitError if the disk refuses.
         """
         try:
             text = path.read_bytes()
@@ -52,28 +52,28 @@ class Journal:
             return None
         except OSError as fault:
             raise make_write_error(path, fault) from fault
-        entries, last, good = list[Entry](), "", 0
-        while good < len(text):
-            end = text.find(b"\n", good) + 1
-            found = _entry(last, text[good:end])
-            if found is None:
+        entries, last_hash, n_good = list[Entry](), "", 0
+        while n_good < len(text):
+            end = text.find(b"\n", n_good) + 1
+            parsed = _parse_line(last_hash, text[n_good:end])
+            if parsed is None:
                 break
-            entry, last = found
+            entry, last_hash = parsed
             entries.append(entry)
-            good = end
-        torn = text[good:]
+            n_good = end
+        torn = text[n_good:]
         if not entries or b"\n" in torn[:-1]:
             raise ArtifactError(
-                f"{path}: line {len(entries) + 1}: expected an entry with its sha256, found another; the journal is "
-                "damaged, begin anew with --restart"
+                f"{path}: line {len(entries) + 1}: expected an entry with its sha256, found "
+                "another; the journal is damaged, start over with --restart"
             )
         if torn:
-            _cut(path, good)
-        return cls(path, entries, last)
+            _truncate(path, n_good)
+        return cls(path, entries, last_hash)
 
     def append(self, entry: Entry) -> None:
-        """Store one more entry; raises QuantkitError when the disk refuses, and the entry then counts as not made."""
-        line, digest = _line(self._last, entry)
+        """Store one more entry; raises QuantkitError and keeps the old ones if the disk refuses."""
+        line, digest = _format_line(self._last_hash, entry)
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             try:
@@ -84,28 +84,30 @@ class Journal:
                 os.close(descriptor)
         except OSError as fault:
             raise make_write_error(self.path, fault) from fault
-        self._last = digest
+        self._last_hash = digest
         self.entries.append(entry)
 
 
-def _line(before: str, entry: Entry) -> tuple[bytes, str]:
-    return _framed(before, json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode())
+def _format_line(last_hash: str, entry: Entry) -> tuple[bytes, str]:
+    """Return the line of an entry, and its sha256."""
+    text = json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode()
+    return _frame(last_hash, text)
 
 
-def _framed(before: str, text: bytes) -> tuple[bytes, str]:
-    digest = hashlib.sha256(before.encode() + text).hexdigest()
+def _frame(last_hash: str, text: bytes) -> tuple[bytes, str]:
+    digest = hashlib.sha256(last_hash.encode() + text).hexdigest()
     return _HEAD + digest.encode() + _MIDDLE + text + _END, digest
 
 
-def _entry(before: str, line: bytes) -> tuple[Entry, str] | None:
-    """The entry of a line and its sum; None for a line that is not whole."""
-    text = line[len(_HEAD) + _SUM + len(_MIDDLE) : -len(_END)]
-    framed, digest = _framed(before, text)
+def _parse_line(last_hash: str, line: bytes) -> tuple[Entry, str] | None:
+    """Return the entry of a line and its sha256; None for an incomplete or damaged line."""
+    text = line[len(_HEAD) + _HASH_LENGTH + len(_MIDDLE) : -len(_END)]
+    framed, digest = _frame(last_hash, text)
     return (json.loads(text), digest) if framed == line else None
 
 
-def _cut(path: Path, n_bytes: int) -> None:
-    """Drop what stands behind the first bytes of a file."""
+def _truncate(path: Path, n_bytes: int) -> None:
+    """Cut a file after its first `n_bytes` bytes."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         try:

@@ -1,146 +1,142 @@
-"""One process at a time: a lock that the kernel drops with its holder, and a file that says who holds it.
+"""Exclusive locks between processes: `filelock.FileLock`, with the holder named in the lock file.
 
-Some shared file systems know no locks; there the holder named in the file counts as alive unless it ran on this
-machine and is gone.
+filelock opens the file (no links followed), locks it with flock(2), which the kernel drops when the
+holder ends, and retries when the holder removed the file meanwhile. Three things are missing there
+and stay here: the holder's host, pid and start time for the error message; refusing a file that no
+holder wrote, instead of locking it; and shared file systems without flock (ENOLCK, EOPNOTSUPP). On
+those, the holder named in the file counts as alive unless it ran on this machine and is gone;
+filelock has a fallback for ENOSYS only.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from quantkit.errors import UsageError
 from quantkit.io.files import make_write_error
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_OWNER_BYTES = 4096
+_HOLDER_BYTES = 4096
+_RETRY_SECONDS = 0.1  # a holder that is just ending removes the file between our open and our flock
 
 
 @contextmanager
 def hold_lock(
     path: Path, what: str = "build", instead: str = "another output.path"
 ) -> Iterator[None]:
-    """Hold the lock file `path`, which is removed afterwards; UsageError naming the holder when somebody else does.
+    """Hold the lock file `path`, then remove it; a file that a killed process left is taken over.
 
-    `what` is at work under the lock, and `instead` may be chosen. A file that a killed process left behind is taken
-    over. Raises QuantkitError when it cannot be written.
+    what, instead: the job under the lock and its alternative, for the message. Raises UsageError
+    that names the holder if another process holds the lock, QuantkitError if the file cannot be
+    written.
     """
-    descriptor = _taken(path, what, instead)
+    try:
+        lock = _acquire(path, what, instead)
+    except OSError as fault:
+        raise make_write_error(path.with_suffix(""), fault) from fault
     try:
         yield
     finally:
-        with suppress(
-            OSError
-        ):  # one that stays says nothing: it is taken over, and what was done under it is done
-            path.unlink()  # before the lock goes: whoever opened this file finds that it has no name
-        os.close(descriptor)
+        with suppress(OSError):  # a file that stays is harmless: the next holder takes it over
+            path.unlink()  # before the release: a process that has opened the file then retries
+        lock.release()
 
 
-def _taken(path: Path, what: str, instead: str) -> int:
-    while True:
-        try:
-            with suppress(
-                FileExistsError
-            ):  # a file where the folder should be is told by the next line
-                path.parent.mkdir(parents=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        except OSError as fault:
-            raise make_write_error(path.with_suffix(""), fault) from fault
-        try:
-            _take(path, descriptor, what, instead)
-            _check_ours(path, descriptor)
-            if _names(path, descriptor):
-                text = json.dumps(_me()).encode()
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, text, 0)
-                return descriptor
-        except OSError as fault:
-            os.close(descriptor)
-            raise make_write_error(path.with_suffix(""), fault) from fault
-        except UsageError:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # its holder removed it meanwhile
-
-
-def _take(path: Path, descriptor: int, what: str, instead: str) -> None:
-    """Lock the file or raise UsageError."""
+def _acquire(path: Path, what: str, instead: str) -> FileLock:
+    if path.parent.exists() and not path.parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    lock = FileLock(
+        path,
+        timeout=_RETRY_SECONDS,
+        thread_local=False,
+        fallback_to_soft=False,
+        on_acquired=partial(_write_holder, path),
+    )
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    except BlockingIOError:
-        pass
+        lock.acquire()
+    except Timeout:
+        with _open(path) as descriptor:
+            raise _make_busy_error(path, what, instead, _read_holder(descriptor)) from None
     except OSError as fault:
         if fault.errno not in _NO_LOCKS:
             raise
-        if not _alive(_owner(descriptor)):
-            return
-    owner = _owner(descriptor)
-    who = (
-        f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
-        if owner
-        else "a process"
-    )
-    raise UsageError(
-        f"{path.with_suffix('')}: expected to be the only {what} here, found another at work ({who}); wait for it, "
-        f"stop it, or choose {instead}"
-    )
+        with _open(path) as descriptor:
+            if _is_running(holder := _read_holder(descriptor)):
+                raise _make_busy_error(path, what, instead, holder) from None
+            _write_holder(path, descriptor)
+    return lock
 
 
-def _check_ours(path: Path, descriptor: int) -> None:
-    """UsageError for a file with something in it that no holder wrote."""
-    if os.pread(descriptor, _OWNER_BYTES, 0).strip(b"\0") and "pid" not in _owner(descriptor):
-        raise UsageError(
-            f"{path}: expected a file that says who is at work, found another; move it away"
-        )
-
-
-def _names(path: Path, descriptor: int) -> bool:
-    """Whether the open file still has its name."""
+@contextmanager
+def _open(path: Path) -> Iterator[int]:
+    """Open a lock file as filelock does: no link is followed, a pipe does not block."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o644)
     try:
-        found = path.stat()
-    except FileNotFoundError:
-        return False
-    mine = os.fstat(descriptor)
-    return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def _me() -> dict[str, object]:
-    """Host, process and when it started; the kernel's own count of that tells a process from a later one."""
-    return {
+def _make_busy_error(path: Path, what: str, instead: str, holder: dict[str, object]) -> UsageError:
+    process = "a process"
+    if holder:
+        process = (
+            f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
+        )
+    return UsageError(
+        f"{path.with_suffix('')}: expected to be the only {what} here, found another at work "
+        f"({process}); wait for it, stop it, or choose {instead}"
+    )
+
+
+def _write_holder(path: Path, descriptor: int) -> None:
+    """Record this process in its lock file; raises UsageError if the content is not a holder's."""
+    content = os.pread(descriptor, _HOLDER_BYTES, 0).strip(b"\0")
+    if content and "pid" not in _read_holder(descriptor):
+        raise UsageError(
+            f"{path}: expected a lock file that names its holder, found another file; move it away"
+        )
+    holder = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "ticks": _ticks(os.getpid()),
+        "ticks": _read_start_ticks(os.getpid()),  # distinguishes a later process with this pid
         "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
     }
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(holder).encode(), 0)
 
 
-def _owner(descriptor: int) -> dict[str, object]:
-    """Who wrote the file; nothing for a file that is empty, torn or another."""
+def _read_holder(descriptor: int) -> dict[str, object]:
+    """Return the process that wrote the file; an empty dict for an empty, torn or foreign file."""
     try:
-        found = json.loads(os.pread(descriptor, _OWNER_BYTES, 0))
+        holder = json.loads(os.pread(descriptor, _HOLDER_BYTES, 0))
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
-def _alive(owner: dict[str, object]) -> bool:
-    """Whether the process that wrote a lock file may still run."""
-    if owner.get("host") != socket.gethostname():
-        return bool(owner)
-    pid = owner.get("pid")
-    return isinstance(pid, int) and _ticks(pid) is not None and _ticks(pid) == owner.get("ticks")
+def _is_running(holder: dict[str, object]) -> bool:
+    """Return whether the process that wrote a lock file may still run."""
+    if holder.get("host") != socket.gethostname():
+        return bool(holder)
+    pid = holder.get("pid")
+    ticks = _read_start_ticks(pid) if isinstance(pid, int) else None
+    return ticks is not None and ticks == holder.get("ticks")
 
 
-def _ticks(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks since boot; None for one that does not run."""
+def _read_start_ticks(pid: int) -> int | None:
+    """Return the start of a local process in clock ticks since boot; None if it is gone."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

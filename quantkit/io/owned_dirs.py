@@ -1,7 +1,7 @@
-"""Folders beside an artifact's place, where it is made or arrives: which are quantkit's, and how they end.
+"""Folders next to an artifact's path in which it is built or received: recognized, made, removed.
 
-Such a folder holds one named `quantkit` from its first moment to its last: so it is told from a folder of the user's,
-whatever ends the process that makes, fills or removes it.
+Such a folder contains a folder named `quantkit` from its first moment to its last. That
+distinguishes it from a user's folder, whatever ends the process that makes, fills or removes it.
 """
 
 from __future__ import annotations
@@ -14,58 +14,61 @@ from quantkit.errors import UsageError
 from quantkit.io.files import make_folder, make_write_error, shorten_repr
 
 MARKER = "quantkit"
+"""The folder inside that marks a folder as quantkit's: the evidence folder of an artifact."""
 WORK_SUFFIXES = (".building", ".building.scratch", ".replaced")
-"""What lies beside an artifact's place while it is made."""
+"""Suffixes of the folders next to an artifact's path while it is built."""
 
 
 def validate_folder(path: str) -> str:
-    """A path that has a name of its own, `~` as the user's home; ValueError for another."""
+    """Return a path for an artifact, `~` replaced by the user's home.
+
+    Raises ValueError for a path that ends in .. or in one of WORK_SUFFIXES.
+    """
     try:
-        place = Path(path).expanduser() if path.startswith("~") else Path(path)
+        folder = Path(path).expanduser() if path.startswith("~") else Path(path)
     except RuntimeError:
         raise ValueError(
             f"expected a folder, found {shorten_repr(path)}, of a user that is not known here"
         ) from None
-    if place.name in {"", ".."} or place.name.endswith(WORK_SUFFIXES):
+    if folder.name in {"", ".."} or folder.name.endswith(WORK_SUFFIXES):
         raise ValueError(
-            f"expected a folder with a name of its own, found {shorten_repr(path)}; write one that ends neither in .. nor in "
-            f"{', '.join(WORK_SUFFIXES)}"
+            f"expected a folder with a name of its own, found {shorten_repr(path)}; write one that "
+            f"ends neither in .. nor in {', '.join(WORK_SUFFIXES)}"
         )
-    return str(place) if path.startswith("~") else path
+    return str(folder) if path.startswith("~") else path
 
 
 def check_owned_dir(folder: Path) -> None:
-    """UsageError unless there is nothing, an empty folder, or one that quantkit made."""
+    """Check that `folder` is absent, empty or made by quantkit; raises UsageError."""
     if folder.is_symlink():
-        found = "a link"
+        kind = "a link"
     elif not folder.exists():
         return
     elif not folder.is_dir():
-        found = "a file"
+        kind = "a file"
     else:
         try:
             names = {path.name for path in folder.iterdir()}
         except OSError as fault:
             raise make_write_error(folder, fault) from fault
-        if not names or (
-            MARKER in names and (folder / MARKER).is_dir() and not (folder / MARKER).is_symlink()
-        ):
+        marker = folder / MARKER
+        if not names or (MARKER in names and marker.is_dir() and not marker.is_symlink()):
             return
-        found = "another folder"
+        kind = "another folder"
     raise UsageError(
-        f"{folder}: expected nothing, or what an interrupted run of quantkit left, found {found}; move it away, or "
-        "choose another folder for the artifact"
+        f"{folder}: expected nothing, or what an interrupted run of quantkit left, found {kind}; "
+        "move it away, or choose another folder for the artifact"
     )
 
 
 def make_owned_dir(folder: Path) -> None:
-    """Make a folder that `check_ours` knows; raises QuantkitError."""
+    """Make a folder that `check_owned_dir` accepts; raises QuantkitError."""
     make_folder(folder)
     make_folder(folder / MARKER)
 
 
 def remove_owned_dir(folder: Path) -> None:
-    """Remove a folder that `make_ours` made, or an artifact; one of somebody else's stays, and what the disk keeps."""
+    """Remove a folder of `make_owned_dir` or an artifact, nothing else; ignore disk errors."""
     with suppress(OSError):
         if not folder.is_symlink() and (folder / MARKER).is_dir():
             for path in [path for path in folder.iterdir() if path.name != MARKER]:
@@ -73,7 +76,5 @@ def remove_owned_dir(folder: Path) -> None:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-            shutil.rmtree(
-                folder / MARKER
-            )  # last: without it, what is left would be somebody else's
+            shutil.rmtree(folder / MARKER)  # last: without it, the rest would look like a user's
         folder.rmdir()

@@ -1,4 +1,4 @@
-"""File names from a manifest or a listing: what may become a path of this machine."""
+"""Checks of file names from a manifest or a listing before they become paths of this machine."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ _MAX_BYTES = 1024
 
 
 def find_name_faults(names: Iterable[str]) -> Iterator[str]:
-    """Why names cannot all be files of one folder: leading out of it, not portable, or meeting in one place."""
-    places: dict[str, str] = {}
+    """Yield why names cannot all be files of one folder: unsafe, not portable, or colliding."""
+    files: dict[str, str] = {}
     folders: dict[str, str] = {}
     for name in sorted(names):
-        fault = _fault(name)
+        fault = _find_fault(name)
         if fault:
             yield f"{shorten_repr(name)}: {fault}"
             continue
         key = fold_name(name)
-        if key in places:
-            yield f"{shorten_repr(name)}: the same file as {shorten_repr(places[key])} where names ignore case"
-        places[key] = name
+        if key in files:
+            other = shorten_repr(files[key])
+            yield f"{shorten_repr(name)}: the same file as {other} where names ignore case"
+        files[key] = name
         parts = key.split("/")
         folders.update({"/".join(parts[:depth]): name for depth in range(1, len(parts))})
-    for key in sorted(places.keys() & folders.keys()):
-        yield f"{shorten_repr(places[key])}: a file, and the folder of {shorten_repr(folders[key])}"
+    for key in sorted(files.keys() & folders.keys()):
+        yield f"{shorten_repr(files[key])}: a file, and the folder of {shorten_repr(folders[key])}"
 
 
 def fold_name(name: str) -> str:
-    """A name as a file system compares it that ignores case and the ways to write an accent."""
+    """Return a name as a file system compares it that ignores case and Unicode normal forms."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def _fault(name: str) -> str | None:
-    """Why a single name is none; None for a good one."""
+def _find_fault(name: str) -> str | None:
+    """Return why a single name is unsafe or not portable; None for a good one."""
     parts = name.split("/")
     try:
         sizes = [len(part.encode()) for part in parts]

@@ -1,4 +1,4 @@
-"""Trying again what may work when tried again, with waits that grow."""
+"""Retries with exponential backoff."""
 
 from __future__ import annotations
 
@@ -15,38 +15,46 @@ Result = TypeVar("Result")
 
 
 class TransientError(Exception):
-    """A connection ended or a server failed for the moment: the same again may work. `str` says how."""
+    """A broken connection or a temporary server failure, worth a retry; `str` gives the reason."""
 
 
 class Cancelled(Exception):
-    """Another file's transfer failed or the user interrupted: this one ends too."""
+    """Another file's transfer failed or the user interrupted: this transfer ends too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryPolicy:
-    """Tries in a row without any progress in between, and seconds before the second."""
+    """Tries in a row without progress, and seconds before the second one; the wait then doubles."""
 
     tries: int = 8
     first_wait: float = 0.5
 
 
 def retry(
-    work: Callable[[], Result], where: str, patience: RetryPolicy, progress: Callable[[], int] = lambda: 0,
+    work: Callable[[], Result],
+    where: str,
+    policy: RetryPolicy,
+    progress: Callable[[], int] = lambda: 0,
     stop: threading.Event | None = None,
-) -> Result:  # fmt: skip
-    """Do something that may be interrupted, again; TransferError after `tries` in a row without progress."""
-    failed, before, pause = 0, progress(), stop or threading.Event()
+) -> Result:
+    """Call `work` again after each TransientError.
+
+    progress: a count that rises with progress, which resets the number of failures. Raises
+    TransferError after `policy.tries` failures in a row without progress, Cancelled if `stop` is
+    set during a wait.
+    """
+    n_failed, last_progress, pause = 0, progress(), stop or threading.Event()
     while True:
         try:
             return work()
         except TransientError as fault:
-            failed = 1 if progress() > before else failed + 1
-            before = max(before, progress())
-            if failed >= patience.tries:
-                times = "1 failure" if failed == 1 else f"{failed} failures in a row"
+            n_failed = 1 if progress() > last_progress else n_failed + 1
+            last_progress = max(last_progress, progress())
+            if n_failed >= policy.tries:
+                times = "1 failure" if n_failed == 1 else f"{n_failed} failures in a row"
                 raise TransferError(
-                    f"{where}: expected a connection that holds, found {times} ({fault}); what arrived is kept, the "
-                    "same command goes on"
+                    f"{where}: expected a connection that holds, found {times} ({fault}); what "
+                    "arrived is kept, run the same command again to resume"
                 ) from fault
-        if pause.wait(min(patience.first_wait * 2 ** (failed - 1), _LONGEST_WAIT)):
+        if pause.wait(min(policy.first_wait * 2 ** (n_failed - 1), _LONGEST_WAIT)):
             raise Cancelled

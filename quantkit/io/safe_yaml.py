@@ -1,7 +1,7 @@
-"""YAML of files that anybody may have written: read only when it is as flat, and as long, as it looks.
+"""YAML from untrusted files: read only without anchors, aliases and tags, and within limits.
 
-An alias makes ten lines stand for a billion values, brackets can nest deeper than Python's stack, and a tag asks for
-something that no JSON can hold. None of them is of use in a spec, a task or a model card.
+An alias makes ten lines stand for a billion values, brackets can nest deeper than Python's stack,
+and a tag asks for values that JSON cannot hold. A spec, a task or a model card needs none of them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,19 @@ MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 24
 
 PARSER_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
-)  # fmt: skip
-"""What ruamel raises on hostile text besides its own errors: chr() out of range, int() of nothing, a missing token."""
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""ruamel's errors on hostile text besides its own: chr() out of range, int() of an empty string."""
 
 
 class UnreadableYaml(Exception):
-    """Why a text is not read, in a few words; `line` counts from 1, 0 where it is not known."""
+    """The reason in a few words why a text is refused; `line` counts from 1, 0 if unknown."""
 
     def __init__(self, words: str, line: int = 0) -> None:
         self.line = line
@@ -38,7 +44,10 @@ class UnreadableYaml(Exception):
 
 
 def check_yaml(text: str) -> None:
-    """Raise Unreadable for YAML that is broken, too long or too deep, and for anchors, aliases and tags."""
+    """Check a YAML text.
+
+    Raises UnreadableYaml if it is broken, too long, too deep, or has an anchor, an alias or a tag.
+    """
     if len(text) > MAX_CHARACTERS:
         raise UnreadableYaml(f"more than {MAX_CHARACTERS:,} characters")
     depth = 0
@@ -46,41 +55,45 @@ def check_yaml(text: str) -> None:
         for event in YAML(typ="safe", pure=True).parse(text):
             depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
             if depth > MAX_DEPTH:
-                raise UnreadableYaml(
-                    f"values nested more than {MAX_DEPTH} deep", event.start_mark.line + 1
-                )
-            _check_plain(event)
-    except MarkedYAMLError as error:
-        raise UnreadableYaml(
-            _words(error.problem), error.problem_mark.line + 1 if error.problem_mark else 0
-        ) from None
+                line = event.start_mark.line + 1
+                raise UnreadableYaml(f"values nested more than {MAX_DEPTH} deep", line)
+            _check_event(event)
     except (YAMLError, *PARSER_ERRORS) as error:
-        raise UnreadableYaml(_words(str(error) or type(error).__name__)) from None
+        raise _make_error(error) from None
 
 
 def load(text: str) -> object:
-    """The values of a text that `check` allows: None, bool, int, float, str, lists, and mappings with text as keys.
+    """Return the values of a YAML text that `check_yaml` accepts, as JSON values.
 
-    Raises Unreadable. Dates are text; integers of more than 64 bits, infinity and NaN are refused.
+    Dates become text. Raises UnreadableYaml, also for integers of more than 64 bits, infinity and
+    NaN.
     """
-    return _plain(load_any(text))
+    return _convert_to_json(load_any(text))
 
 
 def load_any(text: str) -> object:
-    """The values of a text that `check` allows, of any type that YAML has. Raises Unreadable."""
+    """Return the values of a YAML text that `check_yaml` accepts, of any type.
+
+    Raises UnreadableYaml.
+    """
     check_yaml(text)
     try:
         value: object = YAML(typ="safe", pure=True).load(text)
-    except MarkedYAMLError as error:
-        raise UnreadableYaml(
-            _words(error.problem), error.problem_mark.line + 1 if error.problem_mark else 0
-        ) from None
     except (YAMLError, *PARSER_ERRORS) as error:
-        raise UnreadableYaml(_words(str(error) or type(error).__name__)) from None
+        raise _make_error(error) from None
     return value
 
 
-def _check_plain(event: Event) -> None:
+def _make_error(error: Exception) -> UnreadableYaml:
+    """Return the error for a text that ruamel refuses."""
+    if isinstance(error, MarkedYAMLError):
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        return UnreadableYaml(_shorten(error.problem), line)
+    return UnreadableYaml(_shorten(str(error) or type(error).__name__))
+
+
+def _check_event(event: Event) -> None:
+    """Check that an event has no anchor, alias or tag."""
     line = event.start_mark.line + 1
     if isinstance(event, AliasEvent) or (isinstance(event, NodeEvent) and event.anchor):
         raise UnreadableYaml("an anchor or alias; write the value out", line)
@@ -88,16 +101,16 @@ def _check_plain(event: Event) -> None:
         raise UnreadableYaml("a tag; write the value plainly", line)
 
 
-def _plain(value: object) -> object:
-    """The same values, or Unreadable for what JSON could not hold."""
+def _convert_to_json(value: object) -> object:
+    """Return the value with dates as text; raises UnreadableYaml if JSON cannot hold it."""
     if isinstance(value, Mapping):
-        odd = [key for key in value if not isinstance(key, str)]
-        if odd:
-            raise UnreadableYaml(f"the key {str(odd[0])[:40]!r}, which is no text; quote it")
-        return {key: _plain(inner) for key, inner in value.items()}
+        bad_keys = [key for key in value if not isinstance(key, str)]
+        if bad_keys:
+            raise UnreadableYaml(f"the key {str(bad_keys[0])[:40]!r}, which is no text; quote it")
+        return {key: _convert_to_json(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, datetime.date):  # and datetime, its child
+        return [_convert_to_json(item) for item in value]
+    if isinstance(value, datetime.date):  # and its subclass datetime
         return value.isoformat()
     if value is None or isinstance(value, bool):
         return value
@@ -110,5 +123,5 @@ def _plain(value: object) -> object:
     raise UnreadableYaml(f"a value that cannot be used ({type(value).__name__})")
 
 
-def _words(problem: str | None) -> str:
+def _shorten(problem: str | None) -> str:
     return " ".join((problem or "it ends too early").split())[:200]

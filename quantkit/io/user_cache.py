@@ -1,4 +1,4 @@
-"""The user's cache folder: what is dear to make, and may be lost at any time."""
+"""The user's cache folder: results that are expensive to compute and may be lost at any time."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from quantkit.io.files import make_folder, write_atomic
 
 
 def locate_folder(name: str) -> Path:
-    """The folder `name` of $QUANTKIT_CACHE, else of the user's cache folder; it need not exist."""
-    chosen = os.environ.get("QUANTKIT_CACHE")
+    """Return the folder `name` in $QUANTKIT_CACHE, else in the user's cache; it need not exist."""
+    configured = os.environ.get("QUANTKIT_CACHE")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(chosen) if chosen else home / "quantkit") / name
+    return (Path(configured) if configured else home / "quantkit") / name
 
 
 def load_or_make_text(path: Path, make: Callable[[], str]) -> str:
-    """The text kept in `path` by an earlier process; where there is none, or a damaged one, it is made and kept.
+    """Return the text cached in `path`; if it is missing or damaged, make and cache it.
 
-    A folder that cannot be written keeps nothing, which costs time and nothing else.
+    In a folder that cannot be written nothing is cached, which costs time only.
     """
     try:
-        seal, _, kept = path.read_bytes().partition(b"\n")
+        digest, _, cached = path.read_bytes().partition(b"\n")
     except OSError:
-        seal, kept = b"", b""
-    if seal == hash_text(kept):
-        return kept.decode()
-    made = make()
-    content = made.encode()
+        digest, cached = b"", b""
+    if digest == hash_text(cached):
+        return cached.decode()
+    text = make()
+    content = text.encode()
     with suppress(QuantkitError):
         make_folder(path.parent)
         write_atomic(path, hash_text(content) + b"\n" + content)
-    return made
+    return text
 
 
 def hash_text(content: bytes) -> bytes:
-    """What a kept text begins with: its hash, as hexadecimal digits."""
+    """Return the sha256 in hexadecimal that a cached text begins with."""
     return hashlib.sha256(content).hexdigest().encode()

@@ -1,4 +1,4 @@
-"""pydantic's complaints in our words: what was expected, what was found, which keys there are."""
+"""Messages for pydantic's errors: expected value, actual value, known keys."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from quantkit.io.suggestions import suggest_name
 from quantkit.io.yaml_document import KeyPath, printable
 
 EXPECTED: Mapping[str, str] = {
-    "int_type": "a whole number", "float_type": "a number", "string_type": "text", "bool_type": "true or false",
-    "model_type": "a mapping of keys", "dict_type": "a mapping of keys", "tuple_type": "a list",
-    "string_too_short": "text that is not empty", "finite_number": "a finite number",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "model_type": "a mapping of keys",
+    "dict_type": "a mapping of keys",
+    "tuple_type": "a list",
+    "string_too_short": "text that is not empty",
+    "finite_number": "a finite number",
     "too_short": "one entry or more",
-}  # fmt: skip
+}
+"""pydantic's error type -> expected value."""
 PATTERNS: Mapping[str, str] = {
     "^[0-9a-f]{40}$": "the 40 hexadecimal digits of a commit (a branch or a tag can be moved)",
     "^[0-9a-f]{64}$": "64 hexadecimal digits",
@@ -22,8 +29,8 @@ PATTERNS: Mapping[str, str] = {
 
 
 def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -> str:
-    """What is wrong with the value at `path`, and what was found; `known`: the keys that may stand beside it."""
-    kind, found, context = details["type"], details["input"], details.get("ctx", {})
+    """Return the message for an error of the value at `path`; `known`: the keys of its mapping."""
+    kind, value, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "extra_forbidden":
         return f"unknown key.{suggest_name(str(path[-1]), known)} Known: {', '.join(known)}."
     if kind == "missing":
@@ -48,14 +55,14 @@ def describe_fault(path: KeyPath, details: ErrorDetails, known: Sequence[str]) -
         expected = EXPECTED.get(kind, details["msg"].lower())
     hint = (
         " (quote it to make it text)"
-        if kind == "string_type" and isinstance(found, int | float)
+        if kind == "string_type" and isinstance(value, int | float)
         else ""
     )
-    return f"expected {expected}, found {describe_value(found)}{hint}"
+    return f"expected {expected}, found {describe_value(value)}{hint}"
 
 
 def describe_value(value: object) -> str:
-    """How a message calls a value that was found."""
+    """Return a short description of a value for a message."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):

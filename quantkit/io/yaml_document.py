@@ -1,8 +1,8 @@
-"""YAML as a recipe, or what else people write, may use it: one mapping of plain values, with the line of every key.
+"""YAML for recipes and other user files: one mapping of plain values, with line numbers.
 
-YAML 1.2 core schema, read through ruamel.yaml's event stream. What makes YAML surprising is refused and not
-interpreted: anchors, aliases, tags, directives, duplicate keys, several documents, NUL and lone surrogates, and input
-too large or too deep to be a recipe. Pure: text in, values out.
+YAML 1.2 core schema, read through ruamel.yaml's event stream. These features are errors: anchors,
+aliases, tags, directives, duplicate keys, several documents, NUL and lone surrogates, and input
+that is too large or too deep for a recipe. Pure: text in, values out.
 """
 
 from __future__ import annotations
@@ -44,16 +44,20 @@ _BASED = re.compile(r"0x[0-9a-fA-F]{1,15}|0o[0-7]{1,15}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
-# What ruamel's scanner raises on hostile text besides its own errors: chr() out of range, int() of nothing, a missing
-# token. All of them say the same to a user.
+# Errors of ruamel's scanner on hostile text besides its own: chr() out of range, int(""), a missing
+# token. The user sees the same message for all of them.
 PARSER_FAULTS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError,
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class YamlDocument:
-    """Plain values (dict, list, str, int, float, bool, None), and the line of every key path; line 0 is an override."""
+    """Plain values (dict, list, str, int, float, bool, None) and the line of every key path.
+
+    Line 0 stands for an override.
+    """
 
     name: str
     values: Mapping[str, object]
@@ -79,12 +83,13 @@ class YamlDocument:
         values: dict[str, object] = dict(self.values)
         inner = values
         for depth, key in enumerate(path[:-1], 1):
-            below = inner.get(str(key))
-            if below is not None and not isinstance(below, dict):
+            section = inner.get(str(key))
+            if section is not None and not isinstance(section, dict):
                 raise RecipeError([
-                    f"override {format_path(path)}: {format_path(path[:depth])} is no mapping of keys"
+                    f"override {format_path(path)}: {format_path(path[:depth])} is no mapping of "
+                    "keys"
                 ])
-            copied: dict[str, object] = dict(below or {})
+            copied: dict[str, object] = dict(section or {})
             inner[str(key)] = copied
             inner = copied
         inner[str(path[-1])] = value
@@ -96,13 +101,15 @@ def parse_document(
 ) -> YamlDocument:
     """The mapping that `text` holds; RecipeError with every fault otherwise.
 
-    Messages call the file `name` and say that a `kind` holds no such thing.
+    Messages call the file `name`, and its kind of document `kind`. Raises RecipeError with every
+    fault.
     """
     reader = _Reader(name=name, kind=kind, first_key=first_key, lines={}, faults=[])
     try:
         if len(text) > MAX_CHARACTERS:
             raise RecipeError([
-                f"{name}: a {kind} has at most {MAX_CHARACTERS:,} characters, this one {len(text):,}"
+                f"{name}: a {kind} has at most {MAX_CHARACTERS:,} characters, this one "
+                f"{len(text):,}"
             ])
         values = reader.document(_events(text, name))
     except RecipeError as error:
@@ -152,7 +159,7 @@ def printable(text: str, limit: int = 80) -> str:
 
 
 def _events(text: str, name: str) -> Iterator[Event]:
-    """ruamel's events one by one, its errors as RecipeError. Lazy, so that a reader can stop at a depth."""
+    """Yield ruamel's events, with its errors as RecipeError. Lazy: a reader can stop at a depth."""
     events: Iterator[Event] | None = None
     while True:
         try:
@@ -183,7 +190,7 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Reader:
-    """Builds plain values from events; `lines` and `faults` fill up on the way."""
+    """Builds plain values from events, and collects `lines` and `faults`."""
 
     name: str
     kind: str
@@ -192,7 +199,7 @@ class _Reader:
     faults: list[str]
 
     def document(self, events: Iterator[Event]) -> dict[str, object]:
-        """The one mapping of the stream; empty text is refused."""
+        """Return the mapping of the stream; RecipeError for empty text."""
         values: dict[str, object] | None = None
         for event in events:
             if isinstance(event, DocumentStartEvent):
@@ -200,17 +207,18 @@ class _Reader:
                     self.fault(event, f"%YAML and %TAG directives are not allowed in a {self.kind}")
                 if values is not None:
                     raise RecipeError([
-                        f"{self.at(event)}: a {self.kind} is one YAML document, a second one starts here"
+                        f"{self.at(event)}: a {self.kind} is one YAML document, a second one "
+                        "starts here"
                     ])
             elif isinstance(event, MappingStartEvent):
                 values = self.mapping(event, events, ())
             elif isinstance(event, NodeEvent):
-                found = (
-                    "a list" if isinstance(event, SequenceStartEvent) else self.scalar_found(event)
+                node = (
+                    "a list" if isinstance(event, SequenceStartEvent) else self.describe_node(event)
                 )
                 raise RecipeError([
                     f"{self.at(event)}: expected a mapping of keys ({self.first_key}, ...), "
-                    f"found {found}"
+                    f"found {node}"
                 ])
             elif not isinstance(event, StreamStartEvent) and values is None:
                 raise RecipeError([
@@ -238,7 +246,7 @@ class _Reader:
     def mapping(
         self, start: MappingStartEvent, events: Iterator[Event], path: KeyPath
     ) -> dict[str, object]:
-        """The keys and values up to the end of the mapping."""
+        """Return the keys and values up to the end of the mapping."""
         self.plain(start)
         values: dict[str, object] = {}
         for event in events:
@@ -246,33 +254,34 @@ class _Reader:
                 break
             if not isinstance(event, ScalarEvent):
                 raise RecipeError([f"{self.at(event)}: a key must be plain text"])
-            self.scalar(event)  # for its faults; a key is text, whatever it looks like
+            self.scalar(event)  # adds its faults; a key is always text
             key = str(event.value)
-            here = (*path, key)
+            key_path = (*path, key)
             if key in values:
                 self.fault(
-                    event, f"{format_path(here)}: written twice, first in line {self.lines[here]}"
+                    event,
+                    f"{format_path(key_path)}: written twice, first in line {self.lines[key_path]}",
                 )
-            self.lines.setdefault(here, event.start_mark.line + 1)
-            values[key] = self.value(next(events), events, here)
+            self.lines.setdefault(key_path, event.start_mark.line + 1)
+            values[key] = self.value(next(events), events, key_path)
         return values
 
     def sequence(
         self, start: SequenceStartEvent, events: Iterator[Event], path: KeyPath
     ) -> list[object]:
-        """The items up to the end of the list."""
+        """Return the items up to the end of the list."""
         self.plain(start)
         items: list[object] = []
         for event in events:
             if isinstance(event, SequenceEndEvent):
                 break
-            here = (*path, len(items))
-            self.lines[here] = event.start_mark.line + 1
-            items.append(self.value(event, events, here))
+            item_path = (*path, len(items))
+            self.lines[item_path] = event.start_mark.line + 1
+            items.append(self.value(event, events, item_path))
         return items
 
     def scalar(self, event: ScalarEvent) -> object:
-        """A plain scalar by its looks; a quoted one as text."""
+        """Return the value of a plain scalar; a quoted one is text."""
         self.plain(event)
         text = str(event.value)
         if is_invalid_text(text):
@@ -280,7 +289,7 @@ class _Reader:
         return parse_scalar(text) if event.implicit[0] else text
 
     def plain(self, event: NodeEvent) -> None:
-        """Refuse what changes the meaning of a node from elsewhere."""
+        """Add a fault for an anchor or a tag."""
         if event.anchor:
             self.fault(
                 event,
@@ -293,14 +302,14 @@ class _Reader:
                 f"tags ({printable(str(tag))}) are not allowed in a {self.kind}; quote the value to make it text",
             )
 
-    def scalar_found(self, event: Event) -> str:
+    def describe_node(self, event: Event) -> str:
         """How a message calls a node that is no mapping."""
         return f"'{printable(event.value)}'" if isinstance(event, ScalarEvent) else "an alias"
 
     def fault(self, event: Event, sentence: str) -> None:
-        """Note a fault at the line of an event."""
+        """Add a fault at the line of an event."""
         self.faults.append(f"{self.at(event)}: {sentence}")
 
     def at(self, event: Event) -> str:
-        """File and line of an event."""
+        """Return file and line of an event."""
         return f"{self.name}:{event.start_mark.line + 1}"

@@ -1,1 +1,4 @@
-"""From a recipe's text to a plan that can be printed. Pure, but for `sources`, which opens what is planned."""
+"""Plans of builds: recipe and headers -> every output tensor.
+
+Pure except `sources`, which reads.
+"""

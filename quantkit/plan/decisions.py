@@ -1,4 +1,4 @@
-"""Which rule decides over which linear, and what is wrong with the outcome; pure, all faults collected."""
+"""Decisions: the rule that applies to each linear, and all faults of the result. Pure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NO_RULE = "no rule"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """What happens to one linear, and which rule says so."""
+    """The treatment of one linear, and the rule that chose it."""
 
     linear: Linear
     block: str | None  # block name; None outside the blocks
@@ -41,20 +41,23 @@ class Decision:
     scheme: Scheme | None = None
 
     @property
-    def feeds_back(self) -> bool:
-        """Whether rounding errors move on from column to column."""
+    def has_error_feedback(self) -> bool:
+        """Whether the rounding propagates the error of a column to the next columns."""
         return self.rounding is not None and registry.get_rounding(self.rounding).needs_stats
 
 
-def scale_dtype(quantize: Quantize, source_dtype: str) -> Literal["bfloat16", "float16"]:
-    """`auto` follows the source: engines compute in its dtype and would cast another scale after the codes are set."""
+def resolve_scale_dtype(quantize: Quantize, source_dtype: str) -> Literal["bfloat16", "float16"]:
+    """Return the dtype of scales; `auto` is the source's.
+
+    Engines compute in that dtype: they would cast another scale after the codes were chosen.
+    """
     if quantize.scale_dtype != "auto":
         return quantize.scale_dtype
     return "float16" if source_dtype == "F16" else "bfloat16"
 
 
 def make_scheme(quantize: Quantize, source_dtype: str) -> Scheme:
-    """The recipe's words as a Scheme."""
+    """Return the Scheme of a recipe's `quantize`."""
     if quantize.method == "nf4":
         return Scheme(
             bits=quantize.bits,
@@ -65,18 +68,18 @@ def make_scheme(quantize: Quantize, source_dtype: str) -> Scheme:
             double_quant=bool(quantize.double_quant),
             source_dtype="float32"
             if source_dtype == "F32"
-            else scale_dtype(quantize, source_dtype),
+            else resolve_scale_dtype(quantize, source_dtype),
         )
     return Scheme(
         bits=quantize.bits,
         group_size=quantize.group_size,
         symmetric=quantize.symmetric,
-        scale_dtype=scale_dtype(quantize, source_dtype),
+        scale_dtype=resolve_scale_dtype(quantize, source_dtype),
     )
 
 
-def first_match(rules: Sequence[Rule], linear: Linear) -> Rule | None:
-    """The first rule that matches; a quantize rule reaches protected linears only by naming them."""
+def find_rule(rules: Sequence[Rule], linear: Linear) -> Rule | None:
+    """Return the first rule that matches; quantize rules match protected linears only by name."""
     for rule in rules:
         protected = rule.quantize is not None and linear.role in PROTECTED_ROLES
         if rule.matches(linear.name) and (not protected or rule.names(linear.name)):
@@ -84,11 +87,11 @@ def first_match(rules: Sequence[Rule], linear: Linear) -> Rule | None:
     return None
 
 
-def decide_one(
+def decide_linear(
     linear: Linear, block: Block | None, rules: Sequence[Rule], recipe: Recipe, dtype: str
 ) -> Decision:
-    """The decision over one linear."""
-    name, rule = block.name if block else None, first_match(rules, linear)
+    """Return the decision for one linear."""
+    name, rule = block.name if block else None, find_rule(rules, linear)
     keep = rule.keep if rule and rule.keep else "source"
     if block and block.kind == "mtp" and recipe.mtp != "quantize":
         action: Literal["keep", "drop"] = "keep" if recipe.mtp == "keep" else "drop"
@@ -114,25 +117,30 @@ def decide_one(
     )
 
 
-def decide(
+def decide_all(
     layout: Layout, rules: Sequence[Rule], recipe: Recipe, specs: Mapping[str, TensorSpec]
 ) -> dict[str, Decision]:
-    """A decision for every linear of the model, by module name, in checkpoint order; `in_blocks` has the last word."""
+    """Return a decision for every linear by module name, in checkpoint order.
+
+    `keep_fp8_blocks` then decides which kept weights stay FP8.
+    """
     blocks: list[tuple[Block | None, Linear]] = [(None, layout.embedding)]
     blocks += [(block, linear) for block in layout.blocks for linear in block.linears]
     blocks += [(None, layout.head)] if layout.head else []
     return {
-        linear.name: decide_one(linear, block, rules, recipe, specs[f"{linear.name}.weight"].dtype)
+        linear.name: decide_linear(
+            linear, block, rules, recipe, specs[f"{linear.name}.weight"].dtype
+        )
         for block, linear in blocks
     }
 
 
-def in_blocks(
+def keep_fp8_blocks(
     decisions: Mapping[str, Decision], specs: Mapping[str, TensorSpec], output: Format
 ) -> dict[str, Decision]:
-    """The decisions with keep "fp8" for weights that lie in FP8 blocks and may stay so in a format that holds them.
+    """Return the decisions with keep "fp8" for kept FP8 weights, if the format can hold FP8 blocks.
 
-    In an artifact where nothing is quantized nothing stays: a format's config describes its codes first.
+    If nothing is quantized no weight stays FP8: the config of a format describes its codes first.
     """
     holds = output.fp8_scale is not None and any(
         decision.action == "quantize" for decision in decisions.values()
@@ -148,8 +156,8 @@ def in_blocks(
     return {n: replace(d, keep="fp8") if holds and stays(n, d) else d for n, d in decisions.items()}
 
 
-def touches_fp8(group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
-    """Whether rescaling a group would change bits that are kept: those of a reader, or of what makes its input."""
+def changes_fp8(group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
+    """Return whether rescaling a group would change kept FP8 bits of a reader or the absorber."""
     absorber = (group.absorber.module,) if group.absorber else ()
     names = (*group.readers, *absorber)
     return any(name in decisions and decisions[name].keep == "fp8" for name in names)
@@ -158,7 +166,7 @@ def touches_fp8(group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
 def select_quantized_groups(
     block: Block, decisions: Mapping[str, Decision]
 ) -> dict[str, LinearGroup]:
-    """Groups with a reader, routed experts included, that is quantized: their grams are needed."""
+    """Return the groups with a quantized reader, routed experts included: they need grams."""
     gate = block.experts.linear(0, block.experts.gate) if block.experts else ""
 
     def read(group: LinearGroup) -> bool:
@@ -171,9 +179,10 @@ def select_quantized_groups(
 def find_rescale(
     block: Block, group: LinearGroup, decisions: Mapping[str, Decision]
 ) -> Rescale | None:
-    """The scale search of the one method that quantizes the readers of a group, routed experts included.
+    """Return the scale search of the method that quantizes the readers of a group.
 
-    None when several methods do, when nothing absorbs the scale, or in an MTP block, whose inputs nobody sees.
+    None if several methods do, if no module absorbs the scale, or in an MTP block, whose inputs are
+    unknown. Routed experts count as readers.
     """
     experts = block.experts
     names = [
@@ -189,12 +198,12 @@ def find_rescale(
 def is_unscaled_for_fp8(
     block: Block, group: LinearGroup, decisions: Mapping[str, Decision]
 ) -> bool:
-    """Whether the input of a group keeps its scale only because kept FP8 bits would have to change with it."""
-    return find_rescale(block, group, decisions) is not None and touches_fp8(group, decisions)
+    """Return whether the input of a group is not rescaled only to keep FP8 bits unchanged."""
+    return find_rescale(block, group, decisions) is not None and changes_fp8(group, decisions)
 
 
-def rule_faults(rules: Sequence[Rule], layout: Layout, where: str) -> list[str]:
-    """Rules that match no linear: most likely a typing error in the pattern."""
+def find_unmatched_rules(rules: Sequence[Rule], layout: Layout, where: str) -> list[str]:
+    """Return a fault for each rule that matches no linear: most likely a typing error."""
     linears = layout.linears
     return [
         f"{where}:{rule.line}: {rule.label}: {rule.match!r} matches no linear of this model; "
@@ -204,12 +213,13 @@ def rule_faults(rules: Sequence[Rule], layout: Layout, where: str) -> list[str]:
     ]
 
 
-def idle_rules(rules: Sequence[Rule], decisions: Mapping[str, Decision]) -> list[str]:
-    """Rules that match linears and decide over none of them: not wrong, but hardly what was meant."""
+def find_idle_rules(rules: Sequence[Rule], decisions: Mapping[str, Decision]) -> list[str]:
+    """Return a warning for each rule that matches linears but applies to none of them."""
     deciding = {decision.rule for decision in decisions.values()}
     return [
-        f"{rule.label}: {rule.match!r} decides over nothing: all that it matches was decided by an earlier rule or by "
-        "mtp, or is a router, an embedding or a head, which a rule quantizes only by its name"
+        f"{rule.label}: {rule.match!r} applies to no linear: an earlier rule or mtp applies to "
+        "all that it matches, or they are routers, embeddings or heads, which a rule quantizes "
+        "only by name"
         for rule in rules
         if not rule.optional
         and rule.label not in deciding
@@ -217,10 +227,10 @@ def idle_rules(rules: Sequence[Rule], decisions: Mapping[str, Decision]) -> list
     ]
 
 
-def storage_faults(
+def find_storage_faults(
     decisions: Mapping[str, Decision], output: Format, format_name: str
 ) -> list[str]:
-    """Linears that the format cannot hold, one sentence per reason with a count, and schemes it cannot mix."""
+    """Return faults, one per reason, for linears or mixed schemes that the format cannot hold."""
     reasons: dict[str, list[str]] = {}
     schemes: dict[Scheme, Decision] = {}
     for decision in decisions.values():
@@ -228,42 +238,44 @@ def storage_faults(
             continue
         schemes.setdefault(decision.scheme, decision)
         reason = (
-            outside_fault(decision)
-            or group_size_fault(decision)
+            find_outside_fault(decision)
+            or find_group_size_fault(decision)
             or output.accepts(decision.scheme, decision.linear)
         )
         if reason:
             reasons.setdefault(f"{decision.rule}: {reason}", []).append(decision.linear.name)
-    faults = counted(reasons)
+    faults = format_reasons(reasons)
     if output.one_scheme and len(schemes) > 1:
-        told = ", ".join(f"{d.linear.name} ({difference(s, schemes)})" for s, d in schemes.items())
+        examples = ", ".join(
+            f"{d.linear.name} ({format_difference(s, schemes)})" for s, d in schemes.items()
+        )
         others = (
             ", or format compressed_tensors or gptq"
             if all(scheme.kind == "int" for scheme in schemes)
             else ""
         )
         faults.append(
-            f"format {format_name} holds one scheme per artifact, found {len(schemes)}: {told}; use one for all "
-            f"rules{others}"
+            f"format {format_name} holds one scheme per artifact, found {len(schemes)}: "
+            f"{examples}; use one for all rules{others}"
         )
     return faults
 
 
-def difference(scheme: Scheme, among: Iterable[Scheme]) -> str:
-    """What tells a scheme from others, in the recipe's words: "bits: 4, double_quant: false"."""
+def format_difference(scheme: Scheme, among: Iterable[Scheme]) -> str:
+    """Return the keys in which a scheme differs from others: "bits: 4, double_quant: false"."""
     schemes = list(among)
     names = [
         field.name
         for field in fields(Scheme)
-        if len({getattr(each, field.name) for each in schemes}) > 1
+        if len({getattr(other, field.name) for other in schemes}) > 1
     ]
     return ", ".join(f"{name}: {str(getattr(scheme, name)).lower()}" for name in names)
 
 
-def fp8_faults(
+def find_fp8_faults(
     layout: Layout, decisions: Mapping[str, Decision], output: Format, side: int
 ) -> list[str]:
-    """Linears that cannot stay in FP8 blocks of `side` rows and columns: one sentence per reason, with a count."""
+    """Return faults, one per reason, for linears that cannot stay in FP8 blocks of `side`."""
     reasons: dict[str, list[str]] = {}
     for block in (block for block in layout.blocks if block.kind == "decoder"):
         for linear in (linear for linear in block.linears if decisions[linear.name].keep == "fp8"):
@@ -283,30 +295,31 @@ def fp8_faults(
         ):
             if decisions[name].keep == "fp8":
                 reason = (
-                    f"vLLM and SGLang merge this linear with others when loading, which its {rows[name]} rows in FP8 "
-                    f"blocks of {side} forbid; use keep: bf16 for them"
+                    f"vLLM and SGLang merge this linear with others when loading; expected a "
+                    f"multiple of {side} rows (the FP8 block), found {rows[name]}; use keep: bf16 "
+                    "for them"
                 )
                 reasons.setdefault(f"{decisions[name].rule}: {reason}", []).append(name)
-    return counted(reasons)
+    return format_reasons(reasons)
 
 
-def counted(reasons: Mapping[str, Sequence[str]]) -> list[str]:
-    """One sentence per reason, with the first module that it is about and how many more there are."""
+def format_reasons(reasons: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return one sentence per reason, with its first module and the number of others."""
     return [
         f"{reason} ({names[0]}" + (f" and {len(names) - 1} more)" if len(names) > 1 else ")")
         for reason, names in reasons.items()
     ]
 
 
-def outside_fault(decision: Decision) -> str | None:
-    """An embedding or a head: the build stores what lies outside the blocks as it is."""
+def find_outside_fault(decision: Decision) -> str | None:
+    """Return a fault for a quantized linear outside the blocks: an embedding or a head."""
     if decision.block is not None:
         return None
     return f"the build quantizes inside blocks only, found the {decision.linear.role}; keep it"
 
 
-def group_size_fault(decision: Decision) -> str | None:
-    """A group size that does not divide the row, with the sizes that would."""
+def find_group_size_fault(decision: Decision) -> str | None:
+    """Return a fault for a group size that does not divide the row, with sizes that do."""
     scheme, width = decision.scheme, decision.linear.in_features
     if scheme is None or scheme.group_size == -1 or width % scheme.group_size == 0:
         return None
@@ -315,12 +328,13 @@ def group_size_fault(decision: Decision) -> str | None:
     return f"group_size {scheme.group_size} does not divide {width} input features; {use}"
 
 
-def fused_faults(
+def find_fused_faults(
     layout: Layout, decisions: Mapping[str, Decision], output: Format, refusing: Collection[str]
 ) -> list[str]:
-    """Linears that engines merge at load but that were decided differently; `refusing` do not load the artifact.
+    """Return faults for linears that engines merge at load but that have different decisions.
 
-    A build solves the routed experts of a block by one scheme, whoever loads them.
+    `refusing` are engines that cannot load the artifact. The routed experts of a block need one
+    scheme for any engine: a build quantizes them together.
     """
     merging = (
         []
@@ -338,17 +352,19 @@ def fused_faults(
                 kept = " in FP8" if decisions[name].keep == "fp8" else ""
                 outcomes.setdefault((decisions[name].action + kept, decisions[name].scheme), name)
             if len(outcomes) > 1:
-                told = ", ".join(
+                members_text = ", ".join(
                     f"{name} ({decisions[name].rule}: {action})"
                     for (action, _), name in outcomes.items()
                 )
-                loads = f"{' and '.join(merging)} merge{'s' if len(merging) == 1 else ''} these linears when loading"
+                verb = "merges" if len(merging) == 1 else "merge"
+                loads = f"{' and '.join(merging)} {verb} these linears when loading"
                 why = (
                     loads
                     if merging
-                    else "quantkit solves and loads the routed experts of a block together"
+                    else "quantkit quantizes and loads the routed experts of a block together"
                 )
                 faults.append(
-                    f"{block.name}: {why}, so they need one decision, found {len(outcomes)}: {told}"
+                    f"{block.name}: {why}, so they need one decision, found {len(outcomes)}: "
+                    f"{members_text}"
                 )
     return faults

@@ -1,4 +1,4 @@
-"""Does a checkpoint hold what its architecture says, tensor by tensor? From headers alone; pure."""
+"""Matches a checkpoint's headers against the layout of its architecture, tensor by tensor. Pure."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from quantkit.errors import CheckpointError
 from quantkit.io.yaml_document import printable
 
 FP8_ROLES: frozenset[Role] = frozenset({"attention", "mlp", "shared_expert", "routed_expert"})
-"""What an FP8 DeepSeek checkpoint stores in 128x128 blocks; routers, embeddings, heads and eh_proj stay BF16."""
+"""Roles that an FP8 DeepSeek checkpoint stores in 128x128 blocks; all others stay BF16."""
 
-READABLE = frozenset({"F64", "F32", "F16", "BF16", FP8})
-"""What weights are stored as. Integers are no weights, or codes of a quantization that config.json does not name."""
+READABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", FP8})
+"""Dtypes of weights. Integers are codes of a quantization that config.json does not name."""
 
 SHOWN_FAULTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatchedLayout:
-    """A layout whose tensors were all found (or assumed), with what was left aside."""
+    """A layout whose tensors are all present (or assumed), and the tensors that were dropped."""
 
     architecture: Architecture
     layout: Layout
@@ -33,9 +33,9 @@ class MatchedLayout:
 
 
 def read_fp8_block_size(config: Config) -> int | None:
-    """Side of the FP8 blocks the config announces, None for an unquantized checkpoint.
+    """Return the side of the FP8 blocks in the config, or None for an unquantized checkpoint.
 
-    Raises CheckpointError for any other quantization: quantizing codes again would compound two errors.
+    Raises CheckpointError for any other quantization: quantizing codes again compounds two errors.
     """
     entry = config.values.get("quantization_config")
     if entry is None:
@@ -43,8 +43,8 @@ def read_fp8_block_size(config: Config) -> int | None:
     if not isinstance(entry, Mapping) or entry.get("quant_method") != "fp8":
         method = entry.get("quant_method") if isinstance(entry, Mapping) else entry
         raise CheckpointError(
-            f"{config.where}: quantization_config.quant_method: expected fp8 or an unquantized checkpoint, "
-            f"found {method!r}; start from the original weights"
+            f"{config.where}: quantization_config.quant_method: expected fp8 or an unquantized "
+            f"checkpoint, found {method!r}; start from the original weights"
         )
     size = entry.get("weight_block_size")
     if not (
@@ -55,14 +55,14 @@ def read_fp8_block_size(config: Config) -> int | None:
         and size[0]
     ):
         raise CheckpointError(
-            f"{config.where}: quantization_config.weight_block_size: expected [n, n], found {size!r}; "
-            "only FP8 in square blocks with weight_scale_inv can be read"
+            f"{config.where}: quantization_config.weight_block_size: expected [n, n], found "
+            f"{size!r}; only FP8 in square blocks with weight_scale_inv can be read"
         )
     return int(size[0])
 
 
-def linear_specs(linear: Linear, dtype: str) -> tuple[TensorSpec, ...]:
-    """Weight and, if the linear has one, bias."""
+def make_linear_specs(linear: Linear, dtype: str) -> tuple[TensorSpec, ...]:
+    """Return the weight of a linear, and its bias if it has one."""
     weight = TensorSpec(
         name=f"{linear.name}.weight", dtype=dtype, shape=(linear.out_features, linear.in_features)
     )
@@ -74,25 +74,28 @@ def linear_specs(linear: Linear, dtype: str) -> tuple[TensorSpec, ...]:
 
 
 def list_expected_tensors(layout: Layout, config: Config) -> dict[str, TensorSpec]:
-    """Every tensor the layout claims, with the dtype the family publishes. A double claim is a defect of the table."""
+    """Return every tensor of the layout, with the dtype that the family publishes.
+
+    Raises CheckpointError if the architecture lists a tensor twice.
+    """
     plain = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(
         config.text("torch_dtype", config.text("dtype", "bfloat16")), "BF16"
     )
     fp8 = read_fp8_block_size(config) is not None
     specs: dict[str, TensorSpec] = {}
     others = [*layout.final_tensors, *(spec for block in layout.blocks for spec in block.others)]
-    found = [replace(spec, dtype=plain) if spec.dtype == "BF16" else spec for spec in others]
+    tensors = [replace(spec, dtype=plain) if spec.dtype == "BF16" else spec for spec in others]
     for linear in layout.linears:
-        found += linear_specs(linear, FP8 if fp8 and linear.role in FP8_ROLES else plain)
-    for spec in found:
+        tensors += make_linear_specs(linear, FP8 if fp8 and linear.role in FP8_ROLES else plain)
+    for spec in tensors:
         if spec.name in specs:
-            raise CheckpointError(f"architecture table: {spec.name} is claimed twice")
+            raise CheckpointError(f"architecture table: {spec.name} is listed twice")
         specs[spec.name] = spec
     return specs
 
 
-def stored_bytes(spec: TensorSpec, block: int | None) -> int:
-    """Bytes in the source, the FP8 scales included."""
+def compute_stored_bytes(spec: TensorSpec, block: int | None) -> int:
+    """Return the bytes of a tensor in the source, with its FP8 scales."""
     if spec.dtype != FP8 or block is None:
         return spec.n_bytes
     rows, columns = spec.shape
@@ -102,19 +105,20 @@ def stored_bytes(spec: TensorSpec, block: int | None) -> int:
 def match_layout(
     architecture: Architecture, config: Config, specs: Mapping[str, TensorSpec] | None, where: str
 ) -> MatchedLayout:
-    """Match the layout against the checkpoint's headers; without headers assume what the family publishes.
+    """Match the layout against the checkpoint's headers; without headers assume the published ones.
 
-    Raises CheckpointError listing tensors that are missing, unclaimed or of another shape. An announced MTP block
-    of which nothing is stored (common in re-uploads) is left out with a warning.
+    An MTP block that config.json announces but that has no tensors (common in re-uploads) is left
+    out with a warning. Raises CheckpointError with tensors that are missing, unexpected or of
+    another shape.
     """
-    layout, told = (
+    layout, warnings = (
         architecture.layout(config),
         (architecture.derived,) if architecture.derived else (),
     )
     if specs is None:
         specs = list_expected_tensors(layout, config)
         return MatchedLayout(
-            architecture=architecture, layout=layout, specs=specs, dropped=(), warnings=told
+            architecture=architecture, layout=layout, specs=specs, dropped=(), warnings=warnings
         )
     absent = tuple(
         b
@@ -122,43 +126,50 @@ def match_layout(
         if b.kind == "mtp" and not any(n.startswith(f"{b.name}.") for n in specs)
     )
     layout = replace(layout, blocks=tuple(block for block in layout.blocks if block not in absent))
-    wanted = list_expected_tensors(layout, config)
+    expected = list_expected_tensors(layout, config)
     dropped = tuple(
         name for name in specs if any(fnmatchcase(name, glob) for glob in architecture.dropped)
     )
     faults = [
-        f"missing: {name} {list(spec.shape)}" for name, spec in wanted.items() if name not in specs
+        f"missing: {name} {list(spec.shape)}"
+        for name, spec in expected.items()
+        if name not in specs
     ]
     faults += [
         f"not claimed by the architecture: {printable(n)}"
         for n in specs
-        if n not in wanted and n not in dropped
+        if n not in expected and n not in dropped
     ]
     faults += [
         f"{name}: expected shape {list(spec.shape)}, found {list(specs[name].shape)}"
-        for name, spec in wanted.items()
+        for name, spec in expected.items()
         if name in specs and specs[name].shape != spec.shape
     ]
     faults += [
         f"{name}: expected floating point numbers, found {specs[name].dtype}"
-        for name in wanted
-        if name in specs and specs[name].dtype not in READABLE
+        for name in expected
+        if name in specs and specs[name].dtype not in READABLE_DTYPES
     ]
     if faults:
         more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
         raise CheckpointError(
-            f"{where}: the tensors do not fit model_type {config.text('model_type')} with this config.json: "
-            + "; ".join(faults[:SHOWN_FAULTS]) + more + "; check that config.json and weights belong together"
+            f"{where}: the tensors do not fit model_type {config.text('model_type')} with this "
+            "config.json: "
+            + "; ".join(faults[:SHOWN_FAULTS]) + more + "; check that config.json and weights "
+                                                        "belong together"
         )  # fmt: skip
     return MatchedLayout(
         architecture=architecture,
         layout=layout,
-        specs={name: specs[name] for name in wanted},
+        specs={name: specs[name] for name in expected},
         dropped=dropped,
-        warnings=(*told, *(absent_warning(block) for block in absent)),
+        warnings=(*warnings, *(format_absent_mtp(block) for block in absent)),
     )
 
 
-def absent_warning(block: Block) -> str:
-    """Why an announced MTP block is not in the plan."""
-    return f"config.json announces the MTP block {block.name}, the checkpoint has none of its tensors: left out"
+def format_absent_mtp(block: Block) -> str:
+    """Return the warning for an MTP block without tensors."""
+    return (
+        f"config.json announces the MTP block {block.name}, the checkpoint has none of its "
+        "tensors: left out"
+    )

@@ -1,4 +1,4 @@
-"""What an artifact holds: every tensor in writing order, and the files they are cut into; from decisions alone."""
+"""Tensors of an artifact in writing order, and their shards, from decisions alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quantkit.plan.decisions import Decision
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One output file and the tensors it holds, in the order they are written."""
+    """One output file and its tensors in writing order."""
 
     file: str
     tensors: tuple[TensorSpec, ...]
@@ -24,26 +24,28 @@ class Shard:
         return sum(spec.n_bytes for spec in self.tensors)
 
 
-def kept_spec(spec: TensorSpec, keep: Literal["source", "bf16"] = "source") -> TensorSpec:
-    """A tensor that is not quantized, as written: FP8 blocks become the BF16 they stand for, whatever else if asked."""
+def make_kept_spec(spec: TensorSpec, keep: Literal["source", "bf16"] = "source") -> TensorSpec:
+    """Return a kept tensor as written: FP8 becomes BF16, other dtypes with keep "bf16" only."""
     as_bf16 = keep == "bf16" or spec.dtype.startswith("F8")
     return TensorSpec(name=spec.name, dtype="BF16" if as_bf16 else spec.dtype, shape=spec.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
-    """How weights that are not quantized are stored: `scale` and `side` of FP8 blocks where the format holds them."""
+class KeptStorage:
+    """Storage of kept weights: `scale` (tensor suffix) and `side` of FP8 blocks if the format has
+    them.
+    """
 
     specs: Mapping[str, TensorSpec]
     scale: str | None
     side: int | None
 
     def weight(self, decision: Decision) -> tuple[TensorSpec, ...]:
-        """The weight of a kept linear as its rule has it stored; with FP8 blocks, their scales too."""
+        """Return the weight of a kept linear as written, for FP8 blocks with its scales."""
         spec = self.specs[f"{decision.linear.name}.weight"]
         if decision.keep != "fp8":
-            return (kept_spec(spec, decision.keep),)
-        assert self.scale is not None and self.side is not None  # `in_blocks` asks for both
+            return (make_kept_spec(spec, decision.keep),)
+        assert self.scale is not None and self.side is not None  # checked by keep_fp8_blocks
         shape = tuple(
             ceil(size / self.side) for size in spec.shape
         )  # [out, in] -> [block rows, block columns]
@@ -52,35 +54,35 @@ class Kept:
         )
 
 
-def block_outputs(
-    block: Block, decisions: Mapping[str, Decision], kept: Kept, output: Format
+def list_block_tensors(
+    block: Block, decisions: Mapping[str, Decision], kept: KeptStorage, output: Format
 ) -> list[TensorSpec]:
-    """What a block leaves behind, in writing order: norms and biases, then its linears, routed experts last."""
-    found = [kept_spec(kept.specs[spec.name]) for spec in block.others]
+    """Return the tensors of a block in writing order: norms, then linears, routed experts last."""
+    tensors = [make_kept_spec(kept.specs[spec.name]) for spec in block.others]
     for linear in block.linears:
         decision = decisions[linear.name]
         if decision.scheme is not None:
-            found += output.layout(linear, decision.scheme)
+            tensors += output.layout(linear, decision.scheme)
         else:
-            found += kept.weight(decision)
+            tensors += kept.weight(decision)
         if linear.bias:
-            found.append(kept_spec(kept.specs[f"{linear.name}.bias"]))
-    return [] if any(decisions[x.name].action == "drop" for x in block.linears) else found
+            tensors.append(make_kept_spec(kept.specs[f"{linear.name}.bias"]))
+    return [] if any(decisions[x.name].action == "drop" for x in block.linears) else tensors
 
 
-def outputs(
-    layout: Layout, decisions: Mapping[str, Decision], kept: Kept, output: Format
+def list_output_tensors(
+    layout: Layout, decisions: Mapping[str, Decision], kept: KeptStorage, output: Format
 ) -> list[TensorSpec]:
-    """Every tensor of the artifact in writing order."""
-    found = [*kept.weight(decisions[layout.embedding.name])]
+    """Return every tensor of the artifact in writing order."""
+    tensors = [*kept.weight(decisions[layout.embedding.name])]
     for block in layout.blocks:
-        found += block_outputs(block, decisions, kept, output)
-    found += [kept_spec(kept.specs[spec.name]) for spec in layout.final_tensors]
-    return found + ([*kept.weight(decisions[layout.head.name])] if layout.head else [])
+        tensors += list_block_tensors(block, decisions, kept, output)
+    tensors += [make_kept_spec(kept.specs[spec.name]) for spec in layout.final_tensors]
+    return tensors + ([*kept.weight(decisions[layout.head.name])] if layout.head else [])
 
 
-def shards(tensors: Sequence[TensorSpec], limit_bytes: int) -> tuple[Shard, ...]:
-    """Cut the tensors into files of at most `limit_bytes` (a larger tensor gets a file of its own)."""
+def split_into_shards(tensors: Sequence[TensorSpec], limit_bytes: int) -> tuple[Shard, ...]:
+    """Split the tensors into files of at most `limit_bytes`; a larger tensor gets its own file."""
     cut: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in tensors:

@@ -1,7 +1,7 @@
-"""Recipe + headers -> everything a build will do, printable, before a weight is read; pure.
+"""The plan of a build, made from recipe and headers before any weight is read. Pure.
 
-The plan names every output tensor, its shard, what each rule decided, the memory peak and the scratch disk. The same
-recipe over the same source and versions gives the same plan, and `Plan.hash` says so.
+It lists every output tensor and its shard, the decision of every rule, the memory peak and the
+scratch disk. The same recipe, source and versions give the same plan, identified by `Plan.hash`.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from quantkit.contracts import Architecture, Config, Format, Layout, Scheme, Ten
 from quantkit.errors import RecipeError
 from quantkit.plan.decisions import (
     Decision,
-    decide,
-    fp8_faults,
-    fused_faults,
-    idle_rules,
-    in_blocks,
+    decide_all,
+    find_fp8_faults,
+    find_fused_faults,
+    find_idle_rules,
+    find_storage_faults,
+    find_unmatched_rules,
     is_unscaled_for_fp8,
-    rule_faults,
-    storage_faults,
+    keep_fp8_blocks,
 )
 from quantkit.plan.match_checkpoint import (
     MatchedLayout,
+    compute_stored_bytes,
     match_layout,
     read_fp8_block_size,
-    stored_bytes,
 )
-from quantkit.plan.memory import MemoryPlan, memory_plan
-from quantkit.plan.output_tensors import Kept, Shard, outputs, shards
+from quantkit.plan.memory import MemoryPlan, plan_memory
+from quantkit.plan.output_tensors import KeptStorage, Shard, list_output_tensors, split_into_shards
 from quantkit.recipe.parse import expand_preset
 from quantkit.recipe.schema import Recipe, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFacts:
-    """What is known of the source before weights are read. `specs` None: assumed from the published config."""
+    """The source before weights are read. `specs` None: assumed from the published config."""
 
     model: str
     revision: str | None
@@ -54,7 +54,7 @@ class SourceFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that a build needs to know; `build` adds nothing to it but data."""
+    """All decisions of a build; `build` adds data only."""
 
     recipe: Recipe
     format_name: str  # one of the recipe's
@@ -69,14 +69,14 @@ class Plan:
     memory: MemoryPlan
     warnings: tuple[str, ...]
 
-    @cached_property  # asked for once per linear, 45,000 times for DeepSeek-V3
+    @cached_property  # read once per linear, 45,000 times for DeepSeek-V3
     def format(self) -> Format:
         return registry.get_format(self.format_name)
 
     @property
-    def kept(self) -> Kept:
-        """How what is not quantized is stored."""
-        return Kept(
+    def kept(self) -> KeptStorage:
+        """Storage of weights that are not quantized."""
+        return KeptStorage(
             specs=self.specs,
             scale=self.format.fp8_scale,
             side=read_fp8_block_size(self.source.config),
@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def schemes(self) -> dict[str, Scheme]:
-        """The scheme of each linear that is quantized, by module name."""
+        """Scheme of each quantized linear by module name."""
         return {
             name: decision.scheme
             for name, decision in self.decisions.items()
@@ -93,7 +93,7 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Elements of every source tensor that the plan reads."""
+        """Number of elements of all source tensors in the plan."""
         return sum(spec.n_elements for spec in self.specs.values())
 
     @property
@@ -102,74 +102,80 @@ class Plan:
         return sum(shard.n_bytes for shard in self.shards)
 
     def source_bytes(self, names: Iterable[str] | None = None) -> int:
-        """Bytes of these logical source tensors as stored, scales included; of all of them without names."""
+        """Return the bytes of some (default: all) logical source tensors as stored, with scales."""
         side = read_fp8_block_size(self.source.config)
         return sum(
-            stored_bytes(self.specs[name], side)
+            compute_stored_bytes(self.specs[name], side)
             for name in (self.specs if names is None else names)
         )
 
     @property
     def path(self) -> str:
-        """Where the artifact goes."""
+        """Path of the artifact."""
         return self.recipe.path(self.format_name)
 
     @property
     def assumed(self) -> bool:
-        """Whether the tensors were assumed from the published config instead of read from headers."""
+        """Whether tensors are assumed from the published config instead of read from headers."""
         return self.source.specs is None
 
     @property
     def hash(self) -> str:
-        """sha256 over what the recipe asks of the content, the source and the output tensors."""
-        told = [self.recipe.hash, self.source.model, self.source.revision, self.source.fingerprint]
+        """sha256 over the recipe's hash, the source and the output tensors."""
+        identity = [
+            self.recipe.hash,
+            self.source.model,
+            self.source.revision,
+            self.source.fingerprint,
+        ]
         outputs = [
             [s.file, [[t.name, t.dtype, list(t.shape)] for t in s.tensors]] for s in self.shards
         ]
-        return hashlib.sha256(json.dumps([told, outputs], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([identity, outputs], sort_keys=True).encode()).hexdigest()
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether any selected method learns from activations."""
+        """Whether any selected method needs statistics of activations."""
         return needs_calibration(self.decisions)
 
     @property
     def needs_forward(self) -> bool:
-        """Whether any stream runs through the blocks: for calibration, or for the fidelity figures."""
+        """Whether any text runs through the blocks: for calibration or for the fidelity figures."""
         return self.recipe.fidelity is not None or self.needs_calibration
 
 
 def needs_calibration(decisions: Mapping[str, Decision]) -> bool:
-    """Whether any selected method learns from activations."""
+    """Whether any selected method needs statistics of activations."""
     used = {d.method for d in decisions.values() if d.method}
     return any(registry.get_method(name).needs_stats for name in used)
 
 
 def load_architecture(config: Config) -> Architecture:
-    """The table of the model's family, or what can be proven of a model without one.
+    """Return the architecture of a model type: a table of quantkit, or derived from transformers.
 
-    Raises UsageError for a model type that nobody knows, CheckpointError for one of which no table can be derived.
+    Raises UsageError for an unknown model type, CheckpointError if no table can be derived.
     """
     model_type = config.text("model_type")
     if model_type in registry.list_names("architectures"):
         return registry.get_architecture(model_type)
     from quantkit.models import (
         derive,
-    )  # transformers takes seconds to start, which a plan by a table does without
+    )  # imports transformers: seconds that a plan with a table saves
 
     return derive.derive_architecture(config)
 
 
 def match_source(source: SourceFacts) -> MatchedLayout:
-    """What the source is made of: the same for every format, and for a family without a table seconds of proof.
+    """Match the source with its architecture; the result is the same for every format.
 
-    Raises as `architecture_of`, and CheckpointError when the tensors do not fit the architecture.
+    Takes seconds for a family without a table. Raises like `load_architecture`, and CheckpointError
+    if the tensors do not match the architecture.
     """
     return match_layout(load_architecture(source.config), source.config, source.specs, source.where)
 
 
-def rules_of(recipe: Recipe, architecture: Architecture) -> tuple[Rule, ...]:
-    """The recipe's rules, or the preset its family calls for."""
+def resolve_rules(recipe: Recipe, architecture: Architecture) -> tuple[Rule, ...]:
+    """Return the recipe's rules, or the default preset of the architecture."""
     if recipe.rules is not None:
         return tuple(recipe.rules)
     return expand_preset(
@@ -177,145 +183,162 @@ def rules_of(recipe: Recipe, architecture: Architecture) -> tuple[Rule, ...]:
     )
 
 
-def warnings_of(
-    claimed: MatchedLayout,
+def collect_warnings(
+    matched: MatchedLayout,
     config: Config,
     recipe: Recipe,
     format_name: str,
     decisions: Mapping[str, Decision],
 ) -> list[str]:
-    """What the user should know although the plan works."""
-    told = list(claimed.warnings)
+    """Return the warnings of a plan."""
+    warnings = list(matched.warnings)
     if recipe.fidelity is None:
-        told.append("fidelity: none: nobody will know what this artifact lost against its source")
-    if claimed.dropped:
-        told.append(
-            f"{len(claimed.dropped)} tensors no engine reads are left out, e.g. {claimed.dropped[0]}"
+        warnings.append(
+            "fidelity: none: the loss of this artifact against its source will not be measured"
+        )
+    if matched.dropped:
+        warnings.append(
+            f"{len(matched.dropped)} tensors no engine reads are left out, e.g. "
+            f"{matched.dropped[0]}"
         )
     if not any(decision.action == "quantize" for decision in decisions.values()):
-        told.append("no linear is quantized: the artifact is a copy of the source")
-    told += fp8_warnings(claimed, format_name, decisions)
-    mtp = [b.name for b in claimed.layout.blocks if b.kind == "mtp"]
+        warnings.append("no linear is quantized: the artifact is a copy of the source")
+    warnings += find_fp8_warnings(matched, format_name, decisions)
+    mtp = [b.name for b in matched.layout.blocks if b.kind == "mtp"]
     if mtp and recipe.mtp == "quantize" and needs_calibration(decisions):
-        told.append(
-            f"{mtp[0]}: no forward pass reaches an MTP block, its linears are rounded to nearest (mtp-rtn)"
+        warnings.append(
+            f"{mtp[0]}: no forward pass reaches an MTP block, its linears are rounded to nearest "
+            "(mtp-rtn)"
         )
     if not mtp and recipe.mtp != "keep":
-        told.append(
-            f"mtp: {recipe.mtp}: the model has no multi-token-prediction layer, and the key changes nothing"
+        warnings.append(
+            f"mtp: {recipe.mtp}: the model has no multi-token-prediction layer; the key has no "
+            "effect"
         )
     engines: dict[str, list[str]] = {}
     for engine, why in find_unsupported_engines(
-        registry.get_format(format_name), config, claimed.layout, decisions
+        registry.get_format(format_name), config, matched.layout, decisions
     ).items():
         engines.setdefault(why, []).append(engine)
-    return told + [f"{', '.join(names)}: {why}" for why, names in engines.items()]
+    return warnings + [f"{', '.join(names)}: {why}" for why, names in engines.items()]
 
 
 def find_unsupported_engines(
     output: Format, config: Config, layout: Layout, decisions: Mapping[str, Decision]
 ) -> Mapping[str, str]:
-    """Engines that cannot load what these decisions make of a model in this format, and why."""
+    """Return the engines that cannot load the artifact of these decisions, with the reason."""
     if output.limits is None:
         return {}
-    aside = {
+    mtp_linears = {
         linear.name for block in layout.blocks if block.kind == "mtp" for linear in block.linears
     }
     schemes = {d.linear: d.scheme for d in decisions.values() if d.scheme}
-    kept = [d.linear for name, d in decisions.items() if d.action == "keep" and name not in aside]
+    kept = [
+        d.linear for name, d in decisions.items() if d.action == "keep" and name not in mtp_linears
+    ]
     return output.limits(config.text("model_type"), schemes, kept) if schemes else {}
 
 
-def fp8_warnings(
-    claimed: MatchedLayout, format_name: str, decisions: Mapping[str, Decision]
+def find_fp8_warnings(
+    matched: MatchedLayout, format_name: str, decisions: Mapping[str, Decision]
 ) -> list[str]:
-    """FP8 weights that become BF16 although nobody asked for it, and inputs that FP8 weights keep from being scaled."""
-    told = []
-    unasked = (
+    """Return warnings for FP8 weights that become BF16, and for inputs that are not rescaled for
+    FP8.
+    """
+    warnings = []
+    kept_as_source = (
         f"{name}.weight"
         for name, d in decisions.items()
         if d.action == "keep" and d.keep == "source"
     )
-    if any(claimed.specs[name].dtype == FP8 for name in unasked):
-        told.append(f"format {format_name} cannot hold FP8 blocks: what is kept is stored as BF16")
-    held = [
+    if any(matched.specs[name].dtype == FP8 for name in kept_as_source):
+        warnings.append(
+            f"format {format_name} cannot hold FP8 blocks: kept weights are stored as BF16"
+        )
+    unscaled = [
         group.name
-        for block in claimed.layout.blocks
+        for block in matched.layout.blocks
         for group in block.groups
         if is_unscaled_for_fp8(block, group, decisions)
     ]
-    if held:
-        told.append(
-            f"{len(held)} inputs are not rescaled, because a linear that reads or makes them stays in FP8 blocks, e.g. "
-            f"{held[0]}: keep: bf16 for such linears, or method gptq, loses less"
+    if unscaled:
+        warnings.append(
+            f"{len(unscaled)} inputs are not rescaled, because a linear that reads or produces "
+            f"them stays in FP8 blocks, e.g. {unscaled[0]}: keep: bf16 for such linears, or "
+            "method gptq, loses less"
         )
-    return told
+    return warnings
 
 
 def apply_rules(
-    recipe: Recipe, source: SourceFacts, claimed: MatchedLayout, format_name: str
+    recipe: Recipe, source: SourceFacts, matched: MatchedLayout, format_name: str
 ) -> tuple[tuple[Rule, ...], dict[str, Decision], list[str]]:
-    """The rules, what they decide over every linear, and the recipe's faults that show by it."""
+    """Return the rules, the decision for every linear, and the faults of the rules."""
     output, rules, side = (
         registry.get_format(format_name),
-        rules_of(recipe, claimed.architecture),
+        resolve_rules(recipe, matched.architecture),
         read_fp8_block_size(source.config),
     )
-    decisions = in_blocks(
-        decide(claimed.layout, rules, recipe, claimed.specs), claimed.specs, output
+    decisions = keep_fp8_blocks(
+        decide_all(matched.layout, rules, recipe, matched.specs), matched.specs, output
     )
-    refusing = find_unsupported_engines(output, source.config, claimed.layout, decisions)
-    faults = rule_faults(rules, claimed.layout, recipe.name)
+    refusing = find_unsupported_engines(output, source.config, matched.layout, decisions)
+    faults = find_unmatched_rules(rules, matched.layout, recipe.name)
     faults += [
-        f"{recipe.name}: {fault}" for fault in storage_faults(decisions, output, format_name)
+        f"{recipe.name}: {fault}" for fault in find_storage_faults(decisions, output, format_name)
     ]
     faults += [
         f"{recipe.name}: {fault}"
-        for fault in fused_faults(claimed.layout, decisions, output, refusing)
+        for fault in find_fused_faults(matched.layout, decisions, output, refusing)
     ]
     if side is not None:
         faults += [
             f"{recipe.name}: {fault}"
-            for fault in fp8_faults(claimed.layout, decisions, output, side)
+            for fault in find_fp8_faults(matched.layout, decisions, output, side)
         ]
     return rules, decisions, faults
 
 
 def list_written_tensors(
-    source: SourceFacts, claimed: MatchedLayout, format_name: str, decisions: Mapping[str, Decision]
+    source: SourceFacts, matched: MatchedLayout, format_name: str, decisions: Mapping[str, Decision]
 ) -> list[TensorSpec]:
-    """Every tensor of the artifact in writing order."""
+    """Return every tensor of the artifact in writing order."""
     output = registry.get_format(format_name)
-    kept = Kept(
-        specs=claimed.specs, scale=output.fp8_scale, side=read_fp8_block_size(source.config)
+    kept = KeptStorage(
+        specs=matched.specs, scale=output.fp8_scale, side=read_fp8_block_size(source.config)
     )
-    return outputs(claimed.layout, decisions, kept, output)
+    return list_output_tensors(matched.layout, decisions, kept, output)
 
 
 def make_plan(
     recipe: Recipe,
     source: SourceFacts,
-    claimed: MatchedLayout,
+    matched: MatchedLayout,
     format_name: str,
     *,
     budget_bytes: int,
     tokens: Mapping[Literal["calibration", "fidelity"], int],
     hidden_bytes: Literal[2, 4],
 ) -> Plan:
-    """Decide everything about the artifact in one format.
+    """Make the plan of the artifact in one format.
 
-    `claimed` is what `claimed_of` says of the source, `tokens` are the lengths of the streams, `hidden_bytes` the width
-    of a hidden value on disk.
+    Args:
+        matched: the result of `match_source`.
+        budget_bytes: host memory that the build may use.
+        tokens: lengths of the streams.
+        hidden_bytes: bytes of a hidden value on disk.
 
-    Raises RecipeError with every fault of the recipe.
+    Raises:
+        RecipeError: with every fault of the recipe.
     """
-    rules, decisions, faults = apply_rules(recipe, source, claimed, format_name)
+    rules, decisions, faults = apply_rules(recipe, source, matched, format_name)
     if needs_calibration(decisions) and recipe.calibration is None:
         faults.append(
-            f"{recipe.where('calibration')}: calibration: method {recipe.quantize.method} needs a set, found none"
+            f"{recipe.where('calibration')}: calibration: method {recipe.quantize.method} needs a "
+            "set, found none"
         )
-    memory = memory_plan(
-        claimed.layout,
+    memory = plan_memory(
+        matched.layout,
         decisions,
         budget_bytes=budget_bytes,
         grams=needs_calibration(decisions) * (2 if recipe.propagate == "both" else 1),
@@ -323,7 +346,7 @@ def make_plan(
         hidden_bytes=hidden_bytes,
     )
     if memory.needed_bytes > budget_bytes:
-        faults.append(f"{recipe.where('memory')}: memory: {memory_fault(memory)}")
+        faults.append(f"{recipe.where('memory')}: memory: {format_memory_fault(memory)}")
     if faults:
         raise RecipeError(faults)
     return Plan(
@@ -331,24 +354,27 @@ def make_plan(
         format_name=format_name,
         rules=rules,
         source=source,
-        architecture=claimed.architecture,
-        layout=claimed.layout,
-        specs=claimed.specs,
-        dropped=claimed.dropped,
+        architecture=matched.architecture,
+        layout=matched.layout,
+        specs=matched.specs,
+        dropped=matched.dropped,
         decisions=decisions,
-        shards=shards(
-            list_written_tensors(source, claimed, format_name, decisions), recipe.output.shard_bytes
+        shards=split_into_shards(
+            list_written_tensors(source, matched, format_name, decisions), recipe.output.shard_bytes
         ),
         memory=memory,
         warnings=(
-            *warnings_of(claimed, source.config, recipe, format_name, decisions),
-            *idle_rules(rules, decisions),
+            *collect_warnings(matched, source.config, recipe, format_name, decisions),
+            *find_idle_rules(rules, decisions),
         ),
     )
 
 
-def memory_fault(memory: MemoryPlan) -> str:
-    """Why the budget is too small, part by part; what is needed is rounded up, so that it suffices as printed."""
+def format_memory_fault(memory: MemoryPlan) -> str:
+    """Return the message for a budget that is too small, with its parts.
+
+    The bytes needed are rounded up, so that the printed number suffices.
+    """
     parts = {
         "base": memory.base_bytes,
         "block without experts": memory.dense_bytes,
@@ -356,10 +382,11 @@ def memory_fault(memory: MemoryPlan) -> str:
         "one expert": memory.expert_bytes,
         "head": memory.head_bytes,
     }
-    told = ", ".join(f"{name} {n_bytes / 1e9:.2f}" for name, n_bytes in parts.items() if n_bytes)
-    experts = "one expert" if memory.slice_experts == 1 else f"{memory.slice_experts} experts"
-    smallest = f"the smallest wave ({experts})" if memory.expert_bytes else "the largest block"
+    parts_text = ", ".join(
+        f"{name} {n_bytes / 1e9:.2f}" for name, n_bytes in parts.items() if n_bytes
+    )
+    smallest = "the smallest wave (one expert)" if memory.expert_bytes else "the largest block"
     return (
-        f"{smallest} needs {-(-memory.needed_bytes // 10**7) / 100:.2f} GB ({told}), found "
+        f"{smallest} needs {-(-memory.needed_bytes // 10**7) / 100:.2f} GB ({parts_text}), found "
         f"{memory.budget_bytes // 10**7 / 100:.2f} GB; raise memory or free some"
     )

@@ -1,4 +1,4 @@
-"""The summary of a plan, which the terminal and `--json` show, as plain frozen values; sizes are in bytes."""
+"""The summary of a plan for the terminal and `--json`, as frozen values; sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ FROZEN = ConfigDict(frozen=True, extra="forbid")
 
 
 class PlanSource(BaseModel):
-    """What is quantized, and how it is known."""
+    """The source model, and where its headers come from."""
 
     model_config = FROZEN
     model: str
@@ -17,7 +17,7 @@ class PlanSource(BaseModel):
     dtype: str
     parameters: int
     parameters_without_mtp: int | None = (
-        None  # what a model is named by; None when it has no MTP layer
+        None  # the number in the model's name; None without an MTP layer
     )
     bytes: int
     read_from: str  # "headers", or "the published config, offline: sizes are computed"
@@ -57,7 +57,7 @@ class PlanShard(BaseModel):
 
 
 class PlanSummary(BaseModel):
-    """What `quantkit plan` shows."""
+    """The output of `quantkit plan`."""
 
     model_config = FROZEN
     recipe: str
@@ -71,7 +71,7 @@ class PlanSummary(BaseModel):
 
 
 class PlanRule(BaseModel):
-    """What one rule of the recipe decided, and what it costs in bytes."""
+    """The decisions of one rule, and their bytes."""
 
     model_config = FROZEN
     label: str

@@ -1,4 +1,4 @@
-"""Configs that families publish under hub ids, shipped so that plans and sizes need no network."""
+"""Published configs by Hub id; they ship with quantkit, so that plans and sizes need no network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantkit.contracts import Config
 
 
 def find_published_config(model: str) -> tuple[str, Config] | None:
-    """File and config that a family publishes for a hub id, shipped so that its plan needs no network."""
+    """Return file name and config of a Hub id, or None if it does not ship with quantkit."""
     folder = importlib.resources.files("quantkit.architectures") / "published"
     for name in registry.list_names("architectures"):
         files = registry.get_architecture(name).published or {}
@@ -21,7 +21,7 @@ def find_published_config(model: str) -> tuple[str, Config] | None:
 
 
 def list_published_models() -> tuple[str, ...]:
-    """Every hub id whose config is shipped."""
+    """Return every Hub id whose config ships with quantkit."""
     families = registry.list_names("architectures")
     return tuple(
         sorted(

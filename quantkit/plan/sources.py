@@ -1,4 +1,6 @@
-"""From a recipe to its plan: resolve the source, read headers or the published config, size up the text."""
+"""From a recipe to its plans: resolves the source, reads headers or the published config, bounds
+the text.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,17 @@ from quantkit.texts import task_files
 from quantkit.texts.corpus_files import bound_sequences
 from quantkit.texts.corpus_spec import read_spec
 
-UNKNOWN_SEQUENCES = 1024
-"""Sequences a plan assumes of a hub set that a recipe takes whole."""
+ASSUMED_SEQUENCES = 1024
+"""Sequences that a plan assumes for a whole set of unknown size."""
 
 MEMORY_SHARE = 0.7
-"""Of the memory that is free when a recipe names no budget: the rest is for the page cache and other programs."""
+"""Share of the available memory to use by default: the rest is for page cache and other programs.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedCompute:
-    """Where blocks run and in which dtype, with `auto` resolved."""
+    """Device and dtypes with `auto` resolved."""
 
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16"]
@@ -37,29 +40,33 @@ class ResolvedCompute:
 
     @property
     def hidden_bytes(self) -> Literal[2, 4]:
-        """Width of the widest hidden value on disk."""
+        """Bytes of the widest hidden value on disk."""
         return 4 if "float32" in (self.dtype, self.calibration) else 2
 
 
 def resolve_compute(recipe: Recipe) -> ResolvedCompute:
-    """The recipe's words, or a GPU in bfloat16 where there is one and else the CPU in float32.
+    """Resolve the recipe's `compute`: `auto` is bfloat16 on a GPU if there is one, or float32 on
+    the CPU.
 
-    The calibration stream takes bfloat16 on a CPU too, if it multiplies bfloat16 by itself.
+    The calibration stream is bfloat16 on a CPU, too, if it has bfloat16 matrix products.
     """
-    wanted = recipe.compute
-    device = wanted.device
+    settings = recipe.compute
+    device = settings.device
     if device != "cpu":
-        import torch  # noqa: PLC0415  # seconds; a plan for the CPU does without
+        import torch  # noqa: PLC0415  # takes seconds; a plan for the CPU does not need it
 
         if device == "cuda" and not torch.cuda.is_available():
             raise UsageError(
-                f"{recipe.where('compute', 'device')}: compute.device: expected a CUDA device, found none"
+                f"{recipe.where('compute', 'device')}: compute.device: expected a CUDA device, "
+                "found none"
             )
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = (
-        wanted.dtype if wanted.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
+        settings.dtype
+        if settings.dtype != "auto"
+        else ("float32" if device == "cpu" else "bfloat16")
     )
-    calibration = wanted.calibration
+    calibration = settings.calibration
     if calibration == "auto":
         calibration = (
             "bfloat16" if dtype == "bfloat16" or has_bfloat16_instructions() else "float32"
@@ -68,7 +75,7 @@ def resolve_compute(recipe: Recipe) -> ResolvedCompute:
 
 
 def resolve_source_facts(recipe: Recipe) -> SourceFacts:
-    """Headers of the source; for a hub model that cannot be reached, the config its family publishes."""
+    """Read the headers of the source; if the Hub is unreachable use the published config."""
     model, revision = recipe.source.model, recipe.source.revision
     try:
         headers = hub.read_model_headers(model, revision)
@@ -95,46 +102,51 @@ def resolve_source_facts(recipe: Recipe) -> SourceFacts:
 
 
 def make_source_facts(recipe: Recipe, source: Checkpoint, revision: str | None) -> SourceFacts:
-    """What is known of a source whose files are here."""
+    """Return the facts of a source whose files are local."""
     return SourceFacts(
         model=recipe.source.model,
         revision=revision,
         config=source.config,
         specs=source.specs,
-        fingerprint=source.fingerprint(),
+        fingerprint=source.compute_fingerprint(),
         where=recipe.source.model,
     )
 
 
-def budget(recipe: Recipe) -> int:
-    """Bytes of host memory a build may use."""
+def resolve_memory_budget(recipe: Recipe) -> int:
+    """Return the bytes of host memory that a build may use."""
     return (
         recipe.memory if recipe.memory is not None else int(MEMORY_SHARE * get_available_memory())
     )
 
 
 def bound_text_tokens(recipe: Recipe) -> dict[Literal["calibration", "fidelity"], int]:
-    """Upper bounds of the streams, before a tokenizer is loaded: sequences times length, or the text's bytes.
+    """Return upper bounds of the streams' tokens, before a tokenizer is loaded.
 
-    Gold solutions of the recipe's tasks run behind the fidelity text.
+    The bound is sequences times length, or the bytes of the text. Gold solutions of the recipe's
+    tasks follow the fidelity text.
     """
-    calibration, fidelity = recipe.calibration if recipe.learns else None, recipe.fidelity
+    calibration, fidelity = (
+        recipe.calibration if recipe.needs_calibration else None,
+        recipe.fidelity,
+    )
     items = recipe.evaluation.likelihood * len(recipe.evaluation.tasks)
     solutions = items * fidelity.length if fidelity else 0  # of which most use a small part
     return {
-        "calibration": most_tokens(calibration.set, calibration.sequences, calibration.length)
+        "calibration": bound_set_tokens(calibration.set, calibration.sequences, calibration.length)
         if calibration
         else 0,
-        "fidelity": most_tokens(fidelity.set, fidelity.windows, fidelity.length) + solutions
+        "fidelity": bound_set_tokens(fidelity.set, fidelity.windows, fidelity.length) + solutions
         if fidelity
         else 0,
     }
 
 
-def most_tokens(name: str, sequences: int | None, length: int) -> int:
-    """An upper bound of a set's tokens; a token has at least one byte. CalibrationError when there is no such set.
+def bound_set_tokens(name: str, sequences: int | None, length: int) -> int:
+    """Return an upper bound of a set's tokens; a token has at least one byte.
 
-    The size of a set that is not here is not known: UNKNOWN_SEQUENCES are assumed.
+    ASSUMED_SEQUENCES are assumed for a set that is not local. Raises CalibrationError for an
+    unknown set.
     """
     spec = read_spec(name, package_data.locate_folder("calibration"))
     if sequences is not None:
@@ -142,29 +154,29 @@ def most_tokens(name: str, sequences: int | None, length: int) -> int:
     return (
         spec.file.stat().st_size
         if spec.file and spec.file.is_file()
-        else UNKNOWN_SEQUENCES * length
+        else ASSUMED_SEQUENCES * length
     )
 
 
 def plan_recipe(
     recipe: Recipe, source: SourceFacts, tokens: Mapping[Literal["calibration", "fidelity"], int]
 ) -> tuple[Plan, ...]:
-    """A plan per format of the recipe, on this machine.
+    """Return one plan per format of the recipe, for this machine.
 
-    RecipeError with every fault of the recipe, benchmarks that do not exist among them.
+    Raises RecipeError with every fault of the recipe, unknown benchmarks included.
     """
     plans, faults = list[Plan](), list[str]()
-    claimed, budget_bytes, hidden_bytes = (
+    matched, budget_bytes, hidden_bytes = (
         match_source(source),
-        budget(recipe),
+        resolve_memory_budget(recipe),
         resolve_compute(recipe).hidden_bytes,
     )
     for name in recipe.format:
         try:
-            made = make_plan(
+            plan = make_plan(
                 recipe,
                 source,
-                claimed,
+                matched,
                 name,
                 budget_bytes=budget_bytes,
                 tokens=tokens,
@@ -173,44 +185,47 @@ def plan_recipe(
         except RecipeError as error:
             faults += error.faults
         else:
-            plans.append(made)
-    faults += text_faults(recipe) + task_faults(recipe) + find_gate_faults(recipe)
+            plans.append(plan)
+    faults += find_text_faults(recipe) + find_task_faults(recipe) + find_gate_faults(recipe)
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)))
     return tuple(plans)
 
 
-def text_faults(recipe: Recipe) -> list[str]:
-    """Sets from which more sequences are asked than they can give: known before a tokenizer is loaded."""
-    calibration, fidelity = recipe.calibration if recipe.learns else None, recipe.fidelity
-    found = list[str]()
+def find_text_faults(recipe: Recipe) -> list[str]:
+    """Return faults for more sequences than a set has, before a tokenizer is loaded."""
+    calibration, fidelity = (
+        recipe.calibration if recipe.needs_calibration else None,
+        recipe.fidelity,
+    )
+    faults = list[str]()
     if calibration:
-        wanted = calibration.sequences
-        found += too_many(
-            recipe, ("calibration", "sequences"), calibration.set, wanted, calibration.length
+        sequences = calibration.sequences
+        faults += find_sequence_faults(
+            recipe, ("calibration", "sequences"), calibration.set, sequences, calibration.length
         )
     if fidelity:
-        found += too_many(
+        faults += find_sequence_faults(
             recipe, ("fidelity", "windows"), fidelity.set, fidelity.windows, fidelity.length
         )
-    return found
+    return faults
 
 
-def too_many(
-    recipe: Recipe, key: tuple[str, str], name: str, wanted: int | None, length: int
+def find_sequence_faults(
+    recipe: Recipe, key: tuple[str, str], name: str, sequences: int | None, length: int
 ) -> list[str]:
-    """The fault of asking a set for more sequences than it has; none where that is not known."""
-    most = bound_sequences(read_spec(name, package_data.locate_folder("calibration")), length)
-    if wanted is None or most is None or wanted <= most:
+    """Return a fault if a set has fewer sequences; none if its size is unknown."""
+    available = bound_sequences(read_spec(name, package_data.locate_folder("calibration")), length)
+    if sequences is None or available is None or sequences <= available:
         return []
     return [
-        f"{recipe.where(*key)}: {'.'.join(key)}: expected at most {most}, the set {name} has no more, found {wanted}; "
-        "ask for fewer, null for all, or use a larger set"
+        f"{recipe.where(*key)}: {'.'.join(key)}: expected at most {available}, the size of the set "
+        f"{name}, found {sequences}; use fewer, null for all, or a larger set"
     ]
 
 
-def task_faults(recipe: Recipe) -> list[str]:
-    """Benchmarks that do not exist: known before hours are spent on the model they should judge."""
+def find_task_faults(recipe: Recipe) -> list[str]:
+    """Return faults for unknown benchmarks, before the model is quantized."""
     where, known = recipe.where("evaluation", "tasks"), task_files.list_task_names()
     missing = [
         name for name in recipe.evaluation.tasks if not task_files.find_task_path(name).is_file()
@@ -222,20 +237,21 @@ def task_faults(recipe: Recipe) -> list[str]:
 
 
 def find_gate_faults(recipe: Recipe) -> list[str]:
-    """Gates on a domain that the fidelity text does not have: they would never be judged."""
+    """Return faults for gates on a domain that the fidelity text does not have."""
     text = recipe.fidelity
-    asked = [
+    gated = [
         figure
         for figure in recipe.gates
         if figures.is_per_domain(figure.partition("@")[0])
         and "@" in figure
         and figure not in recipe.evaluation.tasks
     ]
-    if text is None or not asked:
+    if text is None or not gated:
         return []
     domains = read_spec(text.set, package_data.locate_folder("calibration")).domains
     return [
-        f"{recipe.where('gates', figure)}: gates.{figure}: {format_unknown_name(f'domain of {text.set}', found, domains)}"
-        for figure in asked
-        if (found := figure.partition("@")[2]) not in domains
+        f"{recipe.where('gates', figure)}: gates.{figure}: "
+        f"{format_unknown_name(f'domain of {text.set}', domain, domains)}"
+        for figure in gated
+        if (domain := figure.partition("@")[2]) not in domains
     ]

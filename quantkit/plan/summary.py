@@ -1,4 +1,4 @@
-"""A plan as the values that the terminal and `--json` show."""
+"""The summary of a plan, for the terminal and `--json`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from quantkit.plan.plan_schema import (
 
 
 def summarize_plan(plan: Plan) -> PlanSummary:
-    """What `quantkit plan` prints."""
+    """Return the summary that `quantkit plan` prints."""
     memory = plan.memory
     parts = {"base": memory.base_bytes}
     block = memory.dense_bytes + memory.batch_bytes + memory.wave_experts * memory.expert_bytes
@@ -35,9 +35,9 @@ def summarize_plan(plan: Plan) -> PlanSummary:
     return PlanSummary(
         recipe=plan.recipe.name,
         output=plan.path,
-        source=source(plan),
+        source=summarize_source(plan),
         rules=tuple(summarize_rules(plan)),
-        totals=totals(plan),
+        totals=summarize_totals(plan),
         memory=PlanMemory(
             budget=memory.budget_bytes,
             peak=memory.peak_bytes,
@@ -52,15 +52,15 @@ def summarize_plan(plan: Plan) -> PlanSummary:
     )
 
 
-def source(plan: Plan) -> PlanSource:
-    """What is quantized, and how much of it was read to know."""
+def summarize_source(plan: Plan) -> PlanSource:
+    """Return the summary of the source."""
     return PlanSource(
         model=plan.source.model,
         revision=plan.source.revision,
         architecture=plan.source.config.text("model_type"),
         dtype=format_source_dtype(plan),
         parameters=plan.parameters,
-        parameters_without_mtp=without_mtp(plan),
+        parameters_without_mtp=count_parameters_without_mtp(plan),
         bytes=plan.source_bytes(),
         read_from="the published config; sizes are computed, no header was read"
         if plan.assumed
@@ -68,8 +68,8 @@ def source(plan: Plan) -> PlanSource:
     )
 
 
-def without_mtp(plan: Plan) -> int | None:
-    """Parameters outside the MTP layers, the number a model is named by ("671 B"); None when it has none."""
+def count_parameters_without_mtp(plan: Plan) -> int | None:
+    """Return the parameters outside the MTP layers ("671 B" of a name); None without MTP layers."""
     inside = tuple(f"{block.name}." for block in plan.layout.blocks if block.kind == "mtp")
     if not inside:
         return None
@@ -77,7 +77,7 @@ def without_mtp(plan: Plan) -> int | None:
 
 
 def format_source_dtype(plan: Plan) -> str:
-    """How the source stores its matrices: "FP8 128x128", "BF16"."""
+    """Return the dtype of the source's matrices: "FP8 128x128", "BF16"."""
     block = read_fp8_block_size(plan.source.config)
     if block:
         return f"FP8 {block}x{block}"
@@ -85,7 +85,7 @@ def format_source_dtype(plan: Plan) -> str:
 
 
 def format_scheme(scheme: Scheme) -> str:
-    """ "int4 g128 asymmetric", "nf4 g64 double quant"."""
+    """Format a scheme: "int4 g128 asymmetric", "nf4 g64 double quant"."""
     if scheme.kind == "nf4":
         return f"nf4 g{scheme.group_size}{' double quant' if scheme.double_quant else ''}"
     group = "per row" if scheme.group_size == -1 else f"g{scheme.group_size}"
@@ -93,7 +93,7 @@ def format_scheme(scheme: Scheme) -> str:
 
 
 def format_action(decision: Decision) -> str:
-    """ "awq int4 g128 asymmetric", "keep", "keep FP8", "drop"."""
+    """Format a decision: "awq int4 g128 asymmetric", "keep", "keep FP8", "drop"."""
     if decision.scheme is None:
         return f"{decision.action} FP8" if decision.keep == "fp8" else decision.action
     rounding = (
@@ -106,7 +106,7 @@ def format_action(decision: Decision) -> str:
 
 
 def compute_bytes_after(plan: Plan, decision: Decision) -> int:
-    """Bytes of a linear's weight in the artifact, its scales and zero points included."""
+    """Return the bytes of a linear's weight in the artifact, with scales and zero points."""
     if decision.action == "drop":
         return 0
     if decision.scheme is not None:
@@ -115,32 +115,35 @@ def compute_bytes_after(plan: Plan, decision: Decision) -> int:
 
 
 def format_kept_dtype(plan: Plan, decision: Decision) -> str:
-    """How a kept weight lies in the artifact: "BF16", "F8_E4M3 128x128"."""
+    """Return the dtype of a kept weight in the artifact: "BF16", "F8_E4M3 128x128"."""
     dtype = plan.kept.weight(decision)[0].dtype
     return f"{dtype} {plan.kept.side}x{plan.kept.side}" if decision.keep == "fp8" else dtype
 
 
 def summarize_rules(plan: Plan) -> list[PlanRule]:
-    """One row per rule and outcome, in the order of the rules; linears that no rule matched come last."""
+    """Return one row per rule and outcome in the order of the rules.
+
+    Unmatched linears come last.
+    """
     pattern = {rule.label: rule.match for rule in plan.rules}
-    found: dict[tuple[str, str], list[Decision]] = {}
+    outcomes: dict[tuple[str, str], list[Decision]] = {}
     for decision in plan.decisions.values():
-        found.setdefault((decision.rule, format_action(decision)), []).append(decision)
+        outcomes.setdefault((decision.rule, format_action(decision)), []).append(decision)
     order = list(pattern)
     rows = sorted(
-        found.items(),
+        outcomes.items(),
         key=lambda item: order.index(item[0][0]) if item[0][0] in order else len(order),
     )
     return [
-        rule_row(plan, label, pattern.get(label, ""), action, decisions)
+        summarize_rule(plan, label, pattern.get(label, ""), action, decisions)
         for (label, action), decisions in rows
     ]
 
 
-def rule_row(
+def summarize_rule(
     plan: Plan, label: str, match: str, action: str, decisions: Sequence[Decision]
 ) -> PlanRule:
-    """What one rule decided."""
+    """Return the row of one rule and outcome."""
     parameters = sum(decision.linear.n_parameters for decision in decisions)
     after = sum(compute_bytes_after(plan, decision) for decision in decisions)
     return PlanRule(
@@ -155,8 +158,8 @@ def rule_row(
     )
 
 
-def totals(plan: Plan) -> PlanTotals:
-    """The whole artifact."""
+def summarize_totals(plan: Plan) -> PlanTotals:
+    """Return the totals of the artifact."""
     quantized = sum(decision.action == "quantize" for decision in plan.decisions.values())
     return PlanTotals(
         modules_quantized=quantized,

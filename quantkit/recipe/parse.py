@@ -1,6 +1,7 @@
-"""A recipe's text -> Recipe, or every fault of it at once. Pure: files are read by the caller.
+"""Parsing of recipes: text -> Recipe, or all faults at once. Pure: the caller reads the file.
 
-A value is never guessed: an unknown key, a wrong type or a name that does not exist is a fault with file and line.
+Values are never guessed: an unknown key, a wrong type or an unknown name is a fault with file
+and line.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from quantkit.io.yaml_document import (
     parse_value,
     printable,
 )
-from quantkit.recipe.patterns import PRESETS, pattern_fault
-from quantkit.recipe.rewrite import rewritten
+from quantkit.recipe.patterns import PRESETS, find_pattern_fault
+from quantkit.recipe.rewrite import rewrite_yaml
 from quantkit.recipe.schema import (
     SECTIONS,
     Gate,
@@ -38,26 +39,25 @@ from quantkit.recipe.schema import (
 )
 from quantkit.texts.corpus_spec import DOMAINS
 
-__all__ = [
-    "Quantize",
-    "Recipe",
-    "Rule",
-    "parse_recipe",
-    "parse_gates",
-    "expand_preset",
-    "apply_overrides",
-]
-
-_RULE_SHAPE = "a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, or {preset: NAME}"
+_RULE_SHAPE = (
+    "a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, "
+    "or {preset: NAME}"
+)
 
 
 def parse_recipe(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:
-    """The recipe in `text`; RecipeError with every fault, in the order of the lines, otherwise.
+    """Parse a recipe.
 
-    `name` is how messages call the file; `overrides` maps dotted keys to values ("output.path" -> "x") and wins.
+    Args:
+        text: the YAML text.
+        name: the file's name in messages.
+        overrides: values of dotted keys that replace those of the text ("output.path" -> "x").
+
+    Raises:
+        RecipeError: with every fault, in the order of the lines.
     """
-    document, faults = _overridden(parse_document(text, name), overrides)
-    document = _spelled_out(document)
+    document, faults = _with_overrides(parse_document(text, name), overrides)
+    document = _expand_gates(document)
     check = _Check(document=document, faults=faults)
     recipe = check.model(
         Recipe, {key: value for key, value in document.values.items() if key != "rules"}, ()
@@ -80,36 +80,40 @@ def parse_recipe(text: str, name: str, overrides: Mapping[str, str] = {}) -> Rec
 
 
 def apply_overrides(text: str, recipe: Recipe) -> str:
-    """`text`, the recipe's file, with what was set beside it written in: it makes the same artifact by itself.
+    """Return the recipe's text with `Recipe.overrides` written into it: it builds the same
+    artifact.
 
-    But for `Recipe.overrides`, where and in how much memory it is made.
+    Overrides of output.path and memory, which do not change the content, are left out.
     """
-    return rewritten(text, [_change(key, value) for key, value in recipe.overrides])
+    return rewrite_yaml(text, [_parse_override(key, value) for key, value in recipe.overrides])
 
 
 def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
-    """The `gates:` of a YAML file, which may be a whole recipe; RecipeError with every fault of them.
+    """Return the `gates:` of a YAML text, e.g. of a recipe; RecipeError with every fault of them.
 
-    `tasks`: the benchmarks that the report to be judged has.
+    `tasks`: the benchmarks of the report to be checked.
     """
-    document = _spelled_out(parse_document(text, name))
+    document = _expand_gates(parse_document(text, name))
     check = _Check(document=document, faults=[])
     for key in document.values.keys() - Recipe.model_fields.keys():
         check.fault(
             (key,),
             f"unknown key.{suggest_name(key, tuple(Recipe.model_fields))} Expected gates.",
         )
-    found = check.model(Gates, {"gates": document.values.get("gates")}, ())
+    parsed = check.model(Gates, {"gates": document.values.get("gates")}, ())
     check.gates(document.values.get("gates"), {"tasks": list(tasks)}, {})
-    if check.faults or found is None:
+    if check.faults or parsed is None:
         raise RecipeError([
             sentence for _, sentence in sorted(check.faults, key=lambda fault: fault[0])
         ])
-    return found.gates
+    return parsed.gates
 
 
 def expand_preset(name: str, default: Quantize, line: int | None = None) -> tuple[Rule, ...]:
-    """The rules a preset stands for. `line` None: an architecture chose it and nobody wrote it, so it is optional."""
+    """Return the rules of a preset.
+
+    With `line` None (chosen by the architecture) they are optional.
+    """
     return tuple(
         Rule(
             label=f"{name}[{index}]",
@@ -123,42 +127,42 @@ def expand_preset(name: str, default: Quantize, line: int | None = None) -> tupl
     )
 
 
-# ------------------------------------------------------------------------------------------------------- the parts
+# ---------------------------------------------------------------------------------------- the parts
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Check:
-    """Turns parts of a document into models; `faults` (line, sentence) fills up on the way."""
+    """Validates parts of a document and adds a (line, sentence) to `faults` for each error."""
 
     document: YamlDocument
     faults: list[tuple[int, str]]
 
     def fault(self, path: KeyPath, sentence: str) -> None:
-        """Note what is wrong with the value at `path`."""
+        """Add a fault of the value at `path`."""
         self.faults.append((
             self.document.line(path),
             f"{self.document.where(path)}: {format_path(path)}: {sentence}",
         ))
 
     def model(self, model: type[_Model], values: object, path: KeyPath) -> _Model | None:
-        """`values` as a model, or None and its faults."""
+        """Return the values as a model; on errors add the faults and return None."""
         try:
             return model.model_validate(values)
         except ValidationError as error:
             for details in error.errors(include_url=False):
                 place = (*path, *(part for part in details["loc"] if part != "[key]"))
-                self.fault(place, describe_fault(place, details, _known(place[:-1])))
+                self.fault(place, describe_fault(place, details, _allowed_keys(place[:-1])))
             return None
 
-    def rules(self, written: object, default: Quantize) -> tuple[Rule, ...] | None:
-        """The value of `rules`: None, a preset, or a list."""
-        if written is None:
+    def rules(self, value: object, default: Quantize) -> tuple[Rule, ...] | None:
+        """Return the rules of the value of `rules`: None, a preset, or a list."""
+        if value is None:
             return None
-        if isinstance(written, str):
-            return self.preset(written, ("rules",), default)
-        if not isinstance(written, list) or not written:
+        if isinstance(value, str):
+            return self.preset(value, ("rules",), default)
+        if not isinstance(value, list) or not value:
             self.fault(
                 ("rules",),
                 f"expected a preset ({', '.join(PRESETS)}) or a list of rules that is not empty",
@@ -166,12 +170,12 @@ class _Check:
             return None
         return tuple(
             rule
-            for index, item in enumerate(written)
+            for index, item in enumerate(value)
             for rule in self.rule(item, ("rules", index), default)
         )
 
     def rule(self, item: object, path: KeyPath, default: Quantize) -> tuple[Rule, ...]:
-        """One item of the list: one rule, or those of a preset; none when it has faults."""
+        """Return the rules of one entry: one, or those of a preset; none if it has faults."""
         entry = self.model(RuleEntry, item, path)
         if entry is None:
             return ()
@@ -184,9 +188,9 @@ class _Check:
         ):
             self.fault(path, _RULE_SHAPE)
             return ()
-        wrong = pattern_fault(entry.match)
-        if wrong:
-            self.fault((*path, "match"), printable(wrong, 200))
+        pattern_fault = find_pattern_fault(entry.match)
+        if pattern_fault:
+            self.fault((*path, "match"), printable(pattern_fault, 200))
             return ()
         scheme = default if entry.quantize == "default" else None
         if entry.quantize is not None and scheme is None:
@@ -207,30 +211,30 @@ class _Check:
         )
 
     def preset(self, name: str, path: KeyPath, default: Quantize) -> tuple[Rule, ...]:
-        """The rules of a preset that the recipe names."""
+        """Return the rules of a preset that the recipe names."""
         if name not in PRESETS:
             self.fault(path, format_unknown_name("preset", printable(name), tuple(PRESETS)))
             return ()
         return expand_preset(name, default, self.document.line(path))
 
     def gates(self, gates: object, evaluation: object, fidelity: object) -> None:
-        """Gates on figures that do not exist or that nothing measures, or bounded in a way that they do not have."""
-        listed = evaluation.get("tasks") if isinstance(evaluation, dict) else None
+        """Add faults for gates on unknown or unmeasured figures, and for wrong bounds."""
+        entries = evaluation.get("tasks") if isinstance(evaluation, dict) else None
         tasks = (
-            [task for task in listed if isinstance(task, str)] if isinstance(listed, list) else []
+            [task for task in entries if isinstance(task, str)] if isinstance(entries, list) else []
         )
         for figure, bounds in gates.items() if isinstance(gates, dict) else ():
             path = ("gates", figure)
             base, _, domain = str(figure).partition("@")
-            of_part = domain in (
+            is_partial = domain in (
                 DOMAINS
                 if figures.is_per_domain(base)
                 else tasks
                 if figures.is_per_task(base)
                 else ()
             )
-            if figure not in (*figures.list_keys(), *tasks) and not of_part:
-                self.fault(path, _unknown_figure(str(figure), tasks))
+            if figure not in (*figures.list_keys(), *tasks) and not is_partial:
+                self.fault(path, _describe_unknown_figure(str(figure), tasks))
             elif figures.is_streamed(base) and fidelity in (None, "none"):
                 self.fault(
                     path,
@@ -240,8 +244,8 @@ class _Check:
                 allowed = [
                     key for key in Gate.model_fields if (key in ("max", "min")) != (figure in tasks)
                 ]
-                given = {key for key, value in bounds.items() if value is not None}
-                if not given or given & set(Gate.model_fields) - set(allowed):
+                bound_keys = {key for key, value in bounds.items() if value is not None}
+                if not bound_keys or bound_keys & set(Gate.model_fields) - set(allowed):
                     self.fault(
                         path, f"expected {' or '.join(f'{{{key}: NUMBER}}' for key in allowed)}"
                     )
@@ -251,29 +255,32 @@ class _Check:
                     self.fault(path, "expected a number; only size takes one such as 400GB")
 
 
-def _spelled_out(document: YamlDocument) -> YamlDocument:
-    """The document with gates such as `kl_mean.max: 1` as `kl_mean: {max: 1}`; a bound given twice stays a fault."""
+def _expand_gates(document: YamlDocument) -> YamlDocument:
+    """Return the document with gates such as `kl_mean.max: 1` expanded to `kl_mean: {max: 1}`.
+
+    A duplicate bound is left as it is, which makes it a fault.
+    """
     gates = document.values.get("gates")
     if not isinstance(gates, dict):
         return document
-    found: dict[str, object] = {}
+    expanded: dict[str, object] = {}
     for key, value in gates.items():
         figure, _, bound = key.rpartition(".")
-        others = found.get(figure, gates.get(figure, {}))
+        others = expanded.get(figure, gates.get(figure, {}))
         if (
             figure
             and bound in Gate.model_fields
             and isinstance(others, dict)
             and bound not in others
         ):
-            found[figure] = {**others, bound: value}
+            expanded[figure] = {**others, bound: value}
         else:
-            found.setdefault(key, value)
-    return replace(document, values={**document.values, "gates": found})
+            expanded.setdefault(key, value)
+    return replace(document, values={**document.values, "gates": expanded})
 
 
-def _unknown_figure(figure: str, tasks: Sequence[str]) -> str:
-    """Why a gate names nothing, with what it may have meant."""
+def _describe_unknown_figure(figure: str, tasks: Sequence[str]) -> str:
+    """Return the message for an unknown figure, with a suggestion."""
     base, at, domain = figure.partition("@")
     if at and figures.is_per_domain(base):
         return format_unknown_name("domain", printable(domain), DOMAINS)
@@ -283,20 +290,20 @@ def _unknown_figure(figure: str, tasks: Sequence[str]) -> str:
     return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."
 
 
-def _overridden(
+def _with_overrides(
     document: YamlDocument, overrides: Mapping[str, str]
 ) -> tuple[YamlDocument, list[tuple[int, str]]]:
     faults: list[tuple[int, str]] = []
     for key, text in overrides.items():
         try:
-            document = document.with_value(*_change(key, text))
+            document = document.with_value(*_parse_override(key, text))
         except RecipeError as error:
             faults += [(0, sentence) for sentence in error.faults]
     return document, faults
 
 
-def _change(key: str, text: str) -> tuple[KeyPath, object]:
-    """Path and value of an override; RecipeError when it is no text."""
+def _parse_override(key: str, text: str) -> tuple[KeyPath, object]:
+    """Return path and value of an override; RecipeError if its text has invalid characters."""
     path = tuple(key.split("."))
     if is_invalid_text(text):
         raise RecipeError([f"override {printable(key)}: {INVALID_TEXT}"])
@@ -304,14 +311,14 @@ def _change(key: str, text: str) -> tuple[KeyPath, object]:
 
 
 def _is_text(path: KeyPath) -> bool:
-    """Whether the key takes any text, so that an override of "123" or "[x]" stays what it is."""
+    """Return whether a key takes any text: an override such as "123" is then not parsed."""
     section = SECTIONS.get(str(path[0])) if len(path) == 2 else None
     field = section.model_fields.get(str(path[-1])) if section else None
     return field is not None and field.annotation is str
 
 
-def _known(path: KeyPath) -> tuple[str, ...]:
-    """The keys that may stand in the mapping at `path`."""
+def _allowed_keys(path: KeyPath) -> tuple[str, ...]:
+    """Return the keys that the mapping at `path` may have."""
     model: type[BaseModel] = Recipe
     if path and path[-1] == "quantize":
         model = Quantize

@@ -1,4 +1,4 @@
-"""Which module a rule selects: patterns, and the presets that are names for rule lists. Pure."""
+"""Patterns over module names, and presets of rules. Pure."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import regex
 from quantkit.errors import UsageError
 
 MAX_PATTERN = 1000
-SECONDS = 2
-"""That a regular expression may take for one name; those of recipes take microseconds."""
+MATCH_SECONDS = 2
+"""Time limit of a regular expression for one name; those of recipes take microseconds."""
 
 Action = Literal["quantize", "keep"]
 
@@ -24,57 +24,62 @@ PRESETS: Mapping[str, tuple[tuple[str, Action], ...]] = {
     "all-linear": (("*", "quantize"),),
     "attention-source": (("*.self_attn.*", "keep"), ("*", "quantize")),
 }
-"""Preset -> (pattern, action) in order; quantize is the recipe's default scheme, keep is as stored in the source."""
+"""Preset -> (pattern, action): quantize with the default scheme, or keep as in the source."""
 
 
-def pattern_fault(pattern: str) -> str | None:
-    """One sentence why `pattern` cannot be used, or None."""
+def find_pattern_fault(pattern: str) -> str | None:
+    """Return why a pattern is invalid, or None."""
     if not pattern.removeprefix("re:").strip():
-        return "an empty pattern matches nothing; write a glob such as '*.mlp.*' or 're:' and a regular expression"
+        return (
+            "an empty pattern matches nothing; write a glob such as '*.mlp.*', or 're:' and a "
+            "regular expression"
+        )
     if len(pattern) > MAX_PATTERN:
         return f"a pattern has at most {MAX_PATTERN} characters, this one {len(pattern)}"
     if not pattern.startswith("re:"):
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # "possible nested set": legal, and no concern of the user's
+            warnings.simplefilter("ignore")  # "possible nested set" is legal
             re.compile(pattern[3:])
-            regex.compile(pattern[3:])  # which `matches` goes by
+            regex.compile(pattern[3:])  # used by matches_module
     except (re.error, regex.error, OverflowError, RecursionError) as error:
         return f"not a regular expression: {error}"
     return None
 
 
 @cache  # looked up for each of 45,000 linears
-def expression(text: str) -> regex.Pattern[str]:
-    """A regular expression, compiled."""
+def compile_expression(text: str) -> regex.Pattern[str]:
+    """Compile a regular expression, once."""
     return regex.compile(text)
 
 
-def matches(pattern: str, module: str) -> bool:
-    """Whether the whole name matches: `re:` as a regular expression, otherwise as a case-sensitive glob.
+def matches_module(pattern: str, module: str) -> bool:
+    """Return whether a pattern matches the whole name.
 
-    UsageError for an expression that takes too long.
+    `re:` marks a regular expression, other patterns are case-sensitive globs. Raises UsageError if
+    the expression exceeds MATCH_SECONDS.
     """
     if pattern.startswith("re:"):
         try:
-            return expression(pattern[3:]).fullmatch(module, timeout=SECONDS) is not None
+            return (
+                compile_expression(pattern[3:]).fullmatch(module, timeout=MATCH_SECONDS) is not None
+            )
         except TimeoutError:
             raise UsageError(
-                f"rules: {pattern!r}: expected to know within {SECONDS} seconds whether it matches {module!r}, found "
-                "no answer; write it without repeats of repeats"
+                f"rules: {pattern!r}: expected a result for {module!r} within {MATCH_SECONDS} "
+                "seconds, found a timeout; write it without nested repeats"
             ) from None
     return fnmatchcase(module, pattern)
 
 
-def names(pattern: str, module: str) -> bool:
-    """Whether the pattern matches and spells out the module's last part, as '*.mlp.gate' does and '*.mlp.*' does not.
+def names_module(pattern: str, module: str) -> bool:
+    """Return whether a pattern matches and spells out the last part of the name.
 
-    In a regular expression the last part must stand as a whole word at an end of an alternative ('re:.*(gate|up)').
+    '*.mlp.gate' does, '*.mlp.*' does not. In a regular expression the last part must be a whole
+    word at the end of an alternative ('re:.*(gate|up)').
     """
-    if not matches(pattern, module):
+    if not matches_module(pattern, module):
         return False
     last = re.escape(module.rpartition(".")[2])
     if not pattern.startswith("re:"):

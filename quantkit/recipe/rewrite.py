@@ -1,6 +1,7 @@
-"""A document's text with some of its values changed: comments, order and all else stay as they were written.
+"""Changes values in a YAML text and keeps comments, order and layout.
 
-ruamel.yaml keeps the layout; what a scalar means is left to `document.scalar`, so that both read the same.
+ruamel.yaml keeps the layout. yaml_document.parse_scalar alone decides the meaning of a scalar, so
+that both read the same values.
 """
 
 from __future__ import annotations
@@ -24,30 +25,31 @@ from quantkit.io.yaml_document import (
 )
 
 
-def rewritten(text: str, changes: Sequence[tuple[KeyPath, object]]) -> str:
-    """`text`, which `document.read` takes, with values put at paths (keys only) one after the other.
+def rewrite_yaml(text: str, changes: Sequence[tuple[KeyPath, object]]) -> str:
+    """Return `text` with the values at some paths (keys only) changed, one after the other.
 
-    In a layout that ruamel would change it is the values alone; without changes it is `text` to the byte.
+    Without changes it is `text` to the byte. A layout that ruamel cannot keep is replaced by the
+    values alone.
     """
     if not changes:
         return text
-    wanted = parse_document(text, "")
+    expected = parse_document(text, "")
     for path, value in changes:
-        wanted = wanted.with_value(path, value)
+        expected = expected.with_value(path, value)
     try:
-        layout = writer().load(text)
+        layout = make_yaml_writer().load(text)
         for path, value in changes:
-            put(layout, path, spelled(value))
-        found = dumped(layout)
-        if parse_document(found, "").values == wanted.values:
-            return found
+            set_value(layout, path, to_yaml_value(value))
+        rewritten = dump_yaml(layout)
+        if parse_document(rewritten, "").values == expected.values:
+            return rewritten
     except (RecipeError, YAMLError, *PARSER_FAULTS):
-        pass  # a date that no calendar has, say: text to `document`, an error to ruamel
-    return dumped(spelled(wanted.values))
+        pass  # e.g. an invalid date: text in yaml_document, an error in ruamel
+    return dump_yaml(to_yaml_value(expected.values))
 
 
-def put(layout: CommentedMap, path: KeyPath, value: object) -> None:
-    """Change a value, or add its key: first in its section, last in the document."""
+def set_value(layout: CommentedMap, path: KeyPath, value: object) -> None:
+    """Change a value, or add its key as the first of its section or the last of the document."""
     for key in path[:-1]:
         if not isinstance(layout.get(key), CommentedMap):
             layout[key] = CommentedMap()
@@ -58,41 +60,40 @@ def put(layout: CommentedMap, path: KeyPath, value: object) -> None:
         layout.insert(0, path[-1], value)
 
 
-def spelled(value: object) -> object:
-    """A value in texts that `scalar` reads as the same, quoted where plain text would be something else."""
+def to_yaml_value(value: object) -> object:
+    """Return a value whose scalars are text that parse_scalar reads as the same."""
     if isinstance(value, dict):
-        return CommentedMap((key, spelled(inner)) for key, inner in value.items())
+        return CommentedMap((key, to_yaml_value(inner)) for key, inner in value.items())
     if isinstance(value, list):
-        return [spelled(inner) for inner in value]
+        return [to_yaml_value(inner) for inner in value]
     if isinstance(value, str):
-        plain = (
-            parse_scalar(value) == value and value.isprintable()
-        )  # YAML folds line breaks that Unicode knows, too
-        return value if plain else DoubleQuotedScalarString(value)
+        # YAML also folds Unicode line breaks, so text with unprintable characters is quoted
+        is_plain = parse_scalar(value) == value and value.isprintable()
+        return value if is_plain else DoubleQuotedScalarString(value)
     return "null" if value is None else str(value).lower()
 
 
-class PlainText(VersionedResolver):
-    """Every scalar without quotes is text to ruamel."""
+class PlainTextResolver(VersionedResolver):
+    """Resolver that reads every plain scalar as text."""
 
     @property
     def versioned_resolver(self) -> dict[str, object]:
-        """No text that stands for a number, a date or anything else."""
+        """No implicit types such as numbers or dates."""
         return {}
 
 
-def writer() -> YAML:
-    """ruamel as it keeps quotes, long lines and the indentation of lists."""
+def make_yaml_writer() -> YAML:
+    """Return a ruamel.yaml writer that keeps quotes, long lines and the indentation of lists."""
     yaml = YAML()
-    yaml.Resolver = PlainText
+    yaml.Resolver = PlainTextResolver
     yaml.preserve_quotes = True
     yaml.width = MAX_CHARACTERS
     yaml.indent(mapping=2, sequence=4, offset=2)
     return yaml
 
 
-def dumped(layout: object) -> str:
-    """The text of a layout."""
+def dump_yaml(layout: object) -> str:
+    """Return the YAML text of a layout."""
     stream = io.StringIO()
-    writer().dump(layout, stream)
+    make_yaml_writer().dump(layout, stream)
     return stream.getvalue()

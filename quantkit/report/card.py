@@ -1,4 +1,4 @@
-"""The model card: README.md of an artifact, rendered from its fidelity report. Pure but for its template."""
+"""The model card: README.md of an artifact, rendered from its report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.report import format_numbers, markdown, tables
 
 MAX_CHARACTERS = 60_000
-"""A model card should also fit into a comment on GitHub, which takes 65,536."""
+"""Limit of a model card, so that it fits into a GitHub comment (65,536 characters)."""
 
 _LIMITS = (
     (markdown.ROWS, markdown.CELL),
@@ -23,25 +23,25 @@ _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
 def render_card(fidelity: Fidelity) -> str:
-    """README.md, always under 60,000 characters: tables are cut where they must be, and say so."""
+    """Return README.md, always under MAX_CHARACTERS: long tables are cut and say so."""
     text = ""
     for rows, cell in _LIMITS:
-        text = _rendered(fidelity, rows, cell)
+        text = _render(fidelity, rows, cell)
         if len(text) < MAX_CHARACTERS:
             break
     return text
 
 
-def _rendered(fidelity: Fidelity, rows: int, cell: int) -> str:
+def _render(fidelity: Fidelity, rows: int, cell: int) -> str:
     environment = Environment(
         loader=PackageLoader("quantkit.report", "templates"),
         undefined=StrictUndefined,
-        autoescape=False,  # Markdown, not HTML; the filters take care of text from elsewhere
+        autoescape=False,  # Markdown, not HTML; the filters escape untrusted text
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["table"] = lambda made: markdown.format_table(made, rows, cell)
+    environment.filters["table"] = lambda table: markdown.format_table(table, rows, cell)
     environment.filters["cell"] = lambda text: markdown.escape_cell(text, cell)
     environment.filters["code"] = lambda text: markdown.format_code_block(text, 4 * cell)
     environment.filters["size"] = format_numbers.format_size
@@ -57,7 +57,7 @@ def _rendered(fidelity: Fidelity, rows: int, cell: int) -> str:
 
 
 def format_front_matter(fidelity: Fidelity, limit: int = markdown.CELL) -> str:
-    """What the model hub reads: the source's licence, and that this is a quantized version of it."""
+    """Return the front matter for the model hub: license, base model, tags and scores."""
     source, artifact = fidelity.source, fidelity.artifact
     return markdown.format_front_matter({
         "license": source.license.id[:limit] if source.license else None,
@@ -80,7 +80,7 @@ def format_front_matter(fidelity: Fidelity, limit: int = markdown.CELL) -> str:
 def build_model_index(
     fidelity: Fidelity, limit: int = markdown.CELL
 ) -> list[dict[str, object]] | None:
-    """The benchmarks as the model hub shows them, scores from 0 to 1; None where nothing was scored."""
+    """Return the benchmarks in the hub's format, scores from 0 to 1; None without scores."""
     results = [
         {
             "task": {"type": fidelity.source.pipeline_tag[:limit]},
@@ -104,15 +104,15 @@ def build_model_index(
 
 
 def format_verdict(fidelity: Fidelity) -> str:
-    """One sentence on the gates."""
-    missed = sum(row.ok is False for row in fidelity.gates)
-    open_ = sum(row.ok is None for row in fidelity.gates)
+    """Return one sentence on the gates."""
+    failed = sum(row.ok is False for row in fidelity.gates)
+    unmeasured = sum(row.ok is None for row in fidelity.gates)
     if fidelity.status == "accepted":
-        return f"Accepted: it keeps all {len(fidelity.gates)} gates of its recipe."
+        return f"Accepted: it passes all {len(fidelity.gates)} gates of its recipe."
     if fidelity.status == "rejected":
-        return f"Rejected: it misses {missed} of the {len(fidelity.gates)} gates of its recipe."
+        return f"Rejected: it fails {failed} of the {len(fidelity.gates)} gates of its recipe."
     return (
-        f"Not judged: {open_} of {len(fidelity.gates)} gates have no figure."
-        if open_
+        f"Not judged: {unmeasured} of {len(fidelity.gates)} gates have no figure."
+        if unmeasured
         else "Not judged: no gates."
     )

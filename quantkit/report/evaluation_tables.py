@@ -1,4 +1,4 @@
-"""Results of `quantkit eval` as tables of text. Pure."""
+"""Tables of `quantkit eval`. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from quantkit.report.tables import Table, make_comparison_table
 
 
 def make_evaluation_tables(outcome: EvaluationResult, setup: EvaluationOptions) -> list[Table]:
-    """Scores, and the comparison where there is one."""
+    """Return the scores, and the paired comparison if there is a baseline."""
     rows = [
         (
             row.task,
@@ -25,15 +25,15 @@ def make_evaluation_tables(outcome: EvaluationResult, setup: EvaluationOptions) 
         for row in outcome.task_results
     ]
     columns = ("task", "filter", ">n", ">score", ">95 %", ">cut", ">no result", ">tokens")
-    note = "cut: answers ended by the token limit; no result: answers in which none was found; tokens per answer."
+    note = "cut: answers that reached the token limit; no result: answers without an extractable "
+    note += "result; tokens: mean per answer."
     note += "".join(f"\nNot run: {reason}." for reason in outcome.not_run.values())
     rows += [(name, "", "0", "not run", "", "", "", "") for name in outcome.not_run]
-    found = [Table(title="Scores", columns=columns, rows=tuple(rows), note=note)]
-    how = f"{setup.seeds} answers per item at temperature {setup.decoding.temperature}, averaged per item"
-    if not setup.decoding.temperature:
+    tables = [Table(title="Scores", columns=columns, rows=tuple(rows), note=note)]
+    temperature = setup.decoding.temperature
+    how = f"{setup.seeds} answers per item at temperature {temperature}, averaged per item"
+    if not temperature:
         how = "Greedy"
-    return (
-        [*found, make_comparison_table(outcome.comparison, f"{how}, the same prompts on both")]
-        if outcome.comparison
-        else found
-    )
+    if outcome.comparison:
+        tables.append(make_comparison_table(outcome.comparison, f"{how}, the same prompts on both"))
+    return tables

@@ -1,8 +1,9 @@
-"""The page quantkit/fidelity.html: one file for people, from fidelity.json and the samples alone. Nothing is fetched to show it.
+"""quantkit/fidelity.html: the report as one self-contained page, from fidelity.json and the samples.
 
-Text from models and checkpoints is hostile: the template escapes everything, plots are data, and the page's content
-security policy lets no script run but the two it names by hash. Drawn by Vega-Lite, whose code comes from the package
-vl-convert-python when the page is made. The same report with the same versions is the same bytes.
+Text from models and checkpoints is untrusted: the template escapes everything, plots are data, and
+the content security policy allows only the two scripts that it names by hash. The page fetches
+nothing. Vega-Lite draws the plots; its code comes from the package vl-convert-python. The same
+report with the same versions gives the same bytes.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ from quantkit.report.charts import CONFIG, Plot, make_charts
 from quantkit.report.samples import Answer, ChangedItem, Samples, read_samples
 
 WORST = 200  # modules in the table
-FOLDED = 400  # lines of names per fallback
+FOLDED = 400  # lines of folded names per fallback
 BEFORE, AFTER = 700, 1_400  # characters of an answer shown around its first difference
 PROMPT = 2_000  # characters at the end of a prompt
 ITEMS_BYTES = 1_100_000  # of all changed items together
-_KEPT = "\n\t\r\u200c\u200d"  # lines, and what joins letters in Indic scripts and emoji
+_KEPT = "\n\t\r\u200c\u200d"  # line ends, tabs, and joiners of Indic scripts and emoji
 _WORD = re.compile(
     r"[^\W\u3040-\u9fff]{1,24}|\s|.", re.DOTALL
-)  # a word or number; one sign of a script without blanks
+)  # a word or number; one character of a script without spaces
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A figure of the page's head."""
+    """A figure in the head of a page."""
 
     label: str
     value: str
@@ -55,7 +56,7 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class Excerpt:
-    """An answer around the place where it leaves the other one."""
+    """A part of an answer around the first difference from the other answer."""
 
     before: str
     differs: str
@@ -66,7 +67,7 @@ class Excerpt:
 
 @dataclass(frozen=True, kw_only=True)
 class ShownItem:
-    """A changed item as the page shows it."""
+    """A changed item with excerpts of its prompt and both answers."""
 
     changed: ChangedItem
     prompt: str
@@ -76,10 +77,10 @@ class ShownItem:
 
 
 def rebuild_page(artifact: Path, output: Path | None = None) -> Path:
-    """Make the page of an artifact anew; without `output` in its own place.
+    """Rebuild the page of an artifact, inside the artifact unless `output` names another file.
 
-    Raises ArtifactError when the evidence is not what was sealed, and when other bytes than the manifest names would go
-    into the artifact, which would break it.
+    Raises ArtifactError if a file of the report does not match the manifest, and if the page inside
+    the artifact would get other bytes than the manifest names.
     """
     files: Mapping[str, object] = {}
     if output is None or is_file(artifact / MANIFEST):
@@ -95,8 +96,8 @@ def rebuild_page(artifact: Path, output: Path | None = None) -> Path:
             or entry.get("sha256") != hashlib.sha256(content).hexdigest()
         ):
             raise ArtifactError(
-                f"{artifact / MANIFEST}: {PAGE}: expected the page that these files make, found another or none (made "
-                "with other versions?); write it elsewhere with --output FILE"
+                f"{artifact / MANIFEST}: {PAGE}: expected the page that these files make, found another "
+                "or none (made with other versions?); write it elsewhere with --output FILE"
             )
         write_atomic(artifact / PAGE, content)
         return artifact / PAGE
@@ -105,17 +106,17 @@ def rebuild_page(artifact: Path, output: Path | None = None) -> Path:
 
 
 def make_page(artifact: Path) -> str:
-    """The page of the artifact in a folder, sealed or not. Raises ArtifactError."""
+    """Return the page of an artifact's folder, complete or not. Raises ArtifactError."""
     fidelity = read_report(artifact)
     filters = {row.task: row.metric for row in fidelity.benchmarks}
     return render_page(fidelity, read_samples(artifact, filters))
 
 
 def render_page(fidelity: Fidelity, samples: Samples) -> str:
-    """The whole page."""
-    made = make_environment(autoescape=True)
+    """Return the page of a report and its samples."""
+    environment = make_environment(autoescape=True)
     items = select_items(samples.changed)
-    return made.get_template("fidelity.html.j2").render(
+    return environment.get_template("fidelity.html.j2").render(
         fidelity=fidelity,
         samples=samples,
         items=items,
@@ -126,15 +127,17 @@ def render_page(fidelity: Fidelity, samples: Samples) -> str:
         intervals=draw_intervals([row.delta_pp for row in fidelity.benchmarks]),
         worst=WORST,
         folded_lines=FOLDED,
-        **make_plot_context(made, make_charts(fidelity, samples.histogram), ("fidelity.css",)),
+        **make_plot_context(
+            environment, make_charts(fidelity, samples.histogram), ("fidelity.css",)
+        ),
     )
 
 
 def make_plot_context(
-    made: Environment, plots: Mapping[str, Plot], styles: Sequence[str]
+    environment: Environment, plots: Mapping[str, Plot], styles: Sequence[str]
 ) -> dict[str, object]:
-    """What every page draws with: its plots, the only two scripts its policy lets run, and its styles."""
-    vega, own = load_vega_bundle(), read_template(made, "fidelity.js")
+    """Return the template variables that every page needs: plots, both scripts, styles, hashes."""
+    vega, own = load_vega_bundle(), read_template(environment, "fidelity.js")
     return {
         "plots": plots,
         "drawings": {
@@ -143,14 +146,14 @@ def make_plot_context(
         },
         "vega": Markup(vega),
         "script": Markup(own),
-        "style": Markup("".join(read_template(made, name) for name in styles)),
+        "style": Markup("".join(read_template(environment, name) for name in styles)),
         "hashes": [compute_csp_hash(vega), compute_csp_hash(own)],
     }
 
 
 def make_environment(*, autoescape: bool) -> Environment:
-    """What templates may call; text that cannot be shown becomes a replacement sign."""
-    made = Environment(
+    """Return the environment of the templates; invisible characters are replaced."""
+    environment = Environment(
         loader=PackageLoader("quantkit.report", "templates"),
         undefined=StrictUndefined,
         autoescape=autoescape,
@@ -158,18 +161,22 @@ def make_environment(*, autoescape: bool) -> Environment:
         lstrip_blocks=True,
         finalize=replace_invisible,
     )
-    made.filters |= {
-        "size": format_numbers.format_size, "parameters": format_numbers.format_parameters, "count": format_numbers.format_count, "tone": choose_tone, "json": format_json,
+    environment.filters |= {
+        "size": format_numbers.format_size,
+        "parameters": format_numbers.format_parameters,
+        "count": format_numbers.format_count,
+        "tone": choose_tone,
+        "json": format_json,
         "folded": module_ranges.fold_names,
-    }  # fmt: skip
-    return made
+    }
+    return environment
 
 
 @cache
 def load_vega_bundle() -> str:
-    """The code that draws: Vega, Vega-Lite and vega-embed in one script of 0.9 MB.
+    """Return Vega, Vega-Lite and vega-embed as one script of 0.9 MB.
 
-    Putting it together takes 1.4 s and 100 MB, so it is kept for the next page.
+    Bundling takes 1.4 s and 100 MB of memory, so the script is cached on disk.
     """
     return user_cache.load_or_make_text(
         user_cache.locate_folder("charts") / f"vega-{version('vl-convert-python')}.js",
@@ -178,27 +185,27 @@ def load_vega_bundle() -> str:
 
 
 def build_vega_bundle() -> str:
-    """The script, put together by vl-convert."""
+    """Return the script as vl-convert bundles it."""
     from vl_convert import javascript_bundle  # 85 MB
 
     return str(javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("</script", "<\\/script")
 
 
 def compute_csp_hash(script: str) -> str:
-    """What a content security policy calls a script by."""
+    """Return the hash by which a content security policy names a script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def format_json(value: object) -> Markup:
-    """JSON that ends no script element."""
+    """Return JSON that cannot end a script element."""
     text = json.dumps(
-        _visible_all(value), ensure_ascii=True, allow_nan=False, separators=(",", ":")
+        _replace_all(value), ensure_ascii=True, allow_nan=False, separators=(",", ":")
     )
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def replace_invisible(value: object) -> object:
-    """Control characters, lone surrogates and marks that turn the direction of text become a replacement sign."""
+    """Replace control characters, lone surrogates and bidirectional marks by U+FFFD."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return "".join(
@@ -207,18 +214,18 @@ def replace_invisible(value: object) -> object:
     )
 
 
-def _visible_all(value: object) -> object:
+def _replace_all(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _visible_all(each) for key, each in value.items()}
+        return {key: _replace_all(item) for key, item in value.items()}
     return (
-        [_visible_all(each) for each in value]
+        [_replace_all(item) for item in value]
         if isinstance(value, list | tuple)
         else replace_invisible(value)
     )
 
 
 def choose_tone(text: str) -> str:
-    """The class of a cell that says how something ended."""
+    """Return the CSS class of a cell with a result."""
     word = text.split(":")[0].split("(")[0].strip().lower()
     return {"pass": "good", "kept": "good", "fail": "bad", "missed": "bad"}.get(word, "open")
 
@@ -264,21 +271,22 @@ def _describe_size(fidelity: Fidelity) -> str:
 
 
 def draw_intervals(differences: Sequence[Figure | None]) -> dict[int, Markup]:
-    """A drawing of each benchmark's difference and its interval on one common scale; by row."""
+    """Return a drawing of each difference with its interval, by row, on one common scale."""
     known = {
-        n: (low, found.value, high)
-        for n, found in enumerate(differences)
-        if found and found.value is not None and found.ci
-        for low, high in [found.ci]
+        n: (low, figure.value, high)
+        for n, figure in enumerate(differences)
+        if figure and figure.value is not None and figure.ci
+        for low, high in [figure.ci]
         if low is not None and high is not None
     }
     limit = max((max(abs(low), abs(high)) for low, _, high in known.values()), default=1.0) or 1.0
     return {
-        n: _interval(*(60 + 56 * value / limit for value in values)) for n, values in known.items()
+        n: _draw_interval(*(60 + 56 * value / limit for value in values))
+        for n, values in known.items()
     }
 
 
-def _interval(low: float, middle: float, high: float) -> Markup:
+def _draw_interval(low: float, middle: float, high: float) -> Markup:
     side = "ci-bad" if high < 60 else "ci-good" if low > 60 else "ci-open"
     return Markup(
         '<svg class="ci {}" viewBox="0 0 120 16" width="120" height="16" aria-hidden="true"><line class="zero" x1="60" '
@@ -287,38 +295,41 @@ def _interval(low: float, middle: float, high: float) -> Markup:
 
 
 def select_items(changed: Sequence[ChangedItem]) -> list[ShownItem]:
-    """The changed items that the page has room for, each around its first difference."""
-    found: list[ShownItem] = []
-    room = ITEMS_BYTES
+    """Return the changed items that fit into the page, each cut around its first difference."""
+    shown: list[ShownItem] = []
+    bytes_left = ITEMS_BYTES
     for item in changed:
-        made = ShownItem(
+        entry = ShownItem(
             changed=item,
             prompt=item.prompt[-PROMPT:],
             cut_prompt=max(0, len(item.prompt) - PROMPT),
             source=cut_excerpt(item.source, item.divergence),
             artifact=cut_excerpt(item.artifact, item.divergence),
         )
-        sides = (made.source, made.artifact)
+        sides = (entry.source, entry.artifact)
         texts = (
-            made.prompt,
+            entry.prompt,
             item.target[:PROMPT],
             *(part for s in sides for part in (s.before, s.differs, s.after)),
         )
-        room -= 1_500 + sum(len(escape(text).encode("utf-8", "replace")) for text in texts)
-        if room < 0:
+        bytes_left -= 1_500 + sum(len(escape(text).encode("utf-8", "replace")) for text in texts)
+        if bytes_left < 0:
             break
-        found.append(made)
-    return found
+        shown.append(entry)
+    return shown
 
 
 def cut_excerpt(answer: Answer, place: int) -> Excerpt:
-    """The answer near `place`, cut where it is long; the word that holds the first difference stands by itself."""
+    """Return the answer around position `place`, cut if it is long.
+
+    The word with the first difference is a part of its own.
+    """
     text = answer.text
     start = place
     while (
         start > max(0, place - 24)
-        and _word(text[start - 1 : start])
-        and _word(text[start : start + 1] or "x")
+        and _is_word(text[start - 1 : start])
+        and _is_word(text[start : start + 1] or "x")
     ):
         start -= 1
     match = _WORD.match(text, start)
@@ -330,12 +341,12 @@ def cut_excerpt(answer: Answer, place: int) -> Excerpt:
     )  # fmt: skip
 
 
-def _word(sign: str) -> bool:
-    return bool(re.fullmatch(r"[^\W\u3040-\u9fff]", sign))
+def _is_word(character: str) -> bool:
+    return bool(re.fullmatch(r"[^\W\u3040-\u9fff]", character))
 
 
 def read_template(environment: Environment, name: str) -> str:
-    """A file beside the templates as it is."""
+    """Return a file next to the templates, unrendered."""
     loader = environment.loader
-    assert loader is not None  # given above
+    assert loader is not None  # see make_environment
     return loader.get_source(environment, name)[0]

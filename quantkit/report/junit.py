@@ -1,4 +1,4 @@
-"""Gates as JUnit XML, which CI systems show as tests: a bound is a test case, its file a suite per artifact. Pure."""
+"""Gates as JUnit XML for CI systems: a test case per bound, a suite per artifact. Pure."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from quantkit.report import format_numbers
 
 
 def format_junit(reports: Sequence[Fidelity]) -> bytes:
-    """The file's bytes: a missed bound is a failure, one without a figure is skipped. Equal gates, equal bytes."""
+    """Return the XML file: a missed bound is a failure, a bound without a figure is skipped.
+
+    The same gates give the same bytes.
+    """
     root = Xml.Element("testsuites", name="quantkit gates")
     for report in reports:
-        suite = Xml.SubElement(root, "testsuite", name=_text(report.artifact.name))
+        suite = Xml.SubElement(root, "testsuite", name=_replace_invalid(report.artifact.name))
         for key, value in _counts(report.gates).items():
             suite.set(key, value)
         for gate in report.gates:
@@ -21,17 +24,20 @@ def format_junit(reports: Sequence[Fidelity]) -> bytes:
             case = Xml.SubElement(
                 suite,
                 "testcase",
-                classname=f"quantkit.{_text(report.artifact.name)}",
-                name=_text(name),
+                classname=f"quantkit.{_replace_invalid(report.artifact.name)}",
+                name=_replace_invalid(name),
             )
             case.set("time", "0")
-            told = f"{name}: found {format_numbers.format_digits(gate.value)}{f', {gate.reason}' if gate.reason else ''}"
+            reason = f", {gate.reason}" if gate.reason else ""
+            message = f"{name}: found {format_numbers.format_digits(gate.value)}{reason}"
             if gate.ok is False:
                 Xml.SubElement(
-                    case, "failure", type="gate missed", message=_text(told)
-                ).text = _text(told)
+                    case, "failure", type="gate failed", message=_replace_invalid(message)
+                ).text = _replace_invalid(message)
             elif gate.ok is None:
-                Xml.SubElement(case, "skipped", message=_text(gate.reason or "not judged"))
+                Xml.SubElement(
+                    case, "skipped", message=_replace_invalid(gate.reason or "not judged")
+                )
     for key, value in _counts([gate for report in reports for gate in report.gates]).items():
         if key != "skipped":
             root.set(key, value)
@@ -40,19 +46,17 @@ def format_junit(reports: Sequence[Fidelity]) -> bytes:
 
 
 def _counts(gates: Sequence[GateResult]) -> dict[str, str]:
-    missed, skipped = (
-        sum(gate.ok is False for gate in gates),
-        sum(gate.ok is None for gate in gates),
-    )
+    failed = sum(gate.ok is False for gate in gates)
+    skipped = sum(gate.ok is None for gate in gates)
     return {
         "tests": str(len(gates)),
-        "failures": str(missed),
+        "failures": str(failed),
         "errors": "0",
         "skipped": str(skipped),
         "time": "0",
     }
 
 
-def _text(text: str) -> str:
-    """Without the control characters and half surrogate pairs that XML cannot hold."""
-    return "".join(sign if sign.isprintable() else " " for sign in text)
+def _replace_invalid(text: str) -> str:
+    """Replace control characters and lone surrogates, which XML does not allow."""
+    return "".join(character if character.isprintable() else " " for character in text)

@@ -1,4 +1,7 @@
-"""From what a build measured to the report's values; nothing is computed anew, nothing is rounded."""
+"""The report of a build: plan, records and measurements as the values of fidelity.json.
+
+Nothing is recomputed and nothing is rounded here.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ from quantkit.texts.corpora import CorpusSet, Tokens
 TextName = Literal["calibration", "fidelity"]
 
 
-UNFUSED_NOTE = f"SGLang needs {DISABLE_SHARED_FUSION}, because the shared experts are not stored like the routed ones."
+UNFUSED_NOTE = (
+    f"SGLang needs {DISABLE_SHARED_FUSION}, because shared and routed experts are stored in "
+    "different formats."
+)
 PROTECTED_REASON = "only a rule that names it quantizes it"
 
 
@@ -43,13 +49,13 @@ def make_report(
     texts: Mapping[TextName, fidelity_schema.TextSet],
     likelihood: Sequence[fidelity_schema.LikelihoodResult],
     benchmarks: Sequence[BenchmarkResult],
-    licence: fidelity_schema.License | None,
+    license: fidelity_schema.License | None,
 ) -> Fidelity:
-    """The whole report, not judged yet."""
+    """Return the report before its gates are judged."""
     records = [record for block in blocks for record in block.modules]
     return Fidelity(
         artifact=summarize_artifact(plan),
-        source=summarize_source(plan, licence),
+        source=summarize_source(plan, license),
         calibration=texts.get("calibration"),
         measured_on=texts.get("fidelity"),
         distribution=summarize_distribution(measured) if measured else (),
@@ -76,17 +82,17 @@ def make_report(
 
 
 def format_build_command(plan: Plan) -> str:
-    """What makes the artifact again."""
+    """Return the command that builds the artifact again."""
     changes = [f"--set {shlex.quote(f'{key}={text}')}" for key, text in plan.recipe.overrides]
     return " ".join(["quantkit build", PurePath(plan.recipe.name).name, *changes])
 
 
 def summarize_artifact(plan: Plan) -> fidelity_schema.ArtifactSummary:
-    """What was made, in numbers and in words."""
+    """Summarize the artifact: sizes, scheme, roles, serve commands, notes and tags."""
     quantized = [decision for decision in plan.decisions.values() if decision.action == "quantize"]
     weights = sum(decision.linear.n_parameters for decision in quantized)
     stored = sum(compute_bytes_after(plan, decision) for decision in quantized)
-    refusing = find_unsupported_engines(
+    unsupported = find_unsupported_engines(
         plan.format, plan.source.config, plan.layout, plan.decisions
     )
     unfused = has_separate_shared_experts(
@@ -102,11 +108,11 @@ def summarize_artifact(plan: Plan) -> fidelity_schema.ArtifactSummary:
         bits_per_weight=8 * stored / weights if weights else 16.0,
         rules=tuple(summarize_rules(plan)),
         roles=tuple(summarize_roles(plan)),
-        serving=tuple(iterate_serving_commands(plan, refusing, unfused)),
+        serving=tuple(iterate_serving_commands(plan, unsupported, unfused)),
         notes=(
             *plan.architecture.serving_notes,
             *((UNFUSED_NOTE,) if unfused else ()),
-            *(f"Not for {engine}: {why}." for engine, why in refusing.items()),
+            *(f"Not for {engine}: {reason}." for engine, reason in unsupported.items()),
             *make_fp8_notes(plan),
         ),
         tags=(plan.format_name.replace("_", "-"), f"{plan.recipe.quantize.bits}-bit"),
@@ -114,46 +120,46 @@ def summarize_artifact(plan: Plan) -> fidelity_schema.ArtifactSummary:
 
 
 def iterate_serving_commands(
-    plan: Plan, refusing: Mapping[str, str], unfused: bool
+    plan: Plan, unsupported: Mapping[str, str], unfused: bool
 ) -> Iterator[fidelity_schema.ServeCommand]:
-    """The command of every engine that reads all that is quantized."""
+    """Yield the command of every engine that supports all quantized layers."""
     name = PurePath(plan.path).name
     for engine, command in plan.format.engines.items():
         flag = f" {DISABLE_SHARED_FUSION}" if unfused and engine == "SGLang" else ""
-        if engine not in refusing:
+        if engine not in unsupported:
             yield fidelity_schema.ServeCommand(
                 engine=engine, command=command.format(path=name) + flag
             )
 
 
 def make_fp8_notes(plan: Plan) -> tuple[str, ...]:
-    """What an operator must know of FP8 blocks that were kept."""
+    """Return notes on layers kept in FP8."""
     if not any(decision.keep == "fp8" for decision in plan.decisions.values()):
         return ()
     return (
-        "Layers kept in FP8 are run as engines run the FP8 source, with inputs rounded to FP8 on the way (natively on "
-        "GPUs from Ada and Hopper on); the figures here are of the weights alone.",
+        "Engines run layers kept in FP8 like the FP8 source, with inputs rounded to FP8 (natively on "
+        "Ada, Hopper and newer GPUs); the figures here cover the weights only.",
     )
 
 
 def format_schemes(quantized: Sequence[Decision]) -> list[str]:
-    """ "awq, int4 g128 asymmetric, bfloat16 scales", one per scheme in use."""
-    told = [
+    """Return "awq, int4 g128 asymmetric, bfloat16 scales" for every scheme in use."""
+    texts = [
         f"{d.method}{'' if d.rounding in ('nearest', d.method) else f' + {d.rounding} rounding'}, "
         f"{format_scheme(d.scheme)}, {'8-bit' if d.scheme.double_quant else d.scheme.scale_dtype} scales"
         for d in quantized
         if d.scheme is not None
     ]
-    return list(dict.fromkeys(told))
+    return list(dict.fromkeys(texts))
 
 
 def summarize_roles(plan: Plan) -> list[fidelity_schema.RoleSummary]:
-    """What happened to the linears of each role, and why."""
+    """Return the treatment of each role's linear layers, with the reason."""
     patterns = {rule.label: rule.match for rule in plan.rules}
     by_role: dict[LinearRole, list[Decision]] = {}
     for decision in plan.decisions.values():
         by_role.setdefault(decision.linear.role, []).append(decision)
-    found = []
+    summaries = []
     for role, decisions in by_role.items():
         kept = [decision for decision in decisions if decision.action != "quantize"]
         stored = dict.fromkeys(
@@ -163,7 +169,7 @@ def summarize_roles(plan: Plan) -> list[fidelity_schema.RoleSummary]:
             for d in decisions
         )
         reasons = dict.fromkeys(explain_decision(d, patterns) for d in decisions)
-        found.append(
+        summaries.append(
             fidelity_schema.RoleSummary(
                 role=role,
                 quantized=len(decisions) - len(kept),
@@ -173,11 +179,11 @@ def summarize_roles(plan: Plan) -> list[fidelity_schema.RoleSummary]:
                 reason=", ".join(reasons) + explain_unpacked_fp8(plan, kept),
             )
         )
-    return found
+    return summaries
 
 
 def explain_decision(decision: Decision, patterns: Mapping[str, str]) -> str:
-    """The rule that decided, with its pattern."""
+    """Return the rule that decided, with its pattern."""
     if decision.rule == NO_RULE:
         return PROTECTED_REASON if decision.linear.role in PROTECTED_ROLES else "no rule matches it"
     if decision.rule not in patterns:
@@ -187,7 +193,7 @@ def explain_decision(decision: Decision, patterns: Mapping[str, str]) -> str:
 
 
 def explain_unpacked_fp8(plan: Plan, kept: Sequence[Decision]) -> str:
-    """Why FP8 blocks that rules keep as they are became BF16; "" where none did."""
+    """Return the reason that kept FP8 layers became BF16; "" if none did."""
     fp8 = (
         plan.specs[f"{d.linear.name}.weight"].dtype == FP8
         for d in kept
@@ -200,9 +206,9 @@ def explain_unpacked_fp8(plan: Plan, kept: Sequence[Decision]) -> str:
 
 
 def summarize_source(
-    plan: Plan, licence: fidelity_schema.License | None
+    plan: Plan, license: fidelity_schema.License | None
 ) -> fidelity_schema.SourceModel:
-    """What the artifact is compared with."""
+    """Summarize the source model and the baseline of the figures."""
     dtype = format_source_dtype(plan)
     return fidelity_schema.SourceModel(
         model=plan.source.model,
@@ -211,12 +217,12 @@ def summarize_source(
         architecture=plan.source.config.text("model_type"),
         dtype=dtype,
         baseline=f"BF16 dequantization of {dtype}" if dtype.startswith("FP8") else dtype,
-        license=licence,
+        license=license,
     )
 
 
 def parse_license(card: Mapping[str, str]) -> fidelity_schema.License | None:
-    """The source's licence as its own model card states it; None when it states none."""
+    """Return the license that the source's model card states; None if it states none."""
     if "license" not in card:
         return None
     return fidelity_schema.License(
@@ -227,7 +233,7 @@ def parse_license(card: Mapping[str, str]) -> fidelity_schema.License | None:
 def summarize_text(
     corpus: CorpusSet, tokens: Tokens, length: int, seed: int | None
 ) -> fidelity_schema.TextSet:
-    """Text that was calibrated or measured on."""
+    """Summarize a calibration or fidelity text."""
     return fidelity_schema.TextSet(
         set=corpus.name,
         license=corpus.license,
@@ -241,25 +247,25 @@ def summarize_text(
 
 
 def make_figure(estimate: Estimate) -> Figure:
-    """A measured number with its standard error."""
+    """Return an estimate as a figure with its standard error."""
     return Figure(value=estimate.value, se=estimate.error)
 
 
 def summarize_distribution(
     measured: TextFidelity,
 ) -> tuple[fidelity_schema.DistributionResult, ...]:
-    """The figures of every domain, all text first."""
-    found = []
+    """Return the figures of every domain, those of all text first."""
+    rows = []
     for domain, figures in measured.summarize().items():
         values = {name: make_figure(estimate) for name, estimate in figures.items()}
         tokens = figures["kl_mean"].n
         row = {"domain": domain, "tokens": tokens, **values}
-        found.append(fidelity_schema.DistributionResult.model_validate(row))
-    return tuple(found)
+        rows.append(fidelity_schema.DistributionResult.model_validate(row))
+    return tuple(rows)
 
 
 def summarize_module(record: ModuleRecord) -> fidelity_schema.ModuleResult:
-    """What became of one quantized matrix."""
+    """Summarize one quantized matrix."""
     return fidelity_schema.ModuleResult(
         name=record.module,
         rule=record.rule,
@@ -278,7 +284,7 @@ def summarize_module(record: ModuleRecord) -> fidelity_schema.ModuleResult:
 def summarize_experts(
     plan: Plan, blocks: Sequence[BlockRecord]
 ) -> fidelity_schema.ExpertCoverage | None:
-    """Calibration tokens per expert."""
+    """Summarize the calibration tokens per expert; None without routed experts."""
     layers = tuple(
         fidelity_schema.ExpertTokens(block=b.name, tokens=b.expert_tokens)
         for b in blocks
@@ -293,12 +299,12 @@ def summarize_experts(
 
 
 def summarize_fallbacks(records: Sequence[ModuleRecord]) -> tuple[fidelity_schema.FallbackUse, ...]:
-    """Every fallback that was taken, with the modules that took it."""
-    taken: dict[str, list[str]] = {}
+    """Return every fallback in use, with its modules."""
+    uses: dict[str, list[str]] = {}
     for record in records:
         for name in record.fallbacks:
-            taken.setdefault(name, []).append(record.module)
+            uses.setdefault(name, []).append(record.module)
     return tuple(
         fidelity_schema.FallbackUse(kind=k, meaning=FALLBACKS[k], modules=tuple(m))
-        for k, m in taken.items()
+        for k, m in uses.items()
     )

@@ -1,4 +1,7 @@
-"""Pieces of Markdown that the model card is made of. Pure; text from elsewhere ends no cell and starts no HTML."""
+"""Markdown tables, cells, code blocks and front matter. Pure.
+
+Untrusted text is escaped: it can neither end a cell nor start HTML.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,29 @@ ROWS = 100
 CELL = 240
 
 
-def format_table(made: Table, rows: int = ROWS, cell_limit: int = CELL, more: str = MORE) -> str:
-    """A GitHub table of at most `rows` rows with its note below; nothing for no rows. `more`: what holds the rest."""
-    if not made.rows:
+def format_table(table: Table, rows: int = ROWS, cell_limit: int = CELL, more: str = MORE) -> str:
+    """Return a GitHub table with its note, "" without rows.
+
+    At most `rows` rows are shown; `more` names the file or command with the rest.
+    """
+    if not table.rows:
         return ""
-    names = [escape_cell(name.removeprefix(">"), cell_limit) for name in made.columns]
-    rules = ["---:" if name.startswith(">") else "---" for name in made.columns]
+    names = [escape_cell(name.removeprefix(">"), cell_limit) for name in table.columns]
+    rules = ["---:" if name.startswith(">") else "---" for name in table.columns]
     lines = [
         names,
         rules,
-        *([escape_cell(text, cell_limit) for text in row] for row in made.rows[:rows]),
+        *([escape_cell(text, cell_limit) for text in row] for row in table.rows[:rows]),
     ]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    hidden = len(made.rows) - rows
-    notes = [escape_cell(made.note, 6 * cell_limit)] if made.note else []
+    hidden = len(table.rows) - rows
+    notes = [escape_cell(table.note, 6 * cell_limit)] if table.note else []
     notes += [f"{hidden:,} more rows in {more}."] if hidden > 0 else []
     return "\n\n".join([text, *notes])
 
 
 def escape_cell(text: str, limit: int = CELL) -> str:
-    """One line that neither ends a cell nor starts HTML."""
+    """Return text as one line that neither ends a cell nor starts HTML."""
     line = " ".join(text.split())
     line = line if len(line) <= limit else line[: limit - 1] + "…"
     return (
@@ -44,7 +50,7 @@ def escape_cell(text: str, limit: int = CELL) -> str:
 
 
 def format_code_block(text: str, limit: int = 4 * CELL) -> str:
-    """A fenced block of one command."""
+    """Return a fenced block with one command."""
     line = text.replace("```", "'''").strip()
     line = line if len(line) <= limit else line[: limit - 1] + "…"
     return f"```bash\n{line}\n```"
@@ -53,7 +59,10 @@ def format_code_block(text: str, limit: int = 4 * CELL) -> str:
 def format_front_matter(
     values: Mapping[str, str | Sequence[str] | list[dict[str, object]] | None],
 ) -> str:
-    """The YAML head of a model card. Texts and objects are written as JSON, which is YAML; None is left out."""
+    """Return the YAML front matter of a model card.
+
+    Texts and objects are written as JSON, a subset of YAML; None is left out.
+    """
     lines = ["---"]
     for key, value in values.items():
         if isinstance(value, str):
@@ -64,7 +73,7 @@ def format_front_matter(
 
 
 def _quoted(value: str | dict[str, object]) -> str:
-    """JSON on one line without characters that a terminal obeys; what JSON escapes, line ends above all, stays."""
+    """Return JSON on one line without control characters; escape sequences of JSON stay."""
     if isinstance(value, str):
         value = "".join(character for character in value if character.isprintable())
     text = json.dumps(value, ensure_ascii=False)

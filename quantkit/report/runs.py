@@ -1,6 +1,7 @@
-"""Artifacts of a folder side by side: key figures, which of them nobody beats in size and KL, and what is broken.
+"""The artifacts of a folder: key figures, Pareto front of size and KL, broken artifacts.
 
-KL compares only between artifacts of one source measured on one text, so each such group has a front of its own.
+KL is comparable only between artifacts of one source measured on one text, so each such group has
+its own front.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from quantkit.report import format_numbers
 from quantkit.report.gates import read_figure
 from quantkit.report.tables import Table
 
-DEPTH = 3  # folders below the one that is listed
+DEPTH = 3  # levels of folders that are searched
 BUILDING, SCRATCH = ".building", ".scratch"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One artifact; `fault` says why it has no figures."""
+    """One artifact; `fault` is the reason if it has no figures."""
 
-    name: str  # its folder below the one that is listed
+    name: str  # path relative to the listed folder
     fidelity: Fidelity | None = None
     fault: str = ""
-    front: bool = False  # none in its group is both smaller and closer to the source
+    front: bool = False  # on the Pareto front of its group
 
     def values(self) -> dict[str, object]:
-        """The key figures under the names of the columns; None where there is none."""
+        """Return the key figures by column name; None for a figure that was not measured."""
         if self.fidelity is None:
             return {"name": self.name, "status": "broken", "fault": self.fault}
         artifact = self.fidelity.artifact
@@ -63,32 +64,35 @@ def list_run_columns() -> tuple[FigureDefinition, ...]:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Every artifact in a folder and up to three below, sorted by name; what is broken is listed with its reason."""
+    """Return every artifact up to DEPTH levels deep, by name; broken ones with their reason."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: expected a folder of artifacts, found none; check the path")
     if (folder / MANIFEST).is_file():
         raise UsageError(
-            f"{folder}: expected a folder of artifacts, found an artifact; name the folder that it is in"
+            f"{folder}: expected a folder of artifacts, found an artifact; name its parent folder"
         )
-    found = [_run(path, folder) for path in _candidates(folder, DEPTH)]
-    return mark_front(sorted(found, key=lambda run: run.name))
+    runs = [_read_run(path, folder) for path in _iterate_candidates(folder, DEPTH)]
+    return mark_front(sorted(runs, key=lambda run: run.name))
 
 
 def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> list[Run]:
-    """By a column: the best first, then those without that figure, then the broken; UsageError for an unknown one."""
+    """Sort by a column: the best first, then runs without the figure, then broken ones.
+
+    Raises UsageError for an unknown column.
+    """
     tasks, figures = list_tasks(runs), {row.run_column: row for row in list_run_columns()}
     columns = (*TEXT_COLUMNS, *figures, *tasks)
     if column not in columns:
         raise UsageError(f"--sort: {format_unknown_name('column', column, columns)}")
 
-    def value(run: Run) -> object:
+    def get_value(run: Run) -> object:
         values = run.values()
-        known = values.get("tasks")
-        return (
-            known.get(column) if column in tasks and isinstance(known, dict) else values.get(column)
-        )
+        scores = values.get("tasks")
+        if column in tasks and isinstance(scores, dict):
+            return scores.get(column)
+        return values.get(column)
 
-    rows = [(value(run), run) for run in runs]
+    rows = [(get_value(run), run) for run in runs]
     numeric = [(float(v), run) for v, run in rows if isinstance(v, int | float)]
     is_higher_better = column in tasks or (
         column in figures and figures[column].direction == "higher"
@@ -106,68 +110,73 @@ def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> lis
 
 
 def mark_front(runs: Sequence[Run]) -> list[Run]:
-    """The runs with the front of each group marked: smaller, or closer to the source, than every other."""
+    """Mark the Pareto front of each group: no other run is both smaller and closer to the source."""
     points: dict[str, list[tuple[int, float]]] = {}
     for run in runs:
-        if (place := _place(run)) is not None:
-            points.setdefault(_group(run), []).append(place)
+        if (point := _locate_run(run)) is not None:
+            points.setdefault(_find_group(run), []).append(point)
     return [
         replace(
-            run, front=is_on_front(place, points[_group(run)]) if (place := _place(run)) else False
+            run,
+            front=is_on_front(point, points[_find_group(run)])
+            if (point := _locate_run(run))
+            else False,
         )
         for run in runs
     ]
 
 
-def is_on_front(place: tuple[int, float], others: Sequence[tuple[int, float]]) -> bool:
-    """Whether none of the others is at least as small and as close, and better in one of both (Pareto)."""
-    size, kl = place
-    return not any(s <= size and k <= kl and (s, k) != place for s, k in others)
+def is_on_front(point: tuple[int, float], others: Sequence[tuple[int, float]]) -> bool:
+    """Return whether no other point is at least as small and as close, and better in one of both."""
+    size, kl = point
+    return not any(s <= size and k <= kl and (s, k) != point for s, k in others)
 
 
 def list_tasks(runs: Sequence[Run]) -> tuple[str, ...]:
-    """Benchmarks of any of the runs."""
+    """Return the benchmarks of all runs."""
     names = (row.task for run in runs if run.fidelity for row in run.fidelity.benchmarks)
     return tuple(dict.fromkeys(names))
 
 
 def make_run_table(runs: Sequence[Run]) -> Table:
-    """The runs for a terminal; "*" marks the front."""
-    sources = {_group(run) for run in runs if run.fidelity}
-    rows = tuple(_row(run) for run in runs if run.fidelity)
+    """Return the runs with their figures; "*" marks the front."""
+    sources = {_find_group(run) for run in runs if run.fidelity}
+    rows = tuple(_make_row(run) for run in runs if run.fidelity)
     headings = (f">{row.run_heading}" for row in list_run_columns())
     columns = (" ", "name", "status", "format", *headings)
-    note = "* nobody of the same source and text is both smaller and closer to it (size, mean KL)."
+    note = "* Pareto front of size and mean KL among artifacts of one source and text."
     note += (
-        f" {len(sources)} sources or texts: their KL does not compare." if len(sources) > 1 else ""
+        f" {len(sources)} sources or texts: KL is not comparable between them."
+        if len(sources) > 1
+        else ""
     )
     return Table(title="Artifacts", columns=columns, rows=rows, note=note if rows else "")
 
 
 def make_score_table(runs: Sequence[Run]) -> Table:
-    """The artifacts' scores, benchmark by benchmark, each with its items and its share of its own source's score."""
+    """Return the scores by benchmark, with the number of items and the recovery."""
     tasks, rows = list_tasks(runs), list[tuple[str, ...]]()
     for run in runs:
-        told = {row.task: row for row in run.fidelity.benchmarks} if run.fidelity else {}
-        if told:
-            rows.append((run.name, *(_score(told.get(task)) for task in tasks)))
+        results = {row.task: row for row in run.fidelity.benchmarks} if run.fidelity else {}
+        if results:
+            rows.append((run.name, *(_format_score(results.get(task)) for task in tasks)))
     columns = ("name", *(f">{task}" for task in tasks))
-    mixed = [task for task in tasks if len(_asked(runs, task)) > 1]
-    note = "score of so many items (share of its own source's score)."
-    note += f" Other items, and so scores that do not compare: {', '.join(mixed)}." if mixed else ""
+    mixed = [task for task in tasks if len(_list_item_sets(runs, task)) > 1]
+    note = "Score on the number of items (recovery: share of the source's score)."
+    note += f" Not comparable, because items differ: {', '.join(mixed)}." if mixed else ""
     return Table(title="Benchmarks", columns=columns, rows=tuple(rows), note=note if rows else "")
 
 
-def _score(row: BenchmarkResult | None) -> str:
-    """ "81.3 % of 300 (98.79 %)"."""
+def _format_score(row: BenchmarkResult | None) -> str:
+    """Return "81.3 % of 300 (98.79 %)"."""
     if row is None or row.artifact is None:
         return format_numbers.MISSING
     kept = f" ({format_numbers.format_percent(row.recovery.value)})" if row.recovery else ""
     return f"{format_numbers.format_percent(row.artifact, 1)} of {row.n:,}{kept}"
 
 
-def _asked(runs: Sequence[Run], task: str) -> set[tuple[str, int, str]]:
-    """The different sets of items of a task: data, how many of it, and the filter that scores."""
+def _list_item_sets(runs: Sequence[Run], task: str) -> set[tuple[str, int, str]]:
+    """Return the different sets of items of a task: data, number of items, scoring filter."""
     rows = (
         row for run in runs if run.fidelity for row in run.fidelity.benchmarks if row.task == task
     )
@@ -175,14 +184,14 @@ def _asked(runs: Sequence[Run], task: str) -> set[tuple[str, int, str]]:
 
 
 def make_fault_table(runs: Sequence[Run]) -> Table:
-    """What is no artifact, and why."""
+    """Return the broken artifacts with their reasons."""
     rows = tuple((run.name, run.fault) for run in runs if run.fidelity is None)
-    return Table(title="Broken", columns=("name", "why"), rows=rows)
+    return Table(title="Broken", columns=("name", "reason"), rows=rows)
 
 
-def _row(run: Run) -> tuple[str, ...]:
+def _make_row(run: Run) -> tuple[str, ...]:
     fidelity = run.fidelity
-    assert fidelity is not None  # the caller's
+    assert fidelity is not None  # checked by the caller
     figures = (
         format_numbers.format_value(row, row.read(fidelity).value) for row in list_run_columns()
     )
@@ -195,8 +204,8 @@ def _row(run: Run) -> tuple[str, ...]:
     )
 
 
-def _candidates(folder: Path, depth: int) -> Iterator[Path]:
-    """Folders that are artifacts, or began to be: not what lies inside them."""
+def _iterate_candidates(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield the folders of artifacts and of unfinished builds, not the folders inside them."""
     for path in sorted(
         path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()
     ):
@@ -209,33 +218,33 @@ def _candidates(folder: Path, depth: int) -> Iterator[Path]:
         ):
             yield path
         elif depth > 1:
-            yield from _candidates(path, depth - 1)
+            yield from _iterate_candidates(path, depth - 1)
 
 
-def _run(path: Path, folder: Path) -> Run:
+def _read_run(path: Path, folder: Path) -> Run:
     name = path.relative_to(folder).as_posix()
     if path.name.endswith(BUILDING):
-        return Run(name=name, fault="an interrupted build, or one under way")
+        return Run(name=name, fault="an interrupted build, or one in progress")
     try:
         fidelity, manifest = read_sealed_report(path)
     except (ArtifactError, OSError) as fault:
         return Run(name=name, fault=str(fault).splitlines()[0].removeprefix(f"{path}: "))
     if manifest.get("status") != fidelity.status:
-        told = json.dumps(manifest.get("status"))
+        expected = json.dumps(manifest.get("status"))
         return Run(
             name=name,
-            fault=f"{MANIFEST} says {told}, fidelity.json {fidelity.status}; pull or build it again",
+            fault=f"{MANIFEST} says {expected}, fidelity.json {fidelity.status}; pull or build it again",
         )
     return Run(name=name, fidelity=fidelity)
 
 
-def _place(run: Run) -> tuple[int, float] | None:
+def _locate_run(run: Run) -> tuple[int, float] | None:
     kl = read_figure("kl_mean", run.fidelity).value if run.fidelity else None
     return (run.fidelity.artifact.bytes_artifact, kl) if run.fidelity and kl is not None else None
 
 
-def _group(run: Run) -> str:
-    """What KL depends on beside the artifact: the source and the text."""
+def _find_group(run: Run) -> str:
+    """Return what KL depends on besides the artifact: the source and the text."""
     if run.fidelity is None:
         return ""
     text = run.fidelity.measured_on

@@ -1,6 +1,6 @@
-"""What an artifact's samples add to its report: how KL is spread over the tokens, and the items that changed.
+"""The samples of an artifact: histogram of KL per token, and benchmark items with changed answers.
 
-Read from quantkit/samples/*.parquet alone; a sample that was not taken is None or empty.
+Read from quantkit/samples/*.parquet; a sample that was not taken is None or empty.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from quantkit.errors import ArtifactError
 
 MOST_ROWS = 50_000_000
 MOST_BYTES = 1_000_000_000
-"""Of samples; 300 benchmark items have a megabyte, 70,000 tokens two."""
+"""Limits of samples; 300 benchmark items take 1 MB, 70,000 tokens 2 MB."""
 
-FLOOR = -9.0  # log10 of a KL that float32 logits cannot tell from 0
+FLOOR = -9.0  # log10 of a KL that float32 logits cannot distinguish from 0
 BINS_PER_DECADE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Tokens per bin of log10(KL), domain by domain. The first bin also holds everything below it."""
+    """Tokens per bin of log10(KL) by domain. The first bin includes all smaller values."""
 
     start: float
     step: float
@@ -34,18 +34,18 @@ class Histogram:
 
     @property
     def bins(self) -> int:
-        """Bins of every domain."""
+        """Number of bins of every domain."""
         return max(map(len, self.counts.values()), default=0)
 
     @property
     def tokens(self) -> int:
-        """Tokens in all bins."""
+        """Number of tokens in all bins."""
         return sum(map(sum, self.counts.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one model said to one item, and what came of it."""
+    """A model's answer to an item, with its score and extracted result."""
 
     text: str
     score: float
@@ -67,58 +67,60 @@ class ChangedItem:
 
     @property
     def lost(self) -> bool:
-        """The artifact scores less than the source."""
+        """Whether the artifact scores less than the source."""
         return self.artifact.score < self.source.score
 
     @property
     def divergence(self) -> int:
-        """The first character at which the answers differ; the length of both when they are equal."""
+        """Position of the first difference of the answers; the length of both if they are equal."""
         return find_divergence(self.source.text, self.artifact.text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """All that the report shows beyond fidelity.json."""
+    """Content of the page that is not in fidelity.json."""
 
     histogram: Histogram | None = None
     changed: tuple[ChangedItem, ...] = ()  # regressions first
-    reworded: int = 0  # items whose answers differ and whose outcome does not
+    reworded: int = 0  # items with other answers and the same score
     items: int = 0
 
 
 def find_divergence(first: str, second: str) -> int:
-    """The first character at which two texts differ; the length of both when they are equal."""
+    """Return the position of the first difference; the length of both if they are equal."""
     return len(os.path.commonprefix([first, second]))
 
 
 def read_samples(artifact: Path, filters: Mapping[str, str]) -> Samples:
-    """The samples in an artifact's folder; `filters`: task -> the filter it is scored by.
+    """Read the samples of an artifact's folder; `filters` maps tasks to their scoring filters.
 
-    Raises ArtifactError for a file that is not what quantkit wrote.
+    Raises ArtifactError for a damaged file.
     """
     histogram = (
-        _histogram(artifact / TOKEN_SAMPLES) if (artifact / TOKEN_SAMPLES).is_file() else None
+        _make_histogram(artifact / TOKEN_SAMPLES) if (artifact / TOKEN_SAMPLES).is_file() else None
     )
     if not (artifact / BENCHMARK_SAMPLES).is_file():
         return Samples(histogram=histogram)
     names = ["task", "filter", "doc_id", "prompt", "target"]
     names += [
-        f"{who}_{name}" for who in ("base", "quant") for name in ("response", "score", "outcome")
+        f"{side}_{name}" for side in ("base", "quant") for name in ("response", "score", "outcome")
     ]
-    names += [f"{who}_{name}" for who in ("base", "quant") for name in ("n_tokens", "truncated")]
+    names += [f"{side}_{name}" for side in ("base", "quant") for name in ("n_tokens", "truncated")]
     rows: list[dict[str, Any]] = read_columns(artifact / BENCHMARK_SAMPLES, names).to_pylist()
-    present = {row["task"]: row["filter"] for row in reversed(rows)}  # its first filter
-    known = {(row["task"], row["filter"]) for row in rows}
-    chosen = {
-        task: name if (task, name := filters.get(task, "")) in known else present[task]
-        for task in present
+    first_filters = {
+        row["task"]: row["filter"] for row in reversed(rows)
+    }  # the first filter of a task
+    pairs = {(row["task"], row["filter"]) for row in rows}
+    scoring = {
+        task: name if (task, name := filters.get(task, "")) in pairs else first
+        for task, first in first_filters.items()
     }
-    mine = [row for row in rows if row["filter"] == chosen[row["task"]]]
+    by_filter = [row for row in rows if row["filter"] == scoring[row["task"]]]
     scored = [
-        row for row in mine if row["base_score"] is not None and row["quant_score"] is not None
+        row for row in by_filter if row["base_score"] is not None and row["quant_score"] is not None
     ]
     same = [row for row in scored if row["base_score"] == row["quant_score"]]
-    changed = [_changed(row) for row in scored if row["base_score"] != row["quant_score"]]
+    changed = [_make_changed_item(row) for row in scored if row["base_score"] != row["quant_score"]]
     return Samples(
         histogram=histogram,
         changed=tuple(sorted(changed, key=lambda item: (not item.lost, item.task, item.item))),
@@ -127,7 +129,7 @@ def read_samples(artifact: Path, filters: Mapping[str, str]) -> Samples:
     )
 
 
-def _histogram(path: Path) -> Histogram:
+def _make_histogram(path: Path) -> Histogram:
     import numpy as np
 
     table = read_columns(path, ["domain", "kl"])
@@ -140,14 +142,14 @@ def _histogram(path: Path) -> Histogram:
     place = np.minimum(((logs - FLOOR) * BINS_PER_DECADE).astype(int), bins - 1)
     counts = {}
     for domain in sorted(set(domains)):
-        picked = finite & np.array([name == domain for name in domains])
-        counts[domain] = tuple(int(n) for n in np.bincount(place[picked], minlength=bins))
+        is_domain = finite & np.array([name == domain for name in domains])
+        counts[domain] = tuple(int(n) for n in np.bincount(place[is_domain], minlength=bins))
     return Histogram(
         start=FLOOR, step=1 / BINS_PER_DECADE, counts=counts, not_finite=int((~finite).sum())
     )
 
 
-def _changed(row: Mapping[str, Any]) -> ChangedItem:
+def _make_changed_item(row: Mapping[str, Any]) -> ChangedItem:
     return ChangedItem(
         task=row["task"],
         item=row["doc_id"],
@@ -158,56 +160,57 @@ def _changed(row: Mapping[str, Any]) -> ChangedItem:
     )
 
 
-def parse_answer(row: Mapping[str, Any], who: str) -> Answer:
-    """One side of a row of benchmarks.parquet: `who` is base or quant."""
+def parse_answer(row: Mapping[str, Any], side: str) -> Answer:
+    """Return one side of a row of benchmarks.parquet; `side` is base or quant."""
     return Answer(
-        text=row[f"{who}_response"],
-        score=row[f"{who}_score"],
-        outcome=row[f"{who}_outcome"],
-        n_tokens=row[f"{who}_n_tokens"],
-        truncated=row[f"{who}_truncated"],
+        text=row[f"{side}_response"],
+        score=row[f"{side}_score"],
+        outcome=row[f"{side}_outcome"],
+        n_tokens=row[f"{side}_n_tokens"],
+        truncated=row[f"{side}_truncated"],
     )
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> Any:
-    """The columns of a Parquet file as an Arrow table; ArtifactError when it is something else.
+    """Read columns of a Parquet file as an Arrow table; raises ArtifactError for a damaged file.
 
-    A few bytes can stand for a billion rows, and one text for a million of them: both are counted before anything is
-    written out.
+    A few bytes can encode a billion rows, and one dictionary entry a million texts, so rows and
+    text sizes are checked before the columns are decoded.
     """
     import pyarrow as arrow  # heavy
     import pyarrow.parquet as parquet
 
     try:
         with parquet.ParquetFile(path, read_dictionary=list(columns)) as file:
-            told = file.metadata
+            metadata = file.metadata
             stored = sum(
-                told.row_group(number).total_byte_size for number in range(told.num_row_groups)
+                metadata.row_group(number).total_byte_size
+                for number in range(metadata.num_row_groups)
             )
-            if told.num_rows > MOST_ROWS or stored > MOST_BYTES:
-                raise _too_large(path, f"{told.num_rows:,} rows of {stored / 1e9:.1f} GB")
+            if metadata.num_rows > MOST_ROWS or stored > MOST_BYTES:
+                raise _make_size_error(path, f"{metadata.num_rows:,} rows of {stored / 1e9:.1f} GB")
             table = file.read(columns=list(columns)).select(list(columns))
-        if (texts := sum(_text_bytes(column) for column in table.columns)) > MOST_BYTES:
-            raise _too_large(path, f"texts of {texts / 1e9:.1f} GB")
-        whole = arrow.table({name: _written_out(table[name]) for name in columns})
+        if (texts := sum(_count_text_bytes(column) for column in table.columns)) > MOST_BYTES:
+            raise _make_size_error(path, f"texts of {texts / 1e9:.1f} GB")
+        whole = arrow.table({name: _decode_dictionary(table[name]) for name in columns})
         whole.validate(full=True)  # texts are UTF-8
         return whole
     except (OSError, KeyError, ValueError, arrow.ArrowException) as fault:
         raise ArtifactError(
-            f"{path}: expected samples with the columns {', '.join(columns)}, found: {str(fault)[:200]}; pull or "
-            "build the artifact again"
+            f"{path}: expected samples with the columns {', '.join(columns)}, found: {str(fault)[:200]}; "
+            "pull or build the artifact again"
         ) from None
 
 
-def _too_large(path: Path, found: str) -> ArtifactError:
+def _make_size_error(path: Path, size: str) -> ArtifactError:
     return ArtifactError(
-        f"{path}: expected samples of at most {MOST_ROWS:,} rows and {MOST_BYTES / 1e9:.0f} GB, found {found}; do not "
-        "use this artifact"
+        f"{path}: expected samples of at most {MOST_ROWS:,} rows and {MOST_BYTES / 1e9:.0f} GB, "
+        f"found {size}; do not use this artifact"
     )
 
 
-def _text_bytes(column: Any) -> int:
-    """Bytes that the texts of a dictionary-encoded column have when each row has its own; 0 for other columns."""
+def _count_text_bytes(column: Any) -> int:
+    """Return the bytes of a dictionary-encoded column's texts once decoded; 0 for other columns."""
     import pyarrow as arrow
     import pyarrow.compute as compute
 
@@ -220,8 +223,8 @@ def _text_bytes(column: Any) -> int:
     return total
 
 
-def _written_out(column: Any) -> Any:
-    """A column without its dictionary."""
+def _decode_dictionary(column: Any) -> Any:
+    """Return a column without its dictionary."""
     import pyarrow as arrow
 
     return column.cast(column.type.value_type) if arrow.types.is_dictionary(column.type) else column

@@ -1,4 +1,4 @@
-"""A report's figures as tables of text, made once for the model card and the terminal alike. Pure."""
+"""The tables of a report as text, shared by the model card, the page and the terminal. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ MORE = FIDELITY
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of text under named columns; a column whose name starts with ">" holds numbers and is set flush right."""
+    """Rows of text under named columns.
+
+    A column whose name starts with ">" holds numbers and is aligned right.
+    """
 
     title: str
     columns: tuple[str, ...]
@@ -28,14 +31,14 @@ class Table:
 
 
 def make_benchmark_table(fidelity: Fidelity) -> Table:
-    """Source against artifact, task by task, paired item by item."""
+    """Return the scores of source and artifact by task, paired item by item."""
     return make_comparison_table(fidelity.benchmarks, "Greedy, the same prompts on both")
 
 
-def make_comparison_table(found: Sequence[BenchmarkResult], how: str) -> Table:
-    """Rows of two models on the same items; `how` says how both answered."""
+def make_comparison_table(results: Sequence[BenchmarkResult], how: str) -> Table:
+    """Return two models' scores on the same items; `how` describes how both generated answers."""
     rows: list[tuple[str, ...]] = []
-    for row in found:
+    for row in results:
         if row.status == "not run":
             rows.append((row.task, *(format_numbers.MISSING,) * 7, f"not run: {row.reason}"))
             continue
@@ -66,14 +69,14 @@ def make_comparison_table(found: Sequence[BenchmarkResult], how: str) -> Table:
         ">p",
         "verdict",
     )
-    note = f"{how}; p is McNemar's exact test on the items that changed."
-    note += _rates("Cut at the token limit", [(row.task, row.truncated) for row in found])
-    note += _rates("No result found", [(row.task, row.unparsed) for row in found])
+    note = f"{how}; p is McNemar's exact test on the changed items."
+    note += _format_rates("Cut at the token limit", [(row.task, row.truncated) for row in results])
+    note += _format_rates("Without a result", [(row.task, row.unparsed) for row in results])
     return Table(title="Benchmarks", columns=columns, rows=tuple(rows), note=note if rows else "")
 
 
 def make_distribution_table(fidelity: Fidelity) -> Table:
-    """Figures down, domains across."""
+    """Return the figures of the next-token distributions: a row per figure, a column per domain."""
     domains = fidelity.distribution
     rows: list[tuple[str, ...]] = (
         [("tokens", *(format_numbers.format_count(row.tokens) for row in domains))]
@@ -94,7 +97,7 @@ def make_distribution_table(fidelity: Fidelity) -> Table:
 
 
 def make_likelihood_table(fidelity: Fidelity) -> Table:
-    """Log-likelihood of gold solutions, task by task, paired item by item."""
+    """Return the log-likelihood of gold solutions by task, paired item by item."""
     rows = tuple(
         (
             row.task,
@@ -106,25 +109,25 @@ def make_likelihood_table(fidelity: Fidelity) -> Table:
         )
         for row in fidelity.likelihood
     )
-    silent = (
+    skipped = (
         f" {row.task} was not run: {row.reason}."
         for row in fidelity.likelihood
         if row.status == "not run"
     )
     note = (
-        "Log-likelihood of a right answer behind its prompt, nats per token; nothing is generated."
+        "Log-likelihood of a correct answer after its prompt, nats per token; nothing is generated."
     )
     return Table(
         title="Gold solutions (teacher-forced)",
         columns=("task", ">items", ">tokens", ">source", ">artifact", ">difference [95 % CI]"),
         rows=rows,
-        note=note + "".join(silent) if rows else "",
+        note=note + "".join(skipped) if rows else "",
     )
 
 
 def make_gate_table(fidelity: Fidelity) -> Table:
-    """Every bound of the recipe, and whether it was kept."""
-    words = {True: "kept", False: "MISSED", None: "not judged"}
+    """Return every bound of the recipe with its result."""
+    words = {True: "pass", False: "FAIL", None: "not judged"}
     rows = tuple(
         (
             row.figure,
@@ -140,7 +143,7 @@ def make_gate_table(fidelity: Fidelity) -> Table:
 
 
 def make_role_table(fidelity: Fidelity) -> Table:
-    """What was quantized, and what was not and why."""
+    """Return the number of quantized and kept layers by role, with the reason."""
     rows = tuple(
         (
             row.role.replace("_", " "),
@@ -152,14 +155,17 @@ def make_role_table(fidelity: Fidelity) -> Table:
         )
         for row in fidelity.artifact.roles
     )
-    columns = ("part", ">quantized", ">kept", ">parameters", "stored as", "why")
-    return Table(title="What is quantized", columns=columns, rows=rows)
+    columns = ("layers", ">quantized", ">kept", ">parameters", "stored as", "reason")
+    return Table(title="Quantized layers", columns=columns, rows=rows)
 
 
 def make_module_table(fidelity: Fidelity, limit: int = WORST) -> Table:
-    """The quantized matrices with the largest relative output error (weight error where that is not known)."""
+    """Return the quantized matrices with the largest relative output error.
+
+    Matrices without output error come after them, by their weight error.
+    """
     quantized = [row for row in fidelity.modules if row.method is not None]
-    worst = sorted(quantized, key=_badness, reverse=True)[:limit]
+    worst = sorted(quantized, key=_rank_module, reverse=True)[:limit]
     rows = tuple(
         (
             row.name,
@@ -181,7 +187,7 @@ def make_module_table(fidelity: Fidelity, limit: int = WORST) -> Table:
         else ""
     )
     return Table(
-        title="Relative error of weights and of outputs, worst modules",
+        title="Relative error of weights and outputs, worst modules",
         columns=columns,
         rows=rows,
         note=note,
@@ -189,7 +195,7 @@ def make_module_table(fidelity: Fidelity, limit: int = WORST) -> Table:
 
 
 def make_block_table(fidelity: Fidelity, limit: int = WORST) -> Table:
-    """Relative error of the hidden states after a block, largest first."""
+    """Return the relative error of the hidden states after a block, largest first."""
     worst = sorted(fidelity.blocks, key=lambda row: _rank(row.relative_error, inf), reverse=True)[
         :limit
     ]
@@ -208,9 +214,9 @@ def make_block_table(fidelity: Fidelity, limit: int = WORST) -> Table:
 
 
 def make_router_table(fidelity: Fidelity, limit: int = WORST) -> Table:
-    """Share of expert choices that agree, least first."""
-    least = sorted(fidelity.routers, key=lambda row: _rank(row.agreement, missing=-1.0))[:limit]
-    rows = tuple((row.block, _finite(row.agreement)) for row in least)
+    """Return the share of expert choices that agree with the source's, lowest first."""
+    lowest = sorted(fidelity.routers, key=lambda row: _rank(row.agreement, missing=-1.0))[:limit]
+    rows = tuple((row.block, _finite(row.agreement)) for row in lowest)
     note = (
         f"The {len(rows)} lowest of {len(fidelity.routers)} layers."
         if len(rows) < len(fidelity.routers)
@@ -220,14 +226,14 @@ def make_router_table(fidelity: Fidelity, limit: int = WORST) -> Table:
 
 
 def make_expert_table(fidelity: Fidelity, limit: int = WORST) -> Table:
-    """Calibration tokens per expert and layer; layers with the least fed expert first."""
-    facts = fidelity.experts
-    columns = ("block", ">experts", ">fewest tokens", ">median", ">most", ">under-calibrated")
-    if facts is None or not facts.layers:
+    """Return the calibration tokens per expert by layer, the layer with the lowest minimum first."""
+    coverage = fidelity.experts
+    columns = ("block", ">experts", ">min tokens", ">median", ">max", ">under-calibrated")
+    if coverage is None or not coverage.layers:
         return Table(title="Calibration tokens per expert", columns=columns, rows=())
-    layers = sorted((row for row in facts.layers if row.tokens), key=lambda row: min(row.tokens))[
-        :limit
-    ]
+    layers = sorted(
+        (row for row in coverage.layers if row.tokens), key=lambda row: min(row.tokens)
+    )[:limit]
     rows = tuple(
         (
             row.block,
@@ -235,21 +241,25 @@ def make_expert_table(fidelity: Fidelity, limit: int = WORST) -> Table:
             format_numbers.format_count(min(row.tokens)),
             format_numbers.format_count(round(median(row.tokens))),
             format_numbers.format_count(max(row.tokens)),
-            str(sum(tokens < facts.min_tokens for tokens in row.tokens)),
+            str(sum(tokens < coverage.min_tokens for tokens in row.tokens)),
         )
         for row in layers
     )
-    low = facts.uncalibrated()
-    named = ", ".join(
+    low = coverage.uncalibrated()
+    examples = ", ".join(
         f"{block} expert {expert} ({tokens:,})" for block, expert, tokens in low[:limit]
     )
-    note = f"{len(low)} of {sum(len(row.tokens) for row in facts.layers):,} experts saw fewer than {facts.min_tokens} "
-    note += f"tokens and got {facts.policy}: {named}{_more(len(low), limit)}." if low else "tokens."
+    note = f"{len(low)} of {sum(len(row.tokens) for row in coverage.layers):,} experts saw fewer than {coverage.min_tokens} "
+    note += (
+        f"tokens and got {coverage.policy}: {examples}{_more(len(low), limit)}."
+        if low
+        else "tokens."
+    )
     return Table(title="Calibration tokens per expert", columns=columns, rows=rows, note=note)
 
 
 def make_fallback_table(fidelity: Fidelity) -> Table:
-    """Every named rule that took over, how often, and for what."""
+    """Return every fallback in use with its number of modules."""
     rows = tuple(
         (
             row.kind,
@@ -259,14 +269,12 @@ def make_fallback_table(fidelity: Fidelity) -> Table:
         )
         for row in fidelity.fallbacks
     )
-    return Table(
-        title="Fallbacks", columns=("kind", ">modules", "what happened", "where"), rows=rows
-    )
+    return Table(title="Fallbacks", columns=("kind", ">modules", "meaning", "examples"), rows=rows)
 
 
 def make_text_table(fidelity: Fidelity) -> Table:
-    """What was calibrated on and what was measured on."""
-    pairs = (("calibration", fidelity.calibration), ("measured on", fidelity.measured_on))
+    """Return the calibration text and the fidelity text."""
+    pairs = (("calibration", fidelity.calibration), ("fidelity", fidelity.measured_on))
     rows = tuple(
         (
             use,
@@ -279,12 +287,12 @@ def make_text_table(fidelity: Fidelity) -> Table:
         for use, text in pairs
         if text is not None
     )
-    columns = ("use", "set", ">sequences", ">tokens", "licence", "sha256")
-    return Table(title="Text", columns=columns, rows=rows)
+    columns = ("use", "set", ">sequences", ">tokens", "license", "sha256")
+    return Table(title="Texts", columns=columns, rows=rows)
 
 
 def make_origin_table(fidelity: Fidelity) -> Table:
-    """Versions, seeds and hashes: what to have to make the same bytes again."""
+    """Return versions, seeds and hashes: the conditions for the same bytes."""
     pairs = [
         ("source", fidelity.source.model),
         ("source revision", fidelity.source.revision or format_numbers.MISSING),
@@ -298,24 +306,26 @@ def make_origin_table(fidelity: Fidelity) -> Table:
     ]
     pairs += [(name, value) for name, value in fidelity.versions.items()]
     pairs += [(f"seed, {name}", str(value)) for name, value in fidelity.seeds.items()]
-    return Table(title="Origin", columns=("what", "value"), rows=tuple(pairs))
+    return Table(title="Provenance", columns=("item", "value"), rows=tuple(pairs))
 
 
-def _rates(what: str, pairs: Sequence[tuple[str, tuple[float | None, float | None] | None]]) -> str:
-    """A sentence on the tasks where a rate is not zero on both sides: source -> artifact."""
-    told = [
+def _format_rates(
+    label: str, pairs: Sequence[tuple[str, tuple[float | None, float | None] | None]]
+) -> str:
+    """Return a sentence with the tasks whose rate is not zero on both sides: source -> artifact."""
+    rates = [
         f"{task} {format_numbers.format_percent(rate[0], 1)} -> {format_numbers.format_percent(rate[1], 1)}"
         for task, rate in pairs
         if rate and any(rate)
     ]
-    return f" {what}: {', '.join(told)}." if told else ""
+    return f" {label}: {', '.join(rates)}." if rates else ""
 
 
-def _badness(row: ModuleResult) -> tuple[bool, float]:
-    known = (
+def _rank_module(row: ModuleResult) -> tuple[bool, float]:
+    error = (
         row.output_relative_error if row.output_relative_error is not None else row.relative_error
     )
-    return row.output_relative_error is not None, _rank(known, missing=-1.0)
+    return row.output_relative_error is not None, _rank(error, missing=-1.0)
 
 
 def _rank(value: float | None, missing: float) -> float:
@@ -323,7 +333,7 @@ def _rank(value: float | None, missing: float) -> float:
 
 
 def _finite(share: float | None) -> str:
-    """A figure that is always measured."""
+    """Return a share that was measured; None is one that is not finite."""
     return NOT_FINITE if share is None else format_numbers.format_percent(share)
 
 
@@ -332,10 +342,18 @@ def _more(total: int, shown: int) -> str:
 
 
 def make_tables(fidelity: Fidelity) -> Sequence[Table]:
-    """All of them in the order of a report; empty ones left out."""
-    made = (
-        make_benchmark_table(fidelity), make_distribution_table(fidelity), make_likelihood_table(fidelity), make_gate_table(fidelity), make_role_table(fidelity),
-        make_text_table(fidelity), make_module_table(fidelity), make_block_table(fidelity), make_router_table(fidelity), make_expert_table(fidelity),
+    """Return all tables with rows, in the order of a report."""
+    tables = (
+        make_benchmark_table(fidelity),
+        make_distribution_table(fidelity),
+        make_likelihood_table(fidelity),
+        make_gate_table(fidelity),
+        make_role_table(fidelity),
+        make_text_table(fidelity),
+        make_module_table(fidelity),
+        make_block_table(fidelity),
+        make_router_table(fidelity),
+        make_expert_table(fidelity),
         make_fallback_table(fidelity),
-    )  # fmt: skip
-    return [table for table in made if table.rows]
+    )
+    return [table for table in tables if table.rows]

@@ -1,4 +1,4 @@
-"""The same tables for a terminal, as rich renderables that fit its width. Nothing is printed here."""
+"""Reports and plans for a terminal, as rich renderables that fit its width. Nothing is printed here."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from quantkit.report import card, format_numbers, tables
 from quantkit.report.tables import Table
 
 _STYLES = {"accepted": "green", "rejected": "bold red", "not judged": "yellow"}
-SHARDS = 4  # files that a plan shows
-NARROWEST = 12  # characters that a column of text keeps
+SHARDS = 4  # output files that a plan shows
+NARROWEST = 12  # minimum characters of a text column
 
 
-def render_table(made: Table) -> Group:
-    """Title, rows and note of one table. Numbers and words stay whole where a line has room, else they are folded."""
-    note = [Text(strip_control_characters(made.note), style="dim")] if made.note else []
+def render_table(table: Table) -> Group:
+    """Return title, rows and note of a table; words and numbers are folded only on narrow lines."""
+    note = [Text(strip_control_characters(table.note), style="dim")] if table.note else []
     return Group(
-        Text(made.title, style="bold"),
-        FittedTable(_each_cell(made, strip_control_characters)),
+        Text(table.title, style="bold"),
+        FittedTable(_each_cell(table, strip_control_characters)),
         *note,
         Text(),
     )
@@ -34,117 +34,118 @@ def render_table(made: Table) -> Group:
 
 @dataclass(frozen=True)
 class FittedTable:
-    """The rows of a table, in columns that depend on how wide a line is."""
+    """The rows of a table, in columns that depend on the width of the terminal."""
 
-    made: Table
+    table: Table
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
-        """rich's protocol."""
-        form, chosen = fit_table(self.made, options.max_width)
+        """Yield the table for rich."""
+        layout, widths = fit_table(self.table, options.max_width)
         shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-        for name, width in zip(form.columns, chosen, strict=True):
-            flush: Literal["left", "right"] = "right" if name.startswith(">") else "left"
+        for name, width in zip(layout.columns, widths, strict=True):
+            justify: Literal["left", "right"] = "right" if name.startswith(">") else "left"
             shown.add_column(
-                Text(name.removeprefix(">")), justify=flush, overflow="fold", width=width
+                Text(name.removeprefix(">")), justify=justify, overflow="fold", width=width
             )
-        for row in form.rows:
+        for row in layout.rows:
             shown.add_row(*map(Text, row))
         yield shown
 
 
-def fit_table(made: Table, line: int) -> tuple[Table, list[int | None]]:
-    """The table in the first of its `forms` that has its numbers whole in a line, with its `widths`."""
-    for form in iterate_layouts(made):
-        found = compute_widths(form, line)
-        if None not in found:
+def fit_table(table: Table, line: int) -> tuple[Table, list[int | None]]:
+    """Return the first layout of a table whose numbers fit into a line, with its column widths."""
+    for layout in iterate_layouts(table):
+        widths = compute_widths(layout, line)
+        if None not in widths:
             break
-    return form, found
+    return layout, widths
 
 
-def iterate_layouts(made: Table) -> Iterator[Table]:
-    """Ever narrower: as it is; intervals below their numbers; then names of numbers, then numbers, one word below the
-    other, in one column more each time, that which gains most first."""
-    yield made
-    made = _each_cell(made, lambda cell: cell.replace(" [", "\n["))
-    yield made
-    numbers_at = [index for index, name in enumerate(made.columns) if name.startswith(">")]
+def iterate_layouts(table: Table) -> Iterator[Table]:
+    """Yield narrower and narrower layouts of a table.
+
+    First unchanged; then with intervals below their numbers; then with headings of numbers, then
+    numbers, one word per line, in one more column each time, the column that saves most first.
+    """
+    yield table
+    table = _each_cell(table, lambda cell: cell.replace(" [", "\n["))
+    yield table
+    numbers_at = [index for index, name in enumerate(table.columns) if name.startswith(">")]
     for names in (True, False):
         gains = {
-            index: _width(made, index) - _width(_stacked(made, index, names), index)
+            index: _width(table, index) - _width(_stacked(table, index, names), index)
             for index in numbers_at
         }
         for index in sorted(
             filter(gains.__getitem__, numbers_at), key=gains.__getitem__, reverse=True
         ):
-            made = _stacked(made, index, names)
-            yield made
+            table = _stacked(table, index, names)
+            yield table
 
 
-def _stacked(made: Table, index: int, names: bool) -> Table:
-    """One word below the other in the name of a column, or in its cells."""
+def _stacked(table: Table, index: int, names: bool) -> Table:
+    """Return the table with one word per line in the heading of a column, or in its cells."""
 
     def stack(cells: tuple[str, ...]) -> tuple[str, ...]:
         return (*cells[:index], cells[index].replace(" ", "\n"), *cells[index + 1 :])
 
     return (
-        replace(made, columns=stack(made.columns))
+        replace(table, columns=stack(table.columns))
         if names
-        else replace(made, rows=tuple(map(stack, made.rows)))
+        else replace(table, rows=tuple(map(stack, table.rows)))
     )
 
 
-def _width(made: Table, index: int) -> int:
-    """Characters of the longest line in a column."""
-    cells = (made.columns[index].removeprefix(">"), *(row[index] for row in made.rows))
+def _width(table: Table, index: int) -> int:
+    """Return the characters of the longest line in a column."""
+    cells = (table.columns[index].removeprefix(">"), *(row[index] for row in table.rows))
     return max(len(line) for cell in cells for line in cell.split("\n"))
 
 
-def _each_cell(made: Table, change: Callable[[str], str]) -> Table:
-    rows = tuple(tuple(map(change, row)) for row in made.rows)
-    return replace(made, columns=tuple(map(change, made.columns)), rows=rows)
+def _each_cell(table: Table, change: Callable[[str], str]) -> Table:
+    rows = tuple(tuple(map(change, row)) for row in table.rows)
+    return replace(table, columns=tuple(map(change, table.columns)), rows=rows)
 
 
 def strip_control_characters(text: str) -> str:
-    """One line without control characters: a name from a checkpoint must not steer the terminal."""
+    """Return one line without control characters, so that untrusted names cannot control a terminal."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def compute_widths(made: Table, line: int) -> list[int | None]:
-    """Characters per column: as wide as the cells where a line has room, else no narrower than a number or a word.
+def compute_widths(table: Table, line: int) -> list[int | None]:
+    """Return characters per column: the cells' width if it fits, at least a number or a word.
 
-    [None, ...], for rich to decide, where even that is too much for a line.
+    [None, ...] lets rich decide if even that does not fit into a line.
     """
-    names = [name.removeprefix(">") for name in made.columns]
-    cells = [[name, *(row[index] for row in made.rows)] for index, name in enumerate(names)]
-    natural = [_width(made, index) for index in range(len(names))]
+    names = [name.removeprefix(">") for name in table.columns]
+    cells = [[name, *(row[index] for row in table.rows)] for index, name in enumerate(names)]
+    natural = [_width(table, index) for index in range(len(names))]
     least = [
         full
         if name.startswith(">")
         else max(len(word) for cell in column for word in (cell.split() or [""]))
-        for name, column, full in zip(made.columns, cells, natural)
+        for name, column, full in zip(table.columns, cells, natural)
     ]
-    spare = line - sum(least) - 2 * len(least) + 1  # a blank and a divider between columns
-    texts = [index for index, name in enumerate(made.columns) if not name.startswith(">")]
-    while (
-        spare < 0
-    ):  # a pattern or a path without blanks: the widest column folds in the middle of its words
+    spare = line - sum(least) - 2 * len(least) + 1  # a space and a divider between columns
+    texts = [index for index, name in enumerate(table.columns) if not name.startswith(">")]
+    while spare < 0:  # a pattern or path without spaces: the widest column breaks inside words
         widest = max(texts, key=lambda index: least[index], default=None)
         if widest is None or least[widest] <= NARROWEST:
             return [None] * len(least)
         least[widest] -= 1
         spare += 1
-    chosen = list(least)
-    while spare > 0 and chosen != natural:
+    widths = list(least)
+    while spare > 0 and widths != natural:
         narrowest = min(
-            (i for i in range(len(chosen)) if chosen[i] < natural[i]), key=lambda i: chosen[i]
+            (i for i in range(len(widths)) if widths[i] < natural[i]), key=lambda i: widths[i]
         )
-        chosen[narrowest] += 1
+        widths[narrowest] += 1
         spare -= 1
-    return list(chosen)
+    return list(widths)
 
 
 def render_report(fidelity: Fidelity) -> Group:
-    """The report: what came out, the tables, the verdict."""
+    """Return a report: sizes, tables, verdict."""
     artifact = fidelity.artifact
     head = Text(
         strip_control_characters(f"{artifact.name}: {artifact.scheme}, format {artifact.format}"),
@@ -157,12 +158,12 @@ def render_report(fidelity: Fidelity) -> Group:
     )
     verdict = Text(card.format_verdict(fidelity), style=_STYLES[fidelity.status])
     return Group(
-        head, Text(), *(render_table(made) for made in tables.make_tables(fidelity)), verdict
+        head, Text(), *(render_table(table) for table in tables.make_tables(fidelity)), verdict
     )
 
 
 def render_plan(plan: PlanSummary) -> Group:
-    """What a build will do: source, rules, totals, memory, shards, warnings."""
+    """Return a plan: source, rules, totals, memory, shards, warnings."""
     source, memory = plan.source, plan.memory
     head = Text(strip_control_characters(f"{source.model} -> {plan.output}"), style="bold")
     revision = f" at {source.revision}" if source.revision else ""
@@ -184,7 +185,7 @@ def render_plan(plan: PlanSummary) -> Group:
         style="not bold",
     )
     fits = memory.peak <= memory.budget
-    waves = f", {memory.experts_per_wave} experts at once" if memory.experts_per_wave else ""
+    waves = f", {memory.experts_per_wave} experts per wave" if memory.experts_per_wave else ""
     parts = ", ".join(
         f"{name} {format_numbers.format_size(n_bytes)}" for name, n_bytes in memory.parts.items()
     )
@@ -208,11 +209,11 @@ def render_plan(plan: PlanSummary) -> Group:
 
 
 def render_plans(plans: Sequence[PlanSummary]) -> Group:
-    """The plans of a recipe with several formats: the first in full, of the others what differs."""
+    """Return the plans of a recipe with several formats: the first in full, the others' differences."""
     first, lines = plans[0], list[Text]()
     for plan in plans[1:]:
-        told = f"and {plan.output}: {format_numbers.format_size(plan.totals.bytes_after)} in {len(plan.shards)} files"
-        lines.append(Text(strip_control_characters(told), style="bold"))
+        summary = f"and {plan.output}: {format_numbers.format_size(plan.totals.bytes_after)} in {len(plan.shards)} files"
+        lines.append(Text(strip_control_characters(summary), style="bold"))
         new = [warning for warning in plan.warnings if warning not in first.warnings]
         lines += [
             Text(strip_control_characters(f"warning: {warning}"), style="yellow") for warning in new
@@ -221,7 +222,7 @@ def render_plans(plans: Sequence[PlanSummary]) -> Group:
 
 
 def render_reports(reports: Sequence[Fidelity]) -> Group:
-    """The reports of a recipe with several formats; figures that are those of one before are not shown again."""
+    """Return the reports of a recipe with several formats; equal figures are shown once."""
     shown: list[Fidelity] = []
     for report in reports:
         if not any(report.modules == other.modules for other in shown):
@@ -230,7 +231,7 @@ def render_reports(reports: Sequence[Fidelity]) -> Group:
 
 
 def make_rules_table(plan: PlanSummary) -> Table:
-    """What each rule decided, with the totals below."""
+    """Return the result of each rule, with the totals last."""
     rows = [
         (
             rule.label,
@@ -258,7 +259,7 @@ def make_rules_table(plan: PlanSummary) -> Table:
     columns = (
         "rule",
         "matches",
-        "does",
+        "action",
         ">modules",
         ">parameters",
         ">before",
@@ -269,7 +270,7 @@ def make_rules_table(plan: PlanSummary) -> Table:
 
 
 def make_shards_table(plan: PlanSummary) -> Table:
-    """The first and the last output files."""
+    """Return the first output files and the last."""
     shards = plan.shards
     shown = shards if len(shards) <= SHARDS else (*shards[: SHARDS - 1], shards[-1])
     rows = tuple(

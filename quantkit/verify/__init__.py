@@ -1,1 +1,1 @@
-"""`quantkit verify --deep`: what of an artifact can be proven from its source, a sample of modules at a time."""
+"""`quantkit verify`: checks of an artifact against its manifest (shallow) and its source (deep)."""

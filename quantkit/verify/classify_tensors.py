@@ -1,6 +1,7 @@
-"""What an artifact's tensors hold, by its manifest's list of modules and the shards' headers: schemes, shapes, roles.
+"""Classification of an artifact's tensors by the manifest's modules and the shards' headers.
 
-Every stored tensor gets a place: part of a quantized linear, an FP8 weight or its scales, or an ordinary tensor.
+Every stored tensor gets a role: part of a quantized linear, an FP8 weight or its scales, or an
+ordinary tensor.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ SCHEME_KEYS = {
 }
 
 ReadSmall = Callable[[str], bytes]
-"""All bytes of a small tensor by its full name."""
+"""Reads all bytes of a small tensor, by its full name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What is where. `linears` and `schemes` by module; `numbers` and `fp8` by tensor; `faults`, a sentence each."""
+class TensorContents:
+    """Roles of all tensors: linears and schemes by module, numbers by tensor, and faults."""
 
     name: str | None
     linears: Mapping[str, Linear] = field(default_factory=dict)
@@ -49,7 +50,7 @@ class Found:
 
     @property
     def contents(self) -> Contents:
-        """What the config must say."""
+        """The contents that quantization_config must describe."""
         return Contents(
             schemes=self.schemes,
             kept=self.kept,
@@ -58,54 +59,49 @@ class Found:
         )
 
 
-def read_contents(
+def classify_tensors(
     name: object, modules: Mapping[str, object], specs: Mapping[str, TensorSpec], read: ReadSmall
-) -> Found:
-    """Give every tensor its place. `name` is the manifest's format, which must be known when something is quantized."""
-    faults: list[str] = []
-    schemes: dict[str, Scheme] = {}
-    for module, record in modules.items():
-        told = record.get("scheme") if isinstance(record, Mapping) else None
-        scheme = scheme_of(told)
-        if scheme is None:
-            faults.append(f"{MANIFEST}: modules.{module}: expected a scheme, found {told!r:.100}")
-        else:
-            schemes[module] = scheme
+) -> TensorContents:
+    """Give every tensor its role.
+
+    name: the manifest's format, which must be known if a module is quantized.
+    """
+    schemes, faults = read_schemes(modules)
     if not isinstance(name, str) or name not in registry.list_names("formats"):
         known = ", ".join(registry.list_names("formats"))
-        found = f"{MANIFEST}: format: expected one of {known}, found {name!r:.60}"
+        format_fault = f"{MANIFEST}: format: expected one of {known}, found {name!r:.60}"
         return (
-            Found(name=None, faults=(*faults, found))
+            TensorContents(name=None, faults=(*faults, format_fault))
             if schemes or name is not None
-            else rest(None, {}, specs)
+            else classify_others(None, {}, specs)
         )
     output, checks = registry.get_format(name), registry.get_checks(name)
-    parts = parts_of(schemes, specs)
+    parts = group_by_module(schemes, specs)
     linears: dict[str, Linear] = {}
     numbers: dict[str, ValueCheck] = {}
-    taken: set[str] = set()
+    packed: set[str] = set()
     for module, scheme in schemes.items():
-        own = parts.get(module, {})
-        taken |= {f"{module}.{local}" for local in own}
-        linear, fault = linear_of(module, scheme, own, output, checks, read)
+        tensors = parts.get(module, {})
+        packed |= {f"{module}.{local}" for local in tensors}
+        linear, fault = classify_linear(module, scheme, tensors, output, checks, read)
         if fault or linear is None:
             faults.append(fault or f"{module}: expected its codes, found none")
             continue
         linears[module] = linear
         numbers |= {
-            f"{module}.{local}": wanted
-            for local, wanted in checks.value_checks(linear, scheme).items()
+            f"{module}.{local}": check
+            for local, check in checks.value_checks(linear, scheme).items()
         }
-        if "bias" in own:
+        if "bias" in tensors:
             numbers[f"{module}.bias"] = FINITE
-    others = rest(output, {n: s for n, s in specs.items() if n in taken}, specs)
+    others = classify_others(output, {n: s for n, s in specs.items() if n in packed}, specs)
     logical = dict(others.logical)
     for module, linear in linears.items():
         shape = (linear.out_features, linear.in_features)
         logical[f"{module}.weight"] = TensorSpec(name=f"{module}.weight", dtype="BF16", shape=shape)
         if "bias" in parts[module]:
             logical[f"{module}.bias"] = specs[f"{module}.bias"]
-    return Found(
+    return TensorContents(
         name=name,
         linears=linears,
         schemes=schemes,
@@ -117,81 +113,100 @@ def read_contents(
     )
 
 
-def parts_of(
+def read_schemes(modules: Mapping[str, object]) -> tuple[dict[str, Scheme], list[str]]:
+    """Return the schemes in the manifest's modules, and a sentence for each invalid one."""
+    schemes: dict[str, Scheme] = {}
+    faults: list[str] = []
+    for module, record in modules.items():
+        values = record.get("scheme") if isinstance(record, Mapping) else None
+        scheme = parse_scheme(values)
+        if scheme is None:
+            faults.append(f"{MANIFEST}: modules.{module}: expected a scheme, found {values!r:.100}")
+        else:
+            schemes[module] = scheme
+    return schemes, faults
+
+
+def group_by_module(
     schemes: Mapping[str, Scheme], specs: Mapping[str, TensorSpec]
 ) -> dict[str, dict[str, TensorSpec]]:
-    """The tensors of each quantized module by local name."""
-    found: dict[str, dict[str, TensorSpec]] = {}
+    """Return the tensors of each quantized module by local name."""
+    modules: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in specs.items():
         module = name
         while module := module.rpartition(".")[0]:
             if module in schemes:
-                found.setdefault(module, {})[name.removeprefix(f"{module}.")] = spec
+                modules.setdefault(module, {})[name.removeprefix(f"{module}.")] = spec
                 break
-    return found
+    return modules
 
 
-def linear_of(
+def classify_linear(
     module: str,
     scheme: Scheme,
-    own: Mapping[str, TensorSpec],
+    tensors: Mapping[str, TensorSpec],
     output: Format,
     checks: FormatChecks,
     read: ReadSmall,
 ) -> tuple[Linear | None, str | None]:
-    """A quantized linear by its tensors; or why they are not those that the scheme asks for."""
+    """Return a quantized linear by its tensors, or why they do not fit its scheme."""
     try:
-        shape = checks.read_shape(own, scheme, lambda local: read(f"{module}.{local}"))
+        shape = checks.read_shape(tensors, scheme, lambda local: read(f"{module}.{local}"))
     except (IndexError, ZeroDivisionError):  # a tensor without dimensions
         shape = None
     if shape is None or not all(shape):
         return (
             None,
-            f"{module}: expected the tensors of {scheme.bits}-bit codes, found {', '.join(sorted(own))}",
+            f"{module}: expected the tensors of {scheme.bits}-bit codes, found "
+            f"{', '.join(sorted(tensors))}",
         )
     linear = Linear(
-        name=module, out_features=shape[0], in_features=shape[1], role="mlp", bias="bias" in own
+        name=module, out_features=shape[0], in_features=shape[1], role="mlp", bias="bias" in tensors
     )
     if scheme.group_size != -1 and linear.in_features % scheme.group_size:
         return (
             None,
-            f"{module}: group_size {scheme.group_size} does not divide its {linear.in_features} inputs",
+            f"{module}: group_size {scheme.group_size} does not divide its {linear.in_features} "
+            "inputs",
         )
-    wanted = {spec.name.removeprefix(f"{module}."): spec for spec in output.layout(linear, scheme)}
-    for local in sorted(set(wanted) | (set(own) - {"bias"})):
-        expected, found = (
+    expected_specs = {
+        spec.name.removeprefix(f"{module}."): spec for spec in output.layout(linear, scheme)
+    }
+    for local in sorted(set(expected_specs) | (set(tensors) - {"bias"})):
+        expected, actual = (
             f"{spec.dtype} {list(spec.shape)}" if (spec := specs.get(local)) else "none"
-            for specs in (wanted, own)
+            for specs in (expected_specs, tensors)
         )
-        if expected != found:
-            told = f"{scheme.bits} bits, group_size {scheme.group_size}"
+        if expected != actual:
+            settings = f"{scheme.bits} bits, group_size {scheme.group_size}"
             return (
                 None,
-                f"tensor {module}.{local}: its scheme ({told}) asks for {expected}, found {found}",
+                f"tensor {module}.{local}: its scheme ({settings}) asks for {expected}, found "
+                f"{actual}",
             )
     return linear, None
 
 
-def rest(
-    output: Format | None, taken: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]
-) -> Found:
-    """Everything that is not part of a quantized linear."""
+def classify_others(
+    output: Format | None, packed: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]
+) -> TensorContents:
+    """Classify everything that is not part of a quantized linear."""
     suffix = output.fp8_scale if output else None
     blocks = {
         n
         for n, spec in specs.items()
-        if spec.dtype == FP8 and n not in taken and n.endswith(".weight")
+        if spec.dtype == FP8 and n not in packed and n.endswith(".weight")
     }
     scales = {f"{name.removesuffix('weight')}{suffix}": name for name in blocks} if suffix else {}
-    left = {name: spec for name, spec in specs.items() if name not in taken}
-    logical = {name: spec for name, spec in left.items() if name not in scales}
-    faults = list(fp8_faults(suffix, scales, left))
+    others = {name: spec for name, spec in specs.items() if name not in packed}
+    logical = {name: spec for name, spec in others.items() if name not in scales}
+    faults = list(find_fp8_faults(suffix, scales, others))
     faults += [
         f"tensor {name}: {spec.dtype} outside the modules that the manifest lists as quantized"
         for name, spec in logical.items()
         if spec.dtype not in FLOATING
     ]
-    return Found(
+    return TensorContents(
         name=None,
         kept=tuple(
             n.removesuffix(".weight")
@@ -201,7 +216,7 @@ def rest(
         fp8=tuple(name.removesuffix(".weight") for name in logical if name in blocks),
         numbers={
             name: MAGNITUDE if name in scales else FINITE
-            for name, s in left.items()
+            for name, s in others.items()
             if s.dtype in FLOATING
         },
         logical=logical,
@@ -209,27 +224,29 @@ def rest(
     )
 
 
-def fp8_faults(
-    suffix: str | None, scales: Mapping[str, str], left: Mapping[str, TensorSpec]
+def find_fp8_faults(
+    suffix: str | None, scales: Mapping[str, str], others: Mapping[str, TensorSpec]
 ) -> Iterator[str]:
-    """FP8 in a format that holds none, and FP8 weights without block scales of the right shape."""
+    """Yield FP8 tensors that the format cannot hold, and weights without fitting block scales."""
     if suffix is None:
         yield from (
             f"tensor {n}: FP8, which this format does not hold"
-            for n, s in left.items()
+            for n, s in others.items()
             if s.dtype == FP8
         )
         return
     for name, weight in scales.items():
-        shape = [-(-side // FP8_SIDE) for side in left[weight].shape]
+        shape = [-(-side // FP8_SIDE) for side in others[weight].shape]
         expected = f"F32 {shape}"
-        found = f"{left[name].dtype} {list(left[name].shape)}" if name in left else "none"
-        if expected != found:
-            yield f"tensor {name}: expected {expected} for the FP8 blocks of {weight}, found {found}"
+        actual = f"{others[name].dtype} {list(others[name].shape)}" if name in others else "none"
+        if expected != actual:
+            yield (
+                f"tensor {name}: expected {expected} for the FP8 blocks of {weight}, found {actual}"
+            )
 
 
-def scheme_of(values: object) -> Scheme | None:
-    """A scheme of the manifest; None when it is none."""
+def parse_scheme(values: object) -> Scheme | None:
+    """Parse a scheme of the manifest; None if it is invalid."""
     if not isinstance(values, Mapping) or set(values) != SCHEME_KEYS:
         return None
     bits, group, dtypes = values["bits"], values["group_size"], get_args(ScaleDtype)
@@ -243,10 +260,10 @@ def scheme_of(values: object) -> Scheme | None:
     return Scheme(**{str(key): value for key, value in values.items()})
 
 
-def config_contents(
+def make_quantization_config(
     output: Format, contents: Contents
 ) -> tuple[dict[str, object] | None, str | None]:
-    """The entry that the format would write for what the tensors hold; or why it would refuse to."""
+    """Return the format's quantization_config for these contents, or why it refuses."""
     try:
         return (output.quantization_config(contents) if contents.schemes else None), None
     except UsageError as fault:

@@ -1,8 +1,9 @@
-"""Is an artifact what its manifest says, and can it be served? Hashes, headers, index, config and numbers; no torch.
+"""Checks of an artifact against its manifest: hashes, headers, index, config and values; no torch.
 
-Every fault is found before any is reported. `quantkit verify` is for whoever receives an artifact: it starts fast and
-reads each byte once, for its hash and for a look at the numbers (checks/). What an artifact says of its source is
-checked by `quantkit verify --deep` (deep/), who made it by its signature (signing).
+All faults are collected before any is reported. `quantkit verify` is for the receiver of an
+artifact: it starts fast and reads each byte once, for the hash and for the check of values.
+`quantkit verify --deep` compares with the source (deep), `--signer` checks the signature
+(publish.sign).
 """
 
 from __future__ import annotations
@@ -26,19 +27,27 @@ from quantkit.artifact.layout import (
 )
 from quantkit.artifact.read_manifest import get_format_name, get_section, read_manifest
 from quantkit.checkpoint.header import Header, read_header
+from quantkit.checkpoint.scan import read_small_tensor, scan_file
 from quantkit.contracts import TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError
+from quantkit.formats.common.checks import ValueCheck
 from quantkit.io.files import read_json
+from quantkit.verify.check_config import find_config_faults, find_model_faults
+from quantkit.verify.check_report import find_report_faults
+from quantkit.verify.classify_tensors import classify_tensors
 
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-READERS = 4
-"""Files that are read at once."""
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+MAX_READERS = 4
+"""Files that are read in parallel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What was checked. sha256: of every hashed file; unsealed: files beside them that nobody vouches for; notes: what
-    was not looked at, and why."""
+    """Result of the checks.
+
+    sha256: of every hashed file; unsealed: additional files that neither manifest nor signature
+    covers; notes: skipped checks, with the reason.
+    """
 
     path: Path
     status: str
@@ -53,76 +62,72 @@ class VerifyReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ScannedFile:
-    """One reading of a file: its hash, None when it could not be read, and what is wrong with it."""
+    """Result of reading a file once: its hash (None if unreadable) and its faults."""
 
     sha256: str | None
     faults: tuple[str, ...] = ()
 
 
 def verify_artifact(path: Path) -> VerifyReport:
-    """Check an artifact; ArtifactError with every fault found, and what to do."""
-    from quantkit.verify.check_config import (  # numpy, tables of models: when there is a file
-        config_faults,
-        model_faults,
-    )
-    from quantkit.verify.check_report import report_faults
-    from quantkit.verify.classify_tensors import read_contents
-
+    """Check an artifact; raises ArtifactError with every fault and what to do."""
     manifest = read_manifest(path)
-    files, present = get_section(manifest, "files", path), entries(path)
-    here = {name: entry for name, entry in files.items() if present.get(name) == "file"}
-    headers, damaged = read_headers(path, here)
+    files, present = get_section(manifest, "files", path), list_entries(path)
+    present_files = {name: entry for name, entry in files.items() if present.get(name) == "file"}
+    headers, damaged = read_headers(path, present_files)
     specs = {name: spec for header in headers.values() for name, spec in header.specs.items()}
-    owner = {name: file for file, header in headers.items() for name in header.specs}
+    file_of = {name: file for file, header in headers.items() for name in header.specs}
     modules = get_section(manifest, "modules", path)
 
-    def small(name: str) -> bytes:
-        from quantkit.checkpoint.scan import read_small_tensor
+    def read_small(name: str) -> bytes:
+        return read_small_tensor(path / file_of[name], headers[file_of[name]], name)
 
-        return read_small_tensor(path / owner[name], headers[owner[name]], name)
-
-    found = read_contents(get_format_name(manifest), modules, specs, small)
-    scanned = scan_all(path, here, headers, found.numbers)
-    faults = [*name_faults(files, manifest, present), *hash_faults(path, files, present, scanned)]
-    faults += [
+    contents = classify_tensors(get_format_name(manifest), modules, specs, read_small)
+    scans = scan_files(path, present_files, headers, contents.numbers)
+    faults = [
+        *find_name_faults(files, manifest, present),
+        *find_hash_faults(path, files, present, scans),
         *damaged,
-        *(fault for each in scanned.values() for fault in each.faults),
-        *twice(headers),
+        *(fault for scan in scans.values() for fault in scan.faults),
+        *find_duplicates(headers),
+        *find_tensor_faults(specs, get_section(manifest, "tensors", path)),
+        *find_index_faults(path, specs, headers, present_files),
     ]
-    faults += tensor_faults(specs, get_section(manifest, "tensors", path))
-    faults += index_faults(path, specs, headers, here)
-    config, notes = read_config(path, here, faults), tuple[str, ...]()
-    faults += found.faults
+    config = read_config_or_fault(path, present_files, faults)
+    faults += contents.faults
+    notes: tuple[str, ...] = ()
     if config is not None:
         if config.get("quantization_config") != manifest.get("quantization_config"):
             faults.append(
                 "config.json: quantization_config is not the one the artifact was built with"
             )
-        if not found.faults and not damaged:
-            unfit, note = model_faults(config, found)
-            faults += [*config_faults(config, found), *unfit]
+        if not contents.faults and not damaged:
+            model_faults, note = find_model_faults(config, contents)
+            faults += [*find_config_faults(config, contents), *model_faults]
             notes = (note,) if note else ()
-    faults += report_faults(path, manifest, here)
+    faults += find_report_faults(path, manifest, present_files)
     added = tuple(name for name in ADDED_LATER if present.get(name) == "file")
-    faults += added_faults(path, added)
-    refuse(path, faults)
+    faults += find_added_faults(path, added)
+    raise_faults(path, faults)
     return VerifyReport(
         path=path,
         status=str(manifest.get("status")),
         files=len(files),
         tensors=len(specs),
-        n_bytes=sum((path / name).stat().st_size for name in here),
+        n_bytes=sum((path / name).stat().st_size for name in present_files),
         modules=len(modules),
-        sha256={name: each.sha256 for name, each in scanned.items() if each.sha256},
+        sha256={name: scan.sha256 for name, scan in scans.items() if scan.sha256},
         unsealed=added,
         notes=notes,
     )
 
 
-def refuse(path: Path, faults: list[str]) -> None:
-    """ArtifactError with the first faults and how many more there are; nothing without faults."""
+def raise_faults(path: Path, faults: list[str]) -> None:
+    """Raise ArtifactError with the first faults and the number of the others.
+
+    Do nothing without.
+    """
     if faults:
-        lines = [printable(fault) for fault in dict.fromkeys(faults)]
+        lines = [escape_unprintable(fault) for fault in dict.fromkeys(faults)]
         more = f"\n... and {len(lines) - 20} more" if len(lines) > 20 else ""
         raise ArtifactError(
             f"{path}: not what its manifest says; pull or build it again:\n"
@@ -131,57 +136,68 @@ def refuse(path: Path, faults: list[str]) -> None:
         )
 
 
-def printable(text: str) -> str:
-    """A sentence without characters that a terminal obeys: names of files and tensors are anybody's."""
+def escape_unprintable(text: str) -> str:
+    """Escape characters that control a terminal: names of files and tensors are untrusted."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
 
 
-# ----------------------------------------------------------------------------------------------------- the manifest
+# ------------------------------------------------------------------------------------- the manifest
 
 
-# -------------------------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------- the files
 
 
-def entries(path: Path) -> dict[str, str]:
-    """Everything below the folder but folders, by relative name: "file", "a link", or "no file" (a pipe)."""
-    found: dict[str, str] = {}
+def list_entries(path: Path) -> dict[str, str]:
+    """List everything below the folder but folders, by relative name.
+
+    Values are "file", "a link", or "no file" (a pipe).
+    """
+    entries: dict[str, str] = {}
     for folder, folders, names in os.walk(path, onerror=None):
-        for name in (*names, *(each for each in folders if (Path(folder) / each).is_symlink())):
-            place = Path(folder) / name
-            mode = place.lstat().st_mode
-            kind = "a link" if place.is_symlink() else "file" if S_ISREG(mode) else "no file"
-            found[place.relative_to(path).as_posix()] = kind
-    return found
+        for name in (
+            *names,
+            *(subfolder for subfolder in folders if (Path(folder) / subfolder).is_symlink()),
+        ):
+            entry = Path(folder) / name
+            mode = entry.lstat().st_mode
+            kind = "a link" if entry.is_symlink() else "file" if S_ISREG(mode) else "no file"
+            entries[entry.relative_to(path).as_posix()] = kind
+    return entries
 
 
-def name_faults(
+def find_name_faults(
     files: Mapping[str, object], manifest: Mapping[str, object], present: Mapping[str, str]
 ) -> Iterator[str]:
-    """Files that are not in the manifest, and names that must not be."""
-    told = manifest.get("unhashed")
-    free = {str(name) for name in told} if isinstance(told, list) else set()
-    for name in sorted(free - UNHASHED):
+    """Yield files that are not in the manifest, and names that must not be."""
+    listed = manifest.get("unhashed")
+    unhashed = {str(name) for name in listed} if isinstance(listed, list) else set()
+    for name in sorted(unhashed - UNHASHED):
         yield f"{MANIFEST}: unhashed: expected {', '.join(UNHASHED)} at most, found {name}"
-    beside = {MANIFEST, SIGNATURE, *ADDED_LATER, *(free & UNHASHED)}
-    for name in sorted(set(present) - set(files) - beside):
+    unlisted = {MANIFEST, SIGNATURE, *ADDED_LATER, *(unhashed & UNHASHED)}
+    for name in sorted(set(present) - set(files) - unlisted):
         yield f"{name}: not in the manifest"
-    for name in sorted(beside & set(present)):
+    for name in sorted(unlisted & set(present)):
         if present[name] != "file":
             yield f"{name}: {present[name]}, expected a file"
     for name in sorted(files):
         if name in {MANIFEST, SIGNATURE, *ADDED_LATER, *UNHASHED}:
             yield f"{MANIFEST}: files: {name}: expected without a hash, found one"
-        if name.endswith(PICKLED) and not name.startswith("vocab."):
-            yield f"{name}: a pickle, which runs code when it is loaded; an artifact holds safetensors only"
+        if name.endswith(PICKLE_SUFFIXES) and not name.startswith("vocab."):
+            yield (
+                f"{name}: a pickle, which runs code when it is loaded; an artifact holds "
+                "safetensors only"
+            )
 
 
-def added_faults(path: Path, added: Sequence[str]) -> Iterator[str]:
-    """What is wrong with files that were added later: of a load test the form, for nothing says which figures."""
+def find_added_faults(path: Path, added: Sequence[str]) -> Iterator[str]:
+    """Yield faults of files that were added later: the schema of a load test; nothing vouches for
+    more.
+    """
     if LOADTEST in added:
         from quantkit.artifact.loadtest_schema import (
-            find_load_test_faults,  # pydantic: when there is one
+            find_load_test_faults,  # pydantic: imported only if there is one
         )
 
         yield from (
@@ -189,13 +205,13 @@ def added_faults(path: Path, added: Sequence[str]) -> Iterator[str]:
         )
 
 
-def hash_faults(
+def find_hash_faults(
     path: Path,
     files: Mapping[str, object],
     present: Mapping[str, str],
     scanned: Mapping[str, ScannedFile],
 ) -> Iterator[str]:
-    """Files of the manifest that are missing or changed."""
+    """Yield files of the manifest that are missing or changed."""
     for name, entry in sorted(files.items()):
         kind = present.get(name)
         if kind != "file":
@@ -209,64 +225,64 @@ def hash_faults(
             yield f"{name}: expected sha256 {expected.get('sha256')}, found another"
 
 
-def scan_all(
+def scan_files(
     path: Path,
     files: Mapping[str, object],
     headers: Mapping[str, Header],
     numbers: Mapping[str, object],
 ) -> dict[str, ScannedFile]:
-    """Read every file once, several at a time."""
+    """Read every file once, several in parallel."""
     names = sorted(files)
-    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:
+    with ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as readers:
         return dict(
             zip(
                 names,
-                readers.map(lambda name: scan_one(path / name, headers.get(name), numbers), names),
+                readers.map(
+                    lambda name: scan_and_check(path / name, headers.get(name), numbers), names
+                ),
             )
         )
 
 
-def scan_one(file: Path, header: Header | None, numbers: Mapping[str, object]) -> ScannedFile:
-    """Hash a file and look at the numbers of its tensors, in one reading."""
-    from quantkit.checkpoint.scan import scan_file
-    from quantkit.formats.common.checks import ValueCheck
-    from quantkit.verify.check_values import Watch
+def scan_and_check(file: Path, header: Header | None, numbers: Mapping[str, object]) -> ScannedFile:
+    """Hash a file and check the values of its tensors, in one reading."""
+    from quantkit.verify.check_values import ValueChecker  # numpy: not needed to reject a manifest
 
-    watched = {
-        name: Watch(spec=spec, wanted=wanted)
+    checkers = {
+        name: ValueChecker(spec=spec, check=check)
         for name, spec in (header.specs if header else {}).items()
-        if isinstance(wanted := numbers.get(name), ValueCheck)
+        if isinstance(check := numbers.get(name), ValueCheck)
     }
 
     def visit(name: str, begin: int, piece: memoryview) -> None:
-        if name in watched:
-            watched[name].see(begin, piece)
+        if name in checkers:
+            checkers[name].check_piece(begin, piece)
 
     try:
-        digest = scan_file(file, header, visit if watched else None)
+        digest = scan_file(file, header, visit if checkers else None)
     except ArtifactError as fault:
         return ScannedFile(sha256=None, faults=(str(fault),))
-    told = (each.close() for each in watched.values())
-    return ScannedFile(sha256=digest, faults=tuple(filter(None, told)))
+    faults = (checker.finish() for checker in checkers.values())
+    return ScannedFile(sha256=digest, faults=tuple(filter(None, faults)))
 
 
-# ------------------------------------------------------------------------------------- headers, index, configuration
+# -------------------------------------------------------------------- headers, index, configuration
 
 
 def read_headers(path: Path, files: Mapping[str, object]) -> tuple[dict[str, Header], list[str]]:
-    """The headers of the weight files by name, and a sentence for each that is damaged."""
-    found, faults = dict[str, Header](), list[str]()
+    """Read the headers of the weight files by name; return a sentence for each damaged one."""
+    headers, faults = dict[str, Header](), list[str]()
     for name in sorted(files):
         if name.endswith(".safetensors"):
             try:
-                found[name] = read_header(path / name)
+                headers[name] = read_header(path / name)
             except CheckpointError as fault:
                 faults.append(str(fault))
-    return found, faults
+    return headers, faults
 
 
-def twice(headers: Mapping[str, Header]) -> Iterator[str]:
-    """Tensors that are stored in more than one file."""
+def find_duplicates(headers: Mapping[str, Header]) -> Iterator[str]:
+    """Yield tensors that are stored in more than one file."""
     owner: dict[str, str] = {}
     for file, header in headers.items():
         for name in header.specs:
@@ -275,22 +291,24 @@ def twice(headers: Mapping[str, Header]) -> Iterator[str]:
             owner[name] = file
 
 
-def tensor_faults(specs: Mapping[str, TensorSpec], told: Mapping[str, object]) -> Iterator[str]:
-    """Tensors whose header differs from the manifest's list."""
-    for name in sorted(set(specs) | set(told)):
-        expected = told.get(name)
-        found = [specs[name].dtype, list(specs[name].shape)] if name in specs else None
-        if expected != found:
-            yield f"tensor {name}: expected {expected or 'none'}, found {found or 'none'}"
+def find_tensor_faults(
+    specs: Mapping[str, TensorSpec], listed: Mapping[str, object]
+) -> Iterator[str]:
+    """Yield tensors whose header differs from the manifest's list."""
+    for name in sorted(set(specs) | set(listed)):
+        expected = listed.get(name)
+        actual = [specs[name].dtype, list(specs[name].shape)] if name in specs else None
+        if expected != actual:
+            yield f"tensor {name}: expected {expected or 'none'}, found {actual or 'none'}"
 
 
-def index_faults(
+def find_index_faults(
     path: Path,
     specs: Mapping[str, TensorSpec],
     headers: Mapping[str, Header],
     files: Mapping[str, object],
 ) -> Iterator[str]:
-    """Entries of the index that lead nowhere, tensors it forgets, a total that is wrong."""
+    """Yield entries of the index without a tensor, tensors without an entry, a wrong total."""
     name, shards = INDEX, [file for file in files if file.endswith(".safetensors")]
     if name not in files:
         if len(shards) != 1 or shards != [SINGLE]:
@@ -302,27 +320,33 @@ def index_faults(
         yield str(fault)
         return
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
-    held = {tensor: file for file, header in headers.items() for tensor in header.specs}
-    if not isinstance(weight_map, Mapping) or dict(weight_map) != held:
-        entry = first_wrong(weight_map, held) if isinstance(weight_map, Mapping) else ""
+    stored = {tensor: file for file, header in headers.items() for tensor in header.specs}
+    if not isinstance(weight_map, Mapping) or dict(weight_map) != stored:
+        entry = (
+            format_first_difference(weight_map, stored) if isinstance(weight_map, Mapping) else ""
+        )
         yield f"{name}: weight_map does not agree with the shards' headers{entry}"
     total = metadata.get("total_size") if isinstance(metadata, Mapping) else None
     if total != sum(spec.n_bytes for spec in specs.values()):
-        yield f"{name}: metadata.total_size: expected {sum(s.n_bytes for s in specs.values())}, found {total}"
+        yield (
+            f"{name}: metadata.total_size: expected {sum(s.n_bytes for s in specs.values())}, "
+            f"found {total}"
+        )
 
 
-def first_wrong(weight_map: Mapping[str, object], held: Mapping[str, str]) -> str:
-    """Where the index and the headers first differ."""
-    name = next(name for name in [*weight_map, *held] if weight_map.get(name) != held.get(name))
+def format_first_difference(weight_map: Mapping[str, object], stored: Mapping[str, str]) -> str:
+    """Format the first difference between index and headers."""
+    name = next(name for name in [*weight_map, *stored] if weight_map.get(name) != stored.get(name))
     return (
-        f": {name}: expected {held.get(name, 'no entry')}, found {weight_map.get(name, 'no entry')}"
+        f": {name}: expected {stored.get(name, 'no entry')}, found "
+        f"{weight_map.get(name, 'no entry')}"
     )
 
 
-def read_config(
+def read_config_or_fault(
     path: Path, files: Mapping[str, object], faults: list[str]
 ) -> Mapping[str, object] | None:
-    """config.json; None when it is missing, or damaged, which is added to the faults."""
+    """Read config.json; if it is missing or damaged, add a fault and return None."""
     if CONFIG not in files:
         if not (path / CONFIG).is_symlink():
             faults.append("config.json: missing")

@@ -1,4 +1,4 @@
-"""An artifact and the source it was made of, side by side; a source that is not what it was is refused."""
+"""An artifact and its source, opened together; a source that changed is refused."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from quantkit.checkpoint.scan import scan_file
 from quantkit.contracts import Absorber, Block, Format, Layout, LinearGroup, Scheme, TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError, UsageError
 from quantkit.plan.plan import load_architecture
-from quantkit.verify.classify_tensors import parts_of, scheme_of
+from quantkit.verify.classify_tensors import group_by_module, parse_scheme
 
 
 @dataclass(frozen=True, kw_only=True)
-class Input:
-    """What feeds linears: a group, whose scale they were multiplied by if it was `rescaled`, and who absorbed that.
+class LinearInput:
+    """The input of linears: its readers, the module that absorbed its scale, whether it was scaled.
 
-    readers: the dense ones of the group, or the one of an expert.
+    readers: the dense linears of a group, or the one of an expert.
     """
 
     readers: tuple[str, ...]
@@ -34,11 +34,11 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Sides:
-    """Both checkpoints, with the manifest's words about each quantized module and block."""
+class SourcePair:
+    """Both checkpoints, with the manifest's entries of quantized modules and blocks."""
 
     path: Path
-    named: str  # the source, as whoever asked or the manifest calls it
+    source_name: str  # as on the command line or in the manifest
     format: Format | None
     stored: Checkpoint
     source: Checkpoint
@@ -50,14 +50,17 @@ class Sides:
     @cached_property
     def parts(self) -> Mapping[str, Mapping[str, TensorSpec]]:
         """The stored tensors of each quantized module by local name."""
-        return parts_of(self.schemes, self.stored.specs)
+        return group_by_module(self.schemes, self.stored.specs)
 
     @cached_property
     def kept(self) -> tuple[str, ...]:
-        """The stored tensors, as the model computes, that are not part of a quantized linear; their biases are."""
+        """Names of the stored tensors outside quantized linears, and of the linears' biases."""
         packed = {
-            f"{module}.{local}" for module, parts in self.parts.items() for local in parts if local != "bias"
-        }  # fmt: skip
+            f"{module}.{local}"
+            for module, parts in self.parts.items()
+            for local in parts
+            if local != "bias"
+        }
         return tuple(name for name in self.stored.specs if name not in packed)
 
     @cached_property
@@ -65,16 +68,16 @@ class Sides:
         """The block of each linear."""
         return {linear.name: block for block in self.layout.blocks for linear in block.linears}
 
-    def tensors(self, module: str) -> dict[str, Tensor]:
-        """A quantized linear's tensors as stored, by local name."""
+    def read_tensors(self, module: str) -> dict[str, Tensor]:
+        """Read a quantized linear's tensors as stored, by local name."""
         names = [f"{module}.{local}" for local in self.parts[module] if local != "bias"]
         return {
             name.removeprefix(f"{module}."): tensor
             for name, tensor in self.stored.read(names).items()
         }
 
-    def input_of(self, module: str) -> Input | None:
-        """What feeds a linear; None where the architecture knows no group of it."""
+    def get_input(self, module: str) -> LinearInput | None:
+        """Return the input of a linear; None if the architecture has no group for it."""
         block = self.block_of.get(module)
         if block is None:
             return None
@@ -82,33 +85,33 @@ class Sides:
         if experts and module.startswith(f"{experts.module}."):
             if last == experts.down:
                 up = f"{module.rpartition('.')[0]}.{experts.up}"
-                return Input(
+                return LinearInput(
                     readers=(module,),
                     absorber=Absorber(module=up),
-                    rescaled=self.told_rescaled(module),
+                    rescaled=self.is_rescaled(module),
                 )
             group = next((group for group in block.groups if group.routed_experts), None)
         else:
             group = next((group for group in block.groups if module in group.readers), None)
         if group is None:
             return None
-        return Input(
+        return LinearInput(
             readers=group.readers,
             absorber=group.absorber,
-            rescaled=self.group_rescaled(block, group),
+            rescaled=self.is_group_rescaled(block, group),
         )
 
-    def readers_of(self, module: str) -> Iterable[Input]:
-        """The rescaled inputs whose scale this module absorbed."""
-        block = self.block_of.get(module) or self.block_with(module)
+    def list_absorbed_inputs(self, module: str) -> Iterable[LinearInput]:
+        """Return the scaled inputs whose scale this module absorbed."""
+        block = self.block_of.get(module) or self.find_block(module)
         if block is None:
             return ()
-        found = [
-            Input(readers=group.readers, absorber=group.absorber, rescaled=True)
+        inputs = [
+            LinearInput(readers=group.readers, absorber=group.absorber, rescaled=True)
             for group in block.groups
             if group.absorber
             and group.absorber.module == module
-            and self.group_rescaled(block, group)
+            and self.is_group_rescaled(block, group)
         ]
         experts = block.experts
         if (
@@ -117,69 +120,77 @@ class Sides:
             and module.endswith(f".{experts.up}")
         ):
             down = f"{module.rpartition('.')[0]}.{experts.down}"
-            if self.told_rescaled(down):
-                found.append(
-                    Input(readers=(down,), absorber=Absorber(module=module), rescaled=True)
+            if self.is_rescaled(down):
+                inputs.append(
+                    LinearInput(readers=(down,), absorber=Absorber(module=module), rescaled=True)
                 )
-        return found
+        return inputs
 
-    def block_with(self, module: str) -> Block | None:
-        """The block that holds a module which is no linear: a norm."""
+    def find_block(self, module: str) -> Block | None:
+        """Return the block of a module that is no linear, such as a norm."""
         return next(
             (block for block in self.layout.blocks if module.startswith(f"{block.name}.")), None
         )
 
-    def group_rescaled(self, block: Block, group: LinearGroup) -> bool:
-        """Whether the build scaled the input of a group, by the manifest."""
+    def is_group_rescaled(self, block: Block, group: LinearGroup) -> bool:
+        """Return whether the build scaled the input of a group, by the manifest."""
         choices = self.blocks.get(block.name, {}).get("scales")
-        told = (
+        entries = (
             [choice for choice in choices if isinstance(choice, Mapping)]
             if isinstance(choices, list)
             else []
         )
         return any(
-            choice.get("group") == group.name and choice.get("candidate") != 0 for choice in told
+            choice.get("group") == group.name and choice.get("candidate") != 0 for choice in entries
         )
 
-    def told_rescaled(self, module: str) -> bool:
-        """Whether the build scaled the input of a quantized linear, by the manifest."""
+    def is_rescaled(self, module: str) -> bool:
+        """Return whether the build scaled the input of a quantized linear, by the manifest."""
         return bool(self.modules.get(module, {}).get("rescaled"))
 
-    def check_files(self, names: Iterable[str], told: Mapping[str, object]) -> int:
-        """Hash the source's files that hold these tensors; how many. ArtifactError for one that changed."""
-        wanted = set(names)
-        files = {file for name, file in self.source.shards.files.items() if name in wanted}
+    def hash_source_files(self, names: Iterable[str], source_hashes: Mapping[str, object]) -> int:
+        """Hash the source files of these tensors and return their number.
+
+        Raises ArtifactError for a changed file.
+        """
+        needed = set(names)
+        files = {file for name, file in self.source.shards.files.items() if name in needed}
         for file in sorted(files):
-            if scan_file((self.source.folder / file).resolve()) != told.get(file):
-                raise changed(self.path, self.named, f"{file} has other bytes")
+            if scan_file((self.source.folder / file).resolve()) != source_hashes.get(file):
+                raise make_changed_error(self.path, self.source_name, f"{file} has other bytes")
         return len(files)
 
 
-def changed(path: Path, named: str, what: str) -> ArtifactError:
-    """The sentence for a source that is not what it was."""
+def make_changed_error(path: Path, named: str, what: str) -> ArtifactError:
+    """Return the error for a source that changed."""
     return ArtifactError(
-        f"{named}: not the source that {path} was made of: {what}; --deep needs the source as it was, name its place "
+        f"{named}: not the source that {path} was made of: {what}; --deep needs the source as it "
+        "was, name its place "
         "with --source"
     )
 
 
-def open_sides(path: Path, source: str | None) -> Sides:
-    """Open an artifact that verifies, and its source; `source` names its place where the manifest's is not here.
+def open_pair(path: Path, source: str | None) -> SourcePair:
+    """Open a verified artifact and its source.
 
-    Raises ArtifactError for a source that changed, CheckpointError for one that cannot be read.
+    source: its path, if the one in the manifest is not on this machine. Raises ArtifactError for a
+    changed source, CheckpointError for an unreadable one.
     """
     manifest = read_manifest(path)
-    told = get_section(manifest, "source", path)
-    model, revision = source or str(told.get("model")), None if source else told.get("revision")
+    source_entry = get_section(manifest, "source", path)
+    model, revision = (
+        source or str(source_entry.get("model")),
+        None if source else source_entry.get("revision"),
+    )
     try:
         folder = hub.resolve_model(model, revision if isinstance(revision, str) else None).folder
     except (CheckpointError, UsageError) as fault:
         raise CheckpointError(
             f"{path}: its source {model} cannot be read, and --deep needs it: {fault}"
         ) from fault
-    opened = Checkpoint.open(folder)
-    if opened.fingerprint() != told.get("fingerprint"):
-        raise changed(path, model, "its names, headers, config or tokenizer differ")
+    source_checkpoint = Checkpoint.open(folder)
+    if source_checkpoint.compute_fingerprint() != source_entry.get("fingerprint"):
+        raise make_changed_error(path, model, "its names, headers, config or tokenizer differ")
     modules: dict[str, Mapping[str, Any]] = {
         name: record
         for name, record in get_section(manifest, "modules", path).items()
@@ -188,21 +199,23 @@ def open_sides(path: Path, source: str | None) -> Sides:
     schemes = {
         name: scheme
         for name, record in modules.items()
-        if (scheme := scheme_of(record.get("scheme")))
+        if (scheme := parse_scheme(record.get("scheme")))
     }
     name = get_format_name(manifest)
     if schemes:
         registry.check_packages(str(name))
     blocks = {
-        name: block for name, block in get_section(manifest, "blocks", path).items() if isinstance(block, Mapping)
-    }  # fmt: skip
-    return Sides(
+        name: block
+        for name, block in get_section(manifest, "blocks", path).items()
+        if isinstance(block, Mapping)
+    }
+    return SourcePair(
         path=path,
-        named=model,
+        source_name=model,
         format=registry.get_format(str(name)) if schemes else None,
         stored=Checkpoint.open(path),
-        source=opened,
-        layout=load_architecture(opened.config).layout(opened.config),
+        source=source_checkpoint,
+        layout=load_architecture(source_checkpoint.config).layout(source_checkpoint.config),
         modules=modules,
         schemes=schemes,
         blocks=blocks,

@@ -147,7 +147,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-likelihood-") as folder:
         place = Path(folder)
         tasks = options.task or (
-            easy.write(place) if options.smollm2 else ["tiny-v3-math", "tiny-v3-code"]
+            easy.write_tasks(place) if options.smollm2 else ["tiny-v3-math", "tiny-v3-code"]
         )
         for bits in options.bits or BITS:
             for method in options.method or METHODS:

@@ -111,7 +111,7 @@ def test_full_disk_is_one_sentence_and_no_loss(
 
 
 HOLDER = "import sys, time; from pathlib import Path; from quantkit.io.lock import hold_lock\n"
-HOLDER += "with held(Path('x.building.lock')): print('held', flush=True); time.sleep(60)"
+HOLDER += "with hold_lock(Path('x.building.lock')): print('held', flush=True); time.sleep(60)"
 
 
 def test_second_build_is_refused_and_a_dead_holder_is_ignored(

@@ -1,4 +1,4 @@
-"""Source checkpoints: what is refused and how it is said, and FP8 blocks against independent arithmetic."""
+"""Source checkpoints: rejected input and its messages, and FP8 blocks by independent arithmetic."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCALE = torch.tensor([[1.0, 2], [3, 4]])
 
 
 def save(folder: Path, *shards: Mapping[str, Tensor], config: object = CONFIG) -> Path:
-    """A checkpoint of one file, or of several with an index."""
+    """Write a checkpoint of one file, or of several with an index."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if len(shards) == 1:
@@ -35,45 +35,45 @@ def save(folder: Path, *shards: Mapping[str, Tensor], config: object = CONFIG) -
         return folder
     for number, shard in enumerate(shards):
         save_file(dict(shard), folder / f"{number}.safetensors")
-    return index(
+    return write_index(
         folder,
         {name: f"{number}.safetensors" for number, shard in enumerate(shards) for name in shard},
     )
 
 
-def index(folder: Path, weight_map: object) -> Path:
+def write_index(folder: Path, weight_map: object) -> Path:
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
     return folder
 
 
-def refused(folder: Path) -> str:
+def get_error(folder: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(folder)
     return str(caught.value).replace(str(folder), "F")
 
 
-def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     folder = save(tmp_path, {f"a{i}.weight": WEIGHT.clone() for i in range(25)})
-    lines = refused(folder).splitlines()
+    lines = get_error(folder).splitlines()
     assert len(lines) == 21
     assert lines[-1] == "and 5 more faults of this checkpoint"
     (folder / "config.json").unlink()
     os.truncate(folder / "model.safetensors", 3)
-    assert refused(folder).splitlines() == [
+    assert get_error(folder).splitlines() == [
         "F/config.json: expected the model's configuration, found no file; check the path",
         "F/model.safetensors: expected at least 8 bytes of header length, found 3; "
         "the file is damaged, fetch or write it again",
     ]
 
 
-# ------------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------------- values
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_nan_and_infinity_are_found_wherever_they_are(
+def test_read_rejects_nan_and_infinity_anywhere(
     tmp_path: Path, value: float, dtype: torch.dtype
 ) -> None:
     tensor = torch.zeros(5, 7, dtype=dtype)
@@ -82,37 +82,38 @@ def test_nan_and_infinity_are_found_wherever_they_are(
     with pytest.raises(CheckpointError) as caught:
         opened.read(["w"])
     assert str(caught.value) == (
-        f"{tmp_path}/model.safetensors: tensor 'w': expected finite values, found {value} at element 25; "
+        f"{tmp_path}/model.safetensors: tensor 'w': expected finite values, found {value} at "
+        "element 25; "
         "the weights are damaged, fetch the file again"
     )
 
 
-def test_nan_in_fp8_and_in_its_scale(tmp_path: Path) -> None:
+def test_read_rejects_nan_in_fp8_and_in_scales(tmp_path: Path) -> None:
     bad = WEIGHT.clone()
     bad.view(torch.uint8)[2, 1] = 0xFF
     opened = Checkpoint.open(save(tmp_path, {"w": bad, "w_scale_inv": SCALE}))
-    for read in (lambda: opened.read(["w"]), lambda: opened.blocks("w")):
+    for read in (lambda: opened.read(["w"]), lambda: opened.read_fp8_blocks("w")):
         with pytest.raises(
             CheckpointError, match="tensor 'w': expected finite values, found nan at element 7"
         ):
             read()
     opened = Checkpoint.open(save(tmp_path, {"w": WEIGHT, "w_scale_inv": SCALE / 0}))
-    for read in (lambda: opened.read(["w"]), lambda: opened.blocks("w")):
+    for read in (lambda: opened.read(["w"]), lambda: opened.read_fp8_blocks("w")):
         with pytest.raises(
             CheckpointError, match="tensor 'w_scale_inv': expected finite values, found inf at elem"
         ):
             read()
 
 
-def test_only_fp8_weights_have_blocks(tmp_path: Path) -> None:
+def test_read_fp8_blocks_rejects_other_dtypes(tmp_path: Path) -> None:
     opened = Checkpoint.open(save(tmp_path, {"w": WEIGHT, "w_scale_inv": SCALE, "v": SCALE + 1}))
     with pytest.raises(CheckpointError, match="tensor 'v': expected F8_E4M3 blocks, found F32"):
-        opened.blocks("v")
+        opened.read_fp8_blocks("v")
     with pytest.raises(CheckpointError, match="expected a tensor 'x', found none of that name"):
-        opened.blocks("x")
+        opened.read_fp8_blocks("x")
 
 
-def test_other_dtypes_come_as_stored_and_unknown_names_get_a_suggestion(tmp_path: Path) -> None:
+def test_other_dtypes_are_read_as_stored_and_unknown_names_get_a_suggestion(tmp_path: Path) -> None:
     tensors = {
         "half": torch.tensor([1.5]).half(),
         "single": torch.tensor([1.1]),
@@ -133,7 +134,7 @@ def test_other_dtypes_come_as_stored_and_unknown_names_get_a_suggestion(tmp_path
     )
 
 
-def test_threads_read_at_once(tmp_path: Path) -> None:
+def test_threads_read_concurrently(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((300, 300), float(i)) for i in range(8)}
     opened = Checkpoint.open(save(tmp_path, tensors))
     wrong: list[str] = []
@@ -154,13 +155,13 @@ def test_threads_read_at_once(tmp_path: Path) -> None:
     assert wrong == []
 
 
-# ------------------------------------------------------------------------------------------------- files and index
+# ---------------------------------------------------------------------------------- files and index
 
 
 A, B = {"a": torch.zeros(1)}, {"b": torch.zeros(1)}
 
 
-def test_a_sharded_checkpoint_is_one(tmp_path: Path) -> None:
+def test_sharded_checkpoint_reads_as_one(tmp_path: Path) -> None:
     opened = Checkpoint.open(save(tmp_path, A, B))
     assert list(opened.read(["b", "a"])) == ["b", "a"]
     assert opened.config.text("model_type") == "x"
@@ -171,95 +172,111 @@ def test_a_sharded_checkpoint_is_one(tmp_path: Path) -> None:
     [
         (
             {"a": "/etc/x.safetensors"},
-            "F/model.safetensors.index.json: file '/etc/x.safetensors': expected a path inside the folder, "
+            "F/model.safetensors.index.json: file '/etc/x.safetensors': expected a path inside the "
+            "folder, "
             "found one that leads elsewhere; do not use this checkpoint",
         ),
         (
             {"a": "../0.safetensors"},
-            "F/model.safetensors.index.json: file '../0.safetensors': expected a path inside the folder, "
+            "F/model.safetensors.index.json: file '../0.safetensors': expected a path inside the "
+            "folder, "
             "found one that leads elsewhere; do not use this checkpoint",
         ),
         (
             {"a": "0.bin"},
-            "F/model.safetensors.index.json: file '0.bin': expected a .safetensors file, found '.bin'; "
+            "F/model.safetensors.index.json: file '0.bin': expected a .safetensors file, found "
+            "'.bin'; "
             "convert the checkpoint",
         ),
         (
             {"a": "0.safetensors", "b": "9.safetensors"},
-            "F/9.safetensors: expected a file named by the checkpoint, found none; fetch the missing file",
+            "F/9.safetensors: expected a file named by the checkpoint, found none; fetch the "
+            "missing file",
         ),
         (
             {"a": "0.safetensors", "b": "1.safetensors", "c": "1.safetensors"},
-            "F/model.safetensors.index.json: tensor 'c': expected in 1.safetensors, found no such tensor there; "
+            "F/model.safetensors.index.json: tensor 'c': expected in 1.safetensors, found no such "
+            "tensor there; "
             "fetch the file again",
         ),
         (
             {"a": "0.safetensors", "x": "1.safetensors"},
-            "F/model.safetensors.index.json: tensor 'b' of 1.safetensors: expected in weight_map, found no entry; "
+            "F/model.safetensors.index.json: tensor 'b' of 1.safetensors: expected in weight_map, "
+            "found no entry; "
             "add it to the index or it would be lost\n"
-            "F/model.safetensors.index.json: tensor 'x': expected in 1.safetensors, found no such tensor there; "
+            "F/model.safetensors.index.json: tensor 'x': expected in 1.safetensors, found no such "
+            "tensor there; "
             "fetch the file again",
         ),
         (
             {},
-            "F/model.safetensors.index.json: weight_map: expected an object of tensor names and file names, found {}; "
+            "F/model.safetensors.index.json: weight_map: expected an object of tensor names and "
+            "file names, found {}; "
             "fetch the index again",
         ),
         (
             {"a": 1},
-            "F/model.safetensors.index.json: weight_map: expected an object of tensor names and file names, "
+            "F/model.safetensors.index.json: weight_map: expected an object of tensor names and "
+            "file names, "
             "found {'a': 1}; fetch the index again",
         ),
     ],
 )
-def test_an_index_that_lies(tmp_path: Path, weight_map: object, message: str) -> None:
-    assert refused(index(save(tmp_path, A, B), weight_map)) == message
+def test_wrong_index_is_rejected(tmp_path: Path, weight_map: object, message: str) -> None:
+    assert get_error(write_index(save(tmp_path, A, B), weight_map)) == message
 
 
-def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
-    folder = index(save(tmp_path, A, {**A, **B}), {"a": "0.safetensors", "b": "1.safetensors"})
-    assert refused(folder) == (
-        "F/model.safetensors.index.json: tensor 'a': expected in one file, found in 0.safetensors and 1.safetensors; "
+def test_tensor_in_two_shards_is_rejected(tmp_path: Path) -> None:
+    folder = write_index(
+        save(tmp_path, A, {**A, **B}), {"a": "0.safetensors", "b": "1.safetensors"}
+    )
+    assert get_error(folder) == (
+        "F/model.safetensors.index.json: tensor 'a': expected in one file, found in 0.safetensors "
+        "and 1.safetensors; "
         "fetch the checkpoint again"
     )
 
 
-def test_folders_without_weights(tmp_path: Path) -> None:
+def test_folders_without_weights_are_rejected(tmp_path: Path) -> None:
     folder = save(tmp_path / "m", A)
     (folder / "model.safetensors").unlink()
     expected = "F: expected model.safetensors or model.safetensors.index.json"
     assert (
-        refused(folder)
+        get_error(folder)
         == f"{expected}, found neither; check the path or fetch the checkpoint again"
     )
     (folder / "pytorch_model.bin").touch()
-    assert refused(folder) == (
-        f"{expected}, found pickled weights (pytorch_model.bin) only; quantkit reads safetensors only, convert them"
+    assert get_error(folder) == (
+        f"{expected}, found pickled weights (pytorch_model.bin) only; quantkit reads safetensors "
+        "only, convert them"
     )
     (folder / "model-00001-of-00002.safetensors").touch()
-    assert refused(folder) == (
-        f"{expected}, found model-00001-of-00002.safetensors without an index; fetch or write the index"
+    assert get_error(folder) == (
+        f"{expected}, found model-00001-of-00002.safetensors without an index; fetch or write the "
+        "index"
     )
-    assert refused(tmp_path / "absent").splitlines()[-1] == (
+    assert get_error(tmp_path / "absent").splitlines()[-1] == (
         "F: expected a model folder, found none; check the path"
     )
 
 
-def test_two_sets_of_weights(tmp_path: Path) -> None:
+def test_two_sets_of_weights_are_rejected(tmp_path: Path) -> None:
     folder = save(tmp_path, A, B)
     save_file(A, folder / "model.safetensors")
-    assert refused(folder) == (
-        "F: expected one set of weights, found model.safetensors and an index that does not name it; remove one of them"
+    assert get_error(folder) == (
+        "F: expected one set of weights, found model.safetensors and an index that does not name "
+        "it; remove one of them"
     )
 
 
-def test_links_out_of_the_folder_are_refused_and_the_hub_cache_is_not(tmp_path: Path) -> None:
+def test_links_out_of_the_folder_are_rejected_except_in_the_hub_cache(tmp_path: Path) -> None:
     outside = save(tmp_path / "outside", A)
     folder = save(tmp_path / "m", A)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(outside / "model.safetensors")
-    assert refused(folder) == (
-        "F/model.safetensors: expected a file inside the folder, found a link that leads out of it; copy the file"
+    assert get_error(folder) == (
+        "F/model.safetensors: expected a file inside the folder, found a link that leads out of "
+        "it; copy the file"
     )
     snapshot = tmp_path / "models--o--n" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -279,32 +296,35 @@ def test_links_out_of_the_folder_are_refused_and_the_hub_cache_is_not(tmp_path: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\xef\xbb\xbf{}", "expected plain UTF-8, found a byte order mark; save the file without it"),
+        (b"\xef\xbb\xbf{}", "expected plain UTF-8, found a byte order mark; save the file without "
+                            "it"),
         (b'{"a": "\xe9"}', "expected UTF-8, found byte 0xe9 at offset 7; save it as UTF-8"),
-        (b'{"a": 1, "a": 2}', "expected every key once, found 'a' twice in one object; remove one of them"),
+        (b'{"a": 1, "a": 2}', "expected every key once, found 'a' twice in one object; remove one "
+                              "of them"),
         (b"[]", "expected a JSON object, found list; fetch the file again"),
         (b'{"a" 1}', "expected JSON, found an error (expecting ':' delimiter) at line 1 column 6; "
                       "repair or fetch the file"),
-        (b"[" * 100_000, "expected JSON, found nesting or a number beyond any real file; fetch it again"),
+        (b"[" * 100_000, "expected JSON, found nesting or a number beyond any real file; fetch it "
+                         "again"),
     ],
 )  # fmt: skip
-def test_a_config_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
+def test_unreadable_config_is_rejected(tmp_path: Path, content: bytes, message: str) -> None:
     folder = save(tmp_path, A)
     (folder / "config.json").write_bytes(content)
-    assert refused(folder) == f"F/config.json: {message}"
+    assert get_error(folder) == f"F/config.json: {message}"
 
 
-def test_settings_of_generation_that_nobody_could_read(tmp_path: Path) -> None:
+def test_unreadable_generation_config_is_rejected(tmp_path: Path) -> None:
     folder = save(tmp_path, A)
     (folder / "generation_config.json").write_text('{"temperature":')
-    assert refused(folder).startswith("F/generation_config.json: expected JSON, found an error")
+    assert get_error(folder).startswith("F/generation_config.json: expected JSON, found an error")
     (folder / "generation_config.json").write_text("[]")
-    assert refused(folder).startswith(
+    assert get_error(folder).startswith(
         "F/generation_config.json: expected a JSON object, found list"
     )
 
 
-def test_sidecars_are_the_files_an_artifact_carries_over(tmp_path: Path) -> None:
+def test_sidecars_are_the_files_that_an_artifact_carries_over(tmp_path: Path) -> None:
     folder = save(tmp_path, A)
     kept = [
         "LICENSE",
@@ -329,23 +349,26 @@ def test_sidecars_are_the_files_an_artifact_carries_over(tmp_path: Path) -> None
     assert [path.name for path in Checkpoint.open(folder).sidecars] == kept
 
 
-def test_fingerprint_and_content_hash_tell_checkpoints_apart(tmp_path: Path) -> None:
+def test_fingerprint_and_content_hash_differ_between_checkpoints(tmp_path: Path) -> None:
     one = Checkpoint.open(save(tmp_path / "1", A))
     same = Checkpoint.open(save(tmp_path / "2", A))
     values = Checkpoint.open(save(tmp_path / "3", {"a": torch.ones(1)}))
     names = Checkpoint.open(save(tmp_path / "4", B))
     config = Checkpoint.open(save(tmp_path / "5", A, config={}))
-    assert one.fingerprint() == same.fingerprint() == values.fingerprint()
-    assert len({one.fingerprint(), names.fingerprint(), config.fingerprint()}) == 3
-    assert one.content_hash() == same.content_hash()
-    assert len({c.content_hash() for c in (one, values, names, config)}) == 4
+    assert one.compute_fingerprint() == same.compute_fingerprint() == values.compute_fingerprint()
+    assert (
+        len({one.compute_fingerprint(), names.compute_fingerprint(), config.compute_fingerprint()})
+        == 3
+    )
+    assert one.compute_content_hash() == same.compute_content_hash()
+    assert len({c.compute_content_hash() for c in (one, values, names, config)}) == 4
     (tmp_path / "1" / "tokenizer.json").write_text("{}")
-    assert Checkpoint.open(tmp_path / "1").fingerprint() != same.fingerprint()
+    assert Checkpoint.open(tmp_path / "1").compute_fingerprint() != same.compute_fingerprint()
 
 
-def test_hashing_tells_how_far_it_is(tmp_path: Path) -> None:
-    """Once: the second time the hashes are known."""
-    told = list[tuple[int, int, str]]()
+def test_hashing_reports_progress_once(tmp_path: Path) -> None:
+    """The first call reports progress; the second one returns the known hashes."""
+    steps = list[tuple[int, int, str]]()
     source = Checkpoint.open(
         save(tmp_path / "m", {"a": torch.ones(2, 2)}, {"b": torch.ones(3)}, config={})
     )
@@ -355,9 +378,10 @@ def test_hashing_tells_how_far_it_is(tmp_path: Path) -> None:
     total = first + second
     for _ in range(2):
         assert (
-            source.hashes(lambda step: told.append((step.done, step.total, step.note))) == expected
+            source.compute_hashes(lambda step: steps.append((step.done, step.total, step.note)))
+            == expected
         )
-        assert told == [
+        assert steps == [
             (0, total, "0.safetensors"),
             (first, total, "1.safetensors"),
             (total, total, ""),

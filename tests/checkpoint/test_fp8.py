@@ -1,4 +1,4 @@
-"""FP8 weights in blocks: against independent arithmetic, the BF16 twin of a real model, and scales that do not fit."""
+"""FP8 weights in blocks: independent arithmetic, a real model's BF16 twin, mismatched scales."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCALE = torch.tensor([[1.0, 2], [3, 4]])
 
 
 def save(folder: Path, *shards: dict[str, Tensor], config: object = CONFIG) -> Path:
-    """A checkpoint of shards with an index."""
+    """Write a checkpoint of shards with an index."""
     (folder / "config.json").write_text(json.dumps(config))
     for number, shard in enumerate(shards):
         save_file(shard, folder / f"{number}.safetensors")
@@ -37,7 +37,7 @@ def save(folder: Path, *shards: dict[str, Tensor], config: object = CONFIG) -> P
     return folder
 
 
-def test_the_worked_example_of_partial_blocks(tmp_path: Path) -> None:
+def test_worked_example_of_partial_blocks(tmp_path: Path) -> None:
     opened = Checkpoint.open(save(tmp_path, {"a.weight": WEIGHT, "a.weight_scale_inv": SCALE}))
     assert list(opened.specs) == ["a.weight"]
     assert opened.specs["a.weight"].dtype == "F8_E4M3"
@@ -46,31 +46,33 @@ def test_the_worked_example_of_partial_blocks(tmp_path: Path) -> None:
     assert read.dtype == torch.bfloat16
     assert read.tolist() == [[1, 1, 2], [1, 1, 2], [3, 3, 4]]
     assert opened.read_rows("a.weight", 1, 3).tolist() == [[1, 1, 2], [3, 3, 4]]
-    blocks = opened.blocks("a.weight")
+    blocks = opened.read_fp8_blocks("a.weight")
     assert torch.equal(blocks.codes.view(torch.uint8), WEIGHT.view(torch.uint8))
     assert torch.equal(blocks.scale, SCALE)
     assert torch.equal(blocks.values, read)
 
 
-def compressed(*structures: list[int]) -> dict[str, object]:
-    """config.json of a compressed-tensors artifact: a group of codes, and one per block structure."""
+def compressed_tensors_config(*structures: list[int]) -> dict[str, object]:
+    """Return config.json of a compressed-tensors artifact: a group of codes, and one per block
+    structure.
+    """
     weights: list[dict[str, object]] = [
         {"num_bits": 4},
         *({"block_structure": size} for size in structures),
     ]
-    groups = {f"group_{number}": {"weights": found} for number, found in enumerate(weights)}
+    groups = {f"group_{number}": {"weights": weight} for number, weight in enumerate(weights)}
     return {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
 
 
-def test_an_artifact_names_its_block_scales_otherwise(tmp_path: Path) -> None:
-    """compressed-tensors: weight_scale, which packed codes have too; those stay tensors of their own."""
+def test_compressed_tensors_artifact_names_its_scales_weight_scale(tmp_path: Path) -> None:
+    """compressed-tensors uses weight_scale for packed codes too, which stay separate tensors."""
     tensors = {
         "a.weight": WEIGHT,
         "a.weight_scale": SCALE,
         "b.weight_packed": torch.ones(2, 2, dtype=torch.int32),
     }
     shards = tensors, {"b.weight_scale": torch.ones(2, 2).bfloat16()}
-    opened = Checkpoint.open(save(tmp_path, *shards, config=compressed([2, 2])))
+    opened = Checkpoint.open(save(tmp_path, *shards, config=compressed_tensors_config([2, 2])))
     assert sorted(opened.specs) == ["a.weight", "b.weight_packed", "b.weight_scale"]
     assert opened.read(["a.weight"])["a.weight"].tolist() == [[1, 1, 2], [1, 1, 2], [3, 3, 4]]
 
@@ -80,19 +82,27 @@ def test_an_artifact_names_its_block_scales_otherwise(tmp_path: Path) -> None:
     [
         (
             {"a.weight_scale": None},
-            compressed([2, 2]),
+            compressed_tensors_config([2, 2]),
             "expected its scale 'a.weight_scale', found none",
         ),
-        ({"a.weight_scale": SCALE[:1]}, compressed([2, 2]), r"expected a scale of shape \[2, 2\]"),
+        (
+            {"a.weight_scale": SCALE[:1]},
+            compressed_tensors_config([2, 2]),
+            r"expected a scale of shape \[2, 2\]",
+        ),
         (
             {"a.weight": WEIGHT.float()},
-            compressed([2, 2]),
+            compressed_tensors_config([2, 2]),
             "expected 'a.weight' of this scale as F8_E4M3, found F32",
         ),
-        ({}, compressed(), "config_groups: block_structure: expected two positive integers"),
+        (
+            {},
+            compressed_tensors_config(),
+            "config_groups: block_structure: expected two positive integers",
+        ),
     ],
 )
-def test_faults_of_an_artifact_name_its_tensors(
+def test_faults_name_the_tensors(
     tmp_path: Path, change: dict[str, Tensor | None], config: object, message: str
 ) -> None:
     tensors = {"a.weight": WEIGHT, "a.weight_scale": SCALE, **change}
@@ -102,7 +112,9 @@ def test_faults_of_an_artifact_name_its_tensors(
 
 
 def cast_like_deepseek(weight: Tensor, scale: Tensor, block: int) -> Tensor:
-    """FP8 -> float32, times the scale of its block, -> bfloat16; element by element, sharing no code."""
+    """FP8 -> float32, times the scale of its block, -> bfloat16: element by element, without shared
+    code.
+    """
     values = weight.to(torch.float32)
     rows = torch.arange(weight.shape[0])[:, None] // block
     columns = torch.arange(weight.shape[1])[None, :] // block
@@ -110,7 +122,7 @@ def cast_like_deepseek(weight: Tensor, scale: Tensor, block: int) -> Tensor:
 
 
 @pytest.mark.parametrize("strip_elements", [1, 6, 1 << 17])
-def test_every_byte_and_shape_is_dequantized_as_deepseek_does(
+def test_dequantization_equals_deepseeks_for_every_byte_and_shape(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strip_elements: int
 ) -> None:
     monkeypatch.setattr(fp8, "_STRIP_ELEMENTS", strip_elements)
@@ -128,13 +140,13 @@ def test_every_byte_and_shape_is_dequantized_as_deepseek_does(
             assert torch.equal(opened.read_rows("w", start, out_features), expected[start:])
 
 
-def test_the_scale_may_lie_in_another_shard(tmp_path: Path) -> None:
+def test_scale_may_be_in_another_shard(tmp_path: Path) -> None:
     opened = Checkpoint.open(save(tmp_path, {"a.weight": WEIGHT}, {"a.weight_scale_inv": SCALE}))
     assert opened.read(["a.weight"])["a.weight"].tolist() == [[1, 1, 2], [1, 1, 2], [3, 3, 4]]
 
 
 @pytest.mark.parametrize("where", ["shared", "package"])
-def test_the_tiny_model_in_fp8_is_close_to_itself_in_bf16(where: str) -> None:
+def test_tiny_model_in_fp8_is_close_to_its_bf16_twin(where: str) -> None:
     shared = Path(__file__).parents[3] / "shared" / "tiny-v3"
     folder = package_data.locate_model("builtin:tiny-v3") if where == "package" else shared / "fp8"
     if not folder.is_dir() or not (shared / "bf16").is_dir():
@@ -167,36 +179,42 @@ def test_the_tiny_model_in_fp8_is_close_to_itself_in_bf16(where: str) -> None:
         (
             {"a.weight": WEIGHT},
             CONFIG,
-            "F: tensor 'a.weight': expected its scale 'a.weight_scale_inv', found none in any file; "
+            "F: tensor 'a.weight': expected its scale 'a.weight_scale_inv', found none in any "
+            "file; "
             "fetch the checkpoint again",
         ),
         (
             {"a.weight": WEIGHT, "a.weight_scale_inv": torch.ones(1, 2)},
             CONFIG,
-            "F: tensor 'a.weight': expected a scale of shape [2, 2] for [3, 3] in blocks of [2, 2], found [1, 2]; "
+            "F: tensor 'a.weight': expected a scale of shape [2, 2] for [3, 3] in blocks of [2, "
+            "2], found [1, 2]; "
             "fetch the checkpoint again",
         ),
         (
             {"a.weight": WEIGHT, "a.weight_scale_inv": SCALE.to(torch.int32)},
             CONFIG,
-            "F: tensor 'a.weight': expected a scale of F32, BF16, F16, found I32; fetch the checkpoint again",
+            "F: tensor 'a.weight': expected a scale of F32, BF16, F16, found I32; fetch the "
+            "checkpoint again",
         ),
         (
             {"a.weight_scale_inv": SCALE},
             CONFIG,
-            "F: tensor 'a.weight_scale_inv': expected the weight 'a.weight' of this scale, found none in any file; "
+            "F: tensor 'a.weight_scale_inv': expected the weight 'a.weight' of this scale, found "
+            "none in any file; "
             "fetch the checkpoint again",
         ),
         (
             {"a.weight": torch.ones(3, 3), "a.weight_scale_inv": SCALE},
             CONFIG,
-            "F: tensor 'a.weight_scale_inv': expected 'a.weight' of this scale as F8_E4M3, found F32; "
+            "F: tensor 'a.weight_scale_inv': expected 'a.weight' of this scale as F8_E4M3, found "
+            "F32; "
             "fetch the checkpoint again",
         ),
         (
             {"a.weight": WEIGHT[0]},
             CONFIG,
-            "F: tensor 'a.weight': expected two dimensions for FP8 blocks, found shape [3]; convert it to BF16",
+            "F: tensor 'a.weight': expected two dimensions for FP8 blocks, found shape [3]; "
+            "convert it to BF16",
         ),
         (
             {"a": torch.ones(2).to(torch.float8_e5m2)},
@@ -211,7 +229,7 @@ def test_the_tiny_model_in_fp8_is_close_to_itself_in_bf16(where: str) -> None:
         ),
     ],
 )
-def test_weights_and_scales_that_do_not_fit(
+def test_mismatched_weights_and_scales_are_rejected(
     tmp_path: Path, tensors: dict[str, Tensor], config: object, message: str
 ) -> None:
     folder = save(tmp_path, tensors, config=config)

@@ -1,4 +1,4 @@
-"""The safetensors header: every kind of damage is one clear CheckpointError, and the `safetensors` library agrees."""
+"""The safetensors header: damage gives one CheckpointError; the `safetensors` library agrees."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TWO = {**GOOD, "b": {"dtype": "U8", "shape": [4], "data_offsets": [16, 20]}}
 AGAIN = "the file is damaged, fetch or write it again"
 
 
-def file_of(
+def write_file(
     folder: Path, header: bytes | dict[str, object], data: int = 16, length: int | None = None
 ) -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -49,7 +49,8 @@ CORRUPTED = {
     "not json": (
         b'{"a" 1}',
         16,
-        "header: expected JSON, found an error (expecting ':' delimiter) at line 1 column 6; repair or fetch the file",
+        "header: expected JSON, found an error (expecting ':' delimiter) at line 1 column 6; "
+        "repair or fetch the file",
     ),
     "not an object": (b"[]", 16, f"header: expected to start with '{{', found b'['; {AGAIN}"),
     "empty": (b"", 16, f"header: expected to start with '{{', found b''; {AGAIN}"),
@@ -113,7 +114,7 @@ CORRUPTED = {
         16,
         f"tensor 'a': shape: {FEWER}, found [4294967296, 4294967296, 4]; {AGAIN}",
     ),
-    "overflow behind zero": (
+    "overflow after zero": (
         entry(shape=[2**62, 2**62, 0], data_offsets=[0, 0]),
         0,
         f"tensor 'a': shape: {FEWER}, found [4611686018427387904, 4611686018427387904, 0]; {AGAIN}",
@@ -161,12 +162,14 @@ CORRUPTED = {
     "truncated": (
         GOOD,
         15,
-        "expected 16 bytes of tensor data, found 15; the file is truncated, fetch or write it again",
+        "expected 16 bytes of tensor data, found 15; the file is truncated, fetch or write it "
+        "again",
     ),
     "trailing bytes": (
         GOOD,
         17,
-        "expected 16 bytes of tensor data, found 17; the file is longer than its header says, fetch or write it again",
+        "expected 16 bytes of tensor data, found 17; the file is longer than its header says, "
+        "fetch or write it again",
     ),
     "metadata of numbers": (
         {**GOOD, "__metadata__": {"a": 1}},
@@ -177,27 +180,29 @@ CORRUPTED = {
 
 
 @pytest.mark.parametrize("case", CORRUPTED)
-def test_a_damaged_header_is_one_clear_error(tmp_path: Path, case: str) -> None:
+def test_damaged_header_gives_one_error(tmp_path: Path, case: str) -> None:
     header, data, message = CORRUPTED[case]
-    path = file_of(tmp_path, header, data)
+    path = write_file(tmp_path, header, data)
     with pytest.raises(CheckpointError) as caught:
         read_header(path)
     assert str(caught.value) == f"{path}: {message}"
 
 
-def test_the_length_is_checked_before_anything_is_read(tmp_path: Path) -> None:
+def test_length_is_checked_before_reading(tmp_path: Path) -> None:
     for length, message in (
         (
             100_000_001,
-            "header length: expected at most 100000000, found 100000001; this is not a safetensors file",
+            "header length: expected at most 100000000, found 100000001; this is not a safetensors "
+            "file",
         ),
         (
             2**64 - 1,
-            f"header length: expected at most 100000000, found {2**64 - 1}; this is not a safetensors file",
+            f"header length: expected at most 100000000, found {2**64 - 1}; this is not a "
+            "safetensors file",
         ),
         (99, f"header length: expected at most 18 (the rest of the file), found 99; {AGAIN}"),
     ):
-        path = file_of(tmp_path, b"{}", 16, length)
+        path = write_file(tmp_path, b"{}", 16, length)
         with pytest.raises(CheckpointError) as caught:
             read_header(path)
         assert str(caught.value) == f"{path}: {message}"
@@ -210,12 +215,13 @@ def test_the_length_is_checked_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_header(tmp_path / "absent.safetensors")
     assert str(caught.value) == (
-        f"{tmp_path}/absent.safetensors: expected a readable file, found: no such file or directory; check the path"
+        f"{tmp_path}/absent.safetensors: expected a readable file, found: no such file or "
+        "directory; check the path"
     )
 
 
-def test_a_hostile_value_does_not_fill_the_message(tmp_path: Path) -> None:
-    path = file_of(
+def test_hostile_value_is_shortened_in_the_message(tmp_path: Path) -> None:
+    path = write_file(
         tmp_path, {"n" * 10_000: {"dtype": "D" * 10_000, "shape": [], "data_offsets": [0, 0]}}, 0
     )
     with pytest.raises(CheckpointError) as caught:
@@ -236,7 +242,7 @@ SAMPLES = {
 }
 
 
-def test_a_file_of_the_library_is_read(tmp_path: Path) -> None:
+def test_file_of_the_library_is_read(tmp_path: Path) -> None:
     save_file(SAMPLES, tmp_path / "x.safetensors", metadata={"format": "pt"})
     header = read_header(tmp_path / "x.safetensors")
     assert set(header.specs) == set(SAMPLES)
@@ -245,7 +251,7 @@ def test_a_file_of_the_library_is_read(tmp_path: Path) -> None:
         assert TORCH_DTYPES[header.specs[name].dtype] == tensor.dtype
 
 
-def test_our_header_has_the_bytes_of_the_library() -> None:
+def test_build_header_equals_the_library() -> None:
     expected = save(SAMPLES, metadata={"format": "pt"})
     names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
     specs = [
@@ -257,7 +263,7 @@ def test_our_header_has_the_bytes_of_the_library() -> None:
     assert len(ours) % 8 == 0
 
 
-def test_a_header_is_not_built_from_wrong_specs() -> None:
+def test_build_header_rejects_wrong_specs() -> None:
     spec = TensorSpec(name="a", dtype="F32", shape=(1,))
     with pytest.raises(
         CheckpointError,
@@ -297,9 +303,7 @@ headers = st.dictionaries(
     text=st.binary(max_size=64) | headers.map(lambda value: json.dumps(value).encode()),
     n_data_bytes=st.integers(0, 64),
 )
-def test_fuzz_the_parser_raises_nothing_but_checkpoint_errors(
-    text: bytes, n_data_bytes: int
-) -> None:
+def test_fuzz_parser_raises_only_checkpoint_errors(text: bytes, n_data_bytes: int) -> None:
     try:
         header = parse_header(text, "f", n_data_bytes)
     except CheckpointError:
@@ -310,10 +314,10 @@ def test_fuzz_the_parser_raises_nothing_but_checkpoint_errors(
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_fuzz_a_flipped_byte_is_read_as_the_library_reads_it_or_refused(
+def test_fuzz_flipped_byte_is_read_as_by_the_library_or_rejected(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Whatever we accept, the library accepts with the same shapes: we are never the more credulous reader."""
+    """Every header that we accept, the library accepts with the same shapes."""
     content = bytearray(save({"a": torch.zeros(3, 2), "b": torch.zeros(4, dtype=torch.uint8)}))
     position = data.draw(st.integers(0, len(content) - 1))
     content[position] = data.draw(st.integers(0, 255))

@@ -33,7 +33,7 @@ FILES = {
 
 
 class FakeHub:
-    """The few answers of the Hub that a download needs, and a record of what was asked."""
+    """The responses of the Hub that a download needs, and a record of the requests."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
@@ -117,13 +117,13 @@ class FakeHub:
 @pytest.fixture
 def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     fake = FakeHub(dict(FILES))
-    point_at(fake.url, tmp_path, monkeypatch)
+    use_hub(fake.url, tmp_path, monkeypatch)
     yield fake
     fake.server.shutdown()
     fake.server.server_close()
 
 
-def point_at(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def use_hub(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(
@@ -134,7 +134,7 @@ def point_at(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
 
 
-def refused(model: str, revision: str | None = None) -> str:
+def get_error(model: str, revision: str | None = None) -> str:
     messages = set()
     for resolve in (hub.resolve_model, hub.read_model_headers):
         with pytest.raises((CheckpointError, UsageError)) as caught:
@@ -144,24 +144,24 @@ def refused(model: str, revision: str | None = None) -> str:
     return messages.pop()
 
 
-def test_headers_come_without_weights(fake_hub: FakeHub) -> None:
-    found = hub.read_model_headers("org/tiny", "main")
-    assert found.revision == COMMIT
-    assert {name: (spec.dtype, spec.shape) for name, spec in found.specs.items()} == {
+def test_headers_are_fetched_without_weights(fake_hub: FakeHub) -> None:
+    headers = hub.read_model_headers("org/tiny", "main")
+    assert headers.revision == COMMIT
+    assert {name: (spec.dtype, spec.shape) for name, spec in headers.specs.items()} == {
         "w": ("F8_E4M3", (3, 3)),
         "big": ("F32", (200_000,)),
     }
-    assert set(found.stored_specs) == {"w", "w_scale_inv", "big"}
-    assert found.config.has("quantization_config")
+    assert set(headers.stored_specs) == {"w", "w_scale_inv", "big"}
+    assert headers.config.has("quantization_config")
     assert fake_hub.sent_bytes < 300_000  # of 800,000: the first piece of each file
 
 
-def test_a_model_is_fetched_and_opened(fake_hub: FakeHub) -> None:
-    found = hub.resolve_model("org/tiny", "v1")
-    assert found.revision == COMMIT
-    opened = Checkpoint.open(found.folder)
+def test_model_is_downloaded_and_opened(fake_hub: FakeHub) -> None:
+    model = hub.resolve_model("org/tiny", "v1")
+    assert model.revision == COMMIT
+    opened = Checkpoint.open(model.folder)
     assert opened.read(["w"])["w"].tolist() == [[1.0] * 3] * 3
-    assert sorted(path.name for path in found.folder.iterdir()) == [
+    assert sorted(path.name for path in model.folder.iterdir()) == [
         "a.safetensors",
         "b.safetensors",
         "config.json",
@@ -170,16 +170,17 @@ def test_a_model_is_fetched_and_opened(fake_hub: FakeHub) -> None:
     ]
 
 
-def test_what_the_hub_refuses(fake_hub: FakeHub) -> None:
-    assert refused("org/none") == (
-        "org/none: expected this model on the Hub, found none that this user may see; check source.model"
+def test_unknown_model_and_revision_are_rejected(fake_hub: FakeHub) -> None:
+    assert get_error("org/none") == (
+        "org/none: expected this model on the Hub, found none that this user may see; check "
+        "source.model"
     )
-    assert refused("org/tiny", "v9") == (
+    assert get_error("org/tiny", "v9") == (
         "org/tiny@v9: expected this revision on the Hub, found none; check source.revision"
     )
 
 
-def test_repositories_that_are_not_complete(fake_hub: FakeHub) -> None:
+def test_incomplete_repositories_are_rejected(fake_hub: FakeHub) -> None:
     config = fake_hub.files.pop("config.json")
     with pytest.raises(
         CheckpointError, match=r"org/tiny: expected a config.json in the repository, found none"
@@ -190,7 +191,8 @@ def test_repositories_that_are_not_complete(fake_hub: FakeHub) -> None:
     with pytest.raises(CheckpointError) as caught:
         hub.read_model_headers("org/tiny")
     assert str(caught.value) == (
-        "org/tiny: model.safetensors.index.json: expected the repository to hold every file, found 1 missing, "
+        "org/tiny: model.safetensors.index.json: expected the repository to hold every file, found "
+        "1 missing, "
         "the first 'a.safetensors'; the upload is not complete, use another revision"
     )
     del fake_hub.files["model.safetensors.index.json"]
@@ -200,7 +202,7 @@ def test_repositories_that_are_not_complete(fake_hub: FakeHub) -> None:
         hub.read_model_headers("org/tiny")
 
 
-def test_damaged_headers_are_found_before_any_download(fake_hub: FakeHub) -> None:
+def test_damaged_headers_are_rejected_before_the_download(fake_hub: FakeHub) -> None:
     fake_hub.files["a.safetensors"] = save({"w": torch.ones(3, 3)})
     with pytest.raises(
         CheckpointError,
@@ -220,14 +222,14 @@ def test_damaged_headers_are_found_before_any_download(fake_hub: FakeHub) -> Non
         hub.read_model_headers("org/tiny")
 
 
-def test_a_long_header_takes_a_second_request(fake_hub: FakeHub) -> None:
+def test_long_header_takes_a_second_request(fake_hub: FakeHub) -> None:
     names = {f"{'n' * 1000}{number}": torch.zeros(1) for number in range(300)}
     fake_hub.files = {"config.json": b"{}", "model.safetensors": save(names)}
     assert set(hub.read_model_headers("org/tiny").specs) == set(names)
     assert fake_hub.asked.count(f"/org/tiny/resolve/{COMMIT}/model.safetensors") == 2
 
 
-def test_a_server_without_ranges_is_refused(fake_hub: FakeHub) -> None:
+def test_server_without_ranges_is_rejected(fake_hub: FakeHub) -> None:
     fake_hub.ranges = False
     with pytest.raises(
         CheckpointError,
@@ -236,27 +238,30 @@ def test_a_server_without_ranges_is_refused(fake_hub: FakeHub) -> None:
         hub.read_model_headers("org/tiny")
 
 
-def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    point_at("http://127.0.0.1:9", tmp_path, monkeypatch)
+def test_missing_network_and_offline_mode_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_hub("http://127.0.0.1:9", tmp_path, monkeypatch)
     for resolve in (hub.resolve_model, hub.read_model_headers):
         with pytest.raises(CheckpointError) as caught:
             resolve("org/tiny")
         message = str(caught.value)
         assert message.startswith(
-            "org/tiny: expected to reach http://127.0.0.1:9 or find the model in the local cache, found no connection ("
+            "org/tiny: expected to reach http://127.0.0.1:9 or find the model in the local cache, "
+            "found no connection ("
         )
         assert message.endswith(
             "; connect, or download the model elsewhere and give its folder as source.model"
         )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert refused("org/tiny") == (
+    assert get_error("org/tiny") == (
         "org/tiny: expected to reach http://127.0.0.1:9 or find the model in the local cache, "
         "found offline mode (HF_HUB_OFFLINE); "
         "connect, or download the model elsewhere and give its folder as source.model"
     )
 
 
-def test_models_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_models_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text("{}")
     (tmp_path / "m" / "model.safetensors").write_bytes(save({"a": torch.zeros(2)}))
@@ -266,13 +271,15 @@ def test_models_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert hub.read_model_headers(str(tmp_path / "m")).specs["a"].shape == (2,)
     monkeypatch.chdir(tmp_path)
     assert hub.resolve_model("m").folder == tmp_path / "m"
-    assert refused(f"{tmp_path}/m", "v1") == (
-        f"source.revision: expected none for a model on this machine ({tmp_path}/m), found 'v1'; remove it"
+    assert get_error(f"{tmp_path}/m", "v1") == (
+        f"source.revision: expected none for a model on this machine ({tmp_path}/m), found 'v1'; "
+        "remove it"
     )
-    assert refused("./absent") == (
-        "source.model: expected a folder, builtin:<name> or a Hub id like org/name, found './absent', "
+    assert get_error("./absent") == (
+        "source.model: expected a folder, builtin:<name> or a Hub id like org/name, found "
+        "'./absent', "
         "which is none of these; check the path"
     )
-    assert refused("builtin:absent").startswith(
+    assert get_error("builtin:absent").startswith(
         "source.model: no built-in model 'builtin:absent'; known: "
     )

@@ -1,6 +1,6 @@
-"""Code that comes with a model: carried over, and not run, unless it is a tokenizer's of the commit the recipe names.
+"""Code that comes with a model is carried over and not run, except a trusted commit's tokenizer.
 
-Every module here writes a file when it is imported, so that each test can tell whether it was.
+Every module here writes a file when it is imported, so that each test can detect an import.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 
 @pytest.fixture(autouse=True)
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers copies a model's modules before it imports them; not into this user's cache."""
+    """transformers copies a model's modules before it imports them; keep them out of the user's
+    cache.
+    """
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
     )
@@ -50,39 +52,41 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sentinel(tmp_path: Path) -> Path:
-    """What a module writes when it is imported."""
+    """Return the file that a module writes when it is imported."""
     return tmp_path / "was imported"
 
 
 @pytest.fixture
 def snapshot(tmp_path: Path, sentinel: Path) -> Path:
-    """A llama in the layout of the Hub's cache, with code of its own for config, model and tokenizer."""
+    """Write a llama in the layout of the Hub's cache, with code for config, model and tokenizer."""
     folder = tmp_path / "models--org--own" / "snapshots" / COMMIT
     write_checkpoint(folder, make_tiny_config("llama"))
     spy = SPY.format(sentinel=str(sentinel))
     (folder / "modeling_own.py").write_text(spy + MODEL)
     (folder / "tokenization_own.py").write_text(spy + TOKENIZER)
     maps = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
-    change(folder / "config.json", auto_map=maps)
+    edit_json(folder / "config.json", auto_map=maps)
     return folder
 
 
-def change(path: Path, **values: object) -> None:
+def edit_json(path: Path, **values: object) -> None:
     """Change keys of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def only_code(folder: Path, name: str = "tokenization_own.OwnTokenizer") -> None:
-    """Make the tokenizer one that exists as code alone."""
-    change(
+def require_tokenizer_code(folder: Path, name: str = "tokenization_own.OwnTokenizer") -> None:
+    """Make the tokenizer one that exists only as code."""
+    edit_json(
         folder / "tokenizer_config.json",
         tokenizer_class="OwnTokenizer",
         auto_map={"AutoTokenizer": [None, name]},
     )
 
 
-def recipe(source: Path, tmp_path: Path, allowed: str | None = None) -> tuple[str, Path]:
-    """A build of it."""
+def write_build_recipe(
+    source: Path, tmp_path: Path, allowed: str | None = None
+) -> tuple[str, Path]:
+    """Write a recipe; return the command that builds it."""
     path = tmp_path / "own.yaml"
     text = make_recipe_text(
         source, tmp_path / "out", rules="all-linear", quantize="{method: rtn}",
@@ -96,46 +100,50 @@ def recipe(source: Path, tmp_path: Path, allowed: str | None = None) -> tuple[st
 def test_code_is_carried_over_and_never_run(
     tokenizer: bool, snapshot: Path, sentinel: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    """A known architecture with an auto_map: built, verified, loaded, reported from transformers' own code."""
+    """A known architecture with an auto_map is built, verified, loaded and reported without its
+    code.
+    """
     from quantkit.artifact.load_model import load_model
 
     if tokenizer:
         maps = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
-        change(snapshot / "tokenizer_config.json", auto_map=maps)
-    result = run(*recipe(snapshot, tmp_path), "--skip-evaluation")
+        edit_json(snapshot / "tokenizer_config.json", auto_map=maps)
+    result = run(*write_build_recipe(snapshot, tmp_path), "--skip-evaluation")
     assert result.exit_code == 0, result.output
-    made = tmp_path / "out"
+    output = tmp_path / "out"
     for name in ("modeling_own.py", "tokenization_own.py"):
-        assert (made / name).read_bytes() == (snapshot / name).read_bytes()
+        assert (output / name).read_bytes() == (snapshot / name).read_bytes()
     assert (
-        json.loads((made / "config.json").read_text())["auto_map"]["AutoConfig"]
+        json.loads((output / "config.json").read_text())["auto_map"]["AutoConfig"]
         == "modeling_own.OwnConfig"
     )
-    verify_artifact(made)
-    load_model(made)
-    for command in (("report", made), ("diff", made, made), ("verify", made)):
+    verify_artifact(output)
+    load_model(output)
+    for command in (("report", output), ("diff", output, output), ("verify", output)):
         assert run(*command).exit_code == 0
     assert not sentinel.exists()
     record_property("input", "code of a known architecture")
 
 
-def test_a_tokenizer_of_code_alone_is_refused(
+def test_tokenizer_of_code_alone_is_rejected(
     snapshot: Path, sentinel: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    """The sentence says which key would allow it."""
-    only_code(snapshot)
-    told = read_error(run(*recipe(snapshot, tmp_path)), 1)
-    assert "It has code of its own, which never runs unless source.trust_remote_code names" in told
+    """The message names the key that would allow the code."""
+    require_tokenizer_code(snapshot)
+    message = read_error(run(*write_build_recipe(snapshot, tmp_path)), 1)
+    assert (
+        "It has code of its own, which never runs unless source.trust_remote_code names" in message
+    )
     assert not sentinel.exists() and not (tmp_path / "out").exists()
     record_property("input", "tokenizer of code alone")
 
 
-def test_a_tokenizer_of_the_commit_that_was_read_runs(
+def test_tokenizer_of_the_trusted_commit_runs(
     snapshot: Path, sentinel: Path, tmp_path: Path
 ) -> None:
-    """Benchmarks load it again; the model's own code does not run with it."""
-    only_code(snapshot)
-    result = run(*recipe(snapshot, tmp_path, COMMIT), "--skip-evaluation")
+    """Benchmarks load the tokenizer again; the model's own code does not run with it."""
+    require_tokenizer_code(snapshot)
+    result = run(*write_build_recipe(snapshot, tmp_path, COMMIT), "--skip-evaluation")
     assert result.exit_code == 0, result.output
     assert sentinel.read_text().endswith("tokenization_own")
     assert (
@@ -146,38 +154,40 @@ def test_a_tokenizer_of_the_commit_that_was_read_runs(
     )
 
 
-def test_another_commit_is_refused(
+def test_other_commit_is_rejected(
     snapshot: Path, sentinel: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    """The files are of one commit, the recipe trusts another; or they are of none that is known."""
-    only_code(snapshot)
-    told = read_error(run(*recipe(snapshot, tmp_path, OTHER)), 2)
-    assert f"expected the files of commit {OTHER}, found commit {COMMIT}" in told
+    """The recipe trusts another commit than that of the files, or the files' commit is unknown."""
+    require_tokenizer_code(snapshot)
+    message = read_error(run(*write_build_recipe(snapshot, tmp_path, OTHER)), 2)
+    assert f"expected the files of commit {OTHER}, found commit {COMMIT}" in message
     plain = Path(shutil.copytree(snapshot, tmp_path / "plain"))
-    assert "a folder of no known commit" in read_error(run(*recipe(plain, tmp_path, COMMIT)), 2)
+    assert "a folder of no known commit" in read_error(
+        run(*write_build_recipe(plain, tmp_path, COMMIT)), 2
+    )
     assert not sentinel.exists()
     record_property("input", "tokenizer of another commit")
 
 
-def test_code_of_another_repository_is_refused(
+def test_code_of_another_repository_is_rejected(
     snapshot: Path, sentinel: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    """`org/other--file.Class` would be fetched at a revision that nobody names."""
-    only_code(snapshot, "org/other--tokenization_own.OwnTokenizer")
-    told = read_error(run(*recipe(snapshot, tmp_path, COMMIT)), 1)
-    assert "of another repository" in told and not sentinel.exists()
+    """`org/other--file.Class` would be fetched at an unspecified revision."""
+    require_tokenizer_code(snapshot, "org/other--tokenization_own.OwnTokenizer")
+    message = read_error(run(*write_build_recipe(snapshot, tmp_path, COMMIT)), 1)
+    assert "of another repository" in message and not sentinel.exists()
     record_property("input", "tokenizer of another repository")
 
 
 @pytest.mark.parametrize("allowed", [None, COMMIT])
-def test_an_architecture_of_code_alone_is_refused(
+def test_architecture_of_code_alone_is_rejected(
     allowed: str | None, snapshot: Path, sentinel: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    """Whatever the recipe allows: quantkit streams transformers' own layers and nothing else."""
-    change(snapshot / "config.json", model_type="own")
+    """quantkit streams transformers' own layers only, whatever the recipe allows."""
+    edit_json(snapshot / "config.json", model_type="own")
     for command in ("plan", "build"):
-        told = read_error(run(command, recipe(snapshot, tmp_path, allowed)[1]), 2)
-        assert "the code of a checkpoint (auto_map) is never run" in told
+        message = read_error(run(command, write_build_recipe(snapshot, tmp_path, allowed)[1]), 2)
+        assert "the code of a checkpoint (auto_map) is never run" in message
     assert not sentinel.exists()
     record_property("input", "architecture of code alone")
 
@@ -185,14 +195,14 @@ def test_an_architecture_of_code_alone_is_refused(
 @pytest.mark.parametrize(
     "value", ["true", "main", "v1.0", COMMIT[:12], COMMIT.upper(), f"{COMMIT}0", "'yes'"]
 )
-def test_trust_is_a_commit(value: str, tmp_path: Path) -> None:
-    """Not a branch, which somebody may move, nor a yes."""
-    command, path = recipe(tmp_path, tmp_path, value)
+def test_trust_remote_code_must_be_a_commit(value: str, tmp_path: Path) -> None:
+    """A branch, which can move, and "yes" are rejected."""
+    command, path = write_build_recipe(tmp_path, tmp_path, value)
     assert "own.yaml:2: source.trust_remote_code: expected" in read_error(run(command, path), 2)
 
 
-def test_a_recipe_without_the_key_has_the_hash_that_it_had(tmp_path: Path) -> None:
-    """Artifacts of older recipes name theirs."""
+def test_recipe_hash_is_unchanged_without_the_key(tmp_path: Path) -> None:
+    """Artifacts of older recipes record their hash."""
     text = make_recipe_text("builtin:tiny-v3", tmp_path / "out")
     plain = parse_recipe(text, "r.yaml")
     trusting = parse_recipe(text, "r.yaml", {"source.trust_remote_code": COMMIT})

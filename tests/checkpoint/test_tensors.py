@@ -1,4 +1,4 @@
-"""Tensors in and out of files: the `safetensors` library reads what we write and we read what it writes."""
+"""Reading and writing tensors: the `safetensors` library reads our files, and we read its files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SAMPLES = {
 }
 
 
-def same(found: Tensor, expected: Tensor) -> bool:
+def are_equal(found: Tensor, expected: Tensor) -> bool:
     return (
         found.dtype == expected.dtype
         and found.shape == expected.shape
@@ -44,66 +44,66 @@ def same(found: Tensor, expected: Tensor) -> bool:
     )
 
 
-def specs_of(samples: dict[str, Tensor]) -> list[TensorSpec]:
+def make_specs(samples: dict[str, Tensor]) -> list[TensorSpec]:
     return [
         TensorSpec(name=n, dtype=get_dtype_name(t.dtype), shape=tuple(t.shape))
         for n, t in samples.items()
     ]
 
 
-def test_what_the_library_wrote_is_read(tmp_path: Path) -> None:
+def test_files_of_the_library_are_read(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file(SAMPLES, path)
     header = read_header(path)
     for name, tensor in SAMPLES.items():
-        assert same(read_tensor(path, header, name), tensor)
+        assert are_equal(read_tensor(path, header, name), tensor)
         if tensor.dim() == 2:
-            assert same(
+            assert are_equal(
                 read_rows(path, header, name, 0, tensor.shape[0] // 2),
                 tensor[: tensor.shape[0] // 2],
             )
-    assert same(read_rows(path, header, "t.BF16", 1, 3), SAMPLES["t.BF16"][1:3])
+    assert are_equal(read_rows(path, header, "t.BF16", 1, 3), SAMPLES["t.BF16"][1:3])
     with pytest.raises(
         CheckpointError, match=r"tensor 't.BF16': expected rows within \(4, 3\), found 3:5"
     ):
         read_rows(path, header, "t.BF16", 3, 5)
 
 
-def test_the_library_reads_what_was_written_and_would_write_the_same_bytes(tmp_path: Path) -> None:
+def test_shard_writer_equals_the_library(tmp_path: Path) -> None:
     path, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
     save_file(SAMPLES, theirs, metadata={"format": "pt"})
-    with ShardWriter(path, specs_of(SAMPLES)) as writer:
+    with ShardWriter(path, make_specs(SAMPLES)) as writer:
         for name in reversed(SAMPLES):
             writer.write(name, SAMPLES[name])
-            assert same(writer.read(name), SAMPLES[name])
+            assert are_equal(writer.read(name), SAMPLES[name])
         written = writer.finish()
     assert path.read_bytes() == theirs.read_bytes()
     assert written.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert written.n_bytes == path.stat().st_size
     assert [entry.name for entry in tmp_path.glob("ours*")] == ["ours.safetensors"]
     for name, tensor in load_file(path).items():
-        assert same(tensor, SAMPLES[name])
+        assert are_equal(tensor, SAMPLES[name])
 
 
-def test_the_hash_is_the_same_in_file_order_and_in_any_other(tmp_path: Path) -> None:
+def test_hash_does_not_depend_on_the_order_of_writes(tmp_path: Path) -> None:
     digests = set()
     for order in (sorted(SAMPLES), sorted(SAMPLES, reverse=True)):
-        with ShardWriter(tmp_path / "x.safetensors", specs_of(SAMPLES)) as writer:
+        with ShardWriter(tmp_path / "x.safetensors", make_specs(SAMPLES)) as writer:
             for name in order:
                 writer.write(name, SAMPLES[name])
             digests.add(writer.finish().sha256)
     assert len(digests) == 1
 
 
-def test_a_transposed_view_is_written_as_it_looks(tmp_path: Path) -> None:
+def test_transposed_view_is_written_contiguously(tmp_path: Path) -> None:
     tensor = torch.arange(6.0).reshape(2, 3).T
-    with ShardWriter(tmp_path / "x.safetensors", specs_of({"a": tensor})) as writer:
+    with ShardWriter(tmp_path / "x.safetensors", make_specs({"a": tensor})) as writer:
         writer.write("a", tensor)
         writer.finish()
     assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], tensor)
 
 
-def test_the_writer_refuses_what_was_not_planned(tmp_path: Path) -> None:
+def test_writer_rejects_unplanned_tensors(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with ShardWriter(path, [TensorSpec(name="a", dtype="BF16", shape=(2,))]) as writer:
         disagree = "the plan and the format's pack disagree"
@@ -130,41 +130,44 @@ def test_the_writer_refuses_what_was_not_planned(tmp_path: Path) -> None:
         get_dtype_name(torch.complex64)
 
 
-def test_no_final_file_after_a_failure_and_the_part_is_continued(tmp_path: Path) -> None:
+def test_failure_leaves_a_part_file_that_is_continued(tmp_path: Path) -> None:
     path, part = tmp_path / "x.safetensors", tmp_path / "x.safetensors.part"
-    with pytest.raises(RuntimeError, match="crash"), ShardWriter(path, specs_of(SAMPLES)) as writer:
+    with (
+        pytest.raises(RuntimeError, match="crash"),
+        ShardWriter(path, make_specs(SAMPLES)) as writer,
+    ):
         writer.write("odd", SAMPLES["odd"])
         writer.flush()
         raise RuntimeError("crash")
     assert not path.exists()
     assert part.exists()
-    with ShardWriter(path, specs_of(SAMPLES), written=["odd"]) as writer:
+    with ShardWriter(path, make_specs(SAMPLES), written=["odd"]) as writer:
         for name in SAMPLES:
             if name != "odd":
                 writer.write(name, SAMPLES[name])
         written = writer.finish()
-    assert same(load_file(path)["odd"], SAMPLES["odd"])
+    assert are_equal(load_file(path)["odd"], SAMPLES["odd"])
     assert written.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    writer = ShardWriter(path, specs_of(SAMPLES))
+    writer = ShardWriter(path, make_specs(SAMPLES))
     writer.discard()
     assert not part.exists()
 
 
-def test_a_part_of_another_plan_is_not_continued(tmp_path: Path) -> None:
+def test_part_of_another_plan_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    ShardWriter(path, specs_of({"a": torch.zeros(2)})).close()
+    ShardWriter(path, make_specs({"a": torch.zeros(2)})).close()
     with pytest.raises(
         ArtifactError,
         match=r"x.safetensors.part: expected the part of this plan, found another file",
     ):
-        ShardWriter(path, specs_of({"a": torch.zeros(3)}), written=["a"])
+        ShardWriter(path, make_specs({"a": torch.zeros(3)}), written=["a"])
     with pytest.raises(
         ArtifactError, match="expected a part of the same plan, found 'b' written; start again"
     ):
-        ShardWriter(path, specs_of({"a": torch.zeros(2)}), written=["b"])
+        ShardWriter(path, make_specs({"a": torch.zeros(2)}), written=["b"])
 
 
-def test_a_full_disk_is_found_before_the_work(
+def test_full_disk_is_detected_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int, offset: int, length: int) -> None:
@@ -173,7 +176,7 @@ def test_a_full_disk_is_found_before_the_work(
     monkeypatch.setattr(tensors.os, "posix_fallocate", full)
     monkeypatch.setattr("quantkit.io.files.get_free_bytes", lambda path: 5_000_000_000)
     with pytest.raises(QuantkitError) as caught:
-        ShardWriter(tmp_path / "x.safetensors", specs_of(SAMPLES))
+        ShardWriter(tmp_path / "x.safetensors", make_specs(SAMPLES))
     assert str(caught.value) == (
         f"{tmp_path}/x.safetensors.part: cannot be written: no space left on device (5.0 GB free); "
         "free some space or choose another folder"
@@ -181,7 +184,7 @@ def test_a_full_disk_is_found_before_the_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
+def test_shrinking_file_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(100)}, path)
     header = read_header(path)
@@ -189,7 +192,8 @@ def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_tensor(path, header, "a")
     assert str(caught.value) == (
-        f"{path}: tensor 'a': expected 400 bytes, found 390; the file became shorter while it was read, fetch it again"
+        f"{path}: tensor 'a': expected 400 bytes, found 390; the file became shorter while it was "
+        "read, fetch it again"
     )
 
 
@@ -228,17 +232,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     ("how", "pages"), [("keep_freed_memory", 20_000), ("return_freed_memory", 205_000)]
 )
 def test_freed_memory_is_kept_or_returned(how: str, pages: int) -> None:
-    """Pages that 100 tensors of 2,048 pages touch for the first time; the C library may use huge ones of 512."""
-    found = int(
+    """Page faults of 100 tensors of 2,048 pages; the C library may use huge pages of 512."""
+    faults = int(
         subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, check=True).stdout
     )
-    assert found <= pages
+    assert faults <= pages
     if how == "return_freed_memory":
-        assert found >= 100 * 2048 // 512
+        assert faults >= 100 * 2048 // 512
 
 
-def test_reading_a_large_file_costs_one_tensor_of_memory(tmp_path: Path) -> None:
-    """200 MB in ten tensors, read one by one in a fresh process: resident memory rises by about one of them."""
+def test_reading_a_large_file_needs_memory_for_one_tensor(tmp_path: Path) -> None:
+    """200 MB in ten tensors, read one by one in a new process: memory rises by one tensor."""
     path = tmp_path / "x.safetensors"
     tensor_bytes = 20_000_000
     specs = [TensorSpec(name=f"t{i}", dtype="U8", shape=(tensor_bytes,)) for i in range(10)]
@@ -248,11 +252,11 @@ def test_reading_a_large_file_costs_one_tensor_of_memory(tmp_path: Path) -> None
         writer.write("warm", torch.ones(1, dtype=torch.uint8))
         writer.finish()
     command = [sys.executable, "-c", MEMORY, str(path)]
-    found = subprocess.run(
+    process = subprocess.run(
         command,
         capture_output=True,
         text=True,
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert int(found.stdout) < 1.25 * tensor_bytes
+    assert int(process.stdout) < 1.25 * tensor_bytes

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, what goes to which stream, and one message per fault."""
+"""The command line: exit codes, streams, and one message per fault."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,7 @@ COMMANDS = ("plan", "build", "report", "verify")
 
 @pytest.fixture
 def checkpoint_copy(tmp_path: Path) -> Path:
-    """A copy of the small model's checkpoint, to be damaged."""
+    """Return a copy of the checkpoint of tiny-v3, to be damaged."""
     return Path(shutil.copytree(locate_model("builtin:tiny-v3"), tmp_path / "source"))
 
 
@@ -54,7 +55,7 @@ def change_config(folder: Path, **values: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
-# -------------------------------------------------------------------------------------------------------------- help
+# --------------------------------------------------------------------------------------------- help
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -65,16 +66,19 @@ def test_help_shows_an_example(command: str) -> None:
         assert f"Example: quantkit {command} " in result.stdout
 
 
-def test_the_group_lists_its_commands_and_an_example() -> None:
+def test_group_help_lists_commands_and_an_example() -> None:
     result = run("--help")
     assert result.exit_code == 0
     assert "Example: quantkit build" in result.stdout
-    assert set(main.commands) >= set(COMMANDS)
-    for name, command in main.commands.items():
-        assert "Example: quantkit " in (command.help or ""), name
+    context = click.Context(main)
+    names = main.list_commands(context)
+    assert set(names) >= set(COMMANDS)
+    for name in names:
+        command = main.get_command(context, name)
+        assert command and "Example: quantkit " in (command.help or ""), name
 
 
-def test_usage_errors_are_two() -> None:
+def test_usage_errors_exit_with_2() -> None:
     for arguments in (["plan"], ["nonsense"], ["build", RECIPE, "--fast"], ["verify"]):
         assert run(*arguments).exit_code == 2
 
@@ -92,10 +96,10 @@ def test_help_does_not_start_torch(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-# ------------------------------------------------------------------------------------------------------------ recipes
+# ------------------------------------------------------------------------------------------ recipes
 
 
-def test_an_unknown_recipe() -> None:
+def test_unknown_recipe_is_a_usage_error() -> None:
     shipped = ", ".join(sorted(path.stem for path in locate_folder("recipes").glob("*.yaml")))
     assert "v3-awq4" in shipped
     assert read_error(run("plan", "tiny-v3-awq5"), 2) == (
@@ -103,7 +107,7 @@ def test_an_unknown_recipe() -> None:
     )
 
 
-def test_every_typing_error_of_a_recipe_with_its_line(tmp_path: Path) -> None:
+def test_recipe_faults_are_reported_with_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "version: 1\n"
@@ -124,7 +128,7 @@ def test_every_typing_error_of_a_recipe_with_its_line(tmp_path: Path) -> None:
     assert lines[2].startswith(f"{path}:6: memory: expected a size such as 64GB, ")
 
 
-def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
+def test_binary_recipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe")
     assert read_error(run("plan", tmp_path / "mine.yaml"), 2).startswith(
         f"{tmp_path / 'mine.yaml'}: expected a UTF-8 text file, found: "
@@ -154,8 +158,10 @@ def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_recipe_that_is_refused(override: str, sentence: str, tmp_path: Path) -> None:
-    """The plan refuses it, and so does the build before it writes anything."""
+def test_plan_and_build_refuse_an_invalid_recipe(
+    override: str, sentence: str, tmp_path: Path
+) -> None:
+    """The plan refuses it, and the build does before it writes anything."""
     assert sentence in read_error(run("plan", RECIPE, "--set", override), 2)
     output = tmp_path / "artifact"
     refused = run(
@@ -166,7 +172,7 @@ def test_a_recipe_that_is_refused(override: str, sentence: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("key", ["calibration.set", "fidelity.set"])
-def test_text_that_does_not_exist(key: str, tmp_path: Path) -> None:
+def test_unknown_text_set_is_refused(key: str, tmp_path: Path) -> None:
     sentence = "no set of documents named 'tiny-v4'. Did you mean 'tiny-v3'?"
     assert sentence in read_error(run("plan", RECIPE, "--set", f"{key}=tiny-v4"), 2)
     assert sentence in read_error(
@@ -177,7 +183,7 @@ def test_text_that_does_not_exist(key: str, tmp_path: Path) -> None:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- plan
+# --------------------------------------------------------------------------------------------- plan
 
 
 def test_plan_prints_tables_or_json() -> None:
@@ -198,10 +204,10 @@ def test_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert list(tmp_path.iterdir()) == []
 
 
-# -------------------------------------------------------------------------------------------------------------- build
+# -------------------------------------------------------------------------------------------- build
 
 
-def test_build_shows_plan_progress_report_and_where_it_is(tmp_path: Path) -> None:
+def test_build_prints_plan_progress_report_and_path(tmp_path: Path) -> None:
     result = build(tmp_path / "artifact")
     assert result.exit_code == 0
     for words in (
@@ -220,8 +226,8 @@ def test_build_shows_plan_progress_report_and_where_it_is(tmp_path: Path) -> Non
     ]  # staging and scratch are gone
 
 
-def test_build_json_is_alone_on_stdout(tmp_path: Path) -> None:
-    """In a process of its own, because libraries print where they like."""
+def test_build_json_is_the_only_stdout(tmp_path: Path) -> None:
+    """Runs in a subprocess, because libraries print, too."""
     arguments = [
         "build",
         RECIPE,
@@ -244,8 +250,8 @@ def test_build_json_is_alone_on_stdout(tmp_path: Path) -> None:
     )
 
 
-def test_the_recipe_in_an_artifact_builds_it_again(built: Path, tmp_path: Path) -> None:
-    """With every --set of its build, and none beside."""
+def test_recipe_of_an_artifact_rebuilds_it(built: Path, tmp_path: Path) -> None:
+    """It contains every --set of its build, and nothing else."""
     again = tmp_path / "again"
     done = run("build", built / "recipe.yaml", "--skip-evaluation", "--set", f"output.path={again}")
     assert done.exit_code == 0, done.output
@@ -268,12 +274,13 @@ def test_report_prints_the_figures_again(built: Path) -> None:
     assert json.loads(told.stdout) == json.loads((built / "quantkit/fidelity.json").read_text())
 
 
-def test_verify_says_what_it_checked(built: Path) -> None:
+def test_verify_prints_its_counts(built: Path) -> None:
     found = verify_artifact(built)
     shown = run("verify", built)
     assert shown.exit_code == 0 and shown.stderr == ""
     assert shown.stdout == (
-        f"{built}: ok ({found.files} files, {found.tensors} tensors, {found.n_bytes / 1e6:.1f} MB, not judged)\n"
+        f"{built}: ok ({found.files} files, {found.tensors} tensors, {found.n_bytes / 1e6:.1f} MB, "
+        "not judged)\n"
     )
     assert json.loads(run("verify", built, "--json").stdout) == {
         "artifact": str(built),
@@ -289,7 +296,7 @@ def test_verify_says_what_it_checked(built: Path) -> None:
     }
 
 
-def test_a_damaged_artifact_is_one(artifact: Path) -> None:
+def test_damaged_artifact_exits_with_1(artifact: Path) -> None:
     (artifact / "README.md").write_text("other")
     for options in ([], ["--json"]):
         result = run("verify", artifact, *options)
@@ -297,7 +304,7 @@ def test_a_damaged_artifact_is_one(artifact: Path) -> None:
         assert result.stdout == ""
 
 
-def test_report_and_verify_of_what_is_no_artifact(tmp_path: Path) -> None:
+def test_report_and_verify_refuse_other_folders(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", tmp_path):
         assert "not an artifact of quantkit, or its build did not finish" in read_error(
             run("report", path), 1
@@ -305,7 +312,7 @@ def test_report_and_verify_of_what_is_no_artifact(tmp_path: Path) -> None:
         assert read_error(run("verify", path), 1).startswith(f"{path}: ")
 
 
-def test_a_missed_gate_is_three_and_the_artifact_is_kept(tmp_path: Path) -> None:
+def test_missed_gate_exits_with_3_and_keeps_the_artifact(tmp_path: Path) -> None:
     output = tmp_path / "artifact"
     result = build(output, gates="{kl_mean: {max: 1.0e-9}, top1: {min: 0.5}}")
     assert read_error(result, 3).startswith("gate kl_mean <= 1e-09: found 0.000")
@@ -318,12 +325,12 @@ def test_a_missed_gate_is_three_and_the_artifact_is_kept(tmp_path: Path) -> None
     assert told.exit_code == 3 and json.loads(told.stdout)["status"] == "rejected"
 
 
-def test_kept_gates_accept(tmp_path: Path) -> None:
+def test_kept_gates_accept_the_artifact(tmp_path: Path) -> None:
     assert build(tmp_path / "artifact", gates="{kl_mean: {max: 1}}").exit_code == 0
     assert verify_artifact(tmp_path / "artifact").status == "accepted"
 
 
-def test_an_interrupted_build_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_build_exits_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -333,7 +340,7 @@ def test_an_interrupted_build_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "artifact").exists()
 
 
-def test_help_that_cannot_be_printed_says_so() -> None:
+def test_help_on_a_full_device_is_one_message() -> None:
     with open("/dev/full", "w") as full:
         told = subprocess.run(
             [sys.executable, "-m", "quantkit", "--help"],
@@ -348,10 +355,10 @@ def test_help_that_cannot_be_printed_says_so() -> None:
     assert "Traceback" not in told.stderr
 
 
-# ---------------------------------------------------------------------------------------------- what is there already
+# ---------------------------------------------------------------------------- what is there already
 
 
-def test_an_existing_output_is_not_touched(tmp_path: Path) -> None:
+def test_existing_output_is_not_changed(tmp_path: Path) -> None:
     output = tmp_path / "artifact"
     output.mkdir()
     (output / "thesis.txt").write_text("years of work")
@@ -366,7 +373,7 @@ def test_an_existing_output_is_not_touched(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert "file: exists already; " in read_error(build(tmp_path / "file"), 2)
     assert "file: exists and is not an artifact" in read_error(
@@ -378,7 +385,7 @@ def test_an_output_that_is_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "x"
 
 
-def test_overwrite_replaces_an_artifact_once_the_new_one_is_done(
+def test_overwrite_replaces_an_artifact_after_the_new_one_is_complete(
     artifact: Path, checkpoint_copy: Path
 ) -> None:
     before = (artifact / "quantkit/manifest.json").read_bytes()
@@ -404,7 +411,7 @@ def test_overwrite_replaces_an_artifact_once_the_new_one_is_done(
     assert {path.name for path in artifact.parent.iterdir()} == {"artifact", "source"}
 
 
-# ------------------------------------------------------------------------------------------------- damaged checkpoints
+# ------------------------------------------------------------------------------ damaged checkpoints
 
 
 def poison(folder: Path, name: str) -> None:
@@ -435,33 +442,90 @@ def without(folder: Path, name: str) -> None:
 
 EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing shard": (no_shard, f"{SHARDS[1]}: expected a file named by the checkpoint, found none; fetch the"),
-    "truncated shard": (cut, "model.safetensors: expected 7734632 bytes of tensor data, found 7733632; the file is"),
-    "missing tensor": (lambda f: without(f, "model.norm.weight"), "missing: model.norm.weight [256]"),
+    "missing shard": (
+        no_shard,
+        f"{SHARDS[1]}: expected a file named by the checkpoint, found none; fetch the",
+    ),
+    "truncated shard": (
+        cut,
+        "model.safetensors: expected 7734632 bytes of tensor data, found 7733632; the file is",
+    ),
+    "missing tensor": (
+        lambda f: without(f, "model.norm.weight"),
+        "missing: model.norm.weight [256]",
+    ),
     "missing scale": (lambda f: without(f, f"{EXPERT}_scale_inv"), f"{EXPERT}_scale_inv"),
-    "NaN in a norm": (lambda f: poison(f, "model.norm.weight"), "tensor 'model.norm.weight': expected finite values"),
-    "NaN in an expert": (lambda f: poison(f, EXPERT), f"tensor '{EXPERT}': expected finite values, found nan at elem"),
-    "NaN in a scale": (lambda f: poison(f, f"{EXPERT}_scale_inv"), f"tensor '{EXPERT}_scale_inv': expected finite"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: expected the model's configuration, found"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json: expected JSON, found an error ("),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "expected a tokenizer that transformers loads without"),
-    "unknown activation": (lambda f: change_config(f, hidden_act="silly"), "found: KeyError: 'silly'; repair"),
-    "mistyped value": (lambda f: change_config(f, rope_theta="much"), "expected a configuration that transformers mak"),
-    "mistyped size": (lambda f: change_config(f, hidden_size="big"), "config.json: expected a configuration that tran"),
-    "unknown dtype": (lambda f: change_config(f, dtype="float99"), "config.json: expected a configuration that transf"),
-    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: expected JSON, found an e"),
-    "list of settings": (lambda f: (f / "tokenizer_config.json").write_text("[]"), "expected a JSON object, found lis"),
-    "too many experts": (lambda f: change_config(f, num_experts_per_tok=17), "found 17 of 16 experts, 2 of 4 groups;"),
-    "uneven groups": (lambda f: change_config(f, n_group=5), "found 2 of 16 experts, 2 of 5 groups; repair it"),
-    "other shapes": (lambda f: change_config(f, hidden_size=512), "model.norm.weight: expected shape [512], found"),
-}  # fmt: skip
+    "NaN in a norm": (
+        lambda f: poison(f, "model.norm.weight"),
+        "tensor 'model.norm.weight': expected finite values",
+    ),
+    "NaN in an expert": (
+        lambda f: poison(f, EXPERT),
+        f"tensor '{EXPERT}': expected finite values, found nan at elem",
+    ),
+    "NaN in a scale": (
+        lambda f: poison(f, f"{EXPERT}_scale_inv"),
+        f"tensor '{EXPERT}_scale_inv': expected finite",
+    ),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        "config.json: expected the model's configuration, found",
+    ),
+    "broken config": (
+        lambda f: (f / "config.json").write_text("{"),
+        "config.json: expected JSON, found an error (",
+    ),
+    "no tokenizer": (
+        lambda f: (f / "tokenizer.json").unlink(),
+        "expected a tokenizer that transformers loads without",
+    ),
+    "unknown activation": (
+        lambda f: change_config(f, hidden_act="silly"),
+        "found: KeyError: 'silly'; repair",
+    ),
+    "mistyped value": (
+        lambda f: change_config(f, rope_theta="much"),
+        "expected a configuration that transformers mak",
+    ),
+    "mistyped size": (
+        lambda f: change_config(f, hidden_size="big"),
+        "config.json: expected a configuration that tran",
+    ),
+    "unknown dtype": (
+        lambda f: change_config(f, dtype="float99"),
+        "config.json: expected a configuration that transf",
+    ),
+    "broken tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("{"),
+        "tokenizer.json: expected JSON, found an e",
+    ),
+    "list of settings": (
+        lambda f: (f / "tokenizer_config.json").write_text("[]"),
+        "expected a JSON object, found lis",
+    ),
+    "too many experts": (
+        lambda f: change_config(f, num_experts_per_tok=17),
+        "found 17 of 16 experts, 2 of 4 groups;",
+    ),
+    "uneven groups": (
+        lambda f: change_config(f, n_group=5),
+        "found 2 of 16 experts, 2 of 5 groups; repair it",
+    ),
+    "other shapes": (
+        lambda f: change_config(f, hidden_size=512),
+        "model.norm.weight: expected shape [512], found",
+    ),
+}
 
 
 @pytest.mark.parametrize(("damage", "sentence"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint(
+def test_damaged_checkpoint_is_one_message(
     damage: Callable[[Path], object], sentence: str, checkpoint_copy: Path, tmp_path: Path
 ) -> None:
-    """One message, exit 1, and nothing under the final name; below it how to go on, if a block was done."""
+    """One message, exit 1, and nothing under the final name.
+
+    Below it how to go on, if a block was done.
+    """
     damage(checkpoint_copy)
     message, *note = read_error(
         build(tmp_path / "artifact", source__model=checkpoint_copy), 1
@@ -472,24 +536,24 @@ def test_a_damaged_checkpoint(
     assert {path.name for path in tmp_path.iterdir()} <= left
 
 
-def test_an_unknown_family_is_a_matter_of_usage(checkpoint_copy: Path, tmp_path: Path) -> None:
+def test_unknown_family_exits_with_2(checkpoint_copy: Path, tmp_path: Path) -> None:
     change_config(checkpoint_copy, model_type="gpt17")
     message = read_error(build(tmp_path / "artifact", source__model=checkpoint_copy), 2)
     assert "'gpt17'" in message and ", ".join(registry.list_names("architectures")) in message
 
 
-def test_a_family_that_cannot_be_derived_is_told_with_the_reason(
+def test_family_that_cannot_be_derived_is_reported_with_the_reason(
     checkpoint_copy: Path, tmp_path: Path
 ) -> None:
     change_config(checkpoint_copy, model_type="gpt2")
     message = read_error(build(tmp_path / "artifact", source__model=checkpoint_copy), 1)
     assert (
-        "model_type 'gpt2' has no table in quantkit, and none can be derived: expected layers that are"
-        in message
+        "model_type 'gpt2' has no table in quantkit, and none can be derived: expected layers that "
+        "are" in message
     )
 
 
-def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     from support.checkpoints import make_tiny_config, write_checkpoint
 
     source = write_checkpoint(tmp_path / "source", make_tiny_config("llama", vocab_size=512))
@@ -500,8 +564,11 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     assert not (tmp_path / "artifact").exists()
 
 
-def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
-    absent = "source.model: expected a folder, builtin:<name> or a Hub id like org/name, found './absent'"
+def test_missing_model_is_refused(tmp_path: Path) -> None:
+    absent = (
+        "source.model: expected a folder, builtin:<name> or a Hub id like org/name, "
+        "found './absent'"
+    )
     for model, sentence, code in (("builtin:tiny-v4", "tiny-v3", 2), ("./absent", absent, 1)):
         assert sentence in read_error(run("plan", RECIPE, "--set", f"source.model={model}"), code)
         assert sentence in read_error(build(tmp_path / "artifact", source__model=model), code)

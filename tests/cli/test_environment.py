@@ -1,4 +1,4 @@
-"""What a machine can have: full, read-only or closed disks, odd names, and sources that change under a build."""
+"""Full, read-only or closed disks, unusual names, and sources that change during a build."""
 
 from __future__ import annotations
 
@@ -29,31 +29,40 @@ CLI = (
 
 
 def small(folder: Path) -> Path:
-    """A source of one block."""
+    """Write a source of one block."""
     return write_checkpoint(folder, make_tiny_config("llama", num_hidden_layers=1))
 
 
 def recipe(source: Path, output: Path, place: Path, name: str = "r.yaml") -> Path:
-    """A build that needs no text."""
+    """Write a recipe that needs no text."""
     text = make_recipe_text(
-        json.dumps(str(source), ensure_ascii=False), output, rules="all-linear", quantize="{method: rtn}",
-        fidelity="none", output=json.dumps({"path": str(output)}, ensure_ascii=False),
-    )  # fmt: skip
+        json.dumps(str(source), ensure_ascii=False),
+        output,
+        rules="all-linear",
+        quantize="{method: rtn}",
+        fidelity="none",
+        output=json.dumps({"path": str(output)}, ensure_ascii=False),
+    )
     (place / name).write_text(text, encoding="utf-8")
     return place / name
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_names(name: str, tmp_path: Path, record_property: Record) -> None:
-    """Source, output and recipe are called so: built, verified, reported, compared, listed."""
+def test_commands_accept_unusual_names(name: str, tmp_path: Path, record_property: Record) -> None:
+    """Build, verify, report, compare and list with such names of source, output and recipe."""
     source = small(tmp_path / f"{name} source")
     output = tmp_path / f"{name} out"
     path = recipe(source, output, tmp_path, f"{name}.yaml")
     for command in (
-        ("plan", path), ("build", path), ("verify", output), ("report", output),
-        ("report", output, "--html", "--output", tmp_path / f"{name}.html"), ("diff", output, output),
-        ("diff", output, output, "--html", "--output", tmp_path / f"{name} diff.html"), ("runs", tmp_path),
-    ):  # fmt: skip
+        ("plan", path),
+        ("build", path),
+        ("verify", output),
+        ("report", output),
+        ("report", output, "--html", "--output", tmp_path / f"{name}.html"),
+        ("diff", output, output),
+        ("diff", output, output, "--html", "--output", tmp_path / f"{name} diff.html"),
+        ("runs", tmp_path),
+    ):
         result = run(*command)
         assert result.exit_code == 0, (command, result.output)
     assert (tmp_path / f"{name}.html").stat().st_size > 1000
@@ -63,20 +72,24 @@ def test_odd_names(name: str, tmp_path: Path, record_property: Record) -> None:
 def process(
     path: Path, wrapped: tuple[str, ...] = (), limit: int | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`quantkit build` in a process of its own."""
+    """Run `quantkit build` in a subprocess."""
 
     def limited() -> None:
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     return subprocess.run(
-        [*wrapped, sys.executable, "-c", CLI, "build", str(path)], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=limited,
-    )  # fmt: skip
+        [*wrapped, sys.executable, "-c", CLI, "build", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=limited,
+    )
 
 
 def refused(done: subprocess.CompletedProcess[str], output: Path, *words: str) -> None:
-    """One sentence with one of the words, exit 1, nothing under the final name."""
+    """Check for one message with one of the words, exit code 1, and no artifact."""
     assert done.returncode == 1, done.stderr
     message = done.stderr.partition("error: ")[2]
     assert message and "Traceback" not in done.stderr, done.stderr
@@ -85,7 +98,10 @@ def refused(done: subprocess.CompletedProcess[str], output: Path, *words: str) -
 
 
 def privileged(*command: str) -> tuple[str, ...]:
-    """A shell of a mount namespace of its own that runs these lines and then its arguments; skips where it cannot."""
+    """Return a shell in its own mount namespace that runs these lines, then its arguments.
+
+    Skips where it cannot.
+    """
     if not shutil.which("unshare"):
         pytest.skip("needs unshare")
     wrapped = ("unshare", "-m", "sh", "-c", " && ".join([*command, 'exec "$@"']), "sh")
@@ -94,8 +110,8 @@ def privileged(*command: str) -> tuple[str, ...]:
     return wrapped
 
 
-def test_a_disk_that_is_full(tmp_path: Path, record_property: Record) -> None:
-    """A file system of 400 kB, which one shard does not fit into."""
+def test_full_disk_is_one_message(tmp_path: Path, record_property: Record) -> None:
+    """A file system of 400 kB is too small for one shard."""
     place = tmp_path / "full"
     place.mkdir()
     path = recipe(small(tmp_path / "source"), place / "out", tmp_path)
@@ -104,14 +120,14 @@ def test_a_disk_that_is_full(tmp_path: Path, record_property: Record) -> None:
     record_property("fault", "disk full")
 
 
-def test_a_file_that_may_not_grow(tmp_path: Path, record_property: Record) -> None:
+def test_file_size_limit_is_one_message(tmp_path: Path, record_property: Record) -> None:
     """`ulimit -f`, as batch systems set it."""
     path = recipe(small(tmp_path / "source"), tmp_path / "out", tmp_path)
     refused(process(path, limit=100_000), tmp_path / "out", "file too large")
     record_property("fault", "file size limited")
 
 
-def test_an_output_that_is_read_only(tmp_path: Path, record_property: Record) -> None:
+def test_read_only_output_is_one_message(tmp_path: Path, record_property: Record) -> None:
     """A mount that takes no writes."""
     place = tmp_path / "fixed"
     place.mkdir()
@@ -122,15 +138,19 @@ def test_an_output_that_is_read_only(tmp_path: Path, record_property: Record) ->
 
 
 @pytest.mark.parametrize("what", ["output", "weights", "config.json", "source folder"])
-def test_what_may_not_be_touched(what: str, tmp_path: Path, record_property: Record) -> None:
-    """Files without a permission bit, read by somebody who obeys them."""
+def test_missing_permission_is_one_message(
+    what: str, tmp_path: Path, record_property: Record
+) -> None:
+    """Files without permission bits, read by a user without capabilities."""
     source, place = small(tmp_path / "source"), tmp_path / "closed"
     place.mkdir()
     path = recipe(source, place / "out", tmp_path)
     closed = {
-        "output": place, "weights": source / "model.safetensors", "config.json": source / "config.json",
+        "output": place,
+        "weights": source / "model.safetensors",
+        "config.json": source / "config.json",
         "source folder": source,
-    }[what]  # fmt: skip
+    }[what]
     closed.chmod(0o000 if what != "output" else 0o500)
     wrapped: tuple[str, ...] = ()
     if not os.geteuid():
@@ -150,19 +170,19 @@ def test_what_may_not_be_touched(what: str, tmp_path: Path, record_property: Rec
 
 
 @pytest.mark.parametrize("output", ["a" * 300, "b/" * 2500])
-def test_a_path_that_is_too_long(output: str, tmp_path: Path, record_property: Record) -> None:
-    """Longer than a name, and than a path, may be."""
+def test_too_long_path_is_one_message(output: str, tmp_path: Path, record_property: Record) -> None:
+    """Longer than the limits of a name and of a path."""
     path = recipe(small(tmp_path / "source"), tmp_path / "out", tmp_path)
     result = run("build", path, "--set", f"output.path={tmp_path / output}")
     assert "error: " in result.stderr and result.exit_code in (1, 2), result.output
     record_property("fault", "path too long")
 
 
-# --------------------------------------------------------------------------------- a source that changes meanwhile
+# ------------------------------------------------------------------ a source that changes meanwhile
 
 
 def flip(source: Path) -> None:
-    """One byte of the weights; whoever did it puts the time of change back."""
+    """Change one byte of the weights, and restore the modification time."""
     path = source / "model.safetensors"
     before = path.stat()
     with path.open("r+b") as file:
@@ -174,7 +194,7 @@ def flip(source: Path) -> None:
 
 
 def replaced(source: Path) -> None:
-    """The shard is replaced by another of the same tensors."""
+    """Replace the shard by another with the same tensors."""
     other = write_checkpoint(
         source.parent / "other", make_tiny_config("llama", num_hidden_layers=1), seed=1
     )
@@ -182,7 +202,7 @@ def replaced(source: Path) -> None:
 
 
 def tokenizer(source: Path) -> None:
-    """A file that is only carried over."""
+    """Change a file that a build only copies."""
     with (source / "tokenizer_config.json").open("a") as file:
         file.write("\n")
 
@@ -192,10 +212,10 @@ CHANGES = {"a byte": flip, "a shard": replaced, "a file beside": tokenizer}
 
 @pytest.mark.parametrize("stage", ["source", "blocks"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_source_that_changes(
+def test_changed_source_is_detected(
     name: str, stage: str, tmp_path: Path, record_property: Record
 ) -> None:
-    """While its bytes are hashed, or behind the last block: found before the artifact has its name."""
+    """While its bytes are hashed, or after the last block: detected before the final rename."""
     source, output = small(tmp_path / "source"), tmp_path / "out"
     text = recipe(source, output, tmp_path).read_text(encoding="utf-8")
     changed: list[bool] = []
@@ -207,14 +227,19 @@ def test_a_source_that_changes(
 
     with pytest.raises(CheckpointError, match="expected files that stay as they are"):
         pipeline.build_artifacts(
-            parse_recipe(text, "r.yaml"), text, overwrite=False, evaluate=False, on_plan=lambda _: None, on_progress=tell
-        )  # fmt: skip
+            parse_recipe(text, "r.yaml"),
+            text,
+            overwrite=False,
+            evaluate=False,
+            planned=lambda _: None,
+            tell=tell,
+        )
     assert changed and not output.exists()
     record_property("fault", f"source changed, {name}, at {stage}")
 
 
-def test_a_source_that_was_only_touched(tmp_path: Path) -> None:
-    """Another time of change and the same bytes: read again, and good."""
+def test_touched_source_with_equal_bytes_is_accepted(tmp_path: Path) -> None:
+    """A new modification time with the same bytes: read again, and accepted."""
     source, output = small(tmp_path / "source"), tmp_path / "out"
     text = recipe(source, output, tmp_path).read_text(encoding="utf-8")
 
@@ -233,8 +258,10 @@ def test_a_source_that_was_only_touched(tmp_path: Path) -> None:
     assert verify_artifact(output).tensors > 0
 
 
-def test_the_message_of_a_faulty_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of the operating system where nobody expected one is a sentence too."""
+def test_unexpected_os_error_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unexpected error of the operating system is one message, too."""
 
     def broken(*_: object) -> None:
         raise OSError(5, "Input/output error", "/somewhere/file")
@@ -246,8 +273,8 @@ def test_the_message_of_a_faulty_disk(tmp_path: Path, monkeypatch: pytest.Monkey
     )
 
 
-def test_ctrl_c_while_it_is_being_imported(tmp_path):
-    """No traceback of an import that was cut off."""
+def test_ctrl_c_during_import_is_quiet(tmp_path):
+    """An interrupted import prints no traceback."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "class Cut:\n"

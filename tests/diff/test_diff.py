@@ -17,16 +17,16 @@ from support.diff_example import (
     EXPERT,
     N_TOKENS,
     SOURCE,
-    a_side,
-    answer,
-    b_side,
-    items,
-    report,
-    tokens,
+    make_answer,
+    make_items,
+    make_report,
+    make_side_a,
+    make_side_b,
+    make_tokens,
 )
 from support.paths import GOLDEN
-from support.report_large import large
-from support.report_variants import drawn
+from support.report_large import make_large_report
+from support.report_variants import render_to_text
 
 from quantkit.artifact.fidelity_schema import DistributionResult, Fidelity
 from quantkit.diff import render_text, tables
@@ -39,7 +39,7 @@ from quantkit.errors import NotComparable
 @pytest.fixture(scope="module")
 def diff() -> Diff:
     """B compared with A."""
-    return compare_sides(a_side(), b_side())
+    return compare_sides(make_side_a(), make_side_b())
 
 
 def with_text(side: Side, **changes: object) -> Side:
@@ -55,21 +55,21 @@ def with_text(side: Side, **changes: object) -> Side:
 # ------------------------------------------------------------------------------------------------------------- views
 
 
-def test_the_terminal_view_to_the_letter(diff: Diff) -> None:
-    assert drawn(render_text.render_terminal(diff)) == (GOLDEN / "diff.txt").read_text()
+def test_terminal_view_matches_golden_file(diff: Diff) -> None:
+    assert render_to_text(render_text.render_terminal(diff)) == (GOLDEN / "diff.txt").read_text()
 
 
-def test_the_markdown_view_to_the_letter(diff: Diff) -> None:
+def test_markdown_view_matches_golden_file(diff: Diff) -> None:
     assert render_text.render_markdown(diff) == (GOLDEN / "diff.md").read_text()
 
 
-def test_the_values_are_json_and_read_back(diff: Diff) -> None:
+def test_values_round_trip_through_json(diff: Diff) -> None:
     text = json.dumps(diff.model_dump(mode="json"), allow_nan=False)
     assert Diff.model_validate(json.loads(text)) == diff
 
 
-def test_nothing_differs_from_itself() -> None:
-    found = compare_sides(a_side(), a_side())
+def test_diff_of_a_side_with_itself_is_empty() -> None:
+    found = compare_sides(make_side_a(), make_side_a())
     assert (
         found.recipe,
         found.decisions,
@@ -80,7 +80,7 @@ def test_nothing_differs_from_itself() -> None:
     ) == ((),) * 6
     assert {row.verdict for row in found.benchmarks} == {"not resolved (n = 60, detectable 4.7 pp)"}
     assert {row.shift for row in (*found.modules, *found.blocks, *found.routers)} == {0.0}
-    assert "The weight files of both are the same bytes." in found.notes
+    assert "The weight files of both are identical." in found.notes
     assert {row.resolved for row in found.distribution if row.difference} == {"not resolved"}
     assert tables.make_module_table(found, 10).rows == ()
 
@@ -88,7 +88,7 @@ def test_nothing_differs_from_itself() -> None:
 # ---------------------------------------------------------------------------------------------------- recipe, tensors
 
 
-def test_recipe_keys_are_told_once(diff: Diff) -> None:
+def test_inherited_recipe_keys_are_listed_once(diff: Diff) -> None:
     """What the rule takes over from `quantize` is not told a second time."""
     assert [(row.key, row.a, row.b) for row in diff.recipe] == [
         ("quantize.method", "awq", "rtn"),
@@ -105,16 +105,18 @@ def test_plans_are_compared_key_by_key(diff: Diff) -> None:
     ]
 
 
-def test_a_rule_that_changed_by_itself_is_told() -> None:
-    other = b_side()
+def test_change_of_one_rule_is_listed() -> None:
+    other = make_side_b()
     rules = [
         {"label": "rules[0]", "match": "*", "quantize": {"method": "rtn", "bits": 8}, "keep": None}
     ]
-    found = compare_sides(a_side(), replace(other, recipe={**(other.recipe or {}), "rules": rules}))
+    found = compare_sides(
+        make_side_a(), replace(other, recipe={**(other.recipe or {}), "rules": rules})
+    )
     assert ("rules[0].quantize.bits", "4", "8") in [(row.key, row.a, row.b) for row in found.recipe]
 
 
-def test_tensors_added_removed_and_stored_otherwise(diff: Diff) -> None:
+def test_tensor_changes_are_grouped(diff: Diff) -> None:
     folded = EXPERT.format("{0-1}")
     assert diff.tensors == (
         TensorGroup(change="removed", a="I32", b="none", count=2, names=(f"{folded}.qweight",)),
@@ -128,10 +130,10 @@ def test_tensors_added_removed_and_stored_otherwise(diff: Diff) -> None:
     ]
 
 
-def test_reports_alone_tell_schemes_instead_of_plans() -> None:
+def test_reports_without_plans_compare_schemes() -> None:
     sides = [
         Side(name=name, kind="report", fidelity=side.fidelity)
-        for name, side in (("a", a_side()), ("b", b_side()))
+        for name, side in (("a", make_side_a()), ("b", make_side_b()))
     ]
     found = compare_sides(*sides)
     assert [(row.change, row.a, row.b, row.count) for row in found.decisions] == [
@@ -140,14 +142,14 @@ def test_reports_alone_tell_schemes_instead_of_plans() -> None:
     ]
     assert found.tensors == () and found.recipe == () and found.flips == ()
     assert [(row.task, row.a, row.b, row.verdict) for row in found.benchmarks] == [
-        ("tiny-v3-math", 0.82, 0.82, "not paired: no samples beside fidelity.json"),
+        ("tiny-v3-math", 0.82, 0.82, "not paired: no samples with fidelity.json"),
     ]
     assert all(row.difference is None for row in found.distribution)
-    assert sum("is a fidelity.json alone" in note for note in found.notes) == 2
+    assert sum("is a single fidelity.json" in note for note in found.notes) == 2
     assert "no interval" in tables.make_distribution_table(found).note
 
 
-def test_sizes(diff: Diff) -> None:
+def test_sizes_of_both_sides(diff: Diff) -> None:
     rows = {row.name: (row.a, row.b) for row in diff.sizes}
     assert rows["weights"] == (6_412_345, 5_100_000)
     assert rows["the whole folder"] == (6_413_245, 5_100_900)
@@ -173,9 +175,11 @@ def test_benchmarks_are_paired_and_agree_with_scipy(diff: Diff) -> None:
     assert (row.source, row.a, row.b, row.verdict) == (0.75, 0.75, 0.55, "worse")
 
 
-def test_flips_come_with_both_answers_the_lost_ones_first() -> None:
-    b = replace(b_side(), items=items([0.0, *A_SCORES[1:-4], 1.0, *A_SCORES[-3:]], SOURCE))
-    found = compare_sides(a_side(), b)
+def test_flips_have_both_answers_and_lost_items_first() -> None:
+    b = replace(
+        make_side_b(), items=make_items([0.0, *A_SCORES[1:-4], 1.0, *A_SCORES[-3:]], SOURCE)
+    )
+    found = compare_sides(make_side_a(), b)
     assert [(flip.item, flip.lost, flip.a.text, flip.b.text) for flip in found.flips] == [
         (0, True, "It is 0", "It is 1"),
         (56, False, "It is 57", "It is 56"),
@@ -186,17 +190,19 @@ def test_flips_come_with_both_answers_the_lost_ones_first() -> None:
     )  # fmt: skip
 
 
-def test_other_words_with_the_same_score_are_counted() -> None:
-    b, key = a_side(), ("tiny-v3-math", "answer", 5)
+def test_reworded_answers_are_counted() -> None:
+    b, key = make_side_a(), ("tiny-v3-math", "answer", 5)
     assert b.items is not None
-    changed = {**b.items, key: replace(b.items[key], answer=answer("Surely 5", 1.0))}
-    assert compare_sides(a_side(), replace(b, items=changed)).reworded == 1
+    changed = {**b.items, key: replace(b.items[key], answer=make_answer("Surely 5", 1.0))}
+    assert compare_sides(make_side_a(), replace(b, items=changed)).reworded == 1
 
 
 def pick(values: Any, domain: str) -> list[float]:
     """The values of a domain's tokens."""
     return [
-        v for v, name in zip(values, tokens(1.0).domains, strict=True) if domain in ("all", name)
+        v
+        for v, name in zip(values, make_tokens(1.0).domains, strict=True)
+        if domain in ("all", name)
     ]
 
 
@@ -206,7 +212,10 @@ def test_token_differences_agree_with_scipy(domain: str) -> None:
     rows = [{"domain": name, "tokens": N_TOKENS if name == "all" else 400, "kl_mean": {"value": 0.1},
              "ppl_artifact": {"value": 3.0}, "top1": {"value": 0.9}, "mean_delta_p": {"value": 0.0}}
             for name in ("all", "math")]  # fmt: skip
-    a, b = (replace(side, fidelity=report(distribution=rows)) for side in (a_side(), b_side()))
+    a, b = (
+        replace(side, fidelity=make_report(distribution=rows))
+        for side in (make_side_a(), make_side_b())
+    )
     assert a.tokens is not None and b.tokens is not None
     found = {row.figure: row for row in compare_sides(a, b).distribution if row.domain == domain}
     z = stats.norm.ppf(0.975)
@@ -231,7 +240,7 @@ def test_token_differences_agree_with_scipy(domain: str) -> None:
 
 def test_gold_solutions_are_paired_and_agree_with_scipy(diff: Diff) -> None:
     (row,) = diff.likelihood
-    first, second = a_side().solutions or {}, b_side().solutions or {}
+    first, second = make_side_a().solutions or {}, make_side_b().solutions or {}
     change = [second[key].value - first[key].value for key in first]
     assert row.difference is not None and row.difference.ci is not None
     half = float(stats.norm.ppf(0.975) * stats.sem(change))
@@ -244,23 +253,23 @@ def test_gold_solutions_are_paired_and_agree_with_scipy(diff: Diff) -> None:
         -0.54,
         "worse",
     )
-    alone = compare_sides(replace(a_side(), solutions=None), b_side()).likelihood[0]
+    alone = compare_sides(replace(make_side_a(), solutions=None), make_side_b()).likelihood[0]
     assert (alone.difference, alone.n, alone.b) == (None, 20, -0.54)
 
 
-def test_two_that_learned_from_nothing_are_not_told_to_differ() -> None:
+def test_two_uncalibrated_sides_have_no_calibration_note() -> None:
     sides = [
         replace(s, fidelity=s.fidelity.model_copy(update={"calibration": None}))
-        for s in (a_side(), b_side())
+        for s in (make_side_a(), make_side_b())
     ]
     assert not any("calibration" in note for note in compare_sides(*sides).notes)
 
 
-def test_all_tasks_are_put_together() -> None:
+def test_all_tasks_are_pooled() -> None:
     """Items of two tasks count as one sample, and each task keeps its own line."""
     a, b = (
-        replace(side, items={**(side.items or {}), **items(scores[:30], SOURCE[:30], "code")})
-        for side, scores in ((a_side(), A_SCORES), (b_side(), B_SCORES))
+        replace(side, items={**(side.items or {}), **make_items(scores[:30], SOURCE[:30], "code")})
+        for side, scores in ((make_side_a(), A_SCORES), (make_side_b(), B_SCORES))
     )
     rows = {row.task: row for row in compare_sides(a, b).benchmarks}
     assert list(rows) == ["tiny-v3-math", "code", "all tasks"]
@@ -270,10 +279,10 @@ def test_all_tasks_are_put_together() -> None:
     )
 
 
-def test_a_token_that_is_not_finite_leaves_no_difference() -> None:
-    bad = tokens(0.004, seed=2)
-    b = replace(b_side(), tokens=replace(bad, kl=[float("inf"), *list(bad.kl)[1:]]))
-    found = {(row.domain, row.figure): row for row in compare_sides(a_side(), b).distribution}
+def test_non_finite_token_gives_no_difference() -> None:
+    bad = make_tokens(0.004, seed=2)
+    b = replace(make_side_b(), tokens=replace(bad, kl=[float("inf"), *list(bad.kl)[1:]]))
+    found = {(row.domain, row.figure): row for row in compare_sides(make_side_a(), b).distribution}
     assert (
         found["all", "kl_mean"].difference is None and found["all", "top1"].difference is not None
     )
@@ -283,7 +292,7 @@ def test_a_token_that_is_not_finite_leaves_no_difference() -> None:
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
-def test_modules_are_ordered_by_how_far_their_error_moved(diff: Diff) -> None:
+def test_modules_are_sorted_by_error_shift(diff: Diff) -> None:
     assert [(row.name, row.by, round(row.shift or 0, 4)) for row in diff.modules] == [
         (EXPERT.format(0), "outputs", 0.1588),
         (EXPERT.format(1), "outputs", -0.0434),
@@ -292,13 +301,13 @@ def test_modules_are_ordered_by_how_far_their_error_moved(diff: Diff) -> None:
     assert diff.modules[2].a == 0.0  # kept in A
 
 
-def test_other_calibration_text_leaves_the_weights() -> None:
-    b = b_side()
+def test_different_calibration_texts_compare_weight_errors() -> None:
+    b = make_side_b()
     found = compare_sides(
-        a_side(), replace(b, fidelity=b.fidelity.model_copy(update={"calibration": None}))
+        make_side_a(), replace(b, fidelity=b.fidelity.model_copy(update={"calibration": None}))
     )
     assert {row.by for row in found.modules} == {"weights"}
-    assert any(note.startswith(f"{b.name} learned from no text, so") for note in found.notes)
+    assert any(note.startswith(f"{b.name} used no calibration text, so") for note in found.notes)
 
 
 # ------------------------------------------------------------------------------------------------- what is comparable
@@ -350,7 +359,7 @@ REFUSED: Mapping[str, tuple[Change, str, tuple[str, ...]]] = {
     "source": (
         other_source,
         r"first was made from builtin:tiny-v3 \(5f5f.*\), second was made from org/other \(9999.*\): figures against "
-        r"different sources do not compare",
+        r"different sources are not comparable",
         ("distribution", "benchmarks", "blocks", "modules", "routers", "flips"),
     ),
     "weights": (
@@ -361,48 +370,48 @@ REFUSED: Mapping[str, tuple[Change, str, tuple[str, ...]]] = {
     "text": (
         other_text,
         r"first was measured on tiny-v3-heldout \(cdcdcdcdcdcd, 20 x 512 tokens\), second .*: distributions on "
-        r"different text do not compare",
+        r"different texts are not comparable",
         ("distribution", "blocks", "routers"),
     ),
     "windows": (
         fewer_windows,
-        r".*10 x 512 tokens\): distributions on different text",
+        r".*10 x 512 tokens\): distributions on different texts",
         ("distribution", "blocks"),
     ),
     "prompt": (
         other_prompt,
-        r"tiny-v3-math: the prompt of item 7 is not the same in first and second \(prompt_hash differs\): the "
-        r"scores do not compare",
+        r"tiny-v3-math: the prompt of item 7 differs between first and second \(prompt_hash differs\): the "
+        r"scores are not comparable",
         ("flips",),
     ),
     "data": (
         other_data,
-        r"tiny-v3-math: first was asked other data \(1212.*\) than second \(2121.*\)",
+        r"tiny-v3-math: first was tested on other data \(1212.*\) than second \(2121.*\)",
         ("flips", "likelihood"),
     ),
     "solutions": (
         other_solutions,
-        r"tiny-v3-math: first was asked other data",
+        r"tiny-v3-math: first was tested on other data",
         ("flips", "likelihood"),
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_compare_is_refused_in_a_sentence(case: str) -> None:
+def test_incomparable_sides_are_rejected_with_the_reason(case: str) -> None:
     change, sentence, _ = REFUSED[case]
     with pytest.raises(NotComparable) as caught:
-        compare_sides(a_side(), change(b_side()))
+        compare_sides(make_side_a(), change(make_side_b()))
     assert re.fullmatch(sentence + r".*; --partial compares the rest", str(caught.value))
     assert caught.value.exit_code == 1
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_the_rest_is_compared_when_asked(case: str) -> None:
+def test_partial_compares_the_rest(case: str) -> None:
     change, sentence, gone = REFUSED[case]
     found, whole = (
-        compare_sides(a_side(), change(b_side()), partial=True),
-        compare_sides(a_side(), b_side()),
+        compare_sides(make_side_a(), change(make_side_b()), partial=True),
+        compare_sides(make_side_a(), make_side_b()),
     )
     assert re.match(sentence, found.left_out[0])
     assert (
@@ -413,25 +422,28 @@ def test_the_rest_is_compared_when_asked(case: str) -> None:
     for name in gone:
         assert getattr(found, name) == () and getattr(whole, name) != (), name
     assert not any(row.delta_pp for row in found.benchmarks) or "flips" not in gone
-    assert "left out: " in drawn(
+    assert "left out: " in render_to_text(
         render_text.render_terminal(found)
     ) and "left out: " in render_text.render_markdown(found)
 
 
-def test_items_that_only_one_side_was_asked_are_counted() -> None:
-    found = compare_sides(a_side(), replace(b_side(), items=items(B_SCORES[:40], SOURCE[:40])))
+def test_items_of_one_side_only_are_counted() -> None:
+    found = compare_sides(
+        make_side_a(), replace(make_side_b(), items=make_items(B_SCORES[:40], SOURCE[:40]))
+    )
     assert found.benchmarks[0].n == 40
     assert "tiny-v3-math: 40 items are in both, 20 in one only." in found.notes
 
 
-def test_a_baseline_that_moved_is_told() -> None:
-    moved = tokens(0.004, seed=2)
+def test_changed_baseline_is_noted() -> None:
+    moved = make_tokens(0.004, seed=2)
     moved = replace(moved, nll_source=[x + 1e-3 for x in moved.nll_source])
     found = compare_sides(
-        a_side(), replace(b_side(), tokens=moved, items=items(B_SCORES, [0.0, *SOURCE[1:]]))
+        make_side_a(),
+        replace(make_side_b(), tokens=moved, items=make_items(B_SCORES, [0.0, *SOURCE[1:]])),
     )
     assert any("differ by up to 0.001 nats between the two builds" in note for note in found.notes)
-    assert any("scored otherwise on 1 items" in note for note in found.notes)
+    assert any("has other scores on 1 items" in note for note in found.notes)
 
 
 # ---------------------------------------------------------------------------------------------------- large, hostile
@@ -440,7 +452,7 @@ def test_a_baseline_that_moved_is_told() -> None:
 @pytest.fixture(scope="module")
 def large_sides() -> tuple[Side, Side]:
     """Two reports of DeepSeek-V3's size, with 600 items of which a third flipped."""
-    one = large()
+    one = make_large_report()
     modules = [
         m.model_copy(update={"output_relative_error": 0.01}) if m.method else m for m in one.modules
     ]
@@ -451,7 +463,7 @@ def large_sides() -> tuple[Side, Side]:
             name=n,
             kind="artifact",
             fidelity=f,
-            items=items([float(k % 3 > 0 or n == "a") for k in range(600)], many),
+            items=make_items([float(k % 3 > 0 or n == "a") for k in range(600)], many),
         )
         for n, f in (("a", one.model_copy(update={"benchmarks": ()})), ("b", two))
     ]
@@ -475,8 +487,8 @@ def hostile() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("text", list(hostile()), ids=["fence", "cell", "long"])
-def test_text_from_elsewhere_ends_nothing(text: str) -> None:
-    a, b = a_side(), b_side()
+def test_untrusted_text_is_escaped(text: str) -> None:
+    a, b = make_side_a(), make_side_b()
     assert a.items is not None and b.items is not None
     both = []
     for side in (a, b):
@@ -484,7 +496,7 @@ def test_text_from_elsewhere_ends_nothing(text: str) -> None:
         for key, item in (side.items or {}).items():
             score = item.answer.score if item.answer else 0.0
             changed[key] = replace(
-                item, prompt=text, target=text, answer=answer(f"{text}{score}", score)
+                item, prompt=text, target=text, answer=make_answer(f"{text}{score}", score)
             )
         both.append(replace(side, items=changed, name=text))
     found = compare_sides(*both)
@@ -506,16 +518,16 @@ def test_text_from_elsewhere_ends_nothing(text: str) -> None:
         and "<script" not in plain
         and "\n# x" not in plain
     )
-    assert "\x1b" not in drawn(render_text.render_terminal(found))
+    assert "\x1b" not in render_to_text(render_text.render_terminal(found))
 
 
-def test_an_answer_calls_nobody_and_links_nothing() -> None:
+def test_markdown_breaks_mentions_and_issue_links() -> None:
     """GitHub would read @name and #12 in a table; in a fence it does not."""
-    b = a_side()
+    b = make_side_a()
     key = ("tiny-v3-math", "answer", 5)
-    said = replace(answer("#12 @staticmethod", 0.0), outcome="@staticmethod #12 kl@math")
+    said = replace(make_answer("#12 @staticmethod", 0.0), outcome="@staticmethod #12 kl@math")
     found = compare_sides(
-        a_side(),
+        make_side_a(),
         replace(
             b,
             name="@team",
@@ -535,30 +547,33 @@ def test_an_answer_calls_nobody_and_links_nothing() -> None:
 
 def test_kl_of_a_source_is_zero_and_its_ratio_has_no_percent() -> None:
     """Nothing divides by the source's KL of 0."""
-    a = a_side()
+    a = make_side_a()
     rows = [
         DistributionResult.model_validate({**row.model_dump(), "kl_mean": {"value": 0.0}})
         for row in a.fidelity.distribution
     ]
     a = replace(a, fidelity=a.fidelity.model_copy(update={"distribution": tuple(rows)}))
-    assert "mean KL 0 -> 0.00400, higher beyond doubt" in tables.format_headline(
-        compare_sides(a, b_side())
+    assert "mean KL 0 -> 0.00400, significantly higher" in tables.format_headline(
+        compare_sides(a, make_side_b())
     )
 
 
-def test_tokens_that_the_report_does_not_count_are_not_paired() -> None:
+def test_tokens_of_another_count_are_not_paired() -> None:
     """Samples of another length than the report says are not those behind its figures."""
     rows = [{"domain": "all", "tokens": N_TOKENS + 1, "kl_mean": {"value": 0.1}}]
-    a, b = (replace(side, fidelity=report(distribution=rows)) for side in (a_side(), b_side()))
+    a, b = (
+        replace(side, fidelity=make_report(distribution=rows))
+        for side in (make_side_a(), make_side_b())
+    )
     assert [row.difference for row in compare_sides(a, b).distribution] == [None]
 
 
-def test_reports_of_a_model_that_measured_nothing_compare() -> None:
+def test_empty_reports_are_compared() -> None:
     bare = Fidelity.model_validate({
-        key: report().model_dump()[key] for key in ("artifact", "source")
+        key: make_report().model_dump()[key] for key in ("artifact", "source")
     })
     side = Side(name="bare", kind="report", fidelity=bare)
-    found = compare_sides(side, a_side())
+    found = compare_sides(side, make_side_a())
     assert (
         found.distribution == ()
         and tables.format_headline(found) == "Both have 6.41 MB of weights."

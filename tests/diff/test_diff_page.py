@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from support.browser_pages import NARROW, Tab, contrast, luminance
 from support.constants import CHROMIUM
-from support.diff_example import a_side, answer, b_side, items
-from support.report_large import large
+from support.diff_example import make_answer, make_items, make_side_a, make_side_b
+from support.report_large import make_large_report
 from support.report_pages import HOSTILE, LIMIT_BYTES, Page
 
 from quantkit.diff import page, tables
@@ -39,18 +39,18 @@ def rendered(a: Side, b: Side) -> str:
 @pytest.fixture(scope="module")
 def text() -> str:
     """The page of the example."""
-    return rendered(a_side(), b_side())
+    return rendered(make_side_a(), make_side_b())
 
 
 @pytest.fixture(scope="module")
 def big_sides() -> tuple[Side, Side]:
     """Two of DeepSeek-V3's size, 200 of 600 items flipped."""
-    one = large().model_copy(update={"benchmarks": ()})
+    one = make_large_report().model_copy(update={"benchmarks": ()})
     modules = [
         m.model_copy(update={"output_relative_error": 0.01}) if m.method else m for m in one.modules
     ]
     sides = [
-        Side(name=name, kind="artifact", fidelity=fidelity, items=items(scores, [1.0] * 600))
+        Side(name=name, kind="artifact", fidelity=fidelity, items=make_items(scores, [1.0] * 600))
         for name, fidelity, scores in (
             ("a", one, [1.0] * 600),
             (
@@ -66,13 +66,13 @@ def big_sides() -> tuple[Side, Side]:
 # -------------------------------------------------------------------------------------------------------------- text
 
 
-def test_the_page_shows_the_cells_of_every_table(text: str) -> None:
-    words, diff = Page(text).words, compare_sides(a_side(), b_side())
-    made = [
-        made for made in tables.make_tables(diff, page.ROWS) if made.title != "Items that flipped"
+def test_page_shows_the_cells_of_every_table(text: str) -> None:
+    words, diff = Page(text).words, compare_sides(make_side_a(), make_side_b())
+    shown = [
+        table for table in tables.make_tables(diff, page.ROWS) if table.title != "Flipped items"
     ]
-    assert len(made) == 14
-    for table in made:
+    assert len(shown) == 14
+    for table in shown:
         for row in table.rows:
             assert all(cell in words for cell in row if cell), (table.title, row)
 
@@ -80,10 +80,13 @@ def test_the_page_shows_the_cells_of_every_table(text: str) -> None:
 def test_sections_are_linked_and_lost_items_come_first(text: str) -> None:
     assert re.findall(r'<section id="(\w+)"', text) == re.findall(r'<li><a href="#(\w+)"', text)
     assert re.findall(r'data-outcome="(\w+)"', text) == ["lost"] * 12
-    assert tables.format_headline(compare_sides(a_side(), b_side())).replace("->", "-&gt;") in text
+    assert (
+        tables.format_headline(compare_sides(make_side_a(), make_side_b())).replace("->", "-&gt;")
+        in text
+    )
 
 
-def test_the_policy_names_the_two_scripts(text: str) -> None:
+def test_policy_names_the_two_scripts(text: str) -> None:
     """Nothing may be fetched and nothing else may run, as in the report."""
     found = Page(text)
     policy = next(
@@ -97,17 +100,17 @@ def test_the_policy_names_the_two_scripts(text: str) -> None:
     assert list(found.drawings["specs"]) == ["layers", "blocks", "kl"]
 
 
-def test_the_same_sides_are_the_same_bytes(text: str) -> None:
-    assert rendered(a_side(), b_side()) == text
+def test_page_is_reproducible(text: str) -> None:
+    assert rendered(make_side_a(), make_side_b()) == text
 
 
-def test_a_large_pair_stays_small(big_sides: tuple[Side, Side]) -> None:
+def test_page_of_a_large_pair_stays_small(big_sides: tuple[Side, Side]) -> None:
     made = rendered(*big_sides)
     assert len(made.encode()) < LIMIT_BYTES
-    assert made.count("<article") == 200 and "44,344 more; --json has all" in made
+    assert made.count("<article") == 200 and "44,344 more; all in --json" in made
 
 
-def test_hostile_text_stays_text() -> None:
+def test_page_escapes_hostile_text() -> None:
     clean = Page(rendered(*named("plain")))
     for hostile in HOSTILE:
         found = Page(rendered(*named(hostile)))
@@ -118,10 +121,12 @@ def test_hostile_text_stays_text() -> None:
 def named(word: str) -> tuple[Side, Side]:
     """Two sides in which all text from elsewhere is this one."""
     sides = []
-    for side in (a_side(), b_side()):
+    for side in (make_side_a(), make_side_b()):
         held = {
-            key: replace(item, prompt=word, target=word[:99], answer=answer(f"{word}{n}", float(n)))
-            for key, item in items([1.0] * 3, [1.0] * 3).items()
+            key: replace(
+                item, prompt=word, target=word[:99], answer=make_answer(f"{word}{n}", float(n))
+            )
+            for key, item in make_items([1.0] * 3, [1.0] * 3).items()
             for n in [(key[2] + (side.kind == "artifact" and side.name == "second")) % 2]
         }
         tensors = {f"{word}{n}": ("BF16", (n, 2 if side.name == "first" else 3)) for n in range(2)}
@@ -140,7 +145,7 @@ def named(word: str) -> tuple[Side, Side]:
 # ------------------------------------------------------------------------------------------------------------- plots
 
 
-def test_the_tail_counts_tokens_from_each_step_on() -> None:
+def test_tail_counts_tokens_at_or_above_each_step() -> None:
     kl = [1e-12, 1e-5, 1e-5, 3e-3, float("inf")]
     rows = {row["at"]: (row["share"], row["tokens"]) for row in compute_tail(kl, "A")}
     assert (rows[-9.0], rows[-5.25], rows[-4.75], rows[-2.75]) == (
@@ -152,7 +157,7 @@ def test_the_tail_counts_tokens_from_each_step_on() -> None:
     assert max(rows) == -2.75 and compute_tail([], "A") == []
 
 
-def test_layers_have_the_median_of_each_side() -> None:
+def test_layer_medians_of_both_sides() -> None:
     shifts = [
         ErrorShift(name=f"model.layers.{n}.up_proj", by="outputs", a=0.1, b=b, shift=None)
         for n, b in ((1, 0.3), (1, 0.5))
@@ -161,9 +166,9 @@ def test_layers_have_the_median_of_each_side() -> None:
     assert found == {(1, "A"): 0.1, (1, "B"): 0.4}
 
 
-def test_without_tokens_there_is_no_tail() -> None:
-    for a, there in ((replace(a_side(), tokens=None), False), (a_side(), True)):
-        assert ("kl" in Page(rendered(a, b_side())).drawings["specs"]) is there
+def test_page_without_tokens_has_no_tail_plot() -> None:
+    for a, there in ((replace(make_side_a(), tokens=None), False), (make_side_a(), True)):
+        assert ("kl" in Page(rendered(a, make_side_b())).drawings["specs"]) is there
 
 
 # ----------------------------------------------------------------------------------------------------------- browser
@@ -181,7 +186,7 @@ class TestInABrowser:
     pytestmark = in_browser
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
-    def test_it_is_drawn_sorted_and_searched_without_a_complaint(
+    def test_page_draws_sorts_and_searches(
         self, scheme: str, browser: Any, page_file: Path
     ) -> None:
         tab = Tab(browser, page_file, color_scheme=scheme)
@@ -205,11 +210,11 @@ class TestInABrowser:
         tab.context.close()
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
-    def test_words_can_be_read(self, scheme: str, browser: Any, page_file: Path) -> None:
+    def test_text_has_contrast(self, scheme: str, browser: Any, page_file: Path) -> None:
         tab = Tab(browser, page_file, color_scheme=scheme)
         background = tab.all("getComputedStyle(document.documentElement).backgroundColor")
         assert (luminance(background) > 0.5) == (scheme == "light")
-        told = tab.all("""['body', '.note', '.lead', 'td .tone.bad', '.parties small', '.parties .tone', 'mark',
+        told = tab.all("""['body', '.note', '.lead', 'td .tone.bad', '.models small', '.models .tone', 'mark',
             '#t-distribution .tone.open', 'thead button', 'summary', '.plot svg text'].map(name => {
                 let element = document.querySelector(name), style = getComputedStyle(element);
                 const colour = name.endsWith('text') ? style.fill : style.color, clear = 'rgba(0, 0, 0, 0)';
@@ -224,7 +229,7 @@ class TestInABrowser:
         assert weak == {} and len(told) == 11
         tab.context.close()
 
-    def test_a_phone_scrolls_one_way_only(
+    def test_narrow_page_scrolls_only_vertically(
         self, browser: Any, page_file: Path, tmp_path: Path
     ) -> None:
         (tmp_path / "long.html").write_text(rendered(*named("x" * 300)), encoding="utf-8")
@@ -234,7 +239,7 @@ class TestInABrowser:
             assert tab.faults == []
             tab.context.close()
 
-    def test_hostile_text_runs_nothing(self, browser: Any, tmp_path: Path) -> None:
+    def test_hostile_text_runs_no_script(self, browser: Any, tmp_path: Path) -> None:
         hostile = " ".join(HOSTILE).encode("utf-8", "ignore").decode()
         (tmp_path / "page.html").write_text(rendered(*named(hostile)), encoding="utf-8")
         tab = Tab(browser, tmp_path / "page.html")
@@ -244,7 +249,7 @@ class TestInABrowser:
         assert tab.faults == []
         tab.context.close()
 
-    def test_a_large_pair_is_drawn(
+    def test_large_pair_is_drawn(
         self, browser: Any, tmp_path: Path, big_sides: tuple[Side, Side]
     ) -> None:
         (tmp_path / "page.html").write_text(rendered(*big_sides), encoding="utf-8")
@@ -254,7 +259,7 @@ class TestInABrowser:
         tab.context.close()
 
 
-def test_headlines_of_hostile_names_are_escaped() -> None:
+def test_hostile_names_in_the_headline_are_escaped() -> None:
     made = rendered(*named("</main><b>"))
     assert escape("</main><b>") in made and "</main><b>" not in made
     assert json.dumps(Page(made).drawings)  # the data of the plots is whole

@@ -104,15 +104,18 @@ def test_local_and_served_model_give_the_same_items(folder, data):
 
     @torch.inference_mode()
     def logprobs(tokens: list[int]) -> list[tuple[float, float]]:
-        found = model(torch.tensor([tokens])).logits[0].log_softmax(-1)  # [tokens, vocabulary]
+        log_probs = model(torch.tensor([tokens])).logits[0].log_softmax(-1)  # [tokens, vocabulary]
         return [
-            (found[at, token].item(), found[at].max().item()) for at, token in enumerate(tokens[1:])
+            (log_probs[at, token].item(), log_probs[at].max().item())
+            for at, token in enumerate(tokens[1:])
         ]
 
     tasks = ["--tasks", "tiny-v3-math,mmlu_marketing", "--limit", "4", "--max-tokens", "40"]
-    here = run(str(folder), *tasks, "--output", "here", "--dtype", "float32", "--device-map", "cpu")
+    local = run(
+        str(folder), *tasks, "--output", "here", "--dtype", "float32", "--device-map", "cpu"
+    )
     with Server(answer=answer, logprobs=logprobs, piece=9999) as server:
-        there = run(
+        served = run(
             str(folder),
             *tasks,
             "--output",
@@ -135,12 +138,12 @@ def test_local_and_served_model_give_the_same_items(folder, data):
             its.score,
             its.outcome,
         )
-    assert [row["score"] for row in here["tasks"]] == [row["score"] for row in there["tasks"]]
-    chosen = [item for item in first if item.task == "mmlu_marketing"]
-    assert {item.response for item in chosen} <= {" A", " B", " C", " D"}
+    assert [row["score"] for row in local["tasks"]] == [row["score"] for row in served["tasks"]]
+    choices = [item for item in first if item.task == "mmlu_marketing"]
+    assert {item.response for item in choices} <= {" A", " B", " C", " D"}
     assert all(
         item.score == float(" ABCD".index(item.response.strip()) - 1 == int(item.target))
-        for item in chosen
+        for item in choices
     )
 
 
@@ -155,12 +158,15 @@ def test_artifact_is_compared_with_its_source_and_baseline_is_cached(built, data
     assert [row["task"] for row in first["comparison"]] == ["tiny-v3-math", "tiny-v3-code"]
     assert all(row["n"] == 3 for row in first["comparison"])
     for row in first["comparison"]:
-        told = next(
+        chunks = next(
             each
             for each in first["tasks"]
             if (each["task"], each["filter"]) == (row["task"], row["metric"])
         )
-        assert (row["truncated"][1], row["unparsed"][1]) == (told["truncated"], told["unparsed"])
+        assert (row["truncated"][1], row["unparsed"][1]) == (
+            chunks["truncated"],
+            chunks["unparsed"],
+        )
         assert len(row["truncated"]) == len(row["unparsed"]) == 2
     pairs = item_results.pair_items(
         *(
@@ -181,15 +187,15 @@ def test_artifact_is_compared_with_its_source_and_baseline_is_cached(built, data
         ),
     )
     assert run(str(built), *options, "--output", "second") == first
-    shown = CliRunner().invoke(
+    printed = CliRunner().invoke(
         main, ["eval", str(built), *options, "--output", "second", "--resume"]
     )
-    assert "Scores" in shown.stdout
-    assert "Benchmarks" in shown.stdout
+    assert "Scores" in printed.stdout
+    assert "Benchmarks" in printed.stdout
 
 
 def test_eval_refuses_another_source(built, folder, data):
-    said = run(
+    message = run(
         str(built),
         "--tasks",
         "tiny-v3-math",
@@ -201,18 +207,18 @@ def test_eval_refuses_another_source(built, folder, data):
         "x",
         code=1,
     )
-    assert "not the model that tiny was made from" in said
+    assert "not the model that tiny was made from" in message
     assert "expected an artifact" in run(
         str(folder), "--tasks", "tiny-v3-math", "--source", "--output", "x", code=2
     )
 
 
 def test_eval_names_tasks_that_cannot_run_and_runs_the_rest(folder, data):
-    said = run(
+    message = run(
         str(folder), "--tasks", "tiny-v3-math,gsm9k", "--limit", "2", "--max-tokens", "2000", code=1
     )
-    assert "gsm9k: no such task; did you mean gsm8k" in said
-    assert "do not fit into the model's context" in said
+    assert "gsm9k: no such task; did you mean gsm8k" in message
+    assert "do not fit into the model's context" in message
     result = CliRunner().invoke(
         main,
         [
@@ -234,7 +240,7 @@ def test_eval_names_tasks_that_cannot_run_and_runs_the_rest(folder, data):
 
 
 @pytest.mark.parametrize(
-    ("what", "tasks", "said"),
+    ("what", "tasks", "message"),
     [
         (None, "nosuch", "nosuch: no such task"),
         (None, "own/none.yaml", "'own/none.yaml': no such task"),
@@ -242,8 +248,10 @@ def test_eval_names_tasks_that_cannot_run_and_runs_the_rest(folder, data):
         ("./nope", "tiny-v3-math", "found './nope', which is none of these"),
     ],
 )
-def test_unknown_model_or_task_is_a_usage_error_and_writes_nothing(folder, data, what, tasks, said):
-    assert said in run(what or str(folder), "--tasks", tasks, "--output", "o", code=2)
+def test_unknown_model_or_task_is_a_usage_error_and_writes_nothing(
+    folder, data, what, tasks, message
+):
+    assert message in run(what or str(folder), "--tasks", tasks, "--output", "o", code=2)
     assert not (data / "o").exists()
 
 
@@ -267,7 +275,7 @@ def test_code_is_answered_but_not_judged_without_a_sandbox(folder, data, monkeyp
 
 
 def test_chat_template_is_required_and_applied(folder, data):
-    said = run(
+    message = run(
         str(folder),
         "--tasks",
         "tiny-v3-math",
@@ -278,7 +286,7 @@ def test_chat_template_is_required_and_applied(folder, data):
         "no",
         code=2,
     )
-    assert "expected a chat template in the model's tokenizer" in said
+    assert "expected a chat template in the model's tokenizer" in message
     run(
         str(folder),
         "--tasks",
@@ -373,14 +381,14 @@ def test_vllm_runs_in_chunks_and_its_absence_is_reported(folder, monkeypatch):
     monkeypatch.setattr(vllm_backend, "find_spec", lambda name: True)
     monkeypatch.setattr(vllm_backend, "CHUNK_SIZE", 2)
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=Engine))
-    told: list = []
+    chunks: list = []
     requests = [
         SimpleNamespace(args=(text, {"max_gen_toks": 4}), task_name="t")
         for text in ("a", "bb", "c")
     ]
-    vllm_backend.VllmBackend(folder, {"max_model_len": 64}).generate(requests, told.append)
-    assert [[at for at, _ in some] for some in told] == [[0, 1], [2]]
-    assert [(a.text, a.n_tokens, a.truncated) for some in told for _, a in some] == [
+    vllm_backend.VllmBackend(folder, {"max_model_len": 64}).generate(requests, chunks.append)
+    assert [[at for at, _ in some] for some in chunks] == [[0, 1], [2]]
+    assert [(a.text, a.n_tokens, a.truncated) for some in chunks for _, a in some] == [
         ("aa", 2, False),
         ("bbbb", 4, True),
         ("cc", 2, False),
@@ -397,13 +405,13 @@ def test_samples_follow_temperature_and_top_p():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).log_softmax(-1)
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
         choose = make_sampler([[1, 2]], temperature, top_p, seed=3)
-        drawn = torch.cat([choose(logits[None], [0])[0] for _ in range(4000)])
-        share = torch.bincount(drawn, minlength=4) / 4000
+        sampled_tokens = torch.cat([choose(logits[None], [0])[0] for _ in range(4000)])
+        frequency = torch.bincount(sampled_tokens, minlength=4) / 4000
         expected = (logits / temperature).softmax(-1)
         if top_p < 1:  # 0.64 and 0.24 make up 0.8; the others are cut
             expected = torch.where(torch.tensor([True, True, False, False]), expected, 0)
             expected /= expected.sum()
-        assert torch.allclose(share, expected, atol=4 * 0.5 / 4000**0.5)
+        assert torch.allclose(frequency, expected, atol=4 * 0.5 / 4000**0.5)
 
 
 def test_samples_depend_on_prompt_and_seed_not_on_the_batch():
@@ -419,10 +427,10 @@ def test_samples_depend_on_prompt_and_seed_not_on_the_batch():
             for step in logits[:, [0, 0]]
         ]
 
-    alone = draws([[1, 2]], 0, 7)
-    assert draws([[9], [1, 2]], 1, 7) == alone
-    assert draws([[1, 2]], 0, 8) != alone
-    assert draws([[1, 3]], 0, 7) != alone
+    unbatched = draws([[1, 2]], 0, 7)
+    assert draws([[9], [1, 2]], 1, 7) == unbatched
+    assert draws([[1, 2]], 0, 8) != unbatched
+    assert draws([[1, 3]], 0, 7) != unbatched
     assert torch.equal(state, torch.random.get_rng_state()), "no global generator is touched"
 
 
@@ -431,12 +439,12 @@ def test_samples_depend_on_prompt_and_seed_not_on_the_batch():
 
 
 def test_contradicting_options_are_refused():
-    for setup, said in (
+    for setup, message in (
         (EvaluationOptions(seeds=2), "--temperature"),
         (EvaluationOptions(backend="openai"), "--endpoint"),
         (EvaluationOptions(limit=0), "--limit"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             setup.check()
 
 
@@ -444,8 +452,8 @@ def test_mean_interval_equals_scipy():
     from scipy.stats import binomtest
 
     wilson = binomtest(3, 10).proportion_ci(method="wilson")
-    found = statistics.mean_interval([1.0] * 3 + [0.0] * 7)
-    assert (found.low, found.high) == pytest.approx((wilson.low, wilson.high))
+    log_probs = statistics.mean_interval([1.0] * 3 + [0.0] * 7)
+    assert (log_probs.low, log_probs.high) == pytest.approx((wilson.low, wilson.high))
     spread = statistics.mean_interval([0.25, 0.5, 0.75])
     assert (spread.low, spread.high) == pytest.approx((
         0.5 - 1.959964 * 0.25 / 3**0.5,

@@ -32,28 +32,28 @@ def test_hostile_program_is_contained(jail, program, monkeypatch):
     # If another limit must end the program, a slow machine needs time to reach it.
     seconds = 1 if {hostile.CPU, hostile.WALL} & set(program.reason) else 4
     started = time.monotonic()
-    (found,) = run_programs([Program(source=program.source, tests=tests)], jail, seconds)
+    (result,) = run_programs([Program(source=program.source, tests=tests)], jail, seconds)
     assert time.monotonic() - started < 20
-    assert found.passed == (program.tests is not None), found.reason
+    assert result.passed == (program.tests is not None), result.reason
     if program.reason:
-        assert any(reason in found.reason for reason in program.reason), found.reason
+        assert any(reason in result.reason for reason in program.reason), result.reason
 
 
 def test_tests_of_hostile_programs_can_pass(jail):
-    (found,) = run_programs([Program(source="def answer(): return 42", tests=hostile.WRONG)], jail)
-    assert found.passed, "else the table above would prove nothing"
+    (result,) = run_programs([Program(source="def answer(): return 42", tests=hostile.WRONG)], jail)
+    assert result.passed, "else the table above would prove nothing"
 
 
-def named(name: str) -> list[int]:
+def find_processes(name: str) -> list[int]:
     """Return the processes with that name."""
-    found = []
+    result = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if (folder / "comm").read_text().strip() == name:
-                found.append(int(folder.name))
+                result.append(int(folder.name))
         except OSError:
             continue
-    return found
+    return result
 
 
 @pytest.mark.parametrize(
@@ -62,12 +62,12 @@ def named(name: str) -> list[int]:
 def test_no_daemon_survives(jail, ending):
     name = f"qk-{os.getpid()}"
     source = hostile.DAEMON.replace("NAME", repr(name.encode())) + ending
-    (found,) = run_programs([Program(source=source, tests=hostile.WRONG)], jail, 1)
-    assert found.passed == ("answer" in ending), found.reason
+    (result,) = run_programs([Program(source=source, tests=hostile.WRONG)], jail, 1)
+    assert result.passed == ("answer" in ending), result.reason
     until = time.monotonic() + 5
-    while named(name) and time.monotonic() < until:
+    while find_processes(name) and time.monotonic() < until:
         time.sleep(0.02)
-    assert named(name) == []
+    assert find_processes(name) == []
 
 
 def test_program_may_define_sum_but_not_replace_helpers():
@@ -85,8 +85,8 @@ def answer(): return 6
         "assert sum([answer(), 1]) == 7",
         "assert math.isclose(answer(), 5)",
     )
-    found = run_programs([Program(source=source, tests=text) for text in tests], sandbox)
-    assert [outcome.passed for outcome in found] == [True, True, False]
+    result = run_programs([Program(source=source, tests=text) for text in tests], sandbox)
+    assert [outcome.passed for outcome in result] == [True, True, False]
 
 
 def test_objects_are_copied_between_program_and_tests():
@@ -125,8 +125,8 @@ except LookupError as error:
 else:
     raise ValueError
 """
-    (found,) = run_programs([Program(source=source, tests=tests)], sandbox)
-    assert found.reason == "passed"
+    (result,) = run_programs([Program(source=source, tests=tests)], sandbox)
+    assert result.reason == "passed"
 
 
 @pytest.mark.parametrize("machine", seccomp.AUDIT_ARCHES)
@@ -135,12 +135,12 @@ def test_syscall_numbers_equal_the_kernel_headers(machine):
     if not header.is_file():
         pytest.skip(f"{header} is not here (linux-libc-dev)")
     text, column = header.read_text(), list(seccomp.AUDIT_ARCHES).index(machine)
-    found = {
+    result = {
         name: int(number)
         for name, number in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", text)
     }
     expected = {name: numbers[column] for name, numbers in seccomp.DENIED_SYSCALLS.items()}
-    assert {name: found.get(name) for name in expected} == expected
+    assert {name: result.get(name) for name in expected} == expected
 
 
 def test_probe_refuses_a_kernel_without_pidfd_open(monkeypatch):

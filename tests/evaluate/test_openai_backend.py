@@ -71,9 +71,9 @@ def evaluate(server: Server, folder: Path, *options: str, code: int = 0):
     return json.loads(result.stdout) if code == 0 else result.stderr
 
 
-def refused(server: Server, folder: Path, *options: str) -> str:
+def run_failing(server: Server, folder: Path, *options: str) -> str:
     """Return the error of an evaluation that must fail, with tasks other than TASK."""
-    given = [
+    arguments = [
         "eval",
         "tiny",
         "--backend",
@@ -84,7 +84,7 @@ def refused(server: Server, folder: Path, *options: str) -> str:
         str(folder),
         *options,
     ]
-    result = CliRunner(catch_exceptions=False).invoke(main, given)
+    result = CliRunner(catch_exceptions=False).invoke(main, arguments)
     assert result.exit_code == 1, result.output
     return result.stderr
 
@@ -113,12 +113,16 @@ def test_every_server_fault_is_retried_without_loss_or_duplicates(chat, tmp_path
 
     with Server(answer=answer, fault=fault, pause=0.02) as server:
         options = ["--limit", str(limit), "--concurrency", "6", "--timeout", "0.8"]
-        found = evaluate(server, tmp_path / "out", *options, *(["--chat-template"] if chat else []))
+        results = evaluate(
+            server, tmp_path / "out", *options, *(["--chat-template"] if chat else [])
+        )
     items = read_items(tmp_path / "out" / "items.parquet")
     assert [item.doc_id for item in items] == list(range(limit))
     assert [item.response for item in items] == [answer(prompt, {}) for prompt in prompts]
     assert [item.score for item in items] == [float(bool(number(prompt) % 3)) for prompt in prompts]
-    assert found["tasks"][0]["score"] == sum(bool(number(prompt) % 3) for prompt in prompts) / limit
+    assert (
+        results["tasks"][0]["score"] == sum(bool(number(prompt) % 3) for prompt in prompts) / limit
+    )
     assert not any(item.truncated for item in items)
     assert [item.n_tokens for item in items] == [-(-len(item.response) // 3) for item in items], (
         "the server's own count"
@@ -136,8 +140,8 @@ def test_every_server_fault_is_retried_without_loss_or_duplicates(chat, tmp_path
         by_prompt.setdefault(record.prompt, []).append(record)
     waits = [
         after.at - before.at
-        for some in by_prompt.values()
-        for before, after in pairwise(some)
+        for same_prompt in by_prompt.values()
+        for before, after in pairwise(same_prompt)
         if before.fault == "429"
     ]
     assert waits
@@ -192,20 +196,20 @@ def test_killed_evaluation_resumes_and_repeats_no_request(tmp_path):
             "without --resume nothing is asked"
         )
         server.pause = 0.0
-        found = evaluate(server, folder, "--limit", str(limit), "--resume")
+        results = evaluate(server, folder, "--limit", str(limit), "--resume")
         stored = {hashed for hashed, _ in kept}
-        again = {record.prompt for record in server.records[sum(first.values()) :]}
-        assert len(again) == limit - len(kept)
-        assert not {hashlib.sha256(prompt.encode()).hexdigest() for prompt in again} & stored
-        assert (found["tasks"][0]["n"], len(rows(folder))) == (limit, limit)
-        asked = len(server.records)
-        assert evaluate(server, folder, "--limit", str(limit), "--resume") == found
+        repeated = {record.prompt for record in server.records[sum(first.values()) :]}
+        assert len(repeated) == limit - len(kept)
+        assert not {hashlib.sha256(prompt.encode()).hexdigest() for prompt in repeated} & stored
+        assert (results["tasks"][0]["n"], len(rows(folder))) == (limit, limit)
+        n_requests = len(server.records)
+        assert evaluate(server, folder, "--limit", str(limit), "--resume") == results
         assert evaluate(server, folder, "--limit", "5", "--resume")["tasks"][0]["n"] == 5
-        assert len(server.records) == asked, "a finished evaluation asks nothing"
+        assert len(server.records) == n_requests, "a finished evaluation asks nothing"
         evaluate(server, folder, "--limit", "5", "--resume", "--max-tokens", "30")
-        assert len(server.records) == asked + 5, "other settings are other questions"
+        assert len(server.records) == n_requests + 5, "other settings are other questions"
         evaluate(server, folder, "--limit", "5", "--resume", "--think-end", "</think>")
-        assert len(server.records) == asked + 10, "without stop strings it is another question"
+        assert len(server.records) == n_requests + 10, "without stop strings it is another question"
     with Server(answer=answer) as moved:
         assert evaluate(moved, folder, "--limit", "5", "--resume")["tasks"][0]["n"] == 5
         assert moved.records == [], "a server that moved is the same model"
@@ -215,11 +219,11 @@ def test_dead_server_is_one_error_and_keeps_complete_answers(tmp_path, monkeypat
     monkeypatch.setattr("quantkit.evaluate.openai_backend.INITIAL_BACKOFF", 0.01)
     bad = DOCS[6]["prompt"]
     with Server(answer=answer, fault=lambda name, nth: "503" if name == bad else "") as server:
-        said = evaluate(
+        message = evaluate(
             server, tmp_path / "out", "--limit", "12", "--concurrency", "1", "--tries", "3", code=1
         )
-        assert "no answer in 3 tries" in said
-        assert "--resume" in said
+        assert "no answer in 3 tries" in message
+        assert "--resume" in message
         assert len(rows(tmp_path / "out")) == 6
         assert server.asked[bad] == 3
         assert len(server.records) == 9, "nothing new is asked after a failure"
@@ -229,27 +233,27 @@ def test_dead_server_is_one_error_and_keeps_complete_answers(tmp_path, monkeypat
         )
         assert set(server.served().values()) == {1}
     with Server(answer=answer, fault=lambda name, nth: "html") as server:
-        said = evaluate(server, tmp_path / "page", "--limit", "2", "--tries", "2", code=1)
-        assert "the stream ended before the answer did" in said
-    gone = evaluate(
+        message = evaluate(server, tmp_path / "page", "--limit", "2", "--tries", "2", code=1)
+        assert "the stream ended before the answer did" in message
+    message = evaluate(
         server, tmp_path / "none", "--model", "tiny", "--limit", "1", "--tries", "2", code=1
     )
-    assert "no answer in 2 tries" in gone
+    assert "no answer in 2 tries" in message
 
 
 def test_refused_request_is_not_retried_and_key_is_redacted(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     with Server(answer=answer, key="sk-other") as server:
-        said = evaluate(server, tmp_path / "out", "--limit", "3", "--concurrency", "1", code=1)
-        assert "refused" in said
-        assert "secret" not in said
-        assert "***" in said
+        message = evaluate(server, tmp_path / "out", "--limit", "3", "--concurrency", "1", code=1)
+        assert "refused" in message
+        assert "secret" not in message
+        assert "***" in message
         assert len(server.records) == 1
         monkeypatch.setenv("MY_KEY", "sk-other")
-        found = evaluate(
+        results = evaluate(
             server, tmp_path / "out", "--limit", "3", "--key-variable", "MY_KEY", "--resume"
         )
-    assert "sk-" not in json.dumps(found)
+    assert "sk-" not in json.dumps(results)
     assert not any(b"sk-" in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 
@@ -260,22 +264,22 @@ def test_too_long_prompt_fails_only_its_task(tmp_path):
         answer=lambda prompt, body: RIGHT.get(prompt, ""),
         fault=lambda name, nth: "long" * (name == bad),
     ) as server:
-        said = evaluate(server, tmp_path / "out", *tasks, code=1)
-        assert "error: not run: tiny-v3-math" in said
+        message = evaluate(server, tmp_path / "out", *tasks, code=1)
+        assert "error: not run: tiny-v3-math" in message
         assert server.asked[bad] == 1
-    told = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert "maximum context length is 512 tokens" in told["not_run"]["tiny-v3-math"]
-    assert [row["n"] for row in told["tasks"]] == [5]
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "maximum context length is 512 tokens" in document["not_run"]["tiny-v3-math"]
+    assert [row["n"] for row in document["tasks"]] == [5]
     with Server(answer=answer, fault=lambda name, nth: "unknown") as server:
-        said = evaluate(server, tmp_path / "other", *tasks, code=1)
-        assert "refused" in said and "--resume" in said
+        message = evaluate(server, tmp_path / "other", *tasks, code=1)
+        assert "refused" in message and "--resume" in message
         assert len(server.records) == 1, "a model that is not there is asked nothing more"
 
 
 def test_served_model_is_detected_or_must_be_named(tmp_path):
     with Server(answer=answer, models=("a", "b")) as server:
-        said = evaluate(server, tmp_path / "out", "--limit", "2", code=2)
-        assert "expected one served model, found a, b; name one with --model" in said
+        message = evaluate(server, tmp_path / "out", "--limit", "2", code=2)
+        assert "expected one served model, found a, b; name one with --model" in message
         evaluate(server, tmp_path / "out", "--limit", "2", "--model", "b")
         assert {record.body["model"] for record in server.records} == {"b"}
 
@@ -285,7 +289,7 @@ def test_eval_averages_seeds_per_item(tmp_path):
         return RIGHT[prompt] if (number(prompt) + body["seed"]) % 4 < 2 else " No idea."
 
     with Server(answer=sampled) as server:
-        found = evaluate(
+        results = evaluate(
             server,
             tmp_path / "out",
             "--limit",
@@ -306,10 +310,10 @@ def test_eval_averages_seeds_per_item(tmp_path):
     ]
     assert [item.score for item in items] == pytest.approx(expected)
     assert {0 < item.score < 1 for item in items} == {True}
-    assert found["tasks"][0]["score"] == pytest.approx(sum(expected) / 10)
-    low, high = found["tasks"][0]["interval"]
+    assert results["tasks"][0]["score"] == pytest.approx(sum(expected) / 10)
+    low, high = results["tasks"][0]["interval"]
     assert low < sum(expected) / 10 < high
-    assert found["tasks"][0]["unparsed"] == pytest.approx(
+    assert results["tasks"][0]["unparsed"] == pytest.approx(
         sum((number(doc["prompt"]) + seed) % 4 >= 2 for seed in range(3) for doc in DOCS[:10]) / 30
     )
     for seed in range(3):
@@ -348,14 +352,14 @@ def test_baseline_is_compared_item_by_item(tmp_path):
     with Server(answer=lambda prompt, body: RIGHT[prompt]) as server:
         evaluate(server, tmp_path / "source", "--limit", "12")
         server.answer = answer
-        found = evaluate(
+        results = evaluate(
             server, tmp_path / "out", "--limit", "12", "--baseline", str(tmp_path / "source")
         )
-        (row,) = found["comparison"]
+        (row,) = results["comparison"]
         wrong = sum(not number(doc["prompt"]) % 3 for doc in DOCS[:12])
         assert (row["n"], row["lost"], row["gained"], row["source"]) == (12, wrong, 0, 1.0)
         assert (tmp_path / "out" / "pairs.parquet").is_file()
-        said = evaluate(
+        message = evaluate(
             server,
             tmp_path / "other",
             "--limit",
@@ -366,15 +370,15 @@ def test_baseline_is_compared_item_by_item(tmp_path):
             str(tmp_path / "source"),
             code=1,
         )
-        assert "max_tokens: expected 40 as in this evaluation, found None" in said
-        found = evaluate(
+        assert "max_tokens: expected 40 as in this evaluation, found None" in message
+        results = evaluate(
             server, tmp_path / "fewer", "--limit", "4", "--baseline", str(tmp_path / "source")
         )
-        assert [row["n"] for row in found["comparison"]] == [4], "the items that both have"
+        assert [row["n"] for row in results["comparison"]] == [4], "the items that both have"
         before = len(server.records)
         options = ("--tasks", "tiny-v3-code", "--baseline", str(tmp_path / "source"))
-        said = refused(server, tmp_path / "task", *options)
-        assert "expected one of the tasks tiny-v3-code, found tiny-v3-math" in said
+        message = run_failing(server, tmp_path / "task", *options)
+        assert "expected one of the tasks tiny-v3-code, found tiny-v3-math" in message
         assert "expected the folder of an evaluation" in evaluate(
             server, tmp_path / "x", "--baseline", "no", code=2
         )
@@ -383,17 +387,17 @@ def test_baseline_is_compared_item_by_item(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("localhost:8000", "expected http://HOST"),
         ("http://me:word@host/v1", "no user"),
         ("http://h/v1?key=1", "no user"),
     ],
 )
-def test_normalize_url_refuses_secrets_and_other_text(url, said):
+def test_normalize_url_refuses_secrets_and_other_text(url, message):
     from quantkit.evaluate.openai_backend import normalize_url
 
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         normalize_url(url)
 
 

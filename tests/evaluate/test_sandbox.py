@@ -19,18 +19,18 @@ from quantkit.io import package_data
 DATA = Path(os.environ.get("QUANTKIT_DATA", ROOT.parent / "shared" / "data"))
 
 
-def verdict(source: str, sandbox: Sandbox, tests: str = "pass", seconds: int = 1) -> ProgramResult:
+def run_one(source: str, sandbox: Sandbox, tests: str = "pass", seconds: int = 1) -> ProgramResult:
     return run_programs([Program(source=source, tests=tests)], sandbox, seconds)[0]
 
 
 def test_correct_program_passes_and_wrong_program_fails(jail):
     tests = "assert double(2) == 4"
-    assert verdict("def double(x):\n    return 2 * x", jail, tests) == ProgramResult(
+    assert run_one("def double(x):\n    return 2 * x", jail, tests) == ProgramResult(
         passed=True, reason="passed"
     )
-    assert verdict("def double(x):\n    return x", jail, tests).reason.startswith("AssertionError")
-    assert verdict("def double(x) return", jail, tests).reason.startswith("SyntaxError")
-    assert verdict("", jail, tests).reason == "NameError: name 'double' is not defined"
+    assert run_one("def double(x):\n    return x", jail, tests).reason.startswith("AssertionError")
+    assert run_one("def double(x) return", jail, tests).reason.startswith("SyntaxError")
+    assert run_one("", jail, tests).reason == "NameError: name 'double' is not defined"
 
 
 def test_probe_reports_the_jails_python(jail):
@@ -53,9 +53,9 @@ def test_probe_reports_the_jails_python(jail):
     ],
 )
 def test_program_that_does_not_finish_its_tests_fails(jail, source, reason):
-    found = verdict(source, jail)
-    assert not found.passed
-    assert reason in found.reason
+    result = run_one(source, jail)
+    assert not result.passed
+    assert reason in result.reason
 
 
 def test_sleeping_programs_and_fork_bombs_are_killed(jail):
@@ -80,17 +80,17 @@ for _ in range(200):
         break
     made += 1
 """
-    assert verdict(source, jail, f"assert made < {PROCESSES}, made").passed
+    assert run_one(source, jail, f"assert made < {PROCESSES}, made").passed
 
 
 def test_program_cannot_write_outside_its_tmp(jail, tmp_path):
     target = tmp_path / "planted"
     for path in (str(target), "/usr/planted", "/etc/planted", "/dev/shm/planted"):
-        found = verdict(f"open({path!r}, 'w').write('x')", jail)
-        assert not found.passed, path
+        result = run_one(f"open({path!r}, 'w').write('x')", jail)
+        assert not result.passed, path
     assert not target.exists()
     private = f"open('/tmp/quantkit-{os.getpid()}', 'w').write('x')"
-    assert verdict(private, jail).passed, "its own /tmp is writable"
+    assert run_one(private, jail).passed, "its own /tmp is writable"
     assert not Path(f"/tmp/quantkit-{os.getpid()}").exists()
 
 
@@ -99,7 +99,7 @@ def test_program_cannot_change_mounts(jail):
 import subprocess
 subprocess.run(['mount', '-o', 'remount,rw', '/usr'], check=True, stderr=-3)
 """
-    assert "CalledProcessError" in verdict(source, jail).reason
+    assert "CalledProcessError" in run_one(source, jail).reason
 
 
 def test_program_cannot_see_the_host(jail, monkeypatch):
@@ -107,32 +107,32 @@ def test_program_cannot_see_the_host(jail, monkeypatch):
     source = (
         "import os\nseen = os.environ.get('QUANTKIT_TEST_SECRET')\nplaces = set(os.listdir('/'))"
     )
-    assert verdict(source, jail, "assert seen is None").passed
-    assert verdict(
+    assert run_one(source, jail, "assert seen is None").passed
+    assert run_one(
         source, jail, "assert not places & {'home', 'root', 'etc', 'proc', 'var', 'sys'}, places"
     ).passed
-    assert not verdict("open('/proc/1/environ').read()", jail).passed
+    assert not run_one("open('/proc/1/environ').read()", jail).passed
 
 
 def test_program_has_no_network(jail):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        found = verdict(
+        result = run_one(
             f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)", jail
         )
-    assert not found.passed
-    assert "Error" in found.reason
+    assert not result.passed
+    assert "Error" in result.reason
 
 
 def test_programs_are_isolated_from_each_other(jail):
     leave = Program(source="open('/tmp/left', 'w').write('x')", tests="pass")
     look = Program(source="import os\nleft = os.path.exists('/tmp/left')", tests="assert not left")
-    assert all(found.passed for found in run_programs([leave, look, leave, look], jail, 2))
+    assert all(result.passed for result in run_programs([leave, look, leave, look], jail, 2))
 
 
 def test_results_keep_the_order_of_the_programs(jail):
     programs = [Program(source=f"x = {n}", tests=f"assert x % 2 == 0, {n}") for n in range(12)]
-    assert [found.passed for found in run_programs(programs, jail, 2)] == [
+    assert [result.passed for result in run_programs(programs, jail, 2)] == [
         n % 2 == 0 for n in range(12)
     ]
 
@@ -159,7 +159,7 @@ def test_probe_skips_a_sandbox_that_fails(tmp_path):
 # positive control
 
 
-def reference(
+def run_reference_solutions(
     task: str, solution: str, sandbox: Sandbox
 ) -> tuple[list[ProgramResult], list[ProgramResult]]:
     """Run every reference solution of a task, and 20 empty bodies."""
@@ -178,7 +178,7 @@ def reference(
     return run_programs(right, sandbox, loaded.code.seconds), run_programs(empty, sandbox, 2)
 
 
-def best() -> Sandbox:
+def require_sandbox() -> Sandbox:
     sandbox = probe_sandbox()
     if sandbox.kind == "none":
         pytest.skip(f"no sandbox: {sandbox.reason}")
@@ -186,27 +186,27 @@ def best() -> Sandbox:
 
 
 def test_reference_solutions_of_tiny_v3_pass():
-    right, empty = reference("tiny-v3-code", "canonical_solution", best())
-    assert {found.reason for found in right} == {"passed"}
+    right, empty = run_reference_solutions("tiny-v3-code", "canonical_solution", require_sandbox())
+    assert {result.reason for result in right} == {"passed"}
     assert len(right) == 100
-    assert not any(found.passed for found in empty)
+    assert not any(result.passed for result in empty)
 
 
 @pytest.mark.skipif(not (DATA / "humaneval").is_dir(), reason="HumanEval is not on this machine")
 def test_reference_solutions_of_humaneval_pass():
-    right, empty = reference("humaneval", "canonical_solution", best())
-    assert [found.reason for found in right if not found.passed] == []
+    right, empty = run_reference_solutions("humaneval", "canonical_solution", require_sandbox())
+    assert [result.reason for result in right if not result.passed] == []
     assert len(right) == 164
-    assert not any(found.passed for found in empty)
+    assert not any(result.passed for result in empty)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "mbpp").is_dir(), reason="MBPP is not on this machine")
 def test_reference_solutions_of_mbpp_pass():
-    right, empty = reference("mbpp", "code", best())
-    assert [found.reason for found in right if not found.passed] == []
+    right, empty = run_reference_solutions("mbpp", "code", require_sandbox())
+    assert [result.reason for result in right if not result.passed] == []
     assert len(right) == 500
-    assert not any(found.passed for found in empty)
+    assert not any(result.passed for result in empty)
 
 
 def test_shipped_data_has_all_items():

@@ -83,7 +83,7 @@ def pairs(name: str) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def whole(outcome: pipeline.BuildResult) -> dict[str, torch.nn.Module]:
+def models(outcome: pipeline.BuildResult) -> dict[str, torch.nn.Module]:
     """Load source and artifact in transformers, unpacked without quantkit's code."""
     source = package_data.locate_model("builtin:tiny-v3")
     sides = {
@@ -96,16 +96,16 @@ def whole(outcome: pipeline.BuildResult) -> dict[str, torch.nn.Module]:
 @pytest.mark.parametrize("side", ["source", "artifact"])
 @pytest.mark.parametrize("task", ["tiny-v3-math", "tiny-v3-code"])
 def test_likelihood_equals_whole_models(
-    outcome: pipeline.BuildResult, whole: dict, side: str, task: str
+    outcome: pipeline.BuildResult, models: dict, side: str, task: str
 ) -> None:
     """One item at a time, without padding; the solution's tokens follow the prompt's last word."""
     tokenizer = AutoTokenizer.from_pretrained(package_data.locate_model("builtin:tiny-v3"))
-    found = [row for row in scored(outcome) if row["task"] == task]
-    assert [row["doc_id"] for row in found] == list(range(ITEMS))
-    for row, (prompt, solution) in zip(found, pairs(task), strict=True):
+    solutions = [row for row in scored(outcome) if row["task"] == task]
+    assert [row["doc_id"] for row in solutions] == list(range(ITEMS))
+    for row, (prompt, solution) in zip(solutions, pairs(task), strict=True):
         ids = tokenizer(prompt + solution, return_tensors="pt").input_ids
         with torch.no_grad():
-            logs = whole[side](ids).logits[0, :-1].double().log_softmax(-1)
+            logs = models[side](ids).logits[0, :-1].double().log_softmax(-1)
         n = row["n_tokens"]
         assert tokenizer.decode(ids[0, -n:]).strip() == solution.strip()
         expected = float(logs.gather(1, ids[0, 1:, None])[-n:].mean())
@@ -113,11 +113,11 @@ def test_likelihood_equals_whole_models(
 
 
 @pytest.mark.parametrize("side", ["source", "artifact"])
-def test_likelihood_equals_lm_eval(outcome: pipeline.BuildResult, whole: dict, side: str) -> None:
+def test_likelihood_equals_lm_eval(outcome: pipeline.BuildResult, models: dict, side: str) -> None:
     """Math only: no token spans prompt and solution; lm-eval would split such a token."""
     tokenizer = AutoTokenizer.from_pretrained(package_data.locate_model("builtin:tiny-v3"))
-    judge = HFLM(pretrained=whole[side], tokenizer=tokenizer, batch_size=4, max_length=512)
-    asked = [
+    lm = HFLM(pretrained=models[side], tokenizer=tokenizer, batch_size=4, max_length=512)
+    requests = [
         Instance(
             request_type="loglikelihood",
             doc={},
@@ -127,11 +127,11 @@ def test_likelihood_equals_lm_eval(outcome: pipeline.BuildResult, whole: dict, s
         )
         for n, pair in enumerate(pairs("tiny-v3-math"))
     ]
-    expected = [total for total, _ in judge.loglikelihood(asked, disable_tqdm=True)]
-    found = [
+    expected = [total for total, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    solutions = [
         row[side] * row["n_tokens"] for row in scored(outcome) if row["task"] == "tiny-v3-math"
     ]
-    assert found == pytest.approx(expected, rel=1e-3, abs=2e-4)
+    assert solutions == pytest.approx(expected, rel=1e-3, abs=2e-4)
 
 
 def test_report_rows_summarize_the_items(outcome: pipeline.BuildResult) -> None:
@@ -200,13 +200,13 @@ def test_no_solutions_without_a_fidelity_text() -> None:
 def test_long_prompt_is_truncated_at_its_start() -> None:
     tokenizer = load_tokenizer(package_data.locate_model("builtin:tiny-v3"))
     prompt, solution = pairs("tiny-v3-math")[0]
-    whole, own = encode_continuation(tokenizer, prompt, solution, 512)
-    assert whole[0] == tokenizer.bos_token_id
-    assert tokenizer.decode(whole[1:]) == prompt + solution  # type: ignore[attr-defined]
-    assert tokenizer.decode(whole[-own:]) == solution  # type: ignore[attr-defined]
+    models, own = encode_continuation(tokenizer, prompt, solution, 512)
+    assert models[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(models[1:]) == prompt + solution  # type: ignore[attr-defined]
+    assert tokenizer.decode(models[-own:]) == solution  # type: ignore[attr-defined]
     cut, same = encode_continuation(tokenizer, prompt, solution, own + 4)
     assert (len(cut), same) == (own + 4, own)
-    assert cut == [whole[0], *whole[-own - 3 :]]
+    assert cut == [models[0], *models[-own - 3 :]]
     assert encode_continuation(tokenizer, prompt, solution, own) == ([], 0)
 
 
@@ -247,16 +247,16 @@ def test_build_does_not_import_lm_eval(tmp_path: Path) -> None:
 
 def test_sequences_are_sorted_with_their_items() -> None:
     tokenizer = load_tokenizer(package_data.locate_model("builtin:tiny-v3"))
-    found = solution_likelihood.tokenize_solutions(
+    solutions = solution_likelihood.tokenize_solutions(
         ["tiny-v3-math", "tiny-v3-code"], tokenizer, items=20, length=512
     )
-    assert len(found.items) == found.tokens.n_sequences == 40
-    assert list(found.tokens.lengths) == sorted(found.tokens.lengths, reverse=True)
-    for number, item in enumerate(found.items):
-        assert found.tokens.domains[number] == item.task
+    assert len(solutions.items) == solutions.tokens.n_sequences == 40
+    assert list(solutions.tokens.lengths) == sorted(solutions.tokens.lengths, reverse=True)
+    for number, item in enumerate(solutions.items):
+        assert solutions.tokens.domains[number] == item.task
         prompt, solution = pairs(item.task)[item.doc_id] if item.doc_id < ITEMS else (None, None)
         if prompt is not None and solution is not None:
-            ids = found.tokens.sequence(number).tolist()
+            ids = solutions.tokens.sequence(number).tolist()
             assert tokenizer.decode(ids[-item.n_tokens :]).strip() == solution.strip()  # type: ignore[attr-defined]
 
 
@@ -267,12 +267,12 @@ def test_task_given_by_path_is_reported_by_name(tmp_path: Path) -> None:
         (tmp_path / part).write_bytes((package_data.locate_folder("evals") / part).read_bytes())
     names = [str(tmp_path / "tiny-v3-math.yaml"), str(tmp_path / "absent.yaml")]
     tokenizer = load_tokenizer(package_data.locate_model("builtin:tiny-v3"))
-    found = solution_likelihood.tokenize_solutions(names, tokenizer, items=4, length=200)
-    made = [
+    solutions = solution_likelihood.tokenize_solutions(names, tokenizer, items=4, length=200)
+    scored_items = [
         solution_likelihood.ScoredSolution(solution=item, source=-1.0, artifact=-1.5 - item.doc_id)
-        for item in found.items
+        for item in solutions.items
     ]
-    first, second = solution_likelihood.make_likelihood_rows(names, found, made)
+    first, second = solution_likelihood.make_likelihood_rows(names, solutions, scored_items)
     assert (first.task, first.n, first.status) == ("tiny-v3-math", 4, "ok")
     assert (second.task, second.status) == ("absent", "not run") and "no such task" in second.reason
 
@@ -294,12 +294,12 @@ def test_unreadable_task_is_a_row_with_its_reason(
     )
     tokenizer = load_tokenizer(package_data.locate_model("builtin:tiny-v3"))
     names = ["broken.yaml", "silent.yaml", "tiny-v3-code"]
-    found = solution_likelihood.tokenize_solutions(names, tokenizer, items=2, length=512)
-    made = [
+    solutions = solution_likelihood.tokenize_solutions(names, tokenizer, items=2, length=512)
+    scored_items = [
         solution_likelihood.ScoredSolution(solution=item, source=-1.0, artifact=-1.5)
-        for item in found.items
+        for item in solutions.items
     ]
-    first, second = solution_likelihood.make_likelihood_rows(names, found, made)
+    first, second = solution_likelihood.make_likelihood_rows(names, solutions, scored_items)
     assert (first.task, first.status) == ("broken", "not run")
     assert "no_column" in first.reason
     assert (second.task, second.n, second.difference.value) == ("tiny-v3-code", 2, -0.5)  # type: ignore[union-attr]
@@ -311,14 +311,14 @@ def test_unreadable_task_is_a_row_with_its_reason(
 
 def report(*values: float | None) -> Fidelity:
     """Return a report with one task per value; None: not run."""
-    whole = Fidelity.model_validate(report_example.FIDELITY)
+    models = Fidelity.model_validate(report_example.FIDELITY)
     rows = [
         LikelihoodResult(task=f"t{n}", status="not run", reason="no data")
         if value is None
         else LikelihoodResult(task=f"t{n}", n=9, difference=Figure(value=value))
         for n, value in enumerate(values)
     ]
-    return whole.model_copy(update={"likelihood": tuple(rows)})
+    return models.model_copy(update={"likelihood": tuple(rows)})
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_plan_counts_solution_tokens() -> None:
 
 
 def test_likelihood_table_names_tasks_not_run() -> None:
-    made = tables.make_likelihood_table(report(-0.25, None))
-    assert [row[0] for row in made.rows] == ["t0", "t1"]
-    assert "t1 was not run: no data." in made.note
+    scored_items = tables.make_likelihood_table(report(-0.25, None))
+    assert [row[0] for row in scored_items.rows] == ["t0", "t1"]
+    assert "t1 was not run: no data." in scored_items.note
     assert tables.make_likelihood_table(report()).rows == ()

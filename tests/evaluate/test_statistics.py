@@ -39,19 +39,19 @@ def outcomes(both: int, lost: int, gained: int, neither: int) -> tuple[list[floa
 def test_wilson_equals_scipy(case):
     successes, n = case
     expected = scipy.stats.binomtest(successes, n).proportion_ci(method="wilson")
-    found = wilson_interval(successes, n)
-    assert isclose(found.low, expected.low, abs_tol=1e-12)
-    assert isclose(found.high, expected.high, abs_tol=1e-12)
+    result = wilson_interval(successes, n)
+    assert isclose(result.low, expected.low, abs_tol=1e-12)
+    assert isclose(result.high, expected.high, abs_tol=1e-12)
 
 
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_equals_statsmodels_at_any_level(case):
     for level in (0.8, 0.95, 0.999):
-        found, expected = (
+        result, expected = (
             wilson_interval(*case, level=level),
             proportion_confint(*case, alpha=1 - level, method="wilson"),
         )
-        assert (found.low, found.high) == pytest.approx(expected, abs=1e-12)
+        assert (result.low, result.high) == pytest.approx(expected, abs=1e-12)
 
 
 @given(st.integers(0, 500), st.integers(0, 500))
@@ -85,21 +85,23 @@ def test_mcnemar_equals_published_values(lost, gained, p):
 def test_paired_error_equals_scipy(pairs):
     first, second = zip(*pairs, strict=True)
     changes = [two - one for one, two in pairs]
-    found = paired_difference(first, second)
-    assert isclose(found.mean, sum(changes) / len(changes), abs_tol=1e-12)
+    result = paired_difference(first, second)
+    assert isclose(result.mean, sum(changes) / len(changes), abs_tol=1e-12)
     assert isclose(
-        found.standard_error, float(scipy.stats.sem(changes)), rel_tol=1e-6, abs_tol=1e-9
+        result.standard_error, float(scipy.stats.sem(changes)), rel_tol=1e-6, abs_tol=1e-9
     )
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=50))
 def test_paired_interval_equals_statsmodels(pairs):
     first, second = np.array(pairs).T
-    found, expected = (
+    result, expected = (
         paired_difference(first.tolist(), second.tolist()),
         DescrStatsW(second - first).zconfint_mean(),
     )
-    assert (found.interval.low, found.interval.high) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert (result.interval.low, result.interval.high) == pytest.approx(
+        expected, rel=1e-6, abs=1e-9
+    )
 
 
 @settings(max_examples=15, deadline=None)
@@ -116,21 +118,21 @@ def test_bootstrap_equals_scipy(seed, n, accuracy, flipped):
         method="percentile",
         rng=generator,
     )
-    found = bootstrap_interval(first.tolist(), second.tolist(), resamples=4000)
+    result = bootstrap_interval(first.tolist(), second.tolist(), resamples=4000)
     noise = (
         0.4 * expected.standard_error
     )  # of a 2.5 % quantile of 4,000 draws: six standard errors of it and more
-    assert found.low == pytest.approx(expected.confidence_interval.low, abs=noise + 1 / n)
-    assert found.high == pytest.approx(expected.confidence_interval.high, abs=noise + 1 / n)
+    assert result.low == pytest.approx(expected.confidence_interval.low, abs=noise + 1 / n)
+    assert result.high == pytest.approx(expected.confidence_interval.high, abs=noise + 1 / n)
 
 
 @given(st.integers(20, 5000), st.floats(0.005, 0.5), st.floats(0.5, 0.95))
 @settings(deadline=None, max_examples=40)
 def test_detectable_difference_equals_statsmodels(n, flips, power):
-    found = minimum_detectable_difference(flips, n, power=power)
+    result = minimum_detectable_difference(flips, n, power=power)
     # one sample of differences with variance `flips`, without the power in the wrong tail
     reached = NormalIndPower().power(
-        found / flips**0.5, nobs1=n, alpha=0.025, ratio=0, alternative="larger"
+        result / flips**0.5, nobs1=n, alpha=0.025, ratio=0, alternative="larger"
     )
     assert reached == pytest.approx(power, abs=1e-9)
 
@@ -142,8 +144,8 @@ def test_paired_proportions_interval_is_an_adjusted_wald_interval(lost, gained, 
     n = lost + gained + unchanged
     changes = np.array([-1.0] * (lost + 1) + [1.0] * (gained + 1) + [0.0] * unchanged)
     half = scipy.stats.norm.ppf(0.975) * changes.std(ddof=0) / len(changes) ** 0.5
-    found = paired_proportions_interval(lost, gained, n)
-    assert (found.low, found.high) == pytest.approx(
+    result = paired_proportions_interval(lost, gained, n)
+    assert (result.low, result.high) == pytest.approx(
         np.clip([changes.mean() - half, changes.mean() + half], -1, 1), abs=1e-12
     )
 
@@ -151,25 +153,25 @@ def test_paired_proportions_interval_is_an_adjusted_wald_interval(lost, gained, 
 def test_compare_scores_on_a_gsm8k_like_case():
     # 30 items lost and 18 gained of 1,319, with a baseline of 1,260 right answers
     first, second = outcomes(both=1230, lost=30, gained=18, neither=41)
-    found = compare_scores(first, second, smallest_recovery=0.99)
-    assert 100 * found.difference.mean == pytest.approx(-0.91, abs=0.005)
-    assert 100 * found.difference.standard_error == pytest.approx(0.52, abs=0.005)
-    assert 100 * found.recovery == pytest.approx(99.05, abs=0.005)
-    assert 100 * found.flips == pytest.approx(3.6, abs=0.05)
+    result = compare_scores(first, second, smallest_recovery=0.99)
+    assert 100 * result.difference.mean == pytest.approx(-0.91, abs=0.005)
+    assert 100 * result.difference.standard_error == pytest.approx(0.52, abs=0.005)
+    assert 100 * result.recovery == pytest.approx(99.05, abs=0.005)
+    assert 100 * result.flips == pytest.approx(3.6, abs=0.05)
     unpaired = (
-        found.baseline * (1 - found.baseline) + found.candidate * (1 - found.candidate)
-    ) / found.n
+        result.baseline * (1 - result.baseline) + result.candidate * (1 - result.candidate)
+    ) / result.n
     assert 100 * unpaired**0.5 == pytest.approx(0.84, abs=0.005), (
         "what throwing the pairing away would cost"
     )
-    share = found.baseline  # the worked interval of the difference, as a share of the baseline
-    assert 100 * found.recovery_interval.low == pytest.approx(100 - 1.97 / share, abs=0.1)
-    assert 100 * found.recovery_interval.high == pytest.approx(100 + 0.08 / share, abs=0.1)
+    share = result.baseline  # the worked interval of the difference, as a share of the baseline
+    assert 100 * result.recovery_interval.low == pytest.approx(100 - 1.97 / share, abs=0.1)
+    assert 100 * result.recovery_interval.high == pytest.approx(100 + 0.08 / share, abs=0.1)
     drawn = bootstrap_interval(first, second)
     assert 100 * drawn.low == pytest.approx(-1.97, abs=0.08)
     assert 100 * drawn.high == pytest.approx(0.08, abs=0.08)
-    assert found.verdict == "not resolved"
-    assert found.text == "not resolved (n = 1319, detectable 1.5 pp)"
+    assert result.verdict == "not resolved"
+    assert result.text == "not resolved (n = 1319, detectable 1.5 pp)"
 
 
 @pytest.mark.parametrize(
@@ -184,23 +186,23 @@ def test_detectable_difference_of_common_benchmarks(n, flips, half, detectable):
 def test_interval_without_flips_has_a_width():
     first, second = outcomes(both=250, lost=0, gained=0, neither=50)
     assert paired_difference(first, second).interval == Interval(low=0, high=0)
-    found = compare_scores(first, second, smallest_recovery=0.98)
-    assert found.difference.interval.low < 0 < found.difference.interval.high
-    assert found.verdict == "pass"
+    result = compare_scores(first, second, smallest_recovery=0.98)
+    assert result.difference.interval.low < 0 < result.difference.interval.high
+    assert result.verdict == "pass"
     assert compare_scores(first, second, smallest_recovery=0.999).verdict == "not resolved"
-    assert found.p_value == 1.0
+    assert result.p_value == 1.0
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40), st.integers(2, 40))
 def test_paired_interval_contains_the_difference_and_is_symmetric(both, lost, gained, neither):
     n = both + lost + gained + neither
-    found, mirrored = (
+    result, mirrored = (
         paired_proportions_interval(lost, gained, n),
         paired_proportions_interval(gained, lost, n),
     )
-    assert found.low <= (gained - lost) / (n + 2) <= found.high
-    assert isclose(found.low, -mirrored.high, abs_tol=1e-12)
+    assert result.low <= (gained - lost) / (n + 2) <= result.high
+    assert isclose(result.low, -mirrored.high, abs_tol=1e-12)
 
 
 def test_bonett_price_interval_has_its_coverage():
@@ -209,40 +211,40 @@ def test_bonett_price_interval_has_its_coverage():
     inside = 0
     for _ in range(400):
         drawn = generator.choices((-1, 1, 0), weights=(4, 2, 94), k=300)
-        found = paired_proportions_interval(drawn.count(-1), drawn.count(1), 300)
-        inside += found.low <= -0.02 <= found.high
+        result = paired_proportions_interval(drawn.count(-1), drawn.count(1), 300)
+        inside += result.low <= -0.02 <= result.high
     assert 0.93 <= inside / 400 <= 1.0
 
 
 def test_bootstrap_is_repeatable_and_near_the_normal_interval():
     first, second = outcomes(both=200, lost=20, gained=10, neither=70)
-    found = bootstrap_interval(first, second, seed=3)
+    result = bootstrap_interval(first, second, seed=3)
     assert (
-        found
+        result
         == bootstrap_interval(first, second, seed=3)
         != bootstrap_interval(first, second, seed=4)
     )
     normal = paired_difference(first, second).interval
-    assert found.low == pytest.approx(normal.low, abs=0.006)
-    assert found.high == pytest.approx(normal.high, abs=0.006)
+    assert result.low == pytest.approx(normal.low, abs=0.006)
+    assert result.high == pytest.approx(normal.high, abs=0.006)
 
 
 def test_recovery_interval_agrees_with_the_verdict():
     first, second = outcomes(both=200, lost=20, gained=10, neither=70)
-    found = compare_scores(first, second)
-    assert found.recovery == pytest.approx(210 / 220)
-    assert found.recovery_interval.low < found.recovery < found.recovery_interval.high
-    assert compare_scores(first, second, found.recovery_interval.low - 1e-9).verdict == "pass"
+    result = compare_scores(first, second)
+    assert result.recovery == pytest.approx(210 / 220)
+    assert result.recovery_interval.low < result.recovery < result.recovery_interval.high
+    assert compare_scores(first, second, result.recovery_interval.low - 1e-9).verdict == "pass"
     assert (
-        compare_scores(first, second, found.recovery_interval.low + 1e-9).verdict == "not resolved"
+        compare_scores(first, second, result.recovery_interval.low + 1e-9).verdict == "not resolved"
     )
 
 
 def test_recovery_interval_without_flips_has_a_width():
-    found = compare_scores([1.0] * 100, [1.0] * 100)
-    assert 100 * found.difference.interval.high == pytest.approx(2.72, abs=0.01)
-    assert 100 * found.recovery_interval.low == pytest.approx(100 - 2.72, abs=0.01)
-    assert 100 * found.recovery_interval.high == pytest.approx(100 + 2.72, abs=0.01)
+    result = compare_scores([1.0] * 100, [1.0] * 100)
+    assert 100 * result.difference.interval.high == pytest.approx(2.72, abs=0.01)
+    assert 100 * result.recovery_interval.low == pytest.approx(100 - 2.72, abs=0.01)
+    assert 100 * result.recovery_interval.high == pytest.approx(100 + 2.72, abs=0.01)
     averages = compare_scores([0.5, 0.75] * 50, [0.5, 0.75] * 50)
     assert averages.recovery_interval.low < 1 < averages.recovery_interval.high
 
@@ -258,35 +260,35 @@ def test_recovery_interval_has_its_coverage(n, baseline, lost, gained):
         drawn = generator.choices(
             kinds, weights=(baseline - lost, lost, gained, 1 - baseline - gained), k=n
         )
-        found = compare_scores(
+        result = compare_scores(
             [one for one, _ in drawn], [two for _, two in drawn]
         ).recovery_interval
-        inside += found is not None and found.low <= 1 + (gained - lost) / baseline <= found.high
+        inside += result is not None and result.low <= 1 + (gained - lost) / baseline <= result.high
     assert inside / 400 >= 0.93
 
 
 def test_zero_scores_on_both_sides_give_no_information():
-    found = compare_scores([0.0] * 50, [0.0] * 50)
-    assert found.verdict == found.text == "floor: no information"
-    assert found.recovery is None
-    assert found.recovery_interval is None
+    result = compare_scores([0.0] * 50, [0.0] * 50)
+    assert result.verdict == result.text == "floor: no information"
+    assert result.recovery is None
+    assert result.recovery_interval is None
 
 
 def test_broken_candidate_fails():
     first, second = outcomes(both=30, lost=200, gained=5, neither=65)
-    found = compare_scores(first, second, smallest_recovery=0.95)
-    assert found.verdict == "fail"
-    assert found.p_value < 1e-6
+    result = compare_scores(first, second, smallest_recovery=0.95)
+    assert result.verdict == "fail"
+    assert result.p_value < 1e-6
 
 
 def test_fractional_scores_are_compared_by_their_mean():
-    found = compare_scores([0.5, 0.75, 1.0, 0.25] * 20, [0.5, 0.75, 1.0, 0.3] * 20)
-    assert found.difference.mean == pytest.approx(0.0125)
+    result = compare_scores([0.5, 0.75, 1.0, 0.25] * 20, [0.5, 0.75, 1.0, 0.3] * 20)
+    assert result.difference.mean == pytest.approx(0.0125)
     normal = paired_difference([0.5, 0.75, 1.0, 0.25] * 20, [0.5, 0.75, 1.0, 0.3] * 20)
-    assert found.difference.standard_error == normal.standard_error
-    assert found.difference.interval.low == pytest.approx(normal.interval.low, abs=0.001)
-    assert found.difference.interval.high == pytest.approx(normal.interval.high, abs=0.001)
-    assert (found.lost, found.gained) == (0, 20)
+    assert result.difference.standard_error == normal.standard_error
+    assert result.difference.interval.low == pytest.approx(normal.interval.low, abs=0.001)
+    assert result.difference.interval.high == pytest.approx(normal.interval.high, abs=0.001)
+    assert (result.lost, result.gained) == (0, 20)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def offline(monkeypatch):
     return attempts
 
 
-def shorter(task: tasks.Task, tokens: int) -> tasks.Task:
+def limit_tokens(task: tasks.Task, tokens: int) -> tasks.Task:
     """Return the task with fewer tokens per answer, for a model that never stops."""
     kwargs = {**task.config["generation_kwargs"], "max_gen_toks": tokens}
     return replace(task, config={**task.config, "generation_kwargs": kwargs})
@@ -287,7 +287,7 @@ def test_shipped_tasks_run_on_local_rows(model, tokenizer, tmp_path, offline):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     loaded = [
-        shorter(task, 4) for task in tasks.load_tasks(["gsm8k", "humaneval", "mbpp"], tmp_path)
+        limit_tokens(task, 4) for task in tasks.load_tasks(["gsm8k", "humaneval", "mbpp"], tmp_path)
     ]
     items = task_runner.run_tasks(model, tokenizer, loaded, limit=1, jail=NO_SANDBOX)
     prompts = {item.task: item.prompt for item in items}
@@ -369,26 +369,28 @@ def test_greedy_equals_transformers_generate(front, shared, model, monkeypatch):
         [2] * (longest - len(prompt)) + prompt for prompt in prompts
     ])  # [5, longest]
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    enders = set(range(1, 768, 9))  # rows stop at different steps
+    eos_tokens = set(range(1, 768, 9))  # rows stop at different steps
     expected = model.generate(
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=24,
         do_sample=False,
-        eos_token_id=sorted(enders),
+        eos_token_id=sorted(eos_tokens),
         pad_token_id=2,
     )[:, longest:].tolist()
-    read = []
+    shapes = []
     count = model.register_forward_pre_hook(
-        lambda _, __, given: read.append(tuple(given["input_ids"].shape)), with_kwargs=True
+        lambda _, __, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
-    found = transformers_backend.decode(model, prompts, 2, 24, lambda tokens: tokens[-1] in enders)
+    decoded = transformers_backend.decode(
+        model, prompts, 2, 24, lambda tokens: tokens[-1] in eos_tokens
+    )
     count.remove()
-    assert read[: 1 + bool(shared)] == [*([(1, shared)] if shared else []), (5, longest - shared)]
-    assert len({len(row) for row in found}) > 1
-    for row, reference in zip(found, expected, strict=True):
+    assert shapes[: 1 + bool(shared)] == [*([(1, shared)] if shared else []), (5, longest - shared)]
+    assert len({len(row) for row in decoded}) > 1
+    for row, reference in zip(decoded, expected, strict=True):
         assert row == reference[: len(row)]
-        assert len(row) == 24 or row[-1] in enders
+        assert len(row) == 24 or row[-1] in eos_tokens
 
 
 def test_count_shared_tokens_stops_where_sharing_would_change_results(model):
@@ -418,11 +420,11 @@ def test_count_shared_tokens_stops_where_sharing_would_change_results(model):
     longer = [5, *prompt]
     with torch.inference_mode():
         output, _ = prefill(slides, [longer, longer[:-3]], 0)
-        alone = [
+        unbatched = [
             slides(torch.tensor([each]), logits_to_keep=1).logits[0]
             for each in (longer, longer[:-3])
         ]
-    torch.testing.assert_close(output.logits, torch.stack(alone))
+    torch.testing.assert_close(output.logits, torch.stack(unbatched))
 
 
 def test_stop_strings_end_an_answer_and_are_removed(tokenizer):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from external.real_model import against_peers, bench, texts, unpack
 from external.real_model.bench import Cost
-from external.real_model.measure import Judge
+from external.real_model.measure import ModelComparer
 from safetensors.torch import load_file, save_file
 from support.checkpoints import make_tiny_config, write_checkpoint
 
@@ -45,13 +45,13 @@ class Words:
 
 
 def test_the_first_windows_are_the_whole_texts_and_no_more() -> None:
-    head = texts.first(TEXT, Words(), 3, 20)
+    head = texts.cut_windows(TEXT, Words(), 3, 20)
     assert TEXT.startswith(head)
     assert len(head.split()) == 3 * 20 + texts.MARGIN
 
 
 def test_passages_begin_with_a_line_at_even_shares_of_the_text() -> None:
-    passages = texts.spread(TEXT, Words(), 4, 20)
+    passages = texts.cut_passages(TEXT, Words(), 4, 20)
     places = [TEXT.index(passage) for passage in passages]
     assert all(passage.startswith("line ") for passage in passages)
     assert places[0] == 0
@@ -60,7 +60,7 @@ def test_passages_begin_with_a_line_at_even_shares_of_the_text() -> None:
 
 def test_a_text_that_is_too_short_is_refused() -> None:
     with pytest.raises(SystemExit, match="expected a text of more than 264 tokens, found 54"):
-        texts.first(TEXT[:200], Words(), 2, 100)
+        texts.cut_windows(TEXT[:200], Words(), 2, 100)
 
 
 def test_the_sets_give_quantkit_the_windows_of_the_text(
@@ -95,14 +95,14 @@ def test_the_sets_give_quantkit_the_windows_of_the_text(
 def test_another_text_under_the_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("other")
     with pytest.raises(SystemExit, match="expected sha256 00, found .*Restore the file"):
-        texts.read(tmp_path, "x.txt", "00")
+        texts.read_text(tmp_path, "x.txt", "00")
 
 
 def test_without_wikitext_the_benchmark_says_that_it_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(texts, "wikitext", lambda: None)
-    assert bench.prepare(CHECKPOINT, tmp_path / "place") is None
+    monkeypatch.setattr(texts, "find_wikitext", lambda: None)
+    assert bench.prepare_bench(CHECKPOINT, tmp_path / "place") is None
     assert capsys.readouterr().out.startswith("skipped: wikitext-2 is not on this machine")
     assert not (tmp_path / "place").exists()
 
@@ -124,7 +124,7 @@ def test_the_reader_agrees_with_each_format(name: str, symmetric: bool, tmp_path
     )
     config = {"quantization_config": {"quant_method": name}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    [(module, found)] = unpack.dense_weights(tmp_path).items()
+    [(module, found)] = unpack.read_dense_weights(tmp_path).items()
     assert module == "model.a.weight"
     assert torch.equal(found, registry.get_format(name).dequantize(packed, scheme))
 
@@ -137,7 +137,7 @@ def test_the_second_version_of_gptq_stores_zeros_as_they_are() -> None:
         "scales": torch.ones(1, 8),
         "g_idx": torch.zeros(8, dtype=torch.int32),
     }
-    assert unpack.gptq(parts, {"checkpoint_format": "gptq_v2"})[0].tolist() == [
+    assert unpack.unpack_gptq(parts, {"checkpoint_format": "gptq_v2"})[0].tolist() == [
         7,
         6,
         5,
@@ -147,7 +147,7 @@ def test_the_second_version_of_gptq_stores_zeros_as_they_are() -> None:
         1,
         0,
     ]
-    assert unpack.gptq(parts, {"checkpoint_format": "gptq"})[0].tolist() == [
+    assert unpack.unpack_gptq(parts, {"checkpoint_format": "gptq"})[0].tolist() == [
         6,
         5,
         4,
@@ -180,7 +180,8 @@ def test_nf4_is_read_as_its_description_says(nested: bool) -> None:
         ),
     }
     assert np.array_equal(
-        unpack.nf4(parts, {}), 2 * np.concatenate([unpack.NF4, np.zeros(48)])[None].astype("f4")
+        unpack.unpack_nf4(parts, {}),
+        2 * np.concatenate([unpack.NF4, np.zeros(48)])[None].astype("f4"),
     )
 
 
@@ -199,7 +200,7 @@ def test_the_judge_finds_no_difference_to_the_source_and_one_to_a_changed_model(
         ("prose", torch.randint(3, 700, (20,), generator=torch.Generator().manual_seed(i)).tolist())
         for i in (0, 1)
     ]
-    judge = Judge(source, corpora.pack_tokens(rows))
+    judge = ModelComparer(source, corpora.pack_tokens(rows))
     same, other = judge.figures(source), judge.figures(changed)
     assert same["kl_mean"].n == other["kl_mean"].n == 2 * 19
     assert same["kl_mean"].value < 1e-9 and same["top1"].value == 1
@@ -222,14 +223,14 @@ def result(name: str, kl: float, cpu_s: float, peak: int) -> against_peers.Resul
 def test_the_goals_are_against_the_best_of_the_peers(
     kl: float, cpu_s: float, peak: int, reached: bool
 ) -> None:
-    others = against_peers.peers("a", "b")
+    others = against_peers.list_peers("a", "b")
     theirs = [
         result(peer.name, 0.2 + index / 10, 100 + index, 100 + index)
         for index, peer in enumerate(others)
     ]
     symmetric = result(against_peers.SYMMETRIC.name, kl, cpu_s, peak)
     ours = [result(build.name, 0.1, 20, 90) for build in against_peers.BUILDS[1:]]
-    rows, found = against_peers.against([symmetric, *ours, *theirs], others)
+    rows, found = against_peers.compare_with_peers([symmetric, *ours, *theirs], others)
     assert found is reached
     assert rows[0][1:4] == [f"{kl / 0.2:.3f}", f"{cpu_s / 100:.3f}", f"{peak / 100:.3f}"]
     assert rows[1][1] == f"{0.1 / 0.4:.3f}"  # its rival is the third peer
@@ -237,7 +238,7 @@ def test_the_goals_are_against_the_best_of_the_peers(
 
 def test_a_key_inside_one_that_is_replaced_goes_with_it() -> None:
     keys = {"calibration.set": "x", "calibration": "null", "fidelity.set": "y", "source.model": "m"}
-    assert bench.without_parents(keys) == {
+    assert bench.drop_keys_of_replaced(keys) == {
         "calibration": "null",
         "fidelity.set": "y",
         "source.model": "m",

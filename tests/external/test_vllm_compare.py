@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from external.vllm_cpu.compare import Answer, Step, compare, read_answers, write_answers
+from external.vllm_cpu.compare import Answer, Step, compare_answers, read_answers, write_answers
 
 
 def answer(
@@ -31,7 +31,7 @@ def ten(changed: Answer) -> tuple[list[Answer], list[Answer]]:
 
 
 def test_equal_answers_have_no_fault() -> None:
-    result = compare(*ten(REFERENCE))
+    result = compare_answers(*ten(REFERENCE))
     assert result.differences == () and result.faults == []
     assert result.margins == (0.0,) * 20  # the end is decided and does not count
     assert (
@@ -41,24 +41,24 @@ def test_equal_answers_have_no_fault() -> None:
 
 
 def test_a_near_tie_is_counted_and_forgiven() -> None:
-    result = compare(*ten(answer(SURE, (6, {6: -0.7, 5: -0.75}), END)))
+    result = compare_answers(*ten(answer(SURE, (6, {6: -0.7, 5: -0.75}), END)))
     assert result.faults == []
     assert result.lines()[1] == "near-tie: math/0, token 1, margin 0.300 nats"
 
 
 def test_too_many_near_ties_are_a_fault() -> None:
     reference, found = ten(answer(SURE, (6, {6: -0.7, 5: -0.75}), END))
-    result = compare(reference, [found[0], found[0], *found[2:]])
+    result = compare_answers(reference, [found[0], found[0], *found[2:]])
     assert result.faults == [
         "2 of 10 answers differ at a margin above 0.1 nats, expected at most 10%"
     ]
-    assert compare(reference, [found[0], found[0], *found[2:]], 0.31).faults == []
-    assert compare(reference, [found[0], found[0], *found[2:]], 0.29).faults != []
+    assert compare_answers(reference, [found[0], found[0], *found[2:]], 0.31).faults == []
+    assert compare_answers(reference, [found[0], found[0], *found[2:]], 0.29).faults != []
 
 
 def test_any_number_of_close_ties_is_forgiven() -> None:
     close = answer(SURE, (5, {5: -0.69, 6: -0.7}), END)
-    result = compare([close] * 10, [answer(SURE, (6, {6: -0.69, 5: -0.7}), END)] * 10)
+    result = compare_answers([close] * 10, [answer(SURE, (6, {6: -0.69, 5: -0.7}), END)] * 10)
     assert result.faults == [] and len(result.differences) == 10
 
 
@@ -79,13 +79,13 @@ def test_any_number_of_close_ties_is_forgiven() -> None:
     ids=["sure", "unlikely", "shorter", "prompt"],
 )
 def test_other_differences_are_faults(changed: Answer, told: str) -> None:
-    result = compare(*ten(changed))
+    result = compare_answers(*ten(changed))
     assert len(result.faults) == 1 and told in result.faults[0]
 
 
 def test_other_weights_with_the_same_text_are_a_fault() -> None:
     other = answer((3, {3: -0.01, 4: -4.3}), (5, {5: -0.5, 6: -1.1}), END)
-    result = compare([REFERENCE] * 10, [other] * 10)
+    result = compare_answers([REFERENCE] * 10, [other] * 10)
     assert result.differences == ()
     assert result.faults == [
         "margins moved by 0.300 nats in the median, expected at most 0.12: "

@@ -252,7 +252,7 @@ def test_awq_does_not_scale_fp8_weights(source: Path, tmp_path: Path) -> None:
     assert any(module.rescaled for module in experts if module.name.endswith("down_proj"))
     (warning,) = make_ct_plan(source, quantize=AWQ).warnings
     assert warning.startswith(
-        "1 inputs are not rescaled, because a linear that reads or makes them stays in FP8"
+        "1 inputs are not rescaled, because a linear that reads or produces them stays in FP8"
     )
 
 
@@ -299,7 +299,7 @@ def test_plan_distinguishes_fp8_from_bf16(source: Path) -> None:
 def test_format_without_fp8_keeps_bf16_with_warning(source: Path) -> None:
     plan = make_ct_plan(source, format="gptq")
     assert {d.keep for d in plan.decisions.values()} == {"source"}
-    assert plan.warnings == ("format gptq cannot hold FP8 blocks: what is kept is stored as BF16",)
+    assert plan.warnings == ("format gptq cannot hold FP8 blocks: kept weights are stored as BF16",)
     reasons = {row.role: row.reason for row in make.summarize_roles(plan)}
     assert (
         reasons["attention"]

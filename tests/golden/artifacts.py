@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 
 from quantkit import pipeline
-from quantkit.cli.main import BOUNDED, REPRODUCIBLE
 from quantkit.io.host import has_bfloat16_instructions
 from quantkit.io.package_data import locate_folder
+from quantkit.library_settings import BOUNDED, REPRODUCIBLE
 from quantkit.recipe.parse import parse_recipe
 
 HERE = Path(__file__).resolve().parent

@@ -15,7 +15,7 @@ from quantkit.errors import ArtifactError, CheckpointError, QuantkitError, Usage
 from quantkit.io import files, package_data
 
 
-def test_a_write_replaces_the_whole_file_or_nothing(
+def test_write_atomic_replaces_the_file_or_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x.json"
@@ -35,7 +35,7 @@ def test_a_write_replaces_the_whole_file_or_nothing(
     assert json.loads(path.read_text(encoding="utf-8")) == {"b": 1, "a": ["é"]}
 
 
-def test_what_a_user_names_as_output_stays_what_it_is(tmp_path: Path) -> None:
+def test_write_output_keeps_links_pipes_and_devices(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     files.write_output(tmp_path / "pipe", b"through")
@@ -60,7 +60,7 @@ def test_what_a_user_names_as_output_stays_what_it_is(tmp_path: Path) -> None:
     ]
 
 
-def test_reads_are_limited_and_name_the_file(tmp_path: Path) -> None:
+def test_reads_are_limited_and_errors_name_the_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"12345")
     assert files.read_bytes(path, 5) == b"12345"
@@ -83,7 +83,7 @@ def test_reads_are_limited_and_name_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
-def test_numbers_that_could_not_be_written_again(number: str) -> None:
+def test_parse_json_rejects_non_finite_numbers(number: str) -> None:
     with pytest.raises(
         CheckpointError, match=rf"x: expected finite numbers, found '{number}'; repair or fetch"
     ):
@@ -92,8 +92,8 @@ def test_numbers_that_could_not_be_written_again(number: str) -> None:
 
 
 @pytest.mark.parametrize("unit", ["[],", "{},", "1,", "[[[[]]]],"])
-def test_json_of_too_many_values_takes_no_memory(unit: str) -> None:
-    """Ten million of them take gigabytes: they are counted first."""
+def test_parse_json_rejects_too_many_values_without_memory(unit: str) -> None:
+    """Ten million values take gigabytes: they are counted before parsing."""
     text = b'{"a":[' + unit.encode() * 5_000_000 + b"1]}"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CheckpointError, match="x: expected at most 5,000,000 values, found "):
@@ -101,7 +101,7 @@ def test_json_of_too_many_values_takes_no_memory(unit: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000
 
 
-def test_free_space_is_told_when_that_is_the_cause(tmp_path: Path) -> None:
+def test_write_error_gives_free_space_only_if_disk_is_full(tmp_path: Path) -> None:
     full, broken = (
         str(files.make_write_error(tmp_path, OSError(n, os.strerror(n))))
         for n in (errno.EDQUOT, errno.EIO)
@@ -109,7 +109,7 @@ def test_free_space_is_told_when_that_is_the_cause(tmp_path: Path) -> None:
     assert "GB free); free some space" in full and "free" not in broken.removeprefix(str(tmp_path))
 
 
-def test_hash_and_free_space(tmp_path: Path) -> None:
+def test_sha256_file_and_get_free_bytes(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"quantkit" * 100_000)
     assert files.sha256_file(path) == hashlib.sha256(b"quantkit" * 100_000).hexdigest()
@@ -120,7 +120,7 @@ def test_hash_and_free_space(tmp_path: Path) -> None:
     assert files.get_free_bytes(tmp_path / "not" / "yet" / "there") > 0
 
 
-def test_messages_stay_short() -> None:
+def test_messages_are_shortened() -> None:
     assert files.shorten_repr("x" * 1000) == "'" + "x" * 39 + "..." + "x" * 16 + "'"
     assert files.join_faults(["a", "b"]) == "a\nb"
 
@@ -141,7 +141,7 @@ def test_package_data_is_found_in_a_wheel_and_in_the_repository(
     assert package_data.locate_folder("recipes") == package / "data" / "recipes"
 
 
-def test_built_in_models_are_listed_when_the_name_is_wrong(
+def test_wrong_builtin_model_lists_the_known_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(package_data, "_PACKAGE", tmp_path)
@@ -157,5 +157,6 @@ def test_built_in_models_are_listed_when_the_name_is_wrong(
     with pytest.raises(UsageError) as caught:
         package_data.locate_model("builtin:tiny_v4")
     assert str(caught.value) == (
-        "source.model: no built-in model 'builtin:tiny_v4'; did you mean builtin:tiny-v3? known: builtin:tiny-v3"
+        "source.model: no built-in model 'builtin:tiny_v4'; did you mean builtin:tiny-v3? known: "
+        "builtin:tiny-v3"
     )

@@ -46,7 +46,7 @@ ZERO, CONSTANT, TINY, HUGE, EMPTY = (
 )  # fmt: skip
 
 
-def changed(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+def change_checkpoint(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
     """Change the tensors of a checkpoint."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -69,7 +69,7 @@ def harden(tensors: dict[str, Tensor]) -> None:
 @pytest.fixture(scope="module")
 def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a BF16 llama with extreme weights."""
-    return changed(
+    return change_checkpoint(
         write_checkpoint(tmp_path_factory.mktemp("hard") / "source", make_tiny_config("llama")),
         harden,
     )
@@ -83,7 +83,7 @@ def modules(artifact: Path) -> dict[str, Any]:
 def weights(artifact: Path) -> dict[str, Tensor]:
     """Return every weight of the artifact, unpacked to float32."""
     model = load_model(artifact)
-    found = {}
+    tensors_by_name = {}
     for name, module in model.named_modules():
         if (
             hasattr(module, "weight")
@@ -96,8 +96,8 @@ def weights(artifact: Path) -> dict[str, Tensor]:
                 from bitsandbytes.functional import dequantize_4bit
 
                 weight = dequantize_4bit(weight.data, state)
-            found[name] = weight.detach().float()
-    return found
+            tensors_by_name[name] = weight.detach().float()
+    return tensors_by_name
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -116,22 +116,22 @@ def test_extreme_weights_give_finite_artifact_with_named_fallbacks(
     verify_artifact(out)
     for name, tensor in load_file(out / "model.safetensors").items():
         assert not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()), name
-    told, stored = modules(out), weights(out)
-    assert set(told) == set(stored)
+    records, stored = modules(out), weights(out)
+    assert set(records) == set(stored)
     for name in (ZERO, EMPTY):
-        assert "zero-group" in told[name]["fallbacks"]
+        assert "zero-group" in records[name]["fallbacks"]
     assert bool((stored[ZERO][:, :64] == 0).all()) and bool((stored[EMPTY] == 0).all())
     if method in (
         "rtn",
         "rtn_mse",
     ):  # GPTQ gives such columns a part of the others' errors, AWQ a scale
-        assert {"zero-group", "scale-clamped"} <= set(told[TINY]["fallbacks"])
+        assert {"zero-group", "scale-clamped"} <= set(records[TINY]["fallbacks"])
         assert bool((stored[TINY][:, :64] == 0).all())
     assert (
         float(stored[TINY][:, :64].abs().max()) < 0.1
     )  # NF4 stores scales in 8 bits over the matrix's range
-    if told[CONSTANT]["rescaled"]:  # its group is constant no more: no worse than others
-        assert told[CONSTANT]["relative_error"] < 0.2
+    if records[CONSTANT]["rescaled"]:  # its group is constant no more: no worse than others
+        assert records[CONSTANT]["relative_error"] < 0.2
     elif (
         "gptq" in method
     ):  # a column takes on what those before it have lost: some are a step or two away
@@ -140,8 +140,8 @@ def test_extreme_weights_give_finite_artifact_with_named_fallbacks(
         assert torch.allclose(stored[CONSTANT][:, :64], torch.tensor(0.5), rtol=0.08)
     if method not in ("awq", "awq+gptq"):  # which move a part of it into the next matrix
         assert torch.allclose(stored[HUGE][0, :64], torch.tensor(1e6), rtol=0.08)
-    assert all(0 <= module["relative_error"] < 0.5 for module in told.values())
-    assert told[EMPTY]["relative_error"] == 0 and told[EMPTY]["sqnr_db"] is None
+    assert all(0 <= module["relative_error"] < 0.5 for module in records.values())
+    assert records[EMPTY]["relative_error"] == 0 and records[EMPTY]["sqnr_db"] is None
     record_property("tried", 5)
 
 
@@ -171,7 +171,9 @@ def test_weight_that_is_not_finite_is_rejected(
 ) -> None:
     """The error names the tensor, and no artifact is left."""
     folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", num_hidden_layers=1))
-    changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.up_proj.weight"][3, 5].fill_(value))
+    change_checkpoint(
+        folder, lambda tensors: tensors[f"{LAYER}.mlp.up_proj.weight"][3, 5].fill_(value)
+    )
     with pytest.raises(
         CheckpointError,
         match=r"model\.layers\.0\.mlp\.up_proj\.weight.*expected finite values, found",
@@ -203,7 +205,9 @@ def test_overflowing_weights_are_rejected(
     name: str, method: str, tmp_path: Path, record_property: Record
 ) -> None:
     """Hidden states become NaN or infinite: one sentence with the place, and no artifact."""
-    folder = changed(write_checkpoint(tmp_path / "source", make_tiny_config("llama")), BEYOND[name])
+    folder = change_checkpoint(
+        write_checkpoint(tmp_path / "source", make_tiny_config("llama")), BEYOND[name]
+    )
     with pytest.raises(NumericsError, match=r"^(model\.layers\.0|final norm)\S*.*: .*(NaN|infin)"):
         build(
             folder,
@@ -230,8 +234,8 @@ def test_overflowing_config_is_rejected(values: dict[str, object], tmp_path: Pat
 def test_weights_too_small_to_store_have_recorded_error(method: str, tmp_path: Path) -> None:
     """Their squares are 0 in float32; the recorded error must not be 0."""
     folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", num_hidden_layers=1))
-    changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.up_proj.weight"].fill_(1e-40))
-    changed(folder, lambda tensors: tensors[f"{LAYER}.mlp.gate_proj.weight"].mul_(1e-38))
+    change_checkpoint(folder, lambda tensors: tensors[f"{LAYER}.mlp.up_proj.weight"].fill_(1e-40))
+    change_checkpoint(folder, lambda tensors: tensors[f"{LAYER}.mlp.gate_proj.weight"].mul_(1e-38))
     out = build(
         folder,
         tmp_path / "out",
@@ -240,13 +244,13 @@ def test_weights_too_small_to_store_have_recorded_error(method: str, tmp_path: P
         fidelity="none",
         **METHODS[method],
     ).path
-    told, stored, source = modules(out), weights(out), load_file(folder / "model.safetensors")
+    records, stored, source = modules(out), weights(out), load_file(folder / "model.safetensors")
     for name in (f"{LAYER}.mlp.up_proj", f"{LAYER}.mlp.gate_proj"):
         weight, back = source[f"{name}.weight"].double(), stored[name].double()
-        assert told[name]["relative_error"] == pytest.approx(
+        assert records[name]["relative_error"] == pytest.approx(
             float((weight - back).norm() / weight.norm()), rel=1e-5
         )
-        assert told[name]["relative_error"] > 0.4
+        assert records[name]["relative_error"] > 0.4
 
 
 def test_errors_do_not_depend_on_magnitude() -> None:
@@ -282,7 +286,7 @@ def test_minimal_calibration_input_gives_valid_artifact(
     if (
         kind == "rank 1"
     ):  # every token has the same vector, and attention makes the same of all of them
-        changed(
+        change_checkpoint(
             folder,
             lambda t: t["model.embed_tokens.weight"].copy_(
                 t["model.embed_tokens.weight"][:1].expand(768, -1)
@@ -298,13 +302,15 @@ def test_minimal_calibration_input_gives_valid_artifact(
         **METHODS[method],
     ).path
     verify_artifact(out)
-    told = modules(out)
-    for name, module in told.items():
+    records = modules(out)
+    for name, module in records.items():
         assert 0 < module["relative_error"] < 1 and 0 <= module["output_error"] < 0.5, (
             name,
             module,
         )
-    assert {module["tokens"] for module in told.values()} == ({2} if kind == "one token" else {128})
+    assert {module["tokens"] for module in records.values()} == (
+        {2} if kind == "one token" else {128}
+    )
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(out).values())
     record_property("input", f"calibration of {kind}: {method}")
 
@@ -327,22 +333,22 @@ def test_experts_without_tokens_use_the_shared_gram(
             tensors[bias][:] = -1e4
             tensors[bias][2:4] = 1e4
 
-    changed(folder, route)
+    change_checkpoint(folder, route)
     keys = dict(METHODS[method])
     learns = method in ("awq", "awq+gptq", "gptq")
     outcome = build(folder, tmp_path / "out", rules="experts-only", calibration=FEW, **keys)
     verify_artifact(outcome.path)
-    told = modules(outcome.path)
-    alone = {5} if kind == "never routed to" else {0, 1, 4, 5, 6, 7}
-    for name, module in told.items():
+    records = modules(outcome.path)
+    without_tokens = {5} if kind == "never routed to" else {0, 1, 4, 5, 6, 7}
+    for name, module in records.items():
         expert = int(name.split(".experts.")[1].split(".")[0])
         assert ("shared-gram" in module["fallbacks"]) == (
-            learns and expert in alone
-        ) or expert not in alone, name
+            learns and expert in without_tokens
+        ) or expert not in without_tokens, name
         assert 0 < module["relative_error"] < 0.5
     layers = outcome.fidelity.experts
     if learns:
         assert layers is not None
         counts = layers.layers[0].tokens
-        assert {expert for expert, tokens in enumerate(counts) if tokens == 0} >= alone
+        assert {expert for expert, tokens in enumerate(counts) if tokens == 0} >= without_tokens
     record_property("input", f"router: {kind}: {method}")

@@ -68,10 +68,10 @@ def ignore(_: Progress | Sequence[Plan]) -> None:
 # ---------------------------------------------------------------------------------- derived layouts
 
 
-def told(block: Block) -> dict[frozenset[str], tuple[str, tuple[int, ...] | None] | None]:
+def group_table(block: Block) -> dict[frozenset[str], tuple[str, tuple[int, ...] | None] | None]:
     """Return a block's groups without names and order: readers -> absorber with its rows."""
     widths = {linear.name: linear.in_features for linear in block.linears}
-    found: dict[frozenset[str], tuple[str, tuple[int, ...] | None] | None] = {}
+    result: dict[frozenset[str], tuple[str, tuple[int, ...] | None] | None] = {}
     for group in block.groups:
         absorber = group.absorber
         rows = None
@@ -79,8 +79,8 @@ def told(block: Block) -> dict[frozenset[str], tuple[str, tuple[int, ...] | None
             rows = tuple(
                 absorber.rows.index() if absorber.rows else range(widths[group.readers[0]])
             )
-        found[frozenset(group.readers)] = (absorber.module, rows) if absorber else None
-    return found
+        result[frozenset(group.readers)] = (absorber.module, rows) if absorber else None
+    return result
 
 
 @pytest.mark.parametrize(
@@ -105,20 +105,22 @@ def told(block: Block) -> dict[frozenset[str], tuple[str, tuple[int, ...] | None
 def test_derived_layout_equals_table(model_type: str, changes: dict[str, object]) -> None:
     """Families with a table, derived: same tensors, readers and absorbers."""
     config = make_tiny_config(model_type, **changes)
-    table, found = (
+    table, result = (
         registry.get_architecture(model_type).layout(Config(values=config)),
         layout_of(config),
     )
-    assert [told(block) for block in found.blocks] == [told(block) for block in table.blocks]
-    assert {linear.name: linear for linear in found.linears} == {
+    assert [group_table(block) for block in result.blocks] == [
+        group_table(block) for block in table.blocks
+    ]
+    assert {linear.name: linear for linear in result.linears} == {
         linear.name: linear for linear in table.linears
     }
-    for ours, theirs in zip(found.blocks, table.blocks, strict=True):
-        assert {spec.name: spec.shape for spec in ours.others} == {
-            spec.name: spec.shape for spec in theirs.others
+    for derived_block, table_block in zip(result.blocks, table.blocks, strict=True):
+        assert {spec.name: spec.shape for spec in derived_block.others} == {
+            spec.name: spec.shape for spec in table_block.others
         }
-        assert set(ours.fused) == set(theirs.fused)
-    assert (found.head, found.final_norm) == (table.head, table.final_norm)
+        assert set(derived_block.fused) == set(table_block.fused)
+    assert (result.head, result.final_norm) == (table.head, table.final_norm)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -213,7 +215,7 @@ def test_plan_build_verify(model_type: str, tmp_path: Path) -> None:
     modules = outcome.fidelity.modules
     assert all(0 < module.relative_error < 0.3 for module in modules)
     summary = json.loads((outcome.path / "quantkit" / "plan.json").read_text())["summary"]
-    [warning] = [found for found in summary["warnings"] if found.startswith("generic: ")]
+    [warning] = [result for result in summary["warnings"] if result.startswith("generic: ")]
     assert warning.startswith(
         f"generic: model_type {model_type} has no table; found {len(modules)} linears in 2 blocks"
     )
@@ -275,13 +277,16 @@ def test_plan_without_headers_describes_derived_layout(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(make_recipe_text(folder, tmp_path / "artifact"))
     done = CliRunner().invoke(main, ["plan", str(path)])
-    told = " ".join(done.output.split())
+    message = " ".join(done.output.split())
     assert done.exit_code == 0
     assert (
-        "olmo2" in told
-        and "warning: generic: model_type olmo2 has no table; found 14 linears in 2 blocks" in told
+        "olmo2" in message
+        and "warning: generic: model_type olmo2 has no table; found 14 linears in 2 blocks"
+        in message
     )
-    assert "reading 8 inputs, of which 4 can be scaled; proven on a small random instance" in told
+    assert (
+        "reading 8 inputs, of which 4 can be scaled; proven on a small random instance" in message
+    )
     rules = '[{match: "*.q_proj", keep: source}, {match: "*", quantize: default}]'
     path.write_text(make_recipe_text(folder, tmp_path / "artifact", rules=rules))
     done = CliRunner().invoke(main, ["plan", str(path)])
@@ -354,8 +359,8 @@ def test_failed_check_is_rejected_with_reason(
 
 def test_multiplier_of_one_is_accepted() -> None:
     """The option is rejected, not the family."""
-    same = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 0.5}
-    assert len(layout_of(family("granite", **same)).linears) == 2 * 7 + 2
+    neutral = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 0.5}
+    assert len(layout_of(family("granite", **neutral)).linears) == 2 * 7 + 2
 
 
 def test_linear_that_is_not_called_once_is_rejected() -> None:
@@ -375,10 +380,10 @@ def test_linear_that_is_not_called_once_is_rejected() -> None:
 def test_type_unknown_to_transformers_is_rejected(own: dict[str, object]) -> None:
     with pytest.raises(UsageError) as caught:
         derived({**TINY_COMMON, "model_type": "olmo9", **own})
-    told = str(caught.value)
-    assert told.startswith("no architecture named 'olmo9'. Known: deepseek_v2, ")
-    assert "has no language model of that type to derive one from" in told
-    assert ("the code of a checkpoint (auto_map) is never run" in told) == bool(own)
+    message = str(caught.value)
+    assert message.startswith("no architecture named 'olmo9'. Known: deepseek_v2, ")
+    assert "has no language model of that type to derive one from" in message
+    assert ("the code of a checkpoint (auto_map) is never run" in message) == bool(own)
 
 
 def test_unclaimed_tensor_is_rejected(tmp_path: Path) -> None:

@@ -26,15 +26,15 @@ def scheme(
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_rtn_equals_oracle(bits: int, symmetric: bool, dtype: str) -> None:
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(bits)) * 0.1
-    chosen = scheme(bits, 32, symmetric, dtype)
-    found = METHOD.solve(weight, None, chosen)
+    spec = scheme(bits, 32, symmetric, dtype)
+    result = METHOD.solve(weight, None, spec)
     codes, dequantized = oracle.rtn(weight.double().numpy(), bits, 32, symmetric, dtype)
-    steps = weight.double().numpy() / np.repeat(found.scale.double().numpy(), 32, axis=1)
+    steps = weight.double().numpy() / np.repeat(result.scale.double().numpy(), 32, axis=1)
     clear = np.abs(np.abs(steps - np.floor(steps)) - 0.5) > 1e-5  # not half way between two codes
     assert clear.mean() > 0.9
-    assert np.array_equal(found.codes.numpy()[clear], codes[clear])
+    assert np.array_equal(result.codes.numpy()[clear], codes[clear])
     assert np.allclose(
-        affine.dequantize(found, chosen).numpy()[clear], dequantized[clear], rtol=1e-6, atol=0
+        affine.dequantize(result, spec).numpy()[clear], dequantized[clear], rtol=1e-6, atol=0
     )
 
 
@@ -46,20 +46,20 @@ def test_rtn_equals_oracle(bits: int, symmetric: bool, dtype: str) -> None:
 )
 def test_error_is_at_most_one_step(values: list[float], bits: int, symmetric: bool) -> None:
     """Half a step from rounding, half from the zero point or the top code, some for the scale."""
-    weight, chosen = torch.tensor([values]), scheme(bits, -1, symmetric, "float32")
-    found = METHOD.solve(weight, None, chosen)
-    assert int(found.codes.max()) < 2**bits
+    weight, spec = torch.tensor([values]), scheme(bits, -1, symmetric, "float32")
+    result = METHOD.solve(weight, None, spec)
+    assert int(result.codes.max()) < 2**bits
     if float(weight.abs().max()) > 1e-30:
-        lost = (affine.dequantize(found, chosen) - weight).abs().max()
-        assert float(lost) <= 1.001 * float(found.scale)
+        lost = (affine.dequantize(result, spec) - weight).abs().max()
+        assert float(lost) <= 1.001 * float(result.scale)
 
 
 def test_range_includes_zero() -> None:
     """Without zero in the range the group 1, 1.5, 1.25, 2 becomes 1, 1, 1, 1."""
-    weight, chosen = torch.tensor([[1.02, 1.5, 1.25, 2]]), scheme(group=4, dtype="float32")
-    found = METHOD.solve(weight, None, chosen)
-    assert found.codes.tolist() == [[8, 11, 9, 15]]
-    assert torch.allclose(affine.dequantize(found, chosen), weight, atol=2 / 15 / 2 + 1e-6)
+    weight, spec = torch.tensor([[1.02, 1.5, 1.25, 2]]), scheme(group=4, dtype="float32")
+    result = METHOD.solve(weight, None, spec)
+    assert result.codes.tolist() == [[8, 11, 9, 15]]
+    assert torch.allclose(affine.dequantize(result, spec), weight, atol=2 / 15 / 2 + 1e-6)
 
 
 def test_scale_is_rounded_before_codes() -> None:
@@ -67,28 +67,28 @@ def test_scale_is_rounded_before_codes() -> None:
 
     0.234 is code 4 under the exact scale and 3 under the stored one.
     """
-    weight, chosen = torch.tensor([[0.2338, 1.0]]), scheme(group=2)
-    found = METHOD.solve(weight, None, chosen)
-    assert float(found.scale) == 0.06689453125
-    assert found.codes.tolist() == [[3, 15]]
+    weight, spec = torch.tensor([[0.2338, 1.0]]), scheme(group=2)
+    result = METHOD.solve(weight, None, spec)
+    assert float(result.scale) == 0.06689453125
+    assert result.codes.tolist() == [[3, 15]]
     assert round(0.2338 / (1 / 15)) == 4
 
 
 def test_codes_are_clamped_after_scale_rounds_down() -> None:
     """A stored scale below max / 15 gives code 16, which would corrupt its 4-bit neighbor."""
     for top in torch.linspace(0.5, 2, 200).tolist():
-        found = METHOD.solve(torch.tensor([[-top, top]]), None, scheme(group=2))
-        assert int(found.codes.max()) <= 15
+        result = METHOD.solve(torch.tensor([[-top, top]]), None, scheme(group=2))
+        assert int(result.codes.max()) <= 15
 
 
 def test_group_of_zeros_is_exact_and_counted() -> None:
     weight = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
     weight[1, 2, 32:] = 0
     for symmetric in (False, True):
-        chosen = scheme(symmetric=symmetric)
-        found = METHOD.solve(weight, None, chosen)
-        assert torch.equal(affine.dequantize(found, chosen)[1, 2, 32:], torch.zeros(32))
-        counts = affine.count_fallbacks(found, chosen)
+        spec = scheme(symmetric=symmetric)
+        result = METHOD.solve(weight, None, spec)
+        assert torch.equal(affine.dequantize(result, spec)[1, 2, 32:], torch.zeros(32))
+        counts = affine.count_fallbacks(result, spec)
         assert {name: count.tolist() for name, count in counts.items()} == {
             "zero-group": [0, 1],
             "scale-clamped": [0, 0],
@@ -102,11 +102,11 @@ def test_group_of_zeros_is_exact_and_counted() -> None:
 def test_scale_out_of_range_is_clamped_and_counted(
     magnitude: float, dtype: str, limit: float
 ) -> None:
-    chosen = scheme(dtype=dtype)
-    found = METHOD.solve(torch.full((1, 32), magnitude), None, chosen)
-    assert float(found.scale) == limit
-    assert affine.count_fallbacks(found, chosen)["scale-clamped"].item() == 1
-    assert bool(torch.isfinite(affine.dequantize(found, chosen)).all())
+    spec = scheme(dtype=dtype)
+    result = METHOD.solve(torch.full((1, 32), magnitude), None, spec)
+    assert float(result.scale) == limit
+    assert affine.count_fallbacks(result, spec)["scale-clamped"].item() == 1
+    assert bool(torch.isfinite(affine.dequantize(result, spec)).all())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -141,8 +141,8 @@ def test_batch_equals_its_matrices() -> None:
 
 def test_group_size_minus_one_is_one_group_per_row() -> None:
     weight = torch.randn(4, 96, generator=torch.Generator().manual_seed(2))
-    found, same = (
+    result, explicit = (
         METHOD.solve(weight, None, scheme(group=-1)),
         METHOD.solve(weight, None, scheme(group=96)),
     )
-    assert found.scale.shape == (4, 1) and torch.equal(found.codes, same.codes)
+    assert result.scale.shape == (4, 1) and torch.equal(result.codes, explicit.codes)

@@ -17,16 +17,16 @@ from quantkit.numerics import affine, cholesky, coordinate_descent, gptq, gram
 DAMPING = torch.tensor(0.01)
 
 
-def nearest(weight: Tensor, chosen: Scheme) -> Quantized:
+def nearest(weight: Tensor, spec: Scheme) -> Quantized:
     return affine.quantize(
         weight,
-        *affine.compute_qparams(*affine.compute_min_max(weight, chosen.group_size), chosen),
-        chosen,
+        *affine.compute_qparams(*affine.compute_min_max(weight, spec.group_size), spec),
+        spec,
     )
 
 
-def lost(weight: Tensor, quantized: Quantized, seen: Tensor, chosen: Scheme) -> Tensor:
-    return gram.compute_row_errors(affine.dequantize(quantized, chosen) - weight, seen)
+def row_errors(weight: Tensor, quantized: Quantized, damped_gram: Tensor, spec: Scheme) -> Tensor:
+    return gram.compute_row_errors(affine.dequantize(quantized, spec) - weight, damped_gram)
 
 
 def improved_by_trying(
@@ -45,15 +45,15 @@ def improved_by_trying(
         for index in range(scale.shape[1]):
             part = range(index * group, (index + 1) * group)
             for column in part:
-                tried = []
+                losses = []
                 for code in range(2**bits):
                     codes[row, column] = code
-                    tried.append(error(row))
-                codes[row, column] = int(np.argmin(tried))
+                    losses.append(error(row))
+                codes[row, column] = int(np.argmin(losses))
             before, old = error(row), scale[row, index]
-            made = x[:, list(part)] @ (codes[row, list(part)] - zero[row, index])
-            others = x @ (weight[row] - result[row]) + old * made
-            if made @ made > 0 and (best := made @ others / (made @ made)) > 0:
+            products = x[:, list(part)] @ (codes[row, list(part)] - zero[row, index])
+            others = x @ (weight[row] - result[row]) + old * products
+            if products @ products > 0 and (best := products @ others / (products @ products)) > 0:
                 scale[row, index] = stored(float(best), "bfloat16")
                 if error(row) >= before:
                     scale[row, index] = old
@@ -67,14 +67,14 @@ def improved_by_trying(
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sweep_equals_exhaustive_search(bits: int, group: int, symmetric: bool, seed: int) -> None:
     weight, x = correlated(6, 192, seed=seed)  # a group of more columns than are done at once
-    chosen = scheme(bits, group, symmetric)
-    start = nearest(weight, chosen)
-    seen = coordinate_descent.add_damping(x.T @ x, DAMPING)
-    found = (
+    spec = scheme(bits, group, symmetric)
+    start = nearest(weight, spec)
+    damped_gram = coordinate_descent.add_damping(x.T @ x, DAMPING)
+    refined_weight = (
         affine
         .dequantize(
-            coordinate_descent.refine_codes_and_scales(weight, seen, start, chosen, sweeps=1),
-            chosen,
+            coordinate_descent.refine_codes_and_scales(weight, damped_gram, start, spec, sweeps=1),
+            spec,
         )
         .double()
         .numpy()
@@ -87,12 +87,12 @@ def test_sweep_equals_exhaustive_search(bits: int, group: int, symmetric: bool, 
         else start.zero.double().numpy()
     )
     before = start.codes.double().numpy(), start.scale.double().numpy(), zero
-    told = improved_by_trying(w, inputs, before, bits, 192 if group == -1 else group)
+    expected = improved_by_trying(w, inputs, before, bits, 192 if group == -1 else group)
     assert (
-        np.isclose(found, told, rtol=1e-3, atol=1e-6).mean() > 0.95
+        np.isclose(refined_weight, expected, rtol=1e-3, atol=1e-6).mean() > 0.95
     )  # a near-tie that falls otherwise moves others
-    assert output_error(found - w, inputs) == pytest.approx(
-        output_error(told - w, inputs), rel=0.02
+    assert output_error(refined_weight - w, inputs) == pytest.approx(
+        output_error(expected - w, inputs), rel=0.02
     )
 
 
@@ -109,15 +109,17 @@ def test_sweep_never_raises_row_error(
     bits: int, symmetric: bool, tokens: int, group: int, size: float, seed: int
 ) -> None:
     weight, x = correlated(8, 64, tokens, seed)
-    chosen = scheme(bits, group, symmetric)
-    seen = coordinate_descent.add_damping((size * x).T @ (size * x), DAMPING)
-    steps = [nearest(weight, chosen)]
+    spec = scheme(bits, group, symmetric)
+    damped_gram = coordinate_descent.add_damping((size * x).T @ (size * x), DAMPING)
+    steps = [nearest(weight, spec)]
     for _ in range(3):
         steps.append(
-            coordinate_descent.refine_codes_and_scales(weight, seen, steps[-1], chosen, sweeps=1)
+            coordinate_descent.refine_codes_and_scales(
+                weight, damped_gram, steps[-1], spec, sweeps=1
+            )
         )
-    errors = [lost(weight, step, seen, chosen) for step in steps]
-    energy = gram.compute_row_errors(weight, seen)
+    errors = [row_errors(weight, step, damped_gram, spec) for step in steps]
+    energy = gram.compute_row_errors(weight, damped_gram)
     for before, after in zip(errors, errors[1:], strict=False):
         assert bool((after <= before * (1 + 1e-4) + 1e-6 * energy).all())
     assert int(steps[-1].codes.max()) < 2**bits and bool((steps[-1].scale > 0).all())
@@ -125,16 +127,16 @@ def test_sweep_never_raises_row_error(
 
 def test_refinement_lowers_error_after_gptq() -> None:
     weight, x = correlated(64, 256)
-    chosen, seen = scheme(4, 64), x.T @ x
-    factor = cholesky.factorize_gram(seen)
+    spec, damped_gram = scheme(4, 64), x.T @ x
+    factor = cholesky.factorize_gram(damped_gram)
     fed = gptq.round_with_feedback(
-        weight, factor, affine.compute_qparams(*affine.compute_min_max(weight, 64), chosen), chosen
+        weight, factor, affine.compute_qparams(*affine.compute_min_max(weight, 64), spec), spec
     )
     better = coordinate_descent.refine_codes_and_scales(
-        weight, coordinate_descent.add_damping(seen, factor.damping), fed, chosen
+        weight, coordinate_descent.add_damping(damped_gram, factor.damping), fed, spec
     )
     before, after = (
-        float(gram.compute_error(affine.dequantize(q, chosen) - weight, seen))
+        float(gram.compute_error(affine.dequantize(q, spec) - weight, damped_gram))
         for q in (fed, better)
     )
     assert after < 0.93 * before
@@ -142,14 +144,16 @@ def test_refinement_lowers_error_after_gptq() -> None:
 
 def test_scales_keep_their_stored_dtype_values() -> None:
     weight, x = correlated(8, 64)
-    found = coordinate_descent.refine_codes_and_scales(
+    refined_weight = coordinate_descent.refine_codes_and_scales(
         weight,
         coordinate_descent.add_damping(x.T @ x, DAMPING),
         nearest(weight, scheme()),
         scheme(),
     )
-    assert found.scale.dtype == torch.bfloat16 and found.codes.dtype == torch.uint8
-    assert not torch.equal(found.scale, nearest(weight, scheme()).scale)
+    assert (
+        refined_weight.scale.dtype == torch.bfloat16 and refined_weight.codes.dtype == torch.uint8
+    )
+    assert not torch.equal(refined_weight.scale, nearest(weight, scheme()).scale)
 
 
 def test_exact_weights_do_not_change() -> None:
@@ -158,21 +162,25 @@ def test_exact_weights_do_not_change() -> None:
     weight[3, :32] = 0
     start = nearest(weight, scheme())
     grid = affine.dequantize(start, scheme())
-    found = coordinate_descent.refine_codes_and_scales(
+    refined_weight = coordinate_descent.refine_codes_and_scales(
         grid, coordinate_descent.add_damping(x.T @ x, DAMPING), start, scheme()
     )
-    assert torch.equal(found.codes, start.codes) and torch.equal(found.scale, start.scale)
+    assert torch.equal(refined_weight.codes, start.codes) and torch.equal(
+        refined_weight.scale, start.scale
+    )
 
 
 def test_batch_equals_its_matrices_and_may_share_a_gram() -> None:
     _, x = correlated(8, 64)
     weight = torch.stack([correlated(8, 64, seed=s)[0] for s in (1, 2)])
-    seen, start = coordinate_descent.add_damping(x.T @ x, DAMPING), nearest(weight, scheme())
-    shared = coordinate_descent.refine_codes_and_scales(weight, seen, start, scheme())
+    damped_gram, start = coordinate_descent.add_damping(x.T @ x, DAMPING), nearest(weight, scheme())
+    shared = coordinate_descent.refine_codes_and_scales(weight, damped_gram, start, scheme())
     for e in range(2):
         assert start.zero is not None
-        one = Quantized(codes=start.codes[e], scale=start.scale[e], zero=start.zero[e])
-        single = coordinate_descent.refine_codes_and_scales(weight[e], seen, one, scheme())
+        single_start = Quantized(codes=start.codes[e], scale=start.scale[e], zero=start.zero[e])
+        single = coordinate_descent.refine_codes_and_scales(
+            weight[e], damped_gram, single_start, scheme()
+        )
         assert torch.equal(shared.codes[e], single.codes) and torch.equal(
             shared.scale[e], single.scale
         )

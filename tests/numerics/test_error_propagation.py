@@ -54,10 +54,10 @@ def test_cross_equals_sum_over_tokens() -> None:
     _, original = correlated(4, 48)
     x = changed(original)
     o, q = original.double().numpy(), x.double().numpy()
-    found = stats_of(original, x).cross
-    assert found is not None
+    result = stats_of(original, x).cross
+    assert result is not None
     assert np.allclose(
-        found.numpy(), (o - q).T @ q, rtol=1e-4, atol=1e-3 * np.abs((o - q).T @ q).max()
+        result.numpy(), (o - q).T @ q, rtol=1e-4, atol=1e-3 * np.abs((o - q).T @ q).max()
     )
 
 
@@ -67,17 +67,17 @@ def test_correction_equals_ridge_regression_on_changed_inputs(share: float) -> N
     x = changed(original)
     stats = stats_of(original, x)
     assert stats.cross is not None
-    found = error_propagation.correct_weight(
+    result = error_propagation.correct_weight(
         weight, stats.cross, cholesky.factorize_gram(stats.gram), None, (share, 0.0)
     )
     o, q, w = (tensor.double().numpy() for tensor in (original, x, weight))
     ridge = np.sqrt(0.01 * np.square(q).sum() / 192) * np.eye(192)
     # W o is wanted of x; the ridge holds the weights near W
-    told = np.linalg.lstsq(np.vstack([q, ridge]), np.vstack([o @ w.T, ridge @ w.T]), rcond=None)[
-        0
-    ].T
+    expected = np.linalg.lstsq(
+        np.vstack([q, ridge]), np.vstack([o @ w.T, ridge @ w.T]), rcond=None
+    )[0].T
     assert np.allclose(
-        found.double().numpy() - w, share * (told - w), atol=2e-3 * np.abs(told - w).max()
+        result.double().numpy() - w, share * (expected - w), atol=2e-3 * np.abs(expected - w).max()
     )
 
 
@@ -92,15 +92,17 @@ def test_residual_correction_equals_least_squares() -> None:
     for now, lacking in zip(x.split(70), gap.split(70), strict=True):
         gram.accumulate_residual(residual, now, lacking)
     assert stats.cross is not None
-    found = error_propagation.correct_weight(
+    result = error_propagation.correct_weight(
         weight, stats.cross, cholesky.factorize_gram(stats.gram), residual, (1.0, 1.0)
     )
     o, q, w, e = (tensor.double().numpy() for tensor in (original, x, weight, gap))
     ridge = np.sqrt(0.01 * np.square(q).sum() / 192) * np.eye(192)
-    told = np.linalg.lstsq(
+    expected = np.linalg.lstsq(
         np.vstack([q, ridge]), np.vstack([o @ w.T + e, ridge @ w.T]), rcond=None
     )[0].T
-    assert np.allclose(found.double().numpy() - w, told - w, atol=2e-3 * np.abs(told - w).max())
+    assert np.allclose(
+        result.double().numpy() - w, expected - w, atol=2e-3 * np.abs(expected - w).max()
+    )
     scale = torch.rand(192, generator=g) + 0.5
     scaled = scaling.rescale_stats(replace(stats, residual=residual.clone()), scale).residual
     assert scaled is not None and torch.allclose(scaled * scale, residual, rtol=1e-5)
@@ -114,9 +116,10 @@ def test_unchanged_or_unseen_inputs_leave_the_weight_unchanged() -> None:
         error_propagation.correct_weight(weight, stats.cross, cholesky.factorize_gram(stats.gram)),
         weight,
     )
-    blank = torch.zeros(64, 64)
+    no_change = torch.zeros(64, 64)
     assert torch.equal(
-        error_propagation.correct_weight(weight, blank, cholesky.factorize_gram(blank)), weight
+        error_propagation.correct_weight(weight, no_change, cholesky.factorize_gram(no_change)),
+        weight,
     )
 
 
@@ -139,12 +142,10 @@ def test_batch_equals_its_matrices_and_may_share_a_gram() -> None:
 @pytest.mark.parametrize("bits", [3, 4])
 def test_gptq_with_cross_is_closer_to_original_outputs(bits: int) -> None:
     weight, original = correlated(64, 128, tokens=1000)
-    x, chosen = changed(original), scheme(bits, 64)
+    x, spec = changed(original), scheme(bits, 64)
     stats = stats_of(original, x)
     blind = InputStats(gram=stats.gram, mean_abs=stats.mean_abs, n_tokens=stats.n_tokens)
-    seeing, without = (
-        affine.dequantize(gptq.solve(weight, s, chosen), chosen) for s in (stats, blind)
-    )
+    seeing, without = (affine.dequantize(gptq.solve(weight, s, spec), spec) for s in (stats, blind))
     assert output_loss(weight, original, seeing, x) < 0.7 * output_loss(
         weight, original, without, x
     )
@@ -169,26 +170,27 @@ def test_input_scaling_and_correction_commute() -> None:
         weight * scale, wide.cross, cholesky.factorize_gram(wide.gram)
     )
     apart, step = (
-        (x @ (each / scale).T).square().sum() for each in (second - first, first - weight * scale)
+        (x @ (corrected / scale).T).square().sum()
+        for corrected in (second - first, first - weight * scale)
     )
     assert float(apart) < 0.01 * float(step)
 
 
 def test_result_does_not_depend_on_threads() -> None:
     weight, original = correlated(256, 512, tokens=600)
-    stats, before, found = stats_of(original, changed(original)), torch.get_num_threads(), []
+    stats, before, result = stats_of(original, changed(original)), torch.get_num_threads(), []
     assert stats.cross is not None
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(
+            result.append(
                 error_propagation.correct_weight(
                     weight, stats.cross, cholesky.factorize_gram(stats.gram)
                 )
             )
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1])
+    assert torch.equal(result[0], result[1])
 
 
 def test_massive_activations_do_not_dominate_residual_gap() -> None:
@@ -199,10 +201,10 @@ def test_massive_activations_do_not_dominate_residual_gap() -> None:
     gap = 0.2 * x @ torch.randn(64, 24, generator=g) / 8 + 0.02 * torch.randn(200, 24, generator=g)
     stream[7] *= 400
     gap[7] = 0.01 * stream[7]
-    found = error_propagation.compute_residual_gap(stream + gap, stream)
+    result = error_propagation.compute_residual_gap(stream + gap, stream)
     ordinary = torch.arange(200) != 7
-    assert torch.equal(found[7], torch.zeros(24))
-    assert torch.allclose(found[ordinary], gap[ordinary], atol=1e-5)
+    assert torch.equal(result[7], torch.zeros(24))
+    assert torch.allclose(result[ordinary], gap[ordinary], atol=1e-5)
 
     def left(residual: Tensor) -> float:
         """What the other tokens still lack, of what they lacked."""
@@ -215,5 +217,5 @@ def test_massive_activations_do_not_dominate_residual_gap() -> None:
         )
         return float((gap - x @ step.T)[ordinary].norm() / gap[ordinary].norm())
 
-    assert left(found.T @ x) < 0.2
-    assert left(gap.T @ x) > 1.2 * left(found.T @ x)
+    assert left(result.T @ x) < 0.2
+    assert left(gap.T @ x) > 1.2 * left(result.T @ x)

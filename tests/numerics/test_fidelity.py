@@ -26,12 +26,12 @@ def logits(
 
 def test_kl_equals_its_definition() -> None:
     p, q, true = logits(0)
-    found = fidelity.compare_logits(p, q, true)
+    result = fidelity.compare_logits(p, q, true)
     expected = [
         oracle.kl(a, b) for a, b in zip(p.double().numpy(), q.double().numpy(), strict=True)
     ]
-    assert np.allclose(found.kl.numpy(), expected, rtol=1e-9)
-    assert float(found.kl.mean()) != pytest.approx(
+    assert np.allclose(result.kl.numpy(), expected, rtol=1e-9)
+    assert float(result.kl.mean()) != pytest.approx(
         float(fidelity.compare_logits(q, p, true).kl.mean()), rel=1e-6
     )
 
@@ -50,19 +50,19 @@ def test_kl_resolves_differences_below_float32_noise() -> None:
 
 def test_excluded_token_adds_nothing() -> None:
     p, q = torch.tensor([[0.0, 1.0, -torch.inf]]), torch.tensor([[0.0, 1.0, -3.0]])
-    found = float(fidelity.compare_logits(p, q, torch.tensor([1])).kl)
-    assert found == pytest.approx(log(1 + exp(-3) / (1 + exp(1))), rel=1e-6)
+    result = float(fidelity.compare_logits(p, q, torch.tensor([1])).kl)
+    assert result == pytest.approx(log(1 + exp(-3) / (1 + exp(1))), rel=1e-6)
 
 
 def test_true_token_figures_equal_their_definitions() -> None:
     p, q, true = logits(1)
-    found = fidelity.compare_logits(p, q, true)
+    result = fidelity.compare_logits(p, q, true)
     probability = torch.softmax(p.double(), -1)[torch.arange(40), true]
     changed = torch.softmax(q.double(), -1)[torch.arange(40), true]
-    assert torch.allclose(found.nll_source, -probability.log())
-    assert torch.allclose(found.delta_p, changed - probability)
-    assert torch.equal(found.same_top, p.argmax(-1) == q.argmax(-1)) and not bool(
-        found.same_top.all()
+    assert torch.allclose(result.nll_source, -probability.log())
+    assert torch.allclose(result.delta_p, changed - probability)
+    assert torch.equal(result.same_top, p.argmax(-1) == q.argmax(-1)) and not bool(
+        result.same_top.all()
     )
 
 
@@ -80,25 +80,25 @@ def test_figures_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_summary_equals_scipy() -> None:
     tokens = fidelity.compare_logits(*logits(3, n=2000))
-    found = fidelity.summarize_tokens(tokens)
+    result = fidelity.summarize_tokens(tokens)
     kl = tokens.kl.numpy()
-    assert found["kl_mean"].value == pytest.approx(kl.mean())
-    assert found["kl_mean"].error == pytest.approx(stats.sem(kl))
+    assert result["kl_mean"].value == pytest.approx(kl.mean())
+    assert result["kl_mean"].error == pytest.approx(stats.sem(kl))
     for name, share in (("kl_median", 0.5), ("kl_p99", 0.99), ("kl_p999", 0.999)):
-        assert found[name].value == pytest.approx(np.quantile(kl, share))
-    assert (found["kl_max"].value, found["kl_max"].error, found["kl_max"].n) == (
+        assert result[name].value == pytest.approx(np.quantile(kl, share))
+    assert (result["kl_max"].value, result["kl_max"].error, result["kl_max"].n) == (
         kl.max(),
         None,
         2000,
     )
     difference = (tokens.nll_quantized - tokens.nll_source).numpy()
-    ratio = found["ppl_artifact"].value / found["ppl_source"].value
-    assert found["ppl_ratio"].value == pytest.approx(ratio) and ratio == pytest.approx(
+    ratio = result["ppl_artifact"].value / result["ppl_source"].value
+    assert result["ppl_ratio"].value == pytest.approx(ratio) and ratio == pytest.approx(
         exp(difference.mean())
     )
-    assert found["ppl_ratio"].error == pytest.approx(ratio * stats.sem(difference))
-    assert found["top1"].value == tokens.same_top.double().mean()
-    assert found["rms_delta_p"].value == pytest.approx(
+    assert result["ppl_ratio"].error == pytest.approx(ratio * stats.sem(difference))
+    assert result["top1"].value == tokens.same_top.double().mean()
+    assert result["rms_delta_p"].value == pytest.approx(
         sqrt(np.square(tokens.delta_p.numpy()).mean())
     )
 

@@ -44,13 +44,13 @@ def textbook(
 @pytest.mark.parametrize("seed", [0, 1])
 def test_rounding_equals_textbook_gptq(bits: int, group: int, symmetric: bool, seed: int) -> None:
     weight, x = correlated(16, 192, seed=seed)  # more columns than one lazy batch
-    chosen = scheme(bits, group, symmetric)
-    scale, zero = affine.compute_qparams(*affine.compute_min_max(weight, group), chosen)
+    spec = scheme(bits, group, symmetric)
+    scale, zero = affine.compute_qparams(*affine.compute_min_max(weight, group), spec)
     factor = cholesky.factorize_gram(x.T @ x)
-    found = rounding.round_with_feedback(weight, factor, (scale, zero), chosen)
+    quantized = rounding.round_with_feedback(weight, factor, (scale, zero), spec)
     zeros = np.full(scale.shape, 2 ** (bits - 1)) if zero is None else zero.numpy().astype(int)
     width = 192 if group == -1 else group
-    told = textbook(
+    expected = textbook(
         weight.double().numpy(),
         x.double().numpy(),
         scale.double().numpy(),
@@ -59,13 +59,15 @@ def test_rounding_equals_textbook_gptq(bits: int, group: int, symmetric: bool, s
         width,
         0.01,
     )
-    ours = affine.dequantize(found, chosen).double().numpy()
+    error = affine.dequantize(quantized, spec).double().numpy()
     assert np.array_equal(bfloat16(scale.double().numpy()), scale.double().numpy())
     assert (
-        np.isclose(ours, told, atol=1e-6).mean() > 0.98
+        np.isclose(error, expected, atol=1e-6).mean() > 0.98
     )  # a near-tie that falls otherwise moves later columns
-    lost = [output_error(q - weight.double().numpy(), x.double().numpy()) for q in (ours, told)]
-    assert lost[0] == pytest.approx(lost[1], rel=0.02)
+    losses = [
+        output_error(q - weight.double().numpy(), x.double().numpy()) for q in (error, expected)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
     assert float(factor.damping) == pytest.approx(0.01)
 
 
@@ -83,32 +85,32 @@ def test_gptq_is_never_worse_than_rtn(
 ) -> None:
     weight, x = correlated(8, 64, tokens, seed)
     weight[:, :outliers] *= 50
-    seen = (size * x).T @ (size * x)
-    chosen = scheme(bits, 32, symmetric)
-    stats = InputStats(gram=seen, mean_abs=x.abs().mean(0), n_tokens=torch.tensor(tokens))
-    ours, theirs = (
+    gram_x = (size * x).T @ (size * x)
+    spec = scheme(bits, 32, symmetric)
+    stats = InputStats(gram=gram_x, mean_abs=x.abs().mean(0), n_tokens=torch.tensor(tokens))
+    error, baseline = (
         float(
-            gram.compute_error(
-                affine.dequantize(solve(weight, stats, chosen), chosen) - weight, seen
-            )
+            gram.compute_error(affine.dequantize(solve(weight, stats, spec), spec) - weight, gram_x)
         )
         for solve in (gptq.solve, rtn.solve)
     )
-    energy = float(gram.compute_error(weight, seen))
-    assert ours <= theirs * (1 + 1e-3) + 1e-9 * energy
+    energy = float(gram.compute_error(weight, gram_x))
+    assert error <= baseline * (1 + 1e-3) + 1e-9 * energy
 
 
 def test_gptq_has_less_than_half_the_error_of_range_search() -> None:
     weight, x = correlated(64, 256)
-    chosen = scheme(4, 128)
-    seen = x.T @ x
-    ranges = range_search.search_ranges(weight, seen, chosen)
-    fed = rounding.round_with_feedback(weight, cholesky.factorize_gram(seen), ranges, chosen)
-    lost = [
-        float(gram.compute_error(affine.dequantize(q, chosen) - weight, seen))
-        for q in (fed, affine.quantize(weight, *ranges, chosen))
+    spec = scheme(4, 128)
+    gram_x = x.T @ x
+    ranges = range_search.search_ranges(weight, gram_x, spec)
+    with_feedback = rounding.round_with_feedback(
+        weight, cholesky.factorize_gram(gram_x), ranges, spec
+    )
+    losses = [
+        float(gram.compute_error(affine.dequantize(q, spec) - weight, gram_x))
+        for q in (with_feedback, affine.quantize(weight, *ranges, spec))
     ]
-    assert lost[0] < 0.5 * lost[1]
+    assert losses[0] < 0.5 * losses[1]
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -116,8 +118,10 @@ def test_gram_of_few_tokens_has_a_factor(tokens: int) -> None:
     """Rank 1 and rank 5 of 64: damping makes them definite; outputs are almost exact."""
     weight, x = correlated(16, 64, tokens)
     ranges = affine.compute_qparams(*affine.compute_min_max(weight, 32), scheme())
-    found = rounding.round_with_feedback(weight, cholesky.factorize_gram(x.T @ x), ranges, scheme())
-    back_again = affine.dequantize(found, scheme())
+    quantized = rounding.round_with_feedback(
+        weight, cholesky.factorize_gram(x.T @ x), ranges, scheme()
+    )
+    back_again = affine.dequantize(quantized, scheme())
     plain = affine.dequantize(rtn.solve(weight, None, scheme()), scheme())
     assert gram.compute_error(back_again - weight, x.T @ x) < 0.2 * gram.compute_error(
         plain - weight, x.T @ x
@@ -136,10 +140,12 @@ def test_unused_columns_round_to_nearest() -> None:
     weight, x = correlated(16, 64)
     x[:, 10:20] = 0
     ranges = affine.compute_qparams(*affine.compute_min_max(weight, 32), scheme())
-    found = rounding.round_with_feedback(weight, cholesky.factorize_gram(x.T @ x), ranges, scheme())
+    quantized = rounding.round_with_feedback(
+        weight, cholesky.factorize_gram(x.T @ x), ranges, scheme()
+    )
     plain = affine.quantize(weight, *ranges, scheme())
-    assert torch.equal(found.codes[:, 10:20], plain.codes[:, 10:20])
-    assert not torch.equal(found.codes, plain.codes)
+    assert torch.equal(quantized.codes[:, 10:20], plain.codes[:, 10:20])
+    assert not torch.equal(quantized.codes, plain.codes)
     rest = [c for c in range(64) if not 10 <= c < 20]
     order = cholesky.factorize_gram(x.T @ x).order
     assert set(order[:54].tolist()) == set(rest)
@@ -148,10 +154,10 @@ def test_unused_columns_round_to_nearest() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_gram_that_is_not_finite_is_rejected(value: float) -> None:
     weight, x = correlated(4, 64)
-    seen = x.T @ x
-    seen[3, 5] = value
+    gram_x = x.T @ x
+    gram_x[3, 5] = value
     with pytest.raises(NumericsError, match="Gram matrix holds NaN or infinity"):
-        cholesky.factorize_gram(seen)
+        cholesky.factorize_gram(gram_x)
 
 
 def test_damping_grows_only_for_the_matrix_that_needs_it() -> None:
@@ -200,15 +206,15 @@ def test_own_equals_energy_unexplained_by_later_columns(tokens: int) -> None:
 
 def test_codes_do_not_depend_on_threads() -> None:
     weight, x = correlated(256, 768, tokens=1000)
-    seen, before, found = x.T @ x, torch.get_num_threads(), []
+    gram_x, before, quantized = x.T @ x, torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            stats = InputStats(gram=seen, mean_abs=x.abs().mean(0), n_tokens=torch.tensor(1000))
-            found.append(gptq.solve(weight, stats, scheme(group=128)).codes)
+            stats = InputStats(gram=gram_x, mean_abs=x.abs().mean(0), n_tokens=torch.tensor(1000))
+            quantized.append(gptq.solve(weight, stats, scheme(group=128)).codes)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(quantized[0], quantized[1]) and torch.equal(quantized[0], quantized[2])
 
 
 @pytest.mark.parametrize("crossed", [False, True])
@@ -219,10 +225,10 @@ def test_working_memory_is_within_plan(out: int, width: int, crossed: bool) -> N
     from quantkit.contracts import Linear
 
     weight, x = correlated(out, width)
-    seen = x.T @ x
-    cross = 0.01 * seen if crossed else None
+    gram_x = x.T @ x
+    cross = 0.01 * gram_x if crossed else None
     stats = InputStats(
-        gram=seen, mean_abs=x.abs().mean(0), n_tokens=torch.tensor(len(x)), cross=cross
+        gram=gram_x, mean_abs=x.abs().mean(0), n_tokens=torch.tensor(len(x)), cross=cross
     )
     peak = peak_bytes(lambda: gptq.solve(weight, stats, scheme(group=128)))
     linear = Linear(name="x", out_features=out, in_features=width, role="mlp")

@@ -38,16 +38,16 @@ def threads() -> Iterator[None]:
 )
 def test_leading_dimensions_broadcast(left: tuple[int, ...], right: tuple[int, ...]) -> None:
     x, y = random(0, *left), random(1, *right)
-    found, expected = matmul.matmul_transposed(x, y), x.double() @ y.double().mT
-    assert found.shape == expected.shape and found.dtype == torch.float32
-    assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
+    result, expected = matmul.matmul_transposed(x, y), x.double() @ y.double().mT
+    assert result.shape == expected.shape and result.dtype == torch.float32
+    assert torch.allclose(result.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_slices_and_transposed_tensors_multiply_correctly() -> None:
     x, y = random(2, 40, 60), random(3, 60, 50)
-    found = matmul.matmul_transposed(x[10:, ::2], y.T[5:, ::2])
+    result = matmul.matmul_transposed(x[10:, ::2], y.T[5:, ::2])
     assert torch.allclose(
-        found.double(), x.double()[10:, ::2] @ y.double()[::2, 5:], rtol=1e-5, atol=1e-5
+        result.double(), x.double()[10:, ::2] @ y.double()[::2, 5:], rtol=1e-5, atol=1e-5
     )
 
 
@@ -57,9 +57,9 @@ def test_half_gram_and_its_mirror_equal_the_full_gram(width: int) -> None:
     total, absolute = torch.zeros(width, width), torch.zeros(width)
     for part in x.split(100):
         gram.accumulate_gram(total, absolute, part)
-    found = gram.complete_gram(total)
-    assert np.allclose(found.numpy(), (x.double().T @ x.double()).numpy(), rtol=1e-5, atol=1e-4)
-    assert torch.equal(found, found.T)
+    result = gram.complete_gram(total)
+    assert np.allclose(result.numpy(), (x.double().T @ x.double()).numpy(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(result, result.T)
 
 
 def test_bfloat16_tokens_are_multiplied_exactly() -> None:
@@ -74,15 +74,15 @@ def test_bfloat16_tokens_are_multiplied_exactly() -> None:
 @pytest.mark.usefixtures("threads")
 def test_products_do_not_depend_on_threads() -> None:
     """Float32 of grams and errors, bfloat16 of the layers of the calibration stream."""
-    found = []
+    result = []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
         pairs = [(random(m, m, k), random(n, n, k)) for m, k, n in SHAPES]
         exact = [matmul.matmul_transposed(x, y) for x, y in pairs]
-        found.append((
+        result.append((
             exact,
             [torch.nn.functional.linear(x.bfloat16(), y.bfloat16()) for x, y in pairs],
         ))
-    for exact, coarse in found[1:]:
-        assert all(a.equal(b) for a, b in zip(exact, found[0][0], strict=True))
-        assert all(a.equal(b) for a, b in zip(coarse, found[0][1], strict=True))
+    for exact, coarse in result[1:]:
+        assert all(a.equal(b) for a, b in zip(exact, result[0][0], strict=True))
+        assert all(a.equal(b) for a, b in zip(coarse, result[0][1], strict=True))

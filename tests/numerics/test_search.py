@@ -36,8 +36,8 @@ def gram_of(x: Tensor) -> Tensor:
     return (x.double().mT @ x.double()).float()
 
 
-def stored(scale: Tensor, zero: Tensor | None, weight: Tensor, chosen: Scheme) -> Tensor:
-    return affine.dequantize(affine.quantize(weight, scale, zero, chosen), chosen)
+def stored(scale: Tensor, zero: Tensor | None, weight: Tensor, spec: Scheme) -> Tensor:
+    return affine.dequantize(affine.quantize(weight, scale, zero, spec), spec)
 
 
 # --------------------------------------------------------------------------------------------- gram
@@ -58,18 +58,18 @@ def test_gram_accumulated_in_parts_equals_the_whole() -> None:
 def test_error_equals_output_error() -> None:
     x = torch.stack([tokens(seed, 80, 32) for seed in range(2)])
     delta = weights(0, 2, 600, 32)  # more rows than one chunk
-    found = gram.compute_error(delta, x.mT @ x)
+    result = gram.compute_error(delta, x.mT @ x)
     expected = [
         oracle.output_error(d.double().numpy(), t.double().numpy())
         for d, t in zip(delta, x, strict=True)
     ]
-    assert found.dtype == torch.float64 and np.allclose(found.numpy(), expected, rtol=1e-4)
+    assert result.dtype == torch.float64 and np.allclose(result.numpy(), expected, rtol=1e-4)
 
 
 def test_error_sums_in_float64() -> None:
     """4096 x 1024 terms of one size: a float32 sum is wrong in the fifth digit."""
-    found = gram.compute_error(torch.full((4096, 1024), 0.1), torch.eye(1024))
-    assert float(found) == pytest.approx(4096 * 1024 * float(torch.tensor(0.1)) ** 2, rel=1e-7)
+    result = gram.compute_error(torch.full((4096, 1024), 0.1), torch.eye(1024))
+    assert float(result) == pytest.approx(4096 * 1024 * float(torch.tensor(0.1)) ** 2, rel=1e-7)
 
 
 def test_relative_error_and_sqnr_equal_definitions() -> None:
@@ -96,14 +96,16 @@ def test_diagonal_blocks_and_rescaled_gram() -> None:
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (3, False), (2, True)])
 def test_range_search_equals_oracle(bits: int, symmetric: bool) -> None:
-    weight, x, chosen = weights(bits, 6, 96), tokens(bits, 120, 96), scheme(bits, 32, symmetric)
-    found = stored(*range_search.search_ranges(weight, gram_of(x), chosen), weight, chosen)
+    weight, x, spec = weights(bits, 6, 96), tokens(bits, 120, 96), scheme(bits, 32, symmetric)
+    result = stored(*range_search.search_ranges(weight, gram_of(x), spec), weight, spec)
     w, t = weight.double().numpy(), x.double().numpy()
     expected = oracle.clip_search(w, t, bits, 32, symmetric, "bfloat16")
     # a float32 tie may give one row another optimum; nearly all weights and the error agree
-    assert np.isclose(found.numpy(), expected, rtol=1e-5, atol=1e-9).mean() > 0.9
-    ours, theirs = (oracle.output_error(q - w, t) for q in (found.double().numpy(), expected))
-    assert ours == pytest.approx(theirs, rel=0.02)
+    assert np.isclose(result.numpy(), expected, rtol=1e-5, atol=1e-9).mean() > 0.9
+    error, expected_error = (
+        oracle.output_error(q - w, t) for q in (result.double().numpy(), expected)
+    )
+    assert error == pytest.approx(expected_error, rel=0.02)
 
 
 @settings(max_examples=25, deadline=None)
@@ -116,13 +118,15 @@ def test_range_search_equals_oracle(bits: int, symmetric: bool) -> None:
 def test_range_search_is_never_worse_than_min_max(
     seed: int, bits: int, symmetric: bool, group: int
 ) -> None:
-    weight, x, chosen = weights(seed, 4, 64), tokens(seed, 40, 64), scheme(bits, group, symmetric)
+    weight, x, spec = weights(seed, 4, 64), tokens(seed, 40, 64), scheme(bits, group, symmetric)
     g = gram_of(x)
     plain = stored(
-        *affine.compute_qparams(*affine.compute_min_max(weight, group), chosen), weight, chosen
+        *affine.compute_qparams(*affine.compute_min_max(weight, group), spec), weight, spec
     )
-    found = stored(*range_search.search_ranges(weight, g, chosen), weight, chosen)
-    before, after = ((x @ (q - weight).T).double().square().sum(0) for q in (plain, found))  # [out]
+    result = stored(*range_search.search_ranges(weight, g, spec), weight, spec)
+    before, after = (
+        (x @ (q - weight).T).double().square().sum(0) for q in (plain, result)
+    )  # [out]
     assert bool((after <= before * 1.001 + 1e-9).all())
 
 
@@ -137,14 +141,16 @@ def counts(seed: int, width: int) -> Tensor:
     ("bits", "symmetric"), [(4, False), (4, True), (3, False), (2, True), (8, False)]
 )
 def test_diagonal_search_equals_oracle(bits: int, symmetric: bool) -> None:
-    weight, columns, chosen = weights(bits, 24, 96), counts(bits, 96), scheme(bits, 32, symmetric)
-    found = stored(*range_search.search_ranges_by_diagonal(weight, columns, chosen), weight, chosen)
+    weight, columns, spec = weights(bits, 24, 96), counts(bits, 96), scheme(bits, 32, symmetric)
+    result = stored(*range_search.search_ranges_by_diagonal(weight, columns, spec), weight, spec)
     w, c = weight.double().numpy(), columns.double().numpy()
     expected = oracle.weighted_search(w, c, bits, 32, symmetric, "bfloat16")
     # a tie in float32 may send a group to another of two equally good ranges
-    assert np.isclose(found.numpy(), expected, rtol=1e-5, atol=1e-9).mean() > 0.95
-    ours, theirs = ((c * np.square(q - w)).sum() for q in (found.double().numpy(), expected))
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert np.isclose(result.numpy(), expected, rtol=1e-5, atol=1e-9).mean() > 0.95
+    error, expected_error = (
+        (c * np.square(q - w)).sum() for q in (result.double().numpy(), expected)
+    )
+    assert error == pytest.approx(expected_error, rel=1e-4)
 
 
 @settings(max_examples=25, deadline=None)
@@ -157,18 +163,18 @@ def test_diagonal_search_equals_oracle(bits: int, symmetric: bool) -> None:
 def test_diagonal_search_is_never_worse_than_min_max(
     seed: int, bits: int, symmetric: bool, group: int
 ) -> None:
-    weight, columns, chosen = (
+    weight, columns, spec = (
         weights(seed, 2, 4, 64),
         counts(seed, 64).expand(2, 64),
         scheme(bits, group, symmetric),
     )
     plain = stored(
-        *affine.compute_qparams(*affine.compute_min_max(weight, group), chosen), weight, chosen
+        *affine.compute_qparams(*affine.compute_min_max(weight, group), spec), weight, spec
     )
-    found = stored(*range_search.search_ranges_by_diagonal(weight, columns, chosen), weight, chosen)
+    result = stored(*range_search.search_ranges_by_diagonal(weight, columns, spec), weight, spec)
     before, after = (
         affine.split_groups((q - weight).double().square() * columns.unsqueeze(-2), group).sum(-1)
-        for q in (plain, found)
+        for q in (plain, result)
     )  # [2, out, n_groups]
     assert bool((after <= before * (1 + 1e-5)).all())
 
@@ -176,34 +182,34 @@ def test_diagonal_search_is_never_worse_than_min_max(
 def test_range_search_uses_errors_of_other_groups() -> None:
     """Errors of two groups with the same channels can cancel, which blocks alone do not show."""
     half = tokens(7, 200, 32)
-    x, weight, chosen = torch.cat([half, half], dim=1), weights(7, 32, 64), scheme(3)
+    x, weight, spec = torch.cat([half, half], dim=1), weights(7, 32, 64), scheme(3)
     g = gram_of(x)
     blocks = g * torch.block_diag(torch.ones(32, 32), torch.ones(32, 32))
-    seen, blind = (
+    with_others, blind = (
         gram.compute_error(
-            stored(*range_search.search_ranges(weight, used, chosen), weight, chosen) - weight, g
+            stored(*range_search.search_ranges(weight, used, spec), weight, spec) - weight, g
         )
         for used in (g, blocks)
     )
-    assert float(seen) < 0.9 * float(blind)
+    assert float(with_others) < 0.9 * float(blind)
 
 
 def test_unseen_input_keeps_min_max_ranges() -> None:
-    weight, chosen = weights(3, 4, 64), scheme()
-    scale, zero = range_search.search_ranges(weight, torch.zeros(64, 64), chosen)
-    plain_scale, plain_zero = affine.compute_qparams(*affine.compute_min_max(weight, 32), chosen)
+    weight, spec = weights(3, 4, 64), scheme()
+    scale, zero = range_search.search_ranges(weight, torch.zeros(64, 64), spec)
+    plain_scale, plain_zero = affine.compute_qparams(*affine.compute_min_max(weight, 32), spec)
     assert zero is not None and plain_zero is not None
     assert torch.equal(scale, plain_scale) and torch.equal(zero, plain_zero)
 
 
 def test_range_search_keeps_groups_of_zeros() -> None:
-    weight, chosen = weights(4, 4, 64), scheme()
+    weight, spec = weights(4, 4, 64), scheme()
     weight[1, :32] = 0
     weight[2] = 0
-    found = stored(
-        *range_search.search_ranges(weight, gram_of(tokens(4, 50, 64)), chosen), weight, chosen
+    result = stored(
+        *range_search.search_ranges(weight, gram_of(tokens(4, 50, 64)), spec), weight, spec
     )
-    assert torch.equal(found[1, :32], torch.zeros(32)) and torch.equal(found[2], torch.zeros(64))
+    assert torch.equal(result[1, :32], torch.zeros(32)) and torch.equal(result[2], torch.zeros(64))
 
 
 # ------------------------------------------------------------------------------------- scale search
@@ -211,33 +217,33 @@ def test_range_search_keeps_groups_of_zeros() -> None:
 
 def test_candidates_equal_oracle() -> None:
     mean_abs = tokens(5, 50, 64).abs().mean(0)
-    found = awq_scales.compute_scale_candidates(mean_abs)
-    assert found.shape == (20, 64) and torch.equal(found[0], torch.ones(64))
-    assert np.allclose(found.numpy(), oracle.awq_scales(mean_abs.double().numpy()), rtol=1e-5)
+    result = awq_scales.compute_scale_candidates(mean_abs)
+    assert result.shape == (20, 64) and torch.equal(result[0], torch.ones(64))
+    assert np.allclose(result.numpy(), oracle.awq_scales(mean_abs.double().numpy()), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     "values", [[0.0, 0.0, 0.0], [0.0, 1.0, 1e30], [1e-38, 1e-38, 1e-38], [0.0, 1e-30, 1.0]]
 )
 def test_candidates_are_positive_and_finite(values: list[float]) -> None:
-    found = awq_scales.compute_scale_candidates(torch.tensor(values))
-    assert bool(torch.isfinite(found).all()) and bool((found > 0).all())
-    assert torch.equal(found[0], torch.ones(3))
+    result = awq_scales.compute_scale_candidates(torch.tensor(values))
+    assert bool(torch.isfinite(result).all()) and bool((result > 0).all())
+    assert torch.equal(result[0], torch.ones(3))
 
 
 def test_powers_of_two_scale_without_rounding() -> None:
-    tried = awq_scales.compute_scale_candidates(tokens(5, 50, 64).abs().mean(0))
-    exact = awq_scales.round_to_powers_of_two(tried)
-    assert bool((torch.log2(exact / tried).abs() <= 0.5001).all()) and torch.equal(
+    candidates = awq_scales.compute_scale_candidates(tokens(5, 50, 64).abs().mean(0))
+    exact = awq_scales.round_to_powers_of_two(candidates)
+    assert bool((torch.log2(exact / candidates).abs() <= 0.5001).all()) and torch.equal(
         exact[0], torch.ones(64)
     )
-    norm, kept = weights(5, 64).bfloat16(), weights(6, 8, 64).bfloat16()
+    norm, reader = weights(5, 64).bfloat16(), weights(6, 8, 64).bfloat16()
     for scale in exact:
         assert torch.equal((norm.float() / scale).bfloat16().float() * scale, norm.float())
         assert (
             float(
                 awq_scales.compute_scaling_error(
-                    kept.float(), gram_of(tokens(5, 50, 64)), scale, None
+                    reader.float(), gram_of(tokens(5, 50, 64)), scale, None
                 )
             )
             == 0
@@ -254,18 +260,19 @@ def test_candidates_of_batch_equal_those_of_its_inputs() -> None:
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (3, True)])
 def test_scaling_error_equals_oracle(bits: int, symmetric: bool) -> None:
-    weight, x, chosen = weights(6, 5, 64), tokens(6, 90, 64), scheme(bits, 32, symmetric)
-    tried = awq_scales.compute_scale_candidates(x.abs().mean(0))
-    found = [
-        float(awq_scales.compute_scaling_error(weight, gram_of(x), candidate, chosen))
-        for candidate in tried
+    weight, x, spec = weights(6, 5, 64), tokens(6, 90, 64), scheme(bits, 32, symmetric)
+    candidates = awq_scales.compute_scale_candidates(x.abs().mean(0))
+    result = [
+        float(awq_scales.compute_scaling_error(weight, gram_of(x), candidate, spec))
+        for candidate in candidates
     ]
     w, t = weight.double().numpy(), x.double().numpy()
     expected = [
-        oracle.awq_error(w, t, s.double().numpy(), bits, 32, symmetric, "bfloat16") for s in tried
+        oracle.awq_error(w, t, s.double().numpy(), bits, 32, symmetric, "bfloat16")
+        for s in candidates
     ]
-    assert np.allclose(found, expected, rtol=0.02)
-    assert np.argmin(found) == np.argmin(expected)
+    assert np.allclose(result, expected, rtol=0.02)
+    assert np.argmin(result) == np.argmin(expected)
 
 
 def test_kept_matrix_counts_its_rounding() -> None:
@@ -280,32 +287,32 @@ def test_kept_matrix_counts_its_rounding() -> None:
 
 
 def test_scaling_error_of_batch_with_one_or_many_scales() -> None:
-    weight, chosen = weights(9, 3, 300, 64), scheme()  # more rows than one chunk
+    weight, spec = weights(9, 3, 300, 64), scheme()  # more rows than one chunk
     x = torch.stack([tokens(seed, 50, 64) for seed in range(3)])
     grams = x.mT @ x
     many = awq_scales.compute_scale_candidates(x.abs().mean(1))[7]  # [3, 64]
-    found = awq_scales.compute_scaling_error(weight, grams, many, chosen)
+    result = awq_scales.compute_scaling_error(weight, grams, many, spec)
     single = torch.stack([
-        awq_scales.compute_scaling_error(weight[e], grams[e], many[e], chosen) for e in range(3)
+        awq_scales.compute_scaling_error(weight[e], grams[e], many[e], spec) for e in range(3)
     ])
-    assert torch.allclose(found, single, rtol=1e-5)
-    shared = awq_scales.compute_scaling_error(weight, grams, many[0], chosen)
-    assert torch.allclose(shared[0], found[0], rtol=1e-5) and not torch.allclose(
-        shared[1], found[1], rtol=1e-3
+    assert torch.allclose(result, single, rtol=1e-5)
+    shared = awq_scales.compute_scaling_error(weight, grams, many[0], spec)
+    assert torch.allclose(shared[0], result[0], rtol=1e-5) and not torch.allclose(
+        shared[1], result[1], rtol=1e-3
     )
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_awq_beats_rtn_on_outlier_channels(seed: int) -> None:
     """Scale search and range search each lower the error after the other."""
-    weight, x, chosen = weights(seed, 64, 128), tokens(seed, 300, 128, outliers=6), scheme(4, 64)
+    weight, x, spec = weights(seed, 64, 128), tokens(seed, 300, 128, outliers=6), scheme(4, 64)
     g = gram_of(x)
-    tried = awq_scales.compute_scale_candidates(x.abs().mean(0))
-    scale = tried[
+    candidates = awq_scales.compute_scale_candidates(x.abs().mean(0))
+    scale = candidates[
         int(
             torch.stack([
-                awq_scales.compute_scaling_error(weight, g, candidate, chosen)
-                for candidate in tried
+                awq_scales.compute_scaling_error(weight, g, candidate, spec)
+                for candidate in candidates
             ]).argmin()
         )
     ]
@@ -313,11 +320,11 @@ def test_awq_beats_rtn_on_outlier_channels(seed: int) -> None:
     def loss(s: Tensor, search: bool) -> float:
         wide, used = weight * s, gram.rescale_gram(g, s)
         qparams = (
-            range_search.search_ranges(wide, used, chosen)
+            range_search.search_ranges(wide, used, spec)
             if search
-            else affine.compute_qparams(*affine.compute_min_max(wide, 64), chosen)
+            else affine.compute_qparams(*affine.compute_min_max(wide, 64), spec)
         )
-        return float(gram.compute_error(stored(*qparams, wide, chosen) / s - weight, g))
+        return float(gram.compute_error(stored(*qparams, wide, spec) / s - weight, g))
 
     plain, scaled = loss(torch.ones(128), False), loss(scale, False)
     clipped, both = loss(torch.ones(128), True), loss(scale, True)
@@ -326,19 +333,21 @@ def test_awq_beats_rtn_on_outlier_channels(seed: int) -> None:
 
 
 def test_result_does_not_depend_on_cache_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, x, chosen = weights(10, 40, 64), tokens(10, 50, 64), scheme()
+    weight, x, spec = weights(10, 40, 64), tokens(10, 50, 64), scheme()
     candidate = awq_scales.compute_scale_candidates(x.abs().mean(0))[9]
-    whole = awq_scales.compute_scaling_error(weight, gram_of(x), candidate, chosen)
+    whole = awq_scales.compute_scaling_error(weight, gram_of(x), candidate, spec)
     monkeypatch.setattr(gram, "BLOCK_ROWS", 7)
     assert torch.allclose(
-        awq_scales.compute_scaling_error(weight, gram_of(x), candidate, chosen), whole, rtol=1e-6
+        awq_scales.compute_scaling_error(weight, gram_of(x), candidate, spec), whole, rtol=1e-6
     )
 
 
 def test_quantized_uses_the_searched_ranges() -> None:
-    weight, chosen = weights(11, 4, 64), scheme()
-    scale, zero = range_search.search_ranges(weight, gram_of(tokens(11, 50, 64)), chosen)
-    found: Quantized = affine.quantize(weight, scale, zero, chosen)
+    weight, spec = weights(11, 4, 64), scheme()
+    scale, zero = range_search.search_ranges(weight, gram_of(tokens(11, 50, 64)), spec)
+    result: Quantized = affine.quantize(weight, scale, zero, spec)
     assert (
-        found.scale is scale and found.codes.dtype == torch.uint8 and scale.dtype == torch.bfloat16
+        result.scale is scale
+        and result.codes.dtype == torch.uint8
+        and scale.dtype == torch.bfloat16
     )

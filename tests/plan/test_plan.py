@@ -1,4 +1,4 @@
-"""A plan is made from shapes alone, holds every number a build keeps to, and refuses everything wrong at once."""
+"""Plans: made from shapes alone, complete, and with all faults reported at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from support.paths import ROOT
-from support.plans import plan_checkpoint, specs_of
+from support.plans import make_specs, plan_checkpoint
 from tools.calibration_sets.specs import TINY_HELD_OUT, format_spec
 
 from quantkit import registry
@@ -23,7 +23,7 @@ from quantkit.artifact.model_files import make_config
 from quantkit.contracts import TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.plan import sources
-from quantkit.plan.output_tensors import shards
+from quantkit.plan.output_tensors import split_into_shards
 from quantkit.plan.plan import Plan, SourceFacts
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.plan.summary import summarize_plan
@@ -34,14 +34,17 @@ from quantkit.texts.corpus_spec import read_spec
 FLAGSHIP = ROOT / "recipes" / "v3-awq4.yaml"
 
 DEEPSEEK_V3 = 671_026_419_200
-"""Parameters without the MTP layer, from the shapes in the published config; the hub's card says 671 B."""
+"""Parameters without the MTP layer, from the shapes in the published config.
+
+The hub's card says 671 B.
+"""
 
 EXPERTS = 58 * 256 * 3
 
 PLAN_PROGRAM = """
 import sys, time
 began = time.monotonic()
-from quantkit.cli import main
+from quantkit.cli.main import main
 main(["plan", sys.argv[1], "--json"], standalone_mode=False)
 from quantkit.io.host import get_peak_memory
 used = peak_resident_bytes()
@@ -49,32 +52,32 @@ print(f"{time.monotonic() - began} {used}", file=sys.stderr)
 """
 
 
-# ---------------------------------------------------------------------------------------------------- small plans
+# -------------------------------------------------------------------------------------- small plans
 
 
 def faults_of(**keys: Any) -> tuple[str, ...]:
-    """Every fault of a recipe that the plan refuses."""
+    """Return every fault of a recipe that the plan refuses."""
     with pytest.raises(RecipeError) as caught:
         plan_checkpoint(**keys)
     return caught.value.faults
 
 
 def quantized(plan: Plan) -> list[str]:
-    """Names of the linears that are quantized."""
+    """Return the names of the quantized linears."""
     return [name for name, decision in plan.decisions.items() if decision.action == "quantize"]
 
 
 def outputs(plan: Plan) -> dict[str, TensorSpec]:
-    """Every output tensor by name."""
+    """Return every output tensor by name."""
     return {spec.name: spec for shard in plan.shards for spec in shard.tensors}
 
 
-# ------------------------------------------------------------------------------------------------------ the flagship
+# ------------------------------------------------------------------------------------- the flagship
 
 
 @pytest.fixture(scope="module")
 def flagship() -> Plan:
-    """The plan of recipes/v3-awq4.yaml from the published config, without asking for a network."""
+    """Return the plan of recipes/v3-awq4.yaml from the published config, without a network."""
     recipe = parse_recipe(
         FLAGSHIP.read_text(encoding="utf-8"), "recipes/v3-awq4.yaml", {"compute.device": "cpu"}
     )
@@ -97,9 +100,7 @@ def flagship_summary(flagship: Plan) -> PlanSummary:
     return summarize_plan(flagship)
 
 
-def test_the_flagship_has_671_billion_parameters(
-    flagship: Plan, flagship_summary: PlanSummary
-) -> None:
+def test_flagship_has_671_billion_parameters(flagship: Plan, flagship_summary: PlanSummary) -> None:
     source = flagship_summary.source
     assert source.parameters_without_mtp == DEEPSEEK_V3
     assert (
@@ -111,7 +112,7 @@ def test_the_flagship_has_671_billion_parameters(
     assert source.read_from == "the published config; sizes are computed, no header was read"
 
 
-def test_the_flagship_quantizes_every_routed_expert_and_nothing_else(flagship: Plan) -> None:
+def test_flagship_quantizes_routed_experts_only(flagship: Plan) -> None:
     pattern = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj")
     found = Counter()
     for name in quantized(flagship):
@@ -135,7 +136,7 @@ def test_the_flagship_quantizes_every_routed_expert_and_nothing_else(flagship: P
     }
 
 
-def test_the_flagship_in_bytes(flagship: Plan, flagship_summary: PlanSummary) -> None:
+def test_flagship_bytes(flagship: Plan, flagship_summary: PlanSummary) -> None:
     experts, others, mtp = flagship_summary.rules
     weights = EXPERTS * 2048 * 7168
     assert (experts.label, experts.action, experts.modules) == (
@@ -162,13 +163,19 @@ def test_the_flagship_in_bytes(flagship: Plan, flagship_summary: PlanSummary) ->
     )
 
 
-def test_the_flagships_groups(flagship: Plan) -> None:
-    """[out, in] in AWQ's layout: eight codes of neighbouring rows in one word, one scale per 128 inputs."""
+def test_flagship_tensors_have_the_layout_of_awq(flagship: Plan) -> None:
+    """[out, in] in AWQ's layout: eight codes of neighbouring rows in one word, one scale per 128
+    inputs.
+    """
     held, name = outputs(flagship), "model.layers.30.mlp.experts.255"
     for projection, (out, into) in {"gate_proj": (2048, 7168), "down_proj": (7168, 2048)}.items():
-        assert (held[f"{name}.{projection}.qweight"].dtype, held[f"{name}.{projection}.qweight"].shape) == (
-            "I32", (into, out // 8),
-        )  # fmt: skip
+        assert (
+            held[f"{name}.{projection}.qweight"].dtype,
+            held[f"{name}.{projection}.qweight"].shape,
+        ) == (
+            "I32",
+            (into, out // 8),
+        )
         assert held[f"{name}.{projection}.scales"].dtype == "BF16"
         assert held[f"{name}.{projection}.scales"].shape == (into // 128, out)
         assert held[f"{name}.{projection}.qzeros"].shape == (into // 128, out // 8)
@@ -179,7 +186,7 @@ def test_the_flagships_groups(flagship: Plan) -> None:
     assert held["model.layers.3.mlp.gate.e_score_correction_bias"].dtype == "F32"
 
 
-def test_the_flagships_shards_and_memory(flagship: Plan) -> None:
+def test_flagship_shards_and_memory_keep_their_limits(flagship: Plan) -> None:
     limit = flagship.recipe.output.shard_bytes
     assert all(shard.n_bytes <= limit or len(shard.tensors) == 1 for shard in flagship.shards)
     assert len(flagship.shards) == 81
@@ -192,7 +199,7 @@ def test_the_flagships_shards_and_memory(flagship: Plan) -> None:
     assert memory.slice_experts == 16 and memory.wave_experts % 16 == 0
     assert memory.peak_bytes + 16 * memory.expert_bytes > memory.budget_bytes  # not one more slice
     assert flagship.warnings == (
-        "format awq cannot hold FP8 blocks: what is kept is stored as BF16",
+        "format awq cannot hold FP8 blocks: kept weights are stored as BF16",
     )
 
 
@@ -201,8 +208,8 @@ def test_the_flagships_shards_and_memory(flagship: Plan) -> None:
     [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}],
     ids=["offline", "unreachable"],
 )
-def test_the_flagship_plans_without_a_network(environment: dict[str, str], tmp_path: Path) -> None:
-    """On a bare machine: 10 s and 1 GiB are promised; 30 s are allowed where many share a core."""
+def test_flagship_is_planned_without_a_network(environment: dict[str, str], tmp_path: Path) -> None:
+    """10 s and 1 GiB are promised on an idle machine; 30 s are allowed on a busy one."""
     done = subprocess.run(
         [sys.executable, "-c", PLAN_PROGRAM, str(FLAGSHIP)],
         capture_output=True,
@@ -220,8 +227,11 @@ def test_the_flagship_plans_without_a_network(environment: dict[str, str], tmp_p
     assert summary.memory.peak <= summary.memory.budget
 
 
-def test_a_hub_model_nobody_ships_a_config_of_needs_the_hub(tmp_path: Path) -> None:
-    program = f"from quantkit.cli.main import main; main(['plan', {str(FLAGSHIP)!r}, '--set', 'source.model=org/other'])"
+def test_hub_model_without_a_published_config_needs_the_hub(tmp_path: Path) -> None:
+    program = (
+        "from quantkit.cli.main import main; "
+        f"main(['plan', {str(FLAGSHIP)!r}, '--set', 'source.model=org/other'])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -233,15 +243,15 @@ def test_a_hub_model_nobody_ships_a_config_of_needs_the_hub(tmp_path: Path) -> N
     assert "offline mode (HF_HUB_OFFLINE)" in done.stderr and "Traceback" not in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------------ shards
+# ------------------------------------------------------------------------------------------- shards
 
 
-def test_shards_are_cut_in_order_and_never_too_large() -> None:
+def test_shards_keep_order_and_size_limit() -> None:
     tensors = [
         TensorSpec(name=f"t{i}", dtype="U8", shape=(size,))
         for i, size in enumerate((4, 4, 3, 9, 1, 6))
     ]
-    cut = shards(tensors, 8)
+    cut = split_into_shards(tensors, 8)
     assert [[spec.name for spec in shard.tensors] for shard in cut] == [
         ["t0", "t1"],
         ["t2"],
@@ -257,14 +267,17 @@ def test_shards_are_cut_in_order_and_never_too_large() -> None:
     assert [shard.file for shard in cut] == [
         f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)
     ]
-    assert [shard.file for shard in shards(tensors, 100)] == ["model.safetensors"]
+    assert [shard.file for shard in split_into_shards(tensors, 100)] == ["model.safetensors"]
 
 
-# ----------------------------------------------------------------------------------------------------- rules decide
+# ------------------------------------------------------------------------------------- rules decide
 
 
-def test_presets_by_family() -> None:
-    """Without rules: routed experts where there are some, else every linear; protected ones never."""
+def test_default_preset_follows_the_family() -> None:
+    """Without rules: routed experts where there are some, else every linear.
+
+    Protected ones never.
+    """
     deepseek, llama = plan_checkpoint(), plan_checkpoint("llama")
     assert {deepseek.decisions[name].linear.role for name in quantized(deepseek)} == {
         "routed_expert"
@@ -284,12 +297,12 @@ def test_presets_by_family() -> None:
         ("attention-source", {"mlp", "shared_expert", "routed_expert"}),
     ],
 )
-def test_presets_by_name(preset: str, roles: set[str]) -> None:
+def test_named_preset_selects_roles(preset: str, roles: set[str]) -> None:
     plan = plan_checkpoint(rules=preset)
     assert {plan.decisions[name].linear.role for name in quantized(plan)} == roles
 
 
-def test_the_first_match_decides() -> None:
+def test_first_matching_rule_applies() -> None:
     rules = '[{match: "*.layers.0.*", keep: source}, {match: "*.mlp.*", quantize: default}]'
     plan = plan_checkpoint("llama", rules=rules)
     assert quantized(plan) == [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -297,8 +310,10 @@ def test_the_first_match_decides() -> None:
     assert plan.decisions["model.layers.1.self_attn.q_proj"].rule == "no rule"
 
 
-def test_router_embedding_and_head_only_by_name() -> None:
-    """`*` passes them by; a rule that spells them out reaches them, and the format has the last word."""
+def test_router_embedding_and_head_are_matched_by_name_only() -> None:
+    """`*` passes them by; a rule that spells them out reaches them, and the format has the last
+    word.
+    """
     wide = '{match: "*", quantize: default}'
     assert not {"model.embed_tokens", "lm_head"} & set(
         quantized(plan_checkpoint("llama", rules=f"[{wide}]"))
@@ -316,26 +331,26 @@ def test_router_embedding_and_head_only_by_name() -> None:
             assert "the build quantizes inside blocks only" in fault
 
 
-def test_a_rule_that_decides_nothing_is_told() -> None:
-    """Not a fault: a preset at the end of a list may well be covered. But never in silence."""
+def test_rule_that_applies_to_no_linear_is_a_warning() -> None:
+    """It is no fault: earlier rules may cover a preset at the end of a list."""
     shadowed = plan_checkpoint(
         "llama", rules='[{match: "*", quantize: default}, {match: "*.q_proj", keep: source}]'
     )
-    assert shadowed.warnings[-1].startswith("rules[1]: '*.q_proj' decides over nothing: ")
+    assert shadowed.warnings[-1].startswith("rules[1]: '*.q_proj' applies to no linear: ")
     unnamed = plan_checkpoint(
         "llama", rules='[{match: "re:lm_.*", quantize: default}, {match: "*", keep: source}]'
     )
     assert unnamed.decisions["lm_head"].action == "keep"
     assert any(
-        warning.startswith("rules[0]: 're:lm_.*' decides over nothing: ")
+        warning.startswith("rules[0]: 're:lm_.*' applies to no linear: ")
         for warning in unnamed.warnings
     )
     assert not any(
-        "decides over nothing" in warning for warning in plan_checkpoint("llama").warnings
+        "applies to no linear" in warning for warning in plan_checkpoint("llama").warnings
     )
 
 
-def test_keeping_everything_is_told() -> None:
+def test_keeping_everything_is_a_warning() -> None:
     plan = plan_checkpoint(rules='[{match: "*", keep: source}]', quantize="{method: rtn}")
     assert "no linear is quantized: the artifact is a copy of the source" in plan.warnings
     assert "quantization_config" not in make_config(plan)
@@ -345,26 +360,27 @@ def test_keeping_everything_is_told() -> None:
     }
 
 
-# ------------------------------------------------------------------------------------------------- faults, all at once
+# ------------------------------------------------------------------------------ faults, all at once
 
 
-def test_a_rule_that_matches_nothing() -> None:
+def test_rule_that_matches_nothing_is_a_fault() -> None:
     text = '\n  - {match: "*.mlp.exprts.*", quantize: default}\n  - {match: "*", keep: source}'
     assert faults_of(rules=text) == (
-        "r.yaml:9: rules[0]: '*.mlp.exprts.*' matches no linear of this model; expected a glob or re:regex over names "
+        "r.yaml:9: rules[0]: '*.mlp.exprts.*' matches no linear of this model; expected a glob or "
+        "re:regex over names "
         "like 'model.layers.0.self_attn.q_a_proj'",
     )
 
 
-def test_a_written_preset_that_matches_nothing() -> None:
-    """experts-only on a dense model: refused when written, never chosen unasked."""
+def test_written_preset_that_matches_nothing_is_a_fault() -> None:
+    """experts-only on a dense model is refused if written, and never a default."""
     [fault] = faults_of(model_type="llama", rules="experts-only")
     assert fault.startswith(
         r"r.yaml:8: experts-only[0]: 're:.*\\.experts\\.\\d+\\.[^.]+' matches no linear of"
     )
 
 
-def test_a_group_size_that_does_not_divide() -> None:
+def test_group_size_that_does_not_divide_is_a_fault() -> None:
     [fault] = faults_of(quantize="{group_size: 128}", config={"moe_intermediate_size": 192})
     assert fault == (
         "r.yaml: experts-only[0]: group_size 128 does not divide 192 input features; use 64 or 32 "
@@ -372,11 +388,12 @@ def test_a_group_size_that_does_not_divide() -> None:
     )
 
 
-def test_a_fused_group_with_two_schemes() -> None:
+def test_fused_linears_with_two_decisions_are_a_fault() -> None:
     rules = '[{match: "*.q_proj", keep: source}, {match: "*", quantize: default}]'
     faults = faults_of(model_type="llama", rules=rules)
     assert faults == tuple(
-        f"r.yaml: model.layers.{layer}: vLLM and SGLang merge these linears when loading, so they need one decision, "
+        f"r.yaml: model.layers.{layer}: vLLM and SGLang merge these linears when loading, so they "
+        "need one decision, "
         f"found 2: model.layers.{layer}.self_attn.q_proj (rules[0]: keep), "
         f"model.layers.{layer}.self_attn.k_proj (rules[1]: quantize)"
         for layer in range(2)
@@ -384,25 +401,33 @@ def test_a_fused_group_with_two_schemes() -> None:
 
 
 def test_experts_of_one_layer_are_one_fused_group() -> None:
-    rules = '[{match: "*.experts.3.down_proj", keep: source}, {match: "*.experts.*", quantize: default}]'
+    rules = (
+        '[{match: "*.experts.3.down_proj", keep: source}, '
+        '{match: "*.experts.*", quantize: default}]'
+    )
     [fault] = faults_of(rules=rules)
     assert fault.startswith(
         "r.yaml: model.layers.1: vLLM and SGLang merge these linears when loading"
     )
 
 
-def test_two_schemes_in_a_format_that_holds_one() -> None:
+def test_two_schemes_in_a_format_for_one_are_a_fault() -> None:
     rules = '[{match: "*.down_proj", quantize: {group_size: 32}}, {match: "*", quantize: default}]'
     [fault] = faults_of(model_type="llama", rules=rules)
     assert fault == (
-        "r.yaml: format awq holds one scheme per artifact, found 2: model.layers.0.self_attn.q_proj (group_size: "
-        "64), model.layers.0.mlp.down_proj (group_size: 32); use one for all rules, or format compressed_tensors or "
+        "r.yaml: format awq holds one scheme per artifact, found 2: "
+        "model.layers.0.self_attn.q_proj (group_size: "
+        "64), model.layers.0.mlp.down_proj (group_size: 32); use one for all rules, or format "
+        "compressed_tensors or "
         "gptq"
     )
 
 
-def test_only_who_merges_linears_asks_for_one_decision() -> None:
-    """Not where codes are for others, nor in plain weights; the routed experts of a block are solved as one."""
+def test_only_merging_engines_require_one_decision() -> None:
+    """Not where codes are for others, nor in plain weights.
+
+    The routed experts of a block are solved as one.
+    """
     rules = '[{match: "*.q_proj", keep: source}, {match: "*", quantize: default}]'
     for quantize, name in (
         ("{method: rtn, group_size: 64}", "dense"),
@@ -413,11 +438,12 @@ def test_only_who_merges_linears_asks_for_one_decision() -> None:
     experts = '[{match: "*.down_proj", keep: source}, {match: "*.experts.*", quantize: default}]'
     [fault] = faults_of(rules=experts, quantize="{method: nf4}", format="bitsandbytes")
     assert fault.startswith(
-        "r.yaml: model.layers.1: quantkit solves and loads the routed experts of a block together"
+        "r.yaml: model.layers.1: quantkit quantizes and loads the routed experts of a block "
+        "together"
     )
 
 
-def test_schemes_are_told_apart_by_what_differs() -> None:
+def test_message_names_the_keys_in_which_schemes_differ() -> None:
     rules = (
         '[{match: "*.down_proj", quantize: {double_quant: false}}, {match: "*", quantize: default}]'
     )
@@ -442,7 +468,7 @@ def test_schemes_are_told_apart_by_what_differs() -> None:
         ("group_size: -1", "fails on -1; use 128, 64 or 32"),
     ],
 )
-def test_what_awq_cannot_hold(change: str, words: str) -> None:
+def test_scheme_that_awq_cannot_hold_is_a_fault(change: str, words: str) -> None:
     [fault] = faults_of(quantize=f"{{{change}}}")
     assert fault.startswith("r.yaml: experts-only[0]: ") and words in fault
     assert fault.endswith(
@@ -450,12 +476,14 @@ def test_what_awq_cannot_hold(change: str, words: str) -> None:
     )  # one sentence for all of them
 
 
-def test_memory_that_is_too_small() -> None:
+def test_memory_that_is_too_small_is_a_fault() -> None:
     needed = plan_checkpoint().memory.needed_bytes
     [fault] = faults_of(budget=needed - 1, memory="1GB")
     assert re.fullmatch(
-        r"r\.yaml:8: memory: the smallest wave \(one expert\) needs \d\.\d\d GB \(base 0\.90, block without experts "
-        r"0\.\d\d, one batch 0\.\d\d, one expert 0\.\d\d, head 0\.\d\d\), found \d\.\d\d GB; raise memory or free some",
+        r"r\.yaml:8: memory: the smallest wave \(one expert\) needs \d\.\d\d GB \(base 0\.90, "
+        r"block without experts "
+        r"0\.\d\d, one batch 0\.\d\d, one expert 0\.\d\d, head 0\.\d\d\), found \d\.\d\d GB; raise "
+        r"memory or free some",
         fault,
     )
     told = float(fault.partition("needs ")[2].partition(" GB")[0])
@@ -465,7 +493,7 @@ def test_memory_that_is_too_small() -> None:
     assert "the largest block needs" in faults_of(model_type="llama", budget=10**6)[0]
 
 
-def test_calibration_that_is_missing() -> None:
+def test_missing_calibration_is_a_fault() -> None:
     assert faults_of(calibration="null") == (
         "r.yaml:4: calibration: method awq needs a set, found none",
     )
@@ -474,7 +502,7 @@ def test_calibration_that_is_missing() -> None:
     ).needs_calibration
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_faults_are_reported_at_once() -> None:
     rules = """
   - {match: "*.nothing", keep: source}
   - {match: "*.q_proj", keep: source}
@@ -488,32 +516,34 @@ def test_all_faults_are_told_at_once() -> None:
         config={"intermediate_size": 320},
     )
     for part in (
-        "rules[0]: '*.nothing' matches no linear", "rules[2]: ", "format awq holds one scheme per artifact, found 2",
-        "model.layers.0: vLLM and SGLang merge", "model.layers.1: vLLM and SGLang merge", "needs a set, found none",
+        "rules[0]: '*.nothing' matches no linear",
+        "rules[2]: ",
+        "format awq holds one scheme per artifact, found 2",
+        "model.layers.0: vLLM and SGLang merge",
+        "model.layers.1: vLLM and SGLang merge",
+        "needs a set, found none",
         "the largest block needs",
-    ):  # fmt: skip
+    ):
         assert sum(part in fault for fault in faults) == 1, part
     assert all("\n" not in fault for fault in faults)
 
 
-# -------------------------------------------------------------------------------------------------------------- MTP
+# ---------------------------------------------------------------------------------------------- MTP
 
 
 @pytest.mark.parametrize("mtp", ["keep", "quantize", "drop"])
-def test_a_model_without_an_mtp_layer_is_told(mtp: str) -> None:
+def test_mtp_key_without_an_mtp_layer_is_a_warning(mtp: str) -> None:
     told = [
         warning
         for warning in plan_checkpoint("llama", rules="all-linear", mtp=mtp).warnings
         if "mtp" in warning
     ]
-    missing = (
-        f"mtp: {mtp}: the model has no multi-token-prediction layer, and the key changes nothing"
-    )
+    missing = f"mtp: {mtp}: the model has no multi-token-prediction layer; the key has no effect"
     assert told == ([] if mtp == "keep" else [missing])
 
 
 @pytest.mark.parametrize("mtp", ["keep", "quantize", "drop"])
-def test_the_mtp_layer_is_never_lost_by_accident(mtp: str) -> None:
+def test_mtp_layer_is_dropped_only_if_the_recipe_says_so(mtp: str) -> None:
     plan = plan_checkpoint(mtp=mtp)
     inside = {
         name: spec for name, spec in outputs(plan).items() if name.startswith("model.layers.2.")
@@ -538,29 +568,30 @@ def test_the_mtp_layer_is_never_lost_by_accident(mtp: str) -> None:
     )
 
 
-def test_an_announced_mtp_layer_that_is_not_stored() -> None:
-    """Common in re-uploads: left out with a warning, and engines are not told to look for it."""
+def test_announced_mtp_layer_without_tensors_is_left_out() -> None:
+    """Common in re-uploads: the block is left out with a warning, and removed from the config."""
     stored = {
         n: s
-        for n, s in specs_of(registry.get_architecture("deepseek_v3").tiny).items()
+        for n, s in make_specs(registry.get_architecture("deepseek_v3").tiny).items()
         if ".layers.2." not in n
     }
     plan = plan_checkpoint(specs=stored)
     assert plan.warnings[0] == (
-        "config.json announces the MTP block model.layers.2, the checkpoint has none of its tensors: left out"
+        "config.json announces the MTP block model.layers.2, the checkpoint has none of its "
+        "tensors: left out"
     )
     assert [block.name for block in plan.layout.blocks] == ["model.layers.0", "model.layers.1"]
     assert make_config(plan)["num_nextn_predict_layers"] == 0
     assert summarize_plan(plan).source.parameters_without_mtp is None
 
 
-def test_a_model_without_mtp_keeps_its_config() -> None:
+def test_model_without_mtp_keeps_its_config() -> None:
     plan = plan_checkpoint(config={"num_nextn_predict_layers": 0})
     assert make_config(plan)["num_nextn_predict_layers"] == 0
     assert "num_nextn_predict_layers" not in make_config(plan_checkpoint("llama"))
 
 
-# ------------------------------------------------------------------------------------------ checkpoints that do not fit
+# ---------------------------------------------------------------------- checkpoints that do not fit
 
 
 def test_tied_embeddings_have_no_head() -> None:
@@ -570,8 +601,8 @@ def test_tied_embeddings_have_no_head() -> None:
     assert len(outputs(plan_checkpoint("llama"))) == len(outputs(plan)) + 1
 
 
-def test_missing_unclaimed_and_misshaped_tensors_are_told_together() -> None:
-    specs = specs_of(registry.get_architecture("llama").tiny)
+def test_missing_unexpected_and_misshaped_tensors_are_reported_together() -> None:
+    specs = make_specs(registry.get_architecture("llama").tiny)
     del specs["model.norm.weight"]
     specs["model.layers.9.extra"] = TensorSpec(
         name="model.layers.9.extra", dtype="BF16", shape=(3,)
@@ -580,8 +611,10 @@ def test_missing_unclaimed_and_misshaped_tensors_are_told_together() -> None:
     with pytest.raises(CheckpointError) as caught:
         plan_checkpoint("llama", specs=specs)
     assert str(caught.value) == (
-        "org/name: the tensors do not fit model_type llama with this config.json: missing: model.norm.weight [128]; "
-        "not claimed by the architecture: model.layers.9.extra; lm_head.weight: expected shape [768, 128], found "
+        "org/name: the tensors do not fit model_type llama with this config.json: missing: "
+        "model.norm.weight [128]; "
+        "not claimed by the architecture: model.layers.9.extra; lm_head.weight: expected shape "
+        "[768, 128], found "
         "[700, 128]; check that config.json and weights belong together"
     )
 
@@ -594,10 +627,10 @@ def test_many_faults_of_a_checkpoint_are_counted() -> None:
         plan_checkpoint("llama", specs={})
 
 
-def test_tensors_no_engine_reads_are_dropped_and_told() -> None:
+def test_unused_tensors_are_dropped_with_a_warning() -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     specs = {
-        **specs_of(registry.get_architecture("llama").tiny),
+        **make_specs(registry.get_architecture("llama").tiny),
         name: TensorSpec(name=name, dtype="F32", shape=(16,)),
     }
     plan = plan_checkpoint("llama", specs=specs)
@@ -619,19 +652,19 @@ def test_tensors_no_engine_reads_are_dropped_and_told() -> None:
         ("int4", "found 'int4'; start from the original weights"),
     ],
 )
-def test_a_source_that_is_quantized_otherwise(entry: object, sentence: str) -> None:
-    specs = specs_of(registry.get_architecture("llama").tiny)
+def test_source_with_another_quantization_is_refused(entry: object, sentence: str) -> None:
+    specs = make_specs(registry.get_architecture("llama").tiny)
     with pytest.raises(CheckpointError) as caught:
         plan_checkpoint("llama", specs=specs, config={"quantization_config": entry})
     assert sentence in str(caught.value)
 
 
-def test_an_unknown_family() -> None:
+def test_unknown_family_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"no architecture named 'lama'\. Did you mean 'llama'\?"):
         plan_checkpoint("llama", specs={}, config={"model_type": "lama"})
 
 
-# ------------------------------------------------------------------------------------------------------------ the rest
+# ----------------------------------------------------------------------------------------- the rest
 
 
 def test_scales_follow_the_dtype_of_the_source() -> None:
@@ -643,7 +676,7 @@ def test_scales_follow_the_dtype_of_the_source() -> None:
     assert forced["model.layers.0.mlp.up_proj.scales"].dtype == "F16"
 
 
-def test_the_budget_changes_waves_and_nothing_else() -> None:
+def test_budget_changes_only_waves() -> None:
     large, small = plan_checkpoint(), plan_checkpoint(budget=plan_checkpoint().memory.needed_bytes)
     assert (large.memory.wave_experts, small.memory.wave_experts) == (8, 1)
     assert (large.shards, large.decisions, large.hash) == (
@@ -653,7 +686,7 @@ def test_the_budget_changes_waves_and_nothing_else() -> None:
     )
 
 
-def test_the_hash_follows_what_decides_the_content() -> None:
+def test_hash_follows_the_content() -> None:
     base = plan_checkpoint("llama").hash
     assert plan_checkpoint("llama").hash == base
     assert plan_checkpoint("llama", output="{path: elsewhere}").hash == base
@@ -667,7 +700,7 @@ def test_the_hash_follows_what_decides_the_content() -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------- more text than there is
+# -------------------------------------------------------------------------- more text than there is
 
 
 @pytest.mark.parametrize(
@@ -675,9 +708,7 @@ def test_the_hash_follows_what_decides_the_content() -> None:
     [("calibration.sequences", 900), ("fidelity.windows", 250)],
     ids=["calibration", "fidelity"],
 )
-def test_more_sequences_than_a_set_has_are_refused_before_anything_is_read(
-    key: str, most: int
-) -> None:
+def test_more_sequences_than_a_set_has_are_refused(key: str, most: int) -> None:
     text = (ROOT / "recipes" / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
 
     def planned(count: int) -> None:
@@ -688,13 +719,13 @@ def test_more_sequences_than_a_set_has_are_refused_before_anything_is_read(
 
     planned(most)
     with pytest.raises(
-        RecipeError, match=rf"{key}: expected at most {most}, .* found {most + 1}; ask for fewer"
+        RecipeError, match=rf"{key}: expected at most {most}, .* found {most + 1}; use fewer"
     ):
         planned(most + 1)
 
 
 def test_windows_are_bounded_by_the_bytes_of_their_text(tmp_path: Path) -> None:
-    """Each token has at least one byte, and a window may begin with a BOS that is not of the text."""
+    """Each token has at least one byte; a window may begin with a BOS outside of the text."""
     rows = json.dumps({"domain": "prose", "text": "x" * 70}) + "\n"
     (tmp_path / "some.jsonl").write_text(rows)
     spec = dataclasses.replace(TINY_HELD_OUT, name="some", end="none", packing="windows")

@@ -20,7 +20,16 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
-from support.damage import edit_json, judged, put, read_shard, rehash, reseal, shards, write_shard
+from support.damage import (
+    edit_json,
+    list_shards,
+    overwrite_element,
+    read_shard,
+    rehash,
+    reseal,
+    set_status,
+    write_shard,
+)
 from support.loadtest_example import make_load_test
 
 from quantkit.artifact.layout import LOADTEST, MANIFEST, SIGNATURE
@@ -98,7 +107,7 @@ def flip(path: Path, at: int) -> None:
 def test_a_signature_is_checked_when_asked_for(signed: Path, keys: Pair) -> None:
     code, text = check(signed, keys)
     assert code == 0 and text.endswith(f"not judged)\n  signed by the key {keys.public}\n")
-    assert run("verify", signed)[1].endswith("say who must have signed with --public-key\n")
+    assert run("verify", signed)[1].endswith("name the signer with --public-key\n")
     values = json.loads(run("verify", signed, "--public-key", keys.public, "--json")[1])
     assert values["ok"] is True and values["signed_by"] == f"the key {keys.public}"
     assert json.loads(run("verify", signed, "--json")[1])["signed_by"] is None
@@ -251,7 +260,7 @@ def test_a_certificate_vouches_for_the_key(artifact: Path, tmp_path: Path) -> No
 
 def swap(path: Path) -> None:
     """The contents of two shards under each other's name."""
-    one, other = shards(path)[:2]
+    one, other = list_shards(path)[:2]
     first, second = read_shard(one), read_shard(other)
     write_shard(one, second)
     write_shard(other, first)
@@ -276,7 +285,9 @@ def better(path: Path) -> None:
 
 def accept(path: Path) -> None:
     """A rejected artifact that says it was accepted."""
-    judged(path, "accepted", [{"figure": "kl_mean", "bound": "<= 1", "value": 0.001, "ok": True}])
+    set_status(
+        path, "accepted", [{"figure": "kl_mean", "bound": "<= 1", "value": 0.001, "ok": True}]
+    )
 
 
 def remember(path: Path) -> None:
@@ -286,7 +297,7 @@ def remember(path: Path) -> None:
 
 CHANGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped bit of the codes": (
-        lambda path: put(path, PACKED, 7, b"\1\2\3\4"),
+        lambda path: overwrite_element(path, PACKED, 7, b"\1\2\3\4"),
         "safetensors was changed",
     ),
     "a flipped bit of the tokenizer": (

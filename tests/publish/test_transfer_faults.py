@@ -19,8 +19,16 @@ from types import SimpleNamespace
 
 import pytest
 from _pytest.mark import ParameterSet
-from support.places.here import WIRED, Place
-from support.places.using import LAST, Record, fetched, files, flipped, other, sent
+from support.places.here import WIRED, RemoteFixture
+from support.places.using import (
+    LAST,
+    Record,
+    flip_last_bit,
+    make_other_artifact,
+    publish_to,
+    pull_from,
+    read_files,
+)
 from support.places.wire import Cuts, Flips, Slow
 
 from quantkit.errors import QuantkitError, UsageError
@@ -33,7 +41,7 @@ CUTS = 8
 CUT_EVERY = 350_000  # bytes, in the mean; an artifact has six million
 PATIENT = RetryPolicy(first_wait=0.01, tries=8)
 
-Make = Callable[[str], Place]
+Make = Callable[[str], RemoteFixture]
 
 
 @pytest.fixture
@@ -74,10 +82,10 @@ def test_connections_that_are_cut(
     there = make(kind)
     up, down = Cuts(seed, CUTS, CUT_EVERY), Cuts(seed + 100, CUTS, CUT_EVERY)
     with there.wired(up=up) as (address, _):
-        sent(built, address, PATIENT)
+        publish_to(built, address, PATIENT)
     with there.wired(down=down) as (address, _):
-        fetched(address, tmp_path / "got", PATIENT)
-    assert files(tmp_path / "got") == files(built)
+        pull_from(address, tmp_path / "got", PATIENT)
+    assert read_files(tmp_path / "got") == read_files(built)
     assert (up.made, down.made) == (CUTS, CUTS)
     for way in ("publishing", "pulling"):
         for number in range(CUTS):
@@ -92,46 +100,46 @@ def test_a_connection_that_is_always_cut(
 ) -> None:
     """Given up with a sentence; what arrived is kept, and the next pull goes on with it."""
     there = make(kind)
-    sent(built, there.address)
+    publish_to(built, there.address)
     hurried = RetryPolicy(first_wait=0.01, tries=2)
     with there.wired(down=Cuts(3, 10**6, 1_000)) as (address, _):
-        said = sentence(lambda: fetched(address, tmp_path / "got", hurried))
+        said = sentence(lambda: pull_from(address, tmp_path / "got", hurried))
     assert "2 failures in a row" in said and "the same command goes on" in said
     assert not (tmp_path / "got").exists()
-    fetched(there.address, tmp_path / "got")
-    assert files(tmp_path / "got") == files(built)
+    pull_from(there.address, tmp_path / "got")
+    assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", f"{kind}: every connection is cut")
 
 
 def test_connections_that_carry_little_are_enough(built: Path, make: Make, tmp_path: Path) -> None:
     """S3 gives a range whole or not at all: behind a cut a shorter one is asked for."""
     there = make("s3")
-    sent(built, there.address)
+    publish_to(built, there.address)
 
     def short(piece: bytes, offset: int) -> bytes | None:
         return piece if offset + len(piece) < 300_000 else None
 
     with there.wired(down=short) as (address, _):
-        fetched(address, tmp_path / "got", RetryPolicy(first_wait=0.01, tries=3))
-    assert files(tmp_path / "got") == files(built)
+        pull_from(address, tmp_path / "got", RetryPolicy(first_wait=0.01, tries=3))
+    assert read_files(tmp_path / "got") == read_files(built)
 
 
 def test_a_cut_pull_fetches_only_what_is_missing(
     built: Path, make: Make, tmp_path: Path, record_property: Record
 ) -> None:
     there = make("oci")
-    sent(built, there.address)
-    total = sum(map(len, files(built).values()))
+    publish_to(built, there.address)
+    total = sum(map(len, read_files(built).values()))
     with there.wired(down=Cuts(5, 10**6, 2_000_000)) as (address, _):
-        sentence(lambda: fetched(address, tmp_path / "got", RetryPolicy(tries=1), jobs=1))
-    kept = sum(map(len, files(tmp_path / "got.pulling").values()))
+        sentence(lambda: pull_from(address, tmp_path / "got", RetryPolicy(tries=1), jobs=1))
+    kept = sum(map(len, read_files(tmp_path / "got.pulling").values()))
     with there.wired() as (address, wire):
-        done = fetched(address, tmp_path / "got", jobs=1)
+        done = pull_from(address, tmp_path / "got", jobs=1)
         carried = wire.carried
     assert kept > 10_000 and carried < total - kept + 100_000  # and what HTTP says beside
     assert done.there_bytes == kept
     assert done.n_bytes + done.there_bytes == total
-    assert files(tmp_path / "got") == files(built)
+    assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", "oci: a pull breaks off in a file")
 
 
@@ -146,20 +154,20 @@ def test_bytes_that_change_on_the_wire(
     once, always = Flips(1), Flips(10**6)
     if way == "up":
         with there.wired(up=always) as (address, _):
-            sentence(lambda: sent(built, address, RetryPolicy(first_wait=0.01, tries=2)))
-        sentence(lambda: fetched(there.address, tmp_path / "got"))
+            sentence(lambda: publish_to(built, address, RetryPolicy(first_wait=0.01, tries=2)))
+        sentence(lambda: pull_from(there.address, tmp_path / "got"))
         with there.wired(up=once) as (address, _):
-            sent(built, address)
-        fetched(there.address, tmp_path / "got")
+            publish_to(built, address)
+        pull_from(there.address, tmp_path / "got")
     else:
-        sent(built, there.address)
+        publish_to(built, there.address)
         with there.wired(down=always) as (address, _):
-            sentence(lambda: fetched(address, tmp_path / "got"))
+            sentence(lambda: pull_from(address, tmp_path / "got"))
         assert not (tmp_path / "got").exists()
         with there.wired(down=once) as (address, _):
-            fetched(address, tmp_path / "got")
+            pull_from(address, tmp_path / "got")
     assert always.made and once.made == 1
-    assert files(tmp_path / "got") == files(built)
+    assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", f"{kind}: a byte changes on the way {way}")
     record_property("fault", f"{kind}: bytes always change on the way {way}")
 
@@ -172,9 +180,9 @@ def test_nobody_there(
     with there.wired(up=lambda _piece, _at: None) as (address, wire):
         wire.close()
         hurried = RetryPolicy(first_wait=0.01, tries=2)
-        assert "2 failures in a row" in sentence(lambda: sent(built, address, hurried))
+        assert "2 failures in a row" in sentence(lambda: publish_to(built, address, hurried))
         assert "2 failures in a row" in sentence(
-            lambda: fetched(address, tmp_path / "got", hurried)
+            lambda: pull_from(address, tmp_path / "got", hurried)
         )
     assert not (tmp_path / "got").exists()
     record_property("fault", f"{kind}: nobody listens")
@@ -205,14 +213,14 @@ def test_a_file_that_is_lost_before_the_manifest(
             there.write(LAST, None)
 
     monkeypatch.setattr(publish, "run_in_parallel", losing)
-    assert "publish again" in sentence(lambda: sent(built, there.address))
+    assert "publish again" in sentence(lambda: publish_to(built, there.address))
     monkeypatch.setattr(publish, "run_in_parallel", real)
     assert "its publication did not finish" in sentence(
-        lambda: fetched(there.address, tmp_path / "got")
+        lambda: pull_from(there.address, tmp_path / "got")
     )
-    assert len(sent(built, there.address).files) == 2
-    fetched(there.address, tmp_path / "got")
-    assert files(tmp_path / "got") == files(built)
+    assert len(publish_to(built, there.address).files) == 2
+    pull_from(there.address, tmp_path / "got")
+    assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", f"{kind}: a file is lost while publishing")
 
 
@@ -227,21 +235,21 @@ def test_a_file_that_changes_while_it_is_pulled(
 ) -> None:
     """The hub's commit stays what it was; elsewhere the file is refused."""
     there = make(kind)
-    sent(built, there.address)
+    publish_to(built, there.address)
     from quantkit.publish import pull
 
     real = pull.run_in_parallel
 
     def changing(*args: object) -> None:
-        there.write(LAST, flipped(there.read(LAST)))
+        there.write(LAST, flip_last_bit(there.read(LAST)))
         real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pull, "run_in_parallel", changing)
     if kind == "hf":
-        fetched(there.address, tmp_path / "got")
-        assert files(tmp_path / "got") == files(built)
+        pull_from(there.address, tmp_path / "got")
+        assert read_files(tmp_path / "got") == read_files(built)
     else:
-        assert LAST in sentence(lambda: fetched(there.address, tmp_path / "got"))
+        assert LAST in sentence(lambda: pull_from(there.address, tmp_path / "got"))
         assert not (tmp_path / "got").exists()
     record_property("fault", f"{kind}: a file changes while it is pulled")
 
@@ -252,9 +260,9 @@ def test_a_registry_that_fails_for_a_while(
 ) -> None:
     there = make("oci")
     there.server.failing = random.Random(status), status
-    sent(built, there.address, PATIENT)
-    fetched(there.address, tmp_path / "got", PATIENT)
-    assert files(tmp_path / "got") == files(built)
+    publish_to(built, there.address, PATIENT)
+    pull_from(there.address, tmp_path / "got", PATIENT)
+    assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", f"oci: every fifth answer is {status}")
 
 
@@ -270,7 +278,7 @@ def test_somebody_commits_meanwhile(
         there.write(".gitattributes", b"other")
 
     monkeypatch.setattr(publish, "run_in_parallel", meanwhile)
-    assert "found a newer commit" in sentence(lambda: sent(built, there.address))
+    assert "found a newer commit" in sentence(lambda: publish_to(built, there.address))
     assert "config.json" not in there.server.files("team/tiny")
     record_property("fault", "hf: somebody commits while publishing")
 
@@ -281,9 +289,9 @@ def test_a_gitignore_that_names_a_file(
     there = make("hf")
     there.server.ignored.add(LAST)
     assert f"{LAST!r}: expected the file that was committed" in sentence(
-        lambda: sent(built, there.address)
+        lambda: publish_to(built, there.address)
     )
-    assert LAST in sentence(lambda: fetched(there.address, tmp_path / "got"))
+    assert LAST in sentence(lambda: pull_from(there.address, tmp_path / "got"))
     assert not (tmp_path / "got").exists()
     record_property("fault", "hf: the repository ignores a file")
 
@@ -311,14 +319,14 @@ def run(*words: str, limit: int | None = None) -> subprocess.CompletedProcess[st
 def test_a_disk_that_is_full_while_pulling(
     built: Path, tmp_path: Path, limit: int, record_property: Record
 ) -> None:
-    sent(built, str(tmp_path / "there"))
+    publish_to(built, str(tmp_path / "there"))
     done = run("pull", str(tmp_path / "there"), str(tmp_path / "got"), limit=limit)
     assert done.returncode == 1
     assert "cannot be written: file too large" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "got").exists()
-    again = fetched(str(tmp_path / "there"), tmp_path / "got")
+    again = pull_from(str(tmp_path / "there"), tmp_path / "got")
     assert again.there_bytes > 100_000
-    assert files(tmp_path / "got") == files(built)
+    assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", f"file: the disk is full at {limit} bytes while pulling")
 
 
@@ -329,9 +337,9 @@ def test_a_disk_that_is_full_while_publishing(
     assert done.returncode == 1
     assert "cannot be written: file too large" in done.stderr and "Traceback" not in done.stderr
     assert "its publication did not finish" in sentence(
-        lambda: fetched(str(tmp_path / "there"), tmp_path / "got")
+        lambda: pull_from(str(tmp_path / "there"), tmp_path / "got")
     )
-    sent(built, str(tmp_path / "there"))
+    publish_to(built, str(tmp_path / "there"))
     verify_artifact(tmp_path / "there")
     record_property("fault", "file: the disk is full while publishing")
 
@@ -339,10 +347,10 @@ def test_a_disk_that_is_full_while_publishing(
 def test_no_room_is_said_before_anything_is_fetched(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
-    sent(built, str(tmp_path / "there"))
+    publish_to(built, str(tmp_path / "there"))
     monkeypatch.setattr("quantkit.publish.pull.get_free_bytes", lambda _path: 1_000_000)
     assert "found 1.0 MB; free some space" in sentence(
-        lambda: fetched(str(tmp_path / "there"), tmp_path / "got")
+        lambda: pull_from(str(tmp_path / "there"), tmp_path / "got")
     )
     assert not [path for path in (tmp_path / "got.pulling").rglob("*") if path.is_file()]
     record_property("fault", "file: too little room to pull")
@@ -351,13 +359,13 @@ def test_no_room_is_said_before_anything_is_fetched(
 def test_a_second_pull_into_a_folder_is_refused(
     built: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    sent(built, str(tmp_path / "there"))
+    publish_to(built, str(tmp_path / "there"))
     with open_staging_dir(tmp_path / "got"):
         done = run("pull", str(tmp_path / "there"), str(tmp_path / "got"))
     assert done.returncode == 2
     assert "expected to be the only pull here, found another at work (process " in done.stderr
     assert not (tmp_path / "got").exists()
-    fetched(str(tmp_path / "there"), tmp_path / "got")
+    pull_from(str(tmp_path / "there"), tmp_path / "got")
     record_property("fault", "two pulls into one folder")
 
 
@@ -367,8 +375,8 @@ def test_a_pull_that_another_was_faster_than(
     """Between the look at the folder and the lock somebody else's artifact got the name: it is not replaced."""
     from quantkit.publish import pull
 
-    sent(built, str(tmp_path / "there"))
-    second = other(Path(shutil.copytree(built, tmp_path / "copy")))
+    publish_to(built, str(tmp_path / "there"))
+    second = make_other_artifact(Path(shutil.copytree(built, tmp_path / "copy")))
     real = pull.open_staging_dir
     for source, refused in ((built, False), (second, True)):
         got = tmp_path / f"got-{refused}"
@@ -381,10 +389,13 @@ def test_a_pull_that_another_was_faster_than(
 
         monkeypatch.setattr(pull, "open_staging_dir", late)
         if refused:
-            assert "exists already" in sentence(lambda: fetched(str(tmp_path / "there"), got))  # noqa: B023
+            assert "exists already" in sentence(lambda: pull_from(str(tmp_path / "there"), got))  # noqa: B023
         else:
-            assert fetched(str(tmp_path / "there"), got).files == ()
-        assert files(got) == files(source) and not got.with_name(got.name + ".pulling").exists()
+            assert pull_from(str(tmp_path / "there"), got).files == ()
+        assert (
+            read_files(got) == read_files(source)
+            and not got.with_name(got.name + ".pulling").exists()
+        )
     record_property("fault", "another pull was faster")
 
 
@@ -397,8 +408,8 @@ def test_a_second_publication_into_a_folder_is_refused(
         hold_lock(tmp_path / "there.publishing.lock"),
         pytest.raises(UsageError, match="the only publication here"),
     ):
-        sent(built, str(tmp_path / "there"))
-    sent(built, str(tmp_path / "there"))
+        publish_to(built, str(tmp_path / "there"))
+    publish_to(built, str(tmp_path / "there"))
     verify_artifact(tmp_path / "there")
     record_property("fault", "two publications into one folder")
 
@@ -410,7 +421,7 @@ def test_two_pulls_at_the_same_time(
 ) -> None:
     """Whichever comes second is refused, or finds it there; both leave a whole artifact."""
     there = make("oci")
-    sent(built, there.address)
+    publish_to(built, there.address)
     with there.wired(down=Slow(6e6)) as (address, _):
         words = [sys.executable, "-m", "quantkit", "pull", address, str(tmp_path / "got")]
         first = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
@@ -419,7 +430,7 @@ def test_two_pulls_at_the_same_time(
         told = [first.communicate()[1], second.communicate()[1]]
     assert 0 in {first.returncode, second.returncode} <= {0, 2}, told
     assert not any("Traceback" in text for text in told)
-    assert files(tmp_path / "got") == files(built)
+    assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", f"two pulls at the same time, seed {seed}")
 
 
@@ -439,7 +450,7 @@ def test_a_process_that_is_ended(
     """Three times at drawn moments, then it is left to finish."""
     there = make(kind)
     if command == "pull":
-        sent(built, there.address)
+        publish_to(built, there.address)
     moments = random.Random(f"{kind}{command}{end}")
     for time_around in range(3):
         slow = Slow(2.5e6)
@@ -464,14 +475,14 @@ def test_a_process_that_is_ended(
         assert end == signal.SIGKILL or "what arrived is kept; the same command goes on" in said
         if command == "publish":
             assert "no quantkit/manifest.json" in sentence(
-                lambda: fetched(there.address, tmp_path / "got")
+                lambda: pull_from(there.address, tmp_path / "got")
             )
         assert not (tmp_path / "got").exists()
         record_property("fault", f"{kind}: {command} is ended by {end.name}")
     if command == "publish":
-        sent(built, there.address)
-    done = fetched(there.address, tmp_path / "got")
+        publish_to(built, there.address)
+    done = pull_from(there.address, tmp_path / "got")
     assert (
         command == "publish" or kind == "s3" or done.there_bytes
     )  # S3's ranges arrive whole or not at all
-    assert files(tmp_path / "got") == files(built)
+    assert read_files(tmp_path / "got") == read_files(built)

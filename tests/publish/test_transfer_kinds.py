@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.places.here import Place
-from support.places.registry import sha
-from support.places.using import PATIENCE, fetched, files, run, sent
+from support.places.here import RemoteFixture
+from support.places.registry import format_digest
+from support.places.using import RETRY_POLICY, publish_to, pull_from, read_files, run_command
 
 from quantkit.artifact.layout import MANIFEST
 from quantkit.errors import TransferError
@@ -23,12 +23,14 @@ from quantkit.verify.shallow import verify_artifact
 # ----------------------------------------------------------------------------------------------------- kinds of places
 
 
-def test_s3_there_and_back(built: Path, make: Callable[[str], Place], tmp_path: Path) -> None:
+def test_s3_there_and_back(
+    built: Path, make: Callable[[str], RemoteFixture], tmp_path: Path
+) -> None:
     there = make("s3")
-    sent(built, there.address)
-    assert sent(built, there.address).files == ()
-    fetched(there.address, tmp_path / "got")
-    assert files(tmp_path / "got") == files(built)
+    publish_to(built, there.address)
+    assert publish_to(built, there.address).files == ()
+    pull_from(there.address, tmp_path / "got")
+    assert read_files(tmp_path / "got") == read_files(built)
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def big(folder: Path, content: bytes) -> UploadFile:
 
 
 def test_parts_of_an_upload_that_broke_off(
-    make: Callable[[str], Place], tmp_path: Path, parts: int
+    make: Callable[[str], RemoteFixture], tmp_path: Path, parts: int
 ) -> None:
     """Those that are there by MD5 are not sent again, whatever else is under the key."""
     there = make("s3")
@@ -74,7 +76,7 @@ def test_parts_of_an_upload_that_broke_off(
 
 
 def test_an_upload_that_was_begun_for_another_content(
-    make: Callable[[str], Place], tmp_path: Path, parts: int
+    make: Callable[[str], RemoteFixture], tmp_path: Path, parts: int
 ) -> None:
     """Its metadata would lie: the object is sent anew."""
     there = make("s3")
@@ -92,7 +94,9 @@ def test_an_upload_that_was_begun_for_another_content(
     assert remote.list_remote([item], MANIFEST).there == {"big"}
 
 
-def test_an_object_without_metadata_is_read(make: Callable[[str], Place], tmp_path: Path) -> None:
+def test_an_object_without_metadata_is_read(
+    make: Callable[[str], RemoteFixture], tmp_path: Path
+) -> None:
     there = make("s3")
     (tmp_path / "x").write_bytes(b"content")
     item = UploadFile(
@@ -105,35 +109,37 @@ def test_an_object_without_metadata_is_read(make: Callable[[str], Place], tmp_pa
 
 
 def test_branches_and_private_repositories(
-    built: Path, tmp_path: Path, make: Callable[[str], Place]
+    built: Path, tmp_path: Path, make: Callable[[str], RemoteFixture]
 ) -> None:
     there = make("hf")
-    options = RemoteOptions(writing=True, revision="v2", private=True, retry_policy=PATIENCE)
+    options = RemoteOptions(writing=True, revision="v2", private=True, retry_policy=RETRY_POLICY)
     done = publish_artifact(built, there.address, options, lambda _: None, force=True)
     assert there.server.private == {"team/tiny": True}
     assert set(there.server.files("team/tiny")) == {".gitattributes"}
-    assert set(there.server.files("team/tiny", "v2")) == {".gitattributes", *files(built)}
+    assert set(there.server.files("team/tiny", "v2")) == {".gitattributes", *read_files(built)}
     commit = there.server.repos["team/tiny"]["v2"][-1][0]
     assert done.place == f"hf://team/tiny@{commit}"
     with pytest.raises(TransferError, match="not an artifact of quantkit"):
-        fetched(there.address, tmp_path / "got")
+        pull_from(there.address, tmp_path / "got")
     for number, revision in enumerate(("v2", commit)):
         pull_artifact(
             there.address, tmp_path / str(number), RemoteOptions(revision=revision), lambda _: None
         )
-        assert files(tmp_path / str(number)) == files(built)
+        assert read_files(tmp_path / str(number)) == read_files(built)
 
 
-def test_one_commit_makes_it_visible(built: Path, make: Callable[[str], Place]) -> None:
+def test_one_commit_makes_it_visible(built: Path, make: Callable[[str], RemoteFixture]) -> None:
     there = make("hf")
-    sent(built, there.address)
+    publish_to(built, there.address)
     commits = there.server.repos["team/tiny"]["main"]
     assert len(commits) == 2 and MANIFEST in commits[1][1]
-    sent(built, there.address)
+    publish_to(built, there.address)
     assert len(commits) == 2
 
 
-def test_somebody_elses_model_is_not_replaced(built: Path, make: Callable[[str], Place]) -> None:
+def test_somebody_elses_model_is_not_replaced(
+    built: Path, make: Callable[[str], RemoteFixture]
+) -> None:
     there = make("hf")
     there.server.make("team/tiny")
     there.server.repos["team/tiny"]["main"][-1][1].update({
@@ -142,20 +148,22 @@ def test_somebody_elses_model_is_not_replaced(built: Path, make: Callable[[str],
         "LICENSE": b"MIT",
     })
     with pytest.raises(TransferError, match="found 1 other files, the first 'config.json'"):
-        sent(built, there.address)
-    sent(built, there.address, overwrite=True)
+        publish_to(built, there.address)
+    publish_to(built, there.address, overwrite=True)
     found = there.server.files("team/tiny")
     assert (
         found["LICENSE"] == b"MIT" and found["config.json"] == (built / "config.json").read_bytes()
     )
 
 
-def test_a_pull_by_digest(built: Path, tmp_path: Path, make: Callable[[str], Place]) -> None:
+def test_a_pull_by_digest(
+    built: Path, tmp_path: Path, make: Callable[[str], RemoteFixture]
+) -> None:
     there = make("oci")
-    done = sent(built, there.address)
+    done = publish_to(built, there.address)
     there.server.tags.clear()
-    fetched(done.place.replace(":v1@", "@"), tmp_path / "got")
-    assert files(tmp_path / "got") == files(built)
+    pull_from(done.place.replace(":v1@", "@"), tmp_path / "got")
+    assert read_files(tmp_path / "got") == read_files(built)
     assert (
         json.loads(there.server.manifests[sha_of(done.place)])["artifactType"]
         == "application/vnd.quantkit.artifact.v1"
@@ -163,13 +171,16 @@ def test_a_pull_by_digest(built: Path, tmp_path: Path, make: Callable[[str], Pla
 
 
 def test_a_tag_that_moves_while_it_is_pulled(
-    built: Path, tmp_path: Path, make: Callable[[str], Place], monkeypatch: pytest.MonkeyPatch
+    built: Path,
+    tmp_path: Path,
+    make: Callable[[str], RemoteFixture],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What was begun is finished."""
     from quantkit.publish import pull as pulling
 
     there = make("oci")
-    sent(built, there.address)
+    publish_to(built, there.address)
     real = pulling.run_in_parallel
 
     def moving(*args: object) -> None:
@@ -177,15 +188,15 @@ def test_a_tag_that_moves_while_it_is_pulled(
         real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pulling, "run_in_parallel", moving)
-    fetched(there.address, tmp_path / "got")
-    assert files(tmp_path / "got") == files(built)
+    pull_from(there.address, tmp_path / "got")
+    assert read_files(tmp_path / "got") == read_files(built)
 
 
 def sha_of(place: str) -> str:
     return place.rpartition("@")[2]
 
 
-def test_another_image_under_the_tag(built: Path, make: Callable[[str], Place]) -> None:
+def test_another_image_under_the_tag(built: Path, make: Callable[[str], RemoteFixture]) -> None:
     there = make("oci")
     image = {
         "schemaVersion": 2,
@@ -193,46 +204,46 @@ def test_another_image_under_the_tag(built: Path, make: Callable[[str], Place]) 
         "layers": [],
     }
     content = json.dumps(image).encode()
-    there.server.manifests[sha(content)] = content
-    there.server.tags["v1"] = sha(content)
+    there.server.manifests[format_digest(content)] = content
+    there.server.tags["v1"] = format_digest(content)
     with pytest.raises(TransferError, match="another image under the tag v1"):
-        sent(built, there.address)
-    sent(built, there.address, overwrite=True)
+        publish_to(built, there.address)
+    publish_to(built, there.address, overwrite=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
 
 
 def test_what_the_commands_print(built: Path, tmp_path: Path) -> None:
-    total = sum(map(len, files(built).values()))
-    there, count = tmp_path / "there", len(files(built))
-    refused = run("publish", built, there)
+    total = sum(map(len, read_files(built).values()))
+    there, count = tmp_path / "there", len(read_files(built))
+    refused = run_command("publish", built, there)
     assert refused.exit_code == 1 and refused.stdout == ""
-    dry = run("publish", "--force", "--dry-run", built, there)
+    dry = run_command("publish", "--force", "--dry-run", built, there)
     assert dry.exit_code == 0
     assert (
         dry.stdout.splitlines()[0]
         == f"{there}: would send {count} files, {total / 1e6:.1f} MB; 0 files, 0 B were there"
     )
-    assert sorted(line.strip() for line in dry.stdout.splitlines()[1:]) == sorted(files(built))
+    assert sorted(line.strip() for line in dry.stdout.splitlines()[1:]) == sorted(read_files(built))
     assert not list(tmp_path.iterdir()) or {p.name for p in tmp_path.iterdir()} == {"built0"}
-    done = run("publish", "--force", built, there)
+    done = run_command("publish", "--force", built, there)
     assert (
         done.stdout
         == f"{there}: sent {count} files, {total / 1e6:.1f} MB; 0 files, 0 B were there\n"
     )
     assert "publish: 100 %" in done.stderr
-    told = json.loads(run("publish", "--force", "--json", built, there).stdout)
+    told = json.loads(run_command("publish", "--force", "--json", built, there).stdout)
     assert (
         told["files"] == []
         and told["bytes"] == 0
         and told["there"] == count
         and told["dry_run"] is False
     )
-    got = run("pull", there, tmp_path / "got")
+    got = run_command("pull", there, tmp_path / "got")
     moved = f"fetched {count} files, {total / 1e6:.1f} MB; 0 files, 0 B were there"
     assert got.stdout == f"{tmp_path / 'got'}: verified; {moved} (not judged)\n"
-    told = json.loads(run("pull", "--json", there, tmp_path / "got").stdout)
+    told = json.loads(run_command("pull", "--json", there, tmp_path / "got").stdout)
     assert (
         told["verified"]
         and told["files"] == []

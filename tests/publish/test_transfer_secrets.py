@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.places.here import Place, of_registry
+from support.places.here import RemoteFixture, make_registry
 from support.places.hub import SIGNATURE as SIGNED_QUERY
 from support.places.hub import TOKEN
-from support.places.registry import PASSWORD, USER, Registry
-from support.places.using import Record, fetched, files, run, sent
+from support.places.registry import PASSWORD, USER, FakeRegistry
+from support.places.using import Record, publish_to, pull_from, read_files, run_command
 
 from quantkit.publish.remote import remove_secrets
 
@@ -68,8 +68,8 @@ def test_docker_login(
     where: str,
 ) -> None:  # fmt: skip
     """A password with a colon, in the file or with a helper."""
-    server = Registry(login)
-    there = of_registry(server)
+    server = FakeRegistry(login)
+    there = make_registry(server)
     host = f"127.0.0.1:{server.port}"
     auth = {"auth": base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()}
     helper = tmp_path / "bin/docker-credential-robot"
@@ -84,9 +84,9 @@ def test_docker_login(
         "credHelpers": {"credHelpers": {host: "robot"}, "auths": {host: {}}},
         "credsStore": {"credsStore": "robot", "auths": {host: {}}},
     }[where])  # fmt: skip
-    sent(built, there.address)
-    fetched(there.address, tmp_path / "got")
-    assert files(tmp_path / "got") == files(built)
+    publish_to(built, there.address)
+    pull_from(there.address, tmp_path / "got")
+    assert read_files(tmp_path / "got") == read_files(built)
     server.close()
 
 
@@ -96,8 +96,8 @@ def test_a_login_that_is_wrong(
     built: Path, tmp_path: Path, docker: Callable[[dict[str, Any]], None], login: str, known: str | None,
     record_property: Record,
 ) -> None:  # fmt: skip
-    server = Registry(login)
-    there = of_registry(server)
+    server = FakeRegistry(login)
+    there = make_registry(server)
     word = (
         base64.b64encode(f"{USER}:{PASSWORD}-wrong".encode()).decode()
         if known == "wrong"
@@ -108,7 +108,7 @@ def test_a_login_that_is_wrong(
         ("publish", "--force", built, there.address),
         ("pull", there.address, tmp_path / "got"),
     ):
-        done = run(*words)
+        done = run_command(*words)
         assert (
             done.exit_code == 1 and "docker login" in done.stderr or "log in again" in done.stderr
         )
@@ -125,14 +125,14 @@ def test_a_login_that_is_wrong(
 def test_a_token_that_is_wrong(
     built: Path,
     tmp_path: Path,
-    make: Callable[[str], Place],
+    make: Callable[[str], RemoteFixture],
     monkeypatch: pytest.MonkeyPatch,
     record_property: Record,
 ) -> None:
     there = make("hf")
     wrong = "hf_" + "wr0ng" * 6
     monkeypatch.setenv("HF_TOKEN", wrong)
-    done = run("publish", "--force", built, there.address)
+    done = run_command("publish", "--force", built, there.address)
     assert done.exit_code == 1 and "hf auth login" in done.stderr
     assert (
         wrong not in done.output and TOKEN not in done.output and len(done.stderr.splitlines()) == 1
@@ -141,7 +141,10 @@ def test_a_token_that_is_wrong(
 
 
 def test_signed_addresses_are_not_shown(
-    built: Path, tmp_path: Path, make: Callable[[str], Place], monkeypatch: pytest.MonkeyPatch
+    built: Path,
+    tmp_path: Path,
+    make: Callable[[str], RemoteFixture],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The hub's store refuses what the hub has signed."""
     there = make("hf")
@@ -153,7 +156,7 @@ def test_signed_addresses_are_not_shown(
         return real(request, rest)
 
     monkeypatch.setattr(there.server, "_cdn", refusing)
-    done = run("publish", "--force", built, there.address)
+    done = run_command("publish", "--force", built, there.address)
     assert (
         done.exit_code == 1 and "Signature=" not in done.output and "5ignature" not in done.output
     )
@@ -161,21 +164,24 @@ def test_signed_addresses_are_not_shown(
 
 
 def test_keys_are_not_shown(
-    built: Path, tmp_path: Path, make: Callable[[str], Place], monkeypatch: pytest.MonkeyPatch
+    built: Path,
+    tmp_path: Path,
+    make: Callable[[str], RemoteFixture],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     there = make("s3")
     for words in (
         ("publish", "--force", built, there.address),
         ("pull", "s3://no-such-bucket/x", tmp_path / "x"),
     ):
-        done = run(*words)
+        done = run_command(*words)
         assert os.environ["AWS_SECRET_ACCESS_KEY"] not in done.output
         assert os.environ["AWS_ACCESS_KEY_ID"] not in done.output
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
-    done = run("pull", there.address, tmp_path / "got")
+    done = run_command("pull", there.address, tmp_path / "got")
     assert (
         done.exit_code == 1
         and "credentials" in done.stderr.lower()

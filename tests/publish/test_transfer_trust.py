@@ -14,9 +14,9 @@ import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.places.here import Place, of_folder, of_registry
-from support.places.registry import TITLE, Registry, sha
-from support.places.using import LAST, Record, fetched, files, run, sent
+from support.places.here import RemoteFixture, make_folder, make_registry
+from support.places.registry import TITLE, FakeRegistry, format_digest
+from support.places.using import LAST, Record, publish_to, pull_from, read_files, run_command
 
 from quantkit.artifact.layout import MANIFEST
 from quantkit.errors import QuantkitError, TransferError, UsageError
@@ -76,10 +76,10 @@ def test_names_without_fault_stay_in_the_folder(names: list[str]) -> None:
         assert whole.is_relative_to(root) and whole != root and "\x00" not in name
 
 
-def hostile(built: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Place:
+def hostile(built: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> RemoteFixture:
     """A published artifact with another manifest."""
-    there = of_folder(folder / "hostile")
-    sent(built, there.address)
+    there = make_folder(folder / "hostile")
+    publish_to(built, there.address)
     values = json.loads(there.read(MANIFEST))
     change(values)
     there.write(MANIFEST, json.dumps(values).encode())
@@ -96,7 +96,7 @@ def test_a_manifest_that_names_it_is_refused(
     with pytest.raises(
         TransferError, match="expected names that stay in the artifact's folder"
     ) as caught:
-        fetched(there.address, tmp_path / "got")
+        pull_from(there.address, tmp_path / "got")
     assert "\n" not in str(caught.value) and "\x00" not in str(caught.value)
     assert {path for path in tmp_path.rglob("*") if "got" not in path.name} == before
     assert not (tmp_path / "got").exists()
@@ -139,7 +139,7 @@ def test_a_manifest_that_lies(
 ) -> None:
     there = hostile(built, tmp_path, change)
     with pytest.raises(TransferError) as caught:
-        fetched(there.address, tmp_path / "got")
+        pull_from(there.address, tmp_path / "got")
     assert said in str(caught.value)
     assert not (tmp_path / "got").exists()
     record_property("fault", f"a manifest lies: {said}")
@@ -147,43 +147,43 @@ def test_a_manifest_that_lies(
 
 def test_links_lead_nowhere(built: Path, tmp_path: Path, record_property: Record) -> None:
     """At the source, and in what an earlier pull left."""
-    sent(built, str(tmp_path / "there"))
+    publish_to(built, str(tmp_path / "there"))
     secret = tmp_path / "secret"
     secret.write_bytes((built / "README.md").read_bytes())
     (tmp_path / "there/README.md").unlink()
     (tmp_path / "there/README.md").symlink_to(secret)
     with pytest.raises(TransferError, match="README.md: expected .* bytes, found no file"):
-        fetched(str(tmp_path / "there"), tmp_path / "got")
+        pull_from(str(tmp_path / "there"), tmp_path / "got")
     (tmp_path / "there/README.md").unlink()
-    sent(built, str(tmp_path / "there"))
+    publish_to(built, str(tmp_path / "there"))
     victim = tmp_path / "victim"
     victim.mkdir()
     (tmp_path / "got.pulling/quantkit").mkdir(parents=True, exist_ok=True)
     (tmp_path / "got.pulling/quantkit/samples").symlink_to(victim)
     (tmp_path / "got.pulling/config.json.part").symlink_to(victim / "new")
-    fetched(str(tmp_path / "there"), tmp_path / "got")
+    pull_from(str(tmp_path / "there"), tmp_path / "got")
     assert not list(victim.iterdir())
-    assert files(tmp_path / "got") == files(built)
+    assert read_files(tmp_path / "got") == read_files(built)
     (tmp_path / "more.pulling").symlink_to(victim)
     with pytest.raises(UsageError, match="found a link; move it away"):
-        fetched(str(tmp_path / "there"), tmp_path / "more")
+        pull_from(str(tmp_path / "there"), tmp_path / "more")
     (tmp_path / "most.pulling").mkdir()
     (tmp_path / "most.pulling/quantkit").symlink_to(victim)
     with pytest.raises(UsageError, match=r"most\.pulling: .* found another folder; move it away"):
-        fetched(str(tmp_path / "there"), tmp_path / "most")
+        pull_from(str(tmp_path / "there"), tmp_path / "most")
     assert not list(victim.iterdir())
     record_property("fault", "links at the source and in what an earlier pull left")
 
 
 @pytest.mark.parametrize("name", ["got.pulling", "got.pulling.replaced"])
 def test_what_no_pull_made_is_left_alone(built: Path, name: str, tmp_path: Path) -> None:
-    sent(built, str(tmp_path / "there"))
+    publish_to(built, str(tmp_path / "there"))
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("years of work")
     with pytest.raises(
         UsageError, match=rf"{name}: expected nothing, or .*, found another folder; move it away"
     ):
-        fetched(str(tmp_path / "there"), tmp_path / "got")
+        pull_from(str(tmp_path / "there"), tmp_path / "got")
     assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
     assert {path.name for path in tmp_path.iterdir()} == {"there", name}
 
@@ -193,7 +193,7 @@ def test_a_link_where_a_publication_goes(built: Path, tmp_path: Path) -> None:
     (tmp_path / "victim").write_bytes(b"mine")
     (tmp_path / "there/config.json").symlink_to(tmp_path / "victim")
     with pytest.raises(TransferError, match="expected a file or none, found a link"):
-        sent(built, str(tmp_path / "there"))
+        publish_to(built, str(tmp_path / "there"))
     assert (tmp_path / "victim").read_bytes() == b"mine"
 
 
@@ -202,26 +202,30 @@ def test_an_image_that_lies(
     built: Path, tmp_path: Path, title: str, record_property: Record
 ) -> None:
     """A title that leads out of the folder is not asked for; a title twice is refused."""
-    server = Registry()
-    there = of_registry(server)
-    sent(built, there.address)
+    server = FakeRegistry()
+    there = make_registry(server)
+    publish_to(built, there.address)
     digest = server.tags["v1"]
     image = json.loads(server.manifests[digest])
-    server.blobs[sha(b"evil")] = b"evil"
-    image["layers"].append({"digest": sha(b"evil"), "size": 4, "annotations": {TITLE: title}})
+    server.blobs[format_digest(b"evil")] = b"evil"
+    image["layers"].append({
+        "digest": format_digest(b"evil"),
+        "size": 4,
+        "annotations": {TITLE: title},
+    })
     server.manifests["sha256:" + "0" * 64] = json.dumps(image).encode()
     server.tags["v1"] = "sha256:" + "0" * 64
     with pytest.raises(TransferError, match="in a row .a manifest of another digest"):
-        fetched(there.address, tmp_path / "in" / "got")
+        pull_from(there.address, tmp_path / "in" / "got")
     content = json.dumps(image).encode()
-    server.manifests[sha(content)] = content
-    server.tags["v1"] = sha(content)
+    server.manifests[format_digest(content)] = content
+    server.tags["v1"] = format_digest(content)
     if title == MANIFEST:
         with pytest.raises(TransferError, match="expected one blob, found two"):
-            fetched(there.address, tmp_path / "in" / "got")
+            pull_from(there.address, tmp_path / "in" / "got")
     else:
-        fetched(there.address, tmp_path / "in" / "got")
-        assert files(tmp_path / "in" / "got") == files(built)
+        pull_from(there.address, tmp_path / "in" / "got")
+        assert read_files(tmp_path / "in" / "got") == read_files(built)
     assert not (tmp_path / "evil").exists() and not (tmp_path / "in" / "evil").exists()
     server.close()
     record_property("fault", f"an image has a layer titled {title}")
@@ -231,40 +235,40 @@ def test_an_image_that_lies(
 
 
 def test_what_must_not_be_replaced_stays(built: Path, tmp_path: Path) -> None:
-    sent(built, str(tmp_path / "there"))
+    publish_to(built, str(tmp_path / "there"))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/thesis.tex").write_text("years")
     (tmp_path / "note").write_text("a file")
     for name in ("thesis", "note"):
         for overwrite in (False, True):
             with pytest.raises(UsageError, match="exists"):
-                fetched(str(tmp_path / "there"), tmp_path / name, overwrite=overwrite)
+                pull_from(str(tmp_path / "there"), tmp_path / name, overwrite=overwrite)
     assert (tmp_path / "thesis/thesis.tex").read_text() == "years" and (
         tmp_path / "note"
     ).read_text() == "a file"
     (tmp_path / "empty").mkdir()
-    fetched(str(tmp_path / "there"), tmp_path / "empty")
-    assert files(tmp_path / "empty") == files(built)
+    pull_from(str(tmp_path / "there"), tmp_path / "empty")
+    assert read_files(tmp_path / "empty") == read_files(built)
 
 
 def test_a_damaged_artifact_is_replaced_when_asked(built: Path, tmp_path: Path) -> None:
-    sent(built, str(tmp_path / "there"))
-    fetched(str(tmp_path / "there"), tmp_path / "got")
+    publish_to(built, str(tmp_path / "there"))
+    pull_from(str(tmp_path / "there"), tmp_path / "got")
     (tmp_path / "got" / LAST).write_bytes(b"damaged")
     with pytest.raises(
         UsageError, match="is there already and was changed; --overwrite replaces it"
     ):
-        fetched(str(tmp_path / "there"), tmp_path / "got")
-    fetched(str(tmp_path / "there"), tmp_path / "got", overwrite=True)
-    assert files(tmp_path / "got") == files(built)
+        pull_from(str(tmp_path / "there"), tmp_path / "got")
+    pull_from(str(tmp_path / "there"), tmp_path / "got", overwrite=True)
+    assert read_files(tmp_path / "got") == read_files(built)
 
 
 def test_a_place_within_the_artifact(artifact: Path) -> None:
-    before = files(artifact)
+    before = read_files(artifact)
     with pytest.raises(UsageError, match="expected a place outside the artifact"):
-        sent(artifact, str(artifact / "copy"))
-    assert sent(artifact, str(artifact)).files == ()
-    assert files(artifact) == before
+        publish_to(artifact, str(artifact / "copy"))
+    assert publish_to(artifact, str(artifact)).files == ()
+    assert read_files(artifact) == before
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
@@ -322,14 +326,14 @@ def test_a_folder_that_looks_like_a_repository(
 )  # fmt: skip
 def test_an_address_that_is_none(built: Path, tmp_path: Path, text: str, said: str) -> None:
     for words in (("pull", text, tmp_path / "got"), ("publish", "--force", built, text)):
-        done = run(*words)
+        done = run_command(*words)
         assert done.exit_code == 2 and said in done.stderr, done.stderr
         assert "secret" not in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_revisions_are_the_hubs(tmp_path: Path) -> None:
     for words in (("--revision", "x"), ("--private",)):
-        done = run("publish", "x", str(tmp_path / "y"), *words)
+        done = run_command("publish", "x", str(tmp_path / "y"), *words)
         assert (
             done.exit_code == 2 and "expected a repository of the Hugging Face Hub" in done.stderr
         )
@@ -337,7 +341,7 @@ def test_revisions_are_the_hubs(tmp_path: Path) -> None:
 
 def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    done = run("pull", "s3://bucket/x", tmp_path / "got")
+    done = run_command("pull", "s3://bucket/x", tmp_path / "got")
     assert done.exit_code == 2 and "pip install 'quantkit[s3]'" in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Every recipe that ships can be planned where there is no network, and the figures in its comments are the plan's."""
+"""Shipped recipes are planned without a network, and their comments state the plan's figures."""
 
 from __future__ import annotations
 
@@ -32,16 +32,18 @@ CARDS = {
     "v3-gptq4-fp8": 684.49,
     "v3-nf4": 684.49,
 }
-"""Billions of parameters, as the models' cards have them (32.8, 30.5, 46.7, 685 with MTP), with a digit more."""
+"""Billions of parameters as in the model cards (32.8, 30.5, 46.7, 685 with MTP), with one more
+digit.
+"""
 
 
 def no_hub(model: str, revision: str | None) -> hub.ModelHeaders:
-    """Instead of asking the hub."""
+    """Raise as if the Hub were unreachable."""
     raise HubUnreachable(f"{model}@{revision}: nobody answers")
 
 
 def summary(path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanSummary:
-    """What `quantkit plan` prints of a recipe without a network."""
+    """Return the output of `quantkit plan` for a recipe without a network."""
     monkeypatch.setattr(hub, "_remote_headers", no_hub)
     done = CliRunner().invoke(main, ["plan", str(path), "--json", "--set", "compute.device=cpu"])
     assert done.exit_code == 0, done.output
@@ -49,21 +51,19 @@ def summary(path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanSummary:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_planned_without_a_network(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A plan names every output tensor, so each quantized linear was accepted by the format, and memory suffices."""
+def test_recipes_are_planned_without_a_network(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The format accepts every quantized linear, and the memory suffices."""
     plan = summary(path, monkeypatch)
     assert plan.totals.modules_quantized > 0 and plan.totals.modules_kept > 0
     assert (
         plan.totals.bytes_after < 0.65 * 2 * plan.totals.parameters
     )  # BF16 has 2 bytes a parameter
     assert plan.memory.peak <= plan.memory.budget
-    assert not any("decides over nothing" in warning for warning in plan.warnings)
+    assert not any("applies to no linear" in warning for warning in plan.warnings)
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_the_figures_in_a_recipes_comments_are_the_plans(
+def test_comments_of_recipes_state_the_plans_figures(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [path] = (path for path in RECIPES if path.stem == name)
@@ -75,10 +75,11 @@ def test_the_figures_in_a_recipes_comments_are_the_plans(
 
 
 @pytest.mark.parametrize(("model_type", "file"), PUBLISHED)
-def test_a_published_config_makes_the_model_that_transformers_makes(
-    model_type: str, file: str
-) -> None:
-    """Parameter by parameter the same number; MTP blocks, which transformers does not make, apart."""
+def test_published_config_matches_the_model_of_transformers(model_type: str, file: str) -> None:
+    """Parameter by parameter the same number.
+
+    MTP blocks, which transformers does not make, apart.
+    """
     folder = importlib.resources.files("quantkit.architectures") / "published"
     config = Config(values=json.loads((folder / file).read_text(encoding="utf-8")), where=file)
     assert config.text("model_type") == model_type

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reliability.fuzz.mutate import HOSTILE
-from reliability.fuzz.targets import TARGETS, Target, check_message, prepare, run
+from reliability.fuzz.targets import TARGETS, Target, check_message, prepare_folder, run_target
 
 RUN_INPUTS = int(os.environ.get("QUANTKIT_FUZZ_INPUTS", "100000"))
 RUN_SECONDS = 3600
@@ -72,8 +72,10 @@ def place() -> Iterator[Path]:
 def test_a_parser_answers_or_refuses(name: str, place: Path, record_property: Record) -> None:
     """No exception but quantkit's, within seconds, in words that a terminal can show."""
     target, tried = TARGETS[name], 0
-    prepare(target, place)
-    assert all(run(target, place, data) is None for data in target.seeds), "a good input is refused"
+    prepare_folder(target, place)
+    assert all(run_target(target, place, data) is None for data in target.seeds), (
+        "a good input is refused"
+    )
 
     @settings(
         max_examples=UNIT_INPUTS,
@@ -87,7 +89,7 @@ def test_a_parser_answers_or_refuses(name: str, place: Path, record_property: Re
         nonlocal tried
         tried += 1
         began = time.monotonic()
-        run(target, place, data)
+        run_target(target, place, data)
         assert time.monotonic() - began < UNIT_SECONDS
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -150,6 +152,6 @@ def test_a_parser_that_breaks_is_noticed(tmp_path: Path) -> None:
         mutate=lambda data, _: data,
         beside=dict,
     )
-    prepare(target, tmp_path)
+    prepare_folder(target, tmp_path)
     with pytest.raises(KeyError):
-        run(target, tmp_path, b"")
+        run_target(target, tmp_path, b"")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from support.diff_example import a_side, b_side
+from support.diff_example import make_side_a, make_side_b
 from support.report_example import FIDELITY
-from support.report_variants import drawn, example
+from support.report_variants import make_example, render_to_text
 
 from quantkit import figures
 from quantkit.artifact.fidelity_schema import DistributionResult, Fidelity
@@ -68,32 +68,32 @@ def find_row(rows: Sequence[tuple[str, ...]], label: str) -> tuple[str, ...]:
 def test_recipe_accepts_a_new_figure_as_gate_and_it_is_judged() -> None:
     text = "gates: {kl_tail: {max: 10}, kl_tail@math: {max: 1}}"
     bounds = parse_gates(text, "g.yaml", [])
-    results = gates.judge_gates(bounds, example())
+    results = gates.judge_gates(bounds, make_example())
     assert [(row.figure, row.bound, row.ok) for row in results] == [
         ("kl_tail", "<= 10", False),
         ("kl_tail@math", "<= 1", None),
     ]
     assert results[0].value == pytest.approx(VALUE)
     assert results[1].reason == figures.NOT_MEASURED
-    judged = gates.apply_gates(bounds, example())
+    judged = gates.apply_gates(bounds, make_example())
     assert judged.status == compute_status([False, None]) == "rejected"
     with pytest.raises(RecipeError, match="Did you mean 'kl_tail'"):
         parse_gates("gates: {kl_tial: {max: 10}}", "g.yaml", [])
 
 
 def test_report_table_card_and_terminal_show_a_new_figure() -> None:
-    report = example()
+    report = make_example()
     assert find_row(tables.make_distribution_table(report).rows, "KL tail") == (
         "KL tail",
         f"{VALUE:.4f}",
         "-",
     )
     assert f"| KL tail | {VALUE:.4f} | - |" in card.render_card(report)
-    assert "KL tail" in drawn(terminal.render_report(report))
+    assert "KL tail" in render_to_text(terminal.render_report(report))
 
 
 def test_page_shows_a_new_figure_as_tile_and_in_its_table() -> None:
-    report = example()
+    report = make_example()
     tile = next(tile for tile in html_page.make_tiles(report) if tile.label == "Tail of KL")
     assert (tile.value, tile.note) == (f"{VALUE:.4f}", "times the mean")
     text = html_page.render_page(report, Samples())
@@ -101,7 +101,7 @@ def test_page_shows_a_new_figure_as_tile_and_in_its_table() -> None:
 
 
 def test_diff_pairs_and_shows_a_new_figure_in_every_view() -> None:
-    diff = compare_sides(a_side(), b_side())
+    diff = compare_sides(make_side_a(), make_side_b())
     row = next(row for row in diff.distribution if (row.domain, row.figure) == ("all", "kl_tail"))
     kl = next(row for row in diff.distribution if (row.domain, row.figure) == ("all", "kl_mean"))
     assert row.a == pytest.approx(VALUE) and row.b == pytest.approx(0.0051 / 0.004)
@@ -110,7 +110,7 @@ def test_diff_pairs_and_shows_a_new_figure_in_every_view() -> None:
     assert row.resolved == "worse"
     cells = find_row(diff_tables.make_distribution_table(diff).rows, "KL tail")
     assert cells[2] == f"{VALUE:.4f}" and cells[-1] == "worse" and "[" in cells[4]
-    assert "KL tail" in drawn(render_text.render_terminal(diff))
+    assert "KL tail" in render_to_text(render_text.render_terminal(diff))
     assert "| KL tail |" in render_text.render_markdown(diff)
     assert "<dt>Tail of KL</dt>" in diff_page.render_page(diff)
 
@@ -121,8 +121,8 @@ def test_runs_list_and_sort_by_a_new_figure() -> None:
         for row in FIDELITY["distribution"]  # type: ignore[attr-defined]
     ]
     both = [
-        Run(name="long", fidelity=example()),
-        Run(name="short", fidelity=example({"distribution": smaller})),
+        Run(name="long", fidelity=make_example()),
+        Run(name="short", fidelity=make_example({"distribution": smaller})),
     ]
     shown = runs.make_run_table(both)
     assert shown.columns[-1] == ">tail" and shown.rows[0][-1] == f"{VALUE:.4f}"
@@ -149,20 +149,22 @@ def test_new_figure_of_the_whole_artifact_is_judged_and_shown(
         run_heading="shrink",
     )
     monkeypatch.setattr(figures, "FIGURES", (*figures.FIGURES, row))
-    (result,) = gates.judge_gates(parse_gates("gates: {shrink: {min: 1.2}}", "g", []), example())
+    (result,) = gates.judge_gates(
+        parse_gates("gates: {shrink: {min: 1.2}}", "g", []), make_example()
+    )
     assert result.ok is True
-    assert "Shrink" in {tile.label for tile in html_page.make_tiles(example())}
-    assert ">shrink" in runs.make_run_table([Run(name="a", fidelity=example())]).columns
+    assert "Shrink" in {tile.label for tile in html_page.make_tiles(make_example())}
+    assert ">shrink" in runs.make_run_table([Run(name="a", fidelity=make_example())]).columns
 
 
 def test_new_stored_figure_is_a_key_of_fidelity_json(monkeypatch: pytest.MonkeyPatch) -> None:
     row = FigureDefinition(
         key="entropy_gap", label="entropy gap", meaning="", style="nats", direction="lower"
     )
-    assert "entropy_gap" not in json.loads(example().to_json())["distribution"][0]
+    assert "entropy_gap" not in json.loads(make_example().to_json())["distribution"][0]
     monkeypatch.setattr(figures, "FIGURES", (*figures.FIGURES, row))
     values = [{"domain": "all", "tokens": 3, "entropy_gap": {"value": 0.25, "se": 0.5}}]
-    report = example({"distribution": values})
+    report = make_example({"distribution": values})
     stored = json.loads(report.to_json())["distribution"][0]
     assert list(stored)[-1] == "entropy_gap" and stored["entropy_gap"]["value"] == 0.25
     assert find_row(tables.make_distribution_table(report).rows, "entropy gap")[1] == "0.250 ±0.50"

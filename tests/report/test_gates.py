@@ -11,7 +11,7 @@ from xml.etree import ElementTree as Xml
 import pytest
 from support.command_line import build, read_error, run
 from support.report_example import FIDELITY
-from support.report_variants import emptied, example
+from support.report_variants import make_empty_report, make_example
 
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
 from quantkit.errors import RecipeError, UsageError
@@ -50,10 +50,10 @@ def one(figure: str, gate: Gate, fidelity: Fidelity) -> tuple[float | None, bool
         ("size", 6_412_345.0),
     ],
 )
-def test_a_figure_is_the_reports(figure: str, value: float) -> None:
-    assert one(figure, Gate(max=value), example()) == (value, True, "")
-    assert one(figure, Gate(max=value * 0.999), example()) == (value, False, "")
-    assert one(figure, Gate(min=value), example()) == (value, True, "")
+def test_gate_compares_the_value_of_the_report_with_its_bound(figure: str, value: float) -> None:
+    assert one(figure, Gate(max=value), make_example()) == (value, True, "")
+    assert one(figure, Gate(max=value * 0.999), make_example()) == (value, False, "")
+    assert one(figure, Gate(min=value), make_example()) == (value, True, "")
 
 
 def test_every_figure_has_a_value_in_a_full_report() -> None:
@@ -63,36 +63,36 @@ def test_every_figure_has_a_value_in_a_full_report() -> None:
         "ppl_artifact": {"value": 3.2},
     }  # type: ignore[index]
     gold = {"task": "t", "n": 9, "source": -0.5, "artifact": -0.6, "difference": {"value": -0.1}}
-    report = example({"distribution": [pooled], "benchmarks": [TASK], "likelihood": [gold]})
+    report = make_example({"distribution": [pooled], "benchmarks": [TASK], "likelihood": [gold]})
     values = {figure: one(figure, Gate(max=1e12), report)[0] for figure in list_keys()}
     assert [figure for figure, value in values.items() if value is None] == []
     assert values["lost_items"] == 5
 
 
-def test_a_domain_that_the_text_does_not_have() -> None:
-    assert one("kl_mean@code", Gate(max=1), example()) == (
+def test_figure_of_an_absent_domain_is_not_measured() -> None:
+    assert one("kl_mean@code", Gate(max=1), make_example()) == (
         None,
         None,
         "not measured: the text has all, math",
     )
 
 
-def test_a_module_without_output_error_is_told_and_one_without_an_error_misses() -> None:
+def test_module_without_output_error_is_reported_and_without_error_fails() -> None:
     modules = [dict(module) for module in FIDELITY["modules"]]  # type: ignore[attr-defined]
     modules[0]["output_relative_error"] = None
-    told = one("module_output_error", Gate(max=1), example({"modules": modules}))
+    told = one("module_output_error", Gate(max=1), make_example({"modules": modules}))
     assert told == (0.0934, True, "1 of 2 modules not measured")
     modules[0]["relative_error"] = float("nan")
-    assert one("module_error", Gate(max=1), example({"modules": modules})) == (
+    assert one("module_error", Gate(max=1), make_example({"modules": modules})) == (
         None,
         False,
         "not finite",
     )
 
 
-def test_lost_items_of_a_task_that_was_not_run_are_not_known() -> None:
+def test_lost_items_of_a_skipped_task_are_not_measured() -> None:
     silent = BenchmarkResult(task="u", status="not run", reason="no sandbox")
-    report = example({"benchmarks": [TASK, silent]})
+    report = make_example({"benchmarks": [TASK, silent]})
     assert one("lost_items", Gate(max=9), report) == (None, None, "not measured: u was not run")
 
 
@@ -130,17 +130,17 @@ def test_lost_items_of_a_task_that_was_not_run_are_not_known() -> None:
         (Gate(min_recovery=0.98), "t.recovery", ">= 0.98", 0.9875, True, ""),
     ],
 )
-def test_bounds_of_a_task(
+def test_bounds_of_a_task_are_judged(
     gate: Gate, figure: str, bound: str, value: float, ok: bool, reason: str
 ) -> None:
-    (result,) = gates.judge_gates({"t": gate}, example({"benchmarks": [TASK]}))
+    (result,) = gates.judge_gates({"t": gate}, make_example({"benchmarks": [TASK]}))
     assert (result.figure, result.bound, result.value, result.ok) == (figure, bound, value, ok)
     assert result.reason.startswith(reason) and bool(result.reason) == bool(reason)
 
 
-def test_a_loss_beyond_the_margin_is_not_called_unresolved() -> None:
+def test_loss_beyond_the_margin_fails_without_unresolved() -> None:
     worse = TASK.model_copy(update={"delta_pp": Figure(value=-5, ci=(-7.0, -3.0))})
-    (result,) = gates.judge_gates({"t": Gate(margin_pp=2)}, example({"benchmarks": [worse]}))
+    (result,) = gates.judge_gates({"t": Gate(margin_pp=2)}, make_example({"benchmarks": [worse]}))
     assert (result.ok, result.reason) == (False, "")
 
 
@@ -154,15 +154,15 @@ def test_a_loss_beyond_the_margin_is_not_called_unresolved() -> None:
         Gate(max_truncated_pp=1),
     ],
 )
-def test_a_task_that_was_not_run_keeps_and_misses_nothing(gate: Gate) -> None:
+def test_skipped_task_neither_passes_nor_fails(gate: Gate) -> None:
     silent = BenchmarkResult(task="t", status="not run", reason="no sandbox")
     for rows, reason in (([silent], "not run: no sandbox"), ([], "not run")):
-        assert one("t", gate, example({"benchmarks": rows})) == (None, None, reason)
+        assert one("t", gate, make_example({"benchmarks": rows})) == (None, None, reason)
 
 
-def test_where_both_score_nothing_nothing_is_known() -> None:
+def test_scores_of_zero_give_no_information() -> None:
     floor = TASK.model_copy(update={"source": 0.0, "artifact": 0.0, "recovery": None, "lost": 0})
-    report = example({"benchmarks": [floor]})
+    report = make_example({"benchmarks": [floor]})
     for gate in (Gate(margin_pp=1), Gate(max_lost=0), Gate(min_recovery=0.5)):
         value, ok, reason = one("t", gate, report)
         assert (value, ok) == (None, None) and "score" in reason
@@ -172,7 +172,7 @@ def test_where_both_score_nothing_nothing_is_known() -> None:
 # -------------------------------------------------------------------------------------------------------------- text
 
 
-def test_gates_of_a_file() -> None:
+def test_parse_gates_reads_gate_files_and_recipes() -> None:
     found = parse_gates(
         "gates: {size: {max: 400GB}, kl_mean@math: {max: 0.1}, t: {margin_pp: 2}}", "g.yaml", ["t"]
     )
@@ -195,20 +195,20 @@ def test_gates_of_a_file() -> None:
         ("gates: {kl_mean.maxx: 1}", "g.yaml:1: gates.kl_mean.maxx: no figure"),
     ],
 )  # fmt: skip
-def test_a_file_of_gates_that_is_refused(text: str, sentence: str) -> None:
+def test_parse_gates_rejects_invalid_files(text: str, sentence: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_gates(text, "g.yaml", ["t"])
     assert any(found.startswith(sentence) for found in caught.value.faults), caught.value.faults
     assert issubclass(RecipeError, UsageError)
 
 
-def test_a_bound_may_stand_in_the_key() -> None:
+def test_parse_gates_accepts_dotted_bounds() -> None:
     dotted = "gates: {kl_mean.max: 0.1, kl_mean.min: 0, t.min_recovery: 0.9, ppl_ratio: {max: 2}, size.max: 4GB}"
     nested = "gates: {kl_mean: {max: 0.1, min: 0}, t: {min_recovery: 0.9}, ppl_ratio: {max: 2}, size: {max: 4GB}}"
     assert parse_gates(dotted, "g.yaml", ["t"]) == parse_gates(nested, "g.yaml", ["t"])
 
 
-def test_a_domain_that_the_set_does_not_have_is_refused_before_the_build(tmp_path: Path) -> None:
+def test_plan_rejects_gates_on_domains_that_the_text_set_lacks(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(
         "version: 1\nsource: {model: builtin:tiny-v3}\nquantize: {method: rtn}\n"
         "fidelity: {set: tiny-v3-heldout, length: 512}\ngates:\n  kl_mean@math: {max: 1}\n"
@@ -286,10 +286,10 @@ def valid(content: bytes) -> Xml.Element:
     return root
 
 
-def test_junit_says_what_was_missed_and_what_was_skipped() -> None:
+def test_junit_marks_failed_and_skipped_gates() -> None:
     bounds = {"kl_mean": Gate(max=0.0003), "top1": Gate(min=0.9), "t": Gate(min_recovery=0.9)}
-    report = gates.apply_gates(bounds, example())
-    root = valid(format_junit([report, gates.apply_gates({}, emptied())]))
+    report = gates.apply_gates(bounds, make_example())
+    root = valid(format_junit([report, gates.apply_gates({}, make_empty_report())]))
     cases = {case.get("name"): [child.tag for child in case] for case in root.iter("testcase")}
     assert cases == {
         "kl_mean <= 0.0003": ["failure"],
@@ -302,11 +302,11 @@ def test_junit_says_what_was_missed_and_what_was_skipped() -> None:
     assert format_junit([report]) == format_junit([report])
 
 
-def test_names_from_elsewhere_do_not_break_the_xml() -> None:
+def test_junit_escapes_untrusted_names() -> None:
     name = 'a<b>&"\x00\x1b\ud800]]>'
     row = TASK.model_copy(update={"task": name, "status": "not run", "reason": name})
     artifact: dict[str, Any] = {**dict(FIDELITY["artifact"]), "name": name}  # type: ignore[call-overload]
-    report = example({"artifact": artifact, "benchmarks": [row]})
+    report = make_example({"artifact": artifact, "benchmarks": [row]})
     root = valid(format_junit([gates.apply_gates({name: Gate(max_lost=1)}, report)]))
     assert root[0].get("name") == 'a<b>&"   ]]>'
 
@@ -314,7 +314,9 @@ def test_names_from_elsewhere_do_not_break_the_xml() -> None:
 # ---------------------------------------------------------------------------------------------------- a real artifact
 
 
-def test_an_artifact_is_judged_anew_and_stays_as_it_is(built: Path, tmp_path: Path) -> None:
+def test_gate_command_judges_by_other_gates_and_changes_no_file(
+    built: Path, tmp_path: Path
+) -> None:
     before = {path: path.read_bytes() for path in built.rglob("*") if path.is_file()}
     (tmp_path / "strict.yaml").write_text(
         "gates: {kl_mean: {max: 1.0e-9}, kl_mean@math: {max: 1}, size: {max: 9MB}}"
@@ -332,7 +334,7 @@ def test_an_artifact_is_judged_anew_and_stays_as_it_is(built: Path, tmp_path: Pa
     assert {path: path.read_bytes() for path in built.rglob("*") if path.is_file()} == before
 
 
-def test_the_recipes_own_gates_are_the_default(built: Path) -> None:
+def test_gate_command_uses_the_recipe_of_the_artifact_by_default(built: Path) -> None:
     """Its benchmarks were skipped, so two of three gates have no figure; nothing is missed, and nothing is passed."""
     result = run("gate", built, "--json")
     told = json.loads(result.stdout)
@@ -343,7 +345,7 @@ def test_the_recipes_own_gates_are_the_default(built: Path) -> None:
     assert [gate["ok"] for gate in told["gates"]] == [True, None, None]
 
 
-def test_what_cannot_be_judged(built: Path, artifact: Path, tmp_path: Path) -> None:
+def test_gate_command_rejects_invalid_input(built: Path, artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "typo.yaml").write_text("gates: {kl_maen: {max: 1}}")
     assert "Did you mean 'kl_mean'?" in read_error(
         run("gate", built, "--gates", tmp_path / "typo.yaml"), 2
@@ -362,13 +364,13 @@ def test_what_cannot_be_judged(built: Path, artifact: Path, tmp_path: Path) -> N
     )
 
 
-def test_an_artifact_without_gates_says_so(tmp_path: Path) -> None:
+def test_gate_command_rejects_artifact_without_gates(tmp_path: Path) -> None:
     assert build(tmp_path / "a", "--junit", str(tmp_path / "b.xml"), gates="{}").exit_code == 0
     assert valid((tmp_path / "b.xml").read_bytes()).get("tests") == "0"
     assert "its recipe has no gates; name a file" in read_error(run("gate", tmp_path / "a"), 2)
 
 
-def test_a_build_writes_junit_also_when_a_gate_is_missed(tmp_path: Path) -> None:
+def test_build_writes_junit_if_a_gate_fails(tmp_path: Path) -> None:
     result = build(
         tmp_path / "a", "--junit", str(tmp_path / "b.xml"), gates="{kl_mean@code: {max: 1.0e-9}}"
     )

@@ -19,12 +19,19 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as some
-from support.report_large import large, pair
-from support.report_pages import HOSTILE, LIMIT_BYTES, Page, example, folder_with, poisoned
-from support.report_variants import emptied
+from support.report_large import make_item, make_large_report
+from support.report_pages import (
+    HOSTILE,
+    LIMIT_BYTES,
+    Page,
+    make_hostile_report,
+    make_judged_example,
+    write_artifact_folder,
+)
+from support.report_variants import make_empty_report
 
-from quantkit.artifact import layout
 from quantkit.artifact.fidelity_schema import ExpertCoverage, ModuleResult
+from quantkit.artifact.layout import PAGE
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError
 from quantkit.report import charts, html_page, tables
@@ -40,13 +47,15 @@ ORDER = (
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The page of a model of DeepSeek-V3's size with 300 changed items."""
-    return html_page.make_page(folder_with(tmp_path_factory.mktemp("big"), large(), items=900))
+    return html_page.make_page(
+        write_artifact_folder(tmp_path_factory.mktemp("big"), make_large_report(), items=900)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ content
 
 
-def test_sections_stand_in_the_order_of_a_review(big: str) -> None:
+def test_page_has_its_sections_in_order(big: str) -> None:
     found = re.findall(r'<section id="(\w+)"', big)
     assert tuple(found) == ORDER
     linked = re.findall(r'<li><a href="#(\w+)"', big)
@@ -54,9 +63,9 @@ def test_sections_stand_in_the_order_of_a_review(big: str) -> None:
     assert "<noscript><p" in big
 
 
-def test_the_page_shows_the_cells_of_the_card(tmp_path: Path) -> None:
-    fidelity = example()
-    words = Page(html_page.make_page(folder_with(tmp_path, fidelity))).words
+def test_page_shows_the_cells_of_the_card(tmp_path: Path) -> None:
+    fidelity = make_judged_example()
+    words = Page(html_page.make_page(write_artifact_folder(tmp_path, fidelity))).words
     for made in tables.make_tables(fidelity):
         for row in (
             made.rows
@@ -66,9 +75,9 @@ def test_the_page_shows_the_cells_of_the_card(tmp_path: Path) -> None:
             assert all(cell in words for cell in row if cell), row
 
 
-def test_the_head_says_the_verdict_and_the_figures(big: str) -> None:
+def test_page_head_has_verdict_and_tiles(big: str) -> None:
     words = Page(big).words
-    assert "Rejected: it misses 1 of the 3 gates of its recipe." in words
+    assert "Rejected: it fails 1 of the 3 gates of its recipe." in words
     for figure in (
         "400.89 GB",
         "from 688.57 GB, 1.72x smaller",
@@ -81,33 +90,34 @@ def test_the_head_says_the_verdict_and_the_figures(big: str) -> None:
         assert figure in words, figure
 
 
-def test_what_is_missing_is_said_and_not_drawn() -> None:
-    text = html_page.render_page(emptied(), Samples())
+def test_page_of_an_empty_report_has_notes_instead_of_tables() -> None:
+    text = html_page.render_page(make_empty_report(), Samples())
     for sentence in (
         "The recipe sets no gates.", "Nothing is quantized: the artifact is a copy of the source.",
-        "No benchmark was run.", "No distribution was measured.", "Nothing was measured that could be drawn.",
-        "No module was quantized.", "No fallback was needed.", "No benchmark item was compared.",
+        "No benchmark was run.", "Next-token distributions were not measured.", "No data for plots.",
+        "No module was quantized.", "No fallback was used.", "No benchmark item was compared.",
     ):  # fmt: skip
         assert sentence in text
     assert tuple(re.findall(r'<section id="(\w+)"', text)) == ORDER
     assert Page(text).drawings["specs"] == {} and "<figure" not in text
 
 
-def test_a_dense_model_without_a_distribution_has_no_plot_of_experts() -> None:
+def test_page_of_a_dense_model_has_no_expert_plot() -> None:
     text = html_page.render_page(
-        example({"experts": None, "routers": [], "distribution": [], "blocks": []}), Samples()
+        make_judged_example({"experts": None, "routers": [], "distribution": [], "blocks": []}),
+        Samples(),
     )
     assert list(Page(text).drawings["specs"]) == ["layers"]
 
 
-def test_every_module_of_a_fallback_is_there() -> None:
+def test_page_lists_every_module_of_a_fallback() -> None:
     names = [
         f"model.layers.{layer}.mlp.experts.{expert}.up_proj"
         for layer in (3, 4)
         for expert in range(250)
     ]
     rows = [{"kind": "shared-gram", "meaning": "m", "modules": names}]
-    text = html_page.render_page(example({"fallbacks": rows}), Samples())
+    text = html_page.render_page(make_judged_example({"fallbacks": rows}), Samples())
     assert "<li>model.layers.{3-4}.mlp.experts.{0-249}.up_proj</li>" in text
     assert "<b>500</b> modules" in text
 
@@ -116,15 +126,15 @@ def test_every_module_of_a_fallback_is_there() -> None:
 
 
 @pytest.mark.parametrize("attack", HOSTILE)
-def test_hostile_text_stays_text(attack: str, tmp_path: Path) -> None:
+def test_page_escapes_hostile_text(attack: str, tmp_path: Path) -> None:
     """The page has the same elements and attributes as one with harmless words, and the same scripts."""
     made = []
     for place, text in (("bad", attack), ("good", "x" * len(attack))):
         clean = text.encode(
             "utf-8", "ignore"
         ).decode()  # JSON and Parquet of quantkit hold no lone surrogates
-        fidelity, items = poisoned(clean, clean * 3)
-        artifact = folder_with(tmp_path / place, fidelity)
+        fidelity, items = make_hostile_report(clean, clean * 3)
+        artifact = write_artifact_folder(tmp_path / place, fidelity)
         (artifact / "quantkit/samples").mkdir()
         parquet.write_table(
             arrow.Table.from_pylist(items), artifact / "quantkit/samples/benchmarks.parquet"
@@ -145,14 +155,14 @@ def test_hostile_text_stays_text(attack: str, tmp_path: Path) -> None:
     assert not set("".join(bad.words)) & set("\x00\x1b\u202e")
 
 
-def test_a_lone_surrogate_is_replaced() -> None:
+def test_lone_surrogates_are_replaced() -> None:
     assert (
         html_page.replace_invisible("a\ud800\x07\u202eb\n\tc d\u00a0é")
         == "a\ufffd\ufffd\ufffdb\n\tc d\u00a0é"
     )
 
 
-def test_only_the_two_scripts_named_by_their_hash_may_run(big: str) -> None:
+def test_policy_allows_only_the_two_hashed_scripts(big: str) -> None:
     page = Page(big)
     policy = next(value for name, value in page.values if value.startswith("default-src"))
     assert policy.startswith("default-src 'none';")
@@ -161,7 +171,7 @@ def test_only_the_two_scripts_named_by_their_hash_may_run(big: str) -> None:
     assert "unsafe-eval" not in policy and "http" not in policy
 
 
-def test_nothing_is_fetched(big: str) -> None:
+def test_page_fetches_nothing(big: str) -> None:
     page = Page(big)
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"link", "img", "iframe", "object", "embed", "base", "form"}
@@ -177,17 +187,17 @@ def test_nothing_is_fetched(big: str) -> None:
 # ----------------------------------------------------------------------------------------------------- size and bytes
 
 
-def test_a_model_of_45_000_modules_stays_under_three_megabytes(big: str) -> None:
-    assert len(large().modules) > 44_500
+def test_page_of_45_000_modules_stays_under_three_megabytes(big: str) -> None:
+    assert len(make_large_report().modules) > 44_500
     assert len(big.encode()) < LIMIT_BYTES
 
 
-def test_endless_answers_and_names_do_too(tmp_path: Path) -> None:
+def test_page_with_long_answers_and_names_stays_under_three_megabytes(tmp_path: Path) -> None:
     """Every third of 1,500 items changed, each answer of 8,000 characters of which most need escaping."""
-    artifact = folder_with(tmp_path, large())
+    artifact = write_artifact_folder(tmp_path, make_large_report())
     (artifact / "quantkit/samples").mkdir()
     dice = random.Random(2)
-    rows = [pair(n, "".join(dice.choices("<&\"'>é漢", k=400)) * 20) for n in range(1_500)]
+    rows = [make_item(n, "".join(dice.choices("<&\"'>é漢", k=400)) * 20) for n in range(1_500)]
     parquet.write_table(
         arrow.Table.from_pylist(rows), artifact / "quantkit/samples/benchmarks.parquet"
     )
@@ -198,9 +208,9 @@ def test_endless_answers_and_names_do_too(tmp_path: Path) -> None:
     assert f"{500 - shown} more changed items in quantkit/samples/benchmarks.parquet." in text
 
 
-def test_the_same_report_is_the_same_bytes(tmp_path: Path) -> None:
+def test_page_is_reproducible_across_processes(tmp_path: Path) -> None:
     """In other processes with other hash seeds and time zones."""
-    artifact = folder_with(tmp_path, example(), items=60)
+    artifact = write_artifact_folder(tmp_path, make_judged_example(), items=60)
     code = (
         "import sys, pathlib; from quantkit.report.html_page import make_page;"
         "sys.stdout.buffer.write(make_page(pathlib.Path(sys.argv[1])).encode())"
@@ -220,7 +230,7 @@ def test_the_same_report_is_the_same_bytes(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ samples
 
 
-def test_the_histogram_counts_every_token(tmp_path: Path) -> None:
+def test_histogram_counts_every_token(tmp_path: Path) -> None:
     kl = [0.0, -1e-12, 1e-12, 2e-9, 1.0, 9.9, 0.0101, float("inf"), float("nan")]
     (tmp_path / "quantkit/samples").mkdir(parents=True)
     columns = {"domain": ["a"] * 6 + ["b"] * 3, "kl": arrow.array(kl, arrow.float32())}
@@ -237,11 +247,11 @@ def test_the_histogram_counts_every_token(tmp_path: Path) -> None:
     assert placed == {("a", 0): 3, ("a", 1): 1, ("a", 36): 1, ("a", 39): 1, ("b", 28): 1}
 
 
-def test_changed_items_regressions_first_by_the_filter_that_scores(tmp_path: Path) -> None:
+def test_changed_items_are_sorted_and_use_the_scoring_filter(tmp_path: Path) -> None:
     (tmp_path / "quantkit/samples").mkdir(parents=True)
-    rows = [pair(n, "") for n in range(12)]
+    rows = [make_item(n, "") for n in range(12)]
     rows += [{**row, "filter": "lenient", "quant_score": 0.5} for row in rows]
-    rows += [{**pair(3, ""), "task": "other", "base_score": None}]
+    rows += [{**make_item(3, ""), "task": "other", "base_score": None}]
     rows[1]["quant_response"] = "in other words"
     parquet.write_table(
         arrow.Table.from_pylist(rows), tmp_path / "quantkit/samples/benchmarks.parquet"
@@ -269,7 +279,7 @@ def test_changed_items_regressions_first_by_the_filter_that_scores(tmp_path: Pat
         ("x" * 90 + "1 rest", "x" * 90 + "2 rest", ("x" * 23 + "1", "x" * 23 + "2")),
     ],
 )
-def test_the_word_that_holds_the_first_difference_is_marked(
+def test_excerpt_marks_the_word_with_the_first_difference(
     first: str, second: str, expected: tuple[str, str]
 ) -> None:
     place = len(os.path.commonprefix([first, second]))
@@ -282,7 +292,7 @@ def test_the_word_that_holds_the_first_difference_is_marked(
         assert len(shown.before) <= place <= len(shown.before) + max(1, len(shown.differs))
 
 
-def test_long_answers_are_cut_around_the_difference() -> None:
+def test_excerpt_cuts_long_answers_around_the_difference() -> None:
     text = "a " * 5_000 + "HERE" + " b" * 5_000
     shown = html_page.cut_excerpt(
         Answer(text=text, score=1.0, outcome="", n_tokens=1, truncated=False), 10_000
@@ -296,8 +306,8 @@ def test_long_answers_are_cut_around_the_difference() -> None:
 
 
 @pytest.mark.parametrize("content", [b"not parquet", b""])
-def test_damaged_samples_are_a_fault_with_a_name(content: bytes, tmp_path: Path) -> None:
-    artifact = folder_with(tmp_path, example(), items=6)
+def test_damaged_samples_raise_artifact_error(content: bytes, tmp_path: Path) -> None:
+    artifact = write_artifact_folder(tmp_path, make_judged_example(), items=6)
     (artifact / "quantkit/samples/tokens.parquet").write_bytes(content)
     with pytest.raises(
         ArtifactError, match=r"tokens\.parquet: expected samples with the columns domain, kl, found"
@@ -305,9 +315,9 @@ def test_damaged_samples_are_a_fault_with_a_name(content: bytes, tmp_path: Path)
         html_page.make_page(artifact)
 
 
-def test_samples_without_a_column_are_a_fault(tmp_path: Path) -> None:
-    artifact = folder_with(tmp_path, example(), items=6)
-    rows = [{key: value for key, value in pair(1, "").items() if key != "quant_response"}]
+def test_samples_without_a_column_raise_artifact_error(tmp_path: Path) -> None:
+    artifact = write_artifact_folder(tmp_path, make_judged_example(), items=6)
+    rows = [{key: value for key, value in make_item(1, "").items() if key != "quant_response"}]
     parquet.write_table(
         arrow.Table.from_pylist(rows), artifact / "quantkit/samples/benchmarks.parquet"
     )
@@ -321,7 +331,7 @@ def test_samples_without_a_column_are_a_fault(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- plots
 
 
-def test_errors_per_layer_are_percentiles_of_its_quantized_matrices() -> None:
+def test_layer_errors_are_percentiles_of_quantized_matrices() -> None:
     modules = [
         ModuleResult(
             name=f"model.layers.{layer}.mlp.experts.{n}.up_proj", rule="r", method="awq", scheme="s",
@@ -344,7 +354,7 @@ def test_errors_per_layer_are_percentiles_of_its_quantized_matrices() -> None:
     assert rows[0]["median"] == charts.SMALLEST  # a logarithm needs one
 
 
-def test_shades_start_at_the_fewest_tokens_allowed() -> None:
+def test_shade_bounds_start_at_the_required_minimum() -> None:
     def ends(*tokens: int, least: int = 64) -> list[int]:
         layer = {"block": "b", "tokens": tokens}
         return charts.compute_shade_bounds(
@@ -357,15 +367,15 @@ def test_shades_start_at_the_fewest_tokens_allowed() -> None:
     assert ends(0, 0, least=0) == [1]
 
 
-def test_the_heatmap_says_who_saw_too_little(big: str) -> None:
-    low = len(large().experts.uncalibrated())  # type: ignore[union-attr]
+def test_heatmap_describes_under_calibrated_experts(big: str) -> None:
+    low = len(make_large_report().experts.uncalibrated())  # type: ignore[union-attr]
     words = "".join(Page(big).words)
     assert f"{low} of 14,848 routed experts saw fewer than 256 tokens (crossed)" in words
     spec = Page(big).drawings["specs"]["experts"]
     assert sum(len(row["tokens"]) for row in spec["data"]["values"]) == 58 * 256
 
 
-def test_vega_lite_takes_every_plot(big: str) -> None:
+def test_vega_lite_compiles_every_plot(big: str) -> None:
     from vl_convert import vegalite_to_vega
 
     drawings = Page(big).drawings
@@ -404,14 +414,14 @@ NAMES = some.lists(
 
 
 @given(NAMES)
-def test_folding_loses_no_name_and_invents_none(names: list[str]) -> None:
+def test_fold_names_is_lossless(names: list[str]) -> None:
     lines = fold_names(names)
     found = [name for line in lines for name in expanded(line)]
     assert sorted(found) == sorted(set(names))
     assert len(lines) <= len(set(names))
 
 
-def test_folding_in_words() -> None:
+def test_fold_names_examples() -> None:
     names = [f"m.{a}.e.{b}.w1" for a in (1, 2) for b in (0, 1, 2, 7)]
     assert fold_names(names) == ["m.{1-2}.e.{0-2, 7}.w1"]
     assert fold_names(["a.1.b", "lm_head", "a.3.b"]) == ["a.{1, 3}.b", "lm_head"]
@@ -424,11 +434,11 @@ def test_folding_in_words() -> None:
 # --------------------------------------------------------------------------------------------- inside an artifact
 
 
-def test_a_build_seals_the_page_and_it_can_be_made_again(artifact: Path) -> None:
-    page = artifact / layout.PAGE
+def test_report_command_rebuilds_the_page_of_a_build(artifact: Path) -> None:
+    page = artifact / PAGE
     sealed = page.read_bytes()
     manifest = json.loads((artifact / "quantkit/manifest.json").read_text())
-    assert manifest["files"][layout.PAGE]["bytes"] == len(sealed)
+    assert manifest["files"][PAGE]["bytes"] == len(sealed)
     page.unlink()
     shown = CliRunner().invoke(main, ["report", str(artifact), "--html"])
     assert (shown.exit_code, shown.stdout) == (0, f"{page}\n")
@@ -436,14 +446,16 @@ def test_a_build_seals_the_page_and_it_can_be_made_again(artifact: Path) -> None
     assert verify_artifact(artifact).status == "not judged"
 
 
-def test_another_page_goes_elsewhere(artifact: Path, tmp_path: Path) -> None:
+def test_report_command_writes_a_different_page_only_to_another_file(
+    artifact: Path, tmp_path: Path
+) -> None:
     """Samples that were taken away give another page; in the artifact it would break the manifest's hash."""
     shutil.rmtree(artifact / "quantkit/samples")
-    before = (artifact / layout.PAGE).read_bytes()
+    before = (artifact / PAGE).read_bytes()
     refused = CliRunner().invoke(main, ["report", str(artifact), "--html"])
     assert refused.exit_code == 1
     assert "expected the page that these files make, found another or none" in refused.stderr
-    assert (artifact / layout.PAGE).read_bytes() == before
+    assert (artifact / PAGE).read_bytes() == before
     output = tmp_path / "review.html"
     shown = CliRunner().invoke(
         main, ["report", str(artifact), "--html", "--output", str(output), "--json"]
@@ -452,7 +464,7 @@ def test_another_page_goes_elsewhere(artifact: Path, tmp_path: Path) -> None:
     assert output.read_bytes() != before and b"<h1>tiny</h1>" in output.read_bytes()
 
 
-def test_figures_that_were_changed_are_not_shown(artifact: Path, tmp_path: Path) -> None:
+def test_report_command_rejects_changed_figures(artifact: Path, tmp_path: Path) -> None:
     path = artifact / "quantkit/fidelity.json"
     path.write_text(path.read_text().replace('"version": 1', '"version":  1', 1))
     for options in ((), ("--json",), ("--html", "--output", str(tmp_path / "x.html"))):
@@ -464,7 +476,7 @@ def test_figures_that_were_changed_are_not_shown(artifact: Path, tmp_path: Path)
         )
 
 
-def test_output_without_html_is_a_matter_of_usage(artifact: Path, tmp_path: Path) -> None:
+def test_report_command_rejects_output_without_html(artifact: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         main, ["report", str(artifact), "--output", str(tmp_path / "x.html")]
     )

@@ -12,8 +12,13 @@ import pyarrow.parquet as parquet
 import pytest
 from support.browser_pages import NARROW, Tab, contrast, luminance
 from support.constants import CHROMIUM
-from support.report_large import large
-from support.report_pages import HOSTILE, example, folder_with, poisoned
+from support.report_large import make_large_report
+from support.report_pages import (
+    HOSTILE,
+    make_hostile_report,
+    make_judged_example,
+    write_artifact_folder,
+)
 
 from quantkit.report import html_page
 
@@ -28,7 +33,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of DeepSeek-V3's size with 300 changed items."""
-    folder = folder_with(tmp_path_factory.mktemp("page"), large(), items=900)
+    folder = write_artifact_folder(tmp_path_factory.mktemp("page"), make_large_report(), items=900)
     (folder / "page.html").write_text(html_page.make_page(folder), encoding="utf-8")
     return folder / "page.html"
 
@@ -54,13 +59,13 @@ def test_every_plot_is_drawn(tab: Tab) -> None:
     crosses = tab.all(
         "document.querySelectorAll('figure[data-plot=experts] .mark-symbol.role-mark path').length"
     )
-    assert crosses == len(large().experts.uncalibrated())  # type: ignore[union-attr]
+    assert crosses == len(make_large_report().experts.uncalibrated())  # type: ignore[union-attr]
     red = tab.all("[...document.querySelectorAll('figure[data-plot=experts] .mark-rect path')]"
                   ".filter(p => p.getAttribute('fill') === 'var(--under)').length")  # fmt: skip
     assert red == crosses
 
 
-def test_a_plot_tells_its_figures_under_the_mouse(tab: Tab) -> None:
+def test_plot_shows_a_tooltip(tab: Tab) -> None:
     tab.page.locator("figure[data-plot=bits] .mark-rect path").first.hover()
     tip = tab.page.locator("#vg-tooltip-element.visible")
     tip.wait_for(timeout=10_000)
@@ -91,7 +96,7 @@ def test_tables_sort_both_ways(tab: Tab) -> None:
     assert tab.page.locator("#t-modules th[aria-sort]").count() == 1
 
 
-def test_what_has_no_number_stays_last(tab: Tab) -> None:
+def test_cells_without_a_number_sort_last(tab: Tab) -> None:
     for _ in range(2):
         tab.page.locator("#t-distribution thead button").nth(2).click()
         assert tab.column("t-distribution", 2)[-1] == "-"
@@ -141,7 +146,9 @@ def test_commands_are_copied_or_selected(tab: Tab) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_words_can_be_read_in_both_schemes(scheme: str, browser: Any, page_file: Path) -> None:
+def test_text_has_contrast_in_both_color_schemes(
+    scheme: str, browser: Any, page_file: Path
+) -> None:
     tab = Tab(browser, page_file, color_scheme=scheme)
     page = tab.all("getComputedStyle(document.documentElement).backgroundColor")
     assert (luminance(page) > 0.5) == (scheme == "light")
@@ -165,7 +172,7 @@ def test_words_can_be_read_in_both_schemes(scheme: str, browser: Any, page_file:
     tab.context.close()
 
 
-def test_a_phone_scrolls_one_way_only(browser: Any, page_file: Path) -> None:
+def test_narrow_page_scrolls_only_vertically(browser: Any, page_file: Path) -> None:
     tab = Tab(browser, page_file, viewport=NARROW, is_mobile=True, has_touch=True)
     assert tab.all("document.documentElement.scrollWidth") == NARROW["width"]
     sides = tab.all(
@@ -185,9 +192,7 @@ def test_a_phone_scrolls_one_way_only(browser: Any, page_file: Path) -> None:
     tab.context.close()
 
 
-def test_paper_is_white_and_shows_no_controls(
-    browser: Any, page_file: Path, tmp_path: Path
-) -> None:
+def test_print_is_white_without_controls(browser: Any, page_file: Path, tmp_path: Path) -> None:
     tab = Tab(browser, page_file, color_scheme="dark")
     tab.page.emulate_media(media="print", color_scheme="dark")
     assert (
@@ -200,14 +205,14 @@ def test_paper_is_white_and_shows_no_controls(
     closed = tab.all("""[...document.querySelectorAll('details:not([open])')].map(
         each => each.lastElementChild.checkVisibility({contentVisibilityAuto: true}))""")
     assert closed and all(closed), "what is closed on a screen is there on paper"
-    assert "288 more items are not on paper." in tab.page.locator("#left").inner_text()
+    assert "288 more items are not printed." in tab.page.locator("#left").inner_text()
     tab.page.pdf(path=tmp_path / "page.pdf", prefer_css_page_size=True)
     pages = (tmp_path / "page.pdf").read_bytes().count(b"/Type /Page\n")
     assert 8 <= pages <= 30
     tab.context.close()
 
 
-def test_without_scripts_the_tables_and_answers_are_there(browser: Any, page_file: Path) -> None:
+def test_page_without_scripts_shows_tables_and_answers(browser: Any, page_file: Path) -> None:
     tab = Tab(browser, page_file, java_script_enabled=False)
     assert tab.page.locator("#t-modules tbody tr").count() == html_page.WORST
     assert tab.page.locator("#items > article").last.is_visible()
@@ -217,11 +222,11 @@ def test_without_scripts_the_tables_and_answers_are_there(browser: Any, page_fil
 # ----------------------------------------------------------------------------------------------------------- hostile
 
 
-def test_hostile_text_runs_nothing(browser: Any, tmp_path: Path) -> None:
+def test_hostile_text_runs_no_script(browser: Any, tmp_path: Path) -> None:
     """Drawn, hovered, sorted and searched: no script of the text's runs, nothing is fetched, the page stays whole."""
     text = " ".join(HOSTILE).encode("utf-8", "ignore").decode()
-    fidelity, items = poisoned(text, text * 2)
-    artifact = folder_with(tmp_path, fidelity)
+    fidelity, items = make_hostile_report(text, text * 2)
+    artifact = write_artifact_folder(tmp_path, fidelity)
     (artifact / "quantkit/samples").mkdir()
     parquet.write_table(
         arrow.Table.from_pylist(items), artifact / "quantkit/samples/benchmarks.parquet"
@@ -240,9 +245,9 @@ def test_hostile_text_runs_nothing(browser: Any, tmp_path: Path) -> None:
     tab.context.close()
 
 
-def test_the_policy_stops_a_script_that_got_in(browser: Any, tmp_path: Path) -> None:
+def test_policy_blocks_an_injected_script(browser: Any, tmp_path: Path) -> None:
     """A second line of defence: even a script element in the page does not run."""
-    text = html_page.make_page(folder_with(tmp_path, example()))
+    text = html_page.make_page(write_artifact_folder(tmp_path, make_judged_example()))
     (tmp_path / "page.html").write_text(
         text.replace("<h1>", "<script>hacked = 1</script><h1>"), encoding="utf-8"
     )

@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 from support.paths import GOLDEN
 from support.report_example import FIDELITY, PLAN
-from support.report_variants import GATES, drawn, emptied, example
+from support.report_variants import GATES, make_empty_report, make_example, render_to_text
 
 from quantkit.artifact.fidelity_schema import (
     BenchmarkResult,
@@ -32,29 +32,32 @@ def one_line(text: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- text
 
 
-def test_the_model_card_to_the_letter() -> None:
-    assert card.render_card(gates.apply_gates(GATES, example())) == (GOLDEN / "card.md").read_text()
-
-
-def test_the_terminal_report_to_the_letter() -> None:
+def test_model_card_matches_golden_file() -> None:
     assert (
-        drawn(terminal.render_report(gates.apply_gates(GATES, example())))
+        card.render_card(gates.apply_gates(GATES, make_example()))
+        == (GOLDEN / "card.md").read_text()
+    )
+
+
+def test_terminal_report_matches_golden_file() -> None:
+    assert (
+        render_to_text(terminal.render_report(gates.apply_gates(GATES, make_example())))
         == (GOLDEN / "fidelity.txt").read_text()
     )
 
 
-def test_the_terminal_plan_to_the_letter() -> None:
+def test_terminal_plan_matches_golden_file() -> None:
     assert (
-        drawn(terminal.render_plan(PlanSummary.model_validate(PLAN)))
+        render_to_text(terminal.render_plan(PlanSummary.model_validate(PLAN)))
         == (GOLDEN / "plan.txt").read_text()
     )
 
 
 def test_card_and_terminal_show_the_same_cells() -> None:
-    fidelity = gates.apply_gates(GATES, example())
+    fidelity = gates.apply_gates(GATES, make_example())
     text, shown = (
         card.render_card(fidelity),
-        one_line(drawn(terminal.render_report(fidelity), width=250)),
+        one_line(render_to_text(terminal.render_report(fidelity), width=250)),
     )
     for made in tables.make_tables(fidelity):
         for row in made.rows:
@@ -63,10 +66,10 @@ def test_card_and_terminal_show_the_same_cells() -> None:
                 assert all(word in shown for word in cell.split())
 
 
-def test_the_front_matter_is_yaml_that_says_where_the_model_comes_from() -> None:
+def test_front_matter_is_yaml_with_license_and_base_model() -> None:
     source = {**dict(FIDELITY["source"]), "model": "deepseek-ai/DeepSeek-V3"}  # type: ignore[call-overload]
     source["license"] = {"id": "other", "name": 'dee"p: #seek', "link": "LICENSE-MODEL"}
-    text = card.render_card(example({"source": source}))
+    text = card.render_card(make_example({"source": source}))
     head = YAML(typ="safe", pure=True).load(text.split("---")[1])
     assert head.pop("model-index")
     assert head == {
@@ -82,14 +85,14 @@ def test_the_front_matter_is_yaml_that_says_where_the_model_comes_from() -> None
     }
 
 
-def test_the_model_hub_reads_the_benchmarks_of_the_card() -> None:
+def test_model_hub_parses_the_benchmarks_of_the_card() -> None:
     """By the hub's own parser, which knows `model-index` alone; what was not run has no figure there."""
     from huggingface_hub import ModelCard
 
     rows = [*FIDELITY["benchmarks"], {"task": 'a "b": c', "metric": "m", "n": 3, "artifact": 0.5}]  # type: ignore[misc]
     found = {
         row.dataset_name: row
-        for row in ModelCard(card.render_card(example({"benchmarks": rows}))).data.eval_results
+        for row in ModelCard(card.render_card(make_example({"benchmarks": rows}))).data.eval_results
     }
     scored = {row["task"]: row for row in rows if row.get("status", "ok") == "ok"}
     assert found.keys() == scored.keys()
@@ -100,49 +103,53 @@ def test_the_model_hub_reads_the_benchmarks_of_the_card() -> None:
             row["metric"],
         )
         assert found[task].task_type == "text-generation"
-    assert "model-index" not in card.render_card(emptied())
+    assert "model-index" not in card.render_card(make_empty_report())
 
 
-def test_a_source_without_licence_gets_none() -> None:
+def test_card_of_a_source_without_license_names_none() -> None:
     source = {**dict(FIDELITY["source"]), "license": None}  # type: ignore[call-overload]
-    text = card.render_card(example({"source": source}))
+    text = card.render_card(make_example({"source": source}))
     assert "license:" not in text
-    assert "The licence is that of the source, which states none." in text
+    assert "License: the source states none." in text
 
 
 # ----------------------------------------------------------------------------------------------------------- corners
 
 
-def test_nothing_measured() -> None:
-    text = card.render_card(emptied())
+def test_card_and_terminal_of_an_empty_report() -> None:
+    text = card.render_card(make_empty_report())
     for sentence in (
         "No benchmark was run.",
-        "No distribution was measured.",
-        "Nothing: the artifact is a copy",
+        "Next-token distributions were not measured.",
+        "None: the artifact is a copy",
     ):
         assert sentence in text
     assert "in the format" not in text and "per quantized weight" not in text  # there is none
     assert "**Not judged: no gates.**" in text
     assert "\n\n\n" not in text
-    assert "No fallback was needed." in text
-    shown = drawn(terminal.render_report(emptied()))
+    assert "No fallback was used." in text
+    shown = render_to_text(terminal.render_report(make_empty_report()))
     assert shown.endswith("Not judged: no gates.\n")
 
 
-def test_only_tasks_that_were_not_run() -> None:
+def test_report_with_only_skipped_tasks() -> None:
     rows = [
         {"task": task, "status": "not run", "reason": "no sandbox"}
         for task in ("humaneval", "mbpp")
     ]
-    fidelity = gates.apply_gates({"mbpp": Gate(min_recovery=0.9)}, example({"benchmarks": rows}))
+    fidelity = gates.apply_gates(
+        {"mbpp": Gate(min_recovery=0.9)}, make_example({"benchmarks": rows})
+    )
     assert "| humaneval | - | - | - | - | - | - | - | not run: no sandbox |" in card.render_card(
         fidelity
     )
     assert fidelity.status == "not judged"
-    assert "Not judged: 1 of 1 gates have no figure." in drawn(terminal.render_report(fidelity))
+    assert "Not judged: 1 of 1 gates have no figure." in render_to_text(
+        terminal.render_report(fidelity)
+    )
 
 
-def test_worst_modules_come_first_and_the_rest_is_counted() -> None:
+def test_worst_modules_come_first_and_others_are_counted() -> None:
     modules = [
         ModuleResult(
             name=f"m{i}",
@@ -155,29 +162,30 @@ def test_worst_modules_come_first_and_the_rest_is_counted() -> None:
         for i in range(200)
     ]
     kept = [ModuleResult(name="kept", rule="r", method=None, scheme="BF16")]
-    made = tables.make_module_table(example({"modules": [*modules, *kept]}))
+    made = tables.make_module_table(make_example({"modules": [*modules, *kept]}))
     assert [row[0] for row in made.rows] == [f"m{199 - i}" for i in range(10)]
     assert made.note == "The 10 worst of 200; all in quantkit/fidelity.json."
-    assert len(tables.make_module_table(example({"modules": modules}), limit=200).rows) == 200
+    assert len(tables.make_module_table(make_example({"modules": modules}), limit=200).rows) == 200
 
 
-def test_a_method_that_is_its_rounding_is_named_once() -> None:
+def test_method_that_equals_its_rounding_is_named_once() -> None:
     pairs = (("gptq", "gptq"), ("awq", "gptq"), ("awq", "nearest"))
     modules = [
         ModuleResult(name="m", rule="r", method=method, rounding=rounding, scheme="s")
         for method, rounding in pairs
     ]
     told = [
-        tables.make_module_table(example({"modules": [module]})).rows[0][1] for module in modules
+        tables.make_module_table(make_example({"modules": [module]})).rows[0][1]
+        for module in modules
     ]
     assert told == ["gptq", "awq+gptq", "awq+nearest"]
 
 
-def test_a_card_stays_under_its_limit_whatever_the_names_are() -> None:
+def test_card_with_long_names_stays_under_its_limit() -> None:
     long = "a|b<c`*\\ " * 400
     wide = gates.apply_gates(
         {f"task{i}": Gate(min_recovery=0.9) for i in range(300)},
-        example({
+        make_example({
             "benchmarks": [
                 {"task": long, "n": 5, "verdict": long, "data_sha256": long} for _ in range(300)
             ],
@@ -205,7 +213,7 @@ def test_a_card_stays_under_its_limit_whatever_the_names_are() -> None:
     assert "<c" not in text.split("---\n", 2)[2].split("## Serving")[0]
 
 
-def test_text_from_elsewhere_does_not_steer_markdown_or_the_terminal() -> None:
+def test_untrusted_text_is_escaped_in_markdown_and_terminal() -> None:
     module = {
         "name": "a|b\n# x <script>",
         "rule": "r",
@@ -213,18 +221,18 @@ def test_text_from_elsewhere_does_not_steer_markdown_or_the_terminal() -> None:
         "scheme": "s",
         "relative_error": 0.5,
     }
-    fidelity = example({"modules": [module]})
+    fidelity = make_example({"modules": [module]})
     assert "| a\\|b # x &lt;script> | awq |" in card.render_card(fidelity)
-    hostile = example({"modules": [{**module, "name": "\x1b[2J[red]x[/red]"}]})
-    shown = drawn(terminal.render_report(hostile))
+    hostile = make_example({"modules": [{**module, "name": "\x1b[2J[red]x[/red]"}]})
+    shown = render_to_text(terminal.render_report(hostile))
     assert "\x1b" not in shown and "[2J[red]x[/red]" in shown
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
-def test_the_terminal_report_fits_and_loses_nothing(width: int) -> None:
+def test_terminal_report_fits_its_width_without_loss(width: int) -> None:
     fidelity = gates.apply_gates(
         GATES,
-        example({
+        make_example({
             "distribution": [
                 {
                     "domain": domain,
@@ -236,7 +244,7 @@ def test_the_terminal_report_fits_and_loses_nothing(width: int) -> None:
             ]
         }),
     )
-    shown = drawn(terminal.render_report(fidelity), width)
+    shown = render_to_text(terminal.render_report(fidelity), width)
     assert max(map(len, shown.splitlines())) <= width
     if width >= 100:
         for made in tables.make_tables(fidelity):
@@ -245,7 +253,7 @@ def test_the_terminal_report_fits_and_loses_nothing(width: int) -> None:
                     assert one_line(word) in one_line(shown), word
 
 
-def test_columns_are_never_narrower_than_a_number_or_a_word() -> None:
+def test_columns_fit_every_number_and_word() -> None:
     made = tables.Table(
         title="t", columns=("a", ">n"), rows=(("long words here " * 9, "1,234 ±5"),)
     )
@@ -255,26 +263,26 @@ def test_columns_are_never_narrower_than_a_number_or_a_word() -> None:
     assert terminal.compute_widths(crowded, 100) == [None, None]
 
 
-def test_a_narrow_terminal_cuts_no_number_in_two() -> None:
+def test_narrow_terminal_breaks_no_number() -> None:
     figures = ("1,234,567", "23,456", "107.87 GB", "345.68 GB ±0.01")
     columns = ("what", *(f">{word} of tokens" for word in ("sum", "rest", "bytes", "all")))
     made = tables.Table(
         title="t", columns=columns, rows=(("a long name of several words", *figures),)
     )
     for width in (100, 80, 60, 55):
-        shown = drawn(terminal.render_table(made), width)
+        shown = render_to_text(terminal.render_table(made), width)
         assert max(map(len, shown.splitlines())) <= width
         for word in " ".join(figures).split():
             assert word in shown.split(), (width, word)
-    assert "sum of tokens" in drawn(terminal.render_table(made), 100)
-    assert "345.68 GB ±0.01" in drawn(terminal.render_table(made), 60)
+    assert "sum of tokens" in render_to_text(terminal.render_table(made), 100)
+    assert "345.68 GB ±0.01" in render_to_text(terminal.render_table(made), 60)
 
 
 # ------------------------------------------------------------------------------------------------------------- gates
 
 
-def test_judging() -> None:
-    results = gates.judge_gates(GATES, example())
+def test_judge_gates_returns_a_result_per_bound() -> None:
+    results = gates.judge_gates(GATES, make_example())
     assert [(row.figure, row.bound, row.value, row.ok) for row in results] == [
         ("kl_mean", "<= 0.0003", 0.000361, False),
         ("kl_max", "<= 1", 0.31, True),
@@ -297,22 +305,23 @@ def test_judging() -> None:
         ({"kl_mean": Gate(max=0), "tiny-v3-code": Gate(min_recovery=0.9)}, "rejected"),
     ],
 )
-def test_status(bounds: dict[str, Gate], expected: str) -> None:
-    assert gates.apply_gates(bounds, example()).status == expected
+def test_status_follows_from_the_gates(bounds: dict[str, Gate], expected: str) -> None:
+    assert gates.apply_gates(bounds, make_example()).status == expected
 
 
-def test_a_number_that_is_not_finite_is_none_however_it_is_spelled() -> None:
+def test_non_finite_numbers_become_none() -> None:
     found = Figure.model_validate({"value": "nan", "se": float("inf"), "ci": ["-Infinity", 0]})
     assert (found.value, found.se, found.ci) == (None, None, (None, 0.0))
 
 
-def test_a_figure_that_is_not_finite_misses_every_bound() -> None:
+def test_non_finite_figure_fails_every_bound() -> None:
     pooled = DistributionResult(domain="all", tokens=1, kl_mean=Figure(value=float("nan")))
-    fidelity = example({"distribution": [pooled]})
+    fidelity = make_example({"distribution": [pooled]})
     (result,) = gates.judge_gates({"kl_mean": Gate(max=1)}, fidelity)
     assert (result.ok, result.value, result.reason) == (False, None, "not finite")
     (result,) = gates.judge_gates(
-        {"router_agreement": Gate(min=0)}, example({"routers": [{"block": "b", "agreement": None}]})
+        {"router_agreement": Gate(min=0)},
+        make_example({"routers": [{"block": "b", "agreement": None}]}),
     )
     assert result.ok is False
 
@@ -320,13 +329,13 @@ def test_a_figure_that_is_not_finite_misses_every_bound() -> None:
 @pytest.mark.parametrize(
     "figure", sorted({*list_keys()} - {"fallbacks", "bits_per_weight", "size"})
 )
-def test_a_figure_that_was_not_measured_is_not_judged(figure: str) -> None:
-    (result,) = gates.judge_gates({figure: Gate(max=1)}, emptied())
+def test_unmeasured_figure_is_not_judged(figure: str) -> None:
+    (result,) = gates.judge_gates({figure: Gate(max=1)}, make_empty_report())
     assert (result.ok, result.reason) == (None, "not measured")
 
 
-def test_a_source_that_scores_nothing_gives_no_information() -> None:
-    floor = example({"benchmarks": [BenchmarkResult(task="t", n=9, source=0.0, artifact=0.0)]})
+def test_source_score_of_zero_is_not_judged() -> None:
+    floor = make_example({"benchmarks": [BenchmarkResult(task="t", n=9, source=0.0, artifact=0.0)]})
     (result,) = gates.judge_gates({"t": Gate(min_recovery=0.5)}, floor)
     assert (result.ok, result.reason) == (None, "the source scores 0: no information")
     (result,) = gates.judge_gates({"other": Gate(min_recovery=0.5)}, floor)
@@ -337,7 +346,7 @@ def test_a_source_that_scores_nothing_gives_no_information() -> None:
 
 
 def test_fidelity_json_is_stable_and_reads_back() -> None:
-    fidelity = gates.apply_gates(GATES, example())
+    fidelity = gates.apply_gates(GATES, make_example())
     text = fidelity.to_json()
     assert text == Fidelity.model_validate(json.loads(text)).to_json()
     assert Fidelity.model_validate_json(text) == fidelity
@@ -346,12 +355,12 @@ def test_fidelity_json_is_stable_and_reads_back() -> None:
     )  # infinity, which JSON cannot say
 
 
-def test_an_unknown_key_is_refused() -> None:
+def test_unknown_key_is_rejected() -> None:
     with pytest.raises(ValueError, match="extra"):
-        example({"speed": 3})
+        make_example({"speed": 3})
 
 
-def test_experts_below_the_limit_are_listed() -> None:
+def test_experts_below_the_minimum_are_listed() -> None:
     experts = ExpertCoverage.model_validate({
         "min_tokens": 10,
         "policy": "rtn",
@@ -389,5 +398,5 @@ def test_experts_below_the_limit_are_listed() -> None:
         ),
     ],
 )
-def test_numbers(shown: str, expected: str) -> None:
+def test_numbers_are_formatted(shown: str, expected: str) -> None:
     assert shown == expected

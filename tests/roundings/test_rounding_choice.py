@@ -38,20 +38,20 @@ def decision(method: str, rounding: str) -> Decision:
     )
 
 
-def solved(
-    chosen: Decision,
+def quantize_one(
+    choices: Decision,
     weight: torch.Tensor,
     stats: InputStats | None,
     fallbacks: tuple[str, ...] = (),
 ) -> QuantizedLinear:
-    asked = QuantizeRequest(
-        decision=chosen, weight=weight, stats=stats, tokens=7, rescaled=False, fallbacks=fallbacks
+    requests = QuantizeRequest(
+        decision=choices, weight=weight, stats=stats, tokens=7, rescaled=False, fallbacks=fallbacks
     )
-    (found,) = quantize_group([asked], (registry.get_format("dense"),))
-    return found
+    (results,) = quantize_group([requests], (registry.get_format("dense"),))
+    return results
 
 
-def problem() -> tuple[torch.Tensor, InputStats]:
+def make_problem() -> tuple[torch.Tensor, InputStats]:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(200, 64, generator=g)
     stats = InputStats(gram=x.T @ x, mean_abs=x.abs().mean(0), n_tokens=torch.tensor(200))
@@ -93,68 +93,68 @@ def test_invalid_combinations_are_rejected(method: str, rounding: str, message: 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_build_uses_the_rounding_of_the_decision(method: str) -> None:
-    weight, stats = problem()
-    found = solved(decision(method, "gptq"), weight, stats)
-    told = affine.dequantize(gptq.solve(weight, stats, SCHEME), SCHEME).bfloat16().float()
-    assert torch.equal(found.weight, told)
-    assert found.record.rounding == "gptq" and found.record.fallbacks == ()
+    weight, stats = make_problem()
+    results = quantize_one(decision(method, "gptq"), weight, stats)
+    expected = affine.dequantize(gptq.solve(weight, stats, SCHEME), SCHEME).bfloat16().float()
+    assert torch.equal(results.weight, expected)
+    assert results.record.rounding == "gptq" and results.record.fallbacks == ()
 
 
 def test_missing_statistics_fall_back_to_nearest() -> None:
-    weight, _ = problem()
-    found = solved(decision("awq", "gptq"), weight, None, fallbacks=("mtp-rtn",))
-    plain = solved(decision("rtn", "nearest"), weight, None)
-    assert torch.equal(found.weight, plain.weight)
-    assert (found.record.method, found.record.rounding, found.record.tokens) == (
+    weight, _ = make_problem()
+    results = quantize_one(decision("awq", "gptq"), weight, None, fallbacks=("mtp-rtn",))
+    plain = quantize_one(decision("rtn", "nearest"), weight, None)
+    assert torch.equal(results.weight, plain.weight)
+    assert (results.record.method, results.record.rounding, results.record.tokens) == (
         "rtn",
         "nearest",
         7,
     )
-    assert found.record.fallbacks == ("mtp-rtn",)
+    assert results.record.fallbacks == ("mtp-rtn",)
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_gptq_once_is_gptq_without_refinement(method: str) -> None:
     """Errors under the gram fall from nearest to gptq_once to gptq."""
-    weight, stats = problem()
+    weight, stats = make_problem()
     roundings = ("nearest", "gptq_once", "gptq")
-    found = {
-        name: solved(decision("awq" if name == "nearest" else method, name), weight, stats)
+    results = {
+        name: quantize_one(decision("awq" if name == "nearest" else method, name), weight, stats)
         for name in roundings
     }
-    errors = [found[name].record.output_error or 0.0 for name in roundings]
+    errors = [results[name].record.output_error or 0.0 for name in roundings]
     assert errors[0] > errors[1] > errors[2] > 0
     ranges = range_search.search_ranges_by_diagonal(weight, stats.gram.diagonal(), SCHEME)
-    fed = affine.dequantize(
+    unrefined = affine.dequantize(
         rounding.round_with_feedback(weight, cholesky.factorize_gram(stats.gram), ranges, SCHEME),
         SCHEME,
     )
-    same = (found["gptq_once"].weight == fed.bfloat16().float()).all(
+    equal_rows = (results["gptq_once"].weight == unrefined.bfloat16().float()).all(
         dim=-1
     )  # the other rows took RTN's
-    assert float(same.float().mean()) > 0.8
-    assert found["gptq_once"].record.rounding == "gptq_once"
+    assert float(equal_rows.float().mean()) > 0.8
+    assert results["gptq_once"].record.rounding == "gptq_once"
 
 
 @pytest.mark.parametrize("way", ["nearest", "gptq", "gptq_once"])
 def test_linears_of_one_input_get_the_same_codes_as_alone(way: str) -> None:
     """Together or alone, in any order, with one of another scheme: the same codes."""
-    weight, stats = problem()
+    weight, stats = make_problem()
     other = replace(decision("awq", way), scheme=replace(SCHEME, bits=3))
-    chosen = [decision("awq", way), other, decision("awq", way)]
+    choices = [decision("awq", way), other, decision("awq", way)]
     weights = [weight[:12], weight[:8], weight[12:]]
-    asked = [
+    requests = [
         QuantizeRequest(decision=d, weight=w, stats=stats, tokens=7, rescaled=False, fallbacks=())
-        for d, w in zip(chosen, weights)
+        for d, w in zip(choices, weights)
     ]
-    together = quantize_group(asked, (registry.get_format("dense"),))
-    for found, one in zip(together, asked):
-        alone = solved(one.decision, one.weight, stats)
-        assert torch.equal(found.weight, alone.weight) and found.record == alone.record
+    together = quantize_group(requests, (registry.get_format("dense"),))
+    for results, request in zip(together, requests):
+        separate = quantize_one(request.decision, request.weight, stats)
+        assert torch.equal(results.weight, separate.weight) and results.record == separate.record
 
 
 def test_raised_damping_is_a_named_fallback() -> None:
-    weight, stats = problem()
+    weight, stats = make_problem()
     stats.gram[0, 1] = stats.gram[1, 0] = 1.3 * stats.gram.diagonal().max()
-    found = solved(decision("awq", "gptq"), weight, stats)
-    assert "damping-raised" in found.record.fallbacks and "damping-raised" in FALLBACKS
+    results = quantize_one(decision("awq", "gptq"), weight, stats)
+    assert "damping-raised" in results.record.fallbacks and "damping-raised" in FALLBACKS

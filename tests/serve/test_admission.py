@@ -1,4 +1,4 @@
-"""Admission as a machine: whatever happens in whatever order, the bounds hold and nobody's place is lost."""
+"""Admission as a state machine: limits hold and no slot is lost in any order of events."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from quantkit.serve.gateway.admission_policy import LEVELS, LONGEST_RETRY, AdmissionPolicy
+from quantkit.serve.gateway.admission_policy import (
+    MAX_RETRY_AFTER,
+    PRIORITY_LEVELS,
+    AdmissionPolicy,
+)
 from quantkit.serve.gateway.admission_queue import AdmissionQueue, QueueFull
 
 RUNNING, WAITING, AGING = 3, 5, 4.0
 
 
 class Machine(RuleBasedStateMachine):
-    """A model that keeps plain lists and sorts them, beside the real thing."""
+    """The policy, and a model of it with plain sorted lists."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.real = AdmissionPolicy(running=RUNNING, waiting=WAITING, aging=AGING)
+        self.real = AdmissionPolicy(max_running=RUNNING, max_waiting=WAITING, aging=AGING)
         self.now, self.numbers = 0.0, count()
         self.running: list[int] = []
         self.waiting: dict[int, tuple[float, int]] = {}  # request -> (rank, request)
@@ -33,14 +37,14 @@ class Machine(RuleBasedStateMachine):
         self.now += seconds
 
     @rule(
-        priority=st.integers(0, LEVELS - 1),
+        priority=st.integers(0, PRIORITY_LEVELS - 1),
         who=st.sampled_from("ab"),
         most=st.sampled_from([0, 0, 4]),
     )
     def arrive(self, priority: int, who: str, most: int) -> None:
         request = next(self.numbers)
         mine = Counter(self.who.values())[who]
-        offer = self.real.offer(request, priority, who, self.now, most=most)
+        offer = self.real.offer(request, priority, who, self.now, max_requests=most)
         rank = (self.now + priority * AGING, request)
         if most and mine >= most:
             assert offer.outcome == "over"
@@ -65,7 +69,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(self.running))
-        following = self.real.leave(request, self.now)
+        following = self.real.release(request, self.now)
         self.running.remove(request)
         del self.who[request]
         if not self.waiting:
@@ -80,40 +84,46 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def give_up(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(sorted(self.waiting)))
-        assert self.real.leave(request, self.now) is None
+        assert self.real.release(request, self.now) is None
         del self.waiting[request], self.who[request]
 
     @rule()
-    def leave_twice_or_unknown(self) -> None:
-        assert self.real.leave(-1, self.now) is None
+    def release_twice_or_unknown(self) -> None:
+        assert self.real.release(-1, self.now) is None
 
     @invariant()
-    def the_two_agree_and_the_bounds_hold(self) -> None:
+    def policy_matches_model_and_limits_hold(self) -> None:
         assert set(self.real.running) == set(self.running)
-        assert [request for _, request in self.real.order] == sorted(
+        assert [request for _, request in self.real.waiting] == sorted(
             self.waiting, key=self.waiting.__getitem__
         )
         assert len(self.running) <= RUNNING and len(self.waiting) <= WAITING
-        assert not self.waiting or len(self.running) == RUNNING  # nobody waits beside an idle place
-        assert 1 <= self.real.retry_after() <= LONGEST_RETRY
+        assert (
+            not self.waiting or len(self.running) == RUNNING
+        )  # no request waits while a slot is free
+        assert 1 <= self.real.retry_after() <= MAX_RETRY_AFTER
 
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-@given(st.lists(st.tuples(st.floats(0, 100), st.integers(0, LEVELS - 1)), min_size=2, max_size=30))
-def test_nobody_is_passed_by_who_came_too_late_and_the_urgent_go_first(
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 100), st.integers(0, PRIORITY_LEVELS - 1)), min_size=2, max_size=30
+    )
+)
+def test_policy_prevents_starvation_and_orders_by_priority(
     arrivals: list[tuple[float, int]],
 ) -> None:
-    """One runs, the others queue up while it does; then they run one by one."""
-    real = AdmissionPolicy(running=1, waiting=len(arrivals), aging=AGING)
+    """One request runs while the others are queued; then they run one by one."""
+    real = AdmissionPolicy(max_running=1, max_waiting=len(arrivals), aging=AGING)
     real.offer(-1, 0, "", 0.0)
     arrivals.sort(key=lambda one: one[0])
     for request, (at, priority) in enumerate(arrivals):
         assert real.offer(request, priority, "", at).outcome == "wait"
     served, current = [], -1
-    while (following := real.leave(current, 200.0)) is not None:
+    while (following := real.release(current, 200.0)) is not None:
         served.append(current := following)
     assert sorted(served) == list(range(len(arrivals)))
     for place, early in enumerate(served):
@@ -124,23 +134,23 @@ def test_nobody_is_passed_by_who_came_too_late_and_the_urgent_go_first(
                 assert early_level < late_level
 
 
-# ----------------------------------------------------------------------------------------------------------- asyncio
+# ------------------------------------------------------------------------------------------ asyncio
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(0, LEVELS - 1), st.integers(0, 6), st.integers(0, 6)),
+        st.tuples(st.integers(0, PRIORITY_LEVELS - 1), st.integers(0, 6), st.integers(0, 6)),
         min_size=1,
         max_size=25,
     )
 )
-def test_no_turn_is_lost_whoever_is_cancelled_whenever(plan: list[tuple[int, int, int]]) -> None:
-    """Each asks, works for some steps, and is cancelled after some steps: before its turn, at it, during its work."""
+def test_queue_loses_no_slot_under_cancellation(plan: list[tuple[int, int, int]]) -> None:
+    """Clients are cancelled while they wait, when they get a slot, and while they work."""
 
     async def scenario() -> None:
-        turns, at_once, most = (
-            AdmissionQueue(AdmissionPolicy(running=2, waiting=6, aging=AGING)),
+        queue, at_once, most = (
+            AdmissionQueue(AdmissionPolicy(max_running=2, max_waiting=6, aging=AGING)),
             0,
             0,
         )
@@ -148,7 +158,7 @@ def test_no_turn_is_lost_whoever_is_cancelled_whenever(plan: list[tuple[int, int
         async def one(priority: int, steps: int) -> str:
             nonlocal at_once, most
             try:
-                number = await turns.enter(priority, "", patience=30)
+                number = await queue.acquire(priority, "", timeout=30)
             except QueueFull as busy:
                 return busy.reason
             at_once += 1
@@ -158,7 +168,7 @@ def test_no_turn_is_lost_whoever_is_cancelled_whenever(plan: list[tuple[int, int
                     await asyncio.sleep(0)
             finally:
                 at_once -= 1
-                turns.leave(number)
+                queue.release(number)
             return "done"
 
         async def cancelled(task: asyncio.Task[str], after: int) -> None:
@@ -179,53 +189,53 @@ def test_no_turn_is_lost_whoever_is_cancelled_whenever(plan: list[tuple[int, int
             one in ("done", "full", "displaced") or isinstance(one, asyncio.CancelledError)
             for one in ended
         )
-        assert not turns.admission.running and not turns.admission.order and not turns._waiting
+        assert not queue.policy.running and not queue.policy.waiting and not queue._waiting
 
     asyncio.run(scenario())
 
 
-def test_patience_ends_in_a_word_and_a_time_to_come_again() -> None:
+def test_timeout_in_the_queue_reports_reason_and_retry_after() -> None:
     async def scenario() -> None:
-        turns = AdmissionQueue(AdmissionPolicy(running=1, waiting=5, aging=AGING))
-        first = await turns.enter(0, "", patience=1)
-        with pytest.raises(QueueFull, match=r"no turn came in time; try again in \d+ s") as caught:
-            await turns.enter(0, "", patience=0.01)
+        queue = AdmissionQueue(AdmissionPolicy(max_running=1, max_waiting=5, aging=AGING))
+        first = await queue.acquire(0, "", timeout=1)
+        with pytest.raises(QueueFull, match=r"timed out in the queue; retry after \d+ s") as caught:
+            await queue.acquire(0, "", timeout=0.01)
         assert caught.value.retry_after >= 1
-        assert not turns.admission.order
-        turns.leave(first)
-        turns.leave(first)
-        assert not turns.admission.running
+        assert not queue.policy.waiting
+        queue.release(first)
+        queue.release(first)
+        assert not queue.policy.running
 
     asyncio.run(scenario())
 
 
-def test_a_key_has_its_own_bound() -> None:
+def test_key_limits_its_concurrent_requests() -> None:
     async def scenario() -> None:
-        turns = AdmissionQueue(AdmissionPolicy(running=3, waiting=5, aging=AGING))
-        mine = [await turns.enter(0, "a", patience=1, most=2) for _ in range(2)]
-        with pytest.raises(QueueFull, match="this key has too many requests at once"):
-            await turns.enter(0, "a", patience=1, most=2)
-        other = await turns.enter(0, "b", patience=1, most=2)
-        turns.leave(mine[0])
-        turns.leave(await turns.enter(0, "a", patience=1, most=2))
-        turns.leave(other)
+        queue = AdmissionQueue(AdmissionPolicy(max_running=3, max_waiting=5, aging=AGING))
+        mine = [await queue.acquire(0, "a", timeout=1, max_requests=2) for _ in range(2)]
+        with pytest.raises(QueueFull, match="this key has too many concurrent requests"):
+            await queue.acquire(0, "a", timeout=1, max_requests=2)
+        other = await queue.acquire(0, "b", timeout=1, max_requests=2)
+        queue.release(mine[0])
+        queue.release(await queue.acquire(0, "a", timeout=1, max_requests=2))
+        queue.release(other)
 
     asyncio.run(scenario())
 
 
-def test_a_full_queue_gives_the_last_place_to_the_more_urgent() -> None:
+def test_full_queue_displaces_the_least_urgent_request() -> None:
     async def scenario() -> None:
-        turns = AdmissionQueue(AdmissionPolicy(running=1, waiting=1, aging=AGING))
-        first = await turns.enter(5, "", patience=1)
-        idle = asyncio.create_task(turns.enter(9, "", patience=5))
+        queue = AdmissionQueue(AdmissionPolicy(max_running=1, max_waiting=1, aging=AGING))
+        first = await queue.acquire(5, "", timeout=1)
+        idle = asyncio.create_task(queue.acquire(9, "", timeout=5))
         await asyncio.sleep(0)
         with pytest.raises(QueueFull, match="the queue is full"):
-            await turns.enter(9, "", patience=5)
-        urgent = asyncio.create_task(turns.enter(0, "", patience=5))
+            await queue.acquire(9, "", timeout=5)
+        urgent = asyncio.create_task(queue.acquire(0, "", timeout=5))
         with pytest.raises(QueueFull, match="a more urgent request took this place"):
             await idle
-        turns.leave(first)
-        turns.leave(await urgent)
-        assert not turns.admission.running
+        queue.release(first)
+        queue.release(await urgent)
+        assert not queue.policy.running
 
     asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""Costs: figures redone from their own arithmetic, a widely copied example, faults with lines, the page."""
+"""Costs: arithmetic of every item, a widely copied example, faults with lines, the page."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from click.testing import CliRunner, Result
 from quantkit.cli.main import main
 from quantkit.errors import RecipeError
 from quantkit.serve.cost.assumptions import Assumptions, parse_assumptions, read_default_text
-from quantkit.serve.cost.claims import agrees, recompute_claims
-from quantkit.serve.cost.figures import figures
-from quantkit.serve.cost.sensitivity import compute_sensitivity, moved
+from quantkit.serve.cost.claims import is_rounding_of, recompute_claims
+from quantkit.serve.cost.cost_items import compute_cost_items
+from quantkit.serve.cost.sensitivity import compute_sensitivity, replace_assumption
 
 COPIED = """
 version: 1
 title: a widely copied example
 volume: {million_output_tokens_per_month: 30}
 throughput: {output_tokens_per_s: 30, utilization: 0.5}
-owned: {cards: 2, price_per_card: 1600, nodes: 1, price_per_node: 1500, years: 3, watts_per_card: 350,
-        watts_per_node: 100, price_per_kwh: 0.12}
+owned: {cards: 2, price_per_card: 1600, nodes: 1, price_per_node: 1500, years: 3,
+        watts_per_card: 350, watts_per_node: 100, price_per_kwh: 0.12}
 api: [{name: one, input: 0.5, output: 1.5}]
 claimed: {owned.electricity: CLAIM}
 """
-"""800 W around the clock for three years at 0.12 a kilowatt-hour, which guides put at 8,400."""
+"""800 W for three years at 0.12 per kilowatt-hour, which guides put at 8,400."""
 
 
 @pytest.fixture
@@ -38,12 +38,12 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["cost", *arguments])
 
 
-# ---------------------------------------------------------------------------------------------------------- the figures
+# -------------------------------------------------------------------------------------- cost items
 
 
-def test_800_w_for_three_years_are_2_523_and_not_8_400() -> None:
+def test_claim_of_8400_for_800_w_over_three_years_is_wrong() -> None:
     found = parse_assumptions(COPIED.replace("CLAIM", "8400"), "copied.yaml")
-    made = figures(found)
+    made = compute_cost_items(found)
     assert made["owned.kilowatts"].value == 0.8
     assert (
         made["owned.electricity"].value
@@ -51,14 +51,15 @@ def test_800_w_for_three_years_are_2_523_and_not_8_400() -> None:
         == pytest.approx(2522.88)
     )
     (claim,) = recompute_claims(found, made, "copied.yaml")
-    assert not claim.right
-    assert claim.told == (
-        "owned.electricity: claimed 8,400, by the arithmetic 2,522.88 USD (0.8 kW x 26,280 h x 0.12): wrong, "
+    assert not claim.is_correct
+    assert claim.message == (
+        "owned.electricity: claimed 8,400, computed 2,522.88 USD (0.8 kW x 26,280 h x 0.12): "
+        "wrong, "
         "3.33 times too high"
     )
 
 
-def test_the_command_says_that_the_example_is_wrong_and_fails(tmp_path: Path) -> None:
+def test_command_reports_wrong_claim_and_fails(tmp_path: Path) -> None:
     path = tmp_path / "copied.yaml"
     path.write_text(COPIED.replace("CLAIM", "8400"))
     found = run(str(path))
@@ -72,72 +73,73 @@ def test_the_command_says_that_the_example_is_wrong_and_fails(tmp_path: Path) ->
     assert right.exit_code == 0 and "right" in right.stdout
 
 
-def test_every_figure_is_what_its_own_arithmetic_comes_to(shipped: Assumptions) -> None:
-    """The text that people see, computed by Python: nothing is shown that does not lead to the figure."""
+def test_arithmetic_of_every_item_evaluates_to_its_value(shipped: Assumptions) -> None:
+    """Python evaluates the printed arithmetic."""
     checked_figures = 0
-    for figure in figures(shipped).values():
-        if figure.arithmetic == "as given":
+    for item in compute_cost_items(shipped).values():
+        if item.arithmetic == "an assumption":
             continue
-        text = figure.arithmetic.rpartition(", so ")[2].replace(",", "")
+        text = item.arithmetic.rpartition(", so ")[2].replace(",", "")
         text = re.sub(r"tokens/s|\b(?:kW|W|h|s|load|PUE|months)\b", "", text).replace("x", "*")
-        assert re.fullmatch(r"[-+*/(). 0-9e]+", text), figure.arithmetic
-        assert eval(text) == pytest.approx(figure.value, rel=1e-5), figure.key
+        assert re.fullmatch(r"[-+*/(). 0-9e]+", text), item.arithmetic
+        assert eval(text) == pytest.approx(item.value, rel=1e-5), item.key
         checked_figures += 1
     assert checked_figures > 25
 
 
-def test_break_even_is_where_both_cost_the_same(shipped: Assumptions) -> None:
-    made = figures(shipped)
+def test_break_even_volume_costs_the_same_on_both_sides(shipped: Assumptions) -> None:
+    made = compute_cost_items(shipped)
     volume = made["break_even.owned.three dollars a million"].value
     again = shipped.model_copy(
         update={
             "volume": shipped.volume.model_copy(update={"million_output_tokens_per_month": volume})
         }
     )
-    costs = figures(again)
+    costs = compute_cost_items(again)
     assert costs["api.three dollars a million.volume"].value == pytest.approx(
         costs["owned.volume"].value
     )
     assert costs["owned.volume"].value == made["owned.per_month"].value  # one set does it
 
 
-def test_more_volume_than_a_set_serves_takes_another_set(shipped: Assumptions) -> None:
-    served = figures(shipped)["capacity.served"].value
+def test_volume_beyond_capacity_needs_another_set(shipped: Assumptions) -> None:
+    served = compute_cost_items(shipped)["capacity.served"].value
     for sets in (1, 2, 5):
         volume = shipped.volume.model_copy(
             update={"million_output_tokens_per_month": served * (sets - 0.5)}
         )
-        made = figures(shipped.model_copy(update={"volume": volume}))
+        made = compute_cost_items(shipped.model_copy(update={"volume": volume}))
         assert made["rented.volume"].value == sets * made["rented.per_month"].value
 
 
-def test_each_swing_is_what_another_file_of_assumptions_says(shipped: Assumptions) -> None:
+def test_swing_matches_changed_assumptions(shipped: Assumptions) -> None:
     swings = {swing.key: swing for swing in compute_sensitivity(shipped) if swing.side == "owned"}
     dear = read_default_text().replace("price_per_kwh: 0.12", "price_per_kwh: 0.15")
     assert dear != read_default_text()
-    found = figures(parse_assumptions(dear, "dear.yaml"))["owned.per_million"].value
+    found = compute_cost_items(parse_assumptions(dear, "dear.yaml"))["owned.per_million"].value
     assert swings["owned.price_per_kwh"].at_high == pytest.approx(found)
     assert swings["throughput.utilization"].span > swings["owned.price_per_kwh"].span
-    assert moved(shipped, "owned", "years", 5.0).owned is not None
+    assert replace_assumption(shipped, "owned", "years", 5.0).owned is not None
     spans = [swing.span for swing in compute_sensitivity(shipped) if swing.side == "rented"]
     assert spans == sorted(spans, reverse=True)
 
 
 @pytest.mark.parametrize(
     ("claimed", "value", "right"),
-    [(2523, 2522.88, True), (2500, 2522.88, True), (2600, 2522.88, False), (8400, 2522.88, False), (0, 0, True),
-     (1.03, 1.0332, True), (1.04, 1.0332, False), (-5, 5, False), (3000, 2522.88, False)],
+    [(2523, 2522.88, True), (2500, 2522.88, True), (2600, 2522.88, False),
+     (8400, 2522.88, False), (0, 0, True), (1.03, 1.0332, True), (1.04, 1.0332, False),
+     (-5, 5, False), (3000, 2522.88, False)],
 )  # fmt: skip
-def test_a_claim_is_right_when_it_is_the_figure_rounded(
+def test_claim_is_correct_if_it_is_the_value_rounded(
     claimed: float, value: float, right: bool
 ) -> None:
-    assert agrees(claimed, value) is right
+    assert is_rounding_of(claimed, value) is right
 
 
-# ------------------------------------------------------------------------------------------------------------- the file
+# ------------------------------------------------------------------------------------ assumptions
 
 
-def test_the_shipped_throughput_is_the_share_of_the_bound_that_it_says(
+def test_default_throughput_matches_its_stated_fraction_of_the_bound(
     shipped: Assumptions,
 ) -> None:
     told = re.fullmatch(
@@ -150,7 +152,7 @@ def test_the_shipped_throughput_is_the_share_of_the_bound_that_it_says(
     assert round(100 * shipped.throughput.output_tokens_per_s / bound) == int(told[1])
 
 
-def test_the_shipped_assumptions_explain_every_key() -> None:
+def test_default_assumptions_have_every_key() -> None:
     text = read_default_text()
     for model in Assumptions.model_fields:
         assert f"\n{model}:" in text
@@ -165,19 +167,26 @@ def test_the_shipped_assumptions_explain_every_key() -> None:
     ("change", "sentence"),
     [
         (("price_per_kwh: 0.12", "price_per_kw: 0.12"),
-         "a.yaml:LINE: owned.price_per_kw: unknown key. Did you mean 'price_per_kwh'? Known: cards, "),
-        (("utilization: 0.4 ", "utilization: 1.4 "), "throughput.utilization: expected at most 1, found 1.4"),
+         "a.yaml:LINE: owned.price_per_kw: unknown key. Did you mean 'price_per_kwh'? Known: "
+         "cards, "),
+        (("utilization: 0.4 ", "utilization: 1.4 "), "throughput.utilization: expected at most 1, "
+                                                     "found 1.4"),
         (("years: 3 ", "years: 0 "), "owned.years: expected more than 0, found 0"),
-        (("cards: 8\n  price_per_card: 30000", "cards: eight\n  price_per_card: 30000"),
+        (("cards: 8                   # GPUs\n  price_per_card: "
+          "30000", "cards: eight\n  price_per_card: 30000"),
          "owned.cards: expected a whole number, found 'eight'"),
         (("version: 1", "version: 2"), "version: expected 1, found 2"),
-        (("price_per_card_hour: 2.50 ", "# "), "rented.price_per_card_hour: missing; this key has no default"),
-        (("claimed: {}", "claimed: {owned.power: 1}"), "claimed.owned.power: no figure named 'owned.power'"),
-        (("name: three dollars a million", "name: DeepSeek-V3.2"), "'DeepSeek-V3.2' is listed twice"),
-        (("claimed: {}", "claimed: &x {}"), "anchors (&x) are not allowed in a file of assumptions"),
+        (("price_per_card_hour: 2.50 ", "# "), "rented.price_per_card_hour: missing; this key has "
+                                               "no default"),
+        (("claimed: {}", "claimed: {owned.power: 1}"), "claimed.owned.power: no figure named "
+                                                       "'owned.power'"),
+        (("name: three dollars a million", "name: DeepSeek-V3.2"), "'DeepSeek-V3.2' is listed "
+                                                                   "twice"),
+        (("claimed: {}", "claimed: &x {}"), "anchors (&x) are not allowed in a file of "
+                                            "assumptions"),
     ],
 )  # fmt: skip
-def test_faults_are_told_with_their_line(
+def test_faults_are_reported_with_their_line(
     change: tuple[str, str], sentence: str, tmp_path: Path
 ) -> None:
     text = read_default_text().replace(*change)
@@ -190,10 +199,11 @@ def test_faults_are_told_with_their_line(
     assert sentence.replace("LINE", str(line)) in found.stderr and "Traceback" not in found.output
 
 
-def test_a_file_without_cards_or_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_unreadable_file_or_file_without_gpus_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="expected a section owned, rented or both"):
         parse_assumptions(
-            "version: 1\nvolume: {million_output_tokens_per_month: 1}\nthroughput: {output_tokens_per_s: 1}",
+            "version: 1\nvolume: {million_output_tokens_per_month: 1}\nthroughput: "
+            "{output_tokens_per_s: 1}",
             "a",
         )
     assert run(str(tmp_path / "none.yaml")).exit_code == 2
@@ -203,10 +213,10 @@ def test_a_file_without_cards_or_that_cannot_be_read_is_refused(tmp_path: Path) 
     assert run("--html", "--json").exit_code == 2
 
 
-# ------------------------------------------------------------------------------------------------------- what is shown
+# ------------------------------------------------------------------------------------ output
 
 
-def test_tables_are_readable_and_json_holds_the_same() -> None:
+def test_tables_fit_the_terminal_and_json_matches() -> None:
     found = run()
     assert found.exit_code == 0
     assert max(map(len, found.stdout.splitlines())) <= 100
@@ -220,23 +230,24 @@ def test_tables_are_readable_and_json_holds_the_same() -> None:
         assert told in found.stdout, told
     values = json.loads(run("--json").stdout)
     assert values["figures"]["owned.purchase"] == {
-        "label": "purchase", "value": 320_000, "unit": "USD", "arithmetic": "8 x 30,000 + 1 x 80,000",
+        "label": "purchase", "value": 320_000, "unit": "USD", "arithmetic": "8 x 30,000 + 1 x "
+                                                                            "80,000",
     }  # fmt: skip
     assert values["assumptions"]["owned"]["pue"] == 1.3
 
 
-def test_only_rented_cards_and_no_api_is_a_table_too() -> None:
+def test_rented_gpus_without_api_are_computed() -> None:
     text = """
 version: 1
 volume: {million_output_tokens_per_month: 10}
 throughput: {output_tokens_per_s: 100}
 rented: {cards: 1, price_per_card_hour: 1.0}
 """
-    made = figures(parse_assumptions(text, "a"))
+    made = compute_cost_items(parse_assumptions(text, "a"))
     assert "owned.per_month" not in made and made["rented.per_month"].value == 730
 
 
-def test_a_name_cannot_leave_its_cell(tmp_path: Path) -> None:
+def test_page_escapes_names(tmp_path: Path) -> None:
     path, page = tmp_path / "a.yaml", tmp_path / "a.html"
     path.write_text(
         read_default_text().replace("name: DeepSeek-V3.2", 'name: "<script>alert(1)</script>"')

@@ -1,4 +1,4 @@
-"""Families without a table: what transformers really caches and stores, in small models that run."""
+"""Families without a table, against the cache and the files of small transformers models."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from quantkit.errors import UsageError
 from quantkit.serve.sizing.read import read_model
 
 SMALL: dict[str, object] = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "pad_token_id": 0,
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "max_position_embeddings": 256, "pad_token_id": 0,
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, object]] = {
     "gemma2": {"sliding_window": 16},
@@ -43,7 +44,9 @@ def small(family: str) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_stranger_is_what_transformers_caches_and_holds(family: str, tmp_path: Path) -> None:
+def test_unknown_family_matches_cache_and_parameters_of_transformers(
+    family: str, tmp_path: Path
+) -> None:
     model = small(family)
     model.config.save_pretrained(tmp_path)
     found = read_model(str(tmp_path / "config.json"))
@@ -57,13 +60,13 @@ def test_a_stranger_is_what_transformers_caches_and_holds(family: str, tmp_path:
         kept = (
             TOKENS if window is None else min(TOKENS, window - 1)
         )  # transformers drops one token more
-        assert held.keys.numel() + held.values.numel() == layer.attention.elements * kept
+        assert held.keys.numel() + held.values.numel() == layer.attention.kv_elements * kept
 
 
 @pytest.mark.parametrize(
-    ("beside", "told"), [({}, "BF16"), ({"vision_config": {}}, "BF16 (the language model alone)")]
+    ("beside", "told"), [({}, "BF16"), ({"vision_config": {}}, "BF16 (language model only)")]
 )
-def test_a_config_with_more_than_a_language_model_says_what_was_counted(
+def test_multimodal_config_counts_the_language_model_only(
     beside: dict[str, object], told: str, tmp_path: Path
 ) -> None:
     text = {**SMALL, "model_type": "gemma3_text", "layer_types": ["full_attention"] * 4}
@@ -72,18 +75,18 @@ def test_a_config_with_more_than_a_language_model_says_what_was_counted(
     assert read_model(str(path)).scheme == told
 
 
-def test_a_strangers_bytes_are_those_of_its_headers(tmp_path: Path) -> None:
+def test_unknown_family_bytes_match_its_headers(tmp_path: Path) -> None:
     model = small("gpt_oss")
     model.save_pretrained(tmp_path)
     found = read_model(str(tmp_path))
     size = (tmp_path / "model.safetensors").stat().st_size
     header = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
     assert found.weights.n_bytes == size - 8 - header
-    assert found.read_from == "headers" and found.mixture is not None
+    assert found.read_from == "headers" and found.moe is not None
     assert found.routed.parameters == sum(
         p.numel() for n, p in model.named_parameters() if ".experts." in n
     )
-    assert found.mixture.count == 4 and found.mixture.layers == 4
+    assert found.moe.num_experts == 4 and found.moe.num_layers == 4
 
 
 @pytest.mark.parametrize(
@@ -93,10 +96,10 @@ def test_a_strangers_bytes_are_those_of_its_headers(tmp_path: Path) -> None:
         ({"model_type": "no_such_family"}, "transformers has no language model of that type"),
         ({"model_type": "gemma2", "num_hidden_layers": "many"}, "repair the value"),
         ({"model_type": "gemma2", "num_hidden_layers": 10**8}, "expected at most 10,000"),
-        ({"model_type": "qwen3_next", "num_hidden_layers": 4}, "'linear_attention' layers"),
+        ({"model_type": "qwen3_next", "num_hidden_layers": 4}, "found 'linear_attention'"),
     ],
 )
-def test_what_cannot_be_sized_is_one_sentence(
+def test_unsupported_model_raises_one_sentence(
     values: dict[str, object], sentence: str, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))

@@ -1,4 +1,4 @@
-"""`quantkit loadtest`: what GuideLLM is told, what is read of its results, and what is kept, shown and refused."""
+"""`quantkit loadtest`: scenarios and results of GuideLLM, stored files, output, errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from quantkit.artifact.loadtest_schema import CacheCounters, parse_load_test
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
 from quantkit.serve.loadtest import engine, guidellm, tables
-from quantkit.serve.loadtest.charts import charts
+from quantkit.serve.loadtest.charts import make_charts
 from quantkit.serve.loadtest.page import render_page
 from quantkit.serve.loadtest.prompts import read_prompts
 from quantkit.verify.shallow import verify_artifact
@@ -37,7 +37,8 @@ spec = json.loads(pathlib.Path(sys.argv[3]).read_text())["spec"]
 with open({log!r}, "a") as log:
     log.write(json.dumps(spec) + "\\n")
 prompt = json.loads(pathlib.Path(spec["data"][0]["path"]).read_text().splitlines()[0])["prompt"]
-body = json.dumps({{"prompt": json.dumps({{"name": prompt}}), "model": spec["backend"]["model"]}}).encode()
+values = {{"prompt": json.dumps({{"name": prompt}}), "model": spec["backend"]["model"]}}
+body = json.dumps(values).encode()
 urllib.request.urlopen(spec["backend"]["target"] + spec["backend"]["request_format"], body)
 {then}
 shutil.copy({golden!r}, spec["outputs"][0]["path"])
@@ -45,13 +46,14 @@ shutil.copy({golden!r}, spec["outputs"][0]["path"])
 
 
 class Counting(StubEngine):
-    """A stub that counts the tokens of its prompts as vLLM does: each asks for 100, from the second on 40 are there."""
+    """A stub with vLLM's counters: 100 tokens per prompt, 40 of them cached after the first."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"] == "/metrics":
             n = len(self.asked)
             asked = f'vllm:prefix_cache_queries_total{{engine="0"}} {100.0 * n}'
-            text = f'# TYPE x counter\n{asked}\nvllm:prefix_cache_hits_total{{engine="0"}} {40.0 * max(n - 1, 0)}\n'
+            hits = f'vllm:prefix_cache_hits_total{{engine="0"}} {40.0 * max(n - 1, 0)}'
+            text = f"# TYPE x counter\n{asked}\n{hits}\n"
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": text.encode()})
         elif (
@@ -65,7 +67,7 @@ class Counting(StubEngine):
 
 
 def fake(folder: Path, then: str = "") -> tuple[str, Path]:
-    """A program in GuideLLM's place, and the log of what it was told."""
+    """Return a program in place of GuideLLM, and the log of its scenarios."""
     program, log = folder / "guidellm", folder / "told.jsonl"
     program.write_text(
         FAKE.format(python=sys.executable, log=str(log), golden=str(GOLDEN_RESULTS), then=then)
@@ -78,10 +80,10 @@ def run(*words: str) -> Any:
     return CliRunner().invoke(main, ["loadtest", *words], prog_name="quantkit")
 
 
-def test_results_are_read_as_guidellm_means_them() -> None:
-    """The stub waited 10 ms before each of its 8 tokens; the golden file's own numbers are the reference."""
+def test_level_matches_guidellm_results() -> None:
+    """The stub waited 10 ms before each of its 8 tokens; the golden file is the reference."""
     raw = json.loads(GOLDEN_RESULTS.read_text())["benchmarks"][0]
-    level = guidellm.level(json.loads(GOLDEN_RESULTS.read_text()), 1, "golden")
+    level = guidellm.parse_level(json.loads(GOLDEN_RESULTS.read_text()), 1, "golden")
     assert (level.answered, level.errored, level.output_tokens, level.prompt_tokens) == (
         6,
         0,
@@ -97,9 +99,9 @@ def test_results_are_read_as_guidellm_means_them() -> None:
     assert level.requests_per_second == pytest.approx(6 / raw["duration"])
 
 
-def test_results_of_another_shape_or_without_an_answer_are_refused() -> None:
+def test_invalid_or_empty_results_are_rejected() -> None:
     with pytest.raises(QuantkitError, match=r"expected results of GuideLLM 0\.8"):
-        guidellm.level({"benchmarks": []}, 1, "x")
+        guidellm.parse_level({"benchmarks": []}, 1, "x")
     raw = json.loads(GOLDEN_RESULTS.read_text())
     raw["benchmarks"][0]["metrics"]["request_totals"] = {
         "successful": 0,
@@ -107,13 +109,11 @@ def test_results_of_another_shape_or_without_an_answer_are_refused() -> None:
         "incomplete": 0,
         "total": 5,
     }
-    with pytest.raises(
-        QuantkitError, match=r"no request of 5 was answered at 3 at once \(5 errors\)"
-    ):
-        guidellm.level(raw, 3, "x")
+    with pytest.raises(QuantkitError, match=r"at concurrency 3, found none of 5 \(5 errors\)"):
+        guidellm.parse_level(raw, 3, "x")
 
 
-def test_a_run_asks_each_level_reads_the_cache_and_keeps_the_result(
+def test_load_test_runs_levels_reads_cache_and_stores_result(
     artifact: Path, tmp_path: Path
 ) -> None:
     program, log = fake(tmp_path)
@@ -170,8 +170,8 @@ def test_a_run_asks_each_level_reads_the_cache_and_keeps_the_result(
     assert parse_load_test(json.loads(again.output), "again") == kept
 
 
-def test_nothing_else_is_written_into_an_artifact(artifact: Path) -> None:
-    """A file that its manifest does not know would break it."""
+def test_other_files_are_not_written_into_an_artifact(artifact: Path) -> None:
+    """A file that its manifest does not list would invalidate it."""
     for option, place in (
         ("--html", "load.html"),
         ("--output", "quantkit/x.json"),
@@ -187,7 +187,7 @@ def test_nothing_else_is_written_into_an_artifact(artifact: Path) -> None:
     assert verify_artifact(artifact).unsealed == (FILE, LOADTEST_PAGE)
 
 
-def test_the_key_is_in_no_command_line_and_in_no_result(
+def test_api_key_is_in_no_command_line_and_no_result(
     artifact: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     program, log = fake(tmp_path)
@@ -207,15 +207,15 @@ def test_the_key_is_in_no_command_line_and_in_no_result(
     assert json.loads(log.read_text().splitlines()[0])["backend"]["api_key"] == "sk-secret"
 
 
-def test_a_tool_that_fails_or_hangs_is_told(
+def test_failing_or_hanging_guidellm_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guidellm, "SLACK_SECONDS", 3)
     with RunningApp(Counting()) as serving:
         for name, then, told in (
-            ("a", "sys.exit('it broke')", "ended with 1, and said: it broke"),
-            ("b", "import time; time.sleep(60)", "did not end 3 s after its time"),
-            ("c", "sys.exit(0)", "ended with 0, and said: nothing"),
+            ("a", "sys.exit('it broke')", "exited with 1; its last output: it broke"),
+            ("b", "import time; time.sleep(60)", "still running 3 s after its time limit"),
+            ("c", "sys.exit(0)", "exited with 0; its last output: nothing"),
         ):
             (tmp_path / name).mkdir()
             program, _ = fake(tmp_path / name, then)
@@ -229,7 +229,7 @@ def test_a_tool_that_fails_or_hangs_is_told(
         (["localhost:8000"], 2, "expected http://HOST:PORT/v1"),
         (["http://127.0.0.1:9/v1"], 1, "expected an OpenAI-compatible server, found none"),
         (["http://127.0.0.1:9/v1", "--concurrency", "0"], 2, "expected numbers from 1"),
-        (["http://127.0.0.1:9/v1", "--model", "m"], 1, "expected an answer, found none"),
+        (["http://127.0.0.1:9/v1", "--model", "m"], 1, "expected a response, found none"),
         (
             ["http://127.0.0.1:9/v1", "--model", "m", "--metrics", "http://127.0.0.1:9"],
             1,
@@ -255,7 +255,9 @@ def test_a_tool_that_fails_or_hangs_is_told(
         (["EMPTY"], 2, "expected a load test, found none"),
     ],
 )
-def test_refusals(words: list[str], code: int, told: str, tmp_path: Path) -> None:
+def test_invalid_options_are_rejected(
+    words: list[str], code: int, told: str, tmp_path: Path
+) -> None:
     program, _ = fake(tmp_path)
     (tmp_path / "empty").mkdir()
     words = [str(tmp_path / "empty") if word == "EMPTY" else word for word in words]
@@ -264,7 +266,7 @@ def test_refusals(words: list[str], code: int, told: str, tmp_path: Path) -> Non
 
 
 class Refusing(StubEngine):
-    """A stub that takes no request."""
+    """A stub that rejects every request."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["method"] == "POST":
@@ -276,18 +278,24 @@ class Refusing(StubEngine):
 @pytest.mark.parametrize(
     ("words", "path"), [([], "/v1/completions"), (["--chat"], "/v1/chat/completions")]
 )
-def test_what_the_server_says_against_a_request_is_told_before_a_tool_is_started(
+def test_server_error_is_reported_before_guidellm_starts(
     words: list[str], path: str, tmp_path: Path
 ) -> None:
     program, log = fake(tmp_path)
     with RunningApp(Refusing()) as serving:
         found = run(serving.url, "--guidellm", program, "--model", "foo", *words)
     assert found.exit_code == 1 and not log.exists()
-    assert f"found status 400: no {path} of 'foo'; ask for what it serves (stub)" in found.output
-    assert engine.said("<html>\nno") == "<html> no" and engine.said("") == "nothing"
+    assert (
+        f"expected status 200, found 400: no {path} of 'foo'; request a model that it serves (stub)"
+        in found.output
+    )
+    assert (
+        engine.extract_message("<html>\nno") == "<html> no"
+        and engine.extract_message("") == "no message"
+    )
 
 
-def test_a_server_of_several_models_asks_for_one(tmp_path: Path) -> None:
+def test_server_with_several_models_requires_a_name(tmp_path: Path) -> None:
     stub = Counting()
     stub.two = True  # type: ignore[attr-defined]
     with (
@@ -297,10 +305,10 @@ def test_a_server_of_several_models_asks_for_one(tmp_path: Path) -> None:
         engine.read_served_model(serving.url, "")
 
 
-def test_prompts_of_a_file(tmp_path: Path) -> None:
+def test_prompts_are_read_from_files(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"question": "a"}\n\n{"prompt": "b", "text": "c"}\n')
-    assert read_prompts(str(file)).texts == ("a", "b") and read_prompts(str(file)).rows(3) == [
+    assert read_prompts(str(file)).texts == ("a", "b") and read_prompts(str(file)).take(3) == [
         "a",
         "b",
         "a",
@@ -320,40 +328,40 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         read_prompts(str(file))
 
 
-def test_counters_of_engines() -> None:
+def test_cache_counters_are_parsed_and_subtracted() -> None:
     vllm = 'vllm:prefix_cache_queries_total{e="0"} 10\nvllm:prefix_cache_queries_total{e="1"} 5\n'
-    assert engine.counted(vllm + 'vllm:prefix_cache_hits_total{e="0"} 3.0\n') == CacheCounters(
-        asked=15, hits=3
-    )
+    assert engine.parse_cache_counters(
+        vllm + 'vllm:prefix_cache_hits_total{e="0"} 3.0\n'
+    ) == CacheCounters(asked=15, hits=3)
     sglang = 'sglang:prompt_tokens_total{m="x y"} 8\nsglang:cached_tokens_total{m="x y"} 2\n'
-    assert engine.counted(sglang) == CacheCounters(asked=8, hits=2)
-    assert engine.counted("quantkit_gateway_running 3\n") is None
+    assert engine.parse_cache_counters(sglang) == CacheCounters(asked=8, hits=2)
+    assert engine.parse_cache_counters("quantkit_gateway_running 3\n") is None
     later, earlier = CacheCounters(asked=9, hits=4), CacheCounters(asked=4, hits=1)
     assert (
-        engine.during(earlier, later) == CacheCounters(asked=5, hits=3)
-        and engine.during(later, earlier) is None
+        engine.subtract_counters(earlier, later) == CacheCounters(asked=5, hits=3)
+        and engine.subtract_counters(later, earlier) is None
     )
 
 
-def test_tables_plots_and_page_show_every_level() -> None:
+def test_table_charts_and_page_show_every_level() -> None:
     made = make_load_test()
     table = tables.make_level_table(made)
     assert [row[:2] for row in table.rows] == [("1", "6"), ("4", "6, 1 failed")]
     assert [row[-1] for row in table.rows] == ["-", "25.0%"]
-    assert "fewer than 100 answers" in table.note
+    assert "fewer than 100 requests" in table.note
     many = made.levels[0].model_copy(update={"answered": 100})
     assert (
         "fewer than"
         not in tables.make_level_table(made.model_copy(update={"levels": (many,)})).note
     )
-    for name, (_, _, spec) in charts(made).items():
+    for name, (_, _, spec) in make_charts(made).items():
         assert {row["at"] for row in spec["data"]["values"]} == {1, 4}, name
     page = render_page(made)
     assert "&lt;m&gt;" in page and "<m>" not in page
 
 
-def test_diff_lays_runs_side_by_side_that_asked_alike(artifact: Path, tmp_path: Path) -> None:
-    """Its own artifact once more with a slower run beside it; then with one that asked something else."""
+def test_diff_compares_load_tests_with_the_same_settings(artifact: Path, tmp_path: Path) -> None:
+    """A copy of the artifact with a slower run, then with a run with other settings."""
     other = Path(shutil.copytree(artifact, tmp_path / "other"))
     first = make_load_test()
     slow = first.levels[1].model_copy(
@@ -370,7 +378,7 @@ def test_diff_lays_runs_side_by_side_that_asked_alike(artifact: Path, tmp_path: 
     assert {at for at, _ in rows} == {4}
     a, b = rows[4, "output tokens/s"]
     assert b == pytest.approx(a / 2) and any(
-        "What served A: nobody noted, B: 2 x A100." in note for note in told["notes"]
+        "Servers: A: not noted, B: 2 x A100." in note for note in told["notes"]
     )
     for words, said in (
         ([], "-50.0%"),
@@ -386,7 +394,7 @@ def test_diff_lays_runs_side_by_side_that_asked_alike(artifact: Path, tmp_path: 
     )
 
 
-def test_a_damaged_result_does_not_pass_and_diff_shows_the_rest(
+def test_verify_rejects_damaged_result_and_diff_shows_the_rest(
     artifact: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(artifact, tmp_path / "other"))
@@ -406,7 +414,7 @@ def test_a_damaged_result_does_not_pass_and_diff_shows_the_rest(
         )
 
 
-def test_a_damaged_result_is_told_by_key() -> None:
+def test_damaged_result_is_reported_by_key() -> None:
     values = make_load_test().model_dump(mode="json")
     values["levels"][0]["ttft_ms"]["p99"] = -1
     with pytest.raises(ArtifactError, match=r"x: levels\.0\.ttft_ms\.p99: "):
@@ -420,5 +428,5 @@ def test_a_damaged_result_is_told_by_key() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="QUANTKIT_GUIDELLM names no GuideLLM; `make demo-load` does")
-def test_guidellm_itself(built: Path) -> None:
+def test_load_test_with_real_guidellm(built: Path) -> None:
     demo_load.main(built, REAL, "1,2")

@@ -1,4 +1,4 @@
-"""`quantkit serve`: the command that it writes, what it refuses, and the transformers engine over real sockets."""
+"""`quantkit serve`: commands, errors, containers, and the transformers engine over sockets."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from quantkit.cli.main import main
 from quantkit.errors import UsageError
 from quantkit.formats.common.engine_names import has_separate_shared_experts
 from quantkit.serve.engines import engine_process
-from quantkit.serve.engines.containers import label_of
-from quantkit.serve.engines.decoding import Decoder, Writer
-from quantkit.serve.engines.launch import Place, fit_of, launch
-from quantkit.serve.engines.openai_protocol import BadRequest, read
+from quantkit.serve.engines.containers import make_label
+from quantkit.serve.engines.decoding import Decoder, TextStreamer
+from quantkit.serve.engines.launch import Endpoint, fit_or_raise, make_launch
+from quantkit.serve.engines.openai_protocol import BadRequest, parse_request
 from quantkit.serve.engines.target import read_target
 from quantkit.serve.engines.transformers_server import BODY_BYTES, make_app
 from quantkit.serve.gateway.api_keys import create_key
@@ -56,13 +56,13 @@ def dry(*words: str) -> dict[str, Any]:
 
 
 def shell(text: str) -> list[str]:
-    """The words of a command over several lines, without comments."""
+    """Split a command over several lines into words, without comments."""
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return shlex.split(" ".join(line.removesuffix("\\") for line in lines))
 
 
 def values(words: list[str]) -> dict[str, str]:
-    """Flag -> its value, "" for a switch."""
+    """Return flag -> value, "" for a switch."""
     found = {}
     for place, word in enumerate(words):
         if word.startswith("--"):
@@ -71,10 +71,10 @@ def values(words: list[str]) -> dict[str, str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- commands
 
 
-def test_v3_on_two_nodes_of_h100s() -> None:
+def test_v3_runs_on_two_nodes_of_h100() -> None:
     plan = dry(V3, "--gpu", "h100", "--engine", "vllm")
     first, second = (values(words) for words in plan["commands"])
     assert plan["commands"][0][:3] == ["vllm", "serve", V3]
@@ -89,7 +89,7 @@ def test_v3_on_two_nodes_of_h100s() -> None:
     assert second["--node-rank"] == "1" and "--headless" in second and "--headless" not in first
 
 
-def test_sglang_hears_the_same_in_its_own_words() -> None:
+def test_sglang_gets_equivalent_flags() -> None:
     plan = dry(
         V3,
         "--gpu",
@@ -106,7 +106,8 @@ def test_sglang_hears_the_same_in_its_own_words() -> None:
     found = values(plan["commands"][0])
     assert plan["commands"][0][:5] == ["python", "-m", "sglang.launch_server", "--model-path", V3]
     expected = {
-        "--context-length": "65536", "--tp-size": "8", "--kv-cache-dtype": "fp8_e4m3", "--max-running-requests": "4",
+        "--context-length": "65536", "--tp-size": "8", "--kv-cache-dtype": "fp8_e4m3",
+        "--max-running-requests": "4",
         "--enable-priority-scheduling": "", "--schedule-low-priority-values-first": "",
         "--default-priority-value": "0",
     }  # fmt: skip
@@ -114,7 +115,7 @@ def test_sglang_hears_the_same_in_its_own_words() -> None:
     assert plan["nodes"] == 1 and "--disable-shared-experts-fusion" not in found  # FP8 throughout
 
 
-def test_shared_experts_stored_apart_are_not_fused(built: Path) -> None:
+def test_separate_shared_experts_are_not_fused(built: Path) -> None:
     assert (
         "--disable-shared-experts-fusion"
         in dry(str(built), "--gpu", "h100", "--engine", "sglang")["commands"][0]
@@ -137,24 +138,24 @@ def test_shared_experts_stored_apart_are_not_fused(built: Path) -> None:
     )
 
 
-def test_the_memory_fraction_grows_when_the_plan_needs_it() -> None:
+def test_memory_fraction_grows_with_the_plan() -> None:
     """R1-Distill-Qwen-32B in BF16, 65.5 GB, and 2.15 GB of cache per user on one card of 141 GB."""
     target, card = (
         read_target("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"),
-        read_gpus().named("h200"),
+        read_gpus().get_gpu("h200"),
     )
-    place = Place(host="x", port=1, name="n", path="p")
+    place = Endpoint(host="x", port=1, name="n", path="p")
     asked = {}
     for users in (10, 22, 26):
         wanted = estimate_memory(target.model, 8192, users)
-        made = launch("vllm", target, wanted, fit_of(wanted, card), place)
-        assert made.placement and made.placement.cards == 1
-        asked[users] = float(values(made.words())["--gpu-memory-utilization"])
-    # (65.5 + 10 x 2.15) x 1.15 / 141 = .71; with 22 users .92; with 26 .99, of which vLLM is not given all
+        made = make_launch("vllm", target, wanted, fit_or_raise(wanted, card), place)
+        assert made.placement and made.placement.gpus == 1
+        asked[users] = float(values(made.get_command())["--gpu-memory-utilization"])
+    # (65.5 + 10 x 2.15) x 1.15 / 141 = .71; with 22 users .92; with 26 .99, above vLLM's maximum
     assert asked == {10: 0.90, 22: 0.92, 26: 0.96}
 
 
-def test_stages_come_with_what_would_do_without_them() -> None:
+def test_pipeline_stages_come_with_alternatives() -> None:
     plan = dry(V3, "--gpu", "h200", "--engine", "vllm", "--users", "30")
     assert plan["pipeline_parallel"] > 1
     assert any(
@@ -167,21 +168,21 @@ def why_of(plan: dict[str, Any], name: str) -> str:
     return next((str(flag["why"]) for flag in plan["flags"] if flag["name"] == name), "")
 
 
-def test_a_share_that_the_engine_is_not_given_is_told() -> None:
-    """Mixtral on two H100: with the margin more than vLLM is ever given."""
+def test_missing_memory_is_reported() -> None:
+    """Mixtral on two H100: with the margin more than vLLM's largest fraction."""
     why = why_of(
         dry("mistralai/Mixtral-8x7B-v0.1", "--gpu", "h100", "--engine", "vllm"),
         "--gpu-memory-utilization",
     )
-    assert why.endswith("of 80 GB a card = 0.98, held to 0.96: 1.61 GB are missing")
+    assert why.endswith("of 80 GB per GPU = 0.98, limited to 0.96: 1.61 GB are missing")
 
 
-def test_a_step_is_bounded_where_the_engines_own_number_takes_too_much() -> None:
-    """On eight RTX 4090 nothing is left for vLLM's 2,048 tokens; beside SGLang's share they fit."""
+def test_batched_tokens_are_limited_if_the_default_exceeds_memory() -> None:
+    """On eight RTX 4090 vLLM's default of 2,048 tokens does not fit; SGLang's does."""
     words = ("Qwen/Qwen3-30B-A3B", "--gpu", "rtx4090", "--users", "32", "--engine")
     plan = dry(*words, "vllm")
     assert values(plan["commands"][0])["--max-num-batched-tokens"] == "256"
-    assert "2,048, the usual number, takes more than is left" in why_of(
+    assert "2,048, the default, exceed the memory that the cache leaves" in why_of(
         plan, "--max-num-batched-tokens"
     )
     assert "--chunked-prefill-size" not in values(dry(*words, "sglang")["commands"][0])
@@ -190,10 +191,11 @@ def test_a_step_is_bounded_where_the_engines_own_number_takes_too_much() -> None
     )
 
 
-def test_a_dry_run_of_v3_takes_less_than_two_seconds_and_no_torch() -> None:
+def test_dry_run_of_v3_takes_two_seconds_without_torch() -> None:
     code = (
         "import sys\nfrom quantkit.cli.main import main\n"
-        f"try: main(['serve', '{V3}', '--dry-run'])\nexcept SystemExit as end: assert end.code == 0, end.code\n"
+        f"try: main(['serve', '{V3}', '--dry-run'])\nexcept SystemExit as end: assert end.code == "
+        "0, end.code\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
         "import resource; sys.stderr.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_utime))"
     )
@@ -203,7 +205,7 @@ def test_a_dry_run_of_v3_takes_less_than_two_seconds_and_no_torch() -> None:
     assert found.stdout.count("vllm serve") == 2
 
 
-def test_what_follows_two_hyphens_goes_to_the_engine_and_reasons_are_comments(built: Path) -> None:
+def test_extra_arguments_reach_the_engine_and_reasons_are_comments(built: Path) -> None:
     found = serve(
         str(built),
         "--dry-run",
@@ -225,7 +227,7 @@ def test_what_follows_two_hyphens_goes_to_the_engine_and_reasons_are_comments(bu
     assert "no chat template" in found.output
 
 
-def test_without_a_card_a_small_artifact_is_served_here(
+def test_small_artifact_is_served_by_transformers_without_gpu(
     built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -239,17 +241,17 @@ def test_without_a_card_a_small_artifact_is_served_here(
     [
         (["nowhere"], 2, "nowhere: expected an artifact"),
         ([SMALL], 2, "a config alone cannot be served"),
-        (["BUILT", "--context", "513"], 2, "made for 512 tokens"),
-        ([SMALL, "--dry-run", "--gpu", "h1000"], 2, "no card named 'h1000'"),
+        (["BUILT", "--context", "513"], 2, "expected a context of at most 512 tokens"),
+        ([SMALL, "--dry-run", "--gpu", "h1000"], 2, "no GPU named 'h1000'"),
         (
             [SMALL, "--dry-run", "--gpu", "mac-studio"],
             2,
-            "vLLM does not run there; name another card",
+            "vLLM does not run on it; name another GPU",
         ),
         (
             ["BUILT", "--dry-run", "--gpu", "mac-studio"],
             2,
-            "vLLM does not run there; use --engine transformers",
+            "vLLM does not run on it; use --engine transformers",
         ),
         (["v3-awq4", "--dry-run"], 2, "v3-awq4: expected an artifact, found a recipe; build it"),
         (
@@ -257,7 +259,7 @@ def test_without_a_card_a_small_artifact_is_served_here(
             2,
             "recipes/v3-awq4.yaml: expected an artifact, found a recipe; build it",
         ),
-        ([SMALL, "--docker", "--gpu", "mi300x"], 2, "written for NVIDIA cards"),
+        ([SMALL, "--docker", "--gpu", "mi300x"], 2, "expected an NVIDIA GPU"),
         ([SMALL, "--dry-run", "--users", "100000000"], 2, "fit on no number of NVIDIA H100"),
         ([SMALL, "--engine", "transformers"], 2, "expected an artifact, found none"),
         (["BUILT", "--engine", "transformers", "--", "--tp", "3"], 2, "takes no flags of its own"),
@@ -291,7 +293,11 @@ def test_without_a_card_a_small_artifact_is_served_here(
             "an engine on this machine alone, found 2 nodes",
         ),
         ([SMALL, "--gateway", "--keys", "no-such-keys.json"], 2, "no-such-keys.json: "),
-        (["BUILT", "--gateway", "--fallback-key", "NOT_SET"], 2, "expected an API key there"),
+        (
+            ["BUILT", "--gateway", "--fallback-key", "NOT_SET"],
+            2,
+            "expected an API key in this environment variable",
+        ),
         (
             ["BUILT", "--gateway", "--engine-key", "X"],
             2,
@@ -305,13 +311,13 @@ def test_without_a_card_a_small_artifact_is_served_here(
         (["http://127.0.0.1:9/v1"], 2, "the address of a server: expected --gateway"),
     ],
 )
-def test_refusals(words: list[str], code: int, told: str, built: Path) -> None:
+def test_invalid_options_are_rejected(words: list[str], code: int, told: str, built: Path) -> None:
     found = serve(*(str(built) if word == "BUILT" else word for word in words))
     assert found.exit_code == code and told in found.output and "Traceback" not in found.output
 
 
-def test_nf4_experts_are_served_by_transformers_alone(artifact: Path) -> None:
-    """The report says which engines load what is quantized; here it is made to name none of the two."""
+def test_nf4_experts_are_served_by_transformers_only(artifact: Path) -> None:
+    """The fidelity report names the engines; here neither vLLM nor SGLang."""
     report = artifact / "quantkit/fidelity.json"
     told = json.loads(report.read_text())
     told["artifact"]["serving"] = [{"engine": "transformers", "command": "x"}]
@@ -323,24 +329,24 @@ def test_nf4_experts_are_served_by_transformers_alone(artifact: Path) -> None:
     )
 
 
-def test_a_damaged_artifact_is_not_served(artifact: Path) -> None:
+def test_damaged_artifact_is_not_served(artifact: Path) -> None:
     shard = next(artifact.glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
     found = serve(
-        str(artifact), "--engine", "transformers", "--port", str(demo_serve.find_free_port())
+        str(artifact), "--engine", "transformers", "--port", str(engine_process.find_free_port())
     )
     assert found.exit_code == 1 and "expected sha256" in found.output
 
 
-def test_a_port_that_is_taken_is_told_before_anything_is_loaded(built: Path) -> None:
+def test_occupied_port_is_reported_before_loading(built: Path) -> None:
     with RunningApp(lambda *_: None) as other:
         found = serve(str(built), "--engine", "transformers", "--port", str(other.port))
         assert found.exit_code == 2 and "expected a free port" in found.output
 
 
-def test_a_dry_run_before_a_server_tells_the_gateway_and_starts_nothing(tmp_path: Path) -> None:
+def test_dry_run_before_a_server_prints_the_gateway_only(tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     keys.write_text(json.dumps({"keys": [create_key("a")[1].model_dump()]}))
     with RunningApp(lambda *_: None) as taken:  # a start would be refused
@@ -370,8 +376,8 @@ def test_a_dry_run_before_a_server_tells_the_gateway_and_starts_nothing(tmp_path
     )
 
 
-def test_a_dry_run_shows_the_gateway_and_the_engine_behind_it(built: Path) -> None:
-    """The engine on another port of this machine alone, the gateway on the one that was asked for."""
+def test_dry_run_prints_the_gateway_and_its_engine(built: Path) -> None:
+    """The engine gets a loopback port, the gateway the port of the option."""
     words = [str(built), "--gateway", "--host", "0.0.0.0", "--port", "9000", "--limit", "waiting=7"]
     for engine in ("vllm", "transformers"):
         plan = dry(*words, "--engine", engine)
@@ -392,17 +398,17 @@ def test_a_dry_run_shows_the_gateway_and_the_engine_behind_it(built: Path) -> No
     found = serve(*words, "--engine", "vllm", "--dry-run")
     assert values(shell(found.output))["--host"] == "127.0.0.1"
     assert (
-        "# gateway on http://0.0.0.0:9000/v1, 10 requests at once, 7 waiting, no keys"
+        "# gateway on http://0.0.0.0:9000/v1, 10 concurrent requests, 7 waiting, no keys"
         in found.output
     )
     assert "gateway" not in dry(str(built), "--engine", "vllm")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a child")
-def test_an_engine_ends_with_a_program_that_was_killed() -> None:
+def test_engine_ends_when_quantkit_is_killed() -> None:
     code = (
-        "import os, sys\nfrom quantkit.serve.engines.engine_process import process\n"
-        "with process(['sleep', '60'], os.environ) as started:\n"
+        "import os, sys\nfrom quantkit.serve.engines.engine_process import run_process\n"
+        "with run_process(['sleep', '60'], os.environ) as started:\n"
         "    print(started.pid, flush=True)\n    started.wait()"
     )
     program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -418,18 +424,18 @@ def test_an_engine_ends_with_a_program_that_was_killed() -> None:
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_reasons_fit_the_terminal_and_stay_comments(
+def test_reasons_are_comments_that_fit_the_terminal(
     columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     found = serve(SMALL, "--dry-run", "--gpu", "h100", "--gateway")
     comments = [line for line in found.output.splitlines() if line.startswith("#")]
     assert max(map(len, comments)) <= columns
-    assert "body_bytes=8000000" in found.output and "what is left over becomes" in found.output
+    assert "body_bytes=8000000" in found.output and "the rest becomes" in found.output
     assert shell(found.output)[:3] == ["vllm", "serve", SMALL]
 
 
-def test_addresses_of_ipv6() -> None:
+def test_ipv6_addresses_are_supported() -> None:
     with socket.socket(socket.AF_INET6) as tried:
         here = tried.connect_ex(("::1", 9)) != errno.EADDRNOTAVAIL
     if here:  # a machine may have switched it off
@@ -442,10 +448,10 @@ def test_addresses_of_ipv6() -> None:
         engine_process.check_port("no.invalid", 9000)
 
 
-# --------------------------------------------------------------------------------------------------------- containers
+# --------------------------------------------------------------------------------------- containers
 
 
-def test_docker_runs_the_same_command_on_mounted_weights(built: Path) -> None:
+def test_docker_runs_the_command_on_mounted_weights(built: Path) -> None:
     found = serve(str(built), "--docker", "--gpu", "rtx4090", "--port", "9000")
     words = shell(found.output)
     place = words.index("--entrypoint")
@@ -468,7 +474,7 @@ def test_docker_runs_the_same_command_on_mounted_weights(built: Path) -> None:
         ("localhost", "127.0.0.1:8000:8000"),
     ],
 )
-def test_docker_listens_where_it_is_told(host: str, published: str) -> None:
+def test_docker_publishes_on_the_host_option(host: str, published: str) -> None:
     words = shell(serve(SMALL, "--docker", "--gpu", "h100", "--host", host).output)
     assert words[words.index("-p") + 1] == published and values(words)["--host"] == "0.0.0.0"
 
@@ -493,7 +499,7 @@ def test_containers_get_the_chat_template(tmp_path: Path) -> None:
     assert "templates" not in serve(SMALL, "--gpu", "h100", "--kubernetes").output
 
 
-def test_kubernetes_one_node(built: Path) -> None:
+def test_kubernetes_deploys_one_node(built: Path) -> None:
     found = serve(
         str(built), "--kubernetes", "--gpu", "rtx4090", "--engine", "sglang", "--name", "tiny"
     )
@@ -523,8 +529,8 @@ def test_kubernetes_one_node(built: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_kubernetes_two_nodes(engine: str) -> None:
-    """A pod per node; the shell puts its index into the command, which the shell here does too."""
+def test_kubernetes_deploys_two_nodes(engine: str) -> None:
+    """One pod per node; the shell inserts its index into the command, as the shell here does."""
     found = serve(V3, "--kubernetes", "--gpu", "h100", "--engine", engine)
     documents = list(YAML(typ="safe", pure=True).load_all(found.output))
     stateful = documents[-1]
@@ -564,22 +570,22 @@ def test_kubernetes_two_nodes(engine: str) -> None:
         ("9" * 60, "model-" + "9" * 44),
     ],
 )
-def test_names_of_services_begin_with_a_letter(name: str, label: str) -> None:
-    assert label_of(name) == label
+def test_label_begins_with_a_letter(name: str, label: str) -> None:
+    assert make_label(name) == label
 
 
-# ---------------------------------------------------------------------------------------------- what requests mean
+# ------------------------------------------------------------------------------- requests
 
 
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
         ({"model": "other", "prompt": "x"}, "model: expected 'm', found 'other'"),
-        ({"prompt": "x", "logprobs": 3}, "logprobs: this engine does not do that"),
-        ({"prompt": "x", "tools": [{}]}, "tools: this engine does not do that"),
+        ({"prompt": "x", "logprobs": 3}, "logprobs: not supported by this engine"),
+        ({"prompt": "x", "tools": [{}]}, "tools: not supported by this engine"),
         (
             {"prompt": "x", "presence_penalty": 0.5},
-            "presence_penalty: this engine does not do that",
+            "presence_penalty: not supported by this engine",
         ),
         ({"prompt": "x", "max_tokns": 3}, "max_tokns: unknown"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens: expected a number from 1"),
@@ -587,19 +593,19 @@ def test_names_of_services_begin_with_a_letter(name: str, label: str) -> None:
         ({"prompt": "x", "temperature": 3}, "temperature: expected a number from 0 to 2"),
         ({"prompt": "x", "temperature": float("nan")}, "temperature: expected a number"),
         ({"prompt": "x", "stop": ["a", ""]}, "stop: expected a text"),
-        ({"prompt": "x", "n": 100}, "n: expected a whole number from 1 to 16"),
+        ({"prompt": "x", "n": 100}, "n: expected an integer from 1 to 16"),
         ({"prompt": 3}, "prompt: expected a text"),
         ({"prompt": [[1], "x", None]}, "prompt: expected a text"),
         ({}, "prompt: expected a text"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(asked: dict[str, Any], told: str) -> None:
+def test_unsupported_parameter_is_rejected_by_name(asked: dict[str, Any], told: str) -> None:
     with pytest.raises(BadRequest, match=told):
-        read(asked, "text", "m")
+        parse_request(asked, "text", "m")
 
 
-def test_what_changes_nothing_is_taken() -> None:
-    ask = read(
+def test_neutral_parameters_are_accepted() -> None:
+    ask = parse_request(
         {
             "prompt": ["a", "b"],
             "logprobs": None,
@@ -613,13 +619,13 @@ def test_what_changes_nothing_is_taken() -> None:
     )
     assert (ask.prompts, ask.stop, ask.max_tokens, ask.temperature) == (("a", "b"), ("s",), 16, 1.0)
     assert (
-        read(
+        parse_request(
             {"prompt": "a", "max_completion_tokens": None, "max_tokens": 2}, "text", "m"
         ).max_tokens
         == 2
     )
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    chat = read({"messages": [{"role": "user", "content": parts}]}, "chat", "m")
+    chat = parse_request({"messages": [{"role": "user", "content": parts}]}, "chat", "m")
     assert chat.messages[0]["content"] == "ab" and chat.max_tokens is None
     for messages in (
         [],
@@ -629,33 +635,31 @@ def test_what_changes_nothing_is_taken() -> None:
         [3],
     ):
         with pytest.raises(BadRequest, match="messages"):
-            read({"messages": messages}, "chat", "m")
+            parse_request({"messages": messages}, "chat", "m")
 
 
-class Spelled:
-    """Just enough of a tokenizer for a Writer that is handed text."""
+class StubTokenizer:
+    """The part of a tokenizer that a TextStreamer needs if it gets text."""
 
     backend_tokenizer = None
 
 
 @given(st.text("ab", max_size=30), st.text("ab", min_size=1, max_size=4), st.data())
-def test_text_is_told_up_to_the_stop_string_and_never_a_part_of_it(
-    text: str, stop: str, data: Any
-) -> None:
+def test_streamer_stops_before_the_stop_string(text: str, stop: str, data: Any) -> None:
     told: list[str] = []
-    writer = Writer(Spelled(), [stop], told.append)
+    writer = TextStreamer(StubTokenizer(), [stop], told.append)
     rest = text
-    while rest and not writer.stopped:
+    while rest and not writer.is_stopped:
         size = data.draw(st.integers(1, 3))
-        writer._say(rest[:size])
+        writer._add_text(rest[:size])
         rest = rest[size:]
         assert text.split(stop)[0].startswith("".join(told))
     writer.end()
     assert "".join(told) == text.split(stop)[0]
-    assert writer.stopped == (stop in text)
+    assert writer.is_stopped == (stop in text)
 
 
-# ------------------------------------------------------------------------------------------- the transformers engine
+# -------------------------------------------------------------------------- transformers engine
 
 
 @pytest.fixture(scope="module")
@@ -673,12 +677,12 @@ def api(decoder: Decoder) -> Iterator[openai.OpenAI]:
 PROMPT = demo_serve.PROMPT
 
 
-def test_the_demo_holds_in_this_process(api: openai.OpenAI) -> None:
-    """Everything `make demo-serve` asks, without its processes."""
+def test_demo_requests_succeed_in_this_process(api: openai.OpenAI) -> None:
+    """All requests of `make demo-serve`, without its processes."""
     demo_serve.send_requests(api)
 
 
-def test_greedy_answers_are_those_of_generate(
+def test_greedy_completion_matches_generate(
     api: openai.OpenAI, decoder: Decoder, built: Path
 ) -> None:
     ids = decoder.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
@@ -693,7 +697,7 @@ def test_greedy_answers_are_those_of_generate(
     assert answer.usage and answer.usage.prompt_tokens == ids.shape[1]
 
 
-def test_several_prompts_and_choices_are_counted_by_index(api: openai.OpenAI) -> None:
+def test_prompts_and_choices_have_consecutive_indices(api: openai.OpenAI) -> None:
     answer = api.completions.create(
         model="tiny", prompt=["a", PROMPT], n=2, max_tokens=4, temperature=1, seed=3
     )
@@ -710,7 +714,7 @@ def test_several_prompts_and_choices_are_counted_by_index(api: openai.OpenAI) ->
     assert pieces == {choice.index: choice.text for choice in answer.choices}
 
 
-def test_an_answer_ends_at_eos_unless_that_is_ignored(api: openai.OpenAI) -> None:
+def test_completion_ends_at_eos_unless_ignored(api: openai.OpenAI) -> None:
     short = api.completions.create(model="tiny", prompt=PROMPT, max_tokens=60, temperature=0)
     assert (
         short.choices[0].finish_reason == "stop"
@@ -727,7 +731,7 @@ def test_an_answer_ends_at_eos_unless_that_is_ignored(api: openai.OpenAI) -> Non
     )
 
 
-def test_the_context_is_a_bound(api: openai.OpenAI, decoder: Decoder) -> None:
+def test_context_limits_prompt_and_completion(api: openai.OpenAI, decoder: Decoder) -> None:
     tokens = [5] * 500
     answer = api.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "a b"}], temperature=0
@@ -740,8 +744,8 @@ def test_the_context_is_a_bound(api: openai.OpenAI, decoder: Decoder) -> None:
         api.completions.create(model="tiny", prompt=[768])
 
 
-def test_bodies_that_are_no_request(api: openai.OpenAI) -> None:
-    """Neither broken JSON, nor deep nesting, nor one that would fill the memory."""
+def test_malformed_bodies_are_rejected(api: openai.OpenAI) -> None:
+    """Broken JSON, deep nesting, and a body that would fill the memory."""
     bodies = {b"[": 400, b"[" * 100_000: 400, b"\xff": 400, b"7": 400, b" " * (BODY_BYTES + 1): 413}
     for body, status in bodies.items():
         found = httpx2.post(f"{api.base_url}completions", content=body)
@@ -757,7 +761,7 @@ def test_bodies_that_are_no_request(api: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
-def test_half_a_surrogate_is_no_text(api: openai.OpenAI, path: str) -> None:
+def test_half_of_a_surrogate_pair_is_rejected(api: openai.OpenAI, path: str) -> None:
     body = (
         {"prompt": "a\ud800"}
         if path == "completions"
@@ -766,23 +770,19 @@ def test_half_a_surrogate_is_no_text(api: openai.OpenAI, path: str) -> None:
     found = httpx2.post(f"{api.base_url}{path}", content=json.dumps(body))
     assert (
         found.status_code == 400
-        and "half a surrogate pair at 1" in found.json()["error"]["message"]
+        and "half of a surrogate pair at 1" in found.json()["error"]["message"]
     )
 
 
-def test_a_body_that_never_comes_is_not_waited_for(
-    api: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_incomplete_body_times_out(api: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantkit.serve.engines.transformers_server.BODY_SECONDS", 0.3)
     answer = send_half_request(str(api.base_url))
     assert answer.startswith(b"HTTP/1.1 408 ") and b"expected its end within 0.3 s" in answer
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_whoever_leaves_frees_the_engine(
-    api: openai.OpenAI, decoder: Decoder, stream: bool
-) -> None:
-    """Three long answers are asked for and left, one begun and two waiting; the fourth comes at once."""
+def test_disconnect_frees_the_engine(api: openai.OpenAI, decoder: Decoder, stream: bool) -> None:
+    """Three clients disconnect, one running and two waiting; the fourth is served at once."""
     body = {"model": "tiny", "prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": stream}
 
     def asked(_: int) -> None:
@@ -808,6 +808,6 @@ def test_whoever_leaves_frees_the_engine(
 
 
 @pytest.mark.slow
-def test_the_demo_itself(built: Path) -> None:
-    """`quantkit serve --gateway` in a process of its own, asked and stopped."""
+def test_demo_runs(built: Path) -> None:
+    """`quantkit serve --gateway` in a separate process, queried and stopped."""
     demo_serve.main(built)

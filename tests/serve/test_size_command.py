@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from support.diff_example import report
+from support.diff_example import make_report
 
 from quantkit.cli.main import main
 from quantkit.io.files import write_json
@@ -22,23 +22,24 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["size", *arguments])
 
 
-def test_the_flagship_from_config_alone() -> None:
+def test_size_reads_deepseek_v3_from_its_config() -> None:
     found = run("deepseek-ai/DeepSeek-V3")
     assert found.exit_code == 0
-    for told in ("671.03 B parameters", "673.15 GB (626.92 GiB)", "70,272 B per token x 32,768 tokens x 10 users",
-                 "Cheapest in one node: 8 x", "H100 SXM 80 GB", "TP8 x PP2", "Computed upper bounds",
+    for told in ("671.03 B parameters", "673.15 GB (626.92 "
+                                        "GiB)", "70,272 B per token x 32,768 tokens x 10 users",
+                 "Cheapest in one node: 8 x", "H100 SXM 80 GB", "TP8 x PP2", "Computed upper "
+                                                                             "bounds",
                  "2026-11-23"):  # fmt: skip
         assert told in found.stdout, told
     assert max(map(len, found.stdout.splitlines())) <= 100
 
 
-def test_the_flagship_is_sized_without_torch_and_transformers_which_take_seconds_to_import() -> (
-    None
-):
+def test_size_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; from quantkit.cli.main import main; "
         "main(['size', sys.argv[1], '--json'], standalone_mode=False); "
-        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)), file=sys.stderr)"
+        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)), "
+        "file=sys.stderr)"
     )
     for target in ("deepseek-ai/DeepSeek-V3", "v3-awq4"):
         found = subprocess.run(
@@ -48,7 +49,7 @@ def test_the_flagship_is_sized_without_torch_and_transformers_which_take_seconds
         assert json.loads(found.stdout)["model"]["parameters"] == 671_026_404_352
 
 
-def test_json_has_what_the_tables_show() -> None:
+def test_json_matches_the_tables() -> None:
     found = run(
         "v3-gptq4-fp8",
         "--gpu",
@@ -72,7 +73,7 @@ def test_json_has_what_the_tables_show() -> None:
     )
     assert (card["price_usd"], card["watts"]) == (16 * 7500, 16 * 350)
     assert card["allowed_tensor_parallel"] == [1, 2, 4, 8, 16]
-    assert card["refused_tensor_parallel"]["3"] == "attention heads 128 / 3 is no whole number"
+    assert card["refused_tensor_parallel"]["3"] == "attention heads: 128 is not divisible by 3"
     assert (
         card["bounds"]["computed"] is True and card["bounds"]["prefill"]["limit"] == "interconnect"
     )
@@ -80,33 +81,36 @@ def test_json_has_what_the_tables_show() -> None:
     assert 0 < step["sglang"]["safe"] < step["vllm"]["safe"] == 3 * 4096  # all there are
 
 
-def test_the_cheapest_cards_are_some_that_an_engine_runs_on() -> None:
+def test_cheapest_gpus_are_supported_by_an_engine() -> None:
     found = run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B")
     said = " ".join(found.stdout.split())
     assert re.search(r"Cheapest in one node: \d x (?!Mac)", said) and "Mac Studio 512 GB **" in said
-    assert said.endswith("** neither vLLM nor SGLang runs there.")
+    assert said.endswith("** not supported by vLLM or SGLang.")
     assert "**" not in run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "--gpu", "h100").stdout
 
 
-def test_what_context_fits_on_one_card_of_24_gb() -> None:
-    """Asked for as much as possible it takes two; the one is answered too, and no card is where none holds it."""
+def test_size_prints_the_longest_context_on_one_gpu() -> None:
+    """The default needs two GPUs. Nothing is printed if one is enough or cannot hold the model."""
     words = ("--gpu", "rtx4090", "--users", "1")
     found = run("r1-distill-qwen-32b-awq4", *words)
-    assert "On one card: at most 5,877 tokens for 1 user (--context 5877)." in found.stdout
-    assert "On one card" not in run("r1-distill-qwen-32b-awq4", *words, "--context", "5877").stdout
-    assert "On one card" not in run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", *words).stdout
+    assert "On one GPU: at most 5,877 tokens for 1 user (--context 5877)." in found.stdout
+    assert "On one GPU" not in run("r1-distill-qwen-32b-awq4", *words, "--context", "5877").stdout
+    assert "On one GPU" not in run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", *words).stdout
 
 
-def test_speeds_say_at_which_context_they_are() -> None:
-    """One user at the first tokens may be faster than everybody at the longest context."""
-    told = "context: longest for 1 user; users: most at 4,096 tokens; 1 user t/s: alone, at the first tokens; all t/s: "
+def test_tables_explain_the_context_of_speeds() -> None:
+    """One user at the first tokens may be faster than all users at the longest context."""
+    note = (
+        "context: longest for 1 user; users: most at 4,096 tokens; 1 user t/s: one request at its "
+        "first tokens; all t/s: "
+    )
     for words in (["Qwen/Qwen3-30B-A3B", "--gpu", "h100"], ["--compare", "Qwen/Qwen3-30B-A3B"]):
         found = run(*words, "--users", "1", "--context", "4096")
         said = " ".join(found.stdout.split())
-        assert told + "1 user at 4,096 tokens." in said and "1 users" not in said
+        assert note + "1 user at 4,096 tokens." in said and "1 users" not in said
 
 
-def test_each_format_of_a_recipe_is_sized() -> None:
+def test_size_handles_each_format_of_a_recipe() -> None:
     found = run(
         "smollm2-135m-gptq4",
         "--set",
@@ -121,15 +125,16 @@ def test_each_format_of_a_recipe_is_sized() -> None:
     ]  # fmt: skip
 
 
-def test_one_card_in_full_names_sources_and_advice() -> None:
+def test_single_gpu_output_has_sources_and_tokens_per_step() -> None:
     found = run("v3-gptq4-fp8", "--gpu", "H100")
     assert found.exit_code == 0
-    for told in ("driver reports", "80 GB = 74.5 GiB", "Tokens per step", "Batches", "Tensor parallelism", "of 256",
+    for text in ("driver reports", "80 GB = 74.5 GiB", "Tokens per step", "Batches",
+                 "Tensor parallelism", "of 256",
                  "The interconnect is not the limit of prefill"):  # fmt: skip
-        assert told in found.stdout, told
+        assert text in found.stdout, text
 
 
-def test_models_side_by_side_with_the_report_of_an_artifact(sealed: Path) -> None:
+def test_compare_includes_the_report_of_an_artifact(sealed: Path) -> None:
     found = run("--compare", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", str(sealed), "--json")
     assert found.exit_code == 0, found.output
     first, second = json.loads(found.stdout)
@@ -147,11 +152,11 @@ def test_models_side_by_side_with_the_report_of_an_artifact(sealed: Path) -> Non
 
 @pytest.fixture
 def sealed(tmp_path: Path) -> Path:
-    """A folder with the built-in model and the smallest report that is sealed beside it."""
+    """A folder with the built-in model and the smallest sealed report."""
     target = tmp_path / "artifact"
     shutil.copytree(locate_model("builtin:tiny-v3"), target)
     (target / "quantkit").mkdir()
-    (target / "quantkit/fidelity.json").write_text(report().to_json())
+    (target / "quantkit/fidelity.json").write_text(make_report().to_json())
     write_json(target / "quantkit/manifest.json", {"schema_version": 1, "files": {}, "tensors": {}})
     return target
 
@@ -160,34 +165,36 @@ def sealed(tmp_path: Path) -> Path:
     ("arguments", "sentence"),
     [
         (("nothing-here",), "expected an artifact, a recipe, a config.json or a hub id"),
-        (("deepseek-ai/DeepSeek-V3", "--gpu", "h10"), "no card named 'h10'. Did you mean 'h100'?"),
+        (("deepseek-ai/DeepSeek-V3", "--gpu", "h10"), "no GPU named 'h10'. Did you mean 'h100'?"),
         (
             ("deepseek-ai/DeepSeek-V3", "--context", "999999"),
-            "made for 163,840 tokens, found a context of 999,999",
+            "expected a context of at most 163,840 tokens, found 999,999",
         ),
         (("v3-awq4", "r1-distill-qwen-32b-awq4"), "expected one model, found 2"),
         (("deepseek-ai/DeepSeek-V3", "--set", "memory=1GB"), "is no recipe; leave the option out"),
         (
             ("builtin:tiny-v3", "--dtype", "int4"),
-            "are here, with widths of their own; leave the option out",
+            "found stored weights with widths of their own; leave the option out",
         ),
         (
             ("r1-distill-qwen-32b-awq4", "--dtype", "bf16"),
-            "are planned, with widths of their own; leave the option out",
+            "found planned weights with widths of their own; leave the option out",
         ),
         (("v3-awq4", "--set", "quantize.bits=3"), "4-bit integers only"),
         (("missing.yaml",), "no such recipe file"),
         (("/",), "found no config.json in it"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_2(arguments: tuple[str, ...], sentence: str) -> None:
+def test_invalid_input_prints_one_sentence_and_exits_2(
+    arguments: tuple[str, ...], sentence: str
+) -> None:
     found = run(*arguments)
     assert found.exit_code == 2
     assert sentence in found.stderr and found.stderr.startswith("error: ")
     assert "Traceback" not in found.output
 
 
-def test_a_damaged_config_is_one_sentence(tmp_path: Path) -> None:
+def test_damaged_config_prints_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     for text, sentence in (
         ("{", "expected JSON"),

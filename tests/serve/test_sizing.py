@@ -1,4 +1,4 @@
-"""Sizes against numbers that people redo by hand, and against transformers' own modules."""
+"""Sizes against manual arithmetic and transformers' own modules."""
 
 from __future__ import annotations
 
@@ -15,30 +15,37 @@ from quantkit.contracts import Config
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.package_data import locate_folder, locate_model
 from quantkit.recipe.parse import parse_recipe
-from quantkit.serve.sizing.attention import attentions
+from quantkit.serve.sizing.attention import read_attention
 from quantkit.serve.sizing.fit import (
-    NoFit,
-    degree_fault,
+    TensorParallelShortfall,
+    compute_fullest_gpu,
+    compute_kv_per_gpu,
+    compute_weights_per_gpu,
     find_shortfall,
+    find_tensor_parallel_fault,
     fit_model,
-    fits_on,
-    fullest,
-    kv_per_card,
-    stages,
-    weights_per_card,
+    is_placeable,
+    iterate_stages,
 )
 from quantkit.serve.sizing.gpus import GB, GIB, GpuCatalog, read_gpus
 from quantkit.serve.sizing.memory import estimate_memory
 from quantkit.serve.sizing.model import Model
-from quantkit.serve.sizing.read import config_model, plan_recipe_models, read_model, scheme_of
+from quantkit.serve.sizing.read import (
+    describe_scheme,
+    plan_recipe_models,
+    read_config_model,
+    read_model,
+)
 
 V3, QWEN_32B, MIXTRAL = (
-    "deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "mistralai/Mixtral-8x7B-v0.1",
+    "deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B",
+    "mistralai/Mixtral-8x7B-v0.1",
 )  # fmt: skip
 MISTRAL_7B = {
-    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "torch_dtype": "float16", "hidden_size": 4096,
-    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "vocab_size": 32000, "max_position_embeddings": 32768, "sliding_window": 4096, "tie_word_embeddings": False,
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "torch_dtype": "float16",
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+    "max_position_embeddings": 32768, "sliding_window": 4096, "tie_word_embeddings": False,
 }  # fmt: skip
 
 
@@ -64,28 +71,28 @@ def written(path: Path, values: dict[str, object]) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------- numbers that people redo by hand
+# ----------------------------------------------------------------- manual arithmetic
 
 
 def test_v3_kv_cache_is_70_272_bytes_per_token(v3: Model) -> None:
-    assert v3.kv_bytes_per_token("bf16") == 61 * (512 + 64) * 2 == 70_272
-    assert v3.kv_bytes_per_token("fp8") == 61 * 576
+    assert v3.compute_kv_bytes_per_token("bf16") == 61 * (512 + 64) * 2 == 70_272
+    assert v3.compute_kv_bytes_per_token("fp8") == 61 * 576
     dense_formula = 61 * 2 * 128 * 128 * 2  # what 128 heads of 128 would take without MLA
-    assert dense_formula / v3.kv_bytes_per_token("bf16") > 50
+    assert dense_formula / v3.compute_kv_bytes_per_token("bf16") > 50
 
 
-def test_v3_takes_671_gb_and_two_nodes_of_eight_cards(v3: Model, cards: GpuCatalog) -> None:
+def test_v3_needs_671_gb_and_two_nodes_of_eight_gpus(v3: Model, cards: GpuCatalog) -> None:
     assert v3.weights.parameters / 1e9 == pytest.approx(671, abs=0.5)
     plain = read_model(V3, "fp8")
     assert plain.weights.n_bytes / GB == pytest.approx(671, abs=0.5)
     assert plain.weights.n_bytes / (80 * GB) == pytest.approx(8.4, abs=0.05)
     for model in (plain, v3):
-        found = fit_model(estimate_memory(model), cards.cards["h100"])
+        found = fit_model(estimate_memory(model), cards.gpus["h100"])
         assert found.placement is not None
-        assert (found.placement.nodes, found.placement.cards) == (2, 16)
+        assert (found.placement.nodes, found.placement.gpus) == (2, 16)
 
 
-def test_v3_stored_in_fp8_also_holds_block_scales_and_bf16_layers(v3: Model) -> None:
+def test_v3_in_fp8_includes_block_scales_and_bf16_layers(v3: Model) -> None:
     routed = 58 * 256 * 3 * 7168 * 2048
     assert v3.routed.parameters == v3.routed.fp8_parameters == routed
     assert v3.routed.n_bytes == routed + routed // 128**2 * 4
@@ -100,12 +107,12 @@ def test_v3_in_bf16_is_1_34_tb() -> None:
 
 
 def test_a_7b_model_in_fp16_is_14_gb(tmp_path: Path) -> None:
-    model = config_model(written(tmp_path / "config.json", MISTRAL_7B))
+    model = read_config_model(written(tmp_path / "config.json", MISTRAL_7B))
     assert model.weights.n_bytes == 7_241_732_096 * 2
     assert model.weights.n_bytes / GB == pytest.approx(14, abs=0.5)
 
 
-def test_32b_at_4_bits_is_16_to_18_gb_and_what_context_fits_on_24_gb(cards: GpuCatalog) -> None:
+def test_32b_at_4_bits_has_16_to_18_gb_and_its_context_on_24_gb(cards: GpuCatalog) -> None:
     rule = read_model(QWEN_32B, "int4")
     assert 16 <= rule.weights.n_bytes / GB <= 18
     artifact = recipe_model("r1-distill-qwen-32b-awq4")
@@ -115,23 +122,23 @@ def test_32b_at_4_bits_is_16_to_18_gb_and_what_context_fits_on_24_gb(cards: GpuC
         inner / GB + 2 * 152_064 * 5120 * 2 / GB, abs=0.01
     )
     per_token = 64 * 2 * 8 * 128 * 2
-    assert artifact.kv_bytes_per_token("bf16") == per_token == 262_144
-    found = fit_model(estimate_memory(artifact, 2048, 1), cards.cards["rtx4090"])
-    assert found.one_card
+    assert artifact.compute_kv_bytes_per_token("bf16") == per_token == 262_144
+    found = fit_model(estimate_memory(artifact, 2048, 1), cards.gpus["rtx4090"])
+    assert found.fits_single_gpu
     assert (
         found.max_context == int((24 * GB / 1.15 - artifact.weights.n_bytes) / per_token) == 5_877
     )
 
 
-def test_gb_and_gib_are_told_apart(cards: GpuCatalog) -> None:
+def test_gb_and_gib_are_distinguished(cards: GpuCatalog) -> None:
     assert GB == 10**9 and GIB == 2**30
-    card = cards.cards["h100"]
+    card = cards.gpus["h100"]
     assert card.memory_bytes == 80 * GB < 80 * GIB
     assert card.reported_mib is not None
     assert card.memory_bytes < card.reported_mib.value * 2**20 < 80 * GIB
 
 
-# ---------------------------------------------------------------------------------------------- transformers as oracle
+# --------------------------------------------------------------------------- transformers as oracle
 
 
 def transformers_model(values: dict[str, object]) -> transformers.PreTrainedModel:
@@ -146,9 +153,9 @@ def transformers_model(values: dict[str, object]) -> transformers.PreTrainedMode
 
 
 @pytest.mark.parametrize("family", registry.list_names("architectures"))
-def test_parameters_are_those_of_transformers_own_modules(family: str, tmp_path: Path) -> None:
+def test_parameters_match_transformers_modules(family: str, tmp_path: Path) -> None:
     values = dict(registry.get_architecture(family).tiny)
-    model = config_model(written(tmp_path / "config.json", values))
+    model = read_config_model(written(tmp_path / "config.json", values))
     assert model.weights.parameters == sum(
         p.numel() for p in transformers_model(values).parameters()
     )
@@ -164,10 +171,10 @@ def test_parameters_are_those_of_transformers_own_modules(family: str, tmp_path:
         "smollm2-135m",
     ],
 )
-def test_published_models_have_as_many_parameters_as_in_transformers(name: str) -> None:
+def test_published_models_match_parameters_of_transformers(name: str) -> None:
     path = Path(__file__).parents[2] / f"quantkit/architectures/published/{name}.json"
     values = json.loads(path.read_text())
-    assert config_model(path).weights.parameters == sum(
+    assert read_config_model(path).weights.parameters == sum(
         p.numel() for p in transformers_model(values).parameters()
     )
 
@@ -198,8 +205,8 @@ WINDOWED = [
 @pytest.mark.parametrize(
     "changes", WINDOWED, ids=lambda c: "-".join(str(value) for value in c.values())
 )
-def test_the_cache_is_as_large_as_transformers_own(changes: dict[str, object]) -> None:
-    """Bytes that a real cache of transformers holds after 40 tokens; it drops one more token than the window."""
+def test_kv_cache_matches_transformers(changes: dict[str, object]) -> None:
+    """The cache of transformers after 40 tokens; it drops one token more than the window."""
     family = str(changes["model_type"])
     tiny = {
         key: value
@@ -211,40 +218,43 @@ def test_the_cache_is_as_large_as_transformers_own(changes: dict[str, object]) -
         k: v for k, v in values.items() if k != "torch_dtype"
     })
     tokens, cached = 40, transformers.DynamicCache(config=config)
-    for index, layer in enumerate(attentions(Config(values=values))):
-        heads, width = layer.kv_heads, layer.elements // (2 * layer.kv_heads)
+    for index, layer in enumerate(read_attention(Config(values=values))):
+        heads, width = layer.kv_heads, layer.kv_elements // (2 * layer.kv_heads)
         states = torch.zeros(1, heads, tokens, width)
         cached.update(states, states, index)
         held = cached.layers[index].keys.numel() + cached.layers[index].values.numel()
-        kept = layer.kept(tokens) - (layer.window is not None and layer.window < tokens)
-        assert held == layer.elements * kept
+        kept = layer.count_cached_tokens(tokens) - (
+            layer.window is not None and layer.window < tokens
+        )
+        assert held == layer.kv_elements * kept
 
 
-def test_layer_types_say_which_layers_have_windows() -> None:
+def test_layer_types_determine_windows() -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     values = {
-        **registry.get_architecture("llama").tiny, "num_hidden_layers": 3, "layer_types": types, "sliding_window": 16,
+        **registry.get_architecture("llama").tiny, "num_hidden_layers": 3, "layer_types": types,
+        "sliding_window": 16,
     }  # fmt: skip
-    assert [layer.window for layer in attentions(Config(values=values))] == [16, None, 16]
+    assert [layer.window for layer in read_attention(Config(values=values))] == [16, None, 16]
     with pytest.raises(CheckpointError, match="expected 2 entries, found 3"):
-        attentions(Config(values={**values, "num_hidden_layers": 2}))
-    with pytest.raises(CheckpointError, match="'linear_attention' layers is not known here"):
-        attentions(Config(values={**values, "layer_types": ["linear_attention"] * 3}))
+        read_attention(Config(values={**values, "num_hidden_layers": 2}))
+    with pytest.raises(CheckpointError, match="whose memory is known, found 'linear_attention'"):
+        read_attention(Config(values={**values, "layer_types": ["linear_attention"] * 3}))
 
 
-def test_a_window_caps_what_a_long_context_costs(tmp_path: Path) -> None:
-    model = config_model(written(tmp_path / "config.json", MISTRAL_7B))
+def test_window_limits_the_kv_cache(tmp_path: Path) -> None:
+    model = read_config_model(written(tmp_path / "config.json", MISTRAL_7B))
     assert (
-        model.kv_bytes(4096, "bf16")
-        == model.kv_bytes(32_768, "bf16")
+        model.compute_kv_bytes(4096, "bf16")
+        == model.compute_kv_bytes(32_768, "bf16")
         == 4096 * 32 * 2 * 8 * 128 * 2
     )
 
 
-# ---------------------------------------------------------------------------------------------------- plans and headers
+# -------------------------------------------------------------------------------- plans and headers
 
 
-def test_an_artifacts_bytes_are_those_of_its_headers() -> None:
+def test_artifact_bytes_match_its_headers() -> None:
     model = read_model("builtin:tiny-v3")
     path = locate_model("builtin:tiny-v3")
     size = (path / "model.safetensors").stat().st_size
@@ -255,85 +265,96 @@ def test_an_artifacts_bytes_are_those_of_its_headers() -> None:
 @pytest.mark.parametrize(
     ("name", "n_bytes"), [("v3-awq4", 400_888_220_672), ("v3-gptq4-fp8", 372_718_778_944)]
 )
-def test_a_recipes_bytes_are_those_of_its_plan(name: str, n_bytes: int) -> None:
+def test_recipe_bytes_match_its_plan(name: str, n_bytes: int) -> None:
     model = recipe_model(name)
     assert (model.weights + model.mtp).n_bytes == n_bytes
 
 
-# --------------------------------------------------------------------------------------------------------- parallelism
+# -------------------------------------------------------------------------------------- parallelism
 
 
-def test_degrees_that_heads_groups_and_widths_allow(v3: Model) -> None:
+def test_tensor_parallel_sizes_respect_heads_groups_and_widths(v3: Model) -> None:
     awq = recipe_model("v3-awq4")
-    assert [tp for tp in (1, 2, 3, 4, 8, 16, 32) if degree_fault(awq, tp) is None] == [
+    assert [
+        tp for tp in (1, 2, 3, 4, 8, 16, 32) if find_tensor_parallel_fault(awq, tp) is None
+    ] == [
         1,
         2,
         4,
         8,
         16,
     ]
-    assert degree_fault(awq, 32) == "experts' width 2,048 / 32 = 64 is no multiple of 128"
-    assert degree_fault(v3, 3) == "attention heads 128 / 3 is no whole number"
-    blocks = (
-        "attention width 256 / 4 = 64 is no multiple of 128"  # what o_proj reads, in FP8 blocks
+    assert (
+        find_tensor_parallel_fault(awq, 32)
+        == "expert width: 2,048 / 32 = 64 is not a multiple of 128"
     )
-    assert degree_fault(read_model("builtin:tiny-v3"), 4) == blocks
+    assert find_tensor_parallel_fault(v3, 3) == "attention heads: 128 is not divisible by 3"
+    blocks = (
+        "attention width: 256 / 4 = 64 is not a multiple of 128"  # what o_proj reads, in FP8 blocks
+    )
+    assert find_tensor_parallel_fault(read_model("builtin:tiny-v3"), 4) == blocks
     qwen = recipe_model("r1-distill-qwen-32b-awq4")
-    assert degree_fault(qwen, 5) == "8 KV heads and 5 ranks: neither divides the other"
-    assert degree_fault(qwen, 16) == "attention heads 40 / 16 is no whole number"
-    assert degree_fault(qwen, 8) is None
+    assert (
+        find_tensor_parallel_fault(qwen, 5) == "8 KV heads and 5 ranks: neither divides the other"
+    )
+    assert find_tensor_parallel_fault(qwen, 16) == "attention heads: 40 is not divisible by 16"
+    assert find_tensor_parallel_fault(qwen, 8) is None
     smollm = recipe_model("smollm2-135m-awq4")
-    assert degree_fault(smollm, 3) is None and degree_fault(smollm, 2) is not None
+    assert (
+        find_tensor_parallel_fault(smollm, 3) is None
+        and find_tensor_parallel_fault(smollm, 2) is not None
+    )
 
 
 @pytest.mark.parametrize("family", registry.list_names("architectures"))
-def test_one_rank_is_always_allowed(family: str, tmp_path: Path) -> None:
+def test_single_rank_is_always_allowed(family: str, tmp_path: Path) -> None:
     """Also where FP8 blocks end in the middle of a block: 576 rows in blocks of 128."""
     values = {
-        **registry.get_architecture(family).tiny, "num_attention_heads": 9, "num_key_value_heads": 9, "head_dim": 64,
+        **registry.get_architecture(family).tiny, "num_attention_heads": 9,
+        "num_key_value_heads": 9, "head_dim": 64,
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     }  # fmt: skip
-    model = config_model(written(tmp_path / "config.json", values))
-    assert degree_fault(model, 1) is None
-    assert degree_fault(model, 2) is not None
+    model = read_config_model(written(tmp_path / "config.json", values))
+    assert find_tensor_parallel_fault(model, 1) is None
+    assert find_tensor_parallel_fault(model, 2) is not None
 
 
-def test_mla_repeats_its_cache_on_every_rank_and_grouped_heads_divide_it(v3: Model) -> None:
-    assert kv_per_card(v3, 1000, "bf16", 8, 1) == [70_272_000]
+def test_mla_replicates_and_gqa_shards_the_kv_cache(v3: Model) -> None:
+    assert compute_kv_per_gpu(v3, 1000, "bf16", 8, 1) == [70_272_000]
     qwen = read_model(QWEN_32B)
-    assert kv_per_card(qwen, 1000, "bf16", 8, 1) == [262_144_000 / 8]
-    assert kv_per_card(qwen, 1000, "bf16", 16, 1) == [
+    assert compute_kv_per_gpu(qwen, 1000, "bf16", 8, 1) == [262_144_000 / 8]
+    assert compute_kv_per_gpu(qwen, 1000, "bf16", 16, 1) == [
         262_144_000 / 8
     ]  # 8 KV heads: two ranks share one
 
 
-def test_every_rank_holds_routers_norms_and_what_compresses_keys_whole(v3: Model) -> None:
-    """q_a_proj and kv_a_proj with their FP8 scales, norms, routers and their corrections: counted by hand."""
+def test_routers_norms_and_compression_are_replicated(v3: Model) -> None:
+    """q_a_proj and kv_a_proj with FP8 scales, norms, routers with bias: counted by hand."""
     compressing = 7168 * (1536 + 576) + 4 * 56 * (12 + 5)
     norms = 2 * (7168 + 7168 + 1536 + 512)
     copied = 61 * (compressing + norms) + 58 * (2 * 256 * 7168 + 4 * 256) + 2 * 7168
-    (held,) = weights_per_card(estimate_memory(v3), 8, 1)
+    (held,) = compute_weights_per_gpu(estimate_memory(v3), 8, 1)
     assert held == pytest.approx((v3.weights.n_bytes - copied) / 8 + copied)
 
 
-def test_a_tied_embedding_lies_on_the_first_and_on_the_last_stage() -> None:
+def test_tied_embedding_is_on_first_and_last_stage() -> None:
     model = read_model("HuggingFaceTB/SmolLM2-135M-Instruct")
-    held = weights_per_card(estimate_memory(model), 1, 2)
+    held = compute_weights_per_gpu(estimate_memory(model), 1, 2)
     assert sum(held) == model.weights.n_bytes + 49_152 * 576 * 2
 
 
 def test_pipeline_stages_hold_everything_once(v3: Model) -> None:
-    assert [len(layers) for layers in stages(v3, 4)] == [15, 15, 16, 15]
-    held = weights_per_card(estimate_memory(v3), 1, 4)
+    assert [len(layers) for layers in iterate_stages(v3, 4)] == [15, 15, 16, 15]
+    held = compute_weights_per_gpu(estimate_memory(v3), 1, 4)
     assert sum(held) == pytest.approx(v3.weights.n_bytes)
     assert (
-        sum(weights_per_card(estimate_memory(v3, speculative=True), 1, 4))
+        sum(compute_weights_per_gpu(estimate_memory(v3, speculative=True), 1, 4))
         == (v3.weights + v3.mtp).n_bytes
     )
 
 
-def test_most_users_and_longest_context_are_the_last_that_fit(v3: Model, cards: GpuCatalog) -> None:
-    card, asked = cards.cards["h200"], estimate_memory(v3, 8192, 4)
+def test_max_users_and_max_context_are_exact(v3: Model, cards: GpuCatalog) -> None:
+    card, asked = cards.gpus["h200"], estimate_memory(v3, 8192, 4)
     found = fit_model(asked, card)
     assert (
         found.placement is not None
@@ -341,22 +362,27 @@ def test_most_users_and_longest_context_are_the_last_that_fit(v3: Model, cards: 
         and found.max_context is not None
     )
     tp, pp = found.placement.tp, found.placement.pp
-    assert fits_on(asked, card, tp, pp, 8192, found.max_users)
-    assert not fits_on(asked, card, tp, pp, 8192, found.max_users + 1)
-    assert fits_on(asked, card, tp, pp, found.max_context, 4)
-    assert not fits_on(asked, card, tp, pp, found.max_context + 1, 4)
+    assert is_placeable(asked, card, tp, pp, 8192, found.max_users)
+    assert not is_placeable(asked, card, tp, pp, 8192, found.max_users + 1)
+    assert is_placeable(asked, card, tp, pp, found.max_context, 4)
+    assert not is_placeable(asked, card, tp, pp, found.max_context + 1, 4)
 
 
-def test_stages_take_whole_nodes_and_it_is_told_what_would_do_without_them(
+def test_stages_fill_nodes_and_shortfall_names_alternatives(
     cards: GpuCatalog,
 ) -> None:
-    """v3-awq4 was put on seven of eight cards in seven stages; TP8 misses little, for MLA's cache is whole per rank."""
-    model, card = recipe_model("v3-awq4"), cards.cards["h100"]
+    """v3-awq4 once got seven of eight GPUs in seven stages.
+
+    TP8 misses little, since every rank holds MLA's whole cache.
+    """
+    model, card = recipe_model("v3-awq4"), cards.gpus["h100"]
     found = fit_model(estimate_memory(model), card)
     assert found.placement is not None and (found.placement.tp, found.placement.pp) == (4, 2)
     miss = find_shortfall(found)
-    held = sum(fullest(estimate_memory(model), 8, 1, 32_768, 10)) * 1.15
-    assert miss == NoFit(tp=8, n_bytes=round(held - 80 * GB), fp8=True, users=9, latent=True)
+    held = sum(compute_fullest_gpu(estimate_memory(model), 8, 1, 32_768, 10)) * 1.15
+    assert miss == TensorParallelShortfall(
+        tp=8, missing_bytes=round(held - 80 * GB), fits_fp8_cache=True, max_users=9, is_latent=True
+    )
     for mended in (estimate_memory(model, users=9), estimate_memory(model, kv="fp8")):
         alone = fit_model(mended, card)
         assert (
@@ -366,20 +392,22 @@ def test_stages_take_whole_nodes_and_it_is_told_what_would_do_without_them(
         )
     more = fit_model(estimate_memory(model, users=10**5), card)
     assert more.placement is None and find_shortfall(more) is None
-    for name in cards.cards:
+    for name in cards.gpus:
         for users in (1, 10, 30, 64):
-            placed = fit_model(estimate_memory(model, users=users), cards.cards[name]).placement
-            assert placed is None or cards.cards[name].per_node % placed.cards in (
+            placed = fit_model(estimate_memory(model, users=users), cards.gpus[name]).placement
+            assert placed is None or cards.gpus[name].per_node % placed.gpus in (
                 0,
-                cards.cards[name].per_node,
+                cards.gpus[name].per_node,
             )
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- errors
 
 
-def test_refusals_say_what_to_do(v3: Model, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="made for 163,840 tokens, found a context of 200,000"):
+def test_error_messages_state_the_fix(v3: Model, tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match="expected a context of at most 163,840 tokens, found 200,000"
+    ):
         estimate_memory(v3, 200_000)
     with pytest.raises(UsageError, match="at least 1"):
         estimate_memory(v3, 4096, 0)
@@ -387,30 +415,32 @@ def test_refusals_say_what_to_do(v3: Model, tmp_path: Path) -> None:
         UsageError, match="expected an artifact, a recipe, a config.json or a hub id"
     ):
         read_model("nobody/nothing")
-    with pytest.raises(UsageError, match="the bytes of packed weights are in their headers"):
-        config_model(
+    with pytest.raises(UsageError, match="whose bytes are in the headers of packed weights"):
+        read_config_model(
             written(
                 tmp_path / "config.json",
                 {**MISTRAL_7B, "quantization_config": {"quant_method": "awq"}},
             )
         )
     with pytest.raises(CheckpointError, match="num_key_value_heads: expected at least 1, found 0"):
-        attentions(Config(values={**MISTRAL_7B, "num_key_value_heads": 0}))
+        read_attention(Config(values={**MISTRAL_7B, "num_key_value_heads": 0}))
 
 
-def test_a_machine_without_links_stays_by_itself(v3: Model, cards: GpuCatalog) -> None:
-    assert fit_model(estimate_memory(v3), cards.cards["mac-studio"]).placement is None
-    assert fit_model(estimate_memory(read_model(QWEN_32B)), cards.cards["mac-studio"]).one_card
+def test_gpu_without_link_is_used_alone(v3: Model, cards: GpuCatalog) -> None:
+    assert fit_model(estimate_memory(v3), cards.gpus["mac-studio"]).placement is None
+    assert fit_model(
+        estimate_memory(read_model(QWEN_32B)), cards.gpus["mac-studio"]
+    ).fits_single_gpu
 
 
-def test_a_card_is_found_by_key_and_by_name(cards: GpuCatalog) -> None:
-    assert cards.named("H-100") is cards.named("nvidia h100 sxm 80 gb") is cards.cards["h100"]
+def test_gpu_is_selected_by_key_or_name(cards: GpuCatalog) -> None:
+    assert cards.get_gpu("H-100") is cards.get_gpu("nvidia h100 sxm 80 gb") is cards.gpus["h100"]
     for name in ("H100 80", "h100-80gb", "H100 SXM 80 GB"):
-        assert cards.named(name) is cards.cards["h100"], name
-    for key, card in cards.cards.items():
-        assert cards.named(card.short) is card, key
-    with pytest.raises(UsageError, match="no card named 'h10'. Did you mean 'h100'"):
-        cards.named("h10")
+        assert cards.get_gpu(name) is cards.gpus["h100"], name
+    for key, card in cards.gpus.items():
+        assert cards.get_gpu(card.short) is card, key
+    with pytest.raises(UsageError, match="no GPU named 'h10'. Did you mean 'h100'"):
+        cards.get_gpu("h10")
 
 
 @pytest.mark.parametrize(
@@ -428,9 +458,9 @@ def test_a_card_is_found_by_key_and_by_name(cards: GpuCatalog) -> None:
         ("broken", "compressed-tensors"),
     ],
 )
-def test_compressed_tensors_are_told_with_their_bits(groups: object, told: str) -> None:
+def test_scheme_of_compressed_tensors_has_its_bits(groups: object, told: str) -> None:
     entry = {"quant_method": "compressed-tensors", "config_groups": groups}
-    assert scheme_of(Config(values={"quantization_config": entry}), {}) == told
+    assert describe_scheme(Config(values={"quantization_config": entry}), {}) == told
 
 
 @pytest.mark.parametrize(
@@ -442,6 +472,6 @@ def test_compressed_tensors_are_told_with_their_bits(groups: object, told: str) 
         (None, "gptq, 4 bits g128"),
     ],
 )
-def test_gptq_is_told_with_what_other_linears_have(dynamic: object, told: str) -> None:
+def test_scheme_of_gptq_has_dynamic_exceptions(dynamic: object, told: str) -> None:
     entry = {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": dynamic}
-    assert scheme_of(Config(values={"quantization_config": entry}), {}) == told
+    assert describe_scheme(Config(values={"quantization_config": entry}), {}) == told

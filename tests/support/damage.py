@@ -1,4 +1,4 @@
-"""Ways to damage an artifact, and to seal it again so that no hash tells: only a look at its content can."""
+"""Ways to damage an artifact and to seal it again, so that only its content shows the damage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quantkit.artifact.layout import INDEX, MANIFEST, SIGNATURE, UNHASHED
 
 
 @dataclass
-class Stored:
+class StoredTensor:
     """A tensor of a shard."""
 
     dtype: str
@@ -22,20 +22,20 @@ class Stored:
     data: bytes
 
 
-def read_shard(path: Path) -> dict[str, Stored]:
-    """Every tensor of a safetensors file."""
+def read_shard(path: Path) -> dict[str, StoredTensor]:
+    """Read every tensor of a safetensors file."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     entries, data = json.loads(content[8 : 8 + length]), content[8 + length :]
     entries.pop("__metadata__", None)
     return {
-        n: Stored(e["dtype"], e["shape"], data[slice(*e["data_offsets"])])
+        n: StoredTensor(e["dtype"], e["shape"], data[slice(*e["data_offsets"])])
         for n, e in entries.items()
     }
 
 
-def write_shard(path: Path, tensors: dict[str, Stored]) -> None:
-    """A safetensors file of these tensors, widest dtypes first."""
+def write_shard(path: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Write a safetensors file of these tensors, widest dtypes first."""
     width = {"I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data, at = [], 0
@@ -50,14 +50,14 @@ def write_shard(path: Path, tensors: dict[str, Stored]) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data))
 
 
-def shards(path: Path) -> list[Path]:
-    """The weight files of an artifact."""
+def list_shards(path: Path) -> list[Path]:
+    """Return the weight files of an artifact."""
     return sorted(path.glob("*.safetensors"))
 
 
-def holder(path: Path, tensor: str) -> Path:
-    """The shard that holds a tensor."""
-    return next(shard for shard in shards(path) if tensor in read_shard(shard))
+def find_shard(path: Path, tensor: str) -> Path:
+    """Return the shard that holds a tensor."""
+    return next(shard for shard in list_shards(path) if tensor in read_shard(shard))
 
 
 def edit_json(path: Path, change: Callable[[Any], object]) -> None:
@@ -67,9 +67,9 @@ def edit_json(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(values))
 
 
-def edit_tensor(path: Path, name: str, change: Callable[[Stored], object]) -> None:
-    """Change one tensor in its shard; the manifest's list follows."""
-    file = holder(path, name)
+def edit_tensor(path: Path, name: str, change: Callable[[StoredTensor], object]) -> None:
+    """Change one tensor in its shard, and its entry in the manifest."""
+    file = find_shard(path, name)
     tensors = read_shard(file)
     change(tensors[name])
     write_shard(file, tensors)
@@ -79,10 +79,10 @@ def edit_tensor(path: Path, name: str, change: Callable[[Stored], object]) -> No
     )
 
 
-def put(path: Path, name: str, element: int, value: bytes) -> None:
+def overwrite_element(path: Path, name: str, element: int, value: bytes) -> None:
     """Overwrite one element of a tensor; negative elements count from the end."""
 
-    def change(tensor: Stored) -> None:
+    def change(tensor: StoredTensor) -> None:
         count = len(tensor.data) // len(value)
         at = (element % count) * len(value)
         tensor.data = tensor.data[:at] + value + tensor.data[at + len(value) :]
@@ -90,42 +90,42 @@ def put(path: Path, name: str, element: int, value: bytes) -> None:
     edit_tensor(path, name, change)
 
 
-def remove(path: Path, name: str) -> None:
-    """Take a tensor out of shard, index and manifest."""
-    file = holder(path, name)
+def remove_tensor(path: Path, name: str) -> None:
+    """Remove a tensor from shard and manifest."""
+    file = find_shard(path, name)
     tensors = read_shard(file)
     del tensors[name]
     write_shard(file, tensors)
     edit_json(path / MANIFEST, lambda m: m["tensors"].pop(name))
 
 
-def add(path: Path, name: str, tensor: Stored, shard: int = 0) -> None:
-    """Put a tensor into a shard, and into index and manifest."""
-    file = shards(path)[shard]
+def add_tensor(path: Path, name: str, tensor: StoredTensor, shard: int = 0) -> None:
+    """Add a tensor to a shard and to the manifest."""
+    file = list_shards(path)[shard]
     write_shard(file, {**read_shard(file), name: tensor})
     edit_json(path / MANIFEST, lambda m: m["tensors"].update({name: [tensor.dtype, tensor.shape]}))
 
 
-def rename(path: Path, old: str, new: str) -> None:
-    """Give a tensor another name everywhere."""
-    tensor = read_shard(holder(path, old))[old]
-    remove(path, old)
-    add(path, new, tensor)
+def rename_tensor(path: Path, old: str, new: str) -> None:
+    """Rename a tensor everywhere."""
+    tensor = read_shard(find_shard(path, old))[old]
+    remove_tensor(path, old)
+    add_tensor(path, new, tensor)
 
 
-def config(path: Path, change: Callable[[Any], object]) -> None:
-    """Change quantization_config in config.json and in the manifest alike."""
+def edit_quantization_config(path: Path, change: Callable[[Any], object]) -> None:
+    """Change quantization_config in config.json and in the manifest."""
     edit_json(path / "config.json", lambda values: change(values["quantization_config"]))
     edit_json(path / MANIFEST, lambda values: change(values["quantization_config"]))
 
 
-def model(path: Path, **changes: object) -> None:
+def edit_model_config(path: Path, **changes: object) -> None:
     """Change the model's own keys in config.json."""
     edit_json(path / "config.json", lambda values: values.update(changes))
 
 
-def judged(path: Path, status: str, gates: list[dict[str, object]]) -> None:
-    """Change the outcome of the gates in report and manifest alike."""
+def set_status(path: Path, status: str, gates: list[dict[str, object]]) -> None:
+    """Change status and gates in report and manifest."""
     edit_json(
         path / "quantkit/fidelity.json", lambda report: report.update(status=status, gates=gates)
     )
@@ -133,9 +133,9 @@ def judged(path: Path, status: str, gates: list[dict[str, object]]) -> None:
 
 
 def reseal(path: Path) -> None:
-    """Make index and hashes those of the files as they are now: what is wrong is wrong in content alone."""
+    """Update index and hashes to the present files, so that only the content is wrong."""
     if (path / INDEX).is_file():
-        held = {n: (s.name, t) for s in shards(path) for n, t in read_shard(s).items()}
+        held = {n: (s.name, t) for s in list_shards(path) for n, t in read_shard(s).items()}
         total = sum(len(t.data) for _, t in held.values())
         index = {
             "metadata": {"total_size": total},
@@ -146,14 +146,14 @@ def reseal(path: Path) -> None:
 
 
 def rehash(path: Path) -> None:
-    """Make the manifest's hashes those of the files as they are now."""
+    """Update the manifest's hashes to the present files."""
     names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-    found = {}
+    entries = {}
     for name in sorted(set(names) - {MANIFEST, SIGNATURE, *UNHASHED}):
         with (path / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[name] = {"sha256": digest, "bytes": (path / name).stat().st_size}
-    edit_json(path / MANIFEST, lambda manifest: manifest.update(files=found))
+        entries[name] = {"sha256": digest, "bytes": (path / name).stat().st_size}
+    edit_json(path / MANIFEST, lambda manifest: manifest.update(files=entries))
 
 
 BF16 = {
@@ -167,16 +167,16 @@ BF16 = {
 }
 
 
-def bf16(text: str) -> bytes:
-    """The stored bytes of a bfloat16."""
+def encode_bf16(text: str) -> bytes:
+    """Return the stored bytes of a bfloat16."""
     return struct.pack("<H", BF16[text])
 
 
-def f32(value: float) -> bytes:
-    """The stored bytes of a float32."""
+def encode_f32(value: float) -> bytes:
+    """Return the stored bytes of a float32."""
     return struct.pack("<f", value)
 
 
-def i32(value: int) -> bytes:
-    """The stored bytes of an int32, given as a signed or an unsigned number."""
+def encode_i32(value: int) -> bytes:
+    """Return the stored bytes of an int32, given as a signed or an unsigned number."""
     return struct.pack("<I", value & 0xFFFFFFFF)

@@ -28,7 +28,7 @@ RECIPE: dict[str, object] = {
 EXPERT = "model.layers.1.mlp.experts.{}.gate_proj"
 
 
-def answer(text: str, score: float) -> Answer:
+def make_answer(text: str, score: float) -> Answer:
     """A short answer whose result is its last word."""
     return Answer(
         text=text,
@@ -39,7 +39,7 @@ def answer(text: str, score: float) -> Answer:
     )
 
 
-def items(
+def make_items(
     scores: Sequence[float], source: Sequence[float], task: str = "tiny-v3-math"
 ) -> dict[ItemKey, ItemResult]:
     """Items 0, 1, ...; who scores 1 says the number itself, who scores 0 the next one."""
@@ -48,14 +48,14 @@ def items(
             hashes=(HASHES[0].format(n), HASHES[1].format(n), HASHES[2].format(n)),
             prompt=PROMPT.format(n),
             target=str(n),
-            answer=answer(f"It is {n if mine else n + 1}", mine),
-            source=answer(f"It is {n if theirs else n + 1}", theirs),
+            answer=make_answer(f"It is {n if mine else n + 1}", mine),
+            source=make_answer(f"It is {n if theirs else n + 1}", theirs),
         )
         for n, (mine, theirs) in enumerate(zip(scores, source, strict=True))
     }
 
 
-def tokens(scale: float, seed: int = 0) -> TokenFigures:
+def make_tokens(scale: float, seed: int = 0) -> TokenFigures:
     """The same text for every `scale`, which is how far the artifact is from the source."""
     dice, noise = random.Random(0), random.Random(seed)
     domains = ["math" if n % 3 else "code" for n in range(N_TOKENS)]
@@ -66,22 +66,22 @@ def tokens(scale: float, seed: int = 0) -> TokenFigures:
     return TokenFigures(domains=domains, kl=kl, nll_source=nll_source, nll=nll, same_top=same)
 
 
-def report(**changes: Any) -> Fidelity:
+def make_report(**changes: Any) -> Fidelity:
     """The example report with changed parts, over as many tokens as `tokens` makes."""
     return Fidelity.model_validate({
         **copy.deepcopy(FIDELITY),
-        "distribution": distribution(),
+        "distribution": make_distribution(),
         **changes,
     })
 
 
-def distribution() -> list[dict[str, Any]]:
+def make_distribution() -> list[dict[str, Any]]:
     """The example's figures of all text and of its 400 tokens of math."""
     rows: Any = copy.deepcopy(FIDELITY["distribution"])
     return [{**rows[0], "tokens": N_TOKENS}, {**rows[1], "tokens": 2 * N_TOKENS // 3}]
 
 
-def gold(artifact: float) -> list[dict[str, Any]]:
+def make_likelihood_rows(artifact: float) -> list[dict[str, Any]]:
     """The report's row on gold solutions."""
     row = {
         "task": "tiny-v3-math",
@@ -94,7 +94,7 @@ def gold(artifact: float) -> list[dict[str, Any]]:
     return [row]
 
 
-def solutions(lost: float) -> dict[tuple[str, int], SolutionScore]:
+def make_solutions(lost: float) -> dict[tuple[str, int], SolutionScore]:
     """Twenty solutions, each of which is `lost` nats per token less likely, some more, some less."""
     found = {}
     for n in range(20):
@@ -110,12 +110,12 @@ A_SCORES = [1.0] * 42 + [0.0] * 15 + [1.0] * 3  # 3 lost, 3 gained
 B_SCORES = [1.0] * 30 + [0.0] * 27 + [1.0] * 3  # 12 more lost
 
 
-def a_side() -> Side:
+def make_side_a() -> Side:
     """AWQ at 4 bits."""
     return Side(
         name="first",
         kind="artifact",
-        fidelity=report(likelihood=gold(-0.502)),
+        fidelity=make_report(likelihood=make_likelihood_rows(-0.502)),
         recipe=RECIPE,
         plan={
             "rules": [{"label": "rules[0]", "modules": 2, "bytes_after": 4_000_000}],
@@ -131,13 +131,13 @@ def a_side() -> Side:
         files={"model.safetensors": ("ab" * 32, 6_412_345), "config.json": ("cd" * 32, 900)},
         source_files={"model.safetensors": "77" * 32},
         versions={"python": "3.11.7", "torch": "2.13.0"},
-        items=items(A_SCORES, SOURCE),
-        tokens=tokens(0.0004, seed=1),
-        solutions=solutions(0.001),
+        items=make_items(A_SCORES, SOURCE),
+        tokens=make_tokens(0.0004, seed=1),
+        solutions=make_solutions(0.001),
     )
 
 
-def b_side() -> Side:
+def make_side_b() -> Side:
     """Rounded to 3 bits, its head too; two figures better, the others worse."""
     modules: Any = copy.deepcopy(FIDELITY["modules"])
     modules[0] |= {"method": "rtn", "scheme": "int3 g128 asymmetric", "output_relative_error": 0.21}
@@ -153,15 +153,15 @@ def b_side() -> Side:
         "bytes_artifact": 5_100_000,
         "bits_per_weight": 3.25,
     }  # type: ignore[dict-item]
-    measured = distribution()
+    measured = make_distribution()
     measured[0] |= {"kl_mean": {"value": 0.004}, "top1": {"value": 0.94}}
     gates = [{"figure": "kl_mean", "bound": "<= 0.001", "value": 0.004, "ok": False}]
     return Side(
         name="second",
         kind="artifact",
-        fidelity=report(
+        fidelity=make_report(
             status="rejected",
-            likelihood=gold(-0.54),
+            likelihood=make_likelihood_rows(-0.54),
             artifact={**artifact, "name": "second", "scheme": "RTN, 3 bits", "format": "dense"},
             modules=[*modules[:2], head, *modules[2:]],
             distribution=measured,
@@ -204,7 +204,7 @@ def b_side() -> Side:
         files={"model.safetensors": ("ee" * 32, 5_100_000), "config.json": ("cd" * 32, 900)},
         source_files={"model.safetensors": "77" * 32},
         versions={"python": "3.11.7", "torch": "2.14.0"},
-        items=items(B_SCORES, SOURCE),
-        tokens=tokens(0.004, seed=2),
-        solutions=solutions(0.02),
+        items=make_items(B_SCORES, SOURCE),
+        tokens=make_tokens(0.004, seed=2),
+        solutions=make_solutions(0.02),
     )

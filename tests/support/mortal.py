@@ -239,7 +239,7 @@ def in_waves(size: int) -> None:
     from quantkit.build import progress_log
     from quantkit.plan import plan
 
-    real = plan.memory_plan
+    real = plan.plan_memory
 
     def fewer(*args: object, **kwargs: object) -> object:
         return replace(real(*args, **kwargs), wave_experts=size)  # type: ignore[arg-type]

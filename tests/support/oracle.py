@@ -91,18 +91,18 @@ def clip_search(
                     scale, zero = settings[start]
                     for share in shares:
                         for shift in (0,) if symmetric else (0, -1, 1):
-                            tried = (
+                            candidate = (
                                 stored(scale * share, dtype),
                                 int(np.clip(zero + shift, 0, 2**bits - 1)),
                             )
                             new = current.copy()
                             new[start : start + group] = back(
-                                values[start : start + group], *tried, bits
+                                values[start : start + group], *candidate, bits
                             )
                             if output_error((new - values)[None], x) < output_error(
                                 (current - values)[None], x
                             ):
-                                current, settings[start] = new, tried
+                                current, settings[start] = new, candidate
         result[row] = current
     return result
 
@@ -133,25 +133,27 @@ def weighted_search(
                 around, middle = best[1:]
                 for share in shares:
                     for shift in (0,) if symmetric else shifts:
-                        tried = (
+                        candidate = (
                             stored(around * share, dtype),
                             int(np.clip(middle + shift, 0, 2**bits - 1)),
                         )
                         lost = float(
-                            (counts[part] * np.square(back(values, *tried, bits) - values)).sum()
+                            (
+                                counts[part] * np.square(back(values, *candidate, bits) - values)
+                            ).sum()
                         )
-                        best = min(best, (lost, *tried), key=lambda each: each[0])
+                        best = min(best, (lost, *candidate), key=lambda setting: setting[0])
             result[row, part] = back(values, *best[1:], bits)
     return result
 
 
 def awq_scales(mean_abs: Array) -> Array:
     """Return AWQ's 20 candidates from their definition: mean|x| ** ratio, over sqrt(max * min)."""
-    found = []
+    best_setting = []
     for ratio in np.arange(20) / 20:
         scale = np.maximum(mean_abs / mean_abs.max(), 1e-4) ** ratio
-        found.append(scale / np.sqrt(scale.max() * scale.min()))
-    return np.array(found)
+        best_setting.append(scale / np.sqrt(scale.max() * scale.min()))
+    return np.array(best_setting)
 
 
 def awq_error(
@@ -167,11 +169,11 @@ def awq_error(
             part = slice(start, start + group)
             values, energy = wide[row, part], np.square(x[:, part] / scale[part]).sum(0)
             first, zero = scale_and_zero(values, bits, symmetric, dtype)
-            tried = [
+            candidate = [
                 back(values, stored(first * (1 - 0.1 * i), dtype), zero, bits) for i in range(5)
             ]
-            losses = [float(energy @ np.square(new - values)) for new in tried]
-            result[row, part] = tried[int(np.argmin(losses))]
+            losses = [float(energy @ np.square(new - values)) for new in candidate]
+            result[row, part] = candidate[int(np.argmin(losses))]
     return output_error(result / scale - weight, x)
 
 

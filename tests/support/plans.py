@@ -11,8 +11,8 @@ from quantkit.plan.plan import Plan, SourceFacts, make_plan, match_source
 from quantkit.recipe.parse import parse_recipe
 
 
-def specs_of(config: Mapping[str, object]) -> dict[str, TensorSpec]:
-    """The headers of a checkpoint with this config."""
+def make_specs(config: Mapping[str, object]) -> dict[str, TensorSpec]:
+    """Return the headers of a checkpoint with this config."""
     values = Config(values=config)
     return list_expected_tensors(
         registry.get_architecture(values.text("model_type")).layout(values), values
@@ -27,7 +27,10 @@ def plan_checkpoint(
     config: Mapping[str, object] = {},
     **keys: str,
 ) -> Plan:
-    """The plan for a random checkpoint of a TINY config; keyword arguments are keys of the recipe."""
+    """Return the plan for a random checkpoint of a TINY config.
+
+    Keyword arguments are keys of the recipe.
+    """
     values = {**registry.get_architecture(model_type).tiny, **config}
     lines = {
         "version": "1",
@@ -43,13 +46,13 @@ def plan_checkpoint(
         model="org/name",
         revision=None,
         config=Config(values=values),
-        specs=specs_of(values) if specs is None else specs,
+        specs=make_specs(values) if specs is None else specs,
         fingerprint=None,
         where="org/name",
     )
     tokens = {"calibration": 1024, "fidelity": 1024}
     recipe = parse_recipe(text, "r.yaml")
-    claimed, name = match_source(facts), recipe.format[0]
+    matched, name = match_source(facts), recipe.format[0]
     return make_plan(
-        recipe, facts, claimed, name, budget_bytes=budget, tokens=tokens, hidden_bytes=4
+        recipe, facts, matched, name, budget_bytes=budget, tokens=tokens, hidden_bytes=4
     )

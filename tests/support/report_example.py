@@ -216,5 +216,5 @@ PLAN: dict[str, object] = {
         {"file": f"model-{i:05d}-of-00075.safetensors", "tensors": 1_800, "bytes": 4_990_000_000}
         for i in range(1, 76)
     ],
-    "warnings": ["format awq cannot hold FP8 blocks: what is kept is stored as BF16"],
+    "warnings": ["format awq cannot hold FP8 blocks: kept weights are stored as BF16"],
 }

@@ -18,7 +18,7 @@ KEPT_PARTS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj
 
 
 @cache
-def large() -> Fidelity:
+def make_large_report() -> Fidelity:
     """Seeded, so that it is always the same."""
     dice = random.Random(0)
     modules, loads = [], []
@@ -66,7 +66,7 @@ def large() -> Fidelity:
             "bytes_source": 688_570_000_000,
             "bytes_artifact": 400_890_000_000,
             "rules": [
-                rule(
+                make_rule(
                     "rules[0]",
                     "awq+gptq int4 g128 asymmetric",
                     44_544,
@@ -74,8 +74,8 @@ def large() -> Fidelity:
                     654_070_000_000,
                     4.16,
                 ),
-                rule("rules[1]", "keep", 548, 17_117_633_536, 19_080_000_000, 16.0),
-                rule("mtp: keep", "keep", 780, 13_464_000_000, 15_420_000_000, 16.0),
+                make_rule("rules[1]", "keep", 548, 17_117_633_536, 19_080_000_000, 16.0),
+                make_rule("mtp: keep", "keep", 780, 13_464_000_000, 15_420_000_000, 16.0),
             ],
         },
         "source": {
@@ -118,7 +118,7 @@ def large() -> Fidelity:
     })
 
 
-def rule(
+def make_rule(
     label: str, action: str, modules: int, parameters: int, n_bytes: int, bits: float
 ) -> dict[str, object]:
     """What one rule decided."""
@@ -146,12 +146,12 @@ def write_samples(artifact: Path, items: int, answer: str = "") -> None:
     }
     parquet.write_table(arrow.table(columns), folder / "tokens.parquet")
     parquet.write_table(
-        arrow.Table.from_pylist([pair(k, answer) for k in range(items)]),
+        arrow.Table.from_pylist([make_item(k, answer) for k in range(items)]),
         folder / "benchmarks.parquet",
     )
 
 
-def pair(item: int, answer: str) -> dict[str, object]:
+def make_item(item: int, answer: str) -> dict[str, object]:
     """One item: of three, one is lost or gained in turn."""
     changed, lost = item % 3 == 0, item % 6 == 0
     steps = " ".join(f"Step {n}: {n} + {item} = {n + item}." for n in range(40)) + answer

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from support.report_example import FIDELITY
-from support.report_large import pair, write_samples
+from support.report_large import make_item, write_samples
 from support.report_variants import GATES
 
 from quantkit.artifact.fidelity_schema import Fidelity
@@ -62,11 +62,11 @@ class Page(HTMLParser):
         return values
 
 
-def example(changes: Mapping[str, Any] | None = None) -> Fidelity:
+def make_judged_example(changes: Mapping[str, Any] | None = None) -> Fidelity:
     return gates.apply_gates(GATES, Fidelity.model_validate({**FIDELITY, **(changes or {})}))
 
 
-def folder_with(place: Path, fidelity: Fidelity, items: int = 0) -> Path:
+def write_artifact_folder(place: Path, fidelity: Fidelity, items: int = 0) -> Path:
     """An artifact's folder as far as the page looks at it."""
     (place / "quantkit").mkdir(parents=True, exist_ok=True)
     (place / "quantkit/fidelity.json").write_text(fidelity.to_json())
@@ -75,7 +75,7 @@ def folder_with(place: Path, fidelity: Fidelity, items: int = 0) -> Path:
     return place
 
 
-def poisoned(text: str, long: str) -> tuple[Fidelity, list[dict[str, object]]]:
+def make_hostile_report(text: str, long: str) -> tuple[Fidelity, list[dict[str, object]]]:
     """A report and samples with `text` wherever text can come from a model, a checkpoint or a recipe."""
     artifact: dict[str, Any] = dict(FIDELITY["artifact"])  # type: ignore[call-overload]
     source: dict[str, Any] = dict(FIDELITY["source"])  # type: ignore[call-overload]
@@ -120,7 +120,7 @@ def poisoned(text: str, long: str) -> tuple[Fidelity, list[dict[str, object]]]:
     items = []
     for number in range(4):
         row = {
-            **pair(number * 3, ""),
+            **make_item(number * 3, ""),
             "task": text,
             "filter": text,
             "prompt": long,

@@ -23,18 +23,18 @@ GATES = {
 }
 
 
-def example(changes: Mapping[str, Any] | None = None) -> Fidelity:
+def make_example(changes: Mapping[str, Any] | None = None) -> Fidelity:
     return Fidelity.model_validate({**FIDELITY, **(changes or {})})
 
 
-def emptied() -> Fidelity:
+def make_empty_report() -> Fidelity:
     """Nothing measured, nothing quantized."""
     kept = {key: FIDELITY[key] for key in ("source", "artifact")}
     artifact = {**dict(kept["artifact"]), "roles": [], "serving": [], "notes": []}  # type: ignore[call-overload]
     return Fidelity.model_validate({**kept, "artifact": artifact})
 
 
-def drawn(view: RenderableType, width: int = 100) -> str:
+def render_to_text(view: RenderableType, width: int = 100) -> str:
     text = io.StringIO()
     Console(file=text, width=width, color_system=None).print(view)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"

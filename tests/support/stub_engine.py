@@ -1,11 +1,12 @@
-"""A stand-in for an inference engine over real sockets. What it does is asked in the prompt, as JSON:
+"""A stub of an inference engine over real sockets. The prompt has its behaviour as JSON:
 
-    {"name": "a", "tokens": 5, "hold": true, "first": 0.0, "pause": 0.0, "die": 3, "status": 503, "polite_end": 2,
-     "flood": 1000, "size": 10}
+    {"name": "a", "tokens": 5, "hold": true, "first": 0.0, "pause": 0.0, "die": 3, "status": 503,
+     "polite_end": 2, "flood": 1000, "size": 10}
 
-`hold` waits until `Engine.released` is set, `first` and `pause` are seconds before the first and before each token,
-`die` closes the connection after so many tokens (0: before the head), `polite_end` ends the stream without its mark,
-`flood` sends so many events of `size` bytes as fast as the other side takes them.
+`hold` waits until `StubEngine.released` is set. `first` and `pause` are seconds before the first
+and before each token. `die` closes the connection after that many tokens (0: before the head).
+`polite_end` ends the stream without its end mark. `flood` sends that many events of `size` bytes as
+fast as the client reads.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 
+TESTS = str(Path(__file__).parents[1])
+"""The folder that programs import `support` from."""
+
 
 class StubEngine:
-    """An ASGI application that remembers what it was asked, and what was taken from it."""
+    """An ASGI application that records its requests and what clients received."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
@@ -66,7 +71,7 @@ class StubEngine:
             nonlocal ended
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 ended = True
-                self.at_once -= 1  # before whoever waits for the end can know of it
+                self.at_once -= 1  # before the client can see the end
             await send(message)
 
         work = asyncio.create_task(self.work(values, plan, counted, receive))
@@ -143,7 +148,7 @@ class StubEngine:
 
 
 def parse_plan(prompt: str) -> dict[str, Any]:
-    """What a prompt asks for; one that is no JSON is a name."""
+    """Return the behaviour in a prompt; a prompt that is not JSON is a name."""
     try:
         return dict(json.loads(prompt))
     except ValueError:
@@ -173,13 +178,13 @@ async def send_json(
 
 
 async def abort_connection(receive: Any) -> None:
-    """Close the connection as a process that dies does: uvicorn's cycle knows its transport."""
+    """Close the connection as a dying process does: uvicorn's cycle has its transport."""
     receive.__self__.transport.abort()
     await asyncio.sleep(0)
 
 
 class RunningApp:
-    """An ASGI application on a port of its own, in a thread of this process."""
+    """An ASGI application on its own port, in a thread of this process."""
 
     def __init__(self, app: Any, keep_alive: float = 5) -> None:
         config = uvicorn.Config(
@@ -201,13 +206,11 @@ class RunningApp:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.server.should_exit = self.server.force_exit = (
-            True  # within a tenth of a second; nobody waits for it
-        )
+        self.server.should_exit = self.server.force_exit = True  # within a tenth of a second
 
 
 def send_half_request(url: str) -> bytes:
-    """What is answered to a request whose body never comes in full, until the connection is closed."""
+    """Send a request with an incomplete body; return the response until the connection closes."""
     with socket.create_connection(
         ("127.0.0.1", int(url.split(":")[2].partition("/")[0])), timeout=10
     ) as raw:
@@ -217,8 +220,14 @@ def send_half_request(url: str) -> bytes:
 
 @contextmanager
 def run_process(*arguments: str) -> Iterator[tuple[str, int]]:
-    """A program that prints its port in a process of its own; its address and its process id."""
-    started = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
+    """Run a program that prints its port; yield its address and its process id."""
+    search_path = os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])
+    started = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": search_path},
+    )
     assert started.stdout
     try:
         yield f"http://127.0.0.1:{int(started.stdout.readline())}/v1", started.pid
@@ -228,7 +237,7 @@ def run_process(*arguments: str) -> Iterator[tuple[str, int]]:
 
 
 def run_forever(app: Any) -> None:
-    """Serve in this process, and print the port first."""
+    """Print the port, then serve in this process."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(2048)

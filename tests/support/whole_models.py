@@ -16,7 +16,7 @@ SLOTS = [0, 4, 1, 5, 2, 6, 3, 7]  # AWQ: column j of a word lies in slot SLOTS[j
 def fp8_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Dequantize an FP8 checkpoint to BF16, block by block."""
     stored = load_file(folder / "model.safetensors")
-    found = {}
+    tensors_by_name = {}
     for name, value in stored.items():
         if name.endswith("_scale_inv"):
             continue
@@ -26,8 +26,8 @@ def fp8_weights(folder: Path) -> dict[str, torch.Tensor]:
                 :, : value.shape[1]
             ]
             value = (value.float() * wide).bfloat16()
-        found[name] = value
-    return found
+        tensors_by_name[name] = value
+    return tensors_by_name
 
 
 def unpack(words: torch.Tensor) -> np.ndarray:
@@ -43,18 +43,18 @@ def awq_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Return every logical weight of an AWQ artifact: (q - z) * s, group by group."""
     stored = load_file(folder / "model.safetensors")
     group = json.loads((folder / "config.json").read_text())["quantization_config"]["group_size"]
-    found = {}
+    tensors_by_name = {}
     for name, value in stored.items():
         module, _, kind = name.rpartition(".")
         if kind == "qweight":
             zeros = np.repeat(unpack(stored[f"{module}.qzeros"]), group, axis=0)
             scales = np.repeat(stored[f"{module}.scales"].float().numpy(), group, axis=0)
-            found[f"{module}.weight"] = torch.from_numpy(
+            tensors_by_name[f"{module}.weight"] = torch.from_numpy(
                 ((unpack(value) - zeros) * scales).T.astype(np.float32)
             )
         elif kind not in {"qzeros", "scales"}:
-            found[name] = value
-    return found
+            tensors_by_name[name] = value
+    return tensors_by_name
 
 
 def whole_model(folder: Path, weights: dict[str, torch.Tensor]) -> torch.nn.Module:

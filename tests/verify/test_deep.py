@@ -1,7 +1,7 @@
-"""What `verify --deep` proves of an artifact from its source, and what it does not let pass.
+"""Proofs of `verify --deep` from the source, and damage that it rejects.
 
-Damaged artifacts are sealed again, and neither hashes, headers, config nor numbers tell: only the source does. Each
-case is counted as in test_bad_artifacts.
+Damaged artifacts are sealed again: hashes, headers, config and values are consistent, and only the
+source shows the damage. Each case is counted as in test_bad_artifacts.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from click.testing import CliRunner
 from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from support.damage import (
-    Stored,
-    add,
+    StoredTensor,
+    add_tensor,
     edit_json,
     edit_tensor,
-    holder,
-    put,
+    find_shard,
+    overwrite_element,
     read_shard,
-    remove,
+    remove_tensor,
     reseal,
     write_shard,
 )
@@ -38,9 +38,9 @@ from quantkit.cli.main import main
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.deep import PROOF_MEANINGS, DeepReport, verify_deep
-from quantkit.verify.prove_tensors import powers_of_two, prove_linear
+from quantkit.verify.prove_tensors import are_powers_of_two, prove_linear
 from quantkit.verify.shallow import verify_artifact
-from quantkit.verify.source_pair import open_sides
+from quantkit.verify.source_pair import open_pair
 
 AWQ = "{method: awq, rounding: gptq, bits: 4, group_size: 64}"
 KINDS: dict[str, tuple[str, dict[str, str]]] = {
@@ -76,23 +76,24 @@ KINDS: dict[str, tuple[str, dict[str, str]]] = {
         {
             "quantize": AWQ,
             "mtp": "quantize",
-            "calibration": "{set: tiny-v3, sequences: 8, length: 64, min_expert_tokens: 120, under_calibrated: rtn}",
+            "calibration": "{set: tiny-v3, sequences: 8, length: 64, min_expert_tokens: 120, "
+            "under_calibrated: rtn}",
         },
     ),
     "derived": ("starcoder2", {"quantize": AWQ}),
     "dense": ("qwen3", {"quantize": AWQ.replace("bits: 4", "bits: 3"), "format": "dense"}),
 }
 
-Made = Callable[[str], Path]
+BuildArtifact = Callable[[str], Path]
 
 
-def ignore(_: object) -> None:
-    """Progress and plans that nobody reads."""
+def ignore_progress(_: object) -> None:
+    """Ignore progress and plans."""
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """An artifact of each kind, built when it is first asked for; nobody may change it or its source."""
+def build_artifact(tmp_path_factory: pytest.TempPathFactory) -> BuildArtifact:
+    """Build an artifact of each kind on first use; tests must not change it or its source."""
     place = tmp_path_factory.mktemp("deep")
 
     def build(kind: str) -> Path:
@@ -108,7 +109,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             text = make_recipe_text(source, output, fidelity="none", **few | keys)
             recipe = parse_recipe(text, "deep.yaml")
             pipeline.build_artifacts(
-                recipe, text, overwrite=False, evaluate=False, on_plan=ignore, on_progress=ignore
+                recipe,
+                text,
+                overwrite=False,
+                evaluate=False,
+                planned=ignore_progress,
+                tell=ignore_progress,
             )
         return output
 
@@ -116,77 +122,90 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.fixture
-def bad(made: Made, tmp_path: Path) -> Made:
-    """A copy of an artifact, to be damaged."""
-    return lambda kind: Path(shutil.copytree(made(kind), tmp_path / "artifact"))
+def copy_artifact(build_artifact: BuildArtifact, tmp_path: Path) -> BuildArtifact:
+    """Return a function that copies an artifact, to be damaged."""
+    return lambda kind: Path(shutil.copytree(build_artifact(kind), tmp_path / "artifact"))
 
 
-def deep(
+def verify_all(
     path: Path, sample: int | None = None, seed: int = 0, source: str | None = None
 ) -> DeepReport:
-    """All of an artifact by default."""
-    return verify_deep(path, source, sample, seed, ignore)
+    """Verify all of an artifact by default."""
+    return verify_deep(path, source, sample, seed, ignore_progress)
 
 
-def kinds(found: DeepReport) -> dict[str, int]:
-    """How many proofs of each kind."""
-    return dict(Counter(proof.kind for proof in found.proofs))
+def count_kinds(report: DeepReport) -> dict[str, int]:
+    """Count the proofs of each kind."""
+    return dict(Counter(proof.kind for proof in report.proofs))
 
 
-# --------------------------------------------------------------------------------------------------- what is proven
+# ------------------------------------------------------------------------------------------- proofs
 
 
 @pytest.mark.parametrize("kind", ["rtn", "mse", "nf4", "fp8"])
-def test_what_needs_no_data_is_quantized_again(kind: str, made: Made) -> None:
-    found = deep(made(kind))
-    assert set(kinds(found)) == {"requantized", "equal"}
-    modules = json.loads((made(kind) / MANIFEST).read_text())["modules"]
-    assert kinds(found)["requantized"] == len(modules) == found.modules[0] == found.modules[1] > 0
-    assert found.tensors[0] == found.tensors[1] == kinds(found)["equal"]
+def test_data_free_methods_are_proven_by_requantizing(
+    kind: str, build_artifact: BuildArtifact
+) -> None:
+    report = verify_all(build_artifact(kind))
+    assert set(count_kinds(report)) == {"requantized", "equal"}
+    modules = json.loads((build_artifact(kind) / MANIFEST).read_text())["modules"]
+    assert (
+        count_kinds(report)["requantized"]
+        == len(modules)
+        == report.modules[0]
+        == report.modules[1]
+        > 0
+    )
+    assert report.tensors[0] == report.tensors[1] == count_kinds(report)["equal"]
 
 
-def test_without_folding_every_error_is_reproduced(made: Made) -> None:
-    assert kinds(deep(made("gptq"))) == {"reproduced": 14, "equal": 7}
+def test_errors_are_reproduced_without_folding(build_artifact: BuildArtifact) -> None:
+    assert count_kinds(verify_all(build_artifact("gptq"))) == {"reproduced": 14, "equal": 7}
 
 
-def test_scales_in_norms_are_known_and_those_between_matrices_are_fitted(made: Made) -> None:
-    """q, k and gate read norms alone; v makes what o reads, up what down reads."""
-    found = deep(made("awq"))
-    assert kinds(found) == {"reproduced": 6, "scaled": 8, "equal": 4, "power_of_two": 3}
-    scaled = {proof.name.rpartition(".")[2] for proof in found.proofs if proof.kind == "scaled"}
+def test_scales_in_norms_are_known_and_scales_between_matrices_are_fitted(
+    build_artifact: BuildArtifact,
+) -> None:
+    """q, k and gate read norms only; v produces o's input, up produces down's."""
+    report = verify_all(build_artifact("awq"))
+    assert count_kinds(report) == {"reproduced": 6, "scaled": 8, "equal": 4, "power_of_two": 3}
+    scaled = {proof.name.rpartition(".")[2] for proof in report.proofs if proof.kind == "scaled"}
     assert scaled == {"v_proj", "o_proj", "up_proj", "down_proj"}
     rescaled = [
         name
-        for name, m in json.loads((made("awq") / MANIFEST).read_text())["modules"].items()
+        for name, m in json.loads((build_artifact("awq") / MANIFEST).read_text())["modules"].items()
         if m["rescaled"]
     ]
-    assert {proof.name for proof in found.proofs if proof.kind == "reproduced"} & set(rescaled)
+    assert {proof.name for proof in report.proofs if proof.kind == "reproduced"} & set(rescaled)
 
 
-def test_biases_and_kept_matrices_may_hold_factors(made: Made) -> None:
-    """Of qwen2 the bias of v is divided with its rows; of the other, kv_b stays BF16 and makes what o reads."""
-    found = {proof.name: proof.kind for proof in deep(made("plain-awq")).proofs}
-    assert found["model.layers.0.self_attn.v_proj.bias"] == "factor"
-    assert found["model.layers.0.self_attn.q_proj.bias"] == "equal"
-    found = {proof.name: proof.kind for proof in deep(made("o")).proofs}
-    assert found["model.layers.0.self_attn.kv_b_proj.weight"] == "factor"
-    assert found["model.layers.0.self_attn.o_proj"] == "scaled"
-    assert found["model.layers.0.self_attn.q_b_proj.weight"] == "equal"
+def test_biases_and_kept_matrices_may_hold_factors(build_artifact: BuildArtifact) -> None:
+    """qwen2's v bias is divided with its rows.
+
+    Deepseek's kv_b stays BF16 and produces o's input.
+    """
+    kinds = {proof.name: proof.kind for proof in verify_all(build_artifact("plain-awq")).proofs}
+    assert kinds["model.layers.0.self_attn.v_proj.bias"] == "factor"
+    assert kinds["model.layers.0.self_attn.q_proj.bias"] == "equal"
+    kinds = {proof.name: proof.kind for proof in verify_all(build_artifact("o")).proofs}
+    assert kinds["model.layers.0.self_attn.kv_b_proj.weight"] == "factor"
+    assert kinds["model.layers.0.self_attn.o_proj"] == "scaled"
+    assert kinds["model.layers.0.self_attn.q_b_proj.weight"] == "equal"
 
 
-def test_experts_with_too_few_tokens_are_quantized_again(made: Made) -> None:
-    """They were rounded to nearest, as the MTP block was; the others learned."""
-    found = kinds(deep(made("few")))
-    assert found["requantized"] > 20 and found["scaled"] > 0 and "unproven" not in found
+def test_experts_with_few_tokens_are_proven_by_requantizing(build_artifact: BuildArtifact) -> None:
+    """They were rounded to nearest, as the MTP block was; the others are calibrated."""
+    kinds = count_kinds(verify_all(build_artifact("few")))
+    assert kinds["requantized"] > 20 and kinds["scaled"] > 0 and "unproven" not in kinds
 
 
 @pytest.mark.parametrize("kind", ["experts", "dense", "derived"])
-def test_nothing_is_left_unproven(kind: str, made: Made) -> None:
-    assert "unproven" not in kinds(deep(made(kind)))
+def test_every_tensor_is_proven(kind: str, build_artifact: BuildArtifact) -> None:
+    assert "unproven" not in count_kinds(verify_all(build_artifact(kind)))
 
 
-def test_a_sample_is_drawn_by_its_seed(made: Made) -> None:
-    first, again, other = (deep(made("rtn"), 5, seed) for seed in (1, 1, 2))
+def test_sample_depends_on_the_seed(build_artifact: BuildArtifact) -> None:
+    first, again, other = (verify_all(build_artifact("rtn"), 5, seed) for seed in (1, 1, 2))
     assert (
         [p.name for p in first.proofs]
         == [p.name for p in again.proofs]
@@ -195,35 +214,38 @@ def test_a_sample_is_drawn_by_its_seed(made: Made) -> None:
     assert (first.modules, first.tensors) == ((5, 48), (5, 21))
 
 
-def test_powers_of_two_are_told_apart() -> None:
-    assert powers_of_two(torch.tensor([1.0, 0.5, 2.0**-100, 2.0**100]))
+def test_are_powers_of_two() -> None:
+    assert are_powers_of_two(torch.tensor([1.0, 0.5, 2.0**-100, 2.0**100]))
     for other in (3.0, -2.0, 0.0, torch.inf, torch.nan, 1.0001):
-        assert not powers_of_two(torch.tensor([1.0, other]))
+        assert not are_powers_of_two(torch.tensor([1.0, other]))
 
 
-def test_the_command_says_what_was_proven(made: Made) -> None:
-    path = made("awq")
+def test_command_reports_the_proofs(build_artifact: BuildArtifact) -> None:
+    path = build_artifact("awq")
     result = CliRunner().invoke(main, ["verify", str(path), "--deep", "--sample", "all"])
     assert result.exit_code == 0 and result.stderr == ""
     source = json.loads((path / MANIFEST).read_text())["source"]["model"]
     assert result.stdout.splitlines()[1:] == [
-        f"  source {source}: names, headers, config and tokenizer unchanged, 1 of 1 weight files hashed",
-        "  config.json but for quantization, and 2 files beside it: the source's",
+        f"  source {source}: names, headers, config and tokenizer unchanged, 1 of 1 weight files "
+        "hashed",
+        "  config.json but for quantization, and 2 other files: equal to the source's",
         "  14 of 14 quantized linears",
-        "        6 recorded weight error reproduced from source and codes (how calibration chose them is not proven)",
+        "        6 recorded weight error reproduced from source and codes (how calibration chose "
+        "them is not proven)",
         f"        8 {PROOF_MEANINGS['scaled']}",
         "  7 of 7 kept tensors",
         "        4 the source's values, bit for bit",
         "        3 the source's values by powers of two, bit for bit",
-        "  not proven: output errors and figures of the report: their statistics and texts are not in the artifact",
+        "  not proven: output errors and figures of the report: their statistics and texts are not "
+        "in the artifact",
     ]
-    told = json.loads(
+    output = json.loads(
         CliRunner().invoke(main, ["verify", str(path), "--deep", "--sample", "3", "--json"]).stdout
     )
     assert (
-        told["deep"]["linears"] == 3
-        and len(told["deep"]["proofs"]) == 6
-        and told["deep"]["not_proven"] == {}
+        output["deep"]["linears"] == 3
+        and len(output["deep"]["proofs"]) == 6
+        and output["deep"]["not_proven"] == {}
     )
     for sample in ("0", "-1", "x"):
         assert (
@@ -232,52 +254,54 @@ def test_the_command_says_what_was_proven(made: Made) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------- rejected artifacts
 
 GATE, UP, DOWN = (f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down"))
 EXPERT = "model.layers.0.mlp.experts.3.gate_proj"
 FP8_WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
 
-def flip(path: Path, name: str, byte: int = 0, bit: int = 1) -> None:
+def flip_bit(path: Path, name: str, byte: int = 0, bit: int = 1) -> None:
     """Change one bit of a tensor."""
-    value = read_shard(holder(path, name))[name].data[byte]
-    put(path, name, byte, bytes([value ^ bit]))
+    value = read_shard(find_shard(path, name))[name].data[byte]
+    overwrite_element(path, name, byte, bytes([value ^ bit]))
 
 
-def swap(path: Path, one: str, other: str) -> None:
-    """Two linears' tensors under each other's name."""
+def swap_linears(path: Path, one: str, other: str) -> None:
+    """Swap two linears' tensors."""
     file = path / "model.safetensors"
     tensors = read_shard(file)
     for name in [name for name in tensors if name.startswith(f"{one}.")]:
-        there = other + name.removeprefix(one)
-        tensors[name], tensors[there] = tensors[there], tensors[name]
+        target = other + name.removeprefix(one)
+        tensors[name], tensors[target] = tensors[target], tensors[name]
     write_shard(file, tensors)
 
 
-def bf16(tensor: Stored) -> torch.Tensor:
-    """A stored tensor's values."""
+def read_bf16(tensor: StoredTensor) -> torch.Tensor:
+    """Return a stored tensor's values."""
     return torch.frombuffer(bytearray(tensor.data), dtype=torch.bfloat16).reshape(tensor.shape)
 
 
-def multiply(path: Path, name: str, factor: torch.Tensor) -> None:
+def multiply_tensor(path: Path, name: str, factor: torch.Tensor) -> None:
     """Multiply a BF16 tensor."""
 
-    def change(tensor: Stored) -> None:
-        tensor.data = (bf16(tensor).float() * factor).bfloat16().view(torch.uint8).numpy().tobytes()
+    def change(tensor: StoredTensor) -> None:
+        tensor.data = (
+            (read_bf16(tensor).float() * factor).bfloat16().view(torch.uint8).numpy().tobytes()
+        )
 
     edit_tensor(path, name, change)
 
 
-def channel(size: int, index: int, factor: float) -> torch.Tensor:
-    """Ones, and a factor for one channel."""
-    found = torch.ones(size)
-    found[index] = factor
-    return found
+def make_channel_factor(size: int, index: int, factor: float) -> torch.Tensor:
+    """Return ones, and a factor for one channel."""
+    factors = torch.ones(size)
+    factors[index] = factor
+    return factors
 
 
-def smaller(path: Path) -> None:
-    """A smaller error in manifest and report."""
+def record_smaller_error(path: Path) -> None:
+    """Record a smaller error in manifest and report."""
     edit_json(path / MANIFEST, lambda m: m["modules"][GATE].update(relative_error=0.01))
     edit_json(
         path / "quantkit/fidelity.json",
@@ -285,8 +309,8 @@ def smaller(path: Path) -> None:
     )
 
 
-def wordless(path: Path) -> None:
-    """A recorded error that is no number."""
+def record_no_error(path: Path) -> None:
+    """Record an error that is no number."""
     edit_json(path / MANIFEST, lambda m: m["modules"][GATE].update(relative_error="small"))
     edit_json(
         path / "quantkit/fidelity.json",
@@ -294,13 +318,13 @@ def wordless(path: Path) -> None:
     )
 
 
-def beside(name: str, content: bytes) -> Callable[[Path], object]:
-    """Another file in place of one that was carried over."""
+def replace_carried_file(name: str, content: bytes) -> Callable[[Path], object]:
+    """Replace a file that was carried over."""
     return lambda path: (path / name).write_bytes(content)
 
 
-def unfold(path: Path) -> None:
-    """A manifest that knows of no scales."""
+def forget_scales(path: Path) -> None:
+    """Remove the scales from the manifest."""
     edit_json(
         path / MANIFEST, lambda m: [block.update(scales=[]) for block in m["blocks"].values()]
     )
@@ -309,133 +333,135 @@ def unfold(path: Path) -> None:
 LIES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "one code of rtn": (
         "rtn",
-        lambda p: flip(p, f"{EXPERT}.qweight", 400),
+        lambda p: flip_bit(p, f"{EXPERT}.qweight", 400),
         f"{EXPERT}: qweight: expected what quantizing",
     ),
     "one zero point of rtn": (
         "rtn",
-        lambda p: flip(p, f"{EXPERT}.qzeros"),
+        lambda p: flip_bit(p, f"{EXPERT}.qzeros"),
         "qzeros: expected what quantizing the source",
     ),
     "one scale of rtn": (
         "rtn",
-        lambda p: flip(p, f"{EXPERT}.scales"),
+        lambda p: flip_bit(p, f"{EXPERT}.scales"),
         "scales: expected what quantizing the source",
     ),
     "one code of rtn_mse": (
         "mse",
-        lambda p: flip(p, f"{GATE}.qweight", 7),
+        lambda p: flip_bit(p, f"{GATE}.qweight", 7),
         f"{GATE}: qweight: expected what quantizing",
     ),
     "one code of nf4": (
         "nf4",
-        lambda p: flip(p, f"{GATE}.weight", 99),
+        lambda p: flip_bit(p, f"{GATE}.weight", 99),
         f"{GATE}: weight: expected what quantizing",
     ),
     "one scale of nf4": (
         "nf4",
-        lambda p: flip(p, f"{GATE}.weight.absmax", 5),
+        lambda p: flip_bit(p, f"{GATE}.weight.absmax", 5),
         "weight.absmax: expected what quantizing",
     ),
     "an FP8 bit": (
         "fp8",
-        lambda p: flip(p, FP8_WEIGHT, 77),
+        lambda p: flip_bit(p, FP8_WEIGHT, 77),
         f"{FP8_WEIGHT}: expected the source's FP8 bits, found others",
     ),
     "an FP8 scale": (
         "fp8",
-        lambda p: put(p, f"{FP8_WEIGHT}_scale", 0, struct.pack("<f", 0.5)),
+        lambda p: overwrite_element(p, f"{FP8_WEIGHT}_scale", 0, struct.pack("<f", 0.5)),
         "expected the source's FP8 bits",
     ),
     "one code of gptq": (
         "gptq",
-        lambda p: flip(p, f"{GATE}.qweight", 3, 8),
+        lambda p: flip_bit(p, f"{GATE}.qweight", 3, 8),
         f"{GATE}: expected the recorded weight error",
     ),
     "one scale of gptq": (
         "gptq",
-        lambda p: flip(p, f"{GATE}.scales", 2),
+        lambda p: flip_bit(p, f"{GATE}.scales", 2),
         f"{GATE}: expected the recorded weight error",
     ),
-    "one code of awq behind a norm": (
+    "one code of awq after a norm": (
         "awq",
-        lambda p: flip(p, f"{GATE}.qweight", 3, 8),
+        lambda p: flip_bit(p, f"{GATE}.qweight", 3, 8),
         f"{GATE}: expected the recorded",
     ),
-    "an error that is told too small": (
+    "a recorded error that is too small": (
         "gptq",
-        smaller,
+        record_smaller_error,
         f"{GATE}: expected the recorded weight error 0.01, found 0.",
     ),
     "an error that is no number": (
         "gptq",
-        wordless,
+        record_no_error,
         f"{GATE}: expected the recorded weight error nan",
     ),
     "a bit of an embedding": (
         "gptq",
-        lambda p: flip(p, "model.embed_tokens.weight", 1000),
+        lambda p: flip_bit(p, "model.embed_tokens.weight", 1000),
         "embed_tokens.weight: expected the source's values, bit",
     ),
     "a bit of a norm": (
         "gptq",
-        lambda p: flip(p, "model.norm.weight", 4),
+        lambda p: flip_bit(p, "model.norm.weight", 4),
         "model.norm.weight: expected the source's values, bit for bit",
     ),
     "a norm without its scale": (
         "awq",
-        lambda p: multiply(
-            p, "model.layers.0.post_attention_layernorm.weight", channel(128, 5, 3.0)
+        lambda p: multiply_tensor(
+            p, "model.layers.0.post_attention_layernorm.weight", make_channel_factor(128, 5, 3.0)
         ),
         "expected the source's values by powers of two",
     ),
     "another power of two in a norm": (
         "awq",
-        lambda p: multiply(
-            p, "model.layers.0.post_attention_layernorm.weight", channel(128, 5, 4.0)
+        lambda p: multiply_tensor(
+            p, "model.layers.0.post_attention_layernorm.weight", make_channel_factor(128, 5, 4.0)
         ),
         f"{GATE}: expected the recorded weight error",
     ),
     "a row that is not taken back": (
         "awq",
-        lambda p: multiply(p, f"{UP}.scales", channel(256, 9, 3.0)),
+        lambda p: multiply_tensor(p, f"{UP}.scales", make_channel_factor(256, 9, 3.0)),
         f"{DOWN}: expected the scale of input channel 9",
     ),
     "noise in a fitted matrix": (
         "awq",
-        lambda p: multiply(p, f"{UP}.scales", 1 + 0.5 * torch.rand(2, 256)),
+        lambda p: multiply_tensor(p, f"{UP}.scales", 1 + 0.5 * torch.rand(2, 256)),
         f"{UP}: expected the recorded weight",
     ),
     "a kept matrix of other rows": (
         "o",
-        lambda p: flip(p, "model.layers.0.self_attn.kv_b_proj.weight", 1, 64),
+        lambda p: flip_bit(p, "model.layers.0.self_attn.kv_b_proj.weight", 1, 64),
         "by one factor per row, found others",
     ),
     "a bias with another factor": (
         "plain-awq",
-        lambda p: multiply(p, "model.layers.0.self_attn.v_proj.bias", channel(64, 3, 2.0)),
+        lambda p: multiply_tensor(
+            p, "model.layers.0.self_attn.v_proj.bias", make_channel_factor(64, 3, 2.0)
+        ),
         "expected the source's values by its matrix's factors",
     ),
     "two experts under each other's name": (
         "experts",
-        lambda p: swap(
+        lambda p: swap_linears(
             p, "model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.1.up_proj"
         ),
         "experts.0.up_proj: expected the recorded weight error",
     ),
     "a bias that is gone": (
         "derived",
-        lambda p: remove(p, "model.layers.1.input_layernorm.bias"),
+        lambda p: remove_tensor(p, "model.layers.1.input_layernorm.bias"),
         "model.layers.1.input_layernorm.bias: expected as in the source, found none",
     ),
     "a tensor too many": (
         "derived",
-        lambda p: add(p, "model.layers.1.more.weight", Stored("BF16", [2], b"1234")),
+        lambda p: add_tensor(p, "model.layers.1.more.weight", StoredTensor("BF16", [2], b"1234")),
         "model.layers.1.more.weight: expected none, as in the source, found one",
     ),
     "another model's tokenizer": (
         "rtn",
-        beside("tokenizer.json", b"{}"),
+        replace_carried_file("tokenizer.json", b"{}"),
         "tokenizer.json: expected the source's file",
     ),
     "another activation": (
@@ -452,46 +478,48 @@ LIES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "scales that the manifest denies": (
         "awq",
-        unfold,
+        forget_scales,
         "expected the source's values, bit for bit, found others",
     ),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_what_was_not_made_of_the_source_is_refused(
-    lie: str, bad: Made, record_property: Callable[[str, object], None]
+def test_verify_deep_rejects_contradictions_of_the_source(
+    lie: str, copy_artifact: BuildArtifact, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("reliability", "bad artifact")
     record_property("fault", f"deep: {lie}")
     kind, damage, sentence = LIES[lie]
-    path = bad(kind)
+    path = copy_artifact(kind)
     damage(path)
     reseal(path)
-    verify_artifact(path)  # nothing but the source tells
+    verify_artifact(path)  # only the source shows it
     with pytest.raises(ArtifactError) as caught:
-        deep(path)
+        verify_all(path)
     assert str(caught.value).startswith(f"{path}: not made of ") and sentence in str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------------- the source
+# --------------------------------------------------------------------------------------- the source
 
 
-def moved(made: Made, tmp_path: Path) -> tuple[Path, Path]:
-    """An artifact, and a copy of its source that may be changed."""
-    path = made("gptq")
+def moved_source(build_artifact: BuildArtifact, tmp_path: Path) -> tuple[Path, Path]:
+    """Copy an artifact's source, to be changed."""
+    path = build_artifact("gptq")
     source = json.loads((path / MANIFEST).read_text())["source"]["model"]
     return path, Path(shutil.copytree(source, tmp_path / "source"))
 
 
-def test_the_source_may_lie_elsewhere(made: Made, tmp_path: Path) -> None:
-    path, source = moved(made, tmp_path)
-    assert deep(path, 1, source=str(source)).source == str(source)
+def test_source_may_be_elsewhere(build_artifact: BuildArtifact, tmp_path: Path) -> None:
+    path, source = moved_source(build_artifact, tmp_path)
+    assert verify_all(path, 1, source=str(source)).source == str(source)
 
 
 @pytest.mark.parametrize("changed", ["tokenizer.json", "config.json", "header", "weights"])
-def test_a_changed_source_is_told_as_such(changed: str, made: Made, tmp_path: Path) -> None:
-    path, source = moved(made, tmp_path)
+def test_changed_source_is_reported(
+    changed: str, build_artifact: BuildArtifact, tmp_path: Path
+) -> None:
+    path, source = moved_source(build_artifact, tmp_path)
     weights = source / "model.safetensors"
     if changed == "weights":
         content = bytearray(weights.read_bytes())
@@ -499,39 +527,42 @@ def test_a_changed_source_is_told_as_such(changed: str, made: Made, tmp_path: Pa
         weights.write_bytes(content)
     elif changed == "header":
         tensors = read_shard(weights)
-        write_shard(weights, {**tensors, "extra": Stored("BF16", [1], b"\0\0")})
+        write_shard(weights, {**tensors, "extra": StoredTensor("BF16", [1], b"\0\0")})
     else:
         (source / changed).write_text((source / changed).read_text() + " ")
     with pytest.raises(ArtifactError) as caught:
-        deep(path, 1, source=str(source))
+        verify_all(path, 1, source=str(source))
     what = (
         "model.safetensors has other bytes"
         if changed == "weights"
         else "its names, headers, config or tokenizer differ"
     )
     assert str(caught.value) == (
-        f"{source}: not the source that {path} was made of: {what}; --deep needs the source as it was, name its place "
+        f"{source}: not the source that {path} was made of: {what}; --deep needs the source as it "
+        "was, name its place "
         "with --source"
     )
 
 
-def test_a_source_that_is_gone_is_one_sentence(made: Made, tmp_path: Path) -> None:
-    path = Path(shutil.copytree(made("gptq"), tmp_path / "artifact"))
+def test_missing_source_is_one_sentence(build_artifact: BuildArtifact, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(build_artifact("gptq"), tmp_path / "artifact"))
     edit_json(path / MANIFEST, lambda m: m["source"].update(model="/nowhere"))
     with pytest.raises(
         CheckpointError, match="its source /nowhere cannot be read, and --deep needs it: "
     ):
-        deep(path)
+        verify_all(path)
     result = CliRunner().invoke(main, ["verify", str(path), "--deep"])
     assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
 
 
-def test_a_pair_is_looked_at_from_either_side(bad: Made) -> None:
-    """The linear whose rows were scaled is refused too where the one that reads it was not drawn."""
-    path = bad("awq")
-    assert prove_linear(open_sides(path, None), UP).fault is None
-    multiply(path, f"{UP}.scales", channel(256, 9, 3.0))
-    fault = prove_linear(open_sides(path, None), UP).fault
+def test_scaled_pairs_are_checked_from_both_sides(copy_artifact: BuildArtifact) -> None:
+    """The linear with scaled rows is rejected even if the linear that reads it is not in the
+    sample.
+    """
+    path = copy_artifact("awq")
+    assert prove_linear(open_pair(path, None), UP).fault is None
+    multiply_tensor(path, f"{UP}.scales", make_channel_factor(256, 9, 3.0))
+    fault = prove_linear(open_pair(path, None), UP).fault
     assert fault is not None and fault.startswith(
         f"{DOWN}: expected the scale of input channel 9 to be taken back by"
     )

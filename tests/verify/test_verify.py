@@ -1,4 +1,4 @@
-"""`verify` finds every way in which an artifact can differ from its manifest, and names it in one sentence."""
+"""`verify` finds every difference between an artifact and its manifest, one sentence each."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ FIRST, LAST = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetens
 PACKED = "model.layers.1.mlp.experts.0.gate_proj.qweight"
 
 
-def fault(path: Path) -> str:
-    """What verify says of an artifact that is not what its manifest says."""
+def get_error(path: Path) -> str:
+    """Return verify's message for an artifact that differs from its manifest."""
     with pytest.raises(ArtifactError) as caught:
         verify_artifact(path)
     return str(caught.value)
 
 
-def flip(path: Path, at: int) -> None:
+def flip_bit(path: Path, at: int) -> None:
     """Change one bit of the byte at `at`; negative counts from the end."""
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
 
 
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a JSON file."""
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
 
 
-def header(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The JSON of a safetensors file, and the bytes behind it."""
+def read_header_and_data(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Return the JSON of a safetensors file, and the bytes after it."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length]), content[8 + length :]
@@ -49,37 +49,39 @@ def header(path: Path) -> tuple[dict[str, Any], bytes]:
 
 def rewrite_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the header of a safetensors file and keep its data."""
-    entries, data = header(path)
+    entries, data = read_header_and_data(path)
     change(entries)
     text = json.dumps(entries).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def rename(entries: dict[str, Any], old: str, new: str) -> None:
-    """Give an entry another name."""
+def rename_entry(entries: dict[str, Any], old: str, new: str) -> None:
+    """Rename an entry."""
     entries[new] = entries.pop(old)
 
 
-def shard_of(path: Path, tensor: str) -> Path:
-    """The shard that holds a tensor, by the index."""
+def locate_shard(path: Path, tensor: str) -> Path:
+    """Return the shard that holds a tensor, by the index."""
     return path / json.loads((path / INDEX).read_text())["weight_map"][tensor]
 
 
-# ------------------------------------------------------------------------------------------------- what is in order
+# ---------------------------------------------------------------------------------- valid artifacts
 
 
-def test_an_artifact_as_built_verifies(artifact: Path) -> None:
-    found = verify_artifact(artifact)
+def test_verify_accepts_a_built_artifact(artifact: Path) -> None:
+    report = verify_artifact(artifact)
     files = [path for path in artifact.rglob("*") if path.is_file()]
-    assert found.status == "not judged"  # the benchmarks were left out, and the recipe gates them
-    assert found.files == len(files) - 2  # but the manifest itself and the timings
-    assert found.n_bytes == sum(
+    assert report.status == "not judged"  # the benchmarks were left out, and the recipe gates them
+    assert report.files == len(files) - 2  # but the manifest itself and the timings
+    assert report.n_bytes == sum(
         p.stat().st_size for p in files if p.name not in {"manifest.json", "timings.json"}
     )
-    assert found.tensors == sum(len(header(path)[0]) - 1 for path in artifact.glob("*.safetensors"))
+    assert report.tensors == sum(
+        len(read_header_and_data(path)[0]) - 1 for path in artifact.glob("*.safetensors")
+    )
 
 
-def test_the_manifest_covers_every_file_but_itself_and_the_timings(artifact: Path) -> None:
+def test_manifest_covers_every_file_but_itself_and_the_timings(artifact: Path) -> None:
     manifest = json.loads((artifact / MANIFEST).read_text())
     files = {
         path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if path.is_file()
@@ -111,20 +113,20 @@ def test_verify_does_not_start_torch(artifact: Path) -> None:
     assert ": ok (" in done.stdout
 
 
-# ---------------------------------------------------------------------------------------------------- what is damaged
+# ------------------------------------------------------------------------------------------- damage
 
 
 DAMAGES: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "a flipped bit of a weight": (
-        lambda path: flip(path / LAST, -1),
+        lambda path: flip_bit(path / LAST, -1),
         f"{LAST}: expected sha256 ",
     ),
     "a flipped bit of the report": (
-        lambda path: flip(path / "quantkit/fidelity.json", 100),
+        lambda path: flip_bit(path / "quantkit/fidelity.json", 100),
         "quantkit/fidelity.json: expected sha256 ",
     ),
     "a flipped bit of the model card": (
-        lambda path: flip(path / "README.md", 10),
+        lambda path: flip_bit(path / "README.md", 10),
         "README.md: expected sha256 ",
     ),
     "a shard cut short": (
@@ -132,7 +134,9 @@ DAMAGES: Mapping[str, tuple[Callable[[Path], object], str]] = {
         "the file is truncated",
     ),
     "a longer file": (
-        lambda path: (path / "tokenizer.json").write_bytes((path / "tokenizer.json").read_bytes() + b" "),
+        lambda path: (path / "tokenizer.json").write_bytes(
+            (path / "tokenizer.json").read_bytes() + b" "
+        ),
         "tokenizer.json: expected 39072 bytes, found 39073",
     ),
     "a removed file": (
@@ -152,26 +156,32 @@ DAMAGES: Mapping[str, tuple[Callable[[Path], object], str]] = {
         "quantkit/samples/more.parquet: not in the manifest",
     ),
     "a renamed tensor": (
-        lambda path: rewrite_header(shard_of(path, PACKED), lambda h: rename(h, PACKED, "model.other")),
+        lambda path: rewrite_header(
+            locate_shard(path, PACKED), lambda h: rename_entry(h, PACKED, "model.other")
+        ),
         "tensor model.other: expected none, found ['I32', [256, 16]]",
     ),
     "a tensor of another shape": (
-        lambda path: rewrite_header(shard_of(path, PACKED), lambda h: h[PACKED].update(shape=[16, 256])),
+        lambda path: rewrite_header(
+            locate_shard(path, PACKED), lambda h: h[PACKED].update(shape=[16, 256])
+        ),
         f"tensor {PACKED}: expected ['I32', [256, 16]], found ['I32', [16, 256]]",
     ),
     "an index that leads elsewhere": (
-        lambda path: edit(path / INDEX, lambda index: index["weight_map"].update({PACKED: LAST})),
+        lambda path: edit_json(
+            path / INDEX, lambda index: index["weight_map"].update({PACKED: LAST})
+        ),
         f"{INDEX}: weight_map does not agree with the shards' headers",
     ),
     "an index that forgets a tensor": (
-        lambda path: edit(path / INDEX, lambda index: index["weight_map"].pop(PACKED)),
+        lambda path: edit_json(path / INDEX, lambda index: index["weight_map"].pop(PACKED)),
         f"{INDEX}: weight_map does not agree with the shards' headers",
     ),
     "an index with a wrong total": (
-        lambda path: edit(path / INDEX, lambda index: index["metadata"].update(total_size=1)),
+        lambda path: edit_json(path / INDEX, lambda index: index["metadata"].update(total_size=1)),
         f"{INDEX}: metadata.total_size: expected ",
     ),
-    "no index beside three shards": (
+    "no index with three shards": (
         lambda path: (path / INDEX).unlink(),
         f"{INDEX}: missing, with 3 shards",
     ),
@@ -180,11 +190,15 @@ DAMAGES: Mapping[str, tuple[Callable[[Path], object], str]] = {
         f"{INDEX}: expected JSON",
     ),
     "a config without quantization_config": (
-        lambda path: edit(path / "config.json", lambda config: config.pop("quantization_config")),
+        lambda path: edit_json(
+            path / "config.json", lambda config: config.pop("quantization_config")
+        ),
         "config.json: quantization_config is not the one the artifact was built with",
     ),
     "a config with other bits": (
-        lambda path: edit(path / "config.json", lambda config: config["quantization_config"].update(bits=8)),
+        lambda path: edit_json(
+            path / "config.json", lambda config: config["quantization_config"].update(bits=8)
+        ),
         "config.json: quantization_config is not the one the artifact was built with",
     ),
     "a config that is no JSON": (
@@ -196,11 +210,11 @@ DAMAGES: Mapping[str, tuple[Callable[[Path], object], str]] = {
         "config.json: missing",
     ),
     "a file that is a link": (
-        lambda path: link(path / "README.md"),
+        lambda path: replace_by_link(path / "README.md"),
         "README.md: a link, expected a file",
     ),
     "a shard that is a link": (
-        lambda path: link(path / LAST),
+        lambda path: replace_by_link(path / LAST),
         f"{LAST}: a link, expected a file",
     ),
     "a link to a folder": (
@@ -211,10 +225,10 @@ DAMAGES: Mapping[str, tuple[Callable[[Path], object], str]] = {
         lambda path: (path / "gone").symlink_to("/nonexistent"),
         "gone: not in the manifest",
     ),
-}  # fmt: skip
+}
 
 
-def link(path: Path) -> None:
+def replace_by_link(path: Path) -> None:
     """Move a file out of the artifact and leave a link to it."""
     outside = path.parent.parent / path.name
     path.rename(outside)
@@ -222,18 +236,20 @@ def link(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "sentence"), DAMAGES.values(), ids=DAMAGES)
-def test_damage_is_named(artifact: Path, damage: Callable[[Path], object], sentence: str) -> None:
+def test_verify_names_the_damage(
+    artifact: Path, damage: Callable[[Path], object], sentence: str
+) -> None:
     damage(artifact)
-    message = fault(artifact)
+    message = get_error(artifact)
     assert message.startswith(f"{artifact}: not what its manifest says; pull or build it again:\n")
     assert sentence in message
 
 
-def test_a_damaged_header_is_no_reason_to_stop(artifact: Path) -> None:
-    """The shard's hash, its header and another file's fault are told together."""
-    flip(artifact / LAST, 9)
-    flip(artifact / "README.md", 0)
-    message = fault(artifact)
+def test_verify_continues_after_a_damaged_header(artifact: Path) -> None:
+    """The shard's hash, its header and another file's fault are reported together."""
+    flip_bit(artifact / LAST, 9)
+    flip_bit(artifact / "README.md", 0)
+    message = get_error(artifact)
     for sentence in (
         f"{LAST}: expected sha256",
         f"{LAST}: header: expected JSON",
@@ -242,15 +258,15 @@ def test_a_damaged_header_is_no_reason_to_stop(artifact: Path) -> None:
         assert sentence in message
 
 
-def test_all_faults_are_told_at_once(artifact: Path) -> None:
-    """Damaged JSON files too: whoever repairs the artifact sees everything in one run."""
-    flip(artifact / LAST, -1)
-    flip(artifact / "quantkit/fidelity.json", 100)
+def test_verify_reports_all_faults_at_once(artifact: Path) -> None:
+    """Damaged JSON files too: one run shows everything that must be repaired."""
+    flip_bit(artifact / LAST, -1)
+    flip_bit(artifact / "quantkit/fidelity.json", 100)
     (artifact / "tokenizer.json").unlink()
     (artifact / "added.bin").write_bytes(b"x")
     (artifact / "config.json").write_text("{")
     (artifact / INDEX).write_text("{")
-    lines = fault(artifact).splitlines()[1:]
+    lines = get_error(artifact).splitlines()[1:]
     named = [line.partition(": ")[0].removeprefix(f"{artifact}/") for line in lines]
     assert set(named) == {
         LAST,
@@ -262,51 +278,56 @@ def test_all_faults_are_told_at_once(artifact: Path) -> None:
     }
 
 
-def test_many_faults_are_counted(artifact: Path) -> None:
+def test_verify_counts_many_faults(artifact: Path) -> None:
     for number in range(30):
         (artifact / f"{number:02d}.bin").write_bytes(b"")
-    lines = fault(artifact).splitlines()
+    lines = get_error(artifact).splitlines()
     assert len(lines) == 22
     assert lines[1] == "00.bin: not in the manifest" and lines[-1] == "... and 10 more"
 
 
-# --------------------------------------------------------------------------------------------- what is no artifact
+# --------------------------------------------------------------------- folders that are no artifact
 
 
-def test_a_folder_without_manifest_is_no_artifact(artifact: Path) -> None:
+def test_verify_rejects_a_folder_without_manifest(artifact: Path) -> None:
     (artifact / MANIFEST).unlink()
     assert (
-        fault(artifact)
+        get_error(artifact)
         == f"{artifact}: no {MANIFEST}: not an artifact of quantkit, or its build did not finish"
     )
 
 
-def test_no_folder_is_no_artifact(tmp_path: Path) -> None:
+def test_verify_rejects_a_missing_folder(tmp_path: Path) -> None:
     assert (
-        fault(tmp_path / "x")
+        get_error(tmp_path / "x")
         == f"{tmp_path / 'x'}: expected the folder of an artifact, found none; check the path"
     )
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_a_manifest_of_another_schema(artifact: Path, version: object) -> None:
-    edit(artifact / MANIFEST, lambda manifest: manifest.update(schema_version=version))
-    assert fault(artifact) == (
-        f"{artifact / MANIFEST}: schema_version: expected 1, found {version!r}; use the quantkit that made it"
+def test_verify_rejects_another_schema_version(artifact: Path, version: object) -> None:
+    edit_json(artifact / MANIFEST, lambda manifest: manifest.update(schema_version=version))
+    assert get_error(artifact) == (
+        f"{artifact / MANIFEST}: schema_version: expected 1, found {version!r}; use the quantkit "
+        "that made it"
     )
 
 
 @pytest.mark.parametrize("key", ["files", "tensors"])
 @pytest.mark.parametrize("value", [None, [], "x"])
-def test_a_manifest_without_its_parts(artifact: Path, key: str, value: object) -> None:
-    edit(artifact / MANIFEST, lambda manifest: manifest.update({key: value}))
-    assert f"{MANIFEST}: {key}: expected an object, found {type(value).__name__}" in fault(artifact)
+def test_verify_rejects_a_manifest_without_its_sections(
+    artifact: Path, key: str, value: object
+) -> None:
+    edit_json(artifact / MANIFEST, lambda manifest: manifest.update({key: value}))
+    assert f"{MANIFEST}: {key}: expected an object, found {type(value).__name__}" in get_error(
+        artifact
+    )
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1, "a": 2}', '{"schema_version": 1}'])
-def test_a_manifest_that_is_none(artifact: Path, text: str) -> None:
+def test_verify_rejects_an_invalid_manifest(artifact: Path, text: str) -> None:
     (artifact / MANIFEST).write_text(text)
-    assert f"{MANIFEST}: " in fault(artifact)
+    assert f"{MANIFEST}: " in get_error(artifact)
 
 
 @pytest.mark.parametrize(
@@ -314,17 +335,19 @@ def test_a_manifest_that_is_none(artifact: Path, text: str) -> None:
     [None, 1, [], {}, {"bytes": "1", "sha256": 1}, {"bytes": 39072}],
     ids=lambda entry: json.dumps(entry),
 )
-def test_an_entry_of_the_manifest_that_is_none(artifact: Path, entry: object) -> None:
-    edit(artifact / MANIFEST, lambda manifest: manifest["files"].update({"tokenizer.json": entry}))
-    assert "\ntokenizer.json: expected " in fault(artifact)
+def test_verify_rejects_an_invalid_file_entry(artifact: Path, entry: object) -> None:
+    edit_json(
+        artifact / MANIFEST, lambda manifest: manifest["files"].update({"tokenizer.json": entry})
+    )
+    assert "\ntokenizer.json: expected " in get_error(artifact)
 
 
 @pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "quantkit"])
-def test_the_manifest_cannot_lead_outside(artifact: Path, name: str) -> None:
-    """A name that is no file below the artifact's folder is a missing file, whatever lies there."""
+def test_manifest_cannot_lead_outside_the_folder(artifact: Path, name: str) -> None:
+    """A name that is no file below the artifact's folder is a missing file."""
     (artifact.parent / "outside.json").write_text("{}")
-    edit(
+    edit_json(
         artifact / MANIFEST,
         lambda manifest: manifest["files"].update({name: {"bytes": 2, "sha256": ""}}),
     )
-    assert f"\n{name}: missing" in fault(artifact)
+    assert f"\n{name}: missing" in get_error(artifact)

@@ -1,4 +1,6 @@
-"""One file per command of the program: the file's name is the command's, its COMMAND is what runs.
+"""One module per command: its name is the command's, its `command` is what runs.
 
-All are loaded at every start: heavy imports belong into the functions.
+A module is imported when its command runs or its help is shown (main.LazyGroup). torch and
+transformers take seconds to import: modules that need them are imported inside the functions of
+build, eval, plan and `verify --deep`.
 """

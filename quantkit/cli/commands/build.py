@@ -1,15 +1,21 @@
-"""`quantkit build`: the artifact of a recipe."""
+"""`quantkit build`: build the artifacts of a recipe."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from quantkit.cli.console import ProgressBar, as_json_list, handle_errors, show
-from quantkit.cli.options import JSON, JUNIT, SET, read_recipe
+from quantkit.cli.console import handle_errors, print_json_list
+from quantkit.cli.options import JSON, JUNIT, SET, parse_overrides
 from quantkit.errors import GateMissed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from quantkit.pipeline import BuildResult
 
 
 @click.command()
@@ -18,18 +24,16 @@ from quantkit.errors import GateMissed
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace an artifact under output.path once the new one is done.",
+    help="Replace the artifact at output.path once the new one is complete.",
 )
 @click.option(
-    "--restart", is_flag=True, help="Drop what an interrupted build has done, and begin anew."
+    "--restart", is_flag=True, help="Discard the progress of an interrupted build and start over."
 )
-@click.option(
-    "--skip-evaluation", is_flag=True, help="Leave the benchmarks out; the report says so."
-)
+@click.option("--skip-evaluation", is_flag=True, help="Skip the benchmarks; the report says so.")
 @JUNIT
 @JSON
 @handle_errors
-def COMMAND(
+def command(
     recipe: str,
     overrides: tuple[str, ...],
     overwrite: bool,
@@ -38,48 +42,67 @@ def COMMAND(
     junit: Path | None,
     json_out: bool,
 ) -> None:
-    """Plan, quantize, measure and report: make the artifact of a recipe.
+    """Quantize a model as a recipe says, measure it, and write the artifact.
 
-    RECIPE is a file or the name of one that ships with quantkit. Interrupted, the same command goes on behind the last
-    finished block and ends with the same bytes. Exits with 3 when a gate is missed.
+    RECIPE is a file or the name of a recipe that ships with quantkit. The artifact contains the
+    fidelity report. If a build is interrupted, the same command resumes after the last finished
+    block; the bytes are the same. Exits with 3 if a gate is missed.
 
     Example: quantkit build tiny-v3-awq4
     """
+    # `quantkit build --help` starts without torch, pydantic and rich.
+    from quantkit.cli.rich_output import ProgressBar, show
     from quantkit.io.files import write_output
     from quantkit.pipeline import build_artifacts
     from quantkit.plan.summary import summarize_plan
+    from quantkit.recipe.recipe_file import read_recipe
     from quantkit.report.junit import format_junit as junit_bytes
     from quantkit.report.terminal import render_plans, render_reports
 
-    text, parsed = read_recipe(recipe, overrides)
-    with ProgressBar(sys.stderr.isatty() and not json_out) as meter:
-        outcomes = build_artifacts(
+    text, parsed = read_recipe(recipe, parse_overrides(overrides))
+    with ProgressBar(sys.stderr.isatty() and not json_out) as progress_bar:
+        results = build_artifacts(
             parsed,
             text,
             overwrite=overwrite,
             evaluate=not skip_evaluation,
-            on_plan=lambda plans: (
-                None if json_out else show(render_plans([summarize_plan(made) for made in plans]))
+            planned=lambda plans: (
+                None if json_out else show(render_plans([summarize_plan(plan) for plan in plans]))
             ),
-            on_progress=meter.tell,
+            tell=progress_bar.update,
             restart=restart,
-            on_message=lambda told: click.echo(told, err=True),
+            say=lambda message: click.echo(message, err=True),
         )
     if junit:
-        write_output(junit, junit_bytes([outcome.fidelity for outcome in outcomes]))
+        write_output(junit, junit_bytes([result.fidelity for result in results]))
     if json_out:
-        as_json_list([outcome.fidelity.model_dump(mode="json") for outcome in outcomes])
+        print_json_list([result.fidelity.model_dump(mode="json") for result in results])
     else:
-        show(render_reports([outcome.fidelity for outcome in outcomes]))
-        for outcome in outcomes:
-            told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
-            peak = f"peak memory {outcome.peak_bytes / 1e9:.2f} GB"
-            click.echo(f"{outcome.path}: {outcome.fidelity.status} ({told}; {peak})")
+        show(render_reports([result.fidelity for result in results]))
+        for result in results:
+            click.echo(format_result(result))
+    check_gates(results)
+
+
+def format_result(result: BuildResult) -> str:
+    """Return path, status, seconds per step and peak memory of an artifact."""
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
+    peak = f"peak memory {result.peak_bytes / 1e9:.2f} GB"
+    return f"{result.path}: {result.fidelity.status} ({times}; {peak})"
+
+
+def check_gates(results: Sequence[BuildResult]) -> None:
+    """Raise GateMissed if a gate of any artifact was missed."""
     missed = [
-        (o.path.name, gate) for o in outcomes for gate in o.fidelity.gates if gate.ok is False
+        (f"{result.path.name}: " if len(results) > 1 else "", gate)
+        for result in results
+        for gate in result.fidelity.gates
+        if gate.ok is False
     ]
     if missed:
-        of = {name: f"{name}: " if len(outcomes) > 1 else "" for name, _ in missed}
         raise GateMissed(
-            "; ".join(f"{of[name]}gate {g.figure} {g.bound}: found {g.value}" for name, g in missed)
+            "; ".join(
+                f"{artifact}gate {gate.figure} {gate.bound}: found {gate.value}"
+                for artifact, gate in missed
+            )
         )

@@ -1,14 +1,25 @@
-"""`quantkit gate`: an artifact judged anew."""
+"""`quantkit gate`: check an artifact against gates."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 
-from quantkit.cli.console import as_json, handle_errors, show
-from quantkit.cli.options import JSON, JUNIT, read_gates
-from quantkit.errors import GateMissed, UsageError
+from quantkit.artifact.fidelity_schema import Fidelity
+from quantkit.artifact.layout import PLAN
+from quantkit.artifact.read_report import read_sealed_report
+from quantkit.cli.console import handle_errors, print_json
+from quantkit.cli.options import JSON, JUNIT
+from quantkit.cli.rich_output import show
+from quantkit.errors import ArtifactError, GateMissed, UsageError
+from quantkit.io.files import read_json, write_output
+from quantkit.recipe.parse import parse_gates
+from quantkit.recipe.recipe_file import read_text_file
+from quantkit.recipe.schema import Gate
+from quantkit.report import gates, tables, terminal
+from quantkit.report.junit import format_junit as junit_bytes
 
 
 @click.command()
@@ -17,50 +28,82 @@ from quantkit.errors import GateMissed, UsageError
     "--gates",
     "gates_file",
     type=click.Path(path_type=Path),
-    help="A YAML file with `gates:`, a recipe too; else the artifact's own recipe.",
+    help="A YAML file with `gates:`, e.g. a recipe; default: the artifact's own recipe.",
 )
 @JUNIT
 @JSON
 @handle_errors
-def COMMAND(artifact: Path, gates_file: Path | None, junit: Path | None, json_out: bool) -> None:
-    """Judge an artifact's figures by other gates, or by its recipe's again. Changes nothing in the artifact.
+def command(artifact: Path, gates_file: Path | None, junit: Path | None, json_out: bool) -> None:
+    """Check an artifact against gates.
 
-    Exits with 3 when a gate is missed or cannot be judged, because its figure was never measured; a build with such a
-    gate is "not judged" and exits with 0.
+    The gates are those of a file, or of the artifact's recipe. Nothing in the artifact changes.
+    Exits with 3 if a gate is missed, or if its figure was never measured; a build with such a gate
+    is "not judged" and exits with 0.
 
     Example: quantkit gate artifacts/tiny-v3-awq4 --gates strict.yaml --junit gates.xml
     """
-    from quantkit.artifact.read_report import read_sealed_report
-    from quantkit.io.files import write_output
-    from quantkit.report import gates, tables, terminal
-    from quantkit.report.junit import format_junit as junit_bytes
-
     if not artifact.is_dir():
         raise UsageError(f"{artifact}: expected an artifact's folder, found none; check the path")
-    report, _ = read_sealed_report(artifact)
-    found = gates.apply_gates(read_gates(gates_file, artifact, report), report)
-    missed = [gate for gate in found.gates if gate.ok is False]
+    built, _ = read_sealed_report(artifact)
+    judged = gates.apply_gates(read_gates(gates_file, artifact, built), built)
     if junit:
-        write_output(junit, junit_bytes([found]))
+        write_output(junit, junit_bytes([judged]))
     if json_out:
-        results = [gate.model_dump(mode="json") for gate in found.gates]
-        as_json({
+        results = [gate.model_dump(mode="json") for gate in judged.gates]
+        print_json({
             "artifact": str(artifact),
-            "status": found.status,
-            "built": report.status,
+            "status": judged.status,
+            "built": built.status,
             "gates": results,
         })
     else:
-        show(terminal.render_table(tables.make_gate_table(found)))
-        kept, open_ = (
-            sum(gate.ok is True for gate in found.gates),
-            sum(gate.ok is None for gate in found.gates),
+        show(terminal.render_table(tables.make_gate_table(judged)))
+        kept, missed, open_ = (
+            sum(gate.ok is outcome for gate in judged.gates) for outcome in (True, False, None)
         )
-        told = f"{kept} of {len(found.gates)} gates kept, {len(missed)} missed, {open_} without a figure"
-        click.echo(f"{artifact}: {found.status}: {told} (when built: {report.status})")
-    faults = [f"gate {gate.figure} {gate.bound}: found {gate.value}" for gate in missed]
+        counts = (
+            f"{kept} of {len(judged.gates)} gates kept, {missed} missed, {open_} without a figure"
+        )
+        click.echo(f"{artifact}: {judged.status}: {counts} (when built: {built.status})")
+    check_gates(judged)
+
+
+def read_gates(file: Path | None, artifact: Path, report: Fidelity) -> dict[str, Gate]:
+    """Return the gates of a YAML file, or those of the artifact's recipe.
+
+    UsageError if it has none.
+    """
+    tasks = [row.task for row in report.benchmarks]
+    if file is not None:
+        return parse_gates(read_text_file(file), str(file), tasks)
+    plan_file = artifact / PLAN
+    recipe = read_json(plan_file, ArtifactError).get("recipe")
+    own = (
+        {key: recipe.get(key) for key in ("gates", "evaluation")}
+        if isinstance(recipe, dict)
+        else {}
+    )
+    if not own.get("gates"):
+        raise UsageError(
+            f"{artifact}: its recipe has no gates; name a file that has some with --gates FILE"
+        )
+    planned = own["evaluation"].get("tasks") if isinstance(own["evaluation"], dict) else None
+    return parse_gates(
+        json.dumps({"gates": own["gates"]}),
+        str(plan_file),
+        planned if isinstance(planned, list) else tasks,
+    )
+
+
+def check_gates(judged: Fidelity) -> None:
+    """Raise GateMissed if a gate is missed or could not be judged."""
+    faults = [
+        f"gate {gate.figure} {gate.bound}: found {gate.value}"
+        for gate in judged.gates
+        if gate.ok is False
+    ]
     unknown = [
-        f"{gate.figure} {gate.bound} ({gate.reason})" for gate in found.gates if gate.ok is None
+        f"{gate.figure} {gate.bound} ({gate.reason})" for gate in judged.gates if gate.ok is None
     ]
     faults += [f"could not be judged: {', '.join(unknown)}"] if unknown else []
     if faults:

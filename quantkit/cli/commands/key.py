@@ -1,4 +1,4 @@
-"""`quantkit key`: who may ask a gateway."""
+"""`quantkit key`: create API keys for the gateway."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import click
 
 from quantkit.cli.console import handle_errors
 from quantkit.errors import UsageError
+from quantkit.io.files import read_json, write_json
+from quantkit.serve.gateway.api_keys import create_key, parse_keys
 
 
 @click.command()
@@ -23,26 +25,25 @@ from quantkit.errors import UsageError
     "--priority",
     type=click.IntRange(0, 9),
     default=0,
-    help="The most urgent it may ask with; 0 is first.",
+    help="The most urgent priority its requests may have; 0 is first.",
 )
 @click.option(
     "--most",
     type=click.IntRange(0),
     default=0,
-    help="Its requests at once; 0: the gateway's bound.",
+    help="Its concurrent requests; 0: the limit of the gateway.",
 )
 @handle_errors
-def COMMAND(name: str, file: Path, priority: int, most: int) -> None:
-    """Make an API key, add its hash to a file, and print the key: once, it is stored nowhere.
+def command(name: str, file: Path, priority: int, most: int) -> None:
+    """Create an API key for the gateway.
+
+    Adds the hash of the key to a file and prints the key, once: it is stored nowhere.
 
     Example: quantkit key team-a --keys keys.json --priority 3 --most 8
     """
-    from quantkit.io.files import read_json, write_json
-    from quantkit.serve.gateway.api_keys import create_key, parse_keys
-
-    there = parse_keys(read_json(file, UsageError), str(file)) if file.exists() else ()
+    existing = parse_keys(read_json(file, UsageError), str(file)) if file.exists() else ()
     text, entry = create_key(name, priority=priority, most=most)
-    entries = [key.model_dump() for key in (*there, entry)]
-    parse_keys({"keys": entries}, str(file))  # a name that is there already
+    entries = [key.model_dump() for key in (*existing, entry)]
+    parse_keys({"keys": entries}, str(file))  # refuses a second key of the same name
     write_json(file, {"keys": entries})
     click.echo(text)

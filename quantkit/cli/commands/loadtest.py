@@ -1,19 +1,28 @@
-"""`quantkit loadtest`: how a server bears load."""
+"""`quantkit loadtest`: measure a server under load."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from quantkit.cli.console import as_json, handle_errors, show
+from quantkit.artifact import loadtest_schema
+from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE, MANIFEST
+from quantkit.artifact.loadtest_schema import LoadTest
+from quantkit.artifact.read_manifest import read_manifest
+from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON
+from quantkit.cli.rich_output import show
 from quantkit.errors import UsageError
-
-if TYPE_CHECKING:
-    from quantkit.artifact.loadtest_schema import LoadTest
+from quantkit.io.files import encode_json, write_output
+from quantkit.report.terminal import render_table
+from quantkit.serve.loadtest import engine
+from quantkit.serve.loadtest import guidellm as guidellm_tool
+from quantkit.serve.loadtest.page import render_page
+from quantkit.serve.loadtest.prompts import read_prompts
+from quantkit.serve.loadtest.run import run_load_test
+from quantkit.serve.loadtest.tables import make_level_table
 
 
 @click.command()
@@ -21,30 +30,34 @@ if TYPE_CHECKING:
 @click.option(
     "--artifact",
     type=click.Path(path_type=Path),
-    help="Keep result and page beside this artifact's report.",
+    help="Store the result and its page next to this artifact's report.",
 )
 @click.option(
-    "--data", default="tiny-v3-math", help="Prompts: a JSONL or text file, or a set of evals/data."
+    "--data", default="tiny-v3-math", help="Prompts: a JSONL or text file, or a set in evals/data."
 )
 @click.option(
-    "--concurrency", default="1,2,4,8,16", metavar="N[,N]", help="Requests at once, level by level."
+    "--concurrency",
+    default="1,2,4,8,16",
+    metavar="N[,N]",
+    help="Concurrent requests, level by level.",
 )
 @click.option(
     "--requests",
     type=click.IntRange(1),
     default=64,
-    help="Requests per level, at least 4 per place (64).",
+    help="Requests per level, at least 4 per concurrent request (64).",
 )
 @click.option(
-    "--seconds", type=click.FloatRange(1), default=120, help="The longest a level may take (120)."
+    "--seconds",
+    type=click.FloatRange(1),
+    default=120,
+    help="Time limit of a level in seconds (120).",
 )
+@click.option("--max-tokens", type=click.IntRange(1), default=128, help="Tokens per answer (128).")
 @click.option(
-    "--max-tokens", type=click.IntRange(1), default=128, help="Tokens of an answer (128)."
+    "--stop-at-eos", is_flag=True, help="Let answers end at EOS; by default all have one length."
 )
-@click.option(
-    "--stop-at-eos", is_flag=True, help="Let answers end by themselves; else all have one length."
-)
-@click.option("--chat", is_flag=True, help="Ask /v1/chat/completions.")
+@click.option("--chat", is_flag=True, help="Send requests to /v1/chat/completions.")
 @click.option("--model", default="", help="The served model; default: the only one.")
 @click.option(
     "--metrics", default="", metavar="URL", help="The engine's /metrics; default: the server's."
@@ -52,46 +65,49 @@ if TYPE_CHECKING:
 @click.option(
     "--tokenizer",
     default="",
-    help="For servers that tell no usage: a folder; default: the artifact.",
+    help="For servers that report no usage: a tokenizer's folder; default: the artifact.",
 )
 @click.option(
-    "--key-variable", default="OPENAI_API_KEY", help="Where the API key is (OPENAI_API_KEY)."
+    "--key-variable",
+    default="OPENAI_API_KEY",
+    help="Environment variable with the API key (OPENAI_API_KEY).",
 )
 @click.option(
     "--guidellm",
     default="guidellm",
     metavar="PROGRAM",
-    help="GuideLLM's program (guidellm on PATH).",
+    help="The GuideLLM program (guidellm on PATH).",
 )
-@click.option("--note", default="", help="What serves, for the record: 'vLLM 0.32, 8 x H100'.")
-@click.option("--output", type=click.Path(path_type=Path), help="Write the result there, as JSON.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with plots there.")
+@click.option(
+    "--note", default="", help="Server and hardware, for the record: 'vLLM 0.32, 8 x H100'."
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Write the result to this file as JSON."
+)
+@click.option(
+    "--html", type=click.Path(path_type=Path), help="Write an HTML page with plots to this file."
+)
 @JSON
 @handle_errors
-def COMMAND(  # noqa: PLR0913  # every one is an option
-    url: str, artifact: Path | None, data: str, concurrency: str, requests: int, seconds: float, max_tokens: int,
-    stop_at_eos: bool, chat: bool, model: str, metrics: str, tokenizer: str, key_variable: str, guidellm: str,
-    note: str, output: Path | None, html: Path | None, json_out: bool,
+def command(  # noqa: PLR0913  # one parameter per option
+    url: str, artifact: Path | None, data: str, concurrency: str, requests: int, seconds: float,
+    max_tokens: int, stop_at_eos: bool, chat: bool, model: str, metrics: str, tokenizer: str,
+    key_variable: str, guidellm: str, note: str, output: Path | None, html: Path | None,
+    json_out: bool,
 ) -> None:  # fmt: skip
-    """Ask a server more and more at once, by GuideLLM: time to first token, between tokens, throughput, prefix cache.
+    """Measure a server under increasing load.
 
-    URL is the server's API, http://HOST:PORT/v1, or the folder of an artifact whose kept result is shown again.
+    GuideLLM sends the requests. Reports time to first token, inter-token latency, throughput and
+    prefix cache hits. URL is the server's API, http://HOST:PORT/v1, or the folder of an artifact
+    whose stored result is printed again.
 
-    Example: quantkit loadtest http://localhost:8000/v1 --artifact artifacts/tiny-v3-awq4 --html load.html
+    Example: quantkit loadtest http://localhost:8000/v1 --artifact artifacts/tiny-v3-awq4 --html
+    load.html
     """
-    from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE
-    from quantkit.artifact.read_manifest import read_manifest
-    from quantkit.report.terminal import render_table
-    from quantkit.serve.loadtest import engine
-    from quantkit.serve.loadtest import guidellm as tool
-    from quantkit.serve.loadtest.prompts import read_prompts
-    from quantkit.serve.loadtest.run import run_load_test
-    from quantkit.serve.loadtest.tables import make_level_table
-
-    refuse_inside(output, "--output", LOADTEST)
-    refuse_inside(html, "--html", LOADTEST_PAGE)
+    check_outside_artifact(output, "--output", LOADTEST)
+    check_outside_artifact(html, "--html", LOADTEST_PAGE)
     if Path(url).is_dir():
-        run = stored(Path(url))
+        run = read_stored_run(Path(url))
     else:
         if len(note) > 500:
             raise UsageError(
@@ -100,14 +116,15 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
         key, address, steps = (
             os.environ.get(key_variable, ""),
             engine.get_base_url(url),
-            levels_of(concurrency),
+            parse_levels(concurrency),
         )
         if artifact is not None:
             read_manifest(artifact)
         prompts = read_prompts(data)
-        setup = tool.LoadTestSetup(
-            program=tool.find_program(guidellm), url=address, model=model or engine.read_served_model(url, key), chat=chat,
-            max_tokens=max_tokens, ignore_eos=not stop_at_eos, tokenizer=tokenizer or str(artifact or ""), key=key,
+        setup = guidellm_tool.LoadTestSetup(
+            program=guidellm_tool.find_program(guidellm), url=address,
+            model=model or engine.read_served_model(url, key), chat=chat, max_tokens=max_tokens,
+            ignore_eos=not stop_at_eos, tokenizer=tokenizer or str(artifact or ""), key=key,
             requests=requests, seconds=seconds,
         )  # fmt: skip
         if metrics:
@@ -117,59 +134,50 @@ def COMMAND(  # noqa: PLR0913  # every one is an option
         )
         run = run.model_copy(update={"note": note})
         if artifact is not None:
-            keep(run, artifact / LOADTEST, artifact / LOADTEST_PAGE)
-    keep(run, output, html)
+            write_run(run, artifact / LOADTEST, artifact / LOADTEST_PAGE)
+    write_run(run, output, html)
     if json_out:
-        as_json(run.model_dump(mode="json"))
+        print_json(run.model_dump(mode="json"))
     else:
         show(render_table(make_level_table(run)))
 
 
-def refuse_inside(place: Path | None, option: str, name: str) -> None:
-    """UsageError for a file in an artifact's folder that `verify` would not know; `name` is the one that it does."""
-    from quantkit.artifact.layout import MANIFEST
-
+def check_outside_artifact(place: Path | None, option: str, name: str) -> None:
+    """Raise UsageError for a path inside an artifact, where `verify` accepts `name` only."""
     for folder in place.resolve().parents if place else ():
         if place and (folder / MANIFEST).is_file() and place.resolve() != folder / name:
             raise UsageError(
-                f"{option}: {place}: expected a place outside the artifact {folder}, or {name} in it, which its "
-                "manifest leaves room for; write it elsewhere"
+                f"{option}: {place}: expected a place outside the artifact {folder}, or {name} in "
+                "it, which its manifest does not cover; write it elsewhere"
             )
 
 
-def keep(run: LoadTest, result: Path | None, page: Path | None) -> None:
-    """Write a run as JSON and as a page."""
-    from quantkit.io.files import encode_json, write_output
-
+def write_run(run: LoadTest, result: Path | None, page: Path | None) -> None:
+    """Write a run as JSON and as an HTML page."""
     if result is not None:
         write_output(result, encode_json(run.model_dump(mode="json")))
     if page is not None:
-        from quantkit.serve.loadtest.page import render_page
-
         write_output(page, render_page(run).encode())
 
 
-def stored(artifact: Path) -> LoadTest:
-    """What an earlier run left in an artifact."""
-    from quantkit.artifact.layout import LOADTEST
-    from quantkit.artifact.loadtest_schema import read_load_test
-
-    place = artifact / LOADTEST
-    if not place.is_file():
+def read_stored_run(artifact: Path) -> LoadTest:
+    """Return the load test that an artifact holds."""
+    file = artifact / LOADTEST
+    if not file.is_file():
         raise UsageError(
-            f"{place}: expected a load test, found none; run one with --artifact {artifact}"
+            f"{file}: expected a load test, found none; run one with --artifact {artifact}"
         )
-    return read_load_test(place)
+    return loadtest_schema.read_load_test(file)
 
 
-def levels_of(text: str) -> list[int]:
-    """Numbers of requests at once, smallest first."""
+def parse_levels(text: str) -> list[int]:
+    """Return the levels of concurrency, smallest first."""
     parts = text.split(",")
     if not all(part.strip().isdigit() and 1 <= int(part) <= 100_000 for part in parts):
         raise UsageError(f"--concurrency: expected numbers from 1, e.g. 1,4,16, found {text!r}")
-    levels = sorted(int(part) for part in parts)
-    if len(set(levels)) < len(levels):
+    counts = sorted(int(part) for part in parts)
+    if len(set(counts)) < len(counts):
         raise UsageError(
-            f"--concurrency: expected every number once, found {text!r}; each is a level of its own"
+            f"--concurrency: expected every number once, found {text!r}; each is one level"
         )
-    return levels
+    return counts

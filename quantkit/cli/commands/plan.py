@@ -1,11 +1,15 @@
-"""`quantkit plan`: what a build would do."""
+"""`quantkit plan`: show what a build would do."""
 
 from __future__ import annotations
 
 import click
 
-from quantkit.cli.console import as_json_list, handle_errors, show
-from quantkit.cli.options import JSON, SET, read_recipe
+from quantkit.cli.console import handle_errors, print_json_list
+from quantkit.cli.options import JSON, SET, parse_overrides
+from quantkit.cli.rich_output import show
+from quantkit.plan.summary import summarize_plan
+from quantkit.recipe.recipe_file import read_recipe
+from quantkit.report.terminal import render_plans
 
 
 @click.command()
@@ -13,23 +17,21 @@ from quantkit.cli.options import JSON, SET, read_recipe
 @SET
 @JSON
 @handle_errors
-def COMMAND(recipe: str, overrides: tuple[str, ...], json_out: bool) -> None:
-    """Show what a build would do, from headers or the published config alone.
+def command(recipe: str, overrides: tuple[str, ...], json_out: bool) -> None:
+    """Show what a build would do.
 
-    RECIPE is a file or the name of one that ships with quantkit.
+    RECIPE is a file or the name of a recipe that ships with quantkit. Only headers or the published
+    config of the source are read: no weights.
 
     Example: quantkit plan v3-awq4
     """
+    # Reading headers needs torch's dtypes: `quantkit plan --help` starts without.
     from quantkit.plan.sources import bound_text_tokens, plan_recipe, resolve_source_facts
-    from quantkit.plan.summary import summarize_plan
-    from quantkit.report.terminal import render_plans
 
-    _, parsed = read_recipe(recipe, overrides)
-    found = [
-        summarize_plan(made)
-        for made in plan_recipe(parsed, resolve_source_facts(parsed), bound_text_tokens(parsed))
-    ]
+    _, parsed = read_recipe(recipe, parse_overrides(overrides))
+    plans = plan_recipe(parsed, resolve_source_facts(parsed), bound_text_tokens(parsed))
+    summaries = [summarize_plan(plan) for plan in plans]
     if json_out:
-        as_json_list([summary.model_dump(mode="json") for summary in found])
+        print_json_list([summary.model_dump(mode="json") for summary in summaries])
     else:
-        show(render_plans(found))
+        show(render_plans(summaries))

@@ -1,4 +1,4 @@
-"""`quantkit pull`: an artifact from a hub, a store, a registry or a folder."""
+"""`quantkit pull`: download an artifact from a hub, an object store, a registry or a folder."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from pathlib import Path
 
 import click
 
-from quantkit.cli.console import ProgressBar, as_json, handle_errors
+from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import DRY_RUN, JOBS, JSON, TRIES
+from quantkit.cli.rich_output import ProgressBar
+from quantkit.io.retry import RetryPolicy
+from quantkit.publish.pull import pull_artifact
+from quantkit.publish.remote import RemoteOptions
+from quantkit.publish.transfer import format_bytes
 
 
 @click.command()
@@ -21,7 +26,7 @@ from quantkit.cli.options import DRY_RUN, JOBS, JSON, TRIES
 @DRY_RUN
 @JSON
 @handle_errors
-def COMMAND(
+def command(
     src: str,
     folder: Path,
     overwrite: bool,
@@ -31,32 +36,30 @@ def COMMAND(
     dry_run: bool,
     json_out: bool,
 ) -> None:
-    """Fetch an artifact from SRC, verify it, and only then name it DIR.
+    """Download an artifact from SRC and verify it.
 
-    SRC is what `quantkit publish` takes as DEST. It arrives in DIR.pulling; interrupted, the same command goes on.
+    SRC is an address that `quantkit publish` takes as DEST. The files are written to DIR.pulling,
+    which is renamed to DIR after verification. If interrupted, the same command resumes.
 
     Example: quantkit pull s3://models/tiny-v3-awq4 artifacts/tiny-v3-awq4
     """
-    from quantkit.io.retry import RetryPolicy
-    from quantkit.publish.pull import pull_artifact
-    from quantkit.publish.remote import RemoteOptions
-    from quantkit.publish.transfer import format_bytes
-
     options = RemoteOptions(revision=revision, jobs=jobs, retry_policy=RetryPolicy(tries=tries))
-    with ProgressBar(sys.stderr.isatty() and not json_out) as meter:
-        done = pull_artifact(src, folder, options, meter.tell, overwrite=overwrite, dry_run=dry_run)
+    with ProgressBar(sys.stderr.isatty() and not json_out) as progress_bar:
+        done = pull_artifact(
+            src, folder, options, progress_bar.update, overwrite=overwrite, dry_run=dry_run
+        )
     if json_out:
-        as_json({
+        print_json({
             "folder": str(folder),
             "dry_run": dry_run,
             "verified": not dry_run,
             **done.values(),
         })
         return
-    said = "would fetch" if dry_run else "verified; fetched"
+    action = "would fetch" if dry_run else "verified; fetched"
     click.echo(
-        f"{folder}: {said} {len(done.files)} files, {format_bytes(done.n_bytes)}; {done.there} files, "
-        f"{format_bytes(done.there_bytes)} were there ({done.status})"
+        f"{folder}: {action} {len(done.files)} files, {format_bytes(done.n_bytes)}; {done.there} "
+        f"files, {format_bytes(done.there_bytes)} were there ({done.status})"
     )
     for name in done.files if dry_run else ():
         click.echo(f"  {name}")

@@ -1,4 +1,4 @@
-"""`quantkit report`: an artifact's report again."""
+"""`quantkit report`: print the fidelity report of an artifact."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from pathlib import Path
 
 import click
 
-from quantkit.cli.console import as_json, handle_errors, show
+from quantkit.artifact.read_report import read_artifact_report
+from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON
+from quantkit.cli.rich_output import show
 from quantkit.errors import UsageError
+from quantkit.report.html_page import rebuild_page
+from quantkit.report.terminal import render_report
 
 
 @click.command()
@@ -17,33 +21,32 @@ from quantkit.errors import UsageError
     "--html",
     "html_out",
     is_flag=True,
-    help="Make quantkit/fidelity.html again, the page for people.",
+    help="Write the HTML page quantkit/fidelity.html again.",
 )
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="Write the page here, not into the artifact."
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Write the page to this file, not into the artifact.",
 )
 @JSON
 @handle_errors
-def COMMAND(artifact: Path, html_out: bool, output: Path | None, json_out: bool) -> None:
-    """Print an artifact's fidelity report again, or make its page again.
+def command(artifact: Path, html_out: bool, output: Path | None, json_out: bool) -> None:
+    """Print the fidelity report of an artifact.
+
+    With --html, write its HTML page again.
 
     Example: quantkit report artifacts/tiny-v3-awq4 --html --output review.html
     """
-    from quantkit.artifact.read_report import read_artifact_report
-    from quantkit.report.terminal import render_report
-
     if output and not html_out:
         raise UsageError(
             "--output: expected --html with it; tables and JSON go to the standard output"
         )
     if html_out:
-        from quantkit.report.html_page import rebuild_page
-
         page = rebuild_page(artifact, output)
-        as_json({"html": str(page)}) if json_out else click.echo(page)
+        print_json({"html": str(page)}) if json_out else click.echo(page)
         return
-    found = read_artifact_report(artifact)
+    fidelity = read_artifact_report(artifact)
     if json_out:
-        as_json(found.model_dump(mode="json"))
+        print_json(fidelity.model_dump(mode="json"))
     else:
-        show(render_report(found))
+        show(render_report(fidelity))

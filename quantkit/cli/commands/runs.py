@@ -1,4 +1,4 @@
-"""`quantkit runs`: the artifacts of a folder."""
+"""`quantkit runs`: list the artifacts of a folder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
-from quantkit.cli.console import as_json, handle_errors, show
+from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON
+from quantkit.cli.rich_output import show
+from quantkit.report import runs, terminal
 
 
 @click.command()
@@ -18,32 +20,31 @@ from quantkit.cli.options import JSON
     default="size",
     help="size (default), kl, ppl, top1, bits, name, ... or a benchmark.",
 )
-@click.option("--reverse", is_flag=True, help="The worst first.")
+@click.option("--reverse", is_flag=True, help="List the worst first.")
 @JSON
 @handle_errors
-def COMMAND(folder: Path, column: str, reverse: bool, json_out: bool) -> None:
-    """List the artifacts in FOLDER with their key figures, and mark those that none beats in size and KL.
+def command(folder: Path, column: str, reverse: bool, json_out: bool) -> None:
+    """List the artifacts in FOLDER with their key figures.
 
-    The best comes first: the smallest size, bits, KL and perplexity ratio, the largest top-1 and score. What is broken
-    is listed with the reason.
+    Artifacts that no other beats in both size and KL are marked. The best comes first: smallest
+    size, bits, KL and perplexity ratio, largest top-1 and score. Broken artifacts are listed with
+    the reason.
 
     Example: quantkit runs artifacts --sort kl
     """
-    from quantkit.report import runs, terminal
-
-    found = runs.sort_runs(runs.read_runs(folder), column, reverse=reverse)
+    artifacts = runs.sort_runs(runs.read_runs(folder), column, reverse=reverse)
     if json_out:
-        as_json([run.values() for run in found])
+        print_json([run.values() for run in artifacts])
         return
-    made = [
-        made
-        for made in (
-            runs.make_run_table(found),
-            runs.make_score_table(found),
-            runs.make_fault_table(found),
+    tables = [
+        table
+        for table in (
+            runs.make_run_table(artifacts),
+            runs.make_score_table(artifacts),
+            runs.make_fault_table(artifacts),
         )
-        if made.rows
+        if table.rows
     ]
-    show(*(terminal.render_table(table) for table in made))
-    if not made:
+    show(*(terminal.render_table(table) for table in tables))
+    if not tables:
         click.echo(f"{folder}: no artifact in it")

@@ -1,4 +1,4 @@
-"""`quantkit sign`: put your name to an artifact."""
+"""`quantkit sign`: sign an artifact."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option(
     "--private-key",
     type=FILE,
-    help="Your elliptic curve key in PEM; QUANTKIT_KEY_PASSWORD opens it.",
+    help="Your elliptic curve key in PEM; its password is read from QUANTKIT_KEY_PASSWORD.",
 )
 @click.option(
     "--certificate",
     type=FILE,
-    help="Your certificate in PEM, of that key: others trust who issued it.",
+    help="The certificate of that key in PEM, for those who trust its issuer.",
 )
 @click.option(
     "--chain",
     type=FILE,
     multiple=True,
-    help="Certificates between yours and its root; more than once.",
+    help="A certificate between yours and its root; may be repeated.",
 )
 @click.option(
     "--sigstore",
     is_flag=True,
-    help="Sign as your OpenID identity, entered in sigstore's public log.",
+    help="Sign with your OpenID identity; it is recorded in sigstore's public log.",
 )
 @click.option(
     "--signature",
     type=click.Path(path_type=Path),
-    help="Where to write; default: inside the artifact.",
+    help="Write the signature to this file; default: inside the artifact.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a signature.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing signature.")
 @handle_errors
-def COMMAND(
+def command(
     artifact: Path,
     private_key: Path | None,
     certificate: Path | None,
@@ -52,15 +52,17 @@ def COMMAND(
     signature: Path | None,
     overwrite: bool,
 ) -> None:
-    """Check an artifact and sign every file of it (OpenSSF Model Signing).
+    """Check an artifact and sign all of its files.
+
+    The signature follows OpenSSF Model Signing.
 
     Example: quantkit sign artifacts/tiny-v3-awq4 --private-key key.pem
     """
     if sigstore == (private_key is not None):
-        raise UsageError("who signs? expected either --private-key FILE or --sigstore")
+        raise UsageError("expected either --private-key FILE or --sigstore to sign with")
     if chain and not certificate or certificate and not private_key:
         raise UsageError(
-            "--chain belongs to --certificate, and that to --private-key; pass all of them"
+            "--chain needs --certificate, and --certificate needs --private-key; pass all of them"
         )
     signer = Signer(
         private_key=private_key, certificate=certificate, chain=chain, sigstore=sigstore

@@ -1,4 +1,4 @@
-"""`quantkit verify`: whether an artifact is what its manifest says, can be served, and was made by whom it should."""
+"""`quantkit verify`: check an artifact against its manifest, its signature and its source."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from quantkit.artifact.layout import SIGNATURE
-from quantkit.cli.console import as_json, handle_errors
+from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON
 from quantkit.errors import UsageError
+from quantkit.publish.sign import Trust, check_signature
 from quantkit.verify.shallow import VerifyReport, verify_artifact
 
 if TYPE_CHECKING:
@@ -26,42 +27,42 @@ INSIDE = "inside the artifact"
 @click.option(
     "--deep",
     is_flag=True,
-    help="Prove a sample of its tensors from the source, which must be here.",
+    help="Check a sample of its tensors against the source, which must be available.",
 )
 @click.option(
     "--sample",
     default="16",
     metavar="N|all",
-    help="How many linears, and as many other tensors; default 16.",
+    help="Number of linears, and of other tensors, to check; default 16.",
 )
-@click.option("--seed", type=int, default=0, help="Which ones are drawn.")
+@click.option("--seed", type=int, default=0, help="Seed of the sample.")
 @click.option(
     "--source",
     metavar="MODEL",
-    help="Where the source is now, a folder or a Hub id; that is fetched.",
+    help="The source: a folder, or a Hub id to download.",
 )
 @click.option(
     "--signature",
     is_flag=False,
     flag_value=INSIDE,
     metavar="[FILE]",
-    help=f"Ask for a signature too; without FILE the one in {SIGNATURE}. Any of the next options asks for it as well.",
+    help=f"Require a signature; default FILE: {SIGNATURE}. The next options require it, too.",
 )
-@click.option("--public-key", type=FILE, help="The key, in PEM, of whoever must have signed.")
+@click.option("--public-key", type=FILE, help="The public key of the expected signer, in PEM.")
 @click.option(
     "--certificate",
     type=FILE,
     multiple=True,
-    help="A certificate under which the signer's must be.",
+    help="A certificate that must have issued the signer's.",
 )
 @click.option(
     "--identity",
-    help="The sigstore identity of whoever must have signed: an e-mail address or a URL.",
+    help="The sigstore identity of the expected signer: an e-mail address or a URL.",
 )
 @click.option("--identity-provider", help="The OpenID provider of that identity.")
 @JSON
 @handle_errors
-def COMMAND(
+def command(
     artifact: Path,
     deep: bool,
     sample: str,
@@ -74,50 +75,51 @@ def COMMAND(
     identity_provider: str | None,
     json_out: bool,
 ) -> None:
-    """Check every hash, header, number, index entry and the config of an artifact, each byte read once.
+    """Check an artifact against its manifest.
 
-    --deep reads the source too: what was rounded without data is rounded again and compared bit for bit, of what
-    calibration chose the recorded weight errors are computed again, and kept tensors must be the source's.
+    Checks every hash, header, number, index entry and the config; each byte is read once. --deep
+    reads the source, too: tensors rounded without data are rounded again and compared bit for bit,
+    for calibrated ones the recorded weight errors are computed again, and kept tensors must equal
+    the source's.
 
     Example: quantkit verify artifacts/tiny-v3-awq4 --deep
     """
-    from quantkit.publish.sign import Trust, check_signature
-
     trust = Trust(
         public_key=public_key,
         certificates=certificate,
         identity=identity,
         provider=identity_provider,
     )
-    asked = signature is not None or trust != Trust(certificates=())
-    if asked and sum(map(bool, (public_key, certificate, identity))) != 1:
+    is_signature_required = signature is not None or trust != Trust(certificates=())
+    if is_signature_required and sum(map(bool, (public_key, certificate, identity))) != 1:
         raise UsageError(
-            "who must have signed? expected one of --public-key, --certificate and --identity"
+            "expected one of --public-key, --certificate and --identity to name the signer"
         )
     if bool(identity) != bool(identity_provider):
         raise UsageError("--identity and --identity-provider belong together; pass both")
-    count = number(sample)
-    found = verify_artifact(artifact)
+    count = parse_sample(sample)
+    verified = verify_artifact(artifact)
     signed = None
-    if asked:
+    if is_signature_required:
         signed = check_signature(
-            found, None if signature in {None, INSIDE} else Path(str(signature)), trust
+            verified, None if signature in {None, INSIDE} else Path(str(signature)), trust
         )
-    proven = proofs(artifact, source, count, seed) if deep else None
+    deep_report = run_deep_checks(artifact, source, count, seed) if deep else None
     signer = trust.told if signed else None
     if json_out:
-        told = {
-            **figures(found),
+        print_json({
+            "artifact": str(artifact),
+            "ok": True,
+            **make_json(verified),
             "signed_by": signer,
-            **({"deep": deep_figures(proven)} if proven else {}),
-        }
-        as_json({"artifact": str(artifact), "ok": True, **told})
+            **({"deep": make_deep_json(deep_report)} if deep_report else {}),
+        })
     else:
-        show(found, signer, proven)
+        print_result(verified, signer, deep_report)
 
 
-def number(sample: str) -> int | None:
-    """How many of each are looked at; None for all."""
+def parse_sample(sample: str) -> int | None:
+    """Return the number of linears and other tensors to check; None for all."""
     if sample == "all":
         return None
     if not sample.isdecimal() or int(sample) == 0:
@@ -125,71 +127,75 @@ def number(sample: str) -> int | None:
     return int(sample)
 
 
-def show(found: VerifyReport, signer: str | None, proven: DeepReport | None) -> None:
-    """What was checked, for people."""
+def print_result(
+    verified: VerifyReport, signer: str | None, deep_report: DeepReport | None
+) -> None:
+    """Print the checks that passed."""
     click.echo(
-        f"{found.path}: ok ({found.files} files, {found.tensors} tensors, {found.n_bytes / 1e6:.1f} MB, {found.status})"
+        f"{verified.path}: ok ({verified.files} files, {verified.tensors} tensors, "
+        f"{verified.n_bytes / 1e6:.1f} MB, {verified.status})"
     )
-    for note in found.notes:
+    for note in verified.notes:
         click.echo(f"  {note}")
-    if found.unsealed:
+    if verified.unsealed:
         click.echo(
-            f"  not sealed by the manifest: {' and '.join(found.unsealed)}, which a load test adds later"
+            f"  not sealed by the manifest: {' and '.join(verified.unsealed)}, which a load test "
+            "adds later"
         )
     if signer:
-        besides = (
-            f"; the signature does not cover {' and '.join(found.unsealed)}"
-            if found.unsealed
+        uncovered = (
+            f"; the signature does not cover {' and '.join(verified.unsealed)}"
+            if verified.unsealed
             else ""
         )
-        click.echo(f"  signed by {signer}{besides}")
-    elif (found.path / SIGNATURE).is_file():
-        click.echo(
-            "  signed, but the signature was not checked: say who must have signed with --public-key"
-        )
-    if proven:
+        click.echo(f"  signed by {signer}{uncovered}")
+    elif (verified.path / SIGNATURE).is_file():
+        click.echo("  signed, but the signature was not checked: name the signer with --public-key")
+    if deep_report:
         from quantkit.verify.deep import iterate_report_lines
 
-        for line in iterate_report_lines(proven):
+        for line in iterate_report_lines(deep_report):
             click.echo(f"  {line}")
 
 
-def figures(found: VerifyReport) -> dict[str, object]:
-    """What was checked, for machines."""
+def make_json(verified: VerifyReport) -> dict[str, object]:
+    """Return the checks that passed as JSON values."""
     return {
-        "status": found.status,
-        "files": found.files,
-        "tensors": found.tensors,
-        "bytes": found.n_bytes,
-        "modules": found.modules,
-        "unsealed": list(found.unsealed),
-        "notes": list(found.notes),
+        "status": verified.status,
+        "files": verified.files,
+        "tensors": verified.tensors,
+        "bytes": verified.n_bytes,
+        "modules": verified.modules,
+        "unsealed": list(verified.unsealed),
+        "notes": list(verified.notes),
     }
 
 
-def proofs(artifact: Path, source: str | None, sample: int | None, seed: int) -> DeepReport:
-    """Prove a sample; whoever watches sees which tensor is at hand."""
+def run_deep_checks(
+    artifact: Path, source: str | None, sample: int | None, seed: int
+) -> DeepReport:
+    """Check a sample of tensors against the source; a terminal shows the current tensor."""
     from quantkit.verify.deep import verify_deep  # torch
 
-    def tell(name: str) -> None:
+    def print_tensor(name: str) -> None:
         if sys.stderr.isatty():
             click.echo(f"  {name}", err=True)
 
-    return verify_deep(artifact, source, sample, seed, tell)
+    return verify_deep(artifact, source, sample, seed, print_tensor)
 
 
-def deep_figures(proven: DeepReport) -> dict[str, object]:
-    """What was proven, for machines: each tensor's kind of proof, and why nothing is proven of some."""
+def make_deep_json(report: DeepReport) -> dict[str, object]:
+    """Return as JSON values the kind of proof of each tensor, or the reason why there is none."""
     return {
-        "source": proven.source,
-        "seed": proven.seed,
-        "linears": proven.modules[0],
-        "linears_in_all": proven.modules[1],
-        "tensors": proven.tensors[0],
-        "tensors_in_all": proven.tensors[1],
-        "source_files_hashed": proven.files[0],
-        "source_files": proven.files[1],
-        "carried_files": proven.carried,
-        "proofs": {proof.name: proof.kind for proof in proven.proofs},
-        "not_proven": {proof.name: proof.reason for proof in proven.proofs if proof.reason},
+        "source": report.source,
+        "seed": report.seed,
+        "linears": report.modules[0],
+        "linears_in_all": report.modules[1],
+        "tensors": report.tensors[0],
+        "tensors_in_all": report.tensors[1],
+        "source_files_hashed": report.files[0],
+        "source_files": report.files[1],
+        "carried_files": report.carried,
+        "proofs": {proof.name: proof.kind for proof in report.proofs},
+        "not_proven": {proof.name: proof.reason for proof in report.proofs if proof.reason},
     }

@@ -1,25 +1,25 @@
-// What the page does beyond showing: plots, sorting, filtering, search, copying, dark and light. No text becomes HTML.
+// Behavior of the pages: plots, sorting, filtering, search, copying, color scheme. No text is parsed as HTML.
 "use strict";
 (() => {
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   const root = document.documentElement;
-  const PAGE = 12; // changed items
+  const PAGE_SIZE = 12; // changed items
 
-  // A number as the report writes it: "12,345", "-0.33 [-1.45, +0.79]", "<0.001", "1.2e-7"; what has none sorts last.
-  const number = (text) => {
-    const found = text.replace(/,/g, "").match(/[-+]?\d*\.?\d+(?:e[-+]?\d+)?/i);
-    return found ? parseFloat(found[0]) : text.trim() === "not finite" ? Infinity : NaN;
+  // Parse a number of the report: "12,345", "-0.33 [-1.45, +0.79]", "<0.001", "1.2e-7"; cells without a number sort last.
+  const parseNumber = (text) => {
+    const match = text.replace(/,/g, "").match(/[-+]?\d*\.?\d+(?:e[-+]?\d+)?/i);
+    return match ? parseFloat(match[0]) : text.trim() === "not finite" ? Infinity : NaN;
   };
 
-  const sort = (table, column, numeric, downwards) => {
+  const sortRows = (table, column, numeric, descending) => {
     const value = (row) => row.cells[column].textContent.trim();
     const compare = (a, b) => {
       if (!numeric) return value(a).localeCompare(value(b), "en", { numeric: true });
-      const [first, second] = [number(value(a)), number(value(b))];
-      if (Number.isNaN(first) || Number.isNaN(second)) return (Number.isNaN(first) - Number.isNaN(second)) * (downwards ? -1 : 1);
+      const [first, second] = [parseNumber(value(a)), parseNumber(value(b))];
+      if (Number.isNaN(first) || Number.isNaN(second)) return (Number.isNaN(first) - Number.isNaN(second)) * (descending ? -1 : 1);
       return first === second ? 0 : first - second;
     };
-    const rows = [...table.tBodies[0].rows].sort((a, b) => (downwards ? -compare(a, b) : compare(a, b)));
+    const rows = [...table.tBodies[0].rows].sort((a, b) => (descending ? -compare(a, b) : compare(a, b)));
     table.tBodies[0].append(...rows);
   };
 
@@ -28,28 +28,28 @@
       head.querySelector("button").addEventListener("click", () => {
         const numeric = head.classList.contains("n");
         const before = head.getAttribute("aria-sort");
-        const downwards = before ? before === "ascending" : numeric; // numbers: the largest first
+        const descending = before ? before === "ascending" : numeric; // numbers: largest first
         all("thead th", table).forEach((other) => other.removeAttribute("aria-sort"));
-        head.setAttribute("aria-sort", downwards ? "descending" : "ascending");
-        sort(table, column, numeric, downwards);
+        head.setAttribute("aria-sort", descending ? "descending" : "ascending");
+        sortRows(table, column, numeric, descending);
       });
     });
   }
 
-  const words = (text) => text.toLowerCase().split(/\s+/).filter(Boolean);
-  const holds = (element, wanted) => {
+  const splitWords = (text) => text.toLowerCase().split(/\s+/).filter(Boolean);
+  const containsAll = (element, terms) => {
     const text = element.textContent.toLowerCase();
-    return wanted.every((word) => text.includes(word));
+    return terms.every((word) => text.includes(word));
   };
-  const told = (shown, every) => (shown === every ? "" : `${shown} of ${every}`);
+  const formatCount = (shown, total) => (shown === total ? "" : `${shown} of ${total}`);
 
   for (const input of all("input[data-filters]")) {
     const rows = [...document.getElementById(input.dataset.filters).tBodies[0].rows];
     const output = input.closest(".tools").querySelector("output");
     input.addEventListener("input", () => {
-      const wanted = words(input.value);
-      rows.forEach((row) => { row.hidden = !holds(row, wanted); });
-      output.textContent = told(rows.filter((row) => !row.hidden).length, rows.length);
+      const terms = splitWords(input.value);
+      rows.forEach((row) => { row.hidden = !containsAll(row, terms); });
+      output.textContent = formatCount(rows.filter((row) => !row.hidden).length, rows.length);
     });
   }
 
@@ -59,21 +59,21 @@
     const articles = all("#items > article");
     const output = search.closest(".tools").querySelector("output");
     const more = document.getElementById("more");
-    let room = PAGE; // articles shown at once; a search goes through all of them
-    const choose = () => {
-      const wanted = words(search.value);
-      const found = articles.filter((article) => (!task.value || article.dataset.task === task.value)
-        && (!outcome.value || article.dataset.outcome === outcome.value) && holds(article, wanted));
-      const shown = new Set(found.slice(0, room));
+    let limit = PAGE_SIZE; // articles shown at once; a search covers all
+    const update = () => {
+      const terms = splitWords(search.value);
+      const matches = articles.filter((article) => (!task.value || article.dataset.task === task.value)
+        && (!outcome.value || article.dataset.outcome === outcome.value) && containsAll(article, terms));
+      const shown = new Set(matches.slice(0, limit));
       articles.forEach((article) => { article.hidden = !shown.has(article); });
-      output.textContent = told(found.length, articles.length);
-      document.getElementById("left").textContent = found.length > room ? `${found.length - room} more items are not on paper.` : "";
-      more.hidden = found.length <= room;
-      more.textContent = `Show ${Math.min(PAGE, found.length - room)} more of ${found.length - room}`;
+      output.textContent = formatCount(matches.length, articles.length);
+      document.getElementById("left").textContent = matches.length > limit ? `${matches.length - limit} more items are not printed.` : "";
+      more.hidden = matches.length <= limit;
+      more.textContent = `Show ${Math.min(PAGE_SIZE, matches.length - limit)} more of ${matches.length - limit}`;
     };
-    more.addEventListener("click", () => { room += PAGE; choose(); });
-    choose();
-    [search, task, outcome].forEach((control) => control.addEventListener("input", () => { room = PAGE; choose(); }));
+    more.addEventListener("click", () => { limit += PAGE_SIZE; update(); });
+    update();
+    [search, task, outcome].forEach((control) => control.addEventListener("input", () => { limit = PAGE_SIZE; update(); }));
   }
 
   for (const button of all("button.copy")) {
@@ -83,7 +83,7 @@
         await navigator.clipboard.writeText(code.textContent);
         button.textContent = "Copied";
       } catch {
-        getSelection().selectAllChildren(code); // a page from disk may not be allowed to: then it is selected
+        getSelection().selectAllChildren(code); // pages opened from disk may lack clipboard access: select the text
         button.textContent = "Selected";
       }
       setTimeout(() => { button.textContent = "Copy"; }, 1500);
@@ -91,20 +91,20 @@
   }
 
   const theme = document.getElementById("theme");
-  const dark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-  const name = () => { theme.textContent = dark() ? "Light" : "Dark"; };
+  const isDark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+  const updateLabel = () => { theme.textContent = isDark() ? "Light" : "Dark"; };
   theme.hidden = false;
-  theme.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; name(); });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", name);
-  name();
+  theme.addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; updateLabel(); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", updateLabel);
+  updateLabel();
 
   const links = new Map(all("nav a").map((link) => [link.hash.slice(1), link]));
-  const seen = new IntersectionObserver((entries) => {
-    for (const entry of entries.filter((each) => each.isIntersecting)) {
+  const observer = new IntersectionObserver((entries) => {
+    for (const entry of entries.filter((item) => item.isIntersecting)) {
       links.forEach((link, id) => link.toggleAttribute("aria-current", id === entry.target.id));
     }
   }, { rootMargin: "-10% 0px -80% 0px" });
-  all("main > section").forEach((section) => seen.observe(section));
+  all("main > section").forEach((section) => observer.observe(section));
 
   const { config, specs } = JSON.parse(document.getElementById("drawings").textContent);
   const draw = (figure) => {

@@ -1,7 +1,9 @@
-"""What serving costs: owned or rented cards against API prices, every figure with its arithmetic. Pure but for reading.
+"""The cost of serving: owned or rented GPUs against API prices, every item with its arithmetic.
 
-parse(text, name) -> Assumptions     every assumption, of one YAML file                assumptions.py
-figures(assumptions) -> Figures      by key, each with its arithmetic                  figures.py
-checked(assumptions, figures)        figures that somebody claimed, redone             claims.py
-sensitivity(assumptions)             what a change of each assumption does             sensitivity.py
+parse_assumptions(text, name) -> Assumptions    every assumption, from YAML      assumptions.py
+compute_cost_items(assumptions) -> CostItems    by key, with its arithmetic      cost_items.py
+recompute_claims(assumptions, items, name)      published figures, recomputed    claims.py
+compute_sensitivity(assumptions)                the effect of each assumption    sensitivity.py
+
+tables, charts, page                            results for people and for JSON
 """

@@ -1,4 +1,4 @@
-"""Figures that somebody published, redone: the ones that do not come out are named with the arithmetic. Pure."""
+"""Published figures, recomputed: wrong ones are reported with the arithmetic. Pure."""
 
 from __future__ import annotations
 
@@ -8,51 +8,54 @@ from math import floor, log10
 from quantkit.errors import RecipeError
 from quantkit.io.suggestions import format_unknown_name
 from quantkit.serve.cost.assumptions import Assumptions
-from quantkit.serve.cost.figures import Figure, Figures, number
+from quantkit.serve.cost.cost_items import CostItem, CostItems, format_number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """What was claimed of a figure, and whether it comes out."""
+    """The claimed value of a cost item, and whether it is correct."""
 
-    figure: Figure
+    item: CostItem
     claimed: float
-    right: bool
+    is_correct: bool
 
     @property
-    def told(self) -> str:
-        """One sentence: "owned.electricity: claimed 8,400, by the arithmetic 2,522.88 (...): 3.33 times too high"."""
-        value = self.figure.value
-        how = f"{self.figure.key}: claimed {number(self.claimed)}, by the arithmetic {number(value)} {self.figure.unit} "
-        how += f"({self.figure.arithmetic})"
-        if self.right:
-            return f"{how}: right"
+    def message(self) -> str:
+        """One sentence: "owned.electricity: claimed 8,400, computed 2,522.88 USD (...): wrong"."""
+        value = self.item.value
+        computed = f"{format_number(value)} {self.item.unit} ({self.item.arithmetic})"
+        text = f"{self.item.key}: claimed {format_number(self.claimed)}, computed {computed}"
+        if self.is_correct:
+            return f"{text}: right"
         if value == 0 or self.claimed <= 0:
-            return f"{how}: wrong"
+            return f"{text}: wrong"
         ratio = self.claimed / value
-        return f"{how}: wrong, {number(max(ratio, 1 / ratio))} times too {'high' if ratio > 1 else 'low'}"
+        factor, direction = format_number(max(ratio, 1 / ratio)), "high" if ratio > 1 else "low"
+        return f"{text}: wrong, {factor} times too {direction}"
 
 
-def recompute_claims(found: Assumptions, made: Figures, name: str) -> list[Claim]:
-    """Every claim with its verdict; RecipeError for a claim about a figure that there is none of."""
-    unknown = [key for key in found.claimed if key not in made]
+def recompute_claims(assumptions: Assumptions, items: CostItems, name: str) -> list[Claim]:
+    """Return every claim with its verdict; RecipeError if a claim names no cost item."""
+    unknown = [key for key in assumptions.claimed if key not in items]
     if unknown:
         raise RecipeError([
-            f"{name}: claimed.{key}: {format_unknown_name('figure', key, tuple(made))}"
+            f"{name}: claimed.{key}: {format_unknown_name('figure', key, tuple(items))}"
             for key in unknown
         ])
     return [
-        Claim(figure=made[key], claimed=claimed, right=agrees(claimed, made[key].value))
-        for key, claimed in found.claimed.items()
+        Claim(
+            item=items[key], claimed=claimed, is_correct=is_rounding_of(claimed, items[key].value)
+        )
+        for key, claimed in assumptions.claimed.items()
     ]
 
 
-def agrees(claimed: float, value: float) -> bool:
-    """Whether a claim is the value, rounded to no fewer than two digits, to as many as the claim shows."""
+def is_rounding_of(claimed: float, value: float) -> bool:
+    """Return whether a claim is the value rounded to its own number of digits, at least two."""
     if claimed == value:
         return True
     if claimed == 0 or value == 0:
         return False
-    shown = len(f"{abs(claimed):.10g}".replace(".", "").lstrip("0").rstrip("0"))
-    place = floor(log10(abs(value))) - max(2, shown) + 1
+    digits = len(f"{abs(claimed):.10g}".replace(".", "").lstrip("0").rstrip("0"))
+    place = floor(log10(abs(value))) - max(2, digits) + 1
     return abs(claimed - value) <= 0.5 * 10.0**place * (1 + 1e-9)

@@ -1,4 +1,4 @@
-"""Costs as one page for people, in the style of fidelity.html and under the same content policy."""
+"""Costs as an HTML page, in the style of fidelity.html and under the same content policy."""
 
 from __future__ import annotations
 
@@ -8,52 +8,58 @@ from quantkit.report import html_page
 from quantkit.report.html_page import Tile
 from quantkit.serve.cost import tables
 from quantkit.serve.cost.assumptions import Assumptions
-from quantkit.serve.cost.charts import charts
+from quantkit.serve.cost.charts import make_charts
 from quantkit.serve.cost.claims import Claim
-from quantkit.serve.cost.figures import Figures, number, sides
+from quantkit.serve.cost.cost_items import CostItems, format_number, list_sides
 from quantkit.serve.cost.sensitivity import Swing
 
 
 def render_page(
-    found: Assumptions, made: Figures, moved: Sequence[Swing], claimed: Sequence[Claim]
+    assumptions: Assumptions, items: CostItems, swings: Sequence[Swing], claims: Sequence[Claim]
 ) -> str:
-    """The whole page."""
+    """Render the page."""
     environment = html_page.make_environment(autoescape=True)
-    environment.filters["tone"] = tone
+    environment.filters["tone"] = get_tone
     return environment.get_template("cost.html.j2").render(
-        found=found,
-        answer=tables.format_ranking(found, made),
-        tiles=tiles(found, made),
-        claims=tables.claims(claimed),
-        capacity=tables.capacity(found, made),
-        sides=[tables.side_table(found, made, side) for side in sides(found)],
-        apis=tables.apis(found, made),
-        break_even=tables.break_even(found, made),
-        swings=tables.swings(found, moved),
-        **html_page.make_plot_context(environment, charts(found, made, moved), ("fidelity.css",)),
+        title=assumptions.title,
+        ranking=tables.format_ranking(assumptions, items),
+        tiles=make_tiles(assumptions, items),
+        claims=tables.make_claims_table(claims),
+        capacity=tables.make_capacity_table(assumptions, items),
+        sides=[
+            tables.make_side_table(assumptions, items, side) for side in list_sides(assumptions)
+        ],
+        apis=tables.make_api_table(assumptions, items),
+        break_even=tables.make_break_even_table(assumptions, items),
+        swings=tables.make_sensitivity_table(assumptions, swings),
+        **html_page.make_plot_context(
+            environment, make_charts(assumptions, items, swings), ("fidelity.css",)
+        ),
     )
 
 
-def tone(text: str) -> str:
-    """The class of a claim's verdict."""
+def get_tone(text: str) -> str:
+    """Return the CSS class of a claim's verdict."""
     return {"right": "good", "wrong": "bad"}.get(text, "open")
 
 
-def tiles(found: Assumptions, made: Figures) -> list[Tile]:
-    """The figures that a reader wants first."""
-    told = [
+def make_tiles(assumptions: Assumptions, items: CostItems) -> list[Tile]:
+    """Return the most important items."""
+    utilization = f"{100 * assumptions.throughput.utilization:g} % utilization"
+    gpu_tiles = [
         Tile(
-            label=f"{side.capitalize()} cards",
-            value=number(made[f"{side}.per_million"].value),
-            note=f"{found.currency} per million output tokens at {100 * found.throughput.utilization:g} %",
+            label=f"{side.capitalize()} GPUs",
+            value=format_number(items[f"{side}.per_million"].value),
+            note=f"{assumptions.currency} per million output tokens at {utilization}",
         )
-        for side in sides(found)
+        for side in list_sides(assumptions)
     ]
-    return told + [
+    api_tiles = [
         Tile(
             label=api.name,
-            value=number(made[f"api.{api.name}.per_million"].value),
-            note="the same, prompts included",
+            value=format_number(items[f"api.{api.name}.per_million"].value),
+            note=f"{assumptions.currency} per million output tokens, input included",
         )
-        for api in found.api
+        for api in assumptions.api
     ]
+    return gpu_tiles + api_tiles

@@ -1,4 +1,4 @@
-"""Costs as tables of text for a terminal of 100 columns and for the page. Pure."""
+"""Costs as tables of text for a terminal of 100 columns and for the page, and as JSON. Pure."""
 
 from __future__ import annotations
 
@@ -7,147 +7,154 @@ from collections.abc import Sequence
 from quantkit.report.tables import Table
 from quantkit.serve.cost.assumptions import Assumptions
 from quantkit.serve.cost.claims import Claim
-from quantkit.serve.cost.figures import Figure, Figures, number, sides
+from quantkit.serve.cost.cost_items import CostItem, CostItems, format_number, list_sides
 from quantkit.serve.cost.sensitivity import Swing
 
-COLUMNS = ("figure", "arithmetic", ">value", "unit")
+COLUMNS = ("item", "arithmetic", ">value", "unit")
 
 
-def rows_of(made: Figures, keys: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Figures line by line, each with its arithmetic."""
+def make_rows(items: CostItems, keys: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Return a row per item, each with its arithmetic."""
     return tuple(
-        (figure.label, figure.arithmetic, number(figure.value), figure.unit)
+        (item.label, item.arithmetic, format_number(item.value), item.unit)
         for key in keys
-        if (figure := made.get(key)) is not None
+        if (item := items.get(key)) is not None
     )
 
 
-def format_ranking(found: Assumptions, made: Figures) -> str:
-    """The one sentence that was asked for: what costs least for the volume."""
-    priced = [(made[f"{side}.volume"].value, f"{side} cards") for side in sides(found)]
-    priced += [(made[f"api.{api.name}.volume"].value, api.name) for api in found.api]
-    ranked = sorted(priced)
-    volume = number(found.volume.million_output_tokens_per_month)
-    told = "; ".join(f"{name} {number(value)}" for value, name in ranked)
+def format_ranking(assumptions: Assumptions, items: CostItems) -> str:
+    """Return one sentence: the options for the volume, the cheapest first."""
+    options = [(items[f"{side}.volume"].value, f"{side} GPUs") for side in list_sides(assumptions)]
+    options += [(items[f"api.{api.name}.volume"].value, api.name) for api in assumptions.api]
+    volume = format_number(assumptions.volume.million_output_tokens_per_month)
+    ranking = "; ".join(f"{name} {format_number(value)}" for value, name in sorted(options))
     return (
-        f"{volume} million output tokens a month, {found.currency} a month, cheapest first: {told}."
+        f"{volume} million output tokens per month, {assumptions.currency} per month, cheapest "
+        f"first: {ranking}."
     )
 
 
-def side_table(found: Assumptions, made: Figures, side: str) -> Table:
-    """What one set costs a month, line by line."""
-    keys = [key for key in made if key.startswith(f"{side}.")]
-    note = (
-        "One set of cards: as many as hold one copy of the model."
-        if side == sides(found)[0]
-        else ""
-    )
+def make_side_table(assumptions: Assumptions, items: CostItems, side: str) -> Table:
+    """Make the table of the monthly cost of one set, by item."""
+    keys = [key for key in items if key.startswith(f"{side}.")]
+    is_first = side == list_sides(assumptions)[0]
     return Table(
-        title=f"{side.capitalize()} cards", columns=COLUMNS, rows=rows_of(made, keys), note=note
+        title=f"{side.capitalize()} GPUs",
+        columns=COLUMNS,
+        rows=make_rows(items, keys),
+        note="One set: the GPUs that hold one copy of the model." if is_first else "",
     )
 
 
-def capacity(found: Assumptions, made: Figures) -> Table:
-    """What a set delivers."""
-    note = f"Throughput: {found.throughput.source}." if found.throughput.source else ""
+def make_capacity_table(assumptions: Assumptions, items: CostItems) -> Table:
+    """Make the table of the capacity of a set."""
+    source = assumptions.throughput.source
     return Table(
         title="Capacity",
         columns=COLUMNS,
-        rows=rows_of(made, ("capacity.most", "capacity.served")),
-        note=note,
+        rows=make_rows(items, ("capacity.most", "capacity.served")),
+        note=f"Throughput: {source}." if source else "",
     )
 
 
-def apis(found: Assumptions, made: Figures) -> Table:
-    """What APIs charge for the same work."""
-    keys = [f"api.{api.name}.{part}" for api in found.api for part in ("per_million", "volume")]
-    volume = found.volume
+def make_api_table(assumptions: Assumptions, items: CostItems) -> Table:
+    """Make the table of API prices for the same work."""
+    parts = ("per_million", "volume")
+    keys = [f"api.{api.name}.{part}" for api in assumptions.api for part in parts]
+    volume = assumptions.volume
     note = (
-        f"Per million output tokens with {number(volume.input_per_output)} million of prompts, "
-        f"{number(100 * volume.cached_input)} % of them cached."
+        f"Per million output tokens with {format_number(volume.input_per_output)} million input "
+        f"tokens, {format_number(100 * volume.cached_input)} % of them cached."
     )
-    return Table(title="APIs", columns=COLUMNS, rows=rows_of(made, keys), note=note)
+    return Table(title="APIs", columns=COLUMNS, rows=make_rows(items, keys), note=note)
 
 
-def break_even(found: Assumptions, made: Figures) -> Table:
-    """From which volume on a set costs less than an API."""
+def make_break_even_table(assumptions: Assumptions, items: CostItems) -> Table:
+    """Make the table of the volumes from which a set costs less than an API."""
     rows = []
-    for side in sides(found):
-        for api in found.api:
+    for side in list_sides(assumptions):
+        for api in assumptions.api:
             key = f"break_even.{side}.{api.name}"
-            if key not in made:
+            if key not in items:
                 rows.append((side, api.name, "the API is free", "never", "-"))
                 continue
-            figure, share = made[key], made[f"{key}.utilization"].value
+            item, utilization = items[key], items[f"{key}.utilization"].value
             reached = (
-                f"{100 * share:.0f} % utilized"
-                if share <= 1
-                else f"never: {number(share)} x a full set"
+                f"{100 * utilization:.0f} % utilization"
+                if utilization <= 1
+                else f"never: {format_number(utilization)} x a full set"
             )
-            rows.append((side, api.name, figure.arithmetic, number(figure.value), reached))
-    note = (
-        "Where one set costs what the API charges; beyond it the set costs less, until it is full."
+            rows.append((side, api.name, item.arithmetic, format_number(item.value), reached))
+    columns = ("GPUs", "API", "arithmetic", ">million tokens per month", "requires")
+    return Table(
+        title="Break-even",
+        columns=columns,
+        rows=tuple(rows),
+        note="The volume at which one set costs as much as the API. Above it the set costs less, "
+        "up to its capacity.",
     )
-    columns = ("cards", "API", "arithmetic", ">million tokens a month", "takes")
-    return Table(title="Break-even", columns=columns, rows=tuple(rows), note=note)
 
 
-def swings(found: Assumptions, moved: Sequence[Swing]) -> Table:
-    """What each assumption does, the strongest first."""
+def make_sensitivity_table(assumptions: Assumptions, swings: Sequence[Swing]) -> Table:
+    """Make the table of the effect of each assumption, the largest first."""
     rows = tuple(
         (
             swing.side,
             swing.key,
-            f"{number(swing.low)} to {number(swing.high)}",
-            number(swing.at_low),
-            number(swing.at_high),
+            f"{format_number(swing.low)} to {format_number(swing.high)}",
+            format_number(swing.at_low),
+            format_number(swing.at_high),
             f"{100 * swing.span / swing.base:.0f} %",
         )
-        for swing in moved
+        for swing in swings
     )
-    columns = ("cards", "assumption", "moved", ">at low", ">at high", ">span")
-    unit = f"{found.currency} per million output tokens"
-    note = f"Each by {100 * found.sensitivity:g} % down and up, all others held; {unit}."
+    columns = ("GPUs", "assumption", "varied", ">at low", ">at high", ">span")
+    note = (
+        f"Each varied by {100 * assumptions.sensitivity:g} % down and up, all others fixed; "
+        f"{assumptions.currency} per million output tokens."
+    )
     return Table(title="Sensitivity", columns=columns, rows=rows, note=note)
 
 
-def claims(found: Sequence[Claim]) -> Table:
-    """Claimed figures, redone."""
+def make_claims_table(claims: Sequence[Claim]) -> Table:
+    """Make the table of claimed figures, recomputed."""
     rows = tuple(
         (
-            claim.figure.key,
-            number(claim.claimed),
-            claim.figure.arithmetic,
-            number(claim.figure.value),
-            "right" if claim.right else "wrong",
+            claim.item.key,
+            format_number(claim.claimed),
+            claim.item.arithmetic,
+            format_number(claim.item.value),
+            "right" if claim.is_correct else "wrong",
         )
-        for claim in found
+        for claim in claims
     )
-    columns = ("figure", ">claimed", "arithmetic", ">is", "verdict")
+    columns = ("figure", ">claimed", "arithmetic", ">computed", "verdict")
     return Table(title="Claims", columns=columns, rows=rows)
 
 
 def make_tables(
-    found: Assumptions, made: Figures, moved: Sequence[Swing], claimed: Sequence[Claim]
+    assumptions: Assumptions, items: CostItems, swings: Sequence[Swing], claims: Sequence[Claim]
 ) -> list[Table]:
-    """Every table that has rows, in the order of the arithmetic."""
+    """Return every table that has rows, in the order of the arithmetic."""
     tables = [
-        claims(claimed),
-        capacity(found, made),
-        *(side_table(found, made, side) for side in sides(found)),
+        make_claims_table(claims),
+        make_capacity_table(assumptions, items),
+        *(make_side_table(assumptions, items, side) for side in list_sides(assumptions)),
+        make_api_table(assumptions, items),
+        make_break_even_table(assumptions, items),
+        make_sensitivity_table(assumptions, swings),
     ]
-    tables += [apis(found, made), break_even(found, made), swings(found, moved)]
     return [table for table in tables if table.rows]
 
 
 def serialize_costs(
-    found: Assumptions, made: Figures, moved: Sequence[Swing], claimed: Sequence[Claim]
+    assumptions: Assumptions, items: CostItems, swings: Sequence[Swing], claims: Sequence[Claim]
 ) -> dict[str, object]:
-    """Everything as plain values for JSON."""
+    """Return everything as plain values for JSON."""
     return {
-        "title": found.title,
-        "currency": found.currency,
-        "figures": {key: figure_values(figure) for key, figure in made.items()},
+        "title": assumptions.title,
+        "currency": assumptions.currency,
+        "figures": {key: serialize_cost_item(item) for key, item in items.items()},
         "sensitivity": [
             {
                 "side": swing.side,
@@ -157,27 +164,27 @@ def serialize_costs(
                 "per_million_at_low": swing.at_low,
                 "per_million_at_high": swing.at_high,
             }
-            for swing in moved
+            for swing in swings
         ],
         "claims": [
             {
-                "figure": c.figure.key,
-                "claimed": c.claimed,
-                "value": c.figure.value,
-                "right": c.right,
-                "told": c.told,
+                "figure": claim.item.key,
+                "claimed": claim.claimed,
+                "value": claim.item.value,
+                "right": claim.is_correct,
+                "told": claim.message,
             }
-            for c in claimed
+            for claim in claims
         ],
-        "assumptions": found.model_dump(mode="json"),
+        "assumptions": assumptions.model_dump(mode="json"),
     }
 
 
-def figure_values(figure: Figure) -> dict[str, object]:
-    """One figure with its arithmetic."""
+def serialize_cost_item(item: CostItem) -> dict[str, object]:
+    """Return one item with its arithmetic."""
     return {
-        "label": figure.label,
-        "value": figure.value,
-        "unit": figure.unit,
-        "arithmetic": figure.arithmetic,
+        "label": item.label,
+        "value": item.value,
+        "unit": item.unit,
+        "arithmetic": item.arithmetic,
     }

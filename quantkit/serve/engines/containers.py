@@ -1,6 +1,7 @@
-"""The command of an engine in a container: a docker line, a Kubernetes manifest. Pure text, nothing is started.
+"""The command of an engine in a container: a docker command, a Kubernetes manifest. Pure text.
 
-Images are the engines' own, by the versions whose flags were read. Weights are mounted read-only at /model.
+Images are the engines' own, of the versions whose flags were read. Weights are mounted read-only at
+/model.
 """
 
 from __future__ import annotations
@@ -18,230 +19,278 @@ IMAGES: Mapping[str, str] = {
     "vllm": "vllm/vllm-openai:v0.32.0",
     "sglang": "lmsysorg/sglang:v0.5.23",
 }
-MODEL = "/model"
-TEMPLATE = "/templates/chat.jinja"
-"""Where a chat template that the model does not bring lies in a container."""
-RANK = "$(POD_INDEX)"
+MODEL_MOUNT = "/model"
+TEMPLATE_MOUNT = "/templates/chat.jinja"
+"""The path in a container of a chat template that is not part of the model."""
+POD_RANK = "$(POD_INDEX)"
 
 
-def docker_text(launch: Launch, folder: str, host: str, port: int, template: str = "") -> str:
-    """One `docker run` per node. The launch's path must be /model, its host 0.0.0.0, that of the container; `host` is
-    where the machine listens for it, `template` the machine's file for TEMPLATE."""
-    image = image_of(launch)
+def render_docker(launch: Launch, folder: str, host: str, port: int, template: str = "") -> str:
+    """Return one `docker run` command per node.
+
+    The launch's path must be /model and its host 0.0.0.0 (inside the container). host: the address
+    on which the machine publishes the port. template: the machine's file for TEMPLATE_MOUNT.
+    """
+    image = get_image(launch)
     network = (
         ["--network", "host"]
         if len(launch.per_node) > 1
-        else ["-p", f"{published(host)}:{port}:{port}"]
+        else ["-p", f"{format_publish_address(host)}:{port}:{port}"]
     )
-    mounts = [f"{folder}:{MODEL}:ro", *([f"{template}:{TEMPLATE}:ro"] if template else [])]
-    made = []
+    mounts = [f"{folder}:{MODEL_MOUNT}:ro"]
+    mounts += [f"{template}:{TEMPLATE_MOUNT}:ro"] if template else []
+    commands = []
     for node in range(len(launch.per_node)):
-        words = launch.words(node)
-        parts = [
+        command = launch.get_command(node)
+        lines = [
             "docker run --rm --gpus all --ipc=host",  # ipc: ranks share memory
             shlex.join(network),
             *("-v " + shlex.quote(mount) for mount in mounts),
-            f"--entrypoint {shlex.quote(words[0])} {image}",
-            *(shlex.join(line) for line in by_flag(words[1:])),
+            f"--entrypoint {shlex.quote(command[0])} {image}",
+            *(shlex.join(group) for group in group_by_flag(command[1:])),
         ]
-        made.append(" \\\n  ".join(parts))
-    return "\n\n".join(made) + "\n"
+        commands.append(" \\\n  ".join(lines))
+    return "\n\n".join(commands) + "\n"
 
 
-def published(host: str) -> str:
-    """An address as docker's -p takes it: no name, and IPv6 in brackets."""
+def format_publish_address(host: str) -> str:
+    """Return an address for docker's -p: no host name, IPv6 in brackets."""
     if host == "localhost":
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
 
 
-def by_flag(words: list[str]) -> list[list[str]]:
-    """Words in groups, a flag with its value each."""
+def group_by_flag(arguments: list[str]) -> list[list[str]]:
+    """Group arguments: each flag with its value."""
     groups: list[list[str]] = [[]]
-    for word in words:
+    for word in arguments:
         if word.startswith("--") and groups[-1]:
             groups.append([])
         groups[-1].append(word)
     return groups
 
 
-def kubernetes_text(launch: Launch, name: str, port: int, template: str = "") -> str:
-    """A Service and a Deployment, or for several nodes a StatefulSet whose pods are the nodes, as YAML documents.
+def render_kubernetes(launch: Launch, name: str, port: int, template: str = "") -> str:
+    """Return YAML documents: a Service with a Deployment, or with a StatefulSet for several nodes.
 
-    Comments on top say what must be there before; `template` is the machine's file for TEMPLATE.
+    Comments at the top name the prerequisites. template: the machine's file for TEMPLATE_MOUNT.
     """
     from ruamel.yaml import YAML
 
-    label = label_of(name)
-    several = len(launch.per_node) > 1
+    label = make_label(name)
+    has_several_nodes = len(launch.per_node) > 1
     yaml, text = YAML(), StringIO()
     yaml.default_flow_style, yaml.width = False, 110
-    documents = [service(label, port)]
-    if several:
-        documents += [headless_service(label), stateful_set(launch, label, port)]
+    documents = [make_service(label, port)]
+    if has_several_nodes:
+        documents += [make_headless_service(label), make_stateful_set(launch, label, port)]
     else:
-        documents += [deployment(launch, label, port)]
+        documents += [make_deployment(launch, label, port)]
     yaml.dump_all(documents, text)
-    claim = f"# The claim {claim_of(label)} must exist, and hold the files of the model's folder at its top.\n"
-    version = (
-        "# Several nodes need Kubernetes 1.28 or later: pods know their index since.\n"
-        if several
-        else ""
+    comments = (
+        f"# The claim {name_volume_claim(label)} must exist, with the files of the model's folder "
+        "at its top level.\n"
     )
-    key = TEMPLATE.rpartition("/")[2]
-    create = (
-        f"kubectl create configmap {templates_of(label)} --from-file={key}={shlex.quote(template)}"
-    )
-    chat = f"# The chat template must exist too: {create}\n" if template else ""
-    return claim + chat + version + text.getvalue()
+    if template:
+        key = TEMPLATE_MOUNT.rpartition("/")[2]
+        create = (
+            f"kubectl create configmap {name_template_config_map(label)} "
+            f"--from-file={key}={shlex.quote(template)}"
+        )
+        comments += f"# Create the config map of the chat template: {create}\n"
+    if has_several_nodes:
+        comments += "# Several nodes need Kubernetes 1.28 or later, for the index of a pod.\n"
+    return comments + text.getvalue()
 
 
-def label_of(name: str) -> str:
-    """A name that Kubernetes takes: lower case, digits and hyphens, a letter first, at most 50 characters."""
+def make_label(name: str) -> str:
+    """Return a valid Kubernetes name.
+
+    Lower-case letters, digits and hyphens, a letter first, at most 50 characters.
+    """
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return (plain if plain[:1].isalpha() else f"model-{plain}")[:50].strip("-")
 
 
-def claim_of(label: str) -> str:
-    """The volume with the weights."""
+def name_volume_claim(label: str) -> str:
+    """Return the name of the volume claim of the weights."""
     return f"{label}-weights"
 
 
-def templates_of(label: str) -> str:
-    """The config map with the chat template."""
+def name_template_config_map(label: str) -> str:
+    """Return the name of the config map of the chat template."""
     return f"{label}-templates"
 
 
-def image_of(launch: Launch) -> str:
-    """The image of an engine; UsageError for one that has none."""
+def get_image(launch: Launch) -> str:
+    """Return the image of an engine; UsageError if it has none."""
     if launch.engine not in IMAGES:
         raise UsageError(
-            "--docker, --kubernetes: expected --engine vllm or sglang, found transformers; name one of them"
+            "--docker, --kubernetes: expected --engine vllm or sglang, found transformers; "
+            "name one of them"
         )
     return IMAGES[launch.engine]
 
 
-def metadata(name: str, label: str) -> dict[str, Any]:
+def make_metadata(name: str, label: str) -> dict[str, Any]:
+    """Return the metadata of an object."""
     return {"name": name, "labels": {"app": label}}
 
 
-def service(label: str, port: int) -> dict[str, Any]:
-    """Where clients go; of several pods only the first is ever ready."""
+def make_service(label: str, port: int) -> dict[str, Any]:
+    """Return the Service for clients; of several pods only the first is ever ready."""
     ports = [{"name": "http", "port": port, "targetPort": port}]
-    spec = {"selector": {"app": label}, "ports": ports}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": metadata(label, label), "spec": spec}
-
-
-def headless_service(label: str) -> dict[str, Any]:
-    """Names for the pods of a StatefulSet, before they are ready: they need each other to become it."""
-    spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {"app": label}}
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": metadata(f"{label}-nodes", label),
-        "spec": spec,
+        "metadata": make_metadata(label, label),
+        "spec": {"selector": {"app": label}, "ports": ports},
     }
 
 
-def deployment(launch: Launch, label: str, port: int) -> dict[str, Any]:
-    """One pod with all cards of a node; replaced, not rolled: no node has cards for two."""
+def make_headless_service(label: str) -> dict[str, Any]:
+    """Return the Service that names the pods of a StatefulSet before they are ready.
+
+    The pods need each other to become ready.
+    """
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": make_metadata(f"{label}-nodes", label),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": {"app": label},
+        },
+    }
+
+
+def make_deployment(launch: Launch, label: str, port: int) -> dict[str, Any]:
+    """Return a Deployment: one pod with all GPUs of a node.
+
+    Its strategy is Recreate: no node has GPUs for a second pod of a rolling update.
+    """
     spec = {
         "replicas": 1,
         "strategy": {"type": "Recreate"},
         "selector": {"matchLabels": {"app": label}},
         "template": {
             "metadata": {"labels": {"app": label}},
-            "spec": pod(label, container(launch, launch.words(), port)),
+            "spec": make_pod(label, make_container(launch, launch.get_command(), port)),
         },
     }
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": metadata(label, label),
+        "metadata": make_metadata(label, label),
         "spec": spec,
     }
 
 
-def stateful_set(launch: Launch, label: str, port: int) -> dict[str, Any]:
-    """A pod per node; its index is the node's rank, the first pod's name the address where they meet."""
+def make_stateful_set(launch: Launch, label: str, port: int) -> dict[str, Any]:
+    """Return a StatefulSet: one pod per node.
+
+    A pod's index is its node's rank; the first pod's name is the rendezvous address.
+    """
     first = f"{label}-0.{label}-nodes"
-    count = len(launch.per_node)
-    words = [word.replace(MASTER, first) for word in launch.words(0)]
-    words[words.index("--node-rank") + 1] = RANK
-    command = shlex.join(words).replace(shlex.quote(RANK), '"$POD_INDEX"')
+    arguments = [word.replace(MASTER, first) for word in launch.get_command(0)]
+    arguments[arguments.index("--node-rank") + 1] = POD_RANK
+    command = shlex.join(arguments).replace(shlex.quote(POD_RANK), '"$POD_INDEX"')
     if launch.engine == "vllm":
         command += ' $(if [ "$POD_INDEX" != 0 ]; then echo --headless; fi)'
-    made = container(launch, ["/bin/sh", "-c", f"exec {command}"], port)
+    container = make_container(launch, ["/bin/sh", "-c", f"exec {command}"], port)
     index = {"fieldRef": {"fieldPath": "metadata.labels['apps.kubernetes.io/pod-index']"}}
-    made["env"] = [{"name": "POD_INDEX", "valueFrom": index}]
+    container["env"] = [{"name": "POD_INDEX", "valueFrom": index}]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        del made[probe]  # only the first pod has an API
-    asked = {"exec": {"command": ["/bin/sh", "-c", alive(port)]}}
-    made["readinessProbe"] = asked | {"periodSeconds": 10, "timeoutSeconds": 10}
+        del container[probe]  # only the first pod has an API
+    container["readinessProbe"] = {
+        "exec": {"command": ["/bin/sh", "-c", make_readiness_script(port)]},
+        "periodSeconds": 10,
+        "timeoutSeconds": 10,
+    }
     spec = {
-        "replicas": count,
+        "replicas": len(launch.per_node),
         "serviceName": f"{label}-nodes",
         "podManagementPolicy": "Parallel",
         "selector": {"matchLabels": {"app": label}},
-        "template": {"metadata": {"labels": {"app": label}}, "spec": pod(label, made)},
+        "template": {"metadata": {"labels": {"app": label}}, "spec": make_pod(label, container)},
     }
     return {
         "apiVersion": "apps/v1",
         "kind": "StatefulSet",
-        "metadata": metadata(label, label),
+        "metadata": make_metadata(label, label),
         "spec": spec,
     }
 
 
-def alive(port: int) -> str:
-    """A probe that every pod but the first fails, so that the Service sends requests to the first alone."""
-    address = f"http://127.0.0.1:{port}/health"
-    return f'[ "$POD_INDEX" = 0 ] && python3 -c "import urllib.request; urllib.request.urlopen(\'{address}\', timeout=5)"'
+def make_readiness_script(port: int) -> str:
+    """Return a probe that succeeds only in the first pod, so that only it gets requests."""
+    url = f"http://127.0.0.1:{port}/health"
+    return (
+        '[ "$POD_INDEX" = 0 ] && python3 -c "import urllib.request; '
+        f"urllib.request.urlopen('{url}', timeout=5)\""
+    )
 
 
-def container(launch: Launch, words: list[str], port: int) -> dict[str, Any]:
-    """The engine. Loading hundreds of gigabytes takes long: startup may take an hour."""
-    cards = launch.placement.cards // launch.placement.nodes if launch.placement else 1
-    templates = {"name": "templates", "mountPath": TEMPLATE.rpartition("/")[0], "readOnly": True}
+def make_container(launch: Launch, command: list[str], port: int) -> dict[str, Any]:
+    """Return the container of an engine.
+
+    Its startup may take an hour: loading hundreds of gigabytes takes long.
+    """
+    gpus = launch.placement.gpus // launch.placement.nodes if launch.placement else 1
+    templates = {
+        "name": "templates",
+        "mountPath": TEMPLATE_MOUNT.rpartition("/")[0],
+        "readOnly": True,
+    }
     return {
         "name": "engine",
-        "image": image_of(launch),
-        "command": words,
+        "image": get_image(launch),
+        "command": command,
         "ports": [{"name": "http", "containerPort": port}],
-        "resources": {"limits": {"nvidia.com/gpu": cards}},
-        "startupProbe": {"httpGet": health(port), "periodSeconds": 10, "failureThreshold": 360},
-        "readinessProbe": {"httpGet": health(port), "periodSeconds": 10, "timeoutSeconds": 10},
+        "resources": {"limits": {"nvidia.com/gpu": gpus}},
+        "startupProbe": {
+            "httpGet": make_health_check(port),
+            "periodSeconds": 10,
+            "failureThreshold": 360,
+        },
+        "readinessProbe": {
+            "httpGet": make_health_check(port),
+            "periodSeconds": 10,
+            "timeoutSeconds": 10,
+        },
         "livenessProbe": {
-            "httpGet": health(port),
+            "httpGet": make_health_check(port),
             "periodSeconds": 30,
             "failureThreshold": 5,
             "timeoutSeconds": 10,
         },
         "volumeMounts": [
-            {"name": "weights", "mountPath": MODEL, "readOnly": True},
+            {"name": "weights", "mountPath": MODEL_MOUNT, "readOnly": True},
             {"name": "shm", "mountPath": "/dev/shm"},  # ranks share memory
-            *([templates] if TEMPLATE in launch.words() else []),
+            *([templates] if TEMPLATE_MOUNT in launch.get_command() else []),
         ],
     }
 
 
-def health(port: int) -> dict[str, Any]:
-    """Where a probe asks; a dict for each, for YAML makes an anchor of one that stands twice."""
+def make_health_check(port: int) -> dict[str, Any]:
+    """Return the request of a probe: a new dict each time, since YAML anchors shared ones."""
     return {"path": "/health", "port": port}
 
 
-def pod(label: str, made: dict[str, Any]) -> dict[str, Any]:
-    """What surrounds the engine."""
-    mounted = {mount["name"] for mount in made["volumeMounts"]}
-    templates = {"name": "templates", "configMap": {"name": templates_of(label)}}
+def make_pod(label: str, container: dict[str, Any]) -> dict[str, Any]:
+    """Return the spec of a pod: the container and its volumes."""
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    templates = {"name": "templates", "configMap": {"name": name_template_config_map(label)}}
     return {
-        "enableServiceLinks": False,  # of a Service called vllm it makes VLLM_PORT, which vLLM takes for its own
-        "containers": [made],
+        # A Service called vllm would set VLLM_PORT, which vLLM takes for its own setting.
+        "enableServiceLinks": False,
+        "containers": [container],
         "terminationGracePeriodSeconds": 120,
         "volumes": [
             {
                 "name": "weights",
-                "persistentVolumeClaim": {"claimName": claim_of(label), "readOnly": True},
+                "persistentVolumeClaim": {"claimName": name_volume_claim(label), "readOnly": True},
             },
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}},
             *([templates] if "templates" in mounted else []),

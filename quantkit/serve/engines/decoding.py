@@ -1,7 +1,7 @@
-"""One answer after the other with transformers' `generate`, told piece by piece, stopped by whoever asked.
+"""Sequential generation with transformers: streaming, stop strings, cancellation.
 
-transformers' own `stop_strings` leaves the stop string in the text and tells it to a streamer; here text is held back
-while it may still become one.
+transformers' own `stop_strings` keeps the stop string in the text and sends it to a streamer. Here
+text is held back while it may still become a stop string.
 """
 
 from __future__ import annotations
@@ -22,78 +22,80 @@ from quantkit.artifact.load_model import load_model
 from quantkit.serve.engines.openai_protocol import BadRequest, CompletionRequest
 from quantkit.texts.corpora import load_tokenizer
 
-PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-"""For models without a chat template: they go on with the text of the messages."""
-Reason = Literal["stop", "length", "cancelled"]
+DEFAULT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+"""The chat template of models without one: the model continues the text of the messages."""
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ended:
-    """How an answer ended, and its tokens."""
+class Completion:
+    """The end of a completion: its reason, and the number of generated tokens."""
 
-    reason: Reason
+    reason: FinishReason
     tokens: int
 
 
-class Writer:
-    """What `generate` streams to: token ids in, text out, until a stop string or whoever asked says stop."""
+class TextStreamer:
+    """A streamer of `generate`: passes text on until a stop string or cancellation.
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], tell: Callable[[str], None]) -> None:
-        self._backend, self._stream = (
-            tokenizer.backend_tokenizer,
-            DecodeStream(skip_special_tokens=True),
-        )
-        self._stop, self._tell = tuple(stop), tell
-        self._held = ""
-        self._prompt = True
+    Mutable; `cancelled` may be set from another thread.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], on_text: Callable[[str], None]) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop, self._on_text = tuple(stop), on_text
+        self._held_back = ""
+        self._is_prompt = True
         self.tokens = 0
-        self.stopped = False
+        self.is_stopped = False
         self.cancelled = threading.Event()
 
     def put(self, value: Tensor) -> None:
-        """The prompt, which comes first and is not told, then token after token."""
-        if self._prompt:
-            self._prompt = False
+        """Take the prompt, which comes first and is skipped, then the tokens one by one."""
+        if self._is_prompt:
+            self._is_prompt = False
             return
         for token in value.reshape(-1).tolist():
             self.tokens += 1
-            if not self.stopped:
-                self._say(self._stream.step(self._backend, token) or "")
+            if not self.is_stopped:
+                self._add_text(self._stream.step(self._backend, token) or "")
 
     def end(self) -> None:
-        """Tell what was held back."""
-        if not self.stopped and self._held:
-            self._tell(self._held)
-            self._held = ""
+        """Pass on the text that was held back."""
+        if not self.is_stopped and self._held_back:
+            self._on_text(self._held_back)
+            self._held_back = ""
 
-    def done(self, ids: Tensor, _scores: object) -> Tensor:
-        """transformers' stopping criterion, asked after every token: [rows] bool."""
+    def is_done(self, ids: Tensor, _scores: object) -> Tensor:
+        """Return transformers' stopping criterion after every token: [rows] bool."""
         return torch.full(
-            (ids.shape[0],), self.stopped or self.cancelled.is_set(), device=ids.device
+            (ids.shape[0],), self.is_stopped or self.cancelled.is_set(), device=ids.device
         )
 
-    def _say(self, text: str) -> None:
-        held = self._held + text
-        found = [place for stop in self._stop if (place := held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            held, keep = held[: min(found)], 0
+    def _add_text(self, text: str) -> None:
+        pending = self._held_back + text
+        matches = [start for stop in self._stop if (start := pending.find(stop)) >= 0]
+        if matches:
+            self.is_stopped = True
+            pending, kept = pending[: min(matches)], 0
         else:
-            keep = max((beginning(held, stop) for stop in self._stop), default=0)
-        told, self._held = held[: len(held) - keep], held[len(held) - keep :]
-        if told:
-            self._tell(told)
+            kept = max((count_stop_prefix(pending, stop) for stop in self._stop), default=0)
+        ready = pending[: len(pending) - kept]
+        self._held_back = pending[len(pending) - kept :]
+        if ready:
+            self._on_text(ready)
 
 
-def beginning(text: str, stop: str) -> int:
-    """Characters at the end of `text` that may begin `stop`."""
+def count_stop_prefix(text: str, stop: str) -> int:
+    """Count the characters at the end of `text` that may begin `stop`."""
     return next(
         (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
     )
 
 
 class Decoder:
-    """A model that answers one request at a time, in the order they came, in a thread of its own."""
+    """A model that serves one request at a time, in order of arrival, in a thread of its own."""
 
     def __init__(
         self,
@@ -107,91 +109,98 @@ class Decoder:
         self.model = load_model(folder)
         self.name = name or folder.resolve().name
         eos = self.model.generation_config.eos_token_id
-        self._ends: list[int] = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        self.model.generation_config.eos_token_id = (
-            None  # what a request leaves open, generate takes from there
-        )
+        self._eos_ids: list[int] = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        # generate would take it from there for a request without one
+        self.model.generation_config.eos_token_id = None
         longest = int(getattr(self.model.config, "max_position_embeddings", 0)) or 2048
         self.context = min(context or longest, longest)
         own = template or getattr(self.tokenizer, "chat_template", None)
-        self.template, self.own_template = own or PLAIN_TEMPLATE, own is not None
+        self.template, self.has_own_template = own or DEFAULT_TEMPLATE, own is not None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
 
-    def prompts(self, ask: CompletionRequest) -> list[list[int]]:
-        """Token ids of each prompt; Misasked when one leaves no room for an answer."""
-        if ask.kind == "chat":
+    def encode_prompts(self, request: CompletionRequest) -> list[list[int]]:
+        """Return the token ids of each prompt; BadRequest if one leaves no room for output."""
+        if request.kind == "chat":
             text = self.tokenizer.apply_chat_template(
-                list(ask.messages),
+                list(request.messages),
                 chat_template=self.template,
                 add_generation_prompt=True,
                 tokenize=False,
             )
-            made = [self._ids(text, special=not self.own_template)]
+            prompts = [self._encode(text, special=not self.has_own_template)]
         else:
-            made = [
-                one if isinstance(one, list) else self._ids(one, special=True)
-                for one in ask.prompts
+            prompts = [
+                prompt if isinstance(prompt, list) else self._encode(prompt, special=True)
+                for prompt in request.prompts
             ]
-        words = self.model.get_input_embeddings().num_embeddings
-        for ids in made:
-            if any(not 0 <= one < words for one in ids):
-                raise BadRequest(f"prompt: expected token ids from 0 to {words - 1}")
-            if not ids or len(ids) + (ask.max_tokens or 1) > self.context:
+        vocab_size = self.model.get_input_embeddings().num_embeddings
+        for ids in prompts:
+            if any(not 0 <= token < vocab_size for token in ids):
+                raise BadRequest(f"prompt: expected token ids from 0 to {vocab_size - 1}")
+            if not ids or len(ids) + (request.max_tokens or 1) > self.context:
                 raise BadRequest(
-                    f"prompt: expected at least one token and with max_tokens ({ask.max_tokens or 1}) at most "
-                    f"{self.context}, found {len(ids)}; shorten it or ask for less"
+                    f"prompt: expected at least one token and with max_tokens "
+                    f"({request.max_tokens or 1}) at most {self.context}, found {len(ids)}; "
+                    "shorten it or lower max_tokens"
                 )
-        return made
+        return prompts
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of a text; Misasked for what is none: JSON can say half of a surrogate pair."""
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        """Return the token ids of a text.
+
+        Raises BadRequest for half of a surrogate pair, which JSON can contain.
+        """
         try:
             text.encode()
         except UnicodeEncodeError as fault:
             raise BadRequest(
-                f"prompt: expected text, found half a surrogate pair at {fault.start}; mend it"
+                f"prompt: expected text, found half of a surrogate pair at {fault.start}; fix it"
             ) from None
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
-    def start(
-        self, ids: list[int], ask: CompletionRequest, seed: int | None, tell: Callable[[str], None]
-    ) -> tuple[Writer, Future[Ended]]:
-        """Begin an answer when its turn comes. `tell` is called in the decoder's thread."""
-        writer = Writer(self.tokenizer, ask.stop, tell)
-        return writer, self._thread.submit(self._run, writer, ids, ask, seed)
+    def submit(
+        self,
+        ids: list[int],
+        request: CompletionRequest,
+        seed: int | None,
+        on_text: Callable[[str], None],
+    ) -> tuple[TextStreamer, Future[Completion]]:
+        """Queue a completion. `on_text` is called in the decoder's thread."""
+        streamer = TextStreamer(self.tokenizer, request.stop, on_text)
+        return streamer, self._thread.submit(self._generate, streamer, ids, request, seed)
 
     def close(self) -> None:
-        """Take no more requests."""
+        """Stop accepting requests."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _run(
-        self, writer: Writer, ids: list[int], ask: CompletionRequest, seed: int | None
-    ) -> Ended:
-        if writer.cancelled.is_set():
-            return Ended(reason="cancelled", tokens=0)
+    def _generate(
+        self, streamer: TextStreamer, ids: list[int], request: CompletionRequest, seed: int | None
+    ) -> Completion:
+        if streamer.cancelled.is_set():
+            return Completion(reason="cancelled", tokens=0)
         if seed is not None:
-            torch.manual_seed(seed)  # one answer at a time: nobody else draws
+            torch.manual_seed(seed)  # one completion at a time: no other thread samples
         room = self.context - len(ids)
-        limit = min(ask.max_tokens or room, room)
-        sampled = ask.temperature > 0
+        limit = min(request.max_tokens or room, room)
+        is_sampled = request.temperature > 0
         config = GenerationConfig.from_dict(self.model.generation_config.to_dict())
         config.update(
-            max_new_tokens=limit, do_sample=sampled, top_p=None, temperature=None, top_k=None
+            max_new_tokens=limit, do_sample=is_sampled, top_p=None, temperature=None, top_k=None
         )
-        if sampled:
-            config.update(temperature=ask.temperature, top_p=ask.top_p, top_k=0)
-        ends = [] if ask.ignore_eos else self._ends
-        config.update(eos_token_id=ends or None)
+        if is_sampled:
+            config.update(temperature=request.temperature, top_p=request.top_p, top_k=0)
+        eos_ids = [] if request.ignore_eos else self._eos_ids
+        config.update(eos_token_id=eos_ids or None)
         inputs = torch.tensor([ids], device=self.model.device)
         with torch.inference_mode():
-            made = self.model.generate(
+            outputs = self.model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=config,
-                streamer=writer,
-                stopping_criteria=StoppingCriteriaList([writer.done]),
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([streamer.is_done]),
             )
-        if writer.cancelled.is_set():
-            return Ended(reason="cancelled", tokens=writer.tokens)
-        ended = writer.stopped or int(made[0, -1]) in ends
-        return Ended(reason="stop" if ended else "length", tokens=writer.tokens)
+        if streamer.cancelled.is_set():
+            return Completion(reason="cancelled", tokens=streamer.tokens)
+        has_stopped = streamer.is_stopped or int(outputs[0, -1]) in eos_ids
+        return Completion(reason="stop" if has_stopped else "length", tokens=streamer.tokens)

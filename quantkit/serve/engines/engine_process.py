@@ -1,4 +1,4 @@
-"""The engine's process, from its start to its end, and the gateway before it."""
+"""The process of an engine, from its start to its end, and the server of a gateway."""
 
 from __future__ import annotations
 
@@ -18,45 +18,51 @@ from quantkit.errors import QuantkitError, UsageError
 
 LOOPBACK = "127.0.0.1"
 STOP_SECONDS = 60
-"""What an engine gets to finish its answers before it is killed."""
+"""Seconds that an engine has to finish its responses before SIGKILL."""
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 @contextmanager
-def process(
-    words: Sequence[str], environment: Mapping[str, str]
+def run_process(
+    command: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """An engine's process in a group of its own, ended with everything it started; UsageError when it is not there."""
+    """Run an engine in a process group of its own, and stop the whole group at the end.
+
+    Raises UsageError if the program is not installed.
+    """
     try:
-        started = subprocess.Popen(
-            words, env=dict(environment), start_new_session=True, preexec_fn=ending_with_us()
+        process = subprocess.Popen(
+            command, env=dict(environment), start_new_session=True, preexec_fn=make_preexec()
         )
     except FileNotFoundError as fault:
         raise UsageError(
-            f"{words[0]}: expected this engine in the environment, found none; install it"
+            f"{command[0]}: expected this engine in the environment, found none; install it"
         ) from fault
     try:
-        yield started
+        yield process
     finally:
-        end(started)
+        stop_process(process)
 
 
-def ending_with_us() -> Callable[[], None] | None:
-    """What a child does first: ask for SIGTERM when we are gone, even by SIGKILL; None where only Linux can."""
+def make_preexec() -> Callable[[], None] | None:
+    """Return a function for the child that requests SIGTERM at this process's end, even by SIGKILL.
+
+    None except on Linux.
+    """
     if not sys.platform.startswith("linux"):
         return None
-    prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec as little as possible
+    prctl = ctypes.CDLL(None).prctl  # resolved before the fork: as little as possible after it
     return lambda: prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
 
 
-def end(started: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, and SIGKILL for what is still there after a while, to the whole group."""
+def stop_process(process: subprocess.Popen[bytes]) -> None:
+    """Send SIGTERM to the whole group, and SIGKILL after STOP_SECONDS."""
     for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 5)):
         try:
-            os.killpg(started.pid, number)
-            started.wait(seconds)
+            os.killpg(process.pid, number)
+            process.wait(seconds)
         except ProcessLookupError:
-            started.wait(5)
+            process.wait(5)
             return
         except subprocess.TimeoutExpired:
             continue
@@ -64,28 +70,30 @@ def end(started: subprocess.Popen[bytes]) -> None:
 
 
 def wait_ready(
-    started: subprocess.Popen[bytes], port: int, seconds: float, tell: Callable[[str], None]
+    process: subprocess.Popen[bytes], port: int, seconds: float, log: Callable[[str], None]
 ) -> None:
-    """Until the engine answers /health; QuantkitError when it ends or stays silent."""
-    began, told = time.monotonic(), 0
+    """Wait until the engine answers /health; QuantkitError if it ends or times out."""
+    started, minutes = time.monotonic(), 0
     while not is_responding(f"http://{LOOPBACK}:{port}/health"):
-        if started.poll() is not None:
+        if process.poll() is not None:
             raise QuantkitError(
-                f"the engine ended with {started.returncode} before it answered; its messages are above"
+                f"the engine exited with {process.returncode} before it was ready; "
+                "its messages are above"
             )
-        waited = time.monotonic() - began
+        waited = time.monotonic() - started
         if waited > seconds:
             raise QuantkitError(
-                f"the engine did not answer on port {port} within {seconds:.0f} s; see --start-seconds"
+                f"the engine did not answer on port {port} within {seconds:.0f} s; "
+                "see --start-seconds"
             )
-        if waited > 60 * (told + 1):
-            told += 1
-            tell(f"waiting for the engine: {told} min")
+        if waited > 60 * (minutes + 1):
+            minutes += 1
+            log(f"waiting for the engine: {minutes} min")
         time.sleep(0.2)
 
 
 def is_responding(url: str) -> bool:
-    """Whether a GET succeeds."""
+    """Return whether a GET request succeeds."""
     import httpx2
 
     try:
@@ -95,34 +103,36 @@ def is_responding(url: str) -> bool:
 
 
 def find_free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as found:
-        found.bind((LOOPBACK, 0))
-        return int(found.getsockname()[1])
+    """Return a port that is free now."""
+    with socket.socket() as listener:
+        listener.bind((LOOPBACK, 0))
+        return int(listener.getsockname()[1])
 
 
-def url_of(host: str, port: int) -> str:
-    """The base of the API there; an IPv6 address stands in brackets."""
+def format_api_url(host: str, port: int) -> str:
+    """Return the base URL of the API; an IPv6 address gets brackets."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 def check_port(host: str, port: int) -> None:
-    """UsageError when somebody listens there already: an engine would find out after minutes of loading."""
+    """Check that a port is free; an engine would fail only after minutes of loading."""
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[
-            0
-        ]  # IPv4 or IPv6
-        with socket.socket(family, kind, protocol) as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind(place)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = addresses[0]  # IPv4 or IPv6
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
     except OSError as fault:
         raise UsageError(
             f"--port {port}: expected a free port on {host}, found: {fault.strerror}; name another"
         ) from fault
 
 
-def server_of(app: Any, host: str, port: int) -> Any:
-    """A server for an ASGI application; `run` stays until SIGINT, SIGTERM or `should_exit`, and ends its answers."""
+def make_server(app: Any, host: str, port: int) -> Any:
+    """Make the server of an ASGI application.
+
+    Its `run` blocks until SIGINT, SIGTERM or `should_exit`, and completes the open responses.
+    """
     import uvicorn
 
     config = uvicorn.Config(
@@ -133,17 +143,17 @@ def server_of(app: Any, host: str, port: int) -> Any:
         access_log=False,
         ws="none",
         backlog=4096,
-        timeout_keep_alive=75,  # longer than load balancers keep theirs
+        timeout_keep_alive=75,  # longer than the keep-alive of load balancers
         timeout_graceful_shutdown=STOP_SECONDS,
     )
     return uvicorn.Server(config)
 
 
-def watch(started: subprocess.Popen[bytes], ended: Callable[[int], None]) -> None:
-    """Call `ended` in a thread of its own when the engine ends."""
-    threading.Thread(target=lambda: ended(started.wait()), daemon=True).start()
+def watch_process(process: subprocess.Popen[bytes], on_exit: Callable[[int], None]) -> None:
+    """Call `on_exit` with the exit status, in a thread of its own, when the engine ends."""
+    threading.Thread(target=lambda: on_exit(process.wait()), daemon=True).start()
 
 
-def own_command(words: Sequence[str]) -> list[str]:
-    """A command of this program, for a process of its own: by this Python, whatever PATH says."""
-    return [sys.executable, "-m", "quantkit", *words[1:], "--no-verify"]
+def make_own_command(command: Sequence[str]) -> list[str]:
+    """Return a command of quantkit for this Python, independent of PATH."""
+    return [sys.executable, "-m", "quantkit", *command[1:], "--no-verify"]

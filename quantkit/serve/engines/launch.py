@@ -1,7 +1,8 @@
-"""The exact command of an engine, each flag with its reason. Pure.
+"""The command of an engine, each flag with its reason.
 
-Flags were read in vLLM 0.32 (engine/arg_utils.py, config/cache.py, config/scheduler.py) and SGLang 0.5.23
-(srt/arg_groups/fields/). Both take priorities so that the lower number goes first, as the gateway counts.
+Flags were read in vLLM 0.32 (engine/arg_utils.py, config/cache.py, config/scheduler.py) and SGLang
+0.5.23 (srt/arg_groups/fields/). Both are configured so that the lower priority number runs first,
+as in the gateway.
 """
 
 from __future__ import annotations
@@ -14,36 +15,48 @@ from typing import Literal
 from quantkit.errors import UsageError
 from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, SERVERS
 from quantkit.serve.engines.target import Target
-from quantkit.serve.sizing.batch import STEP, compute_max_batched_tokens
+from quantkit.serve.sizing.batch import TOKEN_MULTIPLE, compute_max_batched_tokens
 from quantkit.serve.sizing.fit import Fit, Placement, find_shortfall, fit_model
 from quantkit.serve.sizing.gpus import Gpu
-from quantkit.serve.sizing.memory import MemoryEstimate, told_users
-from quantkit.serve.sizing.memory_fraction import Server, share_of, usual_step
+from quantkit.serve.sizing.memory import MemoryEstimate, format_users
+from quantkit.serve.sizing.memory_fraction import (
+    GpuEngine,
+    compute_memory_fraction,
+    get_default_batched_tokens,
+)
 from quantkit.serve.sizing.tables import format_shortfall
 
 Engine = Literal["vllm", "sglang", "transformers"]
-SHOWN: dict[Engine, str] = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
+ENGINE_NAMES: dict[Engine, str] = {
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "transformers": "transformers",
+}
 MASTER = "MASTER"
-"""What stands for the first node's address in a command for several nodes."""
+"""The placeholder of the first node's address in a command for several nodes."""
 MASTER_PORT = 29501
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flag:
-    """A flag, its value ("" for a switch), and why it stands there."""
+    """A flag, its value ("" for a switch), and its reason."""
 
     name: str
     value: str
-    why: str
+    reason: str
 
     @property
-    def words(self) -> tuple[str, ...]:
+    def arguments(self) -> tuple[str, ...]:
         return (self.name, self.value) if self.value else (self.name,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How to start an engine: `base` and `flags` on every node; `per_node` adds what differs, one entry per node."""
+    """The command of an engine.
+
+    `base` and `flags` are the same on every node; `per_node` has the flags that differ, one entry
+    per node.
+    """
 
     engine: Engine
     base: tuple[str, ...]
@@ -52,22 +65,22 @@ class Launch:
     per_node: tuple[tuple[Flag, ...], ...] = ((),)
     notes: tuple[str, ...] = ()
 
-    def words(self, node: int = 0) -> list[str]:
-        """The command as a list of words."""
+    def get_command(self, node: int = 0) -> list[str]:
+        """Return the command as a list of arguments."""
         return [
             *self.base,
-            *(word for flag in (*self.flags, *self.per_node[node]) for word in flag.words),
+            *(word for flag in (*self.flags, *self.per_node[node]) for word in flag.arguments),
         ]
 
-    def text(self, node: int = 0) -> str:
-        """The command for a shell, a flag per line."""
-        flags = [shlex.join(flag.words) for flag in (*self.flags, *self.per_node[node])]
+    def format_command(self, node: int = 0) -> str:
+        """Return the command for a shell, one flag per line."""
+        flags = [shlex.join(flag.arguments) for flag in (*self.flags, *self.per_node[node])]
         return " \\\n  ".join([shlex.join(self.base), *flags])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where the engine listens, and under which name it serves."""
+class Endpoint:
+    """The address of an engine, the model's name in the API, and the path of the weights."""
 
     host: str
     port: int
@@ -75,203 +88,244 @@ class Place:
     path: str
 
 
-def fit_of(needs: MemoryEstimate, card: Gpu) -> Fit:
-    """How it fits; UsageError when no number of cards serves that context to so many."""
-    fit = fit_model(needs, card)
+def fit_or_raise(memory: MemoryEstimate, gpu: Gpu) -> Fit:
+    """Fit a model on GPUs; UsageError if no number of GPUs holds it."""
+    fit = fit_model(memory, gpu)
     if fit.placement is None:
         raise UsageError(
-            f"{needs.model.name}: {told_users(needs.users)} of {needs.context:,} tokens: "
-            f"{needs.total_bytes / 1e9:,.0f} GB fit on no number of {card.name} that engines can cut it to; ask for "
-            "less --context or --users, or name another --gpu (`quantkit size` compares them)"
+            f"{memory.model.name}: {format_users(memory.users)} of {memory.context:,} tokens: "
+            f"{memory.total_bytes / 1e9:,.0f} GB fit on no number of {gpu.name} GPUs that engines "
+            "can shard it to; lower --context or --users, or name another --gpu "
+            "(`quantkit size` compares them)"
         )
     return fit
 
 
-def launch(
-    engine: Literal["vllm", "sglang"], target: Target, needs: MemoryEstimate, fit: Fit, place: Place
+def make_launch(
+    engine: Literal["vllm", "sglang"],
+    target: Target,
+    memory: MemoryEstimate,
+    fit: Fit,
+    endpoint: Endpoint,
 ) -> Launch:
-    """The command of vLLM or SGLang for a placement."""
+    """Make the command of vLLM or SGLang for a placement."""
     placement = fit.placement
     assert placement is not None
-    flags = vllm_flags if engine == "vllm" else sglang_flags
-    base = shlex.split(SERVERS[SHOWN[engine]].format(path=shlex.quote(place.path)))
+    iterate_flags = iterate_vllm_flags if engine == "vllm" else iterate_sglang_flags
+    base = shlex.split(SERVERS[ENGINE_NAMES[engine]].format(path=shlex.quote(endpoint.path)))
     return Launch(
         engine=engine,
         base=tuple(base),
         flags=(
-            *address(place),
-            *flags(needs, fit, placement),
-            *(fusion(target) if engine == "sglang" else ()),
+            *iterate_address_flags(endpoint),
+            *iterate_flags(memory, fit, placement),
+            *(iterate_fusion_flags(target) if engine == "sglang" else ()),
         ),
         placement=placement,
-        per_node=nodes(engine, placement),
-        notes=tuple(notes(target, fit)),
+        per_node=make_node_flags(engine, placement),
+        notes=tuple(iterate_notes(target, fit)),
     )
 
 
-def address(place: Place) -> Iterator[Flag]:
-    """Where it is found."""
-    yield Flag(name="--host", value=place.host, why="where it listens")
-    yield Flag(name="--port", value=str(place.port), why="where it listens")
-    yield Flag(name="--served-model-name", value=place.name, why="what clients write as `model`")
+def iterate_address_flags(endpoint: Endpoint) -> Iterator[Flag]:
+    """Yield the flags of the address and of the model's name."""
+    yield Flag(name="--host", value=endpoint.host, reason="address to listen on")
+    yield Flag(name="--port", value=str(endpoint.port), reason="port to listen on")
+    yield Flag(name="--served-model-name", value=endpoint.name, reason="`model` in requests")
 
 
-def vllm_flags(needs: MemoryEstimate, fit: Fit, placement: Placement) -> Iterator[Flag]:
-    """vLLM's own, in the order of `vllm serve --help`."""
-    yield Flag(name="--max-model-len", value=str(needs.context), why=context_why(needs))
-    yield from parallel(placement, "--tensor-parallel-size", "--pipeline-parallel-size", fit)
-    share, why = memory_share(fit, placement, "vllm")
-    yield Flag(
-        name="--gpu-memory-utilization", value=share, why=f"weights, cache and workspace: {why}"
+def iterate_vllm_flags(memory: MemoryEstimate, fit: Fit, placement: Placement) -> Iterator[Flag]:
+    """Yield vLLM's flags in the order of `vllm serve --help`."""
+    yield Flag(name="--max-model-len", value=str(memory.context), reason=explain_context(memory))
+    yield from iterate_parallel_flags(
+        placement, "--tensor-parallel-size", "--pipeline-parallel-size", fit
     )
-    yield from step(fit, "vllm", "--max-num-batched-tokens")
-    dtype = "fp8" if needs.kv == "fp8" else "auto"
-    yield Flag(name="--kv-cache-dtype", value=dtype, why=cache_why(needs))
+    fraction, reason = format_memory_fraction(fit, placement, "vllm")
     yield Flag(
-        name="--enable-prefix-caching", value="", why="prompts that begin alike share their cache"
+        name="--gpu-memory-utilization",
+        value=fraction,
+        reason=f"weights, cache and workspace: {reason}",
+    )
+    yield from iterate_batch_flags(fit, "vllm", "--max-num-batched-tokens")
+    dtype = "fp8" if memory.kv == "fp8" else "auto"
+    yield Flag(name="--kv-cache-dtype", value=dtype, reason=explain_cache(memory))
+    yield Flag(
+        name="--enable-prefix-caching", value="", reason="prompts with a common prefix share cache"
     )
     yield Flag(
-        name="--max-num-seqs", value=str(needs.users), why="requests at once; the others wait"
+        name="--max-num-seqs", value=str(memory.users), reason="concurrent requests; others wait"
     )
     yield Flag(
         name="--scheduling-policy",
         value="priority",
-        why="a request's `priority` counts, lower first",
+        reason="honours a request's `priority`, lower first",
     )
 
 
-def sglang_flags(needs: MemoryEstimate, fit: Fit, placement: Placement) -> Iterator[Flag]:
-    """SGLang's own; its prefix cache (RadixAttention) is on unless it is switched off."""
-    yield Flag(name="--context-length", value=str(needs.context), why=context_why(needs))
-    yield from parallel(placement, "--tp-size", "--pp-size", fit)
-    share, why = memory_share(fit, placement, "sglang")
-    yield Flag(name="--mem-fraction-static", value=share, why=f"weights and cache: {why}")
-    yield from step(fit, "sglang", "--chunked-prefill-size")
-    dtype = "fp8_e4m3" if needs.kv == "fp8" else "auto"
-    yield Flag(name="--kv-cache-dtype", value=dtype, why=cache_why(needs))
+def iterate_sglang_flags(memory: MemoryEstimate, fit: Fit, placement: Placement) -> Iterator[Flag]:
+    """Yield SGLang's flags. Its prefix cache (RadixAttention) is on by default."""
+    yield Flag(name="--context-length", value=str(memory.context), reason=explain_context(memory))
+    yield from iterate_parallel_flags(placement, "--tp-size", "--pp-size", fit)
+    fraction, reason = format_memory_fraction(fit, placement, "sglang")
+    yield Flag(name="--mem-fraction-static", value=fraction, reason=f"weights and cache: {reason}")
+    yield from iterate_batch_flags(fit, "sglang", "--chunked-prefill-size")
+    dtype = "fp8_e4m3" if memory.kv == "fp8" else "auto"
+    yield Flag(name="--kv-cache-dtype", value=dtype, reason=explain_cache(memory))
     yield Flag(
         name="--max-running-requests",
-        value=str(needs.users),
-        why="requests at once; the others wait",
+        value=str(memory.users),
+        reason="concurrent requests; others wait",
     )
-    yield Flag(name="--enable-priority-scheduling", value="", why="a request's `priority` counts")
+    yield Flag(
+        name="--enable-priority-scheduling", value="", reason="honours a request's `priority`"
+    )
     yield Flag(
         name="--schedule-low-priority-values-first",
         value="",
-        why="lower first, as in vLLM and the gateway",
+        reason="lower first, as in vLLM and the gateway",
     )
     yield Flag(
-        name="--default-priority-value", value="0", why="who says nothing is as urgent as in vLLM"
+        name="--default-priority-value",
+        value="0",
+        reason="the default priority of vLLM for requests without one",
     )
-    yield Flag(name="--enable-metrics", value="", why="/metrics, with the prefix cache's hit rate")
+    yield Flag(
+        name="--enable-metrics", value="", reason="/metrics, with the prefix cache's hit rate"
+    )
 
 
-def parallel(placement: Placement, tensor: str, pipeline: str, fit: Fit) -> Iterator[Flag]:
-    """How the model is cut."""
-    why = f"of the degrees this model allows ({', '.join(map(str, fit.allowed))})"
-    yield Flag(name=tensor, value=str(placement.tp), why=why)
+def iterate_parallel_flags(
+    placement: Placement, tensor: str, pipeline: str, fit: Fit
+) -> Iterator[Flag]:
+    """Yield the flags of tensor and pipeline parallelism, by the engine's names for them."""
+    sizes = ", ".join(map(str, fit.tensor_parallel_sizes))
+    yield Flag(name=tensor, value=str(placement.tp), reason=f"this model allows {sizes}")
     if placement.pp > 1:
         yield Flag(
             name=pipeline,
             value=str(placement.pp),
-            why=f"{placement.cards} cards on {placement.nodes} node(s)",
+            reason=f"{placement.gpus} GPUs on {placement.nodes} node(s)",
         )
 
 
-def memory_share(fit: Fit, placement: Placement, server: Server) -> tuple[str, str]:
-    """The share of a card's memory to ask for, and why."""
-    share = share_of(fit, placement, server)
-    margin = f" x {1 + fit.needs.margin:g}" if server == "vllm" else ""
-    held = f"({placement.weights_bytes / 1e9:.1f} + {placement.kv_bytes / 1e9:.1f}){margin}"
-    told = f"{held} of {fit.card.memory_bytes / 1e9:.0f} GB a card = {share.needed:.2f}"
-    if share.missing:
-        return (
-            f"{share.value:.2f}",
-            f"{told}, held to {share.value:.2f}: {share.missing / 1e9:.2f} GB are missing",
-        )
-    return f"{share.value:.2f}", f"{told}; what is left over becomes cache"
+def format_memory_fraction(fit: Fit, placement: Placement, engine: GpuEngine) -> tuple[str, str]:
+    """Return the fraction of a GPU's memory for the engine, and its reason."""
+    fraction = compute_memory_fraction(fit, placement, engine)
+    margin = f" x {1 + fit.memory.margin:g}" if engine == "vllm" else ""
+    sizes = f"({placement.weights_bytes / 1e9:.1f} + {placement.kv_bytes / 1e9:.1f}){margin}"
+    memory = fit.gpu.memory_bytes / 1e9
+    reason = f"{sizes} of {memory:.0f} GB per GPU = {fraction.required:.2f}"
+    if fraction.missing_bytes:
+        missing = f"{fraction.missing_bytes / 1e9:.2f} GB are missing"
+        reason += f", limited to {fraction.value:.2f}: {missing}"
+    else:
+        reason += "; the rest becomes cache"
+    return f"{fraction.value:.2f}", reason
 
 
-def step(fit: Fit, server: Server, name: str) -> Iterator[Flag]:
-    """Tokens of a step, where the engine's own number takes more than the plan leaves."""
-    advised, usual = compute_max_batched_tokens(fit, server), usual_step(fit.card, server)
-    if advised is None or advised.safe >= min(usual, fit.needs.users * fit.needs.context):
+def iterate_batch_flags(fit: Fit, engine: GpuEngine, name: str) -> Iterator[Flag]:
+    """Yield the flag of the tokens per step, if the engine's default exceeds the free memory."""
+    limit = compute_max_batched_tokens(fit, engine)
+    default = get_default_batched_tokens(fit.gpu, engine)
+    if limit is None or limit.safe >= min(default, fit.memory.users * fit.memory.context):
         return
-    least = -(-fit.needs.users // STEP) * STEP  # each request decodes one token
-    why = f"{advised.per_token:,} bytes a token; {usual:,}, the usual number, takes more than is left beside the cache"
-    if advised.safe < least:
-        why += ", and so may these: ask for fewer users"
-    yield Flag(name=name, value=str(max(least, advised.safe)), why=why)
+    # Each request decodes one token per step.
+    minimum = -(-fit.memory.users // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    reason = (
+        f"{limit.bytes_per_token:,} bytes per token; {default:,}, the default, exceed the memory "
+        "that the cache leaves"
+    )
+    if limit.safe < minimum:
+        reason += ", and so may these: lower --users"
+    yield Flag(name=name, value=str(max(minimum, limit.safe)), reason=reason)
 
 
-def context_why(needs: MemoryEstimate) -> str:
-    longest = needs.model.longest
+def explain_context(memory: MemoryEstimate) -> str:
+    """Explain the context length."""
+    maximum = memory.model.max_context
     return (
-        f"longest request, prompt and answer; the model allows {longest:,}"
-        if longest
+        f"longest request, prompt and output; the model allows {maximum:,}"
+        if maximum
         else "longest request"
     )
 
 
-def cache_why(needs: MemoryEstimate) -> str:
+def explain_cache(memory: MemoryEstimate) -> str:
+    """Explain the size of the KV cache."""
     return (
-        f"{needs.kv_bytes_per_token:,} bytes per token, {needs.kv_bytes / 1e9:.1f} GB for {needs.users} x "
-        f"{needs.context:,} tokens"
+        f"{memory.kv_bytes_per_token:,} bytes per token, {memory.kv_bytes / 1e9:.1f} GB for "
+        f"{memory.users} x {memory.context:,} tokens"
     )
 
 
-def fusion(target: Target) -> Iterator[Flag]:
-    """SGLang counts shared experts among the routed ones, which must then be stored alike."""
-    if target.fused_apart:
-        why = "the shared experts are not stored like the routed ones"
-        yield Flag(name=DISABLE_SHARED_FUSION, value="", why=why)
+def iterate_fusion_flags(target: Target) -> Iterator[Flag]:
+    """Yield SGLang's flag for shared experts that are stored differently from routed ones.
+
+    By default SGLang fuses shared experts with the routed ones, which requires the same format.
+    """
+    if target.has_separate_experts:
+        yield Flag(
+            name=DISABLE_SHARED_FUSION,
+            value="",
+            reason="shared experts are stored differently from routed experts",
+        )
 
 
-def nodes(engine: Engine, placement: Placement) -> tuple[tuple[Flag, ...], ...]:
-    """What differs between nodes."""
+def make_node_flags(engine: Engine, placement: Placement) -> tuple[tuple[Flag, ...], ...]:
+    """Return the flags that differ between nodes, one entry per node."""
     if placement.nodes == 1:
         return ((),)
-    made = []
+    per_node = []
     for rank in range(placement.nodes):
-        common = [
+        flags = [
             Flag(
                 name="--nnodes",
                 value=str(placement.nodes),
-                why="the model needs more than one node",
+                reason="the model needs more than one node",
             ),
-            Flag(name="--node-rank", value=str(rank), why="0 answers requests"),
+            Flag(name="--node-rank", value=str(rank), reason="rank 0 serves the API"),
         ]
         if engine == "vllm":
-            common += [
-                Flag(name="--master-addr", value=MASTER, why="the first node"),
-                Flag(name="--master-port", value=str(MASTER_PORT), why="where the nodes meet"),
+            flags += [
+                Flag(name="--master-addr", value=MASTER, reason="address of the first node"),
+                Flag(
+                    name="--master-port",
+                    value=str(MASTER_PORT),
+                    reason="rendezvous port of the nodes",
+                ),
             ]
-            common += [Flag(name="--headless", value="", why="no API here")] if rank else []
+            flags += [Flag(name="--headless", value="", reason="no API on this node")] * bool(rank)
         else:
-            common += [
+            flags += [
                 Flag(
                     name="--dist-init-addr",
                     value=f"{MASTER}:{MASTER_PORT}",
-                    why="where the nodes meet",
+                    reason="rendezvous address of the nodes",
                 )
             ]
-        made.append(tuple(common))
-    return tuple(made)
+        per_node.append(tuple(flags))
+    return tuple(per_node)
 
 
-def notes(target: Target, fit: Fit) -> Iterator[str]:
-    """What an operator should know besides."""
+def iterate_notes(target: Target, fit: Fit) -> Iterator[str]:
+    """Yield notes for the operator."""
     placement = fit.placement
     assert placement is not None
     yield (
-        f"{placement.cards} x {fit.card.name}: at most {told_users(fit.max_users or 0)} of this context, or "
-        f"{fit.max_context:,} tokens for {told_users(fit.needs.users)} (computed)"
+        f"{placement.gpus} x {fit.gpu.name}: at most {format_users(fit.max_users or 0)} of this "
+        f"context, or {fit.max_context:,} tokens for {format_users(fit.memory.users)} (computed)"
     )
-    if miss := find_shortfall(fit):
-        yield format_shortfall(miss)
-    if target.chat is False:
-        yield "no chat template is stored: /v1/completions works; for /v1/chat/completions add --chat-template FILE"
+    if shortfall := find_shortfall(fit):
+        yield format_shortfall(shortfall)
+    if target.has_chat_template is False:
+        yield (
+            "no chat template is stored: /v1/completions works; for /v1/chat/completions add "
+            "--chat-template FILE"
+        )
     if target.status == "rejected":
-        yield "this artifact misses a gate of its recipe (`quantkit report` says which)"
+        yield "this artifact fails a gate of its recipe; see `quantkit report`"
     if placement.nodes > 1:
-        yield f"{MASTER} is the first node's address; start the command on every node, the weights at the same path"
+        yield (
+            f"{MASTER} stands for the first node's address; start the command on every node, with "
+            "the weights at the same path"
+        )

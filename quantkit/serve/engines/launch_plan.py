@@ -1,4 +1,4 @@
-"""From the options of `quantkit serve` to a command: which engine, which card, how large. Starts and loads nothing."""
+"""The plan of `quantkit serve`: engine, GPU, size and command. Nothing is started or loaded."""
 
 from __future__ import annotations
 
@@ -11,21 +11,34 @@ from typing import Any, Literal
 
 from quantkit.errors import UsageError
 from quantkit.io.host import get_available_memory
-from quantkit.serve.engines.containers import MODEL, TEMPLATE, docker_text, kubernetes_text
-from quantkit.serve.engines.launch import SHOWN, Engine, Flag, Launch, Place, fit_of, launch
+from quantkit.serve.engines.containers import (
+    MODEL_MOUNT,
+    TEMPLATE_MOUNT,
+    render_docker,
+    render_kubernetes,
+)
+from quantkit.serve.engines.launch import (
+    ENGINE_NAMES,
+    Endpoint,
+    Engine,
+    Flag,
+    Launch,
+    fit_or_raise,
+    make_launch,
+)
 from quantkit.serve.engines.target import Target, read_target
 from quantkit.serve.sizing.gpus import Gpu, GpuCatalog, read_gpus
 from quantkit.serve.sizing.memory import MemoryEstimate, estimate_memory
 from quantkit.serve.sizing.model import KvDtype
 
-REFERENCE = "h100"
-"""The card that a command is reckoned for when none is named and none is here."""
-UNPACKED_BYTES = 2  # transformers unpacks what it cannot run packed: bfloat16
+DEFAULT_GPU = "h100"
+"""The GPU of a plan if none is named and none is detected."""
+UNPACKED_BYTES = 2  # transformers unpacks formats that it cannot run packed: bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """What was asked for."""
+    """Options of `quantkit serve`. extra: arguments that are passed to the engine."""
 
     artifact: str
     engine: Literal["auto", "vllm", "sglang", "transformers"]
@@ -42,161 +55,171 @@ class ServeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchPlan:
-    """What will be started, and why: `head` says it in sentences."""
+    """The command to start, and the model it serves; `summary` explains it in sentences."""
 
-    wanted: ServeOptions
+    options: ServeOptions
     target: Target
-    needs: MemoryEstimate
+    memory: MemoryEstimate
     launch: Launch
-    head: tuple[str, ...]
+    summary: tuple[str, ...]
 
 
-def plan_launch(wanted: ServeOptions, *, containers: bool = False) -> LaunchPlan:
-    """Choose engine and card, size, and write the command; starts nothing, loads nothing."""
-    target, cards = read_target(wanted.artifact), read_gpus()
-    needed = estimate_memory(target.model, wanted.context, wanted.users, wanted.kv)
-    found = None if wanted.gpu else card_here(cards)
-    engine = chosen(wanted, target, needed, found, containers)
-    head = [
-        f"{target.name}: {target.model.scheme}, {needed.weights_bytes / 1e9:,.2f} GB of weights"
+def plan_launch(options: ServeOptions, *, containers: bool = False) -> LaunchPlan:
+    """Choose engine and GPU, estimate memory, and make the command."""
+    target, catalog = read_target(options.artifact), read_gpus()
+    memory = estimate_memory(target.model, options.context, options.users, options.kv)
+    detected = None if options.gpu else detect_gpu(catalog)
+    engine = choose_engine(options, target, detected, containers)
+    summary = [
+        f"{target.name}: {target.model.scheme}, {memory.weights_bytes / 1e9:,.2f} GB of weights"
     ]
-    name = wanted.name or target.name
+    name = options.name or target.name
     if engine == "transformers":
-        made = small(wanted, target, needed, name)
-        head.append(
-            "transformers runs it on the CPU, one request after the other: for trying it out"
-        )
+        launch = make_transformers_launch(options, target, memory, name)
+        summary.append("transformers on the CPU, one request at a time: for trying it out")
     else:
-        card = cards.named(wanted.gpu) if wanted.gpu else found or cards.named(REFERENCE)
-        if not wanted.gpu:
-            head.append(
-                f"reckoned for {card.name}"
-                + (", found here" if found else "; name yours with --gpu")
-            )
-        refuse_card(card, engine, target, containers)
-        host, path = ("0.0.0.0", MODEL) if containers else (wanted.host, target.path)
-        place = Place(host=host, port=wanted.port, name=name, path=path)
-        made = launch(engine, target, needed, fit_of(needed, card), place)
-        made = replace(made, flags=(*made.flags, *asked_flags(wanted, containers)))
+        gpu = catalog.get_gpu(options.gpu) if options.gpu else detected
+        gpu = gpu or catalog.get_gpu(DEFAULT_GPU)
+        if not options.gpu:
+            hint = ", detected on this machine" if detected else "; choose yours with --gpu"
+            summary.append(f"planned for {gpu.name}{hint}")
+        check_gpu(gpu, engine, target, containers)
+        host, path = ("0.0.0.0", MODEL_MOUNT) if containers else (options.host, target.path)
+        endpoint = Endpoint(host=host, port=options.port, name=name, path=path)
+        launch = make_launch(engine, target, memory, fit_or_raise(memory, gpu), endpoint)
+        launch = replace(launch, flags=(*launch.flags, *make_extra_flags(options, containers)))
     if target.kind == "artifact":
-        head.append("a start verifies every file first; a dry run does not")
-    return LaunchPlan(wanted=wanted, target=target, needs=needed, launch=made, head=tuple(head))
+        summary.append("starting verifies every file first; a dry run does not")
+    return LaunchPlan(
+        options=options, target=target, memory=memory, launch=launch, summary=tuple(summary)
+    )
 
 
-def asked_flags(wanted: ServeOptions, containers: bool) -> list[Flag]:
-    """What the operator added."""
-    made = []
-    if wanted.chat_template is not None:
-        place = TEMPLATE if containers else str(wanted.chat_template)
-        made.append(Flag(name="--chat-template", value=place, why="as asked"))
-    return made + [Flag(name=word, value="", why="as asked") for word in wanted.extra]
+def make_extra_flags(options: ServeOptions, containers: bool) -> list[Flag]:
+    """Return the flags that the operator added."""
+    flags = []
+    if options.chat_template is not None:
+        template = TEMPLATE_MOUNT if containers else str(options.chat_template)
+        flags.append(Flag(name="--chat-template", value=template, reason="an option"))
+    return flags + [Flag(name=word, value="", reason="an option") for word in options.extra]
 
 
-def chosen(
-    wanted: ServeOptions,
-    target: Target,
-    needed: MemoryEstimate,
-    found: Gpu | None,
-    containers: bool,
+def choose_engine(
+    options: ServeOptions, target: Target, detected: Gpu | None, containers: bool
 ) -> Engine:
-    """The engine: the one that was asked for if it can serve this, else by what is here.
+    """Choose the engine. UsageError if the named engine, or every engine, cannot serve the model.
 
-    auto: vLLM or SGLang where a card is named or found, or where the model does not fit into this machine's memory;
-    transformers on the CPU otherwise.
+    auto: vLLM or SGLang if a GPU is named or detected, or if the model does not fit into this
+    machine's memory; otherwise transformers on the CPU.
     """
-    if wanted.engine != "auto":
-        shown = SHOWN[wanted.engine]
-        refusal = target.refused.get(shown)
-        if wanted.engine != "transformers" and (refusal or shown not in target.engines):
-            raise UsageError(
-                f"{target.name}: {shown}: {refusal or 'does not read this format'}; {able(target)}"
-            )
-        if wanted.engine == "transformers" and target.kind != "artifact":
-            raise UsageError(
-                f"{target.name}: --engine transformers: expected an artifact, found none; build one"
-            )
-        return wanted.engine
-    unpacked = target.model.weights.parameters * UNPACKED_BYTES
-    small_enough = target.kind == "artifact" and unpacked < get_available_memory()
-    if not (wanted.gpu or found or containers) and small_enough:
+    if options.engine != "auto":
+        check_engine(options.engine, target)
+        return options.engine
+    unpacked_bytes = target.model.weights.parameters * UNPACKED_BYTES
+    fits_memory = target.kind == "artifact" and unpacked_bytes < get_available_memory()
+    if not (options.gpu or detected or containers) and fits_memory:
         return "transformers"
     engines: tuple[Engine, ...] = ("vllm", "sglang")
-    able_ones = [
-        name
-        for name in engines
-        if SHOWN[name] in target.engines and SHOWN[name] not in target.refused
+    usable = [
+        engine
+        for engine in engines
+        if ENGINE_NAMES[engine] in target.engines and ENGINE_NAMES[engine] not in target.refused
     ]
-    here = [name for name in able_ones if installed(name)]
-    if not able_ones:
-        raise UsageError(f"{target.name}: neither vLLM nor SGLang reads it; {able(target)}")
-    return (here or able_ones)[0]
+    if not usable:
+        raise UsageError(
+            f"{target.name}: neither vLLM nor SGLang reads it; {describe_alternatives(target)}"
+        )
+    return next(filter(is_installed, usable), usable[0])
 
 
-def able(target: Target) -> str:
-    """What else could be asked for."""
-    left = [
+def check_engine(engine: Engine, target: Target) -> None:
+    """Check that an engine can serve the model; UsageError with an alternative otherwise."""
+    name = ENGINE_NAMES[engine]
+    refusal = target.refused.get(name)
+    if engine != "transformers" and (refusal or name not in target.engines):
+        raise UsageError(
+            f"{target.name}: {name}: {refusal or 'does not read this format'}; "
+            f"{describe_alternatives(target)}"
+        )
+    if engine == "transformers" and target.kind != "artifact":
+        raise UsageError(
+            f"{target.name}: --engine transformers: expected an artifact, found none; build one"
+        )
+
+
+def describe_alternatives(target: Target) -> str:
+    """Describe the engines that can serve the model."""
+    engines = [
         name for name in target.engines if name not in target.refused and name != "transformers"
     ]
-    return f"it is served by {', '.join(left)}" if left else "serve it with --engine transformers"
+    if engines:
+        return f"it is served by {', '.join(engines)}"
+    return "serve it with --engine transformers"
 
 
-def installed(engine: Engine) -> bool:
-    """Whether an engine's command is in this environment."""
+def is_installed(engine: Engine) -> bool:
+    """Return whether an engine is installed in this environment."""
     return shutil.which("vllm") is not None if engine == "vllm" else find_spec("sglang") is not None
 
 
-def card_here(cards: GpuCatalog) -> Gpu | None:
-    """The card that nvidia-smi tells, when the data file knows it."""
+def detect_gpu(catalog: GpuCatalog) -> Gpu | None:
+    """Return the GPU that nvidia-smi reports, if the catalog has it."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
-    words = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    command = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout
+        output = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    first, _, memory = (told.splitlines() or [""])[0].rpartition(",")
-    names = {
+    first, _, memory = (output.splitlines() or [""])[0].rpartition(",")
+    words = {
         word for word in first.replace("-", " ").lower().split() if any(c.isdigit() for c in word)
     }
-    for card in cards.cards.values():
-        known = set(card.name.lower().split())
-        same_size = (
-            memory.strip().isdigit() and abs(int(memory) * 2**20 / card.memory_bytes - 1) < 0.12
+    for gpu in catalog.gpus.values():
+        has_same_memory = (
+            memory.strip().isdigit() and abs(int(memory) * 2**20 / gpu.memory_bytes - 1) < 0.12
         )
-        if same_size and names & known:
-            return card
+        if has_same_memory and words & set(gpu.name.lower().split()):
+            return gpu
     return None
 
 
-def refuse_card(card: Gpu, engine: Engine, target: Target, containers: bool) -> None:
-    """UsageError for cards that the command would not run on."""
-    if not card.served:
-        other = "use --engine transformers" if target.kind == "artifact" else "name another card"
-        raise UsageError(f"--gpu: {card.name}: {SHOWN[engine]} does not run there; {other}")
-    if containers and not card.name.startswith("NVIDIA"):
+def check_gpu(gpu: Gpu, engine: Engine, target: Target, containers: bool) -> None:
+    """Check that the command runs on this GPU; UsageError otherwise."""
+    if not gpu.served:
+        advice = "use --engine transformers" if target.kind == "artifact" else "name another GPU"
+        raise UsageError(f"--gpu: {gpu.name}: {ENGINE_NAMES[engine]} does not run on it; {advice}")
+    if containers and not gpu.name.startswith("NVIDIA"):
         raise UsageError(
-            f"--docker, --kubernetes: written for NVIDIA cards, found {card.name}; use --dry-run"
+            f"--docker, --kubernetes: expected an NVIDIA GPU, found {gpu.name}; use --dry-run"
         )
 
 
-def small(wanted: ServeOptions, target: Target, needed: MemoryEstimate, name: str) -> Launch:
-    """The transformers engine, a command of this program."""
-    if wanted.extra:
+def make_transformers_launch(
+    options: ServeOptions, target: Target, memory: MemoryEstimate, name: str
+) -> Launch:
+    """Make the command of the transformers engine, a command of quantkit itself."""
+    if options.extra:
         raise UsageError(
-            f"{wanted.extra[0]}: the transformers engine takes no flags of its own; leave it out"
+            f"{options.extra[0]}: the transformers engine takes no flags of its own; leave it out"
         )
+    context = str(memory.context)
     flags = [
-        Flag(name="--engine", value="transformers", why="every format, unpacked by quantkit.load"),
-        Flag(name="--name", value=name, why="what clients write as `model`"),
-        Flag(name="--context", value=str(needed.context), why="longest request, prompt and answer"),
-        Flag(name="--host", value=wanted.host, why="where it listens"),
-        Flag(name="--port", value=str(wanted.port), why="where it listens"),
+        Flag(name="--engine", value="transformers", reason="every format, by quantkit.load"),
+        Flag(name="--name", value=name, reason="`model` in requests"),
+        Flag(name="--context", value=context, reason="longest request, prompt and output"),
+        Flag(name="--host", value=options.host, reason="address to listen on"),
+        Flag(name="--port", value=str(options.port), reason="port to listen on"),
     ]
-    if wanted.chat_template is not None:
-        flags.append(Flag(name="--chat-template", value=str(wanted.chat_template), why="as asked"))
-    notes = () if target.chat or wanted.chat_template else (
-        "no chat template is stored: chat goes on with the messages' text; --chat-template FILE gives one",
+    if options.chat_template is not None:
+        template = str(options.chat_template)
+        flags.append(Flag(name="--chat-template", value=template, reason="an option"))
+    notes = () if target.has_chat_template or options.chat_template else (
+        "no chat template is stored: chat continues the text of the messages; "
+        "set one with --chat-template FILE",
     )  # fmt: skip
     return Launch(
         engine="transformers",
@@ -206,35 +229,38 @@ def small(wanted: ServeOptions, target: Target, needed: MemoryEstimate, name: st
     )
 
 
-def render_containers(made: LaunchPlan, *, docker: bool, kubernetes: bool) -> list[str]:
-    """The command in containers."""
-    target, wanted = made.target, made.wanted
+def render_containers(plan: LaunchPlan, *, docker: bool, kubernetes: bool) -> list[str]:
+    """Return the command in containers: a docker command, a Kubernetes manifest."""
+    target, options = plan.target, plan.options
     folder = (
         str(Path(target.path).resolve()) if target.kind != "config" else f"/path/to/{target.name}"
     )
-    template = str(wanted.chat_template.resolve()) if wanted.chat_template else ""
-    texts = [docker_text(made.launch, folder, wanted.host, wanted.port, template)] if docker else []
-    return texts + (
-        [kubernetes_text(made.launch, target.name, wanted.port, template)] if kubernetes else []
-    )
+    template = str(options.chat_template.resolve()) if options.chat_template else ""
+    texts = []
+    if docker:
+        texts.append(render_docker(plan.launch, folder, options.host, options.port, template))
+    if kubernetes:
+        texts.append(render_kubernetes(plan.launch, target.name, options.port, template))
+    return texts
 
 
-def serialize_plan(made: LaunchPlan) -> dict[str, Any]:
-    """The plan for machines."""
-    placement = made.launch.placement
+def serialize_plan(plan: LaunchPlan) -> dict[str, Any]:
+    """Return the plan as plain values for JSON."""
+    placement = plan.launch.placement
     return {
-        "artifact": made.target.name,
-        "engine": made.launch.engine,
-        "commands": [made.launch.words(node) for node in range(len(made.launch.per_node))],
+        "artifact": plan.target.name,
+        "engine": plan.launch.engine,
+        "commands": [plan.launch.get_command(node) for node in range(len(plan.launch.per_node))],
         "flags": [
-            {"name": flag.name, "value": flag.value, "why": flag.why} for flag in made.launch.flags
+            {"name": flag.name, "value": flag.value, "why": flag.reason}
+            for flag in plan.launch.flags
         ],
-        "context": made.needs.context,
-        "users": made.needs.users,
-        "weights_bytes": made.needs.weights_bytes,
-        "kv_bytes": made.needs.kv_bytes,
+        "context": plan.memory.context,
+        "users": plan.memory.users,
+        "weights_bytes": plan.memory.weights_bytes,
+        "kv_bytes": plan.memory.kv_bytes,
         "tensor_parallel": placement.tp if placement else None,
         "pipeline_parallel": placement.pp if placement else None,
         "nodes": placement.nodes if placement else None,
-        "notes": [*made.head, *made.launch.notes],
+        "notes": [*plan.summary, *plan.launch.notes],
     }

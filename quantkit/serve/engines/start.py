@@ -1,4 +1,4 @@
-"""From a plan to a running engine: verify, start, front, and stay until somebody says so."""
+"""The start of an engine and its gateway: options, verification, processes."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import Any
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.io.files import read_bytes, read_json
 from quantkit.serve.engines import engine_process
-from quantkit.serve.engines.launch import SHOWN
-from quantkit.serve.engines.launch_plan import LaunchPlan, installed
-from quantkit.serve.gateway.api_keys import Key, parse_keys
-from quantkit.serve.gateway.settings import GatewaySettings, Limits, Upstream, limits_from
+from quantkit.serve.engines.launch import ENGINE_NAMES
+from quantkit.serve.engines.launch_plan import LaunchPlan, is_installed
+from quantkit.serve.gateway.api_keys import ApiKey, parse_keys
+from quantkit.serve.gateway.settings import GatewaySettings, Limits, Upstream, parse_limits
 from quantkit.verify.shallow import verify_artifact
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatewayOptions:
-    """The gateway's options.
+    """Options of the gateway.
 
-    host, port: where clients ask, the engine itself where there is no gateway; running: requests at the engine at once
-    where no limit says otherwise.
+    host, port: the address for clients; of the engine itself without a gateway. running: concurrent
+    requests at the engine if no limit sets them.
     """
 
-    on: bool
+    is_enabled: bool
     host: str
     port: int
     limits: Sequence[str]
@@ -40,84 +40,96 @@ class GatewayOptions:
     running: int
 
     def check(self) -> None:
-        """UsageError for options that mean nothing, before anything is read or started."""
-        if not self.on and (self.limits or self.keys or self.fallbacks or self.key_variable):
+        """Check the options before anything is read or started; UsageError for invalid ones."""
+        has_options = self.limits or self.keys or self.fallbacks or self.key_variable
+        if not self.is_enabled and has_options:
             raise UsageError(
                 "--limit, --keys, --fallback, --fallback-key: expected --gateway with them; add it"
             )
-        if self.on:
-            require("fastapi", "uvicorn", "httpx2", "prometheus_client")
-        self.bounds()
-        self.stand_ins()
-        self.known()
+        if self.is_enabled:
+            require_packages("fastapi", "uvicorn", "httpx2", "prometheus_client")
+        self.parse_limits()
+        self.make_fallbacks()
+        self.read_keys()
 
-    def bounds(self) -> Limits:
-        """The limits, with what --limit changes."""
+    def parse_limits(self) -> Limits:
+        """Return the limits with the values of --limit."""
         pairs = [entry.partition("=") for entry in self.limits]
         if any(not name or not separator for name, separator, _ in pairs):
             raise UsageError("--limit: expected NAME=VALUE, e.g. --limit waiting=200")
-        return limits_from(
+        return parse_limits(
             {"running": str(self.running)} | {name: value for name, _, value in pairs}
         )
 
-    def before(self, made: LaunchPlan) -> GatewayOptions:
-        """The same before this engine: before one that answers in the order of arrival, whoever waits waits here."""
-        return replace(self, running=1) if made.launch.engine == "transformers" else self
+    def adapt_to(self, plan: LaunchPlan) -> GatewayOptions:
+        """Return the options for this engine.
 
-    def stand_ins(self) -> list[Upstream]:
-        """Who is asked when the engine fails, in this order."""
-        key = key_in(self.key_variable, "--fallback-key")
-        made = []
-        for place, entry in enumerate(self.fallbacks):
+        The transformers engine serves one request at a time: the gateway queues the others, so that
+        their priorities count.
+        """
+        return replace(self, running=1) if plan.launch.engine == "transformers" else self
+
+    def make_fallbacks(self) -> list[Upstream]:
+        """Return the upstreams that are tried in this order if the engine fails."""
+        key = read_key_variable(self.key_variable, "--fallback-key")
+        upstreams = []
+        for index, entry in enumerate(self.fallbacks):
             url, _, model = entry.partition("=")
-            made.append(
+            upstreams.append(
                 Upstream(
-                    name=f"fallback-{place + 1}", url=api(url, "--fallback"), model=model, key=key
+                    name=f"fallback-{index + 1}",
+                    url=parse_api_url(url, "--fallback"),
+                    model=model,
+                    key=key,
                 )
             )
-        return made
+        return upstreams
 
-    def known(self) -> tuple[Key, ...]:
-        """Who may ask; () where whoever can reach it may."""
+    def read_keys(self) -> tuple[ApiKey, ...]:
+        """Return the API keys; () if every client is served."""
         return parse_keys(read_json(self.keys, UsageError), str(self.keys)) if self.keys else ()
 
-    def settings(self, engine: Upstream) -> GatewaySettings:
-        """The gateway before this engine."""
-        return GatewaySettings(upstreams=(engine, *self.stand_ins()), limits=self.bounds())
-
-    def head(self) -> str:
-        """The gateway in a line."""
-        limits = self.bounds()
-        return (
-            f"gateway on {engine_process.url_of(self.host, self.port)}, {limits.running} requests at once, {limits.waiting} "
-            f"waiting, {len(self.known()) or 'no'} keys; /health, /ready, /metrics"
+    def make_settings(self, engine: Upstream) -> GatewaySettings:
+        """Return the settings of the gateway for this engine."""
+        return GatewaySettings(
+            upstreams=(engine, *self.make_fallbacks()), limits=self.parse_limits()
         )
 
-    def lines(self, engine: Upstream) -> list[str]:
-        """The gateway before this engine, in full."""
-        settings = self.settings(engine)
-        asked = [
-            f"{one.name}: {one.url}" + (f", model {one.model}" if one.model else "")
-            for one in settings.upstreams
+    def summarize(self) -> str:
+        """Describe the gateway in one line."""
+        limits = self.parse_limits()
+        url = engine_process.format_api_url(self.host, self.port)
+        return (
+            f"gateway on {url}, {limits.running} concurrent requests, {limits.waiting} waiting, "
+            f"{len(self.read_keys()) or 'no'} keys; /health, /ready, /metrics"
+        )
+
+    def describe(self, engine: Upstream) -> list[str]:
+        """Describe the gateway, its upstreams and its limits."""
+        settings = self.make_settings(engine)
+        upstreams = [
+            f"{upstream.name}: {upstream.url}"
+            + (f", model {upstream.model}" if upstream.model else "")
+            for upstream in settings.upstreams
         ]
         limits = ", ".join(
             f"{name}={value:.15g}" for name, value in settings.limits.model_dump().items()
         )
-        return [self.head(), *asked, f"limits: {limits}"]
+        return [self.summarize(), *upstreams, f"limits: {limits}"]
 
-    def as_values(self, engine: Upstream) -> dict[str, Any]:
-        """The gateway before this engine, for machines; no key is in it."""
-        settings = self.settings(engine)
+    def to_json(self, engine: Upstream) -> dict[str, Any]:
+        """Return the gateway as plain values for JSON, without API keys."""
+        settings = self.make_settings(engine)
         return {
-            "url": engine_process.url_of(self.host, self.port),
-            "upstreams": [one.model_dump(exclude={"key"}) for one in settings.upstreams],
+            "url": engine_process.format_api_url(self.host, self.port),
+            "upstreams": [upstream.model_dump(exclude={"key"}) for upstream in settings.upstreams],
             "limits": settings.limits.model_dump(),
-            "keys": len(self.known()),
+            "keys": len(self.read_keys()),
         }
 
 
-def api(url: str, option: str) -> str:
-    """The base of an OpenAI-compatible API without its last slash; UsageError when it is no address."""
+def parse_api_url(url: str, option: str) -> str:
+    """Return the base URL of an OpenAI-compatible API without its last slash."""
     if not url.startswith(("http://", "https://")):
         raise UsageError(
             f"{option}: expected http://HOST:PORT/v1, found {url!r}; name the server's API"
@@ -125,149 +137,155 @@ def api(url: str, option: str) -> str:
     return url.rstrip("/")
 
 
-def key_in(variable: str, option: str) -> str:
-    """The API key in a variable of the environment; "" where none is named, UsageError where it is empty."""
+def read_key_variable(variable: str, option: str) -> str:
+    """Return the API key in an environment variable.
+
+    "" if no variable is named; UsageError if it is empty.
+    """
     key = os.environ.get(variable, "") if variable else ""
     if variable and not key:
         raise UsageError(
-            f"{option} {variable}: expected an API key there, found nothing; export it"
+            f"{option} {variable}: expected an API key in this environment variable, found "
+            "nothing; export it"
         )
     return key
 
 
-def require(*packages: str) -> None:
-    """UsageError when a package of the extra is missing."""
+def require_packages(*packages: str) -> None:
+    """Check that the packages of the extra [serve] are installed."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"{', '.join(missing)}: expected here, found none; pip install quantkit[serve]"
+            f"{', '.join(missing)}: expected in this environment, found none; "
+            "pip install quantkit[serve]"
         )
 
 
-# ------------------------------------------------------------------------------------------------------------ starting
+# --------------------------------------------------------------------------------------- starting
 
 
 def start_engine(
-    made: LaunchPlan, front: GatewayOptions, *, verified: bool, seconds: float, tell: Tell
+    plan: LaunchPlan, gateway: GatewayOptions, *, verified: bool, seconds: float, log: Log
 ) -> None:
-    """Verify, start, and stay until the engine ends or somebody says so."""
-    wanted, target = made.wanted, made.target
+    """Verify the artifact, start the engine, and block until it ends or is interrupted."""
+    options, target, launch = plan.options, plan.target, plan.launch
     if target.kind == "config":
         raise UsageError(
-            f"{wanted.artifact}: a config alone cannot be served; name a folder with weights"
+            f"{options.artifact}: a config alone cannot be served; name a folder with weights"
         )
-    if len(made.launch.per_node) > 1:
+    if len(launch.per_node) > 1:
         raise UsageError(
-            f"{target.name}: needs {len(made.launch.per_node)} nodes; print the commands with --dry-run"
+            f"{target.name}: needs {len(launch.per_node)} nodes; print the commands with --dry-run"
         )
-    if made.launch.engine != "transformers" and not installed(made.launch.engine):
+    if launch.engine != "transformers" and not is_installed(launch.engine):
         raise UsageError(
-            f"{SHOWN[made.launch.engine]}: expected in this environment, found none; install it, or --docker"
+            f"{ENGINE_NAMES[launch.engine]}: expected in this environment, found none; "
+            "install it, or use --docker"
         )
-    engine_process.check_port(front.host, front.port)
+    engine_process.check_port(gateway.host, gateway.port)
     if target.kind == "artifact" and not verified:
-        found = verify_artifact(Path(target.path))
-        tell(f"verified: {found.files} files, {found.n_bytes / 1e6:,.1f} MB, {found.status}")
+        result = verify_artifact(Path(target.path))
+        log(f"verified: {result.files} files, {result.n_bytes / 1e6:,.1f} MB, {result.status}")
     if target.status == "rejected":
-        tell("warning: this artifact misses a gate of its recipe; `quantkit report` says which")
-    if front.on:
-        behind_gateway(made, front, seconds, tell)
-    elif made.launch.engine == "transformers":
-        small_engine(made, tell)
+        log("warning: this artifact fails a gate of its recipe; see `quantkit report`")
+    if gateway.is_enabled:
+        run_with_gateway(plan, gateway, seconds, log)
+    elif launch.engine == "transformers":
+        run_transformers(plan, log)
     else:
-        tell(made.launch.text())
-        with engine_process.process(made.launch.words(), os.environ) as started:
-            ended = started.wait()
-        if ended:
+        log(launch.format_command())
+        with engine_process.run_process(launch.get_command(), os.environ) as process:
+            status = process.wait()
+        if status:
             raise QuantkitError(
-                f"{SHOWN[made.launch.engine]} ended with {ended}; its messages are above"
+                f"{ENGINE_NAMES[launch.engine]} exited with {status}; its messages are above"
             )
 
 
-def small_engine(made: LaunchPlan, tell: Tell) -> None:
-    """transformers in this process."""
-    require("fastapi", "uvicorn")
+def run_transformers(plan: LaunchPlan, log: Log) -> None:
+    """Run the transformers engine in this process."""
+    require_packages("fastapi", "uvicorn")
     from quantkit.serve.engines.decoding import Decoder  # torch
     from quantkit.serve.engines.transformers_server import make_app
 
-    wanted = made.wanted
-    template = read_template(wanted.chat_template)
+    options = plan.options
     decoder = Decoder(
-        Path(made.target.path),
-        name=wanted.name or made.target.name,
-        context=made.needs.context,
-        template=template,
+        Path(plan.target.path),
+        name=options.name or plan.target.name,
+        context=plan.memory.context,
+        template=read_template(options.chat_template),
     )
-    tell(
-        f"serving {decoder.name} on {engine_process.url_of(wanted.host, wanted.port)} ({decoder.context} tokens)"
-    )
-    for note in made.launch.notes:
-        tell(note)
-    engine_process.server_of(make_app(decoder), wanted.host, wanted.port).run()
+    url = engine_process.format_api_url(options.host, options.port)
+    log(f"serving {decoder.name} on {url} ({decoder.context} tokens)")
+    for note in plan.launch.notes:
+        log(note)
+    engine_process.make_server(make_app(decoder), options.host, options.port).run()
 
 
-def behind_gateway(made: LaunchPlan, front: GatewayOptions, seconds: float, tell: Tell) -> None:
-    """The engine where the plan has it, the gateway where clients ask."""
-    words = made.launch.words()
-    if made.launch.engine == "transformers":
-        words = engine_process.own_command(words)
-    tell(f"engine: {shlex.join(words)}")
-    with engine_process.process(words, os.environ) as started:
-        engine_process.wait_ready(started, made.wanted.port, seconds, tell)
-        server = gateway_server(front, make_engine_upstream(made), tell)
+def run_with_gateway(plan: LaunchPlan, gateway: GatewayOptions, seconds: float, log: Log) -> None:
+    """Run the engine on its planned address and the gateway on the address for clients."""
+    command = plan.launch.get_command()
+    if plan.launch.engine == "transformers":
+        command = engine_process.make_own_command(command)
+    log(f"engine: {shlex.join(command)}")
+    with engine_process.run_process(command, os.environ) as process:
+        engine_process.wait_ready(process, plan.options.port, seconds, log)
+        server = make_gateway_server(gateway, make_engine_upstream(plan), log)
 
-        def ended(code: int) -> None:
-            tell(f"the engine ended with {code}")
-            server.should_exit = not front.fallbacks  # nobody is left to ask
+        def report_exit(code: int) -> None:
+            log(f"the engine exited with {code}")
+            server.should_exit = not gateway.fallbacks  # no upstream is left
 
-        engine_process.watch(started, ended)
+        engine_process.watch_process(process, report_exit)
         server.run()
-        if started.poll() is not None:
+        if process.poll() is not None:
             raise QuantkitError(
-                f"the engine ended with {started.returncode}; its messages are above"
+                f"the engine exited with {process.returncode}; its messages are above"
             )
 
 
-def make_engine_upstream(made: LaunchPlan) -> Upstream:
-    """The engine as the gateway asks it; UsageError where no gateway can start it."""
-    if len(made.launch.per_node) > 1:
+def make_engine_upstream(plan: LaunchPlan) -> Upstream:
+    """Return the engine as an upstream; UsageError if it needs several nodes."""
+    if len(plan.launch.per_node) > 1:
         raise UsageError(
-            f"--gateway: expected an engine on this machine alone, found {len(made.launch.per_node)} nodes; leave it "
-            "out, and put `quantkit serve http://HOST:PORT/v1 --gateway` before the first node"
+            f"--gateway: expected an engine on this machine alone, found "
+            f"{len(plan.launch.per_node)} nodes; leave it out, and put "
+            "`quantkit serve http://HOST:PORT/v1 --gateway` before the first node"
         )
-    ranks = made.launch.engine != "transformers"  # which answers one after the other, as they came
     return Upstream(
         name="engine",
-        url=engine_process.url_of(made.wanted.host, made.wanted.port),
-        priorities=ranks,
+        url=engine_process.format_api_url(plan.options.host, plan.options.port),
+        # The transformers engine serves requests in order of arrival.
+        priorities=plan.launch.engine != "transformers",
     )
 
 
-def make_server_upstream(address: str, key_variable: str) -> Upstream:
-    """A server that runs already; it is not told priorities, which it may not know."""
+def make_server_upstream(url: str, key_variable: str) -> Upstream:
+    """Return a running server as an upstream. It gets no priorities, which it may not support."""
     return Upstream(
-        name="engine", url=api(address, "ARTIFACT"), key=key_in(key_variable, "--engine-key")
+        name="engine",
+        url=parse_api_url(url, "ARTIFACT"),
+        key=read_key_variable(key_variable, "--engine-key"),
     )
 
 
-def run_gateway(engine: Upstream, front: GatewayOptions, tell: Tell) -> None:
-    """The gateway before a server that runs already."""
-    engine_process.check_port(front.host, front.port)
-    gateway_server(front, engine, tell).run()
+def run_gateway(engine: Upstream, gateway: GatewayOptions, log: Log) -> None:
+    """Run the gateway before a running server."""
+    engine_process.check_port(gateway.host, gateway.port)
+    make_gateway_server(gateway, engine, log).run()
 
 
-def gateway_server(front: GatewayOptions, engine: Upstream, tell: Tell) -> Any:
-    """The gateway, ready to run in this process."""
+def make_gateway_server(gateway: GatewayOptions, engine: Upstream, log: Log) -> Any:
+    """Make the server of the gateway for this process."""
     from quantkit.serve.gateway.app import make_app
 
-    tell(front.head())
-    return engine_process.server_of(
-        make_app(front.settings(engine), front.known()), front.host, front.port
-    )
+    log(gateway.summarize())
+    app = make_app(gateway.make_settings(engine), gateway.read_keys())
+    return engine_process.make_server(app, gateway.host, gateway.port)
 
 
 def read_template(path: Path | None) -> str | None:
-    """A chat template from a file."""
+    """Read a chat template from a file."""
     if path is None:
         return None
     return read_bytes(path, error=UsageError).decode("utf-8", "replace")

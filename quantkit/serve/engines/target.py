@@ -1,4 +1,4 @@
-"""What is to be served: its size, which engines read it, and what they must be told. No torch, no weights."""
+"""The model to serve: its size, and the engines that read it. Without torch, without weights."""
 
 from __future__ import annotations
 
@@ -19,43 +19,47 @@ from quantkit.io.suggestions import format_unknown_name
 from quantkit.serve.sizing.model import Model
 from quantkit.serve.sizing.read import read_model
 
-Kind = Literal["artifact", "model", "config"]
+TargetKind = Literal["artifact", "model", "config"]
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "chat_templates")
-LARGEST_VOCABULARY_FILE = 64_000_000
+MAX_TOKENIZER_CONFIG_BYTES = 64_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """An artifact, an ordinary model folder, or a config alone (nothing to run: `--dry-run` only).
+    """An artifact, an ordinary model folder, or a config alone (`--dry-run` only).
 
-    engines: name -> the command that its format ships; refused: engine -> why it cannot serve this one;
-    fused_apart: shared experts are stored otherwise than routed ones; chat: a chat template is there, None: not known.
+    engines: name -> the command that the format declares. refused: engine -> reason why it cannot
+    serve this model. has_separate_experts: shared experts are stored differently from routed ones.
+    has_chat_template: None if unknown.
     """
 
     path: str
     name: str
-    kind: Kind
+    kind: TargetKind
     model: Model
     engines: Mapping[str, str]
     refused: Mapping[str, str]
-    fused_apart: bool
-    chat: bool | None
+    has_separate_experts: bool
+    has_chat_template: bool | None
     status: str = ""
 
 
 def read_target(target: str) -> Target:
-    """What a folder, a config.json or a hub id holds; UsageError or CheckpointError as sizing says."""
+    """Read a folder, a config.json or a hub id.
+
+    Raises UsageError for a recipe, and UsageError or CheckpointError as `read_model` does.
+    """
     path = Path(target)
     if is_recipe_name(target):
         raise UsageError(
-            f"{target}: expected an artifact, found a recipe; build it, and name the folder it makes"
+            f"{target}: expected an artifact, found a recipe; build it, and name the folder it "
+            "makes"
         )
     model = read_model(target)
     if (path / MANIFEST).is_file():
-        return artifact_target(path, model)
-    kind: Kind = "model" if model.read_from == "headers" else "config"
-    names = open_shards(path).specs if kind == "model" and path.is_dir() else ()
-    served = {**SERVERS, **TRANSFORMERS}
+        return read_artifact_target(path, model)
+    kind: TargetKind = "model" if model.read_from == "headers" else "config"
+    tensor_names = open_shards(path).specs if kind == "model" and path.is_dir() else ()
     return Target(
         path=target,
         name=target.rstrip("/").rpartition("/")[2]
@@ -63,25 +67,30 @@ def read_target(target: str) -> Target:
         else path.parent.name,
         kind=kind,
         model=model,
-        engines=served,
+        engines={**SERVERS, **TRANSFORMERS},
         refused={},
-        fused_apart=has_separate_shared_experts(names),
-        chat=chat_template(path) if path.is_dir() else None,
+        has_separate_experts=has_separate_shared_experts(tensor_names),
+        has_chat_template=has_chat_template(path) if path.is_dir() else None,
     )
 
 
-def artifact_target(path: Path, model: Model) -> Target:
-    """An artifact of quantkit: its manifest says the format, its report which engines read what is in it."""
+def read_artifact_target(path: Path, model: Model) -> Target:
+    """Read an artifact: format from its manifest, engines from its fidelity report."""
     manifest = read_manifest(path)
-    name = str(manifest.get("format") or by_config(model.config.values.get("quantization_config")))
+    name = str(
+        manifest.get("format") or infer_format(model.config.values.get("quantization_config"))
+    )
     if name not in registry.list_names("formats"):
         raise ArtifactError(
-            f"{path / MANIFEST}: {format_unknown_name('format', name, registry.list_names('formats'))}"
+            f"{path / MANIFEST}: "
+            f"{format_unknown_name('format', name, registry.list_names('formats'))}"
         )
     engines = dict(registry.get_format(name).engines)
-    served = told_engines(path)
-    why = "its report names the engines that load what is quantized here, and not this one"
-    refused = {engine: why for engine in engines if served is not None and engine not in served}
+    reported = read_reported_engines(path)
+    reason = "is not among the engines that its fidelity report names for its tensors"
+    refused = {
+        engine: reason for engine in engines if reported is not None and engine not in reported
+    }
     return Target(
         path=str(path),
         name=path.resolve().name,
@@ -89,21 +98,24 @@ def artifact_target(path: Path, model: Model) -> Target:
         model=model,
         engines=engines,
         refused=refused,
-        fused_apart=has_separate_shared_experts(get_section(manifest, "tensors", path)),
-        chat=chat_template(path),
+        has_separate_experts=has_separate_shared_experts(get_section(manifest, "tensors", path)),
+        has_chat_template=has_chat_template(path),
         status=str(manifest.get("status")),
     )
 
 
-def by_config(entry: object) -> str:
-    """The format by config.json, for artifacts of before manifests named it; gptq_v2 shares its method with gptq."""
+def infer_format(entry: object) -> str:
+    """Return the format by config.json, for artifacts whose manifest does not name it.
+
+    gptq_v2 shares its quant_method with gptq.
+    """
     if not isinstance(entry, Mapping):
         return "dense"
     return str(entry.get("checkpoint_format") or entry.get("quant_method")).replace("-", "_")
 
 
-def told_engines(path: Path) -> frozenset[str] | None:
-    """Engines that the report says serve it; None without a report."""
+def read_reported_engines(path: Path) -> frozenset[str] | None:
+    """Return the engines that the fidelity report names; None without a report."""
     file = path / FIDELITY
     if not file.is_file():
         return None
@@ -114,11 +126,11 @@ def told_engines(path: Path) -> frozenset[str] | None:
     return frozenset(str(entry.get("engine")) for entry in serving if isinstance(entry, dict))
 
 
-def chat_template(folder: Path) -> bool:
-    """Whether the tokenizer brings a chat template."""
+def has_chat_template(folder: Path) -> bool:
+    """Return whether the tokenizer has a chat template."""
     if any((folder / name).exists() for name in TEMPLATES):
         return True
     file = folder / "tokenizer_config.json"
-    if not file.is_file() or file.stat().st_size > LARGEST_VOCABULARY_FILE:
+    if not file.is_file() or file.stat().st_size > MAX_TOKENIZER_CONFIG_BYTES:
         return False
     return bool(read_json(file, UsageError).get("chat_template"))

@@ -1,7 +1,8 @@
-"""transformers behind OpenAI's API: `quantkit.load` reads every artifact, so every artifact can be asked on a laptop.
+"""transformers with OpenAI's API: `quantkit.load` reads every artifact, so a laptop can serve it.
 
-`transformers serve` (5.23) was tried first: it cannot load AWQ, GPTQ or NF4 experts, lists the hub's cache instead of
-the model, sends no [DONE], ignores stream_options and goes on generating for clients that left.
+`transformers serve` (5.23) was tried first: it cannot load AWQ, GPTQ or NF4 experts, lists the
+hub's cache instead of the model, sends no [DONE], ignores stream_options, and continues generating
+after a client disconnected.
 """
 
 from __future__ import annotations
@@ -16,33 +17,33 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from quantkit.serve.engines.decoding import Decoder, Ended, Writer
+from quantkit.serve.engines.decoding import Completion, Decoder, TextStreamer
 from quantkit.serve.engines.openai_protocol import (
     BadRequest,
     CompletionRequest,
-    Head,
-    choice,
-    delta,
-    event,
-    read,
-    usage,
+    ResponseHeader,
+    format_event,
+    make_choice,
+    make_delta,
+    make_usage,
+    parse_request,
 )
 from quantkit.serve.gateway import errors
 from quantkit.serve.gateway.request import (
     ClientDisconnected,
     RequestRejected,
+    parse_object,
     read_body,
-    read_object,
 )
 from quantkit.serve.gateway.settings import Limits
 
-Kind = Literal["text", "chat"]
+RequestKind = Literal["text", "chat"]
 BODY_BYTES, BODY_SECONDS = Limits().body_bytes, Limits().body_seconds
-"""Largest and slowest request, as the gateway has it."""
+"""Largest body, and longest time to receive it: the gateway's defaults."""
 
 
 def make_app(decoder: Decoder) -> FastAPI:
-    """The application."""
+    """Make the application."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -52,125 +53,137 @@ def make_app(decoder: Decoder) -> FastAPI:
     app = FastAPI(
         title="quantkit, transformers engine", lifespan=lifespan, docs_url=None, redoc_url=None
     )
-    errors.tell_unknown_paths(app)
+    errors.register_error_handler(app)
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
+    async def get_health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def list_models() -> dict[str, Any]:
         model = {"id": decoder.name, "object": "model", "created": 0, "owned_by": "quantkit"}
         return {"object": "list", "data": [{**model, "max_model_len": decoder.context}]}
 
     @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        return await respond(request, decoder, "text")
+    async def create_completion(request: Request) -> Response:
+        return await handle_request(request, decoder, "text")
 
     @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await respond(request, decoder, "chat")
+    async def create_chat_completion(request: Request) -> Response:
+        return await handle_request(request, decoder, "chat")
 
     return app
 
 
-async def respond(request: Request, decoder: Decoder, kind: Kind) -> Response:
-    """The answer to one request; faults of it are the API's 400."""
+async def handle_request(http_request: Request, decoder: Decoder, kind: RequestKind) -> Response:
+    """Serve one request; an invalid one gets status 400."""
     try:
-        body = await read_body(request.receive, dict(request.headers.raw), BODY_BYTES, BODY_SECONDS)
-        ask = read(read_object(body), kind, decoder.name)
-        prompts = await asyncio.to_thread(decoder.prompts, ask)
+        headers = dict(http_request.headers.raw)
+        body = await read_body(http_request.receive, headers, BODY_BYTES, BODY_SECONDS)
+        request = parse_request(parse_object(body), kind, decoder.name)
+        prompts = await asyncio.to_thread(decoder.encode_prompts, request)
     except BadRequest as fault:
-        return errors.answer(400, "invalid_request_error", str(fault))
+        return errors.make_error_response(400, "invalid_request_error", str(fault))
     except RequestRejected as fault:
-        return errors.answer(fault.status, fault.kind, str(fault))
+        return errors.make_error_response(fault.status, fault.kind, str(fault))
     except ClientDisconnected:
-        return Response(status_code=499)  # nobody reads it
-    head = Head.of(kind, token_hex(12), decoder.name)
-    jobs = [
-        Job(index=at * ask.n + place, ids=ids, seed=None if ask.seed is None else ask.seed + place)
-        for at, ids in enumerate(prompts)
-        for place in range(ask.n)
+        return Response(status_code=499)  # no client reads it
+    header = ResponseHeader.create(kind, token_hex(12), decoder.name)
+    tasks = [
+        ChoiceTask(
+            index=prompt * request.n + n,
+            ids=ids,
+            seed=None if request.seed is None else request.seed + n,
+        )
+        for prompt, ids in enumerate(prompts)
+        for n in range(request.n)
     ]
-    if ask.stream:
-        return StreamingResponse(stream(decoder, ask, head, jobs), media_type="text/event-stream")
-    work = asyncio.ensure_future(complete(decoder, ask, head, jobs))
-    gone = asyncio.ensure_future(disconnected(request))
+    if request.stream:
+        events = iterate_events(decoder, request, header, tasks)
+        return StreamingResponse(events, media_type="text/event-stream")
+    response = asyncio.ensure_future(make_response(decoder, request, header, tasks))
+    disconnect = asyncio.ensure_future(wait_for_disconnect(http_request))
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            return Response(status_code=499)  # nobody reads it
-        return JSONResponse(work.result())
+        await asyncio.wait({response, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        if not response.done():
+            return Response(status_code=499)  # no client reads it
+        return JSONResponse(response.result())
     finally:
-        work.cancel()
-        gone.cancel()
+        response.cancel()
+        disconnect.cancel()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """One choice that is to be made."""
+class ChoiceTask:
+    """A choice to generate: its index in the response, its prompt and its seed."""
 
     index: int
     ids: list[int]
     seed: int | None
 
 
-async def disconnected(request: Request) -> None:
-    """Wait until the client leaves."""
-    while (await request.receive())["type"] != "http.disconnect":
+async def wait_for_disconnect(http_request: Request) -> None:
+    """Wait until the client disconnects."""
+    while (await http_request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def complete(
-    decoder: Decoder, ask: CompletionRequest, head: Head, jobs: list[Job]
+async def make_response(
+    decoder: Decoder, request: CompletionRequest, header: ResponseHeader, tasks: list[ChoiceTask]
 ) -> dict[str, Any]:
-    """A whole answer."""
+    """Generate a complete response."""
     choices, tokens = [], 0
-    for job in jobs:
+    for task in tasks:
         pieces = list[str]()
-        async for piece in answer(decoder, ask, job):
-            if isinstance(piece, Ended):
-                choices.append(choice(ask.kind, job.index, "".join(pieces), piece.reason))
+        async for piece in iterate_text(decoder, request, task):
+            if isinstance(piece, Completion):
+                text = "".join(pieces)
+                choices.append(make_choice(request.kind, task.index, text, piece.reason))
                 tokens += piece.tokens
             else:
                 pieces.append(piece)
     return {
-        **head.values(False),
+        **header.to_json(is_stream=False),
         "choices": choices,
-        "usage": usage(read_tokens(jobs, ask.n), tokens),
+        "usage": make_usage(count_prompt_tokens(tasks, request.n), tokens),
     }
 
 
-async def stream(
-    decoder: Decoder, ask: CompletionRequest, head: Head, jobs: list[Job]
+async def iterate_events(
+    decoder: Decoder, request: CompletionRequest, header: ResponseHeader, tasks: list[ChoiceTask]
 ) -> AsyncIterator[bytes]:
-    """An answer as events, choice after choice."""
-    tokens, values = 0, head.values(True)
-    for job in jobs:
-        first = True
-        async for piece in answer(decoder, ask, job):
-            text, reason = ("", piece.reason) if isinstance(piece, Ended) else (piece, None)
-            tokens += piece.tokens if isinstance(piece, Ended) else 0
-            yield event({**values, "choices": [delta(ask.kind, job.index, text, reason, first)]})
-            first = False
-    if ask.usage:
-        yield event({**values, "choices": [], "usage": usage(read_tokens(jobs, ask.n), tokens)})
-    yield event("[DONE]")
+    """Yield a response as events, choice by choice."""
+    tokens, values = 0, header.to_json(is_stream=True)
+    for task in tasks:
+        is_first = True
+        async for piece in iterate_text(decoder, request, task):
+            text, reason = ("", piece.reason) if isinstance(piece, Completion) else (piece, None)
+            tokens += piece.tokens if isinstance(piece, Completion) else 0
+            delta = make_delta(request.kind, task.index, text, reason, is_first)
+            yield format_event({**values, "choices": [delta]})
+            is_first = False
+    if request.include_usage:
+        usage = make_usage(count_prompt_tokens(tasks, request.n), tokens)
+        yield format_event({**values, "choices": [], "usage": usage})
+    yield format_event("[DONE]")
 
 
-def read_tokens(jobs: list[Job], n: int) -> int:
-    """Tokens of the prompts; one that is answered several times counts once, as at OpenAI."""
-    return sum(len(job.ids) for job in jobs) // n
+def count_prompt_tokens(tasks: list[ChoiceTask], n: int) -> int:
+    """Count the tokens of the prompts; a prompt with several choices counts once, as at OpenAI."""
+    return sum(len(task.ids) for task in tasks) // n
 
 
-async def answer(decoder: Decoder, ask: CompletionRequest, job: Job) -> AsyncIterator[str | Ended]:
-    """Text as it is made, then how it ended. Whoever stops listening stops the decoder."""
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue[str | Ended | BaseException]()
+async def iterate_text(
+    decoder: Decoder, request: CompletionRequest, task: ChoiceTask
+) -> AsyncIterator[str | Completion]:
+    """Yield text as it is generated, then the Completion. Closing it stops the decoder."""
+    loop = asyncio.get_running_loop()
+    queue = asyncio.Queue[str | Completion | BaseException]()
 
-    def put(value: str | Ended | BaseException) -> None:
+    def put(value: str | Completion | BaseException) -> None:
         loop.call_soon_threadsafe(queue.put_nowait, value)
 
-    writer, future = decoder.start(job.ids, ask, job.seed, put)
+    streamer, future = decoder.submit(task.ids, request, task.seed, put)
     future.add_done_callback(
         lambda done: put(done.exception() or done.result()) if not done.cancelled() else None
     )
@@ -180,13 +193,13 @@ async def answer(decoder: Decoder, ask: CompletionRequest, job: Job) -> AsyncIte
             if isinstance(piece, BaseException):
                 raise piece
             yield piece
-            if isinstance(piece, Ended):
+            if isinstance(piece, Completion):
                 return
     finally:
-        stop(writer, future.cancel)
+        cancel_task(streamer, future.cancel)
 
 
-def stop(writer: Writer, cancel: Callable[[], bool]) -> None:
-    """End an answer that nobody waits for, begun or not; one that ended is not touched."""
-    writer.cancelled.set()
+def cancel_task(streamer: TextStreamer, cancel: Callable[[], bool]) -> None:
+    """Cancel a completion, started or not; without effect on a finished one."""
+    streamer.cancelled.set()
     cancel()

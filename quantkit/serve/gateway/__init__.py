@@ -1,14 +1,16 @@
-"""What inference engines lack at the edge: admission, keys, deadlines, heartbeats, fail-over, metrics. No tokens here.
+"""An HTTP gateway for inference engines: admission, API keys, deadlines, fail-over, metrics.
 
-settings    what an operator may set
-admission   who runs, who waits, who is turned away: pure
-turns       the same for asyncio: waiting, giving up, cancellation
-keys        who may ask: hashed API keys
-asked       one request: read within bounds, checked, rewritten for an upstream
-faults      errors as OpenAI's API tells them
-reply       one answer: begun once, told of its failure in every state
-upstreams   the engine and whoever stands in for it
-relay       from the one to the other
-metrics     Prometheus
-app         the ASGI application
+It forwards bytes and never tokenizes.
+
+app               the ASGI application
+settings          what an operator can set: upstreams and limits
+api_keys          hashed API keys
+request           a request: bounded read, validation, rewriting for an upstream
+admission_policy  which request runs, waits or is rejected (pure)
+admission_queue   the policy for asyncio: waiting, timeouts, cancellation
+upstreams         the engine and its fallbacks, one connection pool
+relay             forwarding of a request to an upstream and of its response to the client
+response          a response: its head is sent once, errors can be reported in every state
+errors            errors in the format of OpenAI's API
+metrics           Prometheus metrics
 """

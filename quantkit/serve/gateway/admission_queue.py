@@ -1,6 +1,7 @@
-"""Admission for asyncio: a coroutine waits for its turn, gives up after a while, and never keeps a place it lost.
+"""The admission queue for asyncio: a coroutine waits for a slot, with a timeout.
 
-Whoever is cancelled leaves, whether the turn was already granted or not: `enter` returns a turn or leaves nothing.
+A cancelled coroutine releases its slot or its place in the queue, even if the slot was granted at
+that moment: `acquire` returns a slot or leaves nothing in the queue.
 """
 
 from __future__ import annotations
@@ -12,68 +13,72 @@ from itertools import count
 
 from quantkit.serve.gateway.admission_policy import AdmissionPolicy
 
-_TOLD = {
+_MESSAGES = {
     "full": "the queue is full",
-    "over": "this key has too many requests at once",
+    "over": "this key has too many concurrent requests",
     "displaced": "the queue is full and a more urgent request took this place",
-    "late": "no turn came in time",
+    "late": "timed out in the queue",
 }
 
 
 class QueueFull(Exception):
-    """Turned away: why, in one word and in a sentence, and after how many seconds to come again."""
+    """A rejected request: reason, a key of _MESSAGES; retry_after, seconds."""
 
     def __init__(self, reason: str, retry_after: int) -> None:
         self.reason, self.retry_after = reason, retry_after
-        super().__init__(f"{_TOLD[reason]}; try again in {retry_after} s")
+        super().__init__(f"{_MESSAGES[reason]}; retry after {retry_after} s")
 
 
 class AdmissionQueue:
-    """Turns at an engine."""
+    """Slots at an engine."""
 
     def __init__(
-        self, admission: AdmissionPolicy, clock: Callable[[], float] = time.monotonic
+        self, policy: AdmissionPolicy, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.admission = admission
+        self.policy = policy
         self._clock = clock
         self._numbers = count()
-        self._waiting: dict[
-            int, asyncio.Future[bool]
-        ] = {}  # True: your turn; False: you lost your place
+        # Result of a future: True, the slot is granted; False, the place was lost.
+        self._waiting: dict[int, asyncio.Future[bool]] = {}
 
-    async def enter(self, priority: int, who: str, *, patience: float, most: int = 0) -> int:
-        """Wait for a turn, at most `patience` seconds; Busy when none comes. The number is for `leave`."""
-        number = next(self._numbers)
-        offer = self.admission.offer(number, priority, who, self._clock(), most=most)
+    async def acquire(
+        self, priority: int, client: str, *, timeout: float, max_requests: int = 0
+    ) -> int:
+        """Wait at most `timeout` seconds for a slot. Return its number, which `release` takes.
+
+        Raises QueueFull if the request is rejected.
+        """
+        slot = next(self._numbers)
+        offer = self.policy.offer(slot, priority, client, self._clock(), max_requests=max_requests)
         if offer.outcome == "run":
-            return number
+            return slot
         if offer.outcome != "wait":
-            raise QueueFull(offer.outcome, self.admission.retry_after())
+            raise QueueFull(offer.outcome, self.policy.retry_after())
         if offer.displaced is not None:
-            self._tell(offer.displaced, False)
-        granted = self._waiting[number] = asyncio.get_running_loop().create_future()
+            self._wake(offer.displaced, False)
+        future = self._waiting[slot] = asyncio.get_running_loop().create_future()
         try:
-            async with asyncio.timeout(patience):
-                mine = await granted
+            async with asyncio.timeout(timeout):
+                is_granted = await future
         except TimeoutError:
-            self.leave(number)
-            raise QueueFull("late", self.admission.retry_after()) from None
+            self.release(slot)
+            raise QueueFull("late", self.policy.retry_after()) from None
         except BaseException:
-            self.leave(number)
+            self.release(slot)
             raise
-        if not mine:
-            raise QueueFull("displaced", self.admission.retry_after())
-        return number
+        if not is_granted:
+            raise QueueFull("displaced", self.policy.retry_after())
+        return slot
 
-    def leave(self, number: int) -> None:
-        """Give the turn, or the place in the queue, back."""
-        self._waiting.pop(number, None)
-        following = self.admission.leave(number, self._clock())
+    def release(self, slot: int) -> None:
+        """Release a slot or a place in the queue."""
+        self._waiting.pop(slot, None)
+        following = self.policy.release(slot, self._clock())
         if following is not None:
-            self._tell(following, True)
+            self._wake(following, True)
 
-    def _tell(self, number: int, mine: bool) -> None:
-        """Wake who waits. One whose wait was cancelled in this very moment leaves by itself."""
-        granted = self._waiting.pop(number)
-        if not granted.done():
-            granted.set_result(mine)
+    def _wake(self, slot: int, is_granted: bool) -> None:
+        """Wake a waiting coroutine. One that was cancelled at this moment releases by itself."""
+        future = self._waiting.pop(slot)
+        if not future.done():
+            future.set_result(is_granted)

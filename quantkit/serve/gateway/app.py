@@ -1,4 +1,4 @@
-"""The gateway as an ASGI application: FastAPI for what is asked seldom, one plain endpoint for what is relayed."""
+"""The gateway as an ASGI application: FastAPI, and a plain endpoint for forwarded requests."""
 
 from __future__ import annotations
 
@@ -15,156 +15,168 @@ from starlette.routing import Route
 
 from quantkit.serve.gateway.admission_policy import AdmissionPolicy
 from quantkit.serve.gateway.admission_queue import AdmissionQueue, QueueFull
-from quantkit.serve.gateway.api_keys import NOBODY, Key, authenticate
-from quantkit.serve.gateway.errors import tell_unknown_paths
+from quantkit.serve.gateway.api_keys import ANONYMOUS, ApiKey, authenticate
+from quantkit.serve.gateway.errors import register_error_handler
 from quantkit.serve.gateway.metrics import Metrics
 from quantkit.serve.gateway.relay import Relay
 from quantkit.serve.gateway.request import (
-    TOKENS,
+    TOKEN_LIMITS,
     ClientDisconnected,
     ProxyRequest,
     Receive,
     RequestRejected,
-    asked,
+    parse_request,
     read_body,
 )
-from quantkit.serve.gateway.response import Reply, Send
+from quantkit.serve.gateway.response import GatewayResponse, Send
 from quantkit.serve.gateway.settings import GatewaySettings
 from quantkit.serve.gateway.upstreams import Upstreams
 
 Scope = MutableMapping[str, Any]
-FAREWELL = 5.0
-"""Seconds a client has to take the word that its request failed."""
+TIMEOUT_GRACE = 5.0
+"""Seconds that a client has to read the error after its deadline."""
 
 
-def make_app(settings: GatewaySettings, keys: tuple[Key, ...] = ()) -> FastAPI:
-    """The application; without keys whoever can reach it may ask."""
+def make_app(settings: GatewaySettings, keys: tuple[ApiKey, ...] = ()) -> FastAPI:
+    """Make the application. Without keys every client is served."""
     gateway = Gateway(settings, keys)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        heart = asyncio.create_task(gateway.beat())
+        heartbeats = asyncio.create_task(gateway.send_heartbeats())
         try:
             yield
         finally:
-            heart.cancel()
+            heartbeats.cancel()
             await gateway.upstreams.client.aclose()
 
     app = FastAPI(
         title="quantkit gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
-    tell_unknown_paths(app)
-    app.router.routes.extend(Route(f"/v1{path}", gateway, methods=["POST"]) for path in TOKENS)
+    register_error_handler(app)
+    app.router.routes.extend(
+        Route(f"/v1{path}", gateway, methods=["POST"]) for path in TOKEN_LIMITS
+    )
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
+    async def get_health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/ready")
-    async def ready(response: Response) -> dict[str, str]:
-        if await gateway.upstreams.models() is not None:
+    async def get_readiness(response: Response) -> dict[str, str]:
+        if await gateway.upstreams.fetch_models() is not None:
             return {"status": "ready"}
         response.status_code = 503
-        return {"status": "no upstream answers"}
+        return {"status": "no upstream responds"}
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(gateway.scraped(), headers={"content-type": Metrics.content_type})
+    async def get_metrics() -> Response:
+        return Response(gateway.format_metrics(), headers={"content-type": Metrics.content_type})
 
-    app.router.routes.append(Route("/v1/models", Models(gateway), methods=["GET"]))
+    app.router.routes.append(Route("/v1/models", ModelsEndpoint(gateway), methods=["GET"]))
     return app
 
 
 class Gateway:
-    """POST: who is it, what is asked, wait for a turn, relay, say how it ended."""
+    """The endpoint of POST requests: authenticate, validate, wait for a slot, forward, count."""
 
-    def __init__(self, settings: GatewaySettings, keys: tuple[Key, ...]) -> None:
+    def __init__(self, settings: GatewaySettings, keys: tuple[ApiKey, ...]) -> None:
         self.limits, self.keys = settings.limits, keys
         self.metrics = Metrics()
         self.upstreams = Upstreams(settings.upstreams, settings.limits)
         self.relay = Relay(self.upstreams, self.metrics, settings.limits)
-        limits = settings.limits
-        self.turns = AdmissionQueue(
+        self.queue = AdmissionQueue(
             AdmissionPolicy(
-                running=limits.running, waiting=limits.waiting, aging=limits.aging_seconds
+                max_running=settings.limits.running,
+                max_waiting=settings.limits.waiting,
+                aging=settings.limits.aging_seconds,
             )
         )
-        self._streams = set[Reply]()
-        self._start, self._numbers = token_hex(6), count()
+        self._streams = set[GatewayResponse]()
+        self._id_prefix, self._numbers = token_hex(6), count()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived, headers = time.monotonic(), dict(scope["headers"])
-        identity = headers.get(b"x-request-id", b"")[:128].decode("latin-1")
-        if not identity.isprintable() or not identity.isascii() or not identity:
-            identity = f"{self._start}-{next(self._numbers)}"
-        reply = Reply(send, time.monotonic, ((b"x-request-id", identity.encode()),))
-        name, outcome = NOBODY.name, "fault"
+        request_id = headers.get(b"x-request-id", b"")[:128].decode("latin-1")
+        if not request_id.isprintable() or not request_id.isascii() or not request_id:
+            request_id = f"{self._id_prefix}-{next(self._numbers)}"
+        response = GatewayResponse(send, time.monotonic, ((b"x-request-id", request_id.encode()),))
+        name, outcome = ANONYMOUS.name, "fault"
         try:
-            key = self.who(headers)
+            key = self.authenticate(headers)
             name = key.name
-            patience = min(self.limits.body_seconds, self.limits.deadline)
-            body = await read_body(receive, headers, self.limits.body_bytes, patience)
-            wanted = asked(scope["path"].removeprefix("/v1"), body, headers, key, self.limits)
-            outcome = await self.attended(wanted, key, reply, receive, arrived, identity)
+            timeout = min(self.limits.body_seconds, self.limits.deadline)
+            body = await read_body(receive, headers, self.limits.body_bytes, timeout)
+            path = scope["path"].removeprefix("/v1")
+            request = parse_request(path, body, headers, key, self.limits)
+            outcome = await self.serve_until_deadline(
+                request, key, response, receive, arrived, request_id
+            )
         except RequestRejected as fault:
             outcome = "refused"
-            await reply.fail(fault.status, fault.kind, str(fault))
+            await response.send_error(fault.status, fault.kind, str(fault))
         except ClientDisconnected:
             outcome = "left"
         except Exception:
-            await reply.fail(500, "server_error", "the gateway failed; ask again")
-            raise  # the server tells the operator
+            await response.send_error(500, "server_error", "the gateway failed; try again")
+            raise  # the server logs it
         finally:
             self.metrics.requests.labels(name, outcome).inc()
-            self.metrics.total.labels(outcome).observe(time.monotonic() - arrived)
+            self.metrics.duration.labels(outcome).observe(time.monotonic() - arrived)
 
-    def who(self, headers: dict[bytes, bytes]) -> Key:
-        """Whose request it is; Refused when keys are needed and none of ours came."""
+    def authenticate(self, headers: dict[bytes, bytes]) -> ApiKey:
+        """Return the key of a request; RequestRejected if keys are required and it has none."""
         if not self.keys:
-            return NOBODY
-        found = authenticate(self.keys, headers.get(b"authorization", b"").decode("latin-1"))
-        if found is None:
+            return ANONYMOUS
+        key = authenticate(self.keys, headers.get(b"authorization", b"").decode("latin-1"))
+        if key is None:
             raise RequestRejected(
                 401,
                 "authentication_error",
                 "Authorization: expected Bearer and a key of this gateway",
             )
-        return found
+        return key
 
-    async def attended(
+    async def serve_until_deadline(
         self,
-        wanted: ProxyRequest,
-        key: Key,
-        reply: Reply,
+        request: ProxyRequest,
+        key: ApiKey,
+        response: GatewayResponse,
         receive: Receive,
         arrived: float,
-        identity: str,
+        request_id: str,
     ) -> str:
-        """Serve while the client is there and time is left; who leaves takes the engine's work with it."""
+        """Serve a request until its deadline, or until the client disconnects.
+
+        In both cases the upstream's connection is closed, so that the engine stops. Returns the
+        outcome for the metrics.
+        """
         task = asyncio.current_task()
         assert task is not None
-        left = False
+        has_disconnected = False
 
-        async def watch() -> None:
-            nonlocal left
+        async def watch_client() -> None:
+            nonlocal has_disconnected
             while (await receive())["type"] != "http.disconnect":
                 pass
-            if not reply.finished:
-                left = True
+            if not response.is_finished:
+                has_disconnected = True
                 task.cancel()
 
-        watcher = asyncio.create_task(watch())
+        watcher = asyncio.create_task(watch_client())
         try:
-            async with asyncio.timeout(arrived + wanted.seconds - time.monotonic()):
-                return await self.serve(wanted, key, reply, arrived, identity)
+            async with asyncio.timeout(arrived + request.timeout - time.monotonic()):
+                return await self.serve(request, key, response, arrived, request_id)
         except TimeoutError:
-            await self.late(wanted, reply)
+            await self.report_timeout(request, response)
             return "late"
-        except QueueFull as busy:
-            await reply.fail(429, "rate_limit_error", str(busy), retry_after=busy.retry_after)
-            return f"busy: {busy.reason}"
+        except QueueFull as rejection:
+            await response.send_error(
+                429, "rate_limit_error", str(rejection), retry_after=rejection.retry_after
+            )
+            return f"busy: {rejection.reason}"
         except asyncio.CancelledError:
-            if not left:
+            if not has_disconnected:
                 raise
             task.uncancel()
             return "left"
@@ -172,74 +184,85 @@ class Gateway:
             watcher.cancel()
 
     async def serve(
-        self, wanted: ProxyRequest, key: Key, reply: Reply, arrived: float, identity: str
+        self,
+        request: ProxyRequest,
+        key: ApiKey,
+        response: GatewayResponse,
+        arrived: float,
+        request_id: str,
     ) -> str:
-        """Wait for a turn, then relay."""
-        most = key.most or self.limits.per_key
-        turn = await self.turns.enter(
-            wanted.priority, key.name, patience=self.limits.queue_seconds, most=most
+        """Wait for a slot, then forward the request."""
+        slot = await self.queue.acquire(
+            request.priority,
+            key.name,
+            timeout=self.limits.queue_seconds,
+            max_requests=key.most or self.limits.per_key,
         )
         try:
             self.metrics.queued.observe(time.monotonic() - arrived)
-            if wanted.stream:
-                reply.last = time.monotonic()
-                self._streams.add(reply)
-            return await self.relay.run(wanted, reply, arrived, identity)
+            if request.stream:
+                response.last_sent = time.monotonic()
+                self._streams.add(response)
+            return await self.relay.forward(request, response, arrived, request_id)
         finally:
-            self._streams.discard(reply)
-            self.turns.leave(turn)
+            self._streams.discard(response)
+            self.queue.release(slot)
 
-    async def late(self, wanted: ProxyRequest, reply: Reply) -> None:
-        """The deadline passed: the turn is given back, and a client that reads learns why."""
+    async def report_timeout(self, request: ProxyRequest, response: GatewayResponse) -> None:
+        """Send the error of a passed deadline; the slot is released already."""
         try:
-            async with asyncio.timeout(FAREWELL):
-                await reply.fail(
-                    504, "timeout_error", f"not answered within {wanted.seconds:g} s; ask for less"
+            async with asyncio.timeout(TIMEOUT_GRACE):
+                await response.send_error(
+                    504,
+                    "timeout_error",
+                    f"not complete within {request.timeout:g} s; request fewer tokens",
                 )
         except TimeoutError:
-            reply.finished = True  # it does not read; the server closes the connection of an answer without an end
+            # The client does not read. The server closes the connection of an unfinished response.
+            response.is_finished = True
 
-    async def beat(self) -> None:
-        """Comments on quiet streams, for as long as the application runs: one task for all of them."""
-        beats = set[asyncio.Task[None]]()
+    async def send_heartbeats(self) -> None:
+        """Send comments on idle streams until cancelled: one task for all of them."""
+        tasks = set[asyncio.Task[None]]()
         while True:
             await asyncio.sleep(self.limits.heartbeat / 4)
             now = time.monotonic()
-            for reply in [*self._streams]:
-                if now - reply.last >= self.limits.heartbeat and not reply.finished:
-                    task = asyncio.create_task(self._one_beat(reply))
-                    beats.add(task)
-                    task.add_done_callback(beats.discard)
+            for response in [*self._streams]:
+                idle = now - response.last_sent >= self.limits.heartbeat
+                if idle and not response.is_finished:
+                    task = asyncio.create_task(self._send_heartbeat(response))
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
 
-    async def _one_beat(self, reply: Reply) -> None:
-        if await reply.beat():
+    async def _send_heartbeat(self, response: GatewayResponse) -> None:
+        if await response.send_heartbeat():
             self.metrics.heartbeats.inc()
 
-    def scraped(self) -> bytes:
-        """Prometheus' text, with who runs and waits now."""
-        admission = self.turns.admission
-        self.metrics.running.set(len(admission.running))
-        self.metrics.waiting.set(len(admission.order))
-        return self.metrics.text()
+    def format_metrics(self) -> bytes:
+        """Return the metrics in Prometheus' format, with the current queue."""
+        policy = self.queue.policy
+        self.metrics.running.set(len(policy.running))
+        self.metrics.waiting.set(len(policy.waiting))
+        return self.metrics.format_text()
 
 
-class Models:
-    """GET /v1/models: what the first upstream that answers serves. Needs a key, takes no turn."""
+class ModelsEndpoint:
+    """GET /v1/models: the models of the first upstream that responds. Needs a key, but no slot."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = Reply(send, time.monotonic, ())
+        response = GatewayResponse(send, time.monotonic, ())
         try:
-            self._gateway.who(dict(scope["headers"]))
+            self._gateway.authenticate(dict(scope["headers"]))
         except RequestRejected as fault:
-            await reply.fail(fault.status, fault.kind, str(fault))
+            await response.send_error(fault.status, fault.kind, str(fault))
             return
-        content = await self._gateway.upstreams.models()
+        content = await self._gateway.upstreams.fetch_models()
         if content is None:
-            await reply.fail(
-                503, "server_error", "no upstream answers; try again later", retry_after=1
+            await response.send_error(
+                503, "server_error", "no upstream responds; try again later", retry_after=1
             )
         else:
-            await reply.whole(200, content, [(b"content-type", b"application/json")])
+            await response.send_whole(200, content, [(b"content-type", b"application/json")])

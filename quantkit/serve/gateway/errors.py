@@ -1,4 +1,4 @@
-"""Faults in the shape that clients of OpenAI's API read."""
+"""Errors in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 
-def error(status: int, kind: str, told: str) -> bytes:
-    """A fault as JSON. ASCII: what is quoted in it may be half a surrogate."""
+def format_error(status: int, kind: str, message: str) -> bytes:
+    """Format an error as JSON. ASCII: a message may quote half of a surrogate pair."""
     return json.dumps({
-        "error": {"message": told, "type": kind, "param": None, "code": status}
+        "error": {"message": message, "type": kind, "param": None, "code": status}
     }).encode()
 
 
-def closing(status: int) -> dict[str, str]:
-    """The header that ends a connection after 408: what still comes belongs to no request."""
+def get_close_headers(status: int) -> dict[str, str]:
+    """Return the header that closes a connection after 408: later bytes belong to no request."""
     return {"connection": "close"} if status == 408 else {}
 
 
-def answer(status: int, kind: str, told: str) -> Response:
-    """A fault as an answer."""
-    return Response(error(status, kind, told), status, closing(status), "application/json")
+def make_error_response(status: int, kind: str, message: str) -> Response:
+    """Make the HTTP response of an error."""
+    return Response(
+        format_error(status, kind, message), status, get_close_headers(status), "application/json"
+    )
 
 
-def tell_unknown_paths(app: FastAPI) -> None:
-    """Let 404 and 405 be told like every other fault."""
+def register_error_handler(app: FastAPI) -> None:
+    """Report 404 and 405 in the format of the other errors."""
 
     @app.exception_handler(HTTPException)
-    async def unknown(request: Request, fault: HTTPException) -> Response:
-        asked = f"{request.method} {request.url.path[:200]}"
+    async def report_http_exception(request: Request, fault: HTTPException) -> Response:
+        target = f"{request.method} {request.url.path[:200]}"
         allowed = (fault.headers or {}).get("allow", "")
         expected = allowed or "a path of this API, found none; a client's base URL ends in /v1"
-        told = f"{asked}: expected {expected}"
-        made = answer(fault.status_code, "invalid_request_error", told)
-        made.headers.update(fault.headers or {})
-        return made
+        message = f"{target}: expected {expected}"
+        response = make_error_response(fault.status_code, "invalid_request_error", message)
+        response.headers.update(fault.headers or {})
+        return response

@@ -1,57 +1,72 @@
-"""What Prometheus may scrape. Buckets are fine enough that p50 and p99 can be read off by histogram_quantile."""
+"""Prometheus metrics. The buckets are fine enough for p50 and p99 by histogram_quantile."""
 
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-PREFIX = "quantkit_gateway_"
-SECONDS = tuple(
+METRIC_PREFIX = "quantkit_gateway_"
+BUCKETS = tuple(
     round(base * 10.0**power, 6) for power in range(-4, 3) for base in (1, 1.5, 2, 3, 5, 7)
 )
+"""Upper bounds of histogram buckets in seconds."""
 
 
 class Metrics:
-    """The figures of one gateway, in a registry of its own."""
+    """The metrics of one gateway, in a registry of its own."""
 
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = self._counter(
-            "requests", "Requests by key and by how they ended", ("key", "outcome")
+        self.requests = self._make_counter(
+            "requests", "Requests by key and outcome", ("key", "outcome")
         )
-        self.tokens = self._counter("tokens", "Tokens that answers tell in their usage", ("kind",))
-        self.events = self._counter("stream_events", "Events of streams, about one per token", ())
-        self.failures = self._counter(
+        self.tokens = self._make_counter(
+            "tokens", "Tokens that responses report in their usage", ("kind",)
+        )
+        self.events = self._make_counter(
+            "stream_events", "Events of streams, about one per token", ()
+        )
+        self.failures = self._make_counter(
             "upstream_failures", "Failures of upstreams", ("upstream", "reason")
         )
-        self.failovers = self._counter(
-            "failovers", "Requests that another upstream answered", ("upstream",)
+        self.failovers = self._make_counter(
+            "failovers", "Requests that a fallback answered", ("upstream",)
         )
-        self.heartbeats = self._counter("heartbeats", "Comments sent on quiet streams", ())
-        self.ttft = self._histogram(
+        self.heartbeats = self._make_counter("heartbeats", "Comments sent on idle streams", ())
+        self.ttft = self._make_histogram(
             "time_to_first_token", "From a request's arrival to the first event of its stream"
         )
-        self.gap = self._histogram(
+        self.inter_token = self._make_histogram(
             "inter_token", "Between two pieces of a stream, as the engine sends them"
         )
-        self.queued = self._histogram("queue", "From a request's arrival to its turn")
-        told = "From a request's arrival to the end of its answer, by how it ended"
-        self.total = self._histogram(
-            "request", told, ("outcome",)
-        )  # refusals are quick: mixed in they hide overload
-        self.running = Gauge(f"{PREFIX}running", "Requests at the engine", registry=self.registry)
-        self.waiting = Gauge(f"{PREFIX}waiting", "Requests in the queue", registry=self.registry)
+        self.queued = self._make_histogram("queue", "From a request's arrival to its admission")
+        # By outcome: rejections are fast, and would hide overload in the other durations.
+        self.duration = self._make_histogram(
+            "request", "From a request's arrival to the end of its response", ("outcome",)
+        )
+        self.running = Gauge(
+            f"{METRIC_PREFIX}running", "Requests at the engine", registry=self.registry
+        )
+        self.waiting = Gauge(
+            f"{METRIC_PREFIX}waiting", "Requests in the queue", registry=self.registry
+        )
 
-    def text(self) -> bytes:
-        """The exposition format."""
+    def format_text(self) -> bytes:
+        """Return the metrics in Prometheus' exposition format."""
         return generate_latest(self.registry)
 
-    def _counter(self, name: str, told: str, labels: tuple[str, ...]) -> Counter:
-        return Counter(f"{PREFIX}{name}", told, labels, registry=self.registry)
+    def _make_counter(self, name: str, description: str, labels: tuple[str, ...]) -> Counter:
+        return Counter(f"{METRIC_PREFIX}{name}", description, labels, registry=self.registry)
 
-    def _histogram(self, name: str, told: str, labels: tuple[str, ...] = ()) -> Histogram:
+    def _make_histogram(
+        self, name: str, description: str, labels: tuple[str, ...] = ()
+    ) -> Histogram:
         return Histogram(
-            f"{PREFIX}{name}_seconds", told, labels, buckets=SECONDS, registry=self.registry
+            f"{METRIC_PREFIX}{name}_seconds",
+            description,
+            labels,
+            buckets=BUCKETS,
+            registry=self.registry,
         )

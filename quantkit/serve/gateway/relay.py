@@ -1,7 +1,8 @@
-"""From an upstream to a client: bytes as they come. Who fails before a byte of the answer was sent is replaced.
+"""Forwarding of a request to an upstream, and of its bytes to the client as they arrive.
 
-A request is repeated once at the same upstream when its connection ended without a byte: it may have been an idle one
-that the engine was just closing.
+If an upstream fails before a byte of the content was sent, the next one is tried. If its connection
+closes before any byte, the request is repeated once at the same upstream: the engine may have
+closed an idle connection at that moment.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ import httpx2
 
 from quantkit.serve.gateway.metrics import Metrics
 from quantkit.serve.gateway.request import ProxyRequest
-from quantkit.serve.gateway.response import Headers, Reply
+from quantkit.serve.gateway.response import GatewayResponse, Headers
 from quantkit.serve.gateway.settings import Limits
-from quantkit.serve.gateway.upstreams import State, Upstreams
+from quantkit.serve.gateway.upstreams import Upstreams, UpstreamState
 
-END = b"[DONE]"
-REPLACED = frozenset({408, 429, 500, 502, 503, 504})
-"""Statuses of an engine that says of itself that it cannot answer now; any other is the answer."""
-PASSED = (b"content-type", b"retry-after")
+END_MARK = b"[DONE]"
+RETRYABLE_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+"""Statuses by which an engine reports that it cannot answer now; any other is the response."""
+FORWARDED_HEADERS = (b"content-type", b"retry-after")
 
 
 @dataclass
-class Failed(Exception):
-    """An upstream did not answer: why, and what it said when it said something."""
+class UpstreamFailed(Exception):
+    """A failed upstream: reason (a label of the metrics), message, and its response if any."""
 
     reason: str
-    told: str
+    message: str
     status: int = 502
     content: bytes = b""
     headers: Headers = ()
@@ -37,124 +38,158 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Relay:
-    """What it needs to relay; holds no state of a request."""
+    """Forwards requests; has no state of its own."""
 
     upstreams: Upstreams
     metrics: Metrics
     limits: Limits
 
-    async def run(self, asked: ProxyRequest, reply: Reply, arrived: float, identity: str) -> str:
-        """Answer a request, by whoever can. The word for the metrics: "ok", "refused" (by the engine) or "failed"."""
-        faults = list[Failed]()
-        for place, state in enumerate(self.upstreams.order()):
+    async def forward(
+        self, request: ProxyRequest, response: GatewayResponse, arrived: float, request_id: str
+    ) -> str:
+        """Answer a request by the first upstream that can.
+
+        Returns the outcome for the metrics: "ok", "refused" (by the engine) or "failed".
+        """
+        faults = list[UpstreamFailed]()
+        for index, state in enumerate(self.upstreams.list_by_health()):
             name = state.upstream.name
             try:
-                outcome = await self._patiently(state, asked, reply, arrived, identity)
-            except Failed as fault:
+                outcome = await self._send_with_retry(state, request, response, arrived, request_id)
+            except UpstreamFailed as fault:
                 self.metrics.failures.labels(name, fault.reason).inc()
                 faults.append(fault)
                 if not fault.content:
-                    self.upstreams.failed(state)
-                if reply.answered:
+                    self.upstreams.mark_failed(state)
+                if response.has_content:
                     break
                 continue
-            if place:
+            if index:
                 self.metrics.failovers.labels(name).inc()
             return outcome
         last = faults[-1]
-        if last.content and not reply.answered:
-            await reply.whole(last.status, last.content, last.headers)
+        if last.content and not response.has_content:
+            await response.send_whole(last.status, last.content, last.headers)
         else:
-            await reply.fail(last.status, "server_error", last.told, retry_after=1)
+            await response.send_error(last.status, "server_error", last.message, retry_after=1)
         return "failed"
 
-    async def _patiently(
-        self, state: State, asked: ProxyRequest, reply: Reply, arrived: float, identity: str
+    async def _send_with_retry(
+        self,
+        state: UpstreamState,
+        request: ProxyRequest,
+        response: GatewayResponse,
+        arrived: float,
+        request_id: str,
     ) -> str:
         try:
-            return await self._once(state, asked, reply, arrived, identity)
-        except Failed as fault:
-            if fault.reason != "closed" or reply.answered:
+            return await self._send(state, request, response, arrived, request_id)
+        except UpstreamFailed as fault:
+            if fault.reason != "closed" or response.has_content:
                 raise
-        return await self._once(state, asked, reply, arrived, identity)
+        return await self._send(state, request, response, arrived, request_id)
 
-    async def _once(
-        self, state: State, asked: ProxyRequest, reply: Reply, arrived: float, identity: str
+    async def _send(
+        self,
+        state: UpstreamState,
+        request: ProxyRequest,
+        response: GatewayResponse,
+        arrived: float,
+        request_id: str,
     ) -> str:
-        body, stream, name = asked.body_for(state.upstream), asked.stream, state.upstream.name
-        request = self.upstreams.request(state, asked.path, body, stream=stream, identity=identity)
+        name = state.upstream.name
+        upstream_request = self.upstreams.build_request(
+            state,
+            request.path,
+            request.body_for(state.upstream),
+            stream=request.stream,
+            request_id=request_id,
+        )
         try:
-            response = await self.upstreams.client.send(request, stream=True)
+            upstream_response = await self.upstreams.client.send(upstream_request, stream=True)
             try:
-                kind = response.headers.get("content-type", "")
-                if stream and response.status_code == 200 and kind.startswith("text/event-stream"):
-                    await self._stream(response.aiter_raw(), reply, arrived, name)
+                content_type = upstream_response.headers.get("content-type", "")
+                if (
+                    request.stream
+                    and upstream_response.status_code == 200
+                    and content_type.startswith("text/event-stream")
+                ):
+                    await self._forward_stream(
+                        upstream_response.aiter_raw(), response, arrived, name
+                    )
                     return "ok"
-                return await self._whole(response, reply, name)
+                return await self._forward_whole(upstream_response, response, name)
             finally:
-                await response.aclose()
+                await upstream_response.aclose()
         except httpx2.TransportError as fault:
-            raise failure(fault, name) from None
+            raise classify_error(fault, name) from None
 
-    async def _stream(
-        self, pieces: AsyncIterator[bytes], reply: Reply, arrived: float, name: str
+    async def _forward_stream(
+        self, pieces: AsyncIterator[bytes], response: GatewayResponse, arrived: float, name: str
     ) -> None:
-        """Pieces as they come. One that ends without its end mark was cut, however politely."""
-        metrics, before = self.metrics, 0.0
+        """Forward pieces as they arrive. A stream without its end mark was cut, even if closed
+        properly."""
+        metrics, previous = self.metrics, 0.0
         async for piece in pieces:
             now = time.monotonic()
-            if before:
-                metrics.gap.observe(now - before)
+            if previous:
+                metrics.inter_token.observe(now - previous)
             else:
                 metrics.ttft.observe(now - arrived)
-            before = now
+            previous = now
             metrics.events.inc(piece.count(b"\n\n"))
-            await reply.part(piece)
-        if END not in reply.tail:
-            raise Failed("cut", f"{name}: the stream ended before its answer did; ask again")
-        count_tokens(metrics, reply.tail)
-        await reply.end()
+            await response.send_piece(piece)
+        if END_MARK not in response.tail:
+            raise UpstreamFailed("cut", f"{name}: the stream ended before its end mark; try again")
+        count_tokens(metrics, response.tail)
+        await response.finish()
 
-    async def _whole(self, response: httpx2.Response, reply: Reply, name: str) -> str:
-        """An answer that is no stream, held back until it is complete: half of one can still be replaced."""
+    async def _forward_whole(
+        self, upstream_response: httpx2.Response, response: GatewayResponse, name: str
+    ) -> str:
+        """Forward a response that is not a stream once it is complete: until then another upstream
+        can answer."""
         parts, size = list[bytes](), 0
-        async for part in response.aiter_raw():
+        async for part in upstream_response.aiter_raw():
             parts.append(part)
             size += len(part)
             if size > self.limits.answer_bytes:
-                raise Failed(
+                raise UpstreamFailed(
                     "large",
-                    f"{name}: an answer of more than {self.limits.answer_bytes} bytes; ask for less",
+                    f"{name}: expected a response of at most {self.limits.answer_bytes} bytes, "
+                    "found more; request less",
                 )
-        content, status = b"".join(parts), response.status_code
+        content, status = b"".join(parts), upstream_response.status_code
         headers = [
-            (key.lower(), value) for key, value in response.headers.raw if key.lower() in PASSED
+            (key.lower(), value)
+            for key, value in upstream_response.headers.raw
+            if key.lower() in FORWARDED_HEADERS
         ]
-        if status in REPLACED:
-            raise Failed(
+        if status in RETRYABLE_STATUSES:
+            raise UpstreamFailed(
                 f"status {status}", f"{name}: status {status}", status, content or b"{}", headers
             )
         count_tokens(self.metrics, content)
-        await reply.whole(status, content, headers)
+        await response.send_whole(status, content, headers)
         return "ok" if status < 400 else "refused"
 
 
-def failure(fault: httpx2.TransportError, name: str) -> Failed:
-    """What became of a connection, in a word and in a sentence."""
+def classify_error(fault: httpx2.TransportError, name: str) -> UpstreamFailed:
+    """Return the failure of a connection: reason, message and status."""
     if isinstance(fault, httpx2.ConnectError | httpx2.ConnectTimeout):
-        return Failed("unreachable", f"{name}: not reachable; try again later", 503)
+        return UpstreamFailed("unreachable", f"{name}: not reachable; try again later", 503)
     if isinstance(fault, httpx2.TimeoutException):
-        return Failed("silent", f"{name}: said nothing for too long; try again later", 504)
-    return Failed("closed", f"{name}: the connection broke; ask again")
+        return UpstreamFailed("silent", f"{name}: timed out; try again later", 504)
+    return UpstreamFailed("closed", f"{name}: the connection was closed; try again")
 
 
 def count_tokens(metrics: Metrics, text: bytes) -> None:
-    """Tokens by the usage an answer tells, looked up near its end instead of parsing it."""
+    """Count the tokens of a response's usage, searched near its end instead of parsed."""
     for kind, word in (("prompt", b'"prompt_tokens":'), ("completion", b'"completion_tokens":')):
-        place = text.rfind(word)
-        if place >= 0:
+        start = text.rfind(word)
+        if start >= 0:
             digits = (
-                text[place + len(word) : place + len(word) + 20]
+                text[start + len(word) : start + len(word) + 20]
                 .lstrip()
                 .partition(b",")[0]
                 .partition(b"}")[0]

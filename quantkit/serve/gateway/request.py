@@ -1,4 +1,4 @@
-"""One request: read within bounds, checked once, and its body as each upstream should see it."""
+"""A request: a bounded read of its body, validation, and its body for each upstream."""
 
 from __future__ import annotations
 
@@ -9,95 +9,108 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Mutable
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.serve.gateway.admission_policy import LEVELS
-from quantkit.serve.gateway.api_keys import Key
+from quantkit.serve.gateway.admission_policy import PRIORITY_LEVELS
+from quantkit.serve.gateway.api_keys import ApiKey
 from quantkit.serve.gateway.settings import Limits, Upstream
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
-TOKENS: Mapping[str, tuple[str, ...]] = {
+TOKEN_LIMITS: Mapping[str, tuple[str, ...]] = {
     "/completions": ("max_tokens",),
     "/chat/completions": ("max_completion_tokens", "max_tokens"),
     "/responses": ("max_output_tokens",),
     "/embeddings": (),
 }
-"""Path -> the words that bound an answer there; where none is said, the first says the gateway's limit."""
+"""Path -> the parameters that limit the generated tokens. If a request has none of them, the
+gateway sets the first to its own limit."""
 _NUMBER = re.compile(r"-?[0-9]{1,6}")
 
 
 class RequestRejected(Exception):
-    """A request that is not served: HTTP status, OpenAI's word for the kind of fault, and a sentence."""
+    """A rejected request: HTTP status, error type of OpenAI's API, and message."""
 
-    def __init__(self, status: int, kind: str, told: str) -> None:
+    def __init__(self, status: int, kind: str, message: str) -> None:
         self.status, self.kind = status, kind
-        super().__init__(told)
+        super().__init__(message)
 
 
 class ClientDisconnected(Exception):
-    """The client left before its request was read."""
+    """The client disconnected before its request was read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProxyRequest:
-    """A request. path: below /v1, with its slash; priority: 0 is the most urgent; seconds: what it may take in all."""
+    """A validated request.
+
+    path: after /v1, with its slash. priority: 0 is the most urgent. timeout: seconds from its
+    arrival to its end.
+    """
 
     path: str
     body: bytes
     values: Mapping[str, Any]
     stream: bool
     priority: int
-    seconds: float
+    timeout: float
 
     def body_for(self, upstream: Upstream) -> bytes:
-        """The client's own bytes where nothing has to be changed."""
-        told = self.values.get("priority")
-        wanted = (self.priority or None) if upstream.priorities else None
+        """Return the body for an upstream: the client's own bytes if nothing changes."""
+        sent = self.values.get("priority")
+        priority = (self.priority or None) if upstream.priorities else None
         if (
-            wanted == (told or None)
-            and (told is None or upstream.priorities)
+            priority == (sent or None)
+            and (sent is None or upstream.priorities)
             and not upstream.model
         ):
             return self.body
         values = {name: value for name, value in self.values.items() if name != "priority"}
-        values |= {"priority": wanted} if wanted else {}
+        values |= {"priority": priority} if priority else {}
         values |= {"model": upstream.model} if upstream.model else {}
-        return encoded(values)
+        return encode_body(values)
 
 
-def encoded(values: Mapping[str, Any]) -> bytes:
-    """A body. ASCII: half a surrogate stays the escape that it was."""
+def encode_body(values: Mapping[str, Any]) -> bytes:
+    """Encode a body. ASCII: half of a surrogate pair stays an escape."""
     return json.dumps(values).encode()
 
 
 async def read_body(
-    receive: Receive, headers: Mapping[bytes, bytes], most: int, seconds: float
+    receive: Receive, headers: Mapping[bytes, bytes], max_bytes: int, timeout: float
 ) -> bytes:
-    """The whole body; Refused when it does not come in time, or is larger than `most`, unread where it says so."""
+    """Read the whole body.
+
+    Raises RequestRejected if it is larger than `max_bytes` (before reading it if Content-Length
+    says so) or not complete after `timeout` seconds.
+    """
     size = headers.get(b"content-length", b"")
-    if size.isdigit() and int(size) > most:
+    if size.isdigit() and int(size) > max_bytes:
         raise RequestRejected(
-            413, "invalid_request_error", f"body: expected at most {most} bytes, found {int(size)}"
+            413,
+            "invalid_request_error",
+            f"body: expected at most {max_bytes} bytes, found {int(size)}",
         )
     parts, total = list[bytes](), 0
     try:
-        async with asyncio.timeout(seconds):
-            async for part in received(receive):
+        async with asyncio.timeout(timeout):
+            async for part in iterate_body(receive):
                 parts.append(part)
                 total += len(part)
-                if total > most:
+                if total > max_bytes:
                     raise RequestRejected(
                         413,
                         "invalid_request_error",
-                        f"body: expected at most {most} bytes, found more",
+                        f"body: expected at most {max_bytes} bytes, found more",
                     )
     except TimeoutError:
-        told = f"body: expected its end within {seconds:g} s, found {total} bytes; send it at once"
-        raise RequestRejected(408, "timeout_error", told) from None
+        message = (
+            f"body: expected its end within {timeout:g} s, found {total} bytes; send it at once"
+        )
+        raise RequestRejected(408, "timeout_error", message) from None
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-async def received(receive: Receive) -> AsyncIterator[bytes]:
-    """A body as it comes; Gone when its client leaves."""
+async def iterate_body(receive: Receive) -> AsyncIterator[bytes]:
+    """Yield the parts of a body; ClientDisconnected if the client disconnects."""
     more = True
     while more:
         message = await receive()
@@ -107,8 +120,8 @@ async def received(receive: Receive) -> AsyncIterator[bytes]:
         more = message.get("more_body", False)
 
 
-def read_object(body: bytes) -> dict[str, Any]:
-    """The JSON object of a body; Refused for anything else."""
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Parse the JSON object of a body; RequestRejected for anything else."""
     try:
         values = json.loads(body)
     except (ValueError, RecursionError) as fault:
@@ -122,75 +135,76 @@ def read_object(body: bytes) -> dict[str, Any]:
     return values
 
 
-def asked(
-    path: str, body: bytes, headers: Mapping[bytes, bytes], key: Key, limits: Limits
+def parse_request(
+    path: str, body: bytes, headers: Mapping[bytes, bytes], key: ApiKey, limits: Limits
 ) -> ProxyRequest:
-    """A checked request; Refused says what is wrong."""
-    values = read_object(body)
+    """Validate a request; RequestRejected names the first invalid parameter."""
+    values = parse_object(body)
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-        integer(values, name, limits.max_tokens)
+        check_limit(values, name, limits.max_tokens)
     for name in ("n", "best_of"):
-        integer(values, name, limits.max_choices)
+        check_limit(values, name, limits.max_choices)
     if (
         limits.max_tokens
-        and TOKENS[path]
-        and all(values.get(name) is None for name in TOKENS[path])
+        and TOKEN_LIMITS[path]
+        and all(values.get(name) is None for name in TOKEN_LIMITS[path])
     ):
-        values[TOKENS[path][0]] = limits.max_tokens
-        body = encoded(values)
-    wanted = priority(values, headers)
+        values[TOKEN_LIMITS[path][0]] = limits.max_tokens
+        body = encode_body(values)
+    priority = parse_priority(values, headers)
     return ProxyRequest(
         path=path,
         body=body,
         values=values,
         stream=values.get("stream") is True,
-        priority=max(key.priority, key.priority if wanted is None else wanted),
-        seconds=seconds(headers, limits.deadline),
+        priority=max(key.priority, key.priority if priority is None else priority),
+        timeout=parse_timeout(headers, limits.deadline),
     )
 
 
-def integer(values: Mapping[str, Any], name: str, most: int) -> None:
-    """Refuse a value above `most`, and what an engine might take for such a number; 0 is no bound."""
+def check_limit(values: Mapping[str, Any], name: str, maximum: int) -> None:
+    """Raise RequestRejected if a parameter is above `maximum` (0: no limit) or not an integer.
+
+    An engine might accept a float or a string as the number.
+    """
     value = values.get(name)
-    if not most or value is None:
+    if not maximum or value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-        found = repr(value)[:50]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= maximum:
         raise RequestRejected(
             400,
             "invalid_request_error",
-            f"{name}: expected a whole number, at most {most}, found {found}; ask for less",
+            f"{name}: expected an integer from 0 to {maximum}, found {repr(value)[:50]}; lower it",
         )
 
 
-def priority(values: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> int | None:
-    """What the client says, by header or in the body as vLLM has it; None when it says nothing."""
-    told = headers.get(b"x-priority", b"").decode("latin-1").strip()
-    value = values.get("priority") if not told else int(told) if _NUMBER.fullmatch(told) else told
+def parse_priority(values: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> int | None:
+    """Return the priority of the X-Priority header or of the body (as in vLLM); None without."""
+    text = headers.get(b"x-priority", b"").decode("latin-1").strip()
+    value = values.get("priority") if not text else int(text) if _NUMBER.fullmatch(text) else text
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
-        found = repr(value)[:50]
         raise RequestRejected(
             400,
             "invalid_request_error",
-            f"priority: expected 0 (first) to {LEVELS - 1}, found {found}",
+            f"priority: expected 0 (first) to {PRIORITY_LEVELS - 1}, found {repr(value)[:50]}",
         )
-    return min(max(value, 0), LEVELS - 1)
+    return min(max(value, 0), PRIORITY_LEVELS - 1)
 
 
-def seconds(headers: Mapping[bytes, bytes], most: float) -> float:
-    """X-Request-Timeout, in seconds, where it asks for less than the gateway allows."""
-    told = headers.get(b"x-request-timeout")
-    if told is None:
-        return most
-    text = told.decode("latin-1")
+def parse_timeout(headers: Mapping[bytes, bytes], deadline: float) -> float:
+    """Return the seconds of the X-Request-Timeout header, at most `deadline`."""
+    header = headers.get(b"x-request-timeout")
+    if header is None:
+        return deadline
+    text = header.decode("latin-1")
     try:
-        wanted = float(text)
+        timeout = float(text)
     except ValueError:
-        wanted = -1.0
-    if not wanted > 0:
+        timeout = -1.0
+    if not timeout > 0:
         raise RequestRejected(
             400, "invalid_request_error", f"X-Request-Timeout: expected seconds, found {text!r}"
         )
-    return min(wanted, most)
+    return min(timeout, deadline)

@@ -1,7 +1,7 @@
-"""One answer to one client. It is begun once, and can be told to have failed in every state.
+"""A response to one client. Its head is sent once, and an error can be reported in every state.
 
-Before anything is sent a failure is a status and JSON; inside a stream it is an event. Comments (": heartbeat") are no
-part of the answer: after them another upstream may still take over.
+Before anything is sent, an error is a status and JSON; within a stream it is an event. Comments
+(": heartbeat") are not part of the content: after them another upstream can still answer.
 """
 
 from __future__ import annotations
@@ -9,99 +9,102 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from quantkit.serve.gateway.errors import closing, error
+from quantkit.serve.gateway.errors import format_error, get_close_headers
 from quantkit.serve.gateway.request import Message
 
 Send = Callable[[Message], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
 HEARTBEAT = b": heartbeat\n\n"
-_STREAM: Headers = (
+_STREAM_HEADERS: Headers = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect events
+    (b"x-accel-buffering", b"no"),  # nginx would buffer events
 )
-_TAIL = 1024  # enough for the event with the usage and the end mark
+_TAIL_BYTES = 1024  # enough for the event with the usage and the end mark
 
 
-class Reply:
-    """What one client has been sent."""
+class GatewayResponse:
+    """A response and its state. Mutable."""
 
-    def __init__(self, send: Send, clock: Callable[[], float], identity: Headers) -> None:
-        self._send, self._clock, self._identity = send, clock, tuple(identity)
-        self._lock = asyncio.Lock()  # a heartbeat may not fall between the head and the first piece
-        self.begun = False  # a head was sent
-        self.answered = False  # a byte of the answer was sent
-        self.finished = False
-        self.last = clock()
+    def __init__(self, send: Send, clock: Callable[[], float], id_headers: Headers) -> None:
+        self._send, self._clock, self._id_headers = send, clock, tuple(id_headers)
+        self._lock = asyncio.Lock()  # no heartbeat between the head and the first piece
+        self.is_started = False  # the head was sent
+        self.has_content = False  # a byte of the content was sent
+        self.is_finished = False
+        self.last_sent = clock()
         self.tail = b""
 
-    async def whole(self, status: int, content: bytes, headers: Headers) -> None:
-        """A complete answer; behind heartbeats it is an event, its status lost."""
-        if self.begun:
-            await self.part(b"data: " + content.strip().replace(b"\n", b"\ndata: ") + b"\n\n")
-            await self.end()
+    async def send_whole(self, status: int, content: bytes, headers: Headers) -> None:
+        """Send a complete response. After heartbeats it is an event, and its status is lost."""
+        if self.is_started:
+            await self.send_piece(b"data: " + content.strip().replace(b"\n", b"\ndata: ") + b"\n\n")
+            await self.finish()
             return
-        self.begun = self.answered = self.finished = True
+        self.is_started = self.has_content = self.is_finished = True
         length = (b"content-length", str(len(content)).encode())
         await self._send({
             "type": "http.response.start",
             "status": status,
-            "headers": [*headers, length, *self._identity],
+            "headers": [*headers, length, *self._id_headers],
         })
         await self._send({"type": "http.response.body", "body": content})
 
-    async def part(self, content: bytes) -> None:
-        """A piece of the stream; it waits while the client does not read."""
+    async def send_piece(self, content: bytes) -> None:
+        """Send a piece of the stream; wait while the client does not read."""
         async with self._lock:
-            if not self.begun:
-                await self._begin()
-            self.answered = True
-            self.tail = (self.tail + content)[-_TAIL:]
+            if not self.is_started:
+                await self._start_stream()
+            self.has_content = True
+            self.tail = (self.tail + content)[-_TAIL_BYTES:]
             await self._send({"type": "http.response.body", "body": content, "more_body": True})
-            self.last = self._clock()
+            self.last_sent = self._clock()
 
-    async def beat(self) -> bool:
-        """A comment, where one may stand: between two events, and not behind a piece that waits for the client."""
-        if self._lock.locked() or self.finished or not self._between_events():
+    async def send_heartbeat(self) -> bool:
+        """Send a comment. Return False if none can be sent: within an event, after the end, or
+        while a piece waits for the client."""
+        if self._lock.locked() or self.is_finished or not self._is_between_events():
             return False
         async with self._lock:
-            if not self.begun:
-                await self._begin()
+            if not self.is_started:
+                await self._start_stream()
             await self._send({"type": "http.response.body", "body": HEARTBEAT, "more_body": True})
-            self.last = self._clock()
+            self.last_sent = self._clock()
         return True
 
-    async def end(self) -> None:
-        """The end of a stream."""
+    async def finish(self) -> None:
+        """End the stream."""
         async with self._lock:
-            self.finished = True
+            self.is_finished = True
             await self._send({"type": "http.response.body", "body": b""})
 
-    async def fail(
-        self, status: int, kind: str, told: str, *, retry_after: int | None = None
+    async def send_error(
+        self, status: int, kind: str, message: str, *, retry_after: int | None = None
     ) -> None:
-        """Say that it failed: by status when nothing was sent, else as an event, and the end."""
-        content = error(status, kind, told)
-        if self.finished:
+        """Report an error: as a status if nothing was sent, else as the last event."""
+        content = format_error(status, kind, message)
+        if self.is_finished:
             return
-        if not self.begun:
-            later = [(b"retry-after", str(retry_after).encode())] if retry_after is not None else []
-            closed = [(name.encode(), value.encode()) for name, value in closing(status).items()]
-            await self.whole(
-                status, content, [(b"content-type", b"application/json"), *later, *closed]
-            )
+        if not self.is_started:
+            headers = [(b"content-type", b"application/json")]
+            if retry_after is not None:
+                headers.append((b"retry-after", str(retry_after).encode()))
+            headers += [
+                (name.encode(), value.encode()) for name, value in get_close_headers(status).items()
+            ]
+            await self.send_whole(status, content, headers)
             return
-        before = b"" if self._between_events() else b"\n\n"
-        await self.part(before + b"data: " + content + b"\n\n")
-        await self.end()
+        separator = b"" if self._is_between_events() else b"\n\n"
+        await self.send_piece(separator + b"data: " + content + b"\n\n")
+        await self.finish()
 
-    def _between_events(self) -> bool:
+    def _is_between_events(self) -> bool:
         return not self.tail or self.tail.endswith((b"\n\n", b"\n\r\n"))
 
-    async def _begin(self) -> None:
-        self.begun = True
+    async def _start_stream(self) -> None:
+        self.is_started = True
         await self._send({
             "type": "http.response.start",
             "status": 200,
-            "headers": [*_STREAM, *self._identity],
+            "headers": [*_STREAM_HEADERS, *self._id_headers],
         })

@@ -1,4 +1,4 @@
-"""What an operator may set. Seconds are wall-clock; 0 is allowed only where it says so."""
+"""Settings of the gateway. Durations are wall-clock seconds; 0 is allowed only where stated."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from quantkit.errors import UsageError
 
 
 class Upstream(BaseModel):
-    """A server that speaks OpenAI's API. `url` ends in /v1; model "" passes the client's word on; key "" sends none.
+    """A server with OpenAI's API.
 
-    With `priorities` the server is told how urgent a request is: OpenAI's own API refuses the word.
+    url: ends in /v1. model: replaces the client's model; "" keeps it. key: the API key that is sent
+    to it; "" sends none. priorities: whether the request's `priority` is sent, which OpenAI's own
+    API rejects.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,47 +27,51 @@ class Upstream(BaseModel):
 
 
 class Limits(BaseModel):
-    """Bounds of the gateway; `--limit NAME=VALUE` sets one."""
+    """Limits of the gateway; `--limit NAME=VALUE` sets one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    running: int = Field(default=64, ge=1, description="requests at the engine at once")
+    running: int = Field(default=64, ge=1, description="concurrent requests at the engine")
     waiting: int = Field(
-        default=1024, ge=0, description="requests in the queue; more are answered 429"
+        default=1024, ge=0, description="requests in the queue; more are rejected with 429"
     )
     queue_seconds: float = Field(
         default=30, gt=0, description="longest wait in the queue; then 429"
     )
     aging_seconds: float = Field(
-        default=5, gt=0, description="waiting this long counts as one level of priority"
+        default=5, gt=0, description="waiting time that counts as one priority level"
     )
     per_key: int = Field(
-        default=0, ge=0, description="requests of one key, running and waiting; 0: no bound"
+        default=0, ge=0, description="running and waiting requests of one key; 0: no limit"
     )
-    deadline: float = Field(default=600, gt=0, description="seconds a request may take in all")
-    silence: float = Field(default=120, gt=0, description="seconds an engine may say nothing")
-    connect: float = Field(default=5, gt=0, description="seconds until a connection must stand")
+    deadline: float = Field(default=600, gt=0, description="longest duration of a request")
+    silence: float = Field(
+        default=120, gt=0, description="longest time without a byte from an engine"
+    )
+    connect: float = Field(default=5, gt=0, description="timeout for a connection to an upstream")
     heartbeat: float = Field(
-        default=15, gt=0, description="seconds of quiet after which a stream gets a comment"
+        default=15, gt=0, description="idle time after which a stream gets a comment"
     )
-    cool_down: float = Field(default=5, ge=0, description="seconds a failed upstream is asked last")
+    cool_down: float = Field(
+        default=5, ge=0, description="time for which a failed upstream is tried last"
+    )
     max_tokens: int = Field(
-        default=0, ge=0, description="most tokens a request may ask for; 0: no bound"
+        default=0, ge=0, description="most tokens that a request may generate; 0: no limit"
     )
     max_choices: int = Field(
-        default=16, ge=1, description="most answers (n, best_of) a request may ask for"
+        default=16, ge=1, description="most choices (n, best_of) that a request may generate"
     )
     body_seconds: float = Field(
-        default=60, gt=0, description="seconds a request's body may take to come"
+        default=60, gt=0, description="longest time to receive a request's body"
     )
-    body_bytes: int = Field(default=8_000_000, ge=1, description="largest request")
+    body_bytes: int = Field(default=8_000_000, ge=1, description="largest request body")
     answer_bytes: int = Field(
-        default=64_000_000, ge=1, description="largest answer that is no stream"
+        default=64_000_000, ge=1, description="largest response that is not a stream"
     )
 
 
 class GatewaySettings(BaseModel):
-    """A gateway: the engine first, then who stands in for it."""
+    """Settings of a gateway. upstreams: the engine, then its fallbacks in order."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,8 +79,8 @@ class GatewaySettings(BaseModel):
     limits: Limits = Limits()
 
 
-def limits_from(values: Mapping[str, str]) -> Limits:
-    """The defaults with these changed; UsageError names what is unknown or out of range."""
+def parse_limits(values: Mapping[str, str]) -> Limits:
+    """Return the defaults with `values` applied. UsageError names unknown or invalid ones."""
     try:
         return Limits.model_validate(dict(values))
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The engine and whoever stands in for it: one connection pool, and a memory of who failed lately."""
+"""The engine and its fallbacks: one connection pool, and the upstreams that failed recently."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import httpx2
 from quantkit.serve.gateway.settings import Limits, Upstream
 
 KEEP_CONNECTION = 2.0
-"""Seconds an idle connection is kept: less than engines keep theirs (vLLM 5), so that none is used while it closes."""
+"""Seconds that an idle connection is kept: fewer than engines keep theirs (vLLM: 5), so that no
+request is sent on a connection that the engine closes."""
 
 
 @dataclass
-class State:
-    """An upstream, and until when it is asked last."""
+class UpstreamState:
+    """An upstream, and the time until which it is tried last. Mutable."""
 
     upstream: Upstream
     down_until: float = 0.0
@@ -24,56 +25,62 @@ class State:
 
 
 class Upstreams:
-    """Upstreams in the order of the settings, those that failed lately behind the others."""
+    """Upstreams in the order of the settings; those that failed recently come last."""
 
     def __init__(self, upstreams: Sequence[Upstream], limits: Limits) -> None:
         self._limits = limits
-        self.states = [State(upstream, headers=headers_of(upstream)) for upstream in upstreams]
+        self.states = [
+            UpstreamState(upstream, headers=make_headers(upstream)) for upstream in upstreams
+        ]
         self.client = httpx2.AsyncClient(
-            limits=httpx2.Limits(keepalive_expiry=KEEP_CONNECTION),  # admission bounds the number
+            limits=httpx2.Limits(keepalive_expiry=KEEP_CONNECTION),  # admission limits the number
             timeout=httpx2.Timeout(limits.silence, connect=limits.connect, pool=None),
-            trust_env=False,  # an engine is not asked through a proxy
+            trust_env=False,  # no proxy between gateway and engine
         )
-        self._patient = httpx2.Timeout(limits.deadline, connect=limits.connect, pool=None)
+        self._whole_timeout = httpx2.Timeout(limits.deadline, connect=limits.connect, pool=None)
 
-    def order(self) -> list[State]:
-        """Whom to ask, first to last."""
+    def list_by_health(self) -> list[UpstreamState]:
+        """Return the upstreams in the order in which they are tried."""
         if len(self.states) == 1:
             return self.states
         now = time.monotonic()
         return sorted(self.states, key=lambda state: state.down_until > now)
 
-    def failed(self, state: State) -> None:
-        """Ask this one last for a while."""
+    def mark_failed(self, state: UpstreamState) -> None:
+        """Try this upstream last for the next `cool_down` seconds."""
         state.down_until = time.monotonic() + self._limits.cool_down
 
-    def request(
-        self, state: State, path: str, body: bytes, *, stream: bool, identity: str
+    def build_request(
+        self, state: UpstreamState, path: str, body: bytes, *, stream: bool, request_id: str
     ) -> httpx2.Request:
-        """A POST; without a stream silence is how an engine works, and only the deadline bounds it."""
+        """Build a POST request.
+
+        An engine is silent until a response without a stream is complete: only the deadline limits
+        it then.
+        """
         return self.client.build_request(
             "POST",
             state.upstream.url + path,
             content=body,
-            headers=state.headers | {"x-request-id": identity},
-            timeout=httpx2.USE_CLIENT_DEFAULT if stream else self._patient,
+            headers=state.headers | {"x-request-id": request_id},
+            timeout=httpx2.USE_CLIENT_DEFAULT if stream else self._whole_timeout,
         )
 
-    async def models(self) -> bytes | None:
-        """What the first upstream that answers says it serves; None when none answers."""
-        for state in self.order():
+    async def fetch_models(self) -> bytes | None:
+        """Return /models of the first upstream that responds; None if none does."""
+        for state in self.list_by_health():
             try:
-                found = await self.client.get(
+                response = await self.client.get(
                     f"{state.upstream.url}/models", headers=state.headers, timeout=2.0
                 )
             except httpx2.TransportError:
                 continue
-            if found.status_code == 200:
-                return found.content
+            if response.status_code == 200:
+                return response.content
         return None
 
 
-def headers_of(upstream: Upstream) -> dict[str, str]:
-    """What every request to this server carries; the client's own key stays here."""
-    told = {"content-type": "application/json", "accept-encoding": "identity"}
-    return told | ({"authorization": f"Bearer {upstream.key}"} if upstream.key else {})
+def make_headers(upstream: Upstream) -> dict[str, str]:
+    """Return the headers of every request to this server. The client's key is not forwarded."""
+    headers = {"content-type": "application/json", "accept-encoding": "identity"}
+    return headers | ({"authorization": f"Bearer {upstream.key}"} if upstream.key else {})

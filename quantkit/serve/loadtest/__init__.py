@@ -1,7 +1,8 @@
-"""How a server bears load: GuideLLM asks, quantkit keeps what it found beside the artifact and compares it.
+"""Load tests: GuideLLM sends requests, quantkit stores and compares the results.
 
-prompts  what is asked: rows of a data set
-tool     GuideLLM's scenario, process and results
-engine   what the server itself tells: its model, its prefix cache
+prompts    the prompts of a data set
+guidellm   GuideLLM's scenario, process and results
+engine     data from the server itself: its model, its prefix cache
+run        a whole load test
 tables, charts, page
 """

@@ -1,4 +1,4 @@
-"""A load test as plots, in the style of the reports: Vega-Lite values. Pure."""
+"""A load test as Vega-Lite charts, in the style of the reports. Pure."""
 
 from __future__ import annotations
 
@@ -10,45 +10,44 @@ from quantkit.report.charts import Plot, Spec, make_chart, make_color_encoding
 QUANTILES = ("p50", "p99")
 
 
-def charts(run: LoadTest) -> dict[str, Plot]:
-    """Plots by name: title, how to read it, description."""
-    made: dict[str, Plot] = {
+def make_charts(run: LoadTest) -> dict[str, Plot]:
+    """Return charts by name: title, how to read it, specification."""
+    return {
         "throughput": (
-            "Tokens per second by requests at once",
-            "Where the line turns flat the server is full: more at once only wait longer.",
-            lines(throughput(run), "tokens/s", ("all answers", "each answer")),
+            "Tokens per second by concurrency",
+            "The server is saturated where the line becomes flat: more requests only wait longer.",
+            make_line_chart(make_throughput_rows(run), "tokens/s", ("all requests", "per request")),
         ),
         "ttft": (
-            "Time to the first token by requests at once",
-            "Queue and prompt; p99 is what one in a hundred waits.",
-            lines(quantiles(run, "ttft_ms"), "ms", QUANTILES),
+            "Time to first token by concurrency",
+            "Queue and prefill; one request in a hundred takes longer than the p99.",
+            make_line_chart(make_quantile_rows(run, "ttft_ms"), "ms", QUANTILES),
         ),
         "inter_token": (
-            "Time between tokens by requests at once",
-            "The mean of each answer. Some 50 ms is as fast as people read.",
-            lines(quantiles(run, "inter_token_ms"), "ms", QUANTILES),
+            "Inter-token latency by concurrency",
+            "The mean of each request. About 50 ms is as fast as people read.",
+            make_line_chart(make_quantile_rows(run, "inter_token_ms"), "ms", QUANTILES),
         ),
     }
-    return made
 
 
-def throughput(run: LoadTest) -> list[Spec]:
-    """What the server makes in all, and what one client gets."""
+def make_throughput_rows(run: LoadTest) -> list[Spec]:
+    """Return the throughput of the server, and of one request."""
     rows = []
     for level in run.levels:
         rows.append({
             "at": level.concurrency,
             "value": level.output_tokens_per_second,
-            "line": "all answers",
+            "line": "all requests",
         })
         mean = level.inter_token_ms.mean
         if mean:
-            rows.append({"at": level.concurrency, "value": 1000 / mean, "line": "each answer"})
+            rows.append({"at": level.concurrency, "value": 1000 / mean, "line": "per request"})
     return rows
 
 
-def quantiles(run: LoadTest, name: str) -> list[Spec]:
-    """A row per level and quantile."""
+def make_quantile_rows(run: LoadTest, name: str) -> list[Spec]:
+    """Return a row per level and quantile."""
     return [
         {
             "at": level.concurrency,
@@ -60,16 +59,20 @@ def quantiles(run: LoadTest, name: str) -> list[Spec]:
     ]
 
 
-def lines(rows: Sequence[Spec], unit: str, names: Sequence[str]) -> Spec:
-    """A line per name over the number of requests at once."""
+def make_line_chart(rows: Sequence[Spec], unit: str, names: Sequence[str]) -> Spec:
+    """Return a line per name over the concurrency."""
+    values = sorted({row["at"] for row in rows})
     x = {
-        "field": "at", "type": "quantitative", "title": "requests at once", "scale": {"type": "log", "base": 2},
-        "axis": {"values": sorted({row["at"] for row in rows}), "grid": False, "format": "d"},
-    }  # fmt: skip
+        "field": "at",
+        "type": "quantitative",
+        "title": "concurrent requests",
+        "scale": {"type": "log", "base": 2},
+        "axis": {"values": values, "grid": False, "format": "d"},
+    }
     y = {"field": "value", "type": "quantitative", "title": unit, "scale": {"zero": True}}
     tooltip = [
         {"field": "line"},
-        {"field": "at", "title": "at once"},
+        {"field": "at", "title": "concurrency"},
         {"field": "value", "format": ",.4~g"},
     ]
     encoding = {"x": x, "y": y, "color": make_color_encoding("line", names), "tooltip": tooltip}

@@ -1,4 +1,4 @@
-"""What a server tells of itself: which model it serves, and how its prefix cache fares."""
+"""Data from a server itself: the model it serves, and the counters of its prefix cache."""
 
 from __future__ import annotations
 
@@ -12,122 +12,131 @@ import httpx2
 from quantkit.artifact.loadtest_schema import CacheCounters
 from quantkit.errors import QuantkitError, UsageError
 
-SECONDS = 10.0
+TIMEOUT_SECONDS = 10.0
 COUNTERS: Mapping[str, tuple[str, str]] = {
-    # engine -> tokens looked up, tokens found
     "vLLM": ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"),
     "SGLang": ("sglang:prompt_tokens_total", "sglang:cached_tokens_total"),
 }
+"""Engine -> the counters of queried tokens and of cache hits."""
 
 
 def get_base_url(url: str) -> str:
-    """The server's address without /v1; UsageError when it is none."""
+    """Return the server's address without /v1; UsageError if it is not an address."""
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{url}: expected http://HOST:PORT/v1; name the server's API")
     return url.rstrip("/").removesuffix("/v1")
 
 
-def served(url: str, key: str) -> list[str]:
-    """The models that a server serves; QuantkitError when it does not answer."""
+def list_models(url: str, key: str) -> list[str]:
+    """Return the models of a server; QuantkitError if it does not answer."""
     try:
-        found = httpx2.get(
-            f"{get_base_url(url)}/v1/models", headers=authorized(key), timeout=SECONDS
+        response = httpx2.get(
+            f"{get_base_url(url)}/v1/models", headers=make_headers(key), timeout=TIMEOUT_SECONDS
         )
-        values: Any = found.json()
+        values: Any = response.json()
     except (httpx2.TransportError, ValueError) as fault:
         raise QuantkitError(
             f"{url}: expected an OpenAI-compatible server, found none ({fault}); start it"
         ) from None
-    if found.status_code != 200:
+    if response.status_code != 200:
         raise QuantkitError(
-            f"{url}: /v1/models: status {found.status_code}; check the address and the key"
+            f"{url}: /v1/models: expected status 200, found {response.status_code}; check the "
+            "address and the key"
         )
     data = values.get("data") if isinstance(values, dict) else None
-    return (
-        [str(one.get("id")) for one in data if isinstance(one, dict)]
-        if isinstance(data, list)
-        else []
-    )
+    if not isinstance(data, list):
+        return []
+    return [str(entry.get("id")) for entry in data if isinstance(entry, dict)]
 
 
 def read_served_model(url: str, key: str) -> str:
-    """The one model that a server serves; QuantkitError when it does not answer, UsageError when it serves more."""
-    names = served(url, key)
+    """Return the only model of a server.
+
+    Raises QuantkitError if it does not answer, UsageError if it has several models or none.
+    """
+    names = list_models(url, key)
     if len(names) != 1:
         raise UsageError(
-            f"{url}: expected one served model, found {', '.join(names) or 'none'}; name one with --model"
+            f"{url}: expected one served model, found {', '.join(names) or 'none'}; name one with "
+            "--model"
         )
     return names[0]
 
 
-def check_answers(url: str, key: str, path: str, body: Mapping[str, Any], seconds: float) -> None:
-    """Ask for a stream and leave at its beginning; QuantkitError with what the server says where it begins none."""
-    timeout = httpx2.Timeout(seconds, connect=SECONDS)
+def check_endpoint(url: str, key: str, path: str, body: Mapping[str, Any], seconds: float) -> None:
+    """Check that a request succeeds; close its stream at the start.
+
+    Raises QuantkitError with the server's message otherwise.
+    """
+    timeout = httpx2.Timeout(seconds, connect=TIMEOUT_SECONDS)
     try:
         with httpx2.stream(
-            "POST", url + path, json=dict(body), headers=authorized(key), timeout=timeout
-        ) as found:
-            if found.status_code == 200:
+            "POST", url + path, json=dict(body), headers=make_headers(key), timeout=timeout
+        ) as response:
+            if response.status_code == 200:
                 return
-            found.read()
+            response.read()
     except httpx2.TransportError as fault:
         raise QuantkitError(
-            f"{url}{path}: expected an answer, found none ({fault}); start the server"
+            f"{url}{path}: expected a response, found none ({fault}); start the server"
         ) from None
     names = list[str]()
     with suppress(QuantkitError):
-        names = served(url, key)
+        names = list_models(url, key)
     raise QuantkitError(
-        f"{url}{path}: expected an answer, found status {found.status_code}: {said(found.text)}; ask for what it "
-        f"serves ({', '.join(names) or 'it tells no models'})"
+        f"{url}{path}: expected status 200, found {response.status_code}: "
+        f"{extract_message(response.text)}; request a model that it serves "
+        f"({', '.join(names) or 'it lists none'})"
     )
 
 
-def said(text: str) -> str:
-    """The message in a server's fault, or its beginning where it has another shape than OpenAI's."""
+def extract_message(text: str) -> str:
+    """Return the message of an error in OpenAI's format, or the start of any other text."""
     with suppress(ValueError, TypeError, KeyError):
         return str(json.loads(text)["error"]["message"])[:300]
-    return " ".join(text.split())[:300] or "nothing"
+    return " ".join(text.split())[:300] or "no message"
 
 
-def authorized(key: str) -> dict[str, str]:
+def make_headers(key: str) -> dict[str, str]:
+    """Return the headers of a request with an API key; none for ""."""
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def check_metrics(url: str) -> None:
-    """QuantkitError where an address that was named tells no counters."""
-    if scraped(url) is None:
+    """Check that an address has metrics; QuantkitError otherwise."""
+    if scrape_metrics(url) is None:
         raise QuantkitError(
             f"--metrics {url}: expected an engine's /metrics, found none; check the address"
         )
 
 
 def read_cache_counters(url: str) -> CacheCounters | None:
-    """The prefix cache's counters so far; None where the server tells none (or has no /metrics)."""
-    text = scraped(url)
-    return None if text is None else counted(text)
+    """Return the counters of the prefix cache; None if the server has none."""
+    text = scrape_metrics(url)
+    return None if text is None else parse_cache_counters(text)
 
 
-def scraped(url: str) -> str | None:
-    """What a server's /metrics says; None where there is none."""
+def scrape_metrics(url: str) -> str | None:
+    """Return the text of a server's /metrics, or None."""
     try:
-        found = httpx2.get(f"{url.rstrip('/').removesuffix('/metrics')}/metrics", timeout=SECONDS)
+        base = url.rstrip("/").removesuffix("/metrics")
+        response = httpx2.get(f"{base}/metrics", timeout=TIMEOUT_SECONDS)
     except httpx2.TransportError:
         return None
-    return found.text if found.status_code == 200 else None
+    return response.text if response.status_code == 200 else None
 
 
-def counted(text: str) -> CacheCounters | None:
-    """The counters in a text of Prometheus, summed over a server's engines."""
-    for asked, hits in COUNTERS.values():
-        found = {name: total(text, name) for name in (asked, hits)}
-        if found[asked] is not None:
-            return CacheCounters(asked=found[asked] or 0.0, hits=found[hits] or 0.0)
+def parse_cache_counters(text: str) -> CacheCounters | None:
+    """Return the counters in Prometheus' text, summed over a server's engines."""
+    for queries, hits in COUNTERS.values():
+        sums = {name: sum_samples(text, name) for name in (queries, hits)}
+        if sums[queries] is not None:
+            return CacheCounters(asked=sums[queries] or 0.0, hits=sums[hits] or 0.0)
     return None
 
 
-def total(text: str, name: str) -> float | None:
-    """The sum of a counter's samples; None without any. A sample is NAME{LABELS} VALUE."""
+def sum_samples(text: str, name: str) -> float | None:
+    """Return the sum of a counter's samples (NAME{LABELS} VALUE); None without any."""
     values = [
         line.rpartition(" ")[2]
         for line in text.splitlines()
@@ -139,8 +148,10 @@ def total(text: str, name: str) -> float | None:
         return None
 
 
-def during(before: CacheCounters | None, after: CacheCounters | None) -> CacheCounters | None:
-    """What happened between two readings; None when the server was started anew between them."""
+def subtract_counters(
+    before: CacheCounters | None, after: CacheCounters | None
+) -> CacheCounters | None:
+    """Return the difference of two readings; None if the server was restarted between them."""
     if before is None or after is None or after.asked < before.asked or after.hits < before.hits:
         return None
     return CacheCounters(asked=after.asked - before.asked, hits=after.hits - before.hits)

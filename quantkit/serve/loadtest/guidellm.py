@@ -1,6 +1,6 @@
-"""GuideLLM as a process of its own: it pins another click than quantkit's other packages allow, and loads torch.
+"""GuideLLM as a separate process: it pins another version of click, and imports torch.
 
-One process per level, so that the engine's counters can be read between them.
+One process per level, so that the engine's counters can be read between levels.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from quantkit.io.files import read_json, write_atomic
 
 PROGRAM = "guidellm"
 SLACK_SECONDS = 180
-"""What it may take beyond the time that a level was given: it starts worker processes and loads a tokenizer."""
+"""Time beyond the duration of a level: GuideLLM starts worker processes and loads a tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadTestSetup:
-    """How it asks. tokenizer: a folder or a hub id, for counting where a server tells no usage; key: "" sends none."""
+    """The options of a load test.
+
+    tokenizer: a folder or a hub id, to count tokens if a server reports no usage. key: "" for none.
+    """
 
     program: str
     url: str
@@ -45,29 +48,29 @@ class LoadTestSetup:
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
 
-def find_program(named: str) -> str:
-    """The program to run; UsageError when it is not there."""
-    found = shutil.which(named)
-    if found is None:
+def find_program(name: str) -> str:
+    """Return the path of GuideLLM; UsageError if it is not installed."""
+    path = shutil.which(name)
+    if path is None:
         raise UsageError(
-            f"{named}: expected GuideLLM, found none; make an environment for it (python -m venv ENV; "
-            "ENV/bin/pip install guidellm) and name it: --guidellm ENV/bin/guidellm"
+            f"{name}: expected GuideLLM, found none; make an environment for it (python -m venv "
+            "ENV; ENV/bin/pip install guidellm) and name it: --guidellm ENV/bin/guidellm"
         )
-    return found
+    return path
 
 
-def version(found: str) -> str:
-    """The tool's name and version."""
-    told = subprocess.run(
-        [found, "--version"], capture_output=True, text=True, timeout=SLACK_SECONDS, check=False
+def read_version(program: str) -> str:
+    """Return the tool's name and version."""
+    process = subprocess.run(
+        [program, "--version"], capture_output=True, text=True, timeout=SLACK_SECONDS, check=False
     )
-    return " ".join(told.stdout.split()) or PROGRAM
+    return " ".join(process.stdout.split()) or PROGRAM
 
 
-def scenario(
+def make_scenario(
     setup: LoadTestSetup, concurrency: int, prompts: Path, results: Path
 ) -> dict[str, Any]:
-    """GuideLLM's own words (0.8) for one level."""
+    """Return GuideLLM's scenario (version 0.8) of one level."""
     body = {"temperature": 0, "ignore_eos": setup.ignore_eos}
     backend = {
         "kind": "openai_http",
@@ -94,102 +97,113 @@ def scenario(
     return {"spec": spec}
 
 
-def request(setup: LoadTestSetup, text: str) -> dict[str, Any]:
-    """The body of a request as GuideLLM sends it."""
-    asked = {"messages": [{"role": "user", "content": text}]} if setup.chat else {"prompt": text}
-    most = "max_completion_tokens" if setup.chat else "max_tokens"
-    body = {"model": setup.model, **asked, most: setup.max_tokens, "temperature": 0, "stream": True}
+def make_request_body(setup: LoadTestSetup, text: str) -> dict[str, Any]:
+    """Return the body of a request as GuideLLM sends it."""
+    prompt = {"messages": [{"role": "user", "content": text}]} if setup.chat else {"prompt": text}
+    limit = "max_completion_tokens" if setup.chat else "max_tokens"
+    body = {
+        "model": setup.model,
+        **prompt,
+        limit: setup.max_tokens,
+        "temperature": 0,
+        "stream": True,
+    }
     return body | ({"ignore_eos": True} if setup.ignore_eos else {})
 
 
-def run(setup: LoadTestSetup, concurrency: int, texts: Sequence[str], folder: Path) -> LoadLevel:
-    """One level. QuantkitError when the tool fails, says nothing or finds no answer."""
-    prompts, results, told = (
-        folder / "prompts.jsonl",
-        folder / "results.json",
-        folder / "scenario.json",
-    )
+def run_level(
+    setup: LoadTestSetup, concurrency: int, texts: Sequence[str], folder: Path
+) -> LoadLevel:
+    """Run one level; QuantkitError if GuideLLM fails or has no result."""
+    prompts, results = folder / "prompts.jsonl", folder / "results.json"
+    scenario, log = folder / "scenario.json", folder / "log.txt"
     rows = [json.dumps({"prompt": text, "output_tokens_count": setup.max_tokens}) for text in texts]
     write_atomic(prompts, "\n".join([*rows, ""]).encode())
     results.unlink(missing_ok=True)
-    write_atomic(
-        told, json.dumps(scenario(setup, concurrency, prompts, results)).encode()
-    )  # the key is in it
-    words = [setup.program, "run", "--config", str(told), "--disable-console"]
-    log = folder / "log.txt"
-    ended = within(words, setup.seconds + SLACK_SECONDS, log)
-    if ended or not results.is_file():
+    # A file, not arguments: it has the API key.
+    content = json.dumps(make_scenario(setup, concurrency, prompts, results))
+    write_atomic(scenario, content.encode())
+    command = [setup.program, "run", "--config", str(scenario), "--disable-console"]
+    status = run_process(command, setup.seconds + SLACK_SECONDS, log)
+    if status or not results.is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        said = " ".join(lines[-3:])[-400:] or "nothing"
-        raise QuantkitError(f"{PROGRAM}: ended with {ended}, and said: {said}")
-    return level(read_json(results, QuantkitError), concurrency, str(results))
+        message = " ".join(lines[-3:])[-400:] or "nothing"
+        raise QuantkitError(f"{PROGRAM}: exited with {status}; its last output: {message}")
+    return parse_level(read_json(results, QuantkitError), concurrency, str(results))
 
 
-def within(words: Sequence[str], seconds: float, log: Path) -> int:
-    """Run a program and everything it starts, at most so long; its exit status."""
-    with log.open("wb") as out:
-        started = subprocess.Popen(
-            words,
-            stdout=out,
-            stderr=out,
+def run_process(command: Sequence[str], seconds: float, log: Path) -> int:
+    """Run a program and its children for at most `seconds`; return its exit status."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
             stdin=subprocess.DEVNULL,
-            env=surroundings(),
+            env=make_environment(),
             start_new_session=True,
         )
         try:
-            return started.wait(seconds)
+            return process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise QuantkitError(
-                f"{PROGRAM}: did not end {SLACK_SECONDS} s after its time; does the server answer?"
+                f"{PROGRAM}: still running {SLACK_SECONDS} s after its time limit; check that the "
+                "server answers"
             ) from None
         finally:
-            with suppress(ProcessLookupError):  # it is gone where everything went well
-                os.killpg(started.pid, signal.SIGKILL)
-            started.wait()
+            with suppress(ProcessLookupError):  # it ended already
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def surroundings() -> dict[str, str]:
-    """This process's environment; a tokenizer's folder is on disk, and nothing is looked up on the way."""
+def make_environment() -> dict[str, str]:
+    """Return this process's environment, without parallel tokenizers in worker processes."""
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
 
 
-def level(found: Mapping[str, Any], concurrency: int, where: str) -> LoadLevel:
-    """A level in quantkit's words; QuantkitError for results of another shape, or without one answer."""
+def parse_level(values: Mapping[str, Any], concurrency: int, where: str) -> LoadLevel:
+    """Convert GuideLLM's results of one level.
+
+    Raises QuantkitError for results in another format, or without a completed request.
+    """
     try:
-        benchmark = found["benchmarks"][0]
-        metrics, counts = benchmark["metrics"], benchmark["metrics"]["request_totals"]
+        benchmark = values["benchmarks"][0]
+        duration, metrics = benchmark["duration"], benchmark["metrics"]
+        counts = metrics["request_totals"]
         if not counts["successful"]:
             raise QuantkitError(
-                f"no request of {counts['total']} was answered at {concurrency} at once "
-                f"({counts['errored']} errors); try one by hand, and see the server's messages"
+                f"expected completed requests at concurrency {concurrency}, found none of "
+                f"{counts['total']} ({counts['errored']} errors); try one by hand, and see the "
+                "server's log"
             )
+        output_tokens = metrics["output_token_count"]["successful"]
         return LoadLevel(
             concurrency=concurrency,
-            seconds=benchmark["duration"],
+            seconds=duration,
             answered=counts["successful"],
             errored=counts["errored"],
             unfinished=counts["incomplete"],
-            ttft_ms=spread(metrics, "time_to_first_token_ms"),
-            inter_token_ms=spread(metrics, "inter_token_latency_ms"),
-            latency_ms=spread(metrics, "request_latency", 1000.0),
-            requests_per_second=counts["successful"] / benchmark["duration"],
-            output_tokens_per_second=metrics["output_token_count"]["successful"]["total_sum"]
-            / benchmark["duration"],
+            ttft_ms=parse_spread(metrics, "time_to_first_token_ms"),
+            inter_token_ms=parse_spread(metrics, "inter_token_latency_ms"),
+            latency_ms=parse_spread(metrics, "request_latency", 1000.0),
+            requests_per_second=counts["successful"] / duration,
+            output_tokens_per_second=output_tokens["total_sum"] / duration,
             prompt_tokens=metrics["prompt_token_count"]["successful"]["mean"],
-            output_tokens=metrics["output_token_count"]["successful"]["mean"],
+            output_tokens=output_tokens["mean"],
         )
     except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as fault:
         raise QuantkitError(
-            f"{where}: expected results of GuideLLM 0.8, found others ({fault!r}); install guidellm 0.8"
+            f"{where}: expected results of GuideLLM 0.8, found others ({fault!r}); install "
+            "guidellm 0.8"
         ) from None
 
 
-def spread(metrics: Mapping[str, Any], name: str, factor: float = 1.0) -> Percentiles:
-    """Mean and quantiles of the answered requests, times `factor`."""
-    found = metrics[name]["successful"]
-    quantiles = found["percentiles"]
+def parse_spread(metrics: Mapping[str, Any], name: str, factor: float = 1.0) -> Percentiles:
+    """Return mean and quantiles over the completed requests, times `factor`."""
+    values = metrics[name]["successful"]
+    quantiles = values["percentiles"]
     return Percentiles(
-        mean=found["mean"] * factor,
+        mean=values["mean"] * factor,
         p50=quantiles["p50"] * factor,
         p90=quantiles["p90"] * factor,
         p99=quantiles["p99"] * factor,

@@ -1,4 +1,4 @@
-"""What is asked: the prompts of a task that ships with quantkit, or of a file. Repeated where there are too few."""
+"""The prompts of a load test: of a task that ships with quantkit, or of a file."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ LIMIT_BYTES = 1_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Texts in the order of their file, with its hash."""
+    """The texts in the order of their file, and its hash."""
 
     name: str
     texts: tuple[str, ...]
     sha256: str
 
-    def rows(self, count: int) -> list[str]:
-        """So many texts, from the start again when they end: what comes again hits a prefix cache."""
+    def take(self, count: int) -> list[str]:
+        """Return `count` texts, repeated from the start: repeated texts hit a prefix cache."""
         return list(islice(cycle(self.texts), count))
 
 
 def read_prompts(name: str) -> Prompts:
-    """The prompts of a data set: a name in evals/, a JSONL file with one of KEYS, or a text file, a line each."""
+    """Read prompts: a name in evals/, a JSONL file with one of KEYS, or a text file by line."""
     path = Path(name)
+    data = locate_folder("evals") / "data"
     if not path.is_file() and not path.suffix:
-        path = locate_folder("evals") / "data" / f"{name}.jsonl"
+        path = data / f"{name}.jsonl"
     if not path.is_file():
-        known = ", ".join(
-            sorted(found.stem for found in (locate_folder("evals") / "data").glob("*.jsonl"))
-        )
+        known = ", ".join(sorted(file.stem for file in data.glob("*.jsonl")))
         raise UsageError(
             f"--data {name}: expected a file, or one of {known}, found neither; check the path"
         )
@@ -50,19 +49,19 @@ def read_prompts(name: str) -> Prompts:
     texts = (
         lines
         if path.suffix == ".txt"
-        else [text_of(line, f"{path}:{n + 1}") for n, line in enumerate(lines)]
+        else [parse_prompt(line, f"{path}:{n + 1}") for n, line in enumerate(lines)]
     )
     if not texts:
         raise UsageError(f"{path}: expected prompts, found none; add a line")
     return Prompts(name=name, texts=tuple(texts), sha256=hashlib.sha256(content).hexdigest())
 
 
-def text_of(line: str, where: str) -> str:
-    """The prompt in a line of JSON."""
+def parse_prompt(line: str, where: str) -> str:
+    """Return the prompt of a line of JSON."""
     values = parse_json(line.encode(), where, UsageError)
-    found = next((values[key] for key in KEYS if isinstance(values.get(key), str)), None)
-    if not isinstance(found, str):
+    text = next((values[key] for key in KEYS if isinstance(values.get(key), str)), None)
+    if not isinstance(text, str):
         raise UsageError(
-            f"{where}: expected a text under {', '.join(KEYS)}, found none; name the prompt so"
+            f"{where}: expected a text under {', '.join(KEYS)}, found none; add one of these keys"
         )
-    return found
+    return text

@@ -1,4 +1,4 @@
-"""A whole load test: level after level, the engine's counters read around each, one result."""
+"""A load test: one level of concurrency after another, with the engine's counters of each."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from quantkit.artifact.loadtest_schema import LoadLevel, LoadTest
 from quantkit.serve.loadtest import engine, guidellm
 from quantkit.serve.loadtest.prompts import Prompts
 
-WARM_REQUESTS = 4
-PER_LEVEL = 4
-"""At least so many requests per place: fewer would measure the start and the end of a level."""
+WARMUP_REQUESTS = 4
+REQUESTS_PER_CLIENT = 4
+"""The fewest requests per concurrent client: with fewer, start and end of a level dominate."""
 
 
 def run_load_test(
@@ -24,35 +24,36 @@ def run_load_test(
     prompts: Prompts,
     concurrencies: Sequence[int],
     metrics: str,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> LoadTest:
-    """Ask at each level. `metrics`: where the engine tells its counters."""
+    """Run every level. metrics: the address of the engine's counters."""
     started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     levels: list[LoadLevel] = []
-    engine.check_answers(
-        setup.url, setup.key, setup.path, guidellm.request(setup, prompts.texts[0]), setup.seconds
-    )
-    with tempfile.TemporaryDirectory(prefix="quantkit-loadtest-") as made:
-        folder = Path(made)
-        tell("warming up")
-        guidellm.run(replace(setup, requests=WARM_REQUESTS), 1, prompts.rows(WARM_REQUESTS), folder)
+    body = guidellm.make_request_body(setup, prompts.texts[0])
+    engine.check_endpoint(setup.url, setup.key, setup.path, body, setup.seconds)
+    with tempfile.TemporaryDirectory(prefix="quantkit-loadtest-") as name:
+        folder = Path(name)
+        log("warming up")
+        warmup = replace(setup, requests=WARMUP_REQUESTS)
+        guidellm.run_level(warmup, 1, prompts.take(WARMUP_REQUESTS), folder)
         for concurrency in concurrencies:
-            requests = max(setup.requests, PER_LEVEL * concurrency)
+            requests = max(setup.requests, REQUESTS_PER_CLIENT * concurrency)
             before = engine.read_cache_counters(metrics)
-            # what guidellm has no rows for it does not ask; some more, because it reads ahead
-            found = guidellm.run(
+            # One request per row, and GuideLLM reads ahead: some more rows than requests.
+            level = guidellm.run_level(
                 replace(setup, requests=requests),
                 concurrency,
-                prompts.rows(requests + 2 * concurrency),
+                prompts.take(requests + 2 * concurrency),
                 folder,
             )
-            cache = engine.during(before, engine.read_cache_counters(metrics))
-            levels.append(found.model_copy(update={"cache": cache}))
-            tell(
-                f"{concurrency} at once: {found.output_tokens_per_second:,.1f} tokens/s, {found.answered} answered"
+            cache = engine.subtract_counters(before, engine.read_cache_counters(metrics))
+            levels.append(level.model_copy(update={"cache": cache}))
+            log(
+                f"concurrency {concurrency}: {level.output_tokens_per_second:,.1f} tokens/s, "
+                f"{level.answered} completed"
             )
     return LoadTest(
-        tool=guidellm.version(setup.program),
+        tool=guidellm.read_version(setup.program),
         model=setup.model,
         api="chat" if setup.chat else "completions",
         data=prompts.name,
@@ -61,11 +62,11 @@ def run_load_test(
         max_tokens=setup.max_tokens,
         ignore_eos=setup.ignore_eos,
         started=started,
-        machine=machine(),
+        machine=describe_machine(),
         levels=tuple(levels),
     )
 
 
-def machine() -> str:
-    """The side that asked, in words: cores and kind of processor; no name of a host."""
+def describe_machine() -> str:
+    """Describe the client's machine: cores and kind of processor, without a host name."""
     return f"{os.cpu_count()} cores, {platform.machine()}"

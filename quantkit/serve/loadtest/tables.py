@@ -7,58 +7,62 @@ from collections.abc import Callable, Mapping
 from quantkit.artifact.loadtest_schema import LoadLevel, LoadTest
 from quantkit.report.tables import Table
 
-FEW = 100
-"""Of fewer answers than this none lies beyond the p99."""
-Show = Callable[[LoadLevel], str]
-FIGURES: Mapping[str, Show] = {
+MIN_P99_REQUESTS = 100
+"""With fewer requests none is slower than the p99."""
+FormatColumn = Callable[[LoadLevel], str]
+COLUMNS: Mapping[str, FormatColumn] = {
     "requests/s": lambda level: f"{level.requests_per_second:.2f}",
     "tokens/s": lambda level: f"{level.output_tokens_per_second:,.1f}",
-    "TTFT p50": lambda level: milliseconds(level.ttft_ms.p50),
-    "p99": lambda level: milliseconds(level.ttft_ms.p99),
-    "between tokens p50": lambda level: milliseconds(level.inter_token_ms.p50),
-    "p99 ": lambda level: milliseconds(level.inter_token_ms.p99),
-    "answer p50": lambda level: milliseconds(level.latency_ms.p50),
-    "p99  ": lambda level: milliseconds(level.latency_ms.p99),
+    "TTFT p50": lambda level: format_milliseconds(level.ttft_ms.p50),
+    "p99": lambda level: format_milliseconds(level.ttft_ms.p99),
+    "inter-token p50": lambda level: format_milliseconds(level.inter_token_ms.p50),
+    "p99 ": lambda level: format_milliseconds(level.inter_token_ms.p99),
+    "latency p50": lambda level: format_milliseconds(level.latency_ms.p50),
+    "p99  ": lambda level: format_milliseconds(level.latency_ms.p99),
 }
+"""Column -> format. Trailing spaces make the names of p99 columns unique."""
 
 
-def milliseconds(value: float) -> str:
-    """Three digits, in ms or s."""
+def format_milliseconds(value: float) -> str:
+    """Format a time to three digits, in ms or s."""
     return f"{value / 1000:.3g} s" if value >= 1000 else f"{value:.3g} ms"
 
 
-def answered(level: LoadLevel) -> str:
-    """Answered requests, and the others where there are some."""
-    lost = [
-        f"{n} {what}" for n, what in ((level.errored, "failed"), (level.unfinished, "cut")) if n
-    ]
-    return ", ".join([f"{level.answered}", *lost])
+def format_completed(level: LoadLevel) -> str:
+    """Format the completed requests, and the failed and unfinished ones if there are any."""
+    others = ((level.errored, "failed"), (level.unfinished, "unfinished"))
+    return ", ".join([f"{level.answered}", *(f"{n} {label}" for n, label in others if n)])
 
 
-def cached(level: LoadLevel) -> str:
+def format_hit_rate(level: LoadLevel) -> str:
+    """Format the hit rate of the prefix cache."""
     rate = level.cache.rate if level.cache else None
     return "-" if rate is None else f"{rate:.1%}"
 
 
 def make_level_table(run: LoadTest) -> Table:
-    """A row per level."""
-    with_cache = any(level.cache for level in run.levels)
+    """Make the table of levels."""
+    has_cache = any(level.cache for level in run.levels)
     columns = [
-        ">at once",
-        ">answered",
-        *(f">{name.strip()}" for name in FIGURES),
-        *([">cached"] if with_cache else []),
+        ">concurrency",
+        ">completed",
+        *(f">{name.strip()}" for name in COLUMNS),
+        *([">cached"] if has_cache else []),
     ]
     rows = [
-        (str(level.concurrency), answered(level), *(show(level) for show in FIGURES.values()))
-        + ((cached(level),) if with_cache else ())
+        (
+            str(level.concurrency),
+            format_completed(level),
+            *(format_column(level) for format_column in COLUMNS.values()),
+        )
+        + ((format_hit_rate(level),) if has_cache else ())
         for level in run.levels
     ]
-    told = f"{run.prompts} prompts of {run.data}, at most {run.max_tokens} tokens each"
-    told += ", end of text ignored. " if run.ignore_eos else ". "
-    told += "Between tokens: the mean of each answer."
-    if any(level.answered < FEW for level in run.levels):
-        told += f" The p99 of fewer than {FEW} answers is about the slowest of them."
-    if with_cache:
-        told += " Cached: share of the prompts' tokens that the engine had in its prefix cache."
-    return Table(title="Under load", columns=tuple(columns), rows=tuple(rows), note=told)
+    note = f"{run.prompts} prompts of {run.data}, at most {run.max_tokens} output tokens each"
+    note += ", end of text ignored. " if run.ignore_eos else ". "
+    note += "TTFT: time to first token; inter-token: the mean of each request."
+    if any(level.answered < MIN_P99_REQUESTS for level in run.levels):
+        note += f" The p99 of fewer than {MIN_P99_REQUESTS} requests is about their maximum."
+    if has_cache:
+        note += " Cached: prompt tokens in the engine's prefix cache."
+    return Table(title="Under load", columns=tuple(columns), rows=tuple(rows), note=note)

@@ -1,9 +1,14 @@
-"""What a model needs and what it runs on: memory, cards, degrees of parallelism, computed bounds. Pure but for reading.
+"""Sizing: the memory of a model, GPUs, degrees of parallelism, computed speed bounds.
 
-    model_of(target) -> Model      an artifact's headers, a recipe's plan, or a config.json alone      read.py
-    needs(model, ...) -> Needs     weights + KV cache of the longest context x users, and a margin     needs.py
-    read_cards() -> Cards          the dated, sourced data file of accelerators                        cards.py
-    fits(needs, card) -> Fit       how many cards, which parallel degrees, most context and users      fit.py
+read_model(target) -> Model               an artifact, a folder or a config.json        read.py
+plan_recipe_models(recipe) -> (Model, ..) the artifacts that a recipe will build        read.py
+estimate_memory(model, ..)                weights + KV cache + margin                   memory.py
+read_gpus() -> GpuCatalog                 the dated, sourced data file of accelerators  gpus.py
+fit_model(memory, gpu) -> Fit             number of GPUs, parallelism, longest context,
+                                          most users                                    fit.py
+compute_bounds(fit) -> Bounds             upper bounds of the speed (roofline)          roofline.py
+compute_max_batched_tokens(fit, engine)   tokens per step of a mixture of experts       batch.py
 
-Memory is counted in bytes and shown in decimal units: 1 GB = 10^9 bytes, 1 GiB = 2^30 bytes = 1.074 GB.
+Memory is counted in bytes and printed in decimal units: 1 GB = 10^9 bytes,
+1 GiB = 2^30 bytes = 1.074 GB.
 """

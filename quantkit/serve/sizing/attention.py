@@ -1,4 +1,4 @@
-"""What each layer's attention keeps of a token, from config.json alone, as transformers' own modules would."""
+"""The attention of each layer from config.json alone, with the defaults of transformers."""
 
 from __future__ import annotations
 
@@ -9,94 +9,97 @@ from quantkit.errors import CheckpointError
 from quantkit.serve.sizing.model import Attention
 
 ABSENT_WINDOW: Mapping[str, int] = {"mistral": 4096}
-"""The sliding window of families for which transformers assumes one where config.json has no such key."""
+"""The sliding window that transformers assumes for a family if config.json has no such key."""
 
-KEPT = {
+WINDOW_KEYS = {
     "full_attention": None,
     "sliding_attention": "sliding_window",
     "chunked_attention": "attention_chunk_size",
 }
-"""Kinds of layers in `layer_types`, and the key with the tokens they keep."""
+"""Layer type of `layer_types` -> the key of its window."""
 
 
-def attentions(config: Config) -> tuple[Attention, ...]:
-    """Attention of each decoder layer. CheckpointError for a kind of layer whose memory is not known here."""
-    count = positive(config, "num_hidden_layers")
-    base = latent(config) if config.has("kv_lora_rank") else grouped(config)
+def read_attention(config: Config) -> tuple[Attention, ...]:
+    """Return the attention of each decoder layer; CheckpointError for an unknown layer type."""
+    num_layers = read_positive(config, "num_hidden_layers")
+    is_latent = config.has("kv_lora_rank")
+    base = read_latent_attention(config) if is_latent else read_grouped_attention(config)
     return tuple(
         Attention(
             kind=base.kind,
             heads=base.heads,
             kv_heads=base.kv_heads,
-            elements=base.elements,
-            qk_width=base.qk_width,
-            v_width=base.v_width,
+            kv_elements=base.kv_elements,
+            qk_head_dim=base.qk_head_dim,
+            v_head_dim=base.v_head_dim,
             window=window,
         )
-        for window in windows(config, count)
+        for window in read_windows(config, num_layers)
     )
 
 
-def latent(config: Config) -> Attention:
-    """Multi-head latent attention: one compressed vector and one rotary key per token, whatever the heads."""
+def read_latent_attention(config: Config) -> Attention:
+    """Return multi-head latent attention: one compressed vector and one rotary key per token."""
     rank, rope = config.integer("kv_lora_rank"), config.integer("qk_rope_head_dim")
     return Attention(
         kind="latent",
-        heads=positive(config, "num_attention_heads"),
+        heads=read_positive(config, "num_attention_heads"),
         kv_heads=1,
-        elements=rank + rope,
-        qk_width=config.integer("qk_nope_head_dim") + rope,
-        v_width=config.integer("v_head_dim"),
+        kv_elements=rank + rope,
+        qk_head_dim=config.integer("qk_nope_head_dim") + rope,
+        v_head_dim=config.integer("v_head_dim"),
     )
 
 
-def grouped(config: Config) -> Attention:
-    """Multi-head, grouped-query or multi-query attention: a key and a value per key/value head."""
-    heads = positive(config, "num_attention_heads")
-    kv_heads = positive(config, "num_key_value_heads", heads)
-    width = config.integer("head_dim", config.integer("hidden_size") // heads)
+def read_grouped_attention(config: Config) -> Attention:
+    """Return multi-head, grouped-query or multi-query attention: key and value per KV head."""
+    heads = read_positive(config, "num_attention_heads")
+    kv_heads = read_positive(config, "num_key_value_heads", heads)
+    head_dim = config.integer("head_dim", config.integer("hidden_size") // heads)
     return Attention(
         kind="grouped",
         heads=heads,
         kv_heads=kv_heads,
-        elements=2 * kv_heads * width,
-        qk_width=width,
-        v_width=width,
+        kv_elements=2 * kv_heads * head_dim,
+        qk_head_dim=head_dim,
+        v_head_dim=head_dim,
     )
 
 
-def positive(config: Config, key: str, default: int | None = None) -> int:
-    """An integer of at least 1; CheckpointError for anything else."""
-    found = config.integer(key, default)
-    if found < 1:
+def read_positive(config: Config, key: str, default: int | None = None) -> int:
+    """Return an integer of at least 1; CheckpointError for anything else."""
+    value = config.integer(key, default)
+    if value < 1:
         raise CheckpointError(
-            f"{config.where}: {key}: expected at least 1, found {found}; repair config.json"
+            f"{config.where}: {key}: expected at least 1, found {value}; repair config.json"
         )
-    return found
+    return value
 
 
-def windows(config: Config, count: int) -> list[int | None]:
-    """The sliding window of each of `count` layers; None where a layer sees everything."""
+def read_windows(config: Config, num_layers: int) -> list[int | None]:
+    """Return the sliding window of each layer; None for full attention."""
     types = config.values.get("layer_types")
     if isinstance(types, list):
-        return from_types(config, types, count)
-    window, family = window_of(config), config.text("model_type")
+        return read_layer_types(config, types, num_layers)
+    window, family = find_window(config), config.text("model_type")
     if window is None:
-        return [None] * count
+        return [None] * num_layers
     if family in ("qwen2", "qwen3"):
         first = config.integer("max_window_layers", 28)
-        return [window if layer >= first else None for layer in range(count)]
+        return [window if layer >= first else None for layer in range(num_layers)]
     if family == "qwen2_moe":
         first = config.integer("max_window_layers", 28)
-        return [window if layer % 2 == 0 and layer < first else None for layer in range(count)]
-    if config.has("sliding_window_pattern"):  # every n-th layer sees everything: gemma3, cohere2
-        every = config.integer("sliding_window_pattern")
-        return [None if every and (layer + 1) % every == 0 else window for layer in range(count)]
-    return [window] * count
+        return [window if layer % 2 == 0 and layer < first else None for layer in range(num_layers)]
+    if config.has("sliding_window_pattern"):  # every n-th layer is full: gemma3, cohere2
+        period = config.integer("sliding_window_pattern")
+        return [
+            None if period and (layer + 1) % period == 0 else window for layer in range(num_layers)
+        ]
+    return [window] * num_layers
 
 
-def window_of(config: Config) -> int | None:
-    """The tokens a sliding layer keeps; None where the config has no such layers."""
+def find_window(config: Config) -> int | None:
+    """Return the tokens of a sliding window; None if the config has no such layers."""
     family = config.text("model_type")
     if family.startswith("qwen") and not config.flag("use_sliding_window"):
         return None
@@ -105,16 +108,17 @@ def window_of(config: Config) -> int | None:
     return config.integer("sliding_window") if config.has("sliding_window") else None
 
 
-def from_types(config: Config, types: list[object], count: int) -> list[int | None]:
-    """Windows by `layer_types`, which newer configs write out."""
-    if len(types) != count:
+def read_layer_types(config: Config, types: list[object], num_layers: int) -> list[int | None]:
+    """Return the windows by `layer_types`, which newer configs have."""
+    if len(types) != num_layers:
         raise CheckpointError(
-            f"{config.where}: layer_types: expected {count} entries, found {len(types)}; repair config.json"
+            f"{config.where}: layer_types: expected {num_layers} entries, found {len(types)}; "
+            "repair config.json"
         )
-    unknown = next((kind for kind in types if kind not in KEPT), None)
+    unknown = next((kind for kind in types if kind not in WINDOW_KEYS), None)
     if unknown is not None:
         raise CheckpointError(
-            f"{config.where}: layer_types: the memory of {unknown!r} layers is not known here, only that of "
-            f"{', '.join(KEPT)}; size this model with its engine"
+            f"{config.where}: layer_types: expected one of {', '.join(WINDOW_KEYS)}, whose memory "
+            f"is known, found {unknown!r}; size this model with its engine"
         )
-    return [config.integer(key) if (key := KEPT[str(kind)]) else None for kind in types]
+    return [config.integer(key) if (key := WINDOW_KEYS[str(kind)]) else None for kind in types]

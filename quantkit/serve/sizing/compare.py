@@ -1,4 +1,4 @@
-"""Models side by side: size, cards, computed bounds, and the fidelity figures of those that have a report."""
+"""Comparison of models: size, GPUs, computed bounds, and the figures of their fidelity reports."""
 
 from __future__ import annotations
 
@@ -12,41 +12,47 @@ from quantkit.artifact.read_report import read_sealed_report
 from quantkit.report import format_numbers
 from quantkit.report.tables import Table
 from quantkit.serve.sizing.fit import Fit
-from quantkit.serve.sizing.memory import told_users
-from quantkit.serve.sizing.roofline import Bounds, active_bytes
-from quantkit.serve.sizing.tables import BOUND, rate, told_asked
+from quantkit.serve.sizing.memory import format_users
+from quantkit.serve.sizing.roofline import Bounds, count_active_bytes
+from quantkit.serve.sizing.tables import (
+    BOUND_NOTE,
+    format_column_note,
+    format_parallelism,
+    format_rate,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedModel:
-    """One of the models that are compared."""
+    """One of the compared models. fidelity: None without a report."""
 
     name: str
     fit: Fit
     bounds: Bounds | None
-    fidelity: Fidelity | None  # None: no report lies beside it
+    fidelity: Fidelity | None
 
 
 def find_report(target: str) -> Fidelity | None:
-    """The fidelity report of an artifact; None for what has none. ArtifactError for a damaged one."""
+    """Return the fidelity report of an artifact, or None; ArtifactError for a damaged one."""
     folder = Path(target)
     return read_sealed_report(folder)[0] if (folder / MANIFEST).is_file() else None
 
 
-def make_size_table(sides: Sequence[ComparedModel]) -> Table:
-    """What each is and takes."""
+def make_size_table(models: Sequence[ComparedModel]) -> Table:
+    """Make the table of storage and memory."""
+    first = models[0].fit.memory
     rows = []
-    for side in sides:
-        needs = side.fit.needs
+    for entry in models:
+        memory = entry.fit.memory
         rows.append((
-            side.name,
-            needs.model.scheme,
-            format_numbers.format_parameters(needs.model.weights.parameters),
-            format_numbers.format_size(needs.weights_bytes),
-            f"{needs.weights_bytes / sides[0].fit.needs.weights_bytes:.3f}",
-            format_numbers.format_size(round(active_bytes(needs.model))),
-            format_numbers.format_size(needs.kv_bytes),
-            format_numbers.format_size(needs.total_bytes),
+            entry.name,
+            memory.model.scheme,
+            format_numbers.format_parameters(memory.model.weights.parameters),
+            format_numbers.format_size(memory.weights_bytes),
+            f"{memory.weights_bytes / first.weights_bytes:.3f}",
+            format_numbers.format_size(round(count_active_bytes(memory.model))),
+            format_numbers.format_size(memory.kv_bytes),
+            format_numbers.format_size(memory.total_bytes),
         ))
     columns = (
         "model",
@@ -56,34 +62,34 @@ def make_size_table(sides: Sequence[ComparedModel]) -> Table:
         ">of first",
         ">per token",
         ">KV cache",
-        ">in all",
+        ">total",
     )
-    first = sides[0].fit.needs
-    note = f"{told_users(first.users)} at up to {first.context:,} tokens, margin {100 * first.margin:g} %; "
-    note += "per token: weights that one token alone reads."
+    note = f"{format_users(first.users)} at up to {first.context:,} tokens, margin "
+    note += f"{100 * first.margin:g} %; per token: weights that one token reads."
     return Table(title="Sizes", columns=columns, rows=tuple(rows), note=note)
 
 
-def make_speed_table(sides: Sequence[ComparedModel]) -> Table:
-    """Cards of one kind that each takes, and bounds on them."""
+def make_speed_table(models: Sequence[ComparedModel]) -> Table:
+    """Make the table of the GPUs of one kind that each model needs, and of its bounds on them."""
     rows = []
-    for side in sides:
-        placement, made = side.fit.placement, side.bounds
-        if placement is None or made is None:
-            rows.append((side.name, f"no: {side.fit.least_cards}+", *("-",) * 6))
+    for entry in models:
+        placement, bounds = entry.fit.placement, entry.bounds
+        if placement is None or bounds is None:
+            rows.append((entry.name, f"no: {entry.fit.min_gpus}+", *("-",) * 6))
             continue
-        split = f"TP{placement.tp}" + (f" x PP{placement.pp}" if placement.pp > 1 else "")
-        told = (
-            str(placement.cards),
-            split,
-            format_numbers.format_count(side.fit.max_context),
-            format_numbers.format_count(side.fit.max_users),
-        )
-        rows.append((side.name, *told, rate(made.one), rate(made.all), rate(made.prefill)))
-    note = BOUND + told_asked(sides[0].fit.needs)
+        rows.append((
+            entry.name,
+            str(placement.gpus),
+            format_parallelism(placement),
+            format_numbers.format_count(entry.fit.max_context),
+            format_numbers.format_count(entry.fit.max_users),
+            format_rate(bounds.one),
+            format_rate(bounds.all),
+            format_rate(bounds.prefill),
+        ))
     columns = (
         "model",
-        ">cards",
+        ">GPUs",
         "split",
         ">context",
         ">users",
@@ -91,50 +97,17 @@ def make_speed_table(sides: Sequence[ComparedModel]) -> Table:
         ">all t/s",
         ">prefill t/s",
     )
-    return Table(
-        title=f"On {sides[0].fit.card.short}", columns=columns, rows=tuple(rows), note=note
-    )
+    fit = models[0].fit
+    note = BOUND_NOTE + format_column_note(fit.memory)
+    return Table(title=f"On {fit.gpu.short}", columns=columns, rows=tuple(rows), note=note)
 
 
-def make_fidelity_table(sides: Sequence[ComparedModel]) -> Table | None:
-    """Figures of the reports; None where nobody has one."""
-    told = [side for side in sides if side.fidelity]
-    if not told:
+def make_fidelity_table(models: Sequence[ComparedModel]) -> Table | None:
+    """Make the table of the reports' figures; None without a report."""
+    reports = [entry.fidelity for entry in models if entry.fidelity]
+    if not reports:
         return None
-    tasks = list(
-        dict.fromkeys(
-            row.task for side in told if side.fidelity for row in side.fidelity.benchmarks
-        )
-    )
-    rows = []
-    for side in sides:
-        report = side.fidelity
-        pooled = (
-            next((row for row in report.distribution if row.domain == "all"), None)
-            if report
-            else None
-        )
-        scores = (
-            {row.task: format_numbers.format_percent(row.artifact, 1) for row in report.benchmarks}
-            if report
-            else {}
-        )
-        figures = (
-            (
-                format_numbers.format_figure(pooled.figures["kl_mean"], "nats"),
-                format_numbers.format_figure(pooled.figures["ppl_ratio"], "ratio"),
-                format_numbers.format_figure(pooled.figures["top1"], "percent"),
-            )
-            if pooled
-            else (format_numbers.MISSING,) * 3
-        )
-        source = report.source.model if report else "no report"
-        rows.append((
-            side.name,
-            source,
-            *figures,
-            *(scores.get(task, format_numbers.MISSING) for task in tasks),
-        ))
+    tasks = list(dict.fromkeys(row.task for report in reports for row in report.benchmarks))
     columns = (
         "model",
         "compared with",
@@ -143,10 +116,35 @@ def make_fidelity_table(sides: Sequence[ComparedModel]) -> Table | None:
         ">top-1",
         *(f">{task}" for task in tasks),
     )
-    sources = {side.fidelity.source.hash for side in told if side.fidelity}
-    note = (
-        "Against different sources: KL and perplexity do not compare across them."
-        if len(sources) > 1
-        else ""
+    has_several_sources = len({report.source.hash for report in reports}) > 1
+    return Table(
+        title="Fidelity",
+        columns=columns,
+        rows=tuple(_make_fidelity_row(entry, tasks) for entry in models),
+        note="Different sources: KL and perplexity are not comparable across them."
+        if has_several_sources
+        else "",
     )
-    return Table(title="Fidelity", columns=columns, rows=tuple(rows), note=note)
+
+
+def _make_fidelity_row(entry: ComparedModel, tasks: Sequence[str]) -> tuple[str, ...]:
+    report = entry.fidelity
+    if report is None:
+        return (entry.name, "no report", *(format_numbers.MISSING,) * (3 + len(tasks)))
+    pooled = next((row for row in report.distribution if row.domain == "all"), None)
+    scores = {row.task: format_numbers.format_percent(row.artifact, 1) for row in report.benchmarks}
+    figures = (
+        (
+            format_numbers.format_figure(pooled.figures["kl_mean"], "nats"),
+            format_numbers.format_figure(pooled.figures["ppl_ratio"], "ratio"),
+            format_numbers.format_figure(pooled.figures["top1"], "percent"),
+        )
+        if pooled
+        else (format_numbers.MISSING,) * 3
+    )
+    return (
+        entry.name,
+        report.source.model,
+        *figures,
+        *(scores.get(task, format_numbers.MISSING) for task in tasks),
+    )

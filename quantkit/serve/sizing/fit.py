@@ -1,7 +1,8 @@
-"""Whether and how a model fits on cards: tensor and pipeline parallelism, most context, most users.
+"""Placement of a model on GPUs: tensor and pipeline parallelism, longest context, most users.
 
-A group of tp x pp cards holds one copy of the model: each layer cut into tp parts, the layers dealt to pp stages (as
-vLLM deals them). KV heads are divided among ranks as far as there are any; a latent cache (MLA) is whole on every rank.
+A group of tp x pp GPUs holds one copy of the model: each layer is split into tp parts, and the
+layers are distributed over pp stages (as in vLLM). KV heads are split over as many ranks as there
+are heads; every rank holds the whole latent cache (MLA).
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from quantkit.serve.sizing.gpus import Gpu
 from quantkit.serve.sizing.memory import MemoryEstimate
 from quantkit.serve.sizing.model import KV_BYTES, Attention, KvDtype, Model
 
-MOST_NODES = 16  # beyond these nobody serves one copy of a model
-MOST_USERS = 1_000_000
+MAX_NODES = 16  # one copy of a model is not served on more
+MAX_USERS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """A tensor-parallel degree, and why an engine refuses it; `fault` None: it is allowed."""
+    """A tensor-parallel size, and why engines reject it; fault: None if they accept it."""
 
     tp: int
     fault: str | None = None
@@ -28,7 +29,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """Cards that one copy of the model takes, and bytes on the fullest of them without the margin."""
+    """The GPUs of one copy of a model, and the bytes on the fullest of them without the margin."""
 
     tp: int
     pp: int
@@ -37,83 +38,86 @@ class Placement:
     kv_bytes: int
 
     @property
-    def cards(self) -> int:
+    def gpus(self) -> int:
         return self.tp * self.pp
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How a model stands to a card.
+    """A model on a kind of GPU.
 
-    least_cards: total bytes / memory, rounded up, before anybody asks how the model can be cut. placement: the first
-    of `candidates` that holds it, None where there is no such number up to MOST_NODES nodes. max_context at the
-    asked users, max_users at the asked context, both on the placement's cards; one_card_context on a single card.
+    min_gpus: total bytes / memory, rounded up, ignoring sharding. placement: the first of
+    `iterate_candidates` that holds the model, None if there is none up to MAX_NODES nodes.
+    single_gpu_context: the longest context on a single GPU, 0 if it does not hold the weights.
+    max_context: for the planned users, max_users: at the planned context, on the placement's GPUs.
     """
 
-    needs: MemoryEstimate
-    card: Gpu
-    least_cards: int
-    degrees: tuple[ParallelConfig, ...]
+    memory: MemoryEstimate
+    gpu: Gpu
+    min_gpus: int
+    parallel_configs: tuple[ParallelConfig, ...]
     placement: Placement | None
-    one_card_context: int
+    single_gpu_context: int
     max_context: int | None = None
     max_users: int | None = None
 
     @property
-    def one_card(self) -> bool:
-        """Whether a single card is enough."""
-        return self.placement is not None and self.placement.cards == 1
+    def fits_single_gpu(self) -> bool:
+        """Whether a single GPU is enough."""
+        return self.placement is not None and self.placement.gpus == 1
 
     @property
-    def allowed(self) -> tuple[int, ...]:
-        """Tensor-parallel degrees that engines accept, up to two nodes."""
-        return tuple(degree.tp for degree in self.degrees if degree.fault is None)
+    def tensor_parallel_sizes(self) -> tuple[int, ...]:
+        """Tensor-parallel sizes that engines accept, up to two nodes."""
+        return tuple(config.tp for config in self.parallel_configs if config.fault is None)
 
 
-def fit_model(needs: MemoryEstimate, card: Gpu) -> Fit:
-    """The fewest cards that hold the model with its cache and margin, and what they leave room for."""
-    degrees = tuple(
-        ParallelConfig(tp=tp, fault=degree_fault(needs.model, tp)) for tp in asked_degrees(card)
+def fit_model(memory: MemoryEstimate, gpu: Gpu) -> Fit:
+    """Find the fewest GPUs that hold the model with its cache and margin, and their limits."""
+    configs = tuple(
+        ParallelConfig(tp=tp, fault=find_tensor_parallel_fault(memory.model, tp))
+        for tp in list_tensor_parallel_sizes(gpu)
     )
-    least = ceil(needs.total_bytes / card.memory_bytes)
-    placement = smallest(needs, card, [degree.tp for degree in degrees if degree.fault is None])
+    allowed = [config.tp for config in configs if config.fault is None]
+    placement = find_placement(memory, gpu, allowed)
     return Fit(
-        needs=needs,
-        card=card,
-        least_cards=least,
-        degrees=degrees,
+        memory=memory,
+        gpu=gpu,
+        min_gpus=ceil(memory.total_bytes / gpu.memory_bytes),
+        parallel_configs=configs,
         placement=placement,
-        one_card_context=alone(needs, card),
-        max_context=max_context(needs, card, placement) if placement else None,
-        max_users=max_users(needs, card, placement) if placement else None,
+        single_gpu_context=compute_single_gpu_context(memory, gpu),
+        max_context=compute_max_context(memory, gpu, placement) if placement else None,
+        max_users=compute_max_users(memory, gpu, placement) if placement else None,
     )
 
 
-def asked_degrees(card: Gpu) -> list[int]:
-    """The degrees worth asking for: all within a node, and two nodes."""
-    return list(
-        dict.fromkeys([
-            *range(1, card.per_node + 1),
-            *([2 * card.per_node] if card.per_node > 1 else []),
-        ])
-    )
+def list_tensor_parallel_sizes(gpu: Gpu) -> list[int]:
+    """Return the sizes to check: all within a node, and two nodes."""
+    sizes = [*range(1, gpu.per_node + 1), *([2 * gpu.per_node] if gpu.per_node > 1 else [])]
+    return list(dict.fromkeys(sizes))
 
 
-def degree_fault(model: Model, tp: int) -> str | None:
-    """Why engines refuse to cut this model into `tp` parts; None when they accept it."""
+def find_tensor_parallel_fault(model: Model, tp: int) -> str | None:
+    """Return why engines reject `tp` ranks for this model; None if they accept it."""
     if tp == 1:
-        return None  # nothing is cut, and blocks at an edge may be smaller
+        return None  # nothing is split, and blocks at an edge may be smaller
     attention = model.layers[0].attention
     if attention.kind == "grouped" and attention.kv_heads % tp and tp % attention.kv_heads:
         return f"{attention.kv_heads} KV heads and {tp} ranks: neither divides the other"
-    return next((fault for division in model.divisions if (fault := division.fault(tp))), None)
+    faults = (constraint.find_fault(tp) for constraint in model.sharding_constraints)
+    return next((fault for fault in faults if fault), None)
 
 
-# ----------------------------------------------------------------------------------------------------- bytes per card
+# ---------------------------------------------------------------------------------- bytes per GPU
 
 
-def stages(model: Model, pp: int) -> Iterator[range]:
-    """The layers of each pipeline stage: equal shares, the rest from the last but one stage backwards, as vLLM."""
+def iterate_stages(model: Model, pp: int) -> Iterator[range]:
+    """Yield the layers of each pipeline stage.
+
+    Equal shares; the rest goes to the stages before the last, from the last but one backwards, as
+    in vLLM.
+    """
     share, rest = divmod(len(model.layers), pp)
     start = 0
     for stage in range(pp):
@@ -122,135 +126,162 @@ def stages(model: Model, pp: int) -> Iterator[range]:
         start += share + extra
 
 
-def weights_per_card(needs: MemoryEstimate, tp: int, pp: int) -> list[float]:
-    """Bytes of weights on each card of a stage, stage by stage; the MTP block lies on the last."""
-    model, found = needs.model, list[float]()
-    for number, layers in enumerate(stages(model, pp)):
-        held = sum(
-            model.layers[n].dense.per_rank(tp) + model.layers[n].routed.per_rank(tp) for n in layers
+def compute_weights_per_gpu(memory: MemoryEstimate, tp: int, pp: int) -> list[float]:
+    """Return the weight bytes on each GPU of a stage, by stage; the MTP block is on the last."""
+    model, n_bytes = memory.model, list[float]()
+    for number, layers in enumerate(iterate_stages(model, pp)):
+        total = sum(
+            model.layers[n].dense.compute_bytes_per_rank(tp)
+            + model.layers[n].routed.compute_bytes_per_rank(tp)
+            for n in layers
         )
-        if number == 0 or (number == pp - 1 and model.tied):
-            held += model.embedding.per_rank(tp)
+        if number == 0 or (number == pp - 1 and model.is_tied):
+            total += model.embedding.compute_bytes_per_rank(tp)
         if number == pp - 1:
-            held += model.head.per_rank(tp) + model.outside.per_rank(1)
-            held += model.mtp.per_rank(tp) if needs.speculative else 0
-        found.append(held)
-    return found
+            total += model.head.compute_bytes_per_rank(tp) + model.other.compute_bytes_per_rank(1)
+            total += model.mtp.compute_bytes_per_rank(tp) if memory.speculative else 0
+        n_bytes.append(total)
+    return n_bytes
 
 
-def kv_shards(attention: Attention, tp: int) -> int:
-    """Parts into which `tp` ranks cut the cache of a layer."""
+def count_kv_shards(attention: Attention, tp: int) -> int:
+    """Return the number of parts into which `tp` ranks split the cache of a layer."""
     return min(tp, attention.kv_heads) if attention.kind == "grouped" else 1
 
 
-def kv_per_card(model: Model, context: int, kv: KvDtype, tp: int, pp: int) -> list[float]:
-    """Bytes of one request's cache on each card of a stage, stage by stage."""
+def compute_kv_per_gpu(model: Model, context: int, kv: KvDtype, tp: int, pp: int) -> list[float]:
+    """Return the cache bytes of one request on each GPU of a stage, by stage."""
     per_layer = [
-        layer.attention.elements
-        * layer.attention.kept(context)
+        layer.attention.kv_elements
+        * layer.attention.count_cached_tokens(context)
         * KV_BYTES[kv]
-        / kv_shards(layer.attention, tp)
+        / count_kv_shards(layer.attention, tp)
         for layer in model.layers
     ]
-    return [sum(per_layer[n] for n in layers) for layers in stages(model, pp)]
+    return [sum(per_layer[n] for n in layers) for layers in iterate_stages(model, pp)]
 
 
-def fullest(
-    needs: MemoryEstimate, tp: int, pp: int, context: int, users: int
+def compute_fullest_gpu(
+    memory: MemoryEstimate, tp: int, pp: int, context: int, users: int
 ) -> tuple[float, float]:
-    """Weights and cache on the fullest card."""
-    weights = weights_per_card(needs, tp, pp)
-    cache = [users * n_bytes for n_bytes in kv_per_card(needs.model, context, needs.kv, tp, pp)]
+    """Return the bytes of weights and of cache on the fullest GPU."""
+    weights = compute_weights_per_gpu(memory, tp, pp)
+    per_user = compute_kv_per_gpu(memory.model, context, memory.kv, tp, pp)
+    cache = [users * n_bytes for n_bytes in per_user]
     return max(zip(weights, cache, strict=True), key=sum)
 
 
-def fits_on(needs: MemoryEstimate, card: Gpu, tp: int, pp: int, context: int, users: int) -> bool:
-    """Whether the fullest card holds its share with the margin."""
-    return sum(fullest(needs, tp, pp, context, users)) * (1 + needs.margin) <= card.memory_bytes
+def is_placeable(
+    memory: MemoryEstimate, gpu: Gpu, tp: int, pp: int, context: int, users: int
+) -> bool:
+    """Return whether the fullest GPU holds its part with the margin."""
+    n_bytes = sum(compute_fullest_gpu(memory, tp, pp, context, users))
+    return n_bytes * (1 + memory.margin) <= gpu.memory_bytes
 
 
-# -------------------------------------------------------------------------------------------------------- the search
+# ----------------------------------------------------------------------------------------- search
 
 
-def smallest(needs: MemoryEstimate, card: Gpu, allowed: Sequence[int]) -> Placement | None:
-    """The first of `candidates` that does."""
-    for tp, pp, nodes in candidates(card, allowed, len(needs.model.layers)):
-        if fits_on(needs, card, tp, pp, needs.context, needs.users):
-            weights, cache = fullest(needs, tp, pp, needs.context, needs.users)
+def find_placement(memory: MemoryEstimate, gpu: Gpu, allowed: Sequence[int]) -> Placement | None:
+    """Return the first of `iterate_candidates` that holds the model."""
+    context, users = memory.context, memory.users
+    for tp, pp, nodes in iterate_candidates(gpu, allowed, len(memory.model.layers)):
+        if is_placeable(memory, gpu, tp, pp, context, users):
+            weights, cache = compute_fullest_gpu(memory, tp, pp, context, users)
             return Placement(
                 tp=tp, pp=pp, nodes=nodes, weights_bytes=round(weights), kv_bytes=round(cache)
             )
     return None
 
 
-def candidates(card: Gpu, allowed: Sequence[int], layers: int) -> Iterator[tuple[int, int, int]]:
-    """(tp, pp, nodes) from few cards to many: tensor parallelism in one node, then with stages, then whole nodes.
+def iterate_candidates(
+    gpu: Gpu, allowed: Sequence[int], num_layers: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yield (tp, pp, nodes) from few GPUs to many.
 
-    Stages take a node, or a half or quarter of it: nobody buys seven of eight cards, and few stages answer sooner.
+    First tensor parallelism in one node, then with pipeline stages, then whole nodes. Stages take a
+    node, or a half or a quarter of it: servers are not sold with seven of eight GPUs, and few
+    stages have lower latency.
     """
-    inside = [tp for tp in allowed if tp <= card.per_node]
+    inside = [tp for tp in allowed if tp <= gpu.per_node]
     for tp in inside:
         yield tp, 1, 1
-    deep = range(2, min(layers, card.per_node) + 1)
-    pairs = [(tp, pp) for tp in inside for pp in deep if card.per_node % (tp * pp) == 0]
+    depths = range(2, min(num_layers, gpu.per_node) + 1)
+    pairs = [(tp, pp) for tp in inside for pp in depths if gpu.per_node % (tp * pp) == 0]
     for tp, pp in sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[1])):
         yield tp, pp, 1
-    if card.link.kind == "none":
-        return  # a machine by itself
-    widest = max(tp for tp in inside if card.per_node % tp == 0)
-    for nodes in range(2, MOST_NODES + 1):
-        pp = nodes * card.per_node // widest
-        if pp <= layers:
+    if gpu.link.kind == "none":
+        return  # a single machine
+    widest = max(tp for tp in inside if gpu.per_node % tp == 0)
+    for nodes in range(2, MAX_NODES + 1):
+        pp = nodes * gpu.per_node // widest
+        if pp <= num_layers:
             yield widest, pp, nodes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NoFit:
-    """Why a node is not filled by tensor parallelism alone: bytes that it misses on each card, and what would fit."""
+class TensorParallelShortfall:
+    """The memory that a whole node lacks to hold a model by tensor parallelism alone.
+
+    missing_bytes: per GPU. fits_fp8_cache: whether it would fit with an FP8 cache. max_users: users
+    that would fit. is_latent: whether every rank holds the whole cache.
+    """
 
     tp: int
-    n_bytes: int
-    fp8: bool  # with a cache in FP8
-    users: int  # so many, as things are
-    latent: bool  # whether each rank holds the whole cache
+    missing_bytes: int
+    fits_fp8_cache: bool
+    max_users: int
+    is_latent: bool
 
 
-def find_shortfall(fit: Fit) -> NoFit | None:
-    """What tensor parallelism over a whole node misses where stages were taken; None where nothing mends that."""
-    needs, card, tp = fit.needs, fit.card, fit.card.per_node
-    if fit.placement is None or fit.placement.pp == 1 or tp not in fit.allowed:
+def find_shortfall(fit: Fit) -> TensorParallelShortfall | None:
+    """Return the shortfall of tensor parallelism over a node if pipeline stages were chosen.
+
+    None if there are no stages, or if neither an FP8 cache nor fewer users would avoid them.
+    """
+    memory, gpu, tp = fit.memory, fit.gpu, fit.gpu.per_node
+    is_staged = fit.placement is not None and fit.placement.pp > 1
+    if not is_staged or tp not in fit.tensor_parallel_sizes:
         return None
-    taken = sum(fullest(needs, tp, 1, needs.context, needs.users)) * (1 + needs.margin)
-    users = _most(needs.users, lambda n: fits_on(needs, card, tp, 1, needs.context, n))
-    fp8 = fits_on(replace(needs, kv="fp8"), card, tp, 1, needs.context, needs.users)
-    if not fp8 and not users:
+    context, users = memory.context, memory.users
+    n_bytes = sum(compute_fullest_gpu(memory, tp, 1, context, users)) * (1 + memory.margin)
+    max_users = find_largest(users, lambda n: is_placeable(memory, gpu, tp, 1, context, n))
+    fits_fp8_cache = is_placeable(replace(memory, kv="fp8"), gpu, tp, 1, context, users)
+    if not fits_fp8_cache and not max_users:
         return None
-    latent = needs.model.layers[0].attention.kind == "latent"
-    return NoFit(
-        tp=tp, n_bytes=round(taken - card.memory_bytes), fp8=fp8, users=users, latent=latent
+    return TensorParallelShortfall(
+        tp=tp,
+        missing_bytes=round(n_bytes - gpu.memory_bytes),
+        fits_fp8_cache=fits_fp8_cache,
+        max_users=max_users,
+        is_latent=memory.model.layers[0].attention.kind == "latent",
     )
 
 
-def max_context(needs: MemoryEstimate, card: Gpu, placement: Placement) -> int:
-    """The longest context of every user that still fits, at most what the model allows."""
-    limit = needs.model.longest or 2**24
-    return _most(limit, lambda n: fits_on(needs, card, placement.tp, placement.pp, n, needs.users))
+def compute_max_context(memory: MemoryEstimate, gpu: Gpu, placement: Placement) -> int:
+    """Return the longest context of every user that fits, at most the model's."""
+    tp, pp = placement.tp, placement.pp
+    limit = memory.model.max_context or 2**24
+    return find_largest(limit, lambda n: is_placeable(memory, gpu, tp, pp, n, memory.users))
 
 
-def alone(needs: MemoryEstimate, card: Gpu) -> int:
-    """The longest context of every user on a single card; 0 where it does not hold the weights."""
-    return _most(needs.model.longest or 2**24, lambda n: fits_on(needs, card, 1, 1, n, needs.users))
+def compute_single_gpu_context(memory: MemoryEstimate, gpu: Gpu) -> int:
+    """Return the longest context of every user on one GPU; 0 if it does not hold the weights."""
+    limit = memory.model.max_context or 2**24
+    return find_largest(limit, lambda n: is_placeable(memory, gpu, 1, 1, n, memory.users))
 
 
-def max_users(needs: MemoryEstimate, card: Gpu, placement: Placement) -> int:
-    """The most requests of the asked context at a time."""
-    return _most(
-        MOST_USERS, lambda n: fits_on(needs, card, placement.tp, placement.pp, needs.context, n)
-    )
+def compute_max_users(memory: MemoryEstimate, gpu: Gpu, placement: Placement) -> int:
+    """Return the most concurrent requests of the planned context."""
+    tp, pp = placement.tp, placement.pp
+    return find_largest(MAX_USERS, lambda n: is_placeable(memory, gpu, tp, pp, memory.context, n))
 
 
-def _most(limit: int, holds: Callable[[int], bool]) -> int:
-    """The largest number up to `limit` for which `holds`, which is true of all smaller ones; 0 when of none."""
+def find_largest(limit: int, holds: Callable[[int], bool]) -> int:
+    """Return the largest number up to `limit` for which `holds` is true; 0 if it is never true.
+
+    `holds` must be true for all smaller numbers too.
+    """
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2

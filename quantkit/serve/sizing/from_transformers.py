@@ -1,6 +1,7 @@
-"""Families without a table of their own, sized by transformers' modules on the meta device and the names of tensors.
+"""Families without an architecture table, sized by transformers' modules on the meta device.
 
-Slower than a table by seconds. Of what engines merge, cut or repeat nothing is known here but what most families do.
+Slower than a table by seconds. Engine-specific fusion and sharding are unknown; the behaviour of
+most families is assumed.
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.files import make_config_error
 from quantkit.io.suggestions import format_unknown_name
-from quantkit.serve.sizing.attention import attentions
+from quantkit.serve.sizing.attention import read_attention
 from quantkit.serve.sizing.model import (
     Attention,
     Layer,
-    Mixture,
     Model,
+    MoeConfig,
     ReadFrom,
     ShardingConstraint,
     Weights,
 )
 
 BLOCK = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
-APART = re.compile(r"vision|visual|audio|image|speech")
+OTHER_MODALITY = re.compile(r"vision|visual|audio|image|speech")
 EXPERTS = re.compile(r"\bexperts\b")
 KEYS_VALUES = re.compile(r"\b(?:k_proj|v_proj|key|value|k_lin|v_lin)\.weight$")
 FUSED = re.compile(r"\b(?:qkv_proj|query_key_value|c_attn|Wqkv|qkv|att_proj|in_proj)\.weight$")
 EMBEDDING = re.compile(r"\b(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\b")
 
-MOST_LAYERS = 10_000  # no model has more; transformers would make modules for hours
+MAX_LAYERS = 10_000  # no model has more; transformers would create modules for hours
 
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
@@ -50,205 +51,228 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "width": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
 }
 KEYS = (
-    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window",
-    "layer_types", "attention_chunk_size", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
-    "max_position_embeddings", "vocab_size", "intermediate_size",
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "sliding_window", "layer_types", "attention_chunk_size", "kv_lora_rank", "qk_rope_head_dim",
+    "qk_nope_head_dim", "v_head_dim", "max_position_embeddings", "vocab_size", "intermediate_size",
 )  # fmt: skip
-"""What transformers calls alike in all families, whatever their config.json does."""
+"""Names that transformers' configurations share over all families, whatever config.json has."""
 
-Place = int | str  # a layer, "embedding", "head" or "outside"; routed experts apart
+Component = int | str  # a layer, "embedding", "head" or "other"; routed experts are separate
 
 
-def stranger(
+def size_with_transformers(
     config: Config,
     name: str,
     read_from: ReadFrom,
     scheme: str,
     specs: Iterable[TensorSpec] | None = None,
 ) -> Model:
-    """The model of a family without a table; `specs`: its stored tensors, else those that transformers would make.
+    """Make the model of a family without a table.
 
-    Raises UsageError for a model type that transformers does not know, CheckpointError for what cannot be sized.
+    specs: its stored tensors; by default those that transformers would create.
+
+    Raises UsageError for a model type that transformers does not know, CheckpointError for a model
+    that cannot be sized.
     """
-    known, model = built(config)
-    parameters = {label: p.shape for label, p in model.named_parameters()}
-    plain = Config(values={"model_type": known.model_type, **values_of(known)}, where=config.where)
+    hf_config, meta_model = make_meta_model(config)
+    parameters = {label: p.shape for label, p in meta_model.named_parameters()}
+    values = {"model_type": hf_config.model_type, **read_config_values(hf_config)}
+    plain = Config(values=values, where=config.where)
     if not plain.has("num_attention_heads"):
         raise CheckpointError(
-            f"{config.where}: num_attention_heads: expected a model with attention, whose cache is known here, found "
-            f"{known.model_type}, which has none; size this model with its engine"
+            f"{config.where}: num_attention_heads: expected a model with attention, whose cache "
+            f"size is known, found {hf_config.model_type}, which has none; size this model with "
+            "its engine"
         )
-    kinds = tuple(as_built(plain, kind, n, parameters) for n, kind in enumerate(attentions(plain)))
+    attention = tuple(
+        measure_attention(plain, kind, n, parameters)
+        for n, kind in enumerate(read_attention(plain))
+    )
     if specs is None:
-        scheme += " (the language model alone)" if any(map(APART.search, config.values)) else ""
+        is_multimodal = any(map(OTHER_MODALITY.search, config.values))
+        scheme += " (language model only)" if is_multimodal else ""
         stored = [
             TensorSpec(name=label, dtype="BF16", shape=tuple(shape))
             for label, shape in parameters.items()
         ]
     else:
         stored = list(specs)
-    sums = summed(parameters, stored, len(kinds))
-    mixture = mixture_of(known, sum((count, True) in sums for count in range(len(kinds))))
+    sums = sum_weights(parameters, stored, len(attention))
+    num_moe_layers = sum((layer, True) in sums for layer in range(len(attention)))
+    moe = read_moe_config(hf_config, num_moe_layers)
+    hidden_size = plain.integer("hidden_size")
     return Model(
         name=name,
         read_from=read_from,
-        model_type=known.model_type,
+        model_type=hf_config.model_type,
         config=plain,
         scheme=scheme,
         layers=tuple(
-            Layer(attention=attention, dense=sums[n, False], routed=sums[n, True])
-            for n, attention in enumerate(kinds)
+            Layer(attention=kind, dense=sums[n, False], routed=sums[n, True])
+            for n, kind in enumerate(attention)
         ),
         embedding=sums["embedding", False],
         head=sums["head", False],
-        outside=sums["outside", False],
+        other=sums["other", False],
         mtp=Weights(),
-        mixture=mixture,
-        divisions=tuple(divisions(plain, mixture, kinds[0], group_of(config))),
-        hidden=plain.integer("hidden_size"),
-        widest=plain.integer("intermediate_size", 4 * plain.integer("hidden_size")),
-        vocabulary=plain.integer("vocab_size"),
-        longest=plain.integer("max_position_embeddings")
+        moe=moe,
+        sharding_constraints=tuple(
+            iterate_sharding_constraints(plain, moe, attention[0], get_group_size(config))
+        ),
+        hidden_size=hidden_size,
+        max_intermediate_size=plain.integer("intermediate_size", 4 * hidden_size),
+        vocab_size=plain.integer("vocab_size"),
+        max_context=plain.integer("max_position_embeddings")
         if plain.has("max_position_embeddings")
         else None,
     )
 
 
-def built(config: Config) -> tuple[Any, Any]:
-    """transformers' configuration, of the language model where there are others beside it, and its model, empty."""
+def make_meta_model(config: Config) -> tuple[Any, Any]:
+    """Return transformers' configuration of the language model, and the model on meta."""
     values = {
         key: value
         for key, value in config.values.items()
         if key not in {"quantization_config", "auto_map"}
     }
-    inner = values.get("text_config")
-    if isinstance(inner, dict) and isinstance(inner.get("model_type"), str):
-        values = inner
+    text_config = values.get("text_config")
+    if isinstance(text_config, dict) and isinstance(text_config.get("model_type"), str):
+        values = text_config
     model_type = str(values.get("model_type"))
     if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        families = registry.list_names("architectures")
         raise UsageError(
-            f"{config.where}: model_type: {format_unknown_name('family', model_type, registry.list_names('architectures'))} "
+            f"{config.where}: model_type: "
+            f"{format_unknown_name('family', model_type, families)} "
             "transformers has no language model of that type either"
         )
     for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
         count = values.get(key)
-        if isinstance(count, int) and count > MOST_LAYERS:
+        if isinstance(count, int) and count > MAX_LAYERS:
             raise CheckpointError(
-                f"{config.where}: {key}: expected at most {MOST_LAYERS:,}, found {count:,}; repair it"
+                f"{config.where}: {key}: expected at most {MAX_LAYERS:,}, found {count:,}; "
+                "repair it"
             )
     try:
-        known = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(values))
+        hf_config = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(values))
         with torch.device("meta"):
-            return known, AutoModelForCausalLM.from_config(known, dtype=torch.bfloat16)
+            return hf_config, AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16)
     except Exception as fault:
         raise make_config_error(config.where, model_type, fault) from fault
 
 
-def as_built(
+def measure_attention(
     config: Config, attention: Attention, layer: int, parameters: Mapping[str, Sequence[int]]
 ) -> Attention:
-    """The attention of a layer as its projections are: families name their KV heads in many ways, or not at all.
+    """Return the attention of a layer with KV sizes from its projections' shapes.
 
-    Raises CheckpointError where no projection tells what is kept of a token.
+    Families name their KV heads in many ways, or not at all. Raises CheckpointError if no
+    projection has a known name.
     """
     if attention.kind == "latent":
         return attention
-    hidden, own = (
-        config.integer("hidden_size"),
-        [n for n in parameters if place_of(n, layer + 1) == (layer, False)],
-    )
-    out = {name: prod(parameters[name]) // hidden for name in own if len(parameters[name]) == 2}
-    keys = [size for name, size in out.items() if KEYS_VALUES.search(name)]
-    fused = [size for name, size in out.items() if FUSED.search(name)]
-    if len(keys) == 2:
-        elements = sum(keys)
+    hidden_size = config.integer("hidden_size")
+    own = [name for name in parameters if get_component(name, layer + 1) == (layer, False)]
+    outputs = {
+        name: prod(parameters[name]) // hidden_size for name in own if len(parameters[name]) == 2
+    }
+    separate = [size for name, size in outputs.items() if KEYS_VALUES.search(name)]
+    fused = [size for name, size in outputs.items() if FUSED.search(name)]
+    if len(separate) == 2:
+        elements = sum(separate)
     elif len(fused) == 1:
-        elements = fused[0] - attention.heads * attention.qk_width
+        elements = fused[0] - attention.heads * attention.qk_head_dim
     else:
         raise CheckpointError(
-            f"{config.where}: layer {layer}: expected projections of keys and values, found none under a name known "
-            "here; size this model with its engine"
+            f"{config.where}: layer {layer}: expected projections of keys and values, found none "
+            "with a known name; size this model with its engine"
         )
-    kv_heads = max(1, elements // (attention.qk_width + attention.v_width))
-    return replace(attention, elements=elements, kv_heads=kv_heads)
+    kv_heads = max(1, elements // (attention.qk_head_dim + attention.v_head_dim))
+    return replace(attention, kv_elements=elements, kv_heads=kv_heads)
 
 
-def values_of(known: Any) -> dict[str, object]:
-    """The configuration under the names that all families share; absent ones are left out."""
-    found = {key: getattr(known, key, None) for key in KEYS}
-    return {key: value for key, value in found.items() if value is not None}
+def read_config_values(hf_config: Any) -> dict[str, object]:
+    """Return the configuration under the names that all families share, without absent ones."""
+    values = {key: getattr(hf_config, key, None) for key in KEYS}
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def summed(
-    parameters: Mapping[str, Sequence[int]], stored: Iterable[TensorSpec], layers: int
-) -> defaultdict[tuple[Place, bool], Weights]:
-    """Weights by place, routed experts apart: parameters as transformers counts them, bytes as they are stored."""
-    sums = defaultdict[tuple[Place, bool], Weights](Weights)
+def sum_weights(
+    parameters: Mapping[str, Sequence[int]], stored: Iterable[TensorSpec], num_layers: int
+) -> defaultdict[tuple[Component, bool], Weights]:
+    """Sum weights by (component, is routed expert).
+
+    Parameters are counted as in transformers, bytes as they are stored.
+    """
+    sums = defaultdict[tuple[Component, bool], Weights](Weights)
     for name, shape in parameters.items():
-        sums[place_of(name, layers)] += Weights(parameters=prod(shape))
+        sums[get_component(name, num_layers)] += Weights(parameters=prod(shape))
     for spec in stored:
-        cut = len(spec.shape) > 1 and not is_router(spec.name)
+        is_sharded = len(spec.shape) > 1 and not is_router(spec.name)
         fp8 = spec.n_elements if spec.dtype == FP8 else 0
-        size = (
-            Weights(divided=spec.n_bytes, fp8_parameters=fp8)
-            if cut
-            else Weights(copied=spec.n_bytes)
+        weights = (
+            Weights(sharded=spec.n_bytes, fp8_parameters=fp8)
+            if is_sharded
+            else Weights(replicated=spec.n_bytes)
         )
-        sums[place_of(spec.name, layers)] += size
+        sums[get_component(spec.name, num_layers)] += weights
     return sums
 
 
-def place_of(name: str, layers: int) -> tuple[Place, bool]:
-    """Where a tensor belongs, and whether it is of routed experts."""
-    found = BLOCK.search(f".{name}")
-    if APART.search(name):
-        return "outside", False
-    if found and int(found[1]) < layers:
-        return int(found[1]), EXPERTS.search(name) is not None
+def get_component(name: str, num_layers: int) -> tuple[Component, bool]:
+    """Return the component of a tensor, and whether it belongs to routed experts."""
+    block = BLOCK.search(f".{name}")
+    if OTHER_MODALITY.search(name):
+        return "other", False
+    if block and int(block[1]) < num_layers:
+        return int(block[1]), EXPERTS.search(name) is not None
     if EMBEDDING.search(name):
         return "embedding", False
-    return ("head" if "lm_head" in name or "embed_out" in name else "outside"), False
+    return ("head" if "lm_head" in name or "embed_out" in name else "other"), False
 
 
 def is_router(name: str) -> bool:
-    """Whether a tensor is the gate that picks experts, which every rank holds."""
+    """Return whether a tensor is the gate that selects experts, which every rank holds."""
     return re.search(r"\b(?:router|gate)\.(?:weight|wg\.weight|bias)$", name) is not None
 
 
-def mixture_of(known: Any, layers: int) -> Mixture | None:
-    """The routed experts; None where no tensor is one of them."""
-    if not layers:
+def read_moe_config(hf_config: Any, num_layers: int) -> MoeConfig | None:
+    """Return the routed experts; None if no tensor belongs to them."""
+    if not num_layers:
         return None
-    found = {
+    values = {
         name: next(
-            (v for key in keys if isinstance(v := getattr(known, key, None), int) and v > 0), None
+            (v for key in keys if isinstance(v := getattr(hf_config, key, None), int) and v > 0),
+            None,
         )
         for name, keys in ALIASES.items()
     }
-    count, top_k, width = found["experts"], found["top_k"], found["width"]
-    if count is None or top_k is None or width is None:
+    num_experts, top_k, width = values["experts"], values["top_k"], values["width"]
+    if num_experts is None or top_k is None or width is None:
         raise CheckpointError(
-            f"{known.model_type}: the number, choice and width of its experts are not under names known here; "
-            "size this model with its engine"
+            f"{hf_config.model_type}: expected number, top k and width of its experts under known "
+            "names, found others; size this model with its engine"
         )
-    return Mixture(count=count, top_k=top_k, intermediate=width, layers=layers)
+    return MoeConfig(
+        num_experts=num_experts, top_k=top_k, intermediate_size=width, num_layers=num_layers
+    )
 
 
-def group_of(config: Config) -> int:
-    """Weights that one scale is shared by, along what tensor parallelism cuts; 1 where nothing is quantized."""
+def get_group_size(config: Config) -> int:
+    """Return the weights per scale along the split dimension; 1 if nothing is quantized."""
     entry = config.values.get("quantization_config")
     size = entry.get("group_size") if isinstance(entry, Mapping) else None
     return size if isinstance(size, int) and size > 0 else 1
 
 
-def divisions(
-    config: Config, mixture: Mixture | None, attention: Attention, group: int
+def iterate_sharding_constraints(
+    config: Config, moe: MoeConfig | None, attention: Attention, group: int
 ) -> Iterator[ShardingConstraint]:
-    """What ranks share, as far as the config says."""
-    yield ShardingConstraint(what="attention heads", size=attention.heads)
+    """Yield the sizes that ranks split, as far as the config has them."""
+    yield ShardingConstraint(name="attention heads", size=attention.heads)
     if config.has("intermediate_size"):
         yield ShardingConstraint(
-            what="MLP width", size=config.integer("intermediate_size"), unit=group
+            name="MLP width", size=config.integer("intermediate_size"), unit=group
         )
-    if mixture:
-        yield ShardingConstraint(what="experts' width", size=mixture.intermediate, unit=group)
+    if moe:
+        yield ShardingConstraint(name="expert width", size=moe.intermediate_size, unit=group)

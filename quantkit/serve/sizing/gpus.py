@@ -1,6 +1,6 @@
-"""Accelerators and what their makers say of them: a dated, sourced file, checked by pydantic.
+"""Accelerators and their specifications: a dated, sourced data file, validated by pydantic.
 
-Every figure names its source; `source` of a card is where those come from that name none of their own.
+Every value names its source. The `source` of a GPU is the source of its values without one.
 """
 
 from __future__ import annotations
@@ -20,83 +20,91 @@ GB, GIB = 10**9, 2**30
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Source(BaseModel):
-    """Where a figure was read, and when."""
+class GpuSource(BaseModel):
+    """A source of values, and the date on which it was read. url: None for a printed sheet."""
 
     model_config = FROZEN
     name: str
-    url: HttpUrl | None = None  # None: a printed sheet, named
+    url: HttpUrl | None = None
     read: date
 
 
-class Figure(BaseModel):
-    """A number with its source; `note` says what was done to it, or how sure it is."""
+class SourcedValue(BaseModel):
+    """A number with its source. note: its derivation, or its uncertainty."""
 
     model_config = FROZEN
     value: Positive
-    source: str | None = None  # a key of `sources`; the card's own without one
+    source: str | None = None  # a key of `sources`; by default the GPU's own source
     note: str = ""
 
 
-class Share(Figure):
-    """A part of a whole."""
+class SourcedFraction(SourcedValue):
+    """A fraction with its source."""
 
     value: Annotated[float, Field(gt=0, le=1)]
 
 
-class Link(BaseModel):
-    """What connects cards of a node. `gb_s`: of one card, both directions together, as makers state it."""
+class GpuLink(BaseModel):
+    """The interconnect of a node.
+
+    gb_s: bandwidth of one GPU, both directions together, as makers state it.
+    """
 
     model_config = FROZEN
     kind: Literal["nvlink", "xgmi", "ethernet", "pcie", "none"]
-    gb_s: Figure | None
+    gb_s: SourcedValue | None
 
     @property
     def one_way(self) -> float:
-        """Bytes per second that a card sends while it receives as much; 0 without a link."""
+        """Bytes per second in one direction; 0 without a link."""
         return self.gb_s.value * GB / 2 if self.gb_s else 0.0
 
 
-class Flops(BaseModel):
-    """Dense peak in TFLOP/s (TOP/s for int8), without sparsity; None: the card has no such units."""
+class PeakFlops(BaseModel):
+    """Dense peak in TFLOP/s (TOP/s for int8), without sparsity; None: no such units."""
 
     model_config = FROZEN
-    bf16: Figure
-    fp8: Figure | None
-    int8: Figure | None
+    bf16: SourcedValue
+    fp8: SourcedValue | None
+    int8: SourcedValue | None
 
 
 class Gpu(BaseModel):
-    """One accelerator, or a machine with unified memory."""
+    """One accelerator, or a machine with unified memory.
+
+    memory_gb: as sold, in 10^9 bytes: the careful reading. reported_mib: by its driver, in 2^20
+    bytes. usable: the fraction of unified memory that the GPU may use. served: whether vLLM or
+    SGLang runs on it.
+    """
 
     model_config = FROZEN
     name: str
     source: str
-    memory_gb: Figure  # as it is sold, counted in 10^9 bytes: the careful reading
-    reported_mib: Figure | None = None  # what its driver reports, in 2^20 bytes
-    usable: Share | None = None  # of unified memory, the part that the accelerator may take
-    bandwidth_gb_s: Figure
-    tflops: Flops
-    watts: Figure
-    price_usd: Figure
-    link: Link
+    memory_gb: SourcedValue
+    reported_mib: SourcedValue | None = None
+    usable: SourcedFraction | None = None
+    bandwidth_gb_s: SourcedValue
+    tflops: PeakFlops
+    watts: SourcedValue
+    price_usd: SourcedValue
+    link: GpuLink
     per_node: Annotated[int, Field(ge=1, le=72)]
-    served: bool = True  # by vLLM or SGLang
+    served: bool = True
     note: str = ""
 
     @property
     def short(self) -> str:
-        """Its name without its maker."""
+        """The name without its maker."""
         return self.name.partition(" ")[2].removeprefix("Instinct ").removeprefix("GeForce ")
 
     @property
     def memory_bytes(self) -> int:
-        """What a model may take."""
+        """Bytes that a model may use."""
         return int(self.memory_gb.value * GB * (self.usable.value if self.usable else 1))
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second from its memory."""
+        """Memory bandwidth in bytes per second."""
         return self.bandwidth_gb_s.value * GB
 
 
@@ -106,47 +114,51 @@ class GpuCatalog(BaseModel):
     model_config = FROZEN
     version: Literal[1]
     updated: date
-    sources: dict[str, Source]
-    cards: dict[str, Gpu]
+    sources: dict[str, GpuSource]
+    gpus: dict[str, Gpu]
 
-    def named(self, name: str) -> Gpu:
-        """The card of that key or of that name, as sold or as shown in tables, with or without its memory (H100 80),
-        whatever its case; UsageError when there is none."""
-        wanted = _folded(name)
-        for key, card in self.cards.items():
-            sold = f"{key} {card.memory_gb.value:g}"
-            if wanted in map(_folded, (key, sold, f"{sold} GB", card.name, card.short)):
-                return card
-        raise UsageError(f"--gpu: {format_unknown_name('card', name, tuple(self.cards))}")
+    def get_gpu(self, name: str) -> Gpu:
+        """Return a GPU by its key, by its name as sold, or by its name in tables.
+
+        Case and punctuation are ignored, and the memory may follow (H100 80). UsageError if there
+        is none.
+        """
+        normalized = normalize_name(name)
+        for key, gpu in self.gpus.items():
+            with_memory = f"{key} {gpu.memory_gb.value:g}"
+            names = (key, with_memory, f"{with_memory} GB", gpu.name, gpu.short)
+            if normalized in map(normalize_name, names):
+                return gpu
+        raise UsageError(f"--gpu: {format_unknown_name('GPU', name, tuple(self.gpus))}")
 
 
-def _folded(name: str) -> str:
+def normalize_name(name: str) -> str:
+    """Return the letters and digits of a name in lower case."""
     return "".join(character for character in name.lower() if character.isalnum())
 
 
 def read_gpus() -> GpuCatalog:
-    """The cards that ship with quantkit."""
+    """Read the GPUs that ship with quantkit."""
     from ruamel.yaml import YAML
 
-    text = (importlib.resources.files("quantkit.serve.sizing") / "gpus.yaml").read_text(
-        encoding="utf-8"
-    )
-    found = GpuCatalog.model_validate(YAML(typ="safe", pure=True).load(text))
-    unnamed = [source for source in _sources(found) if source not in found.sources]
-    if unnamed:
+    file = importlib.resources.files("quantkit.serve.sizing") / "gpus.yaml"
+    text = file.read_text(encoding="utf-8")
+    catalog = GpuCatalog.model_validate(YAML(typ="safe", pure=True).load(text))
+    unknown = [source for source in list_sources(catalog) if source not in catalog.sources]
+    if unknown:
         raise UsageError(
-            f"cards.yaml: sources: no source named {unnamed[0]!r}; add it or name another"
+            f"gpus.yaml: sources: no source named {unknown[0]!r}; add it or name another"
         )
-    return found
+    return catalog
 
 
-def _sources(cards: GpuCatalog) -> list[str]:
-    """Every source that a card or one of its figures names."""
-    told = []
-    for card in cards.cards.values():
-        figures = (
-            card.memory_gb, card.reported_mib, card.usable, card.bandwidth_gb_s, card.tflops.bf16, card.tflops.fp8,
-            card.tflops.int8, card.watts, card.price_usd, card.link.gb_s,
+def list_sources(catalog: GpuCatalog) -> list[str]:
+    """Return the key of every source that a GPU or one of its values names."""
+    sources = []
+    for gpu in catalog.gpus.values():
+        values = (
+            gpu.memory_gb, gpu.reported_mib, gpu.usable, gpu.bandwidth_gb_s, gpu.tflops.bf16,
+            gpu.tflops.fp8, gpu.tflops.int8, gpu.watts, gpu.price_usd, gpu.link.gb_s,
         )  # fmt: skip
-        told += [card.source, *(figure.source for figure in figures if figure and figure.source)]
-    return told
+        sources += [gpu.source, *(value.source for value in values if value and value.source)]
+    return sources

@@ -1,4 +1,4 @@
-"""Memory that serving takes: weights + KV cache of the longest context x concurrent requests, and a margin."""
+"""The memory of serving: weights + KV cache of the longest context x users, and a margin."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from quantkit.errors import UsageError
 from quantkit.serve.sizing.model import KvDtype, Model
 
-DEFAULT_CONTEXT, USERS, MARGIN = 32_768, 10, 0.15
-"""What is planned for when nobody says otherwise."""
+DEFAULT_CONTEXT, DEFAULT_USERS, DEFAULT_MARGIN = 32_768, 10, 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """What `users` requests of `context` tokens at a time take; bytes over all cards together."""
+    """The memory of `users` concurrent requests of `context` tokens; bytes over all GPUs.
+
+    kv_bytes_per_token: of one request, before a window is full. kv_bytes: of all users.
+    speculative: the MTP block is loaded too.
+    """
 
     model: Model
     context: int
@@ -21,14 +24,14 @@ class MemoryEstimate:
     kv: KvDtype
     margin: float
     weights_bytes: int
-    kv_bytes_per_token: int  # of one request, before a window is full
+    kv_bytes_per_token: int
     kv_bytes_per_user: int
-    kv_bytes: int  # of all users
-    speculative: bool = False  # the MTP block is loaded too
+    kv_bytes: int
+    speculative: bool = False
 
     @property
     def margin_bytes(self) -> int:
-        """What activations, workspaces, CUDA graphs and fragmentation may take."""
+        """Bytes for activations, workspaces, CUDA graphs and fragmentation."""
         return round(self.margin * (self.weights_bytes + self.kv_bytes))
 
     @property
@@ -39,30 +42,33 @@ class MemoryEstimate:
 def estimate_memory(
     model: Model,
     context: int | None = None,
-    users: int = USERS,
+    users: int = DEFAULT_USERS,
     kv: KvDtype = "bf16",
-    margin: float = MARGIN,
+    margin: float = DEFAULT_MARGIN,
     *,
     speculative: bool = False,
 ) -> MemoryEstimate:
-    """What a model needs for `users` concurrent requests, each as long as `context` allows (CONTEXT tokens, or the
-    model's longest); `margin` is a share.
-    `speculative` counts the MTP block, which engines load for speculative decoding alone.
+    """Estimate the memory of `users` concurrent requests of up to `context` tokens.
 
-    Raises UsageError for a context longer than the model's, and for numbers that mean nothing.
+    context: by default DEFAULT_CONTEXT, or the model's longest. margin: a fraction of weights and
+    cache. speculative: count the MTP block, which engines load only for speculative decoding.
+
+    Raises UsageError for a context longer than the model's, and for values out of range.
     """
-    context = min(DEFAULT_CONTEXT, model.longest or DEFAULT_CONTEXT) if context is None else context
+    if context is None:
+        context = min(DEFAULT_CONTEXT, model.max_context or DEFAULT_CONTEXT)
     if context < 1 or users < 1 or not 0 <= margin <= 10:
         raise UsageError(
-            f"expected a context and users of at least 1 and a margin between 0 and 10, found {context}, {users} and "
-            f"{margin:g}; give others"
+            "expected a context and users of at least 1 and a margin from 0 to 10, found "
+            f"{context}, {users} and {margin:g}; change them"
         )
-    if model.longest is not None and context > model.longest:
+    if model.max_context is not None and context > model.max_context:
         raise UsageError(
-            f"{model.config.where}: max_position_embeddings: the model was made for {model.longest:,} tokens, found a "
-            f"context of {context:,}; ask for --context {model.longest} or less"
+            f"{model.config.where}: max_position_embeddings: expected a context of at most "
+            f"{model.max_context:,} tokens, found {context:,}; set --context "
+            f"{model.max_context} or less"
         )
-    per_user = model.kv_bytes(context, kv)
+    kv_bytes_per_user = model.compute_kv_bytes(context, kv)
     return MemoryEstimate(
         model=model,
         context=context,
@@ -70,13 +76,13 @@ def estimate_memory(
         kv=kv,
         margin=margin,
         weights_bytes=model.weights.n_bytes + (model.mtp.n_bytes if speculative else 0),
-        kv_bytes_per_token=model.kv_bytes_per_token(kv),
-        kv_bytes_per_user=per_user,
-        kv_bytes=per_user * users,
+        kv_bytes_per_token=model.compute_kv_bytes_per_token(kv),
+        kv_bytes_per_user=kv_bytes_per_user,
+        kv_bytes=kv_bytes_per_user * users,
         speculative=speculative,
     )
 
 
-def told_users(count: int) -> str:
-    """ "1 user", "10 users"."""
+def format_users(count: int) -> str:
+    """Format a number of users: "1 user", "10 users"."""
     return f"{count:,} user" + ("s" if count != 1 else "")

@@ -1,4 +1,4 @@
-"""A model as a server sees it: bytes by who shares them, attention by layer, what tensor parallelism must divide."""
+"""A model for sizing: bytes by sharding, attention by layer, constraints of tensor parallelism."""
 
 from __future__ import annotations
 
@@ -12,52 +12,56 @@ ReadFrom = Literal["headers", "plan", "config"]
 KvDtype = Literal["bf16", "fp8"]
 
 KV_BYTES: Mapping[KvDtype, int] = {"bf16": 2, "fp8": 1}
-"""Bytes of a cached value; the scales of an FP8 cache are one number per layer or head and are not counted."""
+"""Bytes of a cached value. The scales of an FP8 cache, one per layer or head, are not counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
-    """What one layer keeps of each token, and what attending costs.
+    """The attention of one layer: its KV cache and its compute.
 
-    elements: KV values per token. grouped (MHA, GQA, MQA; arXiv 2305.13245): 2 x kv_heads x head_dim; latent (MLA,
-    arXiv 2405.04434): kv_lora_rank + qk_rope_head_dim, shared by all heads, so that every tensor-parallel rank holds
-    all of it. window: tokens that a sliding window keeps; None keeps all.
+    kv_elements: cached values per token. grouped (MHA, GQA, MQA; arXiv 2305.13245):
+    2 x kv_heads x head_dim. latent (MLA, arXiv 2405.04434): kv_lora_rank + qk_rope_head_dim, shared
+    by all heads, so every tensor-parallel rank holds all of it. window: tokens of a sliding window;
+    None for full attention.
     """
 
     kind: Literal["grouped", "latent"]
     heads: int
     kv_heads: int
-    elements: int
-    qk_width: int  # per head
-    v_width: int  # per head
+    kv_elements: int
+    qk_head_dim: int
+    v_head_dim: int
     window: int | None = None
 
-    def kept(self, context: int) -> int:
-        """Tokens of a context that stay in the cache."""
+    def count_cached_tokens(self, context: int) -> int:
+        """Return the tokens of a context that stay in the cache."""
         return context if self.window is None else min(context, self.window)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """Stored bytes: `divided` by tensor parallelism, or `copied` on every rank; parameters, and those kept in FP8."""
+    """Stored bytes, sharded over tensor-parallel ranks or replicated on each; parameters.
 
-    divided: int = 0
-    copied: int = 0
+    fp8_parameters: those of the parameters that are stored in FP8.
+    """
+
+    sharded: int = 0
+    replicated: int = 0
     parameters: int = 0
     fp8_parameters: int = 0
 
     @property
     def n_bytes(self) -> int:
-        return self.divided + self.copied
+        return self.sharded + self.replicated
 
-    def per_rank(self, tp: int) -> float:
-        """Bytes on each of `tp` ranks."""
-        return self.divided / tp + self.copied
+    def compute_bytes_per_rank(self, tp: int) -> float:
+        """Return the bytes on each of `tp` ranks."""
+        return self.sharded / tp + self.replicated
 
     def __add__(self, other: Weights) -> Weights:
         return Weights(
-            divided=self.divided + other.divided,
-            copied=self.copied + other.copied,
+            sharded=self.sharded + other.sharded,
+            replicated=self.replicated + other.replicated,
             parameters=self.parameters + other.parameters,
             fp8_parameters=self.fp8_parameters + other.fp8_parameters,
         )
@@ -65,7 +69,7 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """One decoder layer. `routed` is all its routed experts together, `dense` everything else in it."""
+    """One decoder layer. routed: all its routed experts; dense: all its other weights."""
 
     attention: Attention
     dense: Weights
@@ -73,63 +77,76 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mixture:
-    """The routed experts of a layer; of every layer that has some, the widest."""
+class MoeConfig:
+    """The routed experts of a layer; if layers differ, those of the widest.
 
-    count: int
+    num_layers: layers with routed experts.
+    """
+
+    num_experts: int
     top_k: int
-    intermediate: int
-    layers: int  # that have experts
+    intermediate_size: int
+    num_layers: int
 
-    def distinct(self, tokens: float) -> float:
-        """Experts that `tokens` tokens hit, expected where the router spreads them evenly: E (1 - (1 - k/E)^n)."""
-        missed: float = (1.0 - self.top_k / self.count) ** tokens
-        return self.count * (1.0 - missed)
+    def compute_expected_experts(self, tokens: float) -> float:
+        """Return the expected number of experts that `tokens` tokens are routed to.
+
+        E (1 - (1 - k/E)^n), for a router that spreads tokens evenly.
+        """
+        unused: float = (1.0 - self.top_k / self.num_experts) ** tokens
+        return self.num_experts * (1.0 - unused)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardingConstraint:
-    """A size that tensor parallelism cuts: each part must be a whole multiple of `unit`."""
+    """A size that tensor parallelism splits; each part must be a multiple of `unit`."""
 
-    what: str
+    name: str
     size: int
     unit: int = 1
 
-    def fault(self, tp: int) -> str | None:
-        """Why `tp` ranks cannot share it; None when they can."""
+    def find_fault(self, tp: int) -> str | None:
+        """Return why `tp` ranks cannot split it; None if they can."""
         if self.size % tp:
-            return f"{self.what} {self.size:,} / {tp} is no whole number"
+            return f"{self.name}: {self.size:,} is not divisible by {tp}"
         if self.size // tp % self.unit:
-            return f"{self.what} {self.size:,} / {tp} = {self.size // tp:,} is no multiple of {self.unit}"
+            part = f"{self.size:,} / {tp} = {self.size // tp:,}"
+            return f"{self.name}: {part} is not a multiple of {self.unit}"
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What sizing knows of a model; made by `read.model_of`."""
+    """A model for sizing; `read.read_model` makes it.
+
+    scheme: the storage of the weights, as text. head: without bytes if it is tied to the embedding.
+    other: tensors outside blocks, such as the final norm. mtp: the block for multi-token
+    prediction, which engines load only for speculative decoding. max_intermediate_size: of the
+    dense MLPs and shared experts. max_context: of the config, None if it has none.
+    """
 
     name: str
     read_from: ReadFrom
     model_type: str
     config: Config
-    scheme: str  # how the weights are stored, in words
+    scheme: str
     layers: tuple[Layer, ...]
     embedding: Weights
-    head: Weights  # without bytes where it is tied to the embedding; the final norm is in `outside`
-    outside: Weights
-    mtp: Weights  # multi-token prediction: loaded and run by speculative decoding alone
-    mixture: Mixture | None
-    divisions: tuple[ShardingConstraint, ...]
-    hidden: int
-    widest: int  # of the dense MLPs' and shared experts' intermediate sizes
-    vocabulary: int
-    longest: int | None  # the context the config allows
+    head: Weights
+    other: Weights
+    mtp: Weights
+    moe: MoeConfig | None
+    sharding_constraints: tuple[ShardingConstraint, ...]
+    hidden_size: int
+    max_intermediate_size: int
+    vocab_size: int
+    max_context: int | None
     activation_bytes: int = 2
 
     @property
     def weights(self) -> Weights:
-        """Everything that is loaded; `mtp` is not, but for speculative decoding."""
-        total = self.embedding + self.head + self.outside
+        """All weights but those of `mtp`."""
+        total = self.embedding + self.head + self.other
         for layer in self.layers:
             total = total + layer.dense + layer.routed
         return total
@@ -140,18 +157,18 @@ class Model:
         return sum((layer.routed for layer in self.layers), Weights())
 
     @property
-    def tied(self) -> bool:
-        """Whether the embedding is the head too."""
+    def is_tied(self) -> bool:
+        """Whether the embedding is also the head."""
         return self.head.n_bytes == 0
 
-    def kv_bytes(self, context: int, kv: KvDtype) -> int:
-        """Bytes of the KV cache of one request of `context` tokens, on all ranks of a group together."""
-        per_element = KV_BYTES[kv]
-        return (
-            sum(layer.attention.elements * layer.attention.kept(context) for layer in self.layers)
-            * per_element
+    def compute_kv_bytes(self, context: int, kv: KvDtype) -> int:
+        """Return the KV cache bytes of one request of `context` tokens, over all ranks."""
+        elements = sum(
+            layer.attention.kv_elements * layer.attention.count_cached_tokens(context)
+            for layer in self.layers
         )
+        return elements * KV_BYTES[kv]
 
-    def kv_bytes_per_token(self, kv: KvDtype) -> int:
-        """Bytes that one more token costs while no window is full."""
-        return sum(layer.attention.elements for layer in self.layers) * KV_BYTES[kv]
+    def compute_kv_bytes_per_token(self, kv: KvDtype) -> int:
+        """Return the KV cache bytes of one more token while no window is full."""
+        return sum(layer.attention.kv_elements for layer in self.layers) * KV_BYTES[kv]

@@ -1,6 +1,7 @@
-"""From what a user names to a Model: an artifact or model folder, a recipe, a config.json, a published hub id.
+"""Reading of a Model: an artifact or model folder, a recipe, a config.json, a published hub id.
 
-No torch and no weights: headers, plans and configs alone. A family without a table takes transformers, and seconds.
+Without torch and without weights: headers, plans and configs alone. A family without an
+architecture table needs transformers, and seconds.
 """
 
 from __future__ import annotations
@@ -29,18 +30,19 @@ from quantkit.plan.plan import (
 )
 from quantkit.recipe.schema import Recipe
 from quantkit.serve.sizing.model import Layer, Model, ReadFrom, Weights
-from quantkit.serve.sizing.weight_bytes import weigh
+from quantkit.serve.sizing.weight_bytes import make_model
 
 Width = Literal["bf16", "fp16", "fp8", "int8", "int4"]
 WIDTHS: Mapping[Width, int] = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
-"""Bits of a weight, for the rule of thumb that counts every parameter alike."""
+"""Bits of a weight, for the rule of thumb that stores every parameter at one width."""
 
 
 def read_model(target: str, width: Width | None = None) -> Model:
-    """The model in a folder (with or without weights), of a config.json, or of a hub id whose config is shipped.
+    """Read a folder (with or without weights), a config.json, or a hub id with a shipped config.
 
-    `width`: every parameter at that width instead, without scales. Raises UsageError for what is none of these,
-    CheckpointError for a damaged one.
+    width: store every parameter at that width, without scales.
+
+    Raises UsageError for anything else, CheckpointError for a damaged one.
     """
     path = Path(target)
     if path.is_dir():
@@ -49,148 +51,154 @@ def read_model(target: str, width: Width | None = None) -> Model:
                 f"{target}: expected the folder of an artifact or a model, found no {CONFIG} in it"
             )
         has_weights = (path / INDEX).exists() or (path / SINGLE).exists()
-        made = stored_model(path) if has_weights else config_model(path / CONFIG)
+        model = read_stored_model(path) if has_weights else read_config_model(path / CONFIG)
     elif path.is_file():
-        made = config_model(path)
+        model = read_config_model(path)
     elif target.startswith(BUILTIN_PREFIX):
-        made = replace(stored_model(locate_model(target)), name=target)
-    elif found := published.find_published_config(target):
-        made = planned_by_config(found[1], target)
+        model = replace(read_stored_model(locate_model(target)), name=target)
+    elif entry := published.find_published_config(target):
+        model = plan_from_config(entry[1], target)
     else:
         raise UsageError(
-            f"{target}: expected an artifact, a recipe, a config.json or a hub id whose config ships with quantkit "
-            f"({', '.join(published.list_published_models()[:3])}, ...), found none of them; check the path, or fetch its config.json"
+            f"{target}: expected an artifact, a recipe, a config.json or a hub id whose config "
+            f"ships with quantkit ({', '.join(published.list_published_models()[:3])}, ...), "
+            "found none of them; "
+            "check the path, or download its config.json"
         )
-    return made if width is None else assume_width(made, width)
+    return model if width is None else assume_width(model, width)
 
 
-def stored_model(folder: Path) -> Model:
-    """The model whose weights lie in a folder, from their headers: exact bytes."""
+def read_stored_model(folder: Path) -> Model:
+    """Read the model whose weights are in a folder, from their headers: exact bytes."""
     config = Config(values=read_json(folder / CONFIG), where=str(folder / CONFIG))
     shards = open_shards(folder)
-    told, name = scheme_of(config, shards.specs), folder.resolve().name
-    if not tabled(config):
-        return unknown(config, name, "headers", told, shards.specs.values())
+    scheme, name = describe_scheme(config, shards.specs), folder.resolve().name
+    if not has_architecture(config):
+        return read_unknown_family(config, name, "headers", scheme, shards.specs.values())
     layout = load_architecture(config).layout(config)
     entry = config.values.get("quantization_config")
     by_row = any(word in str(entry) for word in ("'group_size': -1", "'channel'"))
-    return weigh(
+    return make_model(
         layout,
         shards.specs.values(),
         config,
         name=name,
         read_from="headers",
-        scheme=told,
+        scheme=scheme,
         by_row=by_row,
     )
 
 
-def config_model(path: Path) -> Model:
-    """The model that a config.json alone describes; UsageError for one that is damaged or describes none."""
+def read_config_model(path: Path) -> Model:
+    """Read the model that a config.json describes; UsageError for a damaged or other file."""
     try:
-        return planned_by_config(
-            Config(values=read_json(path, UsageError), where=str(path)), str(path)
-        )
-    except CheckpointError as fault:  # the file is all that was named: no checkpoint is at fault
+        config = Config(values=read_json(path, UsageError), where=str(path))
+        return plan_from_config(config, str(path))
+    except CheckpointError as fault:  # the user named this file, not a checkpoint
         raise UsageError(str(fault)) from fault
 
 
-def planned_by_config(config: Config, name: str) -> Model:
-    """A model before its weights are here: every tensor as its family publishes it.
+def plan_from_config(config: Config, name: str) -> Model:
+    """Make a model without its weights: every tensor as its family publishes it.
 
-    Raises CheckpointError for a config that was quantized otherwise than in FP8 blocks: packed sizes need headers.
+    Raises UsageError for a quantized config other than FP8 blocks: packed sizes need headers.
     """
     entry = config.values.get("quantization_config")
     if isinstance(entry, Mapping) and entry.get("quant_method") != "fp8":
         raise UsageError(
-            f"{config.where}: quantization_config: {entry.get('quant_method')!r}: the bytes of packed weights are in "
-            "their headers; name the folder that holds them, or the recipe"
+            f"{config.where}: quantization_config: expected none or fp8, found "
+            f"{entry.get('quant_method')!r}, whose bytes are in the headers of packed weights; "
+            "name the folder that holds them, or the recipe"
         )
-    if not tabled(config):
-        return unknown(config, name, "config", "BF16")
-    layout, side = load_architecture(config).layout(config), read_fp8_block_size(config)
+    if not has_architecture(config):
+        return read_unknown_family(config, name, "config", "BF16")
+    layout, block_size = load_architecture(config).layout(config), read_fp8_block_size(config)
     tensors = [*list_expected_tensors(layout, config).values()]
-    tensors += [scale for spec in tensors if (scale := scales_of(spec, side))]
-    told = scheme_of(config, {spec.name: spec for spec in tensors})
-    return weigh(layout, tensors, config, name=name, read_from="config", scheme=told)
+    tensors += [scale for spec in tensors if (scale := make_scale_spec(spec, block_size))]
+    scheme = describe_scheme(config, {spec.name: spec for spec in tensors})
+    return make_model(layout, tensors, config, name=name, read_from="config", scheme=scheme)
 
 
-def tabled(config: Config) -> bool:
-    """Whether the family has a table in architectures/."""
+def has_architecture(config: Config) -> bool:
+    """Return whether the family has a table in architectures/."""
     return config.text("model_type") in registry.list_names("architectures")
 
 
-def unknown(
+def read_unknown_family(
     config: Config,
     name: str,
     read_from: ReadFrom,
     scheme: str,
     specs: Iterable[TensorSpec] | None = None,
 ) -> Model:
-    """A model whose family has no table, by transformers' own modules."""
-    from quantkit.serve.sizing.from_transformers import stranger  # torch and transformers: seconds
+    """Make a model whose family has no table, from transformers' own modules."""
+    # torch and transformers take seconds to import
+    from quantkit.serve.sizing.from_transformers import size_with_transformers
 
-    return stranger(config, name, read_from, scheme, specs)
+    return size_with_transformers(config, name, read_from, scheme, specs)
 
 
-def scales_of(spec: TensorSpec, side: int | None) -> TensorSpec | None:
-    """The block scales beside an FP8 weight."""
-    if side is None or not spec.dtype.startswith("F8"):
+def make_scale_spec(spec: TensorSpec, block_size: int | None) -> TensorSpec | None:
+    """Return the block scales of an FP8 weight; None for other tensors."""
+    if block_size is None or not spec.dtype.startswith("F8"):
         return None
-    shape = tuple(
-        -(-size // side) for size in spec.shape
-    )  # [out, in] -> [block rows, block columns]
+    # [out, in] -> [block rows, block columns]
+    shape = tuple(-(-size // block_size) for size in spec.shape)
     return TensorSpec(name=f"{spec.name}_scale_inv", dtype="F32", shape=shape)
 
 
 def plan_recipe_models(recipe: Recipe) -> tuple[Model, ...]:
-    """What a recipe will build, a model per format; without the network where the source's config is shipped.
+    """Return the artifacts that a recipe will build, one model per format.
 
-    Raises RecipeError with the faults that a plan finds.
+    Without the network if the source's config is shipped. Raises RecipeError with the plan's
+    faults.
     """
-    source = source_facts(recipe)
+    source = read_source_facts(recipe)
     claimed, faults = match_source(source), list[str]()
-    found = []
+    models = []
     for format_name in recipe.format:
-        _, decisions, told = apply_rules(recipe, source, claimed, format_name)
-        faults += told
-        if not told:
+        _, decisions, format_faults = apply_rules(recipe, source, claimed, format_name)
+        faults += format_faults
+        if not format_faults:
             tensors = list_written_tensors(source, claimed, format_name, decisions)
             schemes = {decision.scheme for decision in decisions.values() if decision.scheme}
-            found.append(
-                weigh(
+            models.append(
+                make_model(
                     claimed.layout,
                     tensors,
                     source.config,
                     name=Path(recipe.path(format_name)).name,
                     read_from="plan",
-                    scheme=planned_scheme(format_name, schemes),
+                    scheme=format_planned_scheme(format_name, schemes),
                     by_row=any(scheme.group_size == -1 for scheme in schemes),
                 )
             )
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)))
-    return tuple(found)
+    return tuple(models)
 
 
-def planned_scheme(format_name: str, schemes: Collection[Scheme]) -> str:
-    """How the artifact will be stored, in words."""
-    return packed(
+def format_planned_scheme(format_name: str, schemes: Collection[Scheme]) -> str:
+    """Describe the storage of a planned artifact."""
+    return format_scheme(
         format_name, [scheme.bits for scheme in schemes], [scheme.group_size for scheme in schemes]
     )
 
 
-def packed(method: str, bits: Iterable[object], groups: Iterable[object]) -> str:
-    """A method with its widths and groups, each once: "awq, 4 bits g128"; what is no positive number is left out."""
+def format_scheme(method: str, bits: Iterable[object], groups: Iterable[object]) -> str:
+    """Describe a method with its bits and group sizes, each once: "awq, 4 bits g128".
+
+    Values that are not positive integers are left out.
+    """
     widths, sizes = (
-        "/".join(map(str, sorted({n for n in found if isinstance(n, int) and n > 0})))
-        for found in (bits, groups)
+        "/".join(map(str, sorted({n for n in values if isinstance(n, int) and n > 0})))
+        for values in (bits, groups)
     )
     return method + (f", {widths} bits" if widths else "") + (f" g{sizes}" if sizes else "")
 
 
-def source_facts(recipe: Recipe) -> SourceFacts:
-    """The source's headers where they are here, the shipped config of its family, else what the hub says."""
+def read_source_facts(recipe: Recipe) -> SourceFacts:
+    """Read the source: its local headers, the shipped config of its family, or the hub's data."""
     model, revision = recipe.source.model, recipe.source.revision
     folder = locate_model(model) if model.startswith(BUILTIN_PREFIX) else Path(model)
     if folder.is_dir():
@@ -204,14 +212,14 @@ def source_facts(recipe: Recipe) -> SourceFacts:
             fingerprint=None,
             where=str(folder),
         )
-    if known := published.find_published_config(model):
+    if entry := published.find_published_config(model):
         return SourceFacts(
             model=model,
             revision=revision,
-            config=known[1],
+            config=entry[1],
             specs=None,
             fingerprint=None,
-            where=known[0],
+            where=entry[0],
         )
     from quantkit.plan.sources import (
         resolve_source_facts,  # torch and the hub's client: seconds, and the network
@@ -220,15 +228,15 @@ def source_facts(recipe: Recipe) -> SourceFacts:
     return resolve_source_facts(recipe)
 
 
-def scheme_of(config: Config, specs: Mapping[str, TensorSpec]) -> str:
-    """How the weights are stored, in words: "BF16", "FP8 128x128", "awq, 4 bits g128"."""
+def describe_scheme(config: Config, specs: Mapping[str, TensorSpec]) -> str:
+    """Describe the storage of the weights: "BF16", "FP8 128x128", "awq, 4 bits g128"."""
     entry = config.values.get("quantization_config")
     if not isinstance(entry, Mapping):
         dtypes = [spec.dtype for spec in specs.values()]
         return max(set(dtypes), key=dtypes.count) if dtypes else "no weights"
     method = str(entry.get("quant_method"))
     if method == "fp8":
-        return f"FP8 {side}x{side}" if (side := read_fp8_block_size(config)) else "FP8"
+        return f"FP8 {size}x{size}" if (size := read_fp8_block_size(config)) else "FP8"
     parts: list[object] = [entry]
     if isinstance(groups := entry.get("config_groups"), Mapping):  # compressed-tensors
         parts = [
@@ -236,44 +244,54 @@ def scheme_of(config: Config, specs: Mapping[str, TensorSpec]) -> str:
             for group in groups.values()
             if isinstance(group, Mapping) and "weights" in group
         ]
-    elif isinstance(
-        dynamic := entry.get("dynamic"), Mapping
-    ):  # gptq: what other linears have instead
+    elif isinstance(dynamic := entry.get("dynamic"), Mapping):  # gptq: exceptions by module
         parts += dynamic.values()
-    told = [part for part in parts if isinstance(part, Mapping)]
-    bits = [part.get("bits", part.get("num_bits")) for part in told]
-    return packed(method, bits, [part.get("group_size") for part in told])
+    schemes = [part for part in parts if isinstance(part, Mapping)]
+    bits = [scheme.get("bits", scheme.get("num_bits")) for scheme in schemes]
+    return format_scheme(method, bits, [scheme.get("group_size") for scheme in schemes])
 
 
-# ---------------------------------------------------------------------------------------------------- rule of thumb
+# --------------------------------------------------------------------------------- rule of thumb
 
 
 def assume_width(model: Model, width: Width) -> Model:
-    """The model if every parameter took `width`, without scales, norms and routers included: what people reckon."""
+    """Return the model with every parameter at `width`, without scales, norms and routers included.
+
+    Raises UsageError for a model whose widths are known from headers or a plan.
+    """
     if model.read_from != "config":
-        where = "here" if model.read_from == "headers" else "planned"
+        origin = "stored" if model.read_from == "headers" else "planned"
         raise UsageError(
-            f"{model.name}: --dtype: its weights are {where}, with widths of their own; leave the option out"
+            f"{model.name}: --dtype: expected a config.json, found {origin} weights with widths of "
+            "their own; leave the option out"
         )
 
-    def at(weights: Weights) -> Weights:
+    def convert(weights: Weights) -> Weights:
         total = weights.parameters * WIDTHS[width] // 8
-        copied = round(total * weights.copied / weights.n_bytes) if weights.n_bytes else 0
-        fp8 = weights.parameters if width == "fp8" else 0
+        replicated = round(total * weights.replicated / weights.n_bytes) if weights.n_bytes else 0
         return Weights(
-            divided=total - copied, copied=copied, parameters=weights.parameters, fp8_parameters=fp8
+            sharded=total - replicated,
+            replicated=replicated,
+            parameters=weights.parameters,
+            fp8_parameters=weights.parameters if width == "fp8" else 0,
         )
 
     return replace(
         model,
         scheme=f"every parameter at {WIDTHS[width]} bits ({width}), no scales",
         layers=tuple(
-            Layer(attention=layer.attention, dense=at(layer.dense), routed=at(layer.routed))
+            Layer(
+                attention=layer.attention,
+                dense=convert(layer.dense),
+                routed=convert(layer.routed),
+            )
             for layer in model.layers
         ),
-        embedding=at(model.embedding),
-        head=at(model.head),
-        outside=at(model.outside),
-        mtp=at(model.mtp),
-        divisions=tuple(replace(division, unit=1) for division in model.divisions),
+        embedding=convert(model.embedding),
+        head=convert(model.head),
+        other=convert(model.other),
+        mtp=convert(model.mtp),
+        sharding_constraints=tuple(
+            replace(constraint, unit=1) for constraint in model.sharding_constraints
+        ),
     )

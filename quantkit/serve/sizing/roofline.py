@@ -1,8 +1,9 @@
-"""Upper bounds of speed: what bandwidth, arithmetic and links allow, computed from peaks. Nothing here was measured.
+"""Upper bounds of the speed from bandwidth, arithmetic and links at their peak. Not measured.
 
-A step takes at least as long as the slowest of reading its bytes, doing its arithmetic and moving its sums, all three
-at their peak and perfectly at once. Latencies, kernels that miss their peak and scheduling come on top (the roofline of
-Williams, Waterman and Patterson, Communications of the ACM 52(4), 2009).
+A step takes at least as long as the slowest of reading its bytes, its arithmetic and its
+all-reduce, all three at their peak and perfectly overlapped. Latencies, kernels below their peak
+and scheduling come on top (the roofline model of Williams, Waterman and Patterson, Communications
+of the ACM 52(4), 2009).
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from quantkit.serve.sizing.fit import Fit, kv_per_card, stages
+from quantkit.serve.sizing.fit import Fit, compute_kv_per_gpu, iterate_stages
 from quantkit.serve.sizing.gpus import Gpu
-from quantkit.serve.sizing.model import Attention, Layer, Mixture, Model, Weights
+from quantkit.serve.sizing.model import Attention, Layer, Model, MoeConfig, Weights
 
 TERA = 1e12
 Limit = Literal["memory", "arithmetic", "interconnect"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """Seconds that a stage of the pipeline takes at least, by what it waits for."""
+class StageTime:
+    """The least time of a pipeline stage in seconds, by resource."""
 
     memory: float
     arithmetic: float
@@ -32,15 +33,17 @@ class Step:
 
     @property
     def limit(self) -> Limit:
-        told: dict[Limit, float] = {
-            "memory": self.memory, "arithmetic": self.arithmetic, "interconnect": self.interconnect,
-        }  # fmt: skip
-        return max(told, key=lambda name: told[name])
+        times: dict[Limit, float] = {
+            "memory": self.memory,
+            "arithmetic": self.arithmetic,
+            "interconnect": self.interconnect,
+        }
+        return max(times, key=lambda name: times[name])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bound:
-    """Tokens per second at most, and what keeps them from being more."""
+    """An upper bound in tokens per second, and the resource that sets it."""
 
     tokens_per_s: float
     limit: Limit
@@ -48,139 +51,166 @@ class Bound:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bounds:
-    """Of one placement. one: a single request at its first tokens, the most that a user can ever see; all: every user
-    at the longest context, together; prefill: prompt tokens, of all requests together."""
+    """Bounds of one placement.
+
+    one: decoding of a single request at its first tokens, the most that a user can see. all:
+    decoding of every user at the longest context, together. prefill: prompt tokens of all requests
+    together; prefill_without_link: with an infinitely fast interconnect.
+    """
 
     one: Bound
     all: Bound
     prefill: Bound
-    prefill_without_link: Bound  # were the cards as one
+    prefill_without_link: Bound
 
 
 def compute_bounds(fit: Fit) -> Bounds | None:
-    """The bounds on the cards a model was placed on; None where it was placed on none."""
+    """Compute the bounds of a model on its placement; None without one."""
     if fit.placement is None:
         return None
     return Bounds(
-        one=decode(fit, 1, 0),
-        all=decode(fit, fit.needs.users, fit.needs.context),
-        prefill=prefill(fit, linked=True),
-        prefill_without_link=prefill(fit, linked=False),
+        one=bound_decode(fit, 1, 0),
+        all=bound_decode(fit, fit.memory.users, fit.memory.context),
+        prefill=bound_prefill(fit, with_link=True),
+        prefill_without_link=bound_prefill(fit, with_link=False),
     )
 
 
-def decode(fit: Fit, users: int, context: int) -> Bound:
-    """Tokens per second of `users` requests at `context` tokens each; they fill the pipeline in as many parts as it
-    has stages, as far as there are enough of them."""
+def bound_decode(fit: Fit, users: int, context: int) -> Bound:
+    """Bound the tokens per second of `users` requests at `context` tokens each.
+
+    The requests fill the pipeline in as many microbatches as it has stages, if there are enough.
+    """
     assert fit.placement is not None
+    microbatches = min(fit.placement.pp, users)
+    stages = compute_decode_stages(fit, users / microbatches, context)
+    slowest = max(stages, key=lambda stage: stage.seconds)
+    round_seconds = max(sum(stage.seconds for stage in stages), microbatches * slowest.seconds)
+    return Bound(tokens_per_s=users / round_seconds, limit=slowest.limit)
+
+
+def compute_decode_stages(fit: Fit, batch: float, context: int) -> list[StageTime]:
+    """Return the least time of each stage for `batch` requests, one token each."""
+    assert fit.placement is not None
+    model, gpu = fit.memory.model, fit.gpu
     tp, pp = fit.placement.tp, fit.placement.pp
-    parts = min(pp, users)
-    steps = decode_steps(fit.needs.model, fit.card, tp, pp, users / parts, context, fit)
-    slowest = max(steps, key=lambda step: step.seconds)
-    turn = max(sum(step.seconds for step in steps), parts * slowest.seconds)
-    return Bound(tokens_per_s=users / turn, limit=slowest.limit)
-
-
-def decode_steps(
-    model: Model, card: Gpu, tp: int, pp: int, batch: float, context: int, fit: Fit
-) -> list[Step]:
-    """The least time of each stage for `batch` requests, one token each."""
-    cache = kv_per_card(model, context, fit.needs.kv, tp, pp)
-    found = []
-    for number, layers in enumerate(stages(model, pp)):
-        last = number == pp - 1
-        inside = [model.layers[n] for n in layers]
+    cache = compute_kv_per_gpu(model, context, fit.memory.kv, tp, pp)
+    head = model.embedding if model.is_tied else model.head
+    stages = []
+    for number, indices in enumerate(iterate_stages(model, pp)):
+        is_last = number == pp - 1
+        layers = [model.layers[n] for n in indices]
         read = (
-            sum(layer_bytes(layer, model.mixture, batch, tp) for layer in inside)
+            sum(count_layer_bytes(layer, model.moe, batch, tp) for layer in layers)
             + batch * cache[number]
         )
-        read += (model.embedding if model.tied else model.head).per_rank(tp) if last else 0
-        work = sum(layer_seconds(layer, model.mixture, card, context) for layer in inside)
-        work += seconds(model.embedding if model.tied else model.head, card) if last else 0
-        found.append(
-            Step(
-                memory=read / card.bandwidth,
-                arithmetic=batch * work / tp,
-                interconnect=batch * link_seconds(model, card, tp, len(inside)),
+        read += head.compute_bytes_per_rank(tp) if is_last else 0
+        compute = sum(compute_layer_seconds(layer, model.moe, gpu, context) for layer in layers)
+        compute += compute_matmul_seconds(head, gpu) if is_last else 0
+        stages.append(
+            StageTime(
+                memory=read / gpu.bandwidth,
+                arithmetic=batch * compute / tp,
+                interconnect=batch * compute_link_seconds(model, gpu, tp, len(layers)),
             )
         )
-    return found
+    return stages
 
 
-def prefill(fit: Fit, *, linked: bool) -> Bound:
-    """Prompt tokens per second of a full pipeline: arithmetic and links; reading weights once is spread over them."""
+def bound_prefill(fit: Fit, *, with_link: bool) -> Bound:
+    """Bound the prompt tokens per second of a full pipeline, by arithmetic and links.
+
+    Reading the weights is spread over many tokens and not counted.
+    """
     assert fit.placement is not None
-    model, card, tp = fit.needs.model, fit.card, fit.placement.tp
-    steps = []
-    for layers in stages(model, fit.placement.pp):
-        work = sum(
-            prompt_seconds(model.layers[n], model.mixture, card, fit.needs.context) for n in layers
+    model, gpu, tp = fit.memory.model, fit.gpu, fit.placement.tp
+    stages = []
+    for indices in iterate_stages(model, fit.placement.pp):
+        compute = sum(
+            compute_prompt_seconds(model.layers[n], model.moe, gpu, fit.memory.context)
+            for n in indices
         )
-        link = link_seconds(model, card, tp, len(layers)) if linked else 0.0
-        steps.append(Step(memory=0.0, arithmetic=work / tp, interconnect=link))
-    slowest = max(steps, key=lambda step: step.seconds)
+        link = compute_link_seconds(model, gpu, tp, len(indices)) if with_link else 0.0
+        stages.append(StageTime(memory=0.0, arithmetic=compute / tp, interconnect=link))
+    slowest = max(stages, key=lambda stage: stage.seconds)
     return Bound(tokens_per_s=1 / slowest.seconds, limit=slowest.limit)
 
 
-# --------------------------------------------------------------------------------------------------- bytes and flops
+# -------------------------------------------------------------------------------- bytes and flops
 
 
-def layer_bytes(layer: Layer, mixture: Mixture | None, batch: float, tp: int) -> float:
-    """Weights of a layer that a card reads for `batch` tokens: of routed experts those that are hit, as expected."""
-    share = mixture.distinct(batch) / mixture.count if mixture else 1.0
-    return layer.dense.per_rank(tp) + layer.routed.per_rank(tp) * share
+def count_layer_bytes(layer: Layer, moe: MoeConfig | None, batch: float, tp: int) -> float:
+    """Count the weight bytes of a layer that a GPU reads for `batch` tokens.
+
+    Of the routed experts, the expected number that the tokens are routed to.
+    """
+    fraction = moe.compute_expected_experts(batch) / moe.num_experts if moe else 1.0
+    dense = layer.dense.compute_bytes_per_rank(tp)
+    return dense + layer.routed.compute_bytes_per_rank(tp) * fraction
 
 
-def active_bytes(model: Model, batch: float = 1.0) -> float:
-    """Weights that a step of `batch` tokens reads on all cards together; of an embedding no more than a row."""
-    head = (model.embedding if model.tied else model.head).n_bytes + model.outside.n_bytes
-    return head + sum(layer_bytes(layer, model.mixture, batch, 1) for layer in model.layers)
+def count_active_bytes(model: Model, batch: float = 1.0) -> float:
+    """Count the weight bytes that a step of `batch` tokens reads on all GPUs together.
+
+    Without the embedding, of which a token reads one row.
+    """
+    head = (model.embedding if model.is_tied else model.head).n_bytes + model.other.n_bytes
+    return head + sum(count_layer_bytes(layer, model.moe, batch, 1) for layer in model.layers)
 
 
-def active_parameters(model: Model) -> int:
-    """Parameters that compute for each token: all but the embedding, and of routed experts the chosen ones."""
-    share = model.mixture.top_k / model.mixture.count if model.mixture else 1.0
-    inside = sum(layer.dense.parameters + layer.routed.parameters * share for layer in model.layers)
-    return round(inside + (model.embedding if model.tied else model.head).parameters)
-
-
-def seconds(weights: Weights, card: Gpu, share: float = 1.0) -> float:
-    """Of one card for one token: two flops per parameter, at FP8's rate for FP8 weights where the card has it."""
-    fp8 = weights.fp8_parameters if card.tflops.fp8 else 0
-    at_fp8 = 2 * fp8 / (card.tflops.fp8.value * TERA) if card.tflops.fp8 else 0.0
-    return share * (at_fp8 + 2 * (weights.parameters - fp8) / (card.tflops.bf16.value * TERA))
-
-
-def layer_seconds(layer: Layer, mixture: Mixture | None, card: Gpu, context: float) -> float:
-    """Of one card for one token that attends to `context` others."""
-    share = mixture.top_k / mixture.count if mixture else 1.0
-    attending = attention_flops(layer.attention, layer.attention.kept(int(context))) / (
-        card.tflops.bf16.value * TERA
+def count_active_parameters(model: Model) -> int:
+    """Count the parameters that compute for each token: top_k experts, and no embedding."""
+    fraction = model.moe.top_k / model.moe.num_experts if model.moe else 1.0
+    layers = sum(
+        layer.dense.parameters + layer.routed.parameters * fraction for layer in model.layers
     )
-    return seconds(layer.dense, card) + seconds(layer.routed, card, share) + attending
+    return round(layers + (model.embedding if model.is_tied else model.head).parameters)
 
 
-def prompt_seconds(layer: Layer, mixture: Mixture | None, card: Gpu, context: int) -> float:
-    """Of one card for a token of a prompt of `context`, in the mean over its places."""
+def compute_matmul_seconds(weights: Weights, gpu: Gpu, fraction: float = 1.0) -> float:
+    """Return the seconds of one GPU for one token: two flops per parameter.
+
+    FP8 weights run at the FP8 rate if the GPU has one.
+    """
+    fp8 = weights.fp8_parameters if gpu.tflops.fp8 else 0
+    fp8_seconds = 2 * fp8 / (gpu.tflops.fp8.value * TERA) if gpu.tflops.fp8 else 0.0
+    bf16_seconds = 2 * (weights.parameters - fp8) / (gpu.tflops.bf16.value * TERA)
+    return fraction * (fp8_seconds + bf16_seconds)
+
+
+def compute_layer_seconds(layer: Layer, moe: MoeConfig | None, gpu: Gpu, context: float) -> float:
+    """Return the seconds of one GPU for one token that attends to `context` tokens."""
+    fraction = moe.top_k / moe.num_experts if moe else 1.0
+    tokens = layer.attention.count_cached_tokens(int(context))
+    attention = count_attention_flops(layer.attention, tokens) / (gpu.tflops.bf16.value * TERA)
+    dense = compute_matmul_seconds(layer.dense, gpu)
+    return dense + compute_matmul_seconds(layer.routed, gpu, fraction) + attention
+
+
+def compute_prompt_seconds(layer: Layer, moe: MoeConfig | None, gpu: Gpu, context: int) -> float:
+    """Return the seconds of one GPU for a token of a prompt, the mean over its positions."""
     window = layer.attention.window or context
     full = min(window, context)
-    kept = (full * (full + 1) / 2 + (context - full) * full) / context
-    attending = attention_flops(layer.attention, kept) / (card.tflops.bf16.value * TERA)
-    return layer_seconds(layer, mixture, card, 0) + attending
+    tokens = (full * (full + 1) / 2 + (context - full) * full) / context
+    attention = count_attention_flops(layer.attention, tokens) / (gpu.tflops.bf16.value * TERA)
+    return compute_layer_seconds(layer, moe, gpu, 0) + attention
 
 
-def attention_flops(attention: Attention, kept: float) -> float:
-    """Scores and weighted values of one token against `kept` others."""
-    return 2 * attention.heads * (attention.qk_width + attention.v_width) * kept
+def count_attention_flops(attention: Attention, tokens: float) -> float:
+    """Count the flops of scores and weighted values of one token against `tokens` tokens."""
+    return 2 * attention.heads * (attention.qk_head_dim + attention.v_head_dim) * tokens
 
 
-def link_bytes(model: Model, tp: int, layers: int) -> float:
-    """Bytes that a card sends per token: two sums per layer over `tp` cards, in rings: 2 (tp - 1) / tp of a vector."""
-    return 2 * layers * model.hidden * model.activation_bytes * 2 * (tp - 1) / tp
+def count_link_bytes(model: Model, tp: int, num_layers: int) -> float:
+    """Count the bytes that a GPU sends per token.
+
+    Two ring all-reduces per layer over `tp` GPUs: 2 (tp - 1) / tp of a vector each.
+    """
+    return 2 * num_layers * model.hidden_size * model.activation_bytes * 2 * (tp - 1) / tp
 
 
-def link_seconds(model: Model, card: Gpu, tp: int, layers: int) -> float:
-    """Of the links between cards for one token."""
-    return (
-        link_bytes(model, tp, layers) / card.link.one_way if tp > 1 and card.link.one_way else 0.0
-    )
+def compute_link_seconds(model: Model, gpu: Gpu, tp: int, num_layers: int) -> float:
+    """Return the seconds of the links between GPUs for one token."""
+    if tp == 1 or not gpu.link.one_way:
+        return 0.0
+    return count_link_bytes(model, tp, num_layers) / gpu.link.one_way

@@ -1,7 +1,7 @@
-"""From the tensors of an artifact, planned or stored, to the bytes that cards share or repeat.
+"""From the tensors of an artifact, planned or stored, to bytes that GPUs share or replicate.
 
-What vLLM and SGLang divide among tensor-parallel ranks: every projection, the embedding and the head. What each rank
-holds whole: norms, routers, and the two projections that make MLA's compressed vectors.
+vLLM and SGLang shard every projection, the embedding and the head over tensor-parallel ranks. Each
+rank holds a whole copy of norms, routers, and the two projections to MLA's compressed vectors.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 
 from quantkit.checkpoint.fp8_pairs import FP8, read_block_entry
 from quantkit.contracts import Config, Experts, Layout, Linear, TensorSpec
-from quantkit.serve.sizing.attention import attentions
+from quantkit.serve.sizing.attention import read_attention
 from quantkit.serve.sizing.model import (
     Attention,
     Layer,
-    Mixture,
     Model,
+    MoeConfig,
     ReadFrom,
     ShardingConstraint,
     Weights,
 )
 
-COPIED = ("q_a_proj", "kv_a_proj_with_mqa")
-BY_ROWS = frozenset({
+REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa")
+ROW_PARALLEL = frozenset({
     "o_proj",
     "down_proj",
     "w2",
@@ -35,43 +35,48 @@ BY_ROWS = frozenset({
     "wo",
     "dense_4h_to_h",
 })
-"""Projections whose input is divided among ranks; of all others the output is."""
+"""Projections whose input is split over ranks; of all others the output is (column-parallel)."""
 
-WORD = 8  # output features that a packed word of 4-bit codes holds: it cannot be cut
-NAMES = {
-    "mlp": "MLP width", "shared_expert": "shared experts' width", "routed_expert": "experts' width",
+PACKED_OUTPUTS = 8  # output features in a packed word of 4-bit codes, which cannot be split
+ROLE_LABELS = {
+    "mlp": "MLP width",
+    "shared_expert": "shared expert width",
+    "routed_expert": "expert width",
     "attention": "attention width",
-}  # fmt: skip
+}
 
 
 @dataclass
-class _Sum:
-    """Weights of one place while they are added up."""
+class _WeightSum:
+    """A sum of weights. Mutable."""
 
-    divided: int = 0
-    copied: int = 0
+    sharded: int = 0
+    replicated: int = 0
     parameters: int = 0
     fp8_parameters: int = 0
 
-    def done(self) -> Weights:
+    def to_weights(self) -> Weights:
         return Weights(
-            divided=self.divided,
-            copied=self.copied,
+            sharded=self.sharded,
+            replicated=self.replicated,
             parameters=self.parameters,
             fp8_parameters=self.fp8_parameters,
         )
 
 
 @dataclass
-class _Found:
-    """What the tensors of one linear say: groups along its input, an FP8 block, codes packed along its output."""
+class _ShardingUnits:
+    """Sizes that a split of a linear must respect. Mutable.
+
+    group: inputs per scale. block: side of an FP8 block. is_packed: codes packed along the output.
+    """
 
     group: int = 1
     block: int = 1
-    words: bool = False
+    is_packed: bool = False
 
 
-def weigh(
+def make_model(
     layout: Layout,
     tensors: Iterable[TensorSpec],
     config: Config,
@@ -81,25 +86,27 @@ def weigh(
     scheme: str,
     by_row: bool = False,
 ) -> Model:
-    """The model whose artifact holds `tensors`; `layout` says what they belong to.
+    """Make the model whose artifact holds `tensors`; `layout` says which linear each belongs to.
 
-    by_row: one scale per row was asked for, which no division of the input breaks; else a single group is a whole one.
+    by_row: the scheme has one scale per row, which any split of the input respects. Otherwise a
+    single group is as wide as the input.
     """
-    places, found = added_up(layout, tensors, fp8_side(config), by_row)
+    sums, units = sum_tensors(layout, tensors, get_fp8_block_size(config), by_row)
     decoders = [block for block in layout.blocks if block.kind == "decoder"]
     layers = tuple(
         Layer(
             attention=attention,
-            dense=places[block.name].done(),
-            routed=places[(block.name, "routed")].done(),
+            dense=sums[block.name].to_weights(),
+            routed=sums[(block.name, "routed")].to_weights(),
         )
-        for block, attention in zip(decoders, attentions(config), strict=True)
+        for block, attention in zip(decoders, read_attention(config), strict=True)
     )
     mtp = Weights()
     for block in (block for block in layout.blocks if block.kind == "mtp"):
-        mtp = mtp + places[block.name].done() + places[(block.name, "routed")].done()
-    inner = [linear for block in decoders for linear in block.linears]
+        mtp = mtp + sums[block.name].to_weights() + sums[(block.name, "routed")].to_weights()
+    linears = [linear for block in decoders for linear in block.linears]
     experts = [block.experts for block in decoders if block.experts]
+    mlp_roles = ("mlp", "shared_expert")
     return Model(
         name=name,
         read_from=read_from,
@@ -107,109 +114,119 @@ def weigh(
         config=config,
         scheme=scheme,
         layers=layers,
-        embedding=places["embedding"].done(),
-        head=places["head"].done(),
-        outside=places["outside"].done(),
+        embedding=sums["embedding"].to_weights(),
+        head=sums["head"].to_weights(),
+        other=sums["other"].to_weights(),
         mtp=mtp,
-        mixture=_mixture(experts),
-        divisions=tuple(_divisions(inner, found, layers[0].attention)),
-        hidden=layout.embedding.in_features,
-        widest=max(
-            (x.out_features for x in inner if x.role in ("mlp", "shared_expert")), default=0
+        moe=_make_moe_config(experts),
+        sharding_constraints=tuple(_iterate_constraints(linears, units, layers[0].attention)),
+        hidden_size=layout.embedding.in_features,
+        max_intermediate_size=max(
+            (linear.out_features for linear in linears if linear.role in mlp_roles), default=0
         ),
-        vocabulary=layout.embedding.out_features,
-        longest=config.integer("max_position_embeddings")
+        vocab_size=layout.embedding.out_features,
+        max_context=config.integer("max_position_embeddings")
         if config.has("max_position_embeddings")
         else None,
     )
 
 
-def added_up(
-    layout: Layout, tensors: Iterable[TensorSpec], side: int, by_row: bool
-) -> tuple[defaultdict[object, _Sum], Mapping[str, _Found]]:
-    """Bytes by place ("embedding", "head", "outside", a block's name, (it, "routed")), and what divisions respect."""
-    places, found = defaultdict[object, _Sum](_Sum), defaultdict[str, _Found](_Found)
+def sum_tensors(
+    layout: Layout, tensors: Iterable[TensorSpec], fp8_block: int, by_row: bool
+) -> tuple[defaultdict[object, _WeightSum], Mapping[str, _ShardingUnits]]:
+    """Sum the bytes by component, and collect the sizes that splits must respect.
+
+    A component is "embedding", "head", "other", a block's name, or (a block's name, "routed").
+    """
+    sums = defaultdict[object, _WeightSum](_WeightSum)
+    units = defaultdict[str, _ShardingUnits](_ShardingUnits)
     linears = {linear.name: linear for linear in layout.linears}
     blocks = {block.name for block in layout.blocks}
-    where = dict(_where(layout))
+    components = dict(_iterate_components(layout))
     for spec in tensors:
-        owner, local = _owner(spec.name, linears)
+        owner, suffix = _split_tensor_name(spec.name, linears)
         linear = linears.get(owner)
         if linear is None:
-            place = places[_block_of(spec.name, blocks) or "outside"]
-            place.copied += spec.n_bytes
-            place.parameters += spec.n_elements
+            total = sums[_find_block(spec.name, blocks) or "other"]
+            total.replicated += spec.n_bytes
+            total.parameters += spec.n_elements
             continue
-        place = places[where[owner]]
-        if linear.role == "router" or owner.rpartition(".")[2] in COPIED:
-            place.copied += spec.n_bytes
+        total = sums[components[owner]]
+        if linear.role == "router" or owner.rpartition(".")[2] in REPLICATED:
+            total.replicated += spec.n_bytes
         else:
-            place.divided += spec.n_bytes
-        _count(place, linear, spec, local)
-        _learn(found[_kind(linear)], linear, spec, local, side, by_row)
-    return places, found
+            total.sharded += spec.n_bytes
+        _count_parameters(total, linear, spec, suffix)
+        _update_units(units[_get_kind(linear)], linear, spec, suffix, fp8_block, by_row)
+    return sums, units
 
 
-def _where(layout: Layout) -> Iterator[tuple[str, object]]:
-    """Each linear's place among the sums."""
+def _iterate_components(layout: Layout) -> Iterator[tuple[str, object]]:
+    """Yield each linear's name and component."""
     yield layout.embedding.name, "embedding"
     if layout.head:
         yield layout.head.name, "head"
     for block in layout.blocks:
         for linear in block.linears:
-            yield (
-                linear.name,
-                (block.name, "routed") if linear.role == "routed_expert" else block.name,
-            )
+            is_routed = linear.role == "routed_expert"
+            yield linear.name, (block.name, "routed") if is_routed else block.name
 
 
-def _owner(tensor: str, linears: Mapping[str, Linear]) -> tuple[str, str]:
-    """The linear that a tensor belongs to, and its name within: NF4's "weight.absmax" has a dot of its own."""
-    module, _, local = tensor.rpartition(".")
+def _split_tensor_name(tensor: str, linears: Mapping[str, Linear]) -> tuple[str, str]:
+    """Split a tensor's name into its linear and the rest, which may have a dot.
+
+    NF4 has "weight.absmax".
+    """
+    module, _, suffix = tensor.rpartition(".")
     while module and module not in linears:
         module, _, last = module.rpartition(".")
-        local = f"{last}.{local}"
-    return module, local
+        suffix = f"{last}.{suffix}"
+    return module, suffix
 
 
-def _block_of(tensor: str, blocks: Container[str]) -> str | None:
-    """The block whose norm or bias this is."""
+def _find_block(tensor: str, blocks: Container[str]) -> str | None:
+    """Return the block of a norm or bias; None if it belongs to none."""
     parts = tensor.split(".")
-    places = [n for n, part in enumerate(parts) if part.isdigit()]
-    name = ".".join(parts[: places[0] + 1]) if places else ""
+    indices = [n for n, part in enumerate(parts) if part.isdigit()]
+    name = ".".join(parts[: indices[0] + 1]) if indices else ""
     return name if name in blocks else None
 
 
-def _count(place: _Sum, linear: Linear, spec: TensorSpec, local: str) -> None:
-    """The parameters that a tensor stands for, each once: codes and scales together are one matrix."""
-    if local == "bias":
-        place.parameters += spec.n_elements
-    elif local in ("weight", "qweight", "weight_packed"):
-        place.parameters += linear.n_parameters
-        place.fp8_parameters += linear.n_parameters if spec.dtype == FP8 else 0
+def _count_parameters(total: _WeightSum, linear: Linear, spec: TensorSpec, suffix: str) -> None:
+    """Count the parameters of a tensor, each once: codes and scales together are one matrix."""
+    if suffix == "bias":
+        total.parameters += spec.n_elements
+    elif suffix in ("weight", "qweight", "weight_packed"):
+        total.parameters += linear.n_parameters
+        total.fp8_parameters += linear.n_parameters if spec.dtype == FP8 else 0
 
 
-def _learn(
-    found: _Found, linear: Linear, spec: TensorSpec, local: str, side: int, by_row: bool
+def _update_units(
+    units: _ShardingUnits,
+    linear: Linear,
+    spec: TensorSpec,
+    suffix: str,
+    fp8_block: int,
+    by_row: bool,
 ) -> None:
-    """Groups and words that a division must respect, from the shapes of scales and codes."""
-    if local == "scales":  # awq, gptq: [n_groups, out]
-        _widen(found, linear, spec.shape[0], by_row)
+    """Update the sizes that a split must respect, from the shapes of scales and codes."""
+    if suffix == "scales":  # awq, gptq: [n_groups, out]
+        _widen_group(units, linear, spec.shape[0], by_row)
     elif spec.dtype == FP8:
-        found.block = found.group = side
-    elif local == "weight_scale" and len(spec.shape) == 2 and spec.shape[0] == linear.out_features:
-        _widen(found, linear, spec.shape[1], by_row)  # [out, n_groups]
-    found.words = found.words or local in ("qzeros", "weight_zero_point")
+        units.block = units.group = fp8_block
+    elif suffix == "weight_scale" and len(spec.shape) == 2 and spec.shape[0] == linear.out_features:
+        _widen_group(units, linear, spec.shape[1], by_row)  # [out, n_groups]
+    units.is_packed = units.is_packed or suffix in ("qzeros", "weight_zero_point")
 
 
-def _widen(found: _Found, linear: Linear, n_groups: int, by_row: bool) -> None:
-    """Groups of one width divide the next: what respects the widest of several schemes respects all."""
+def _widen_group(units: _ShardingUnits, linear: Linear, n_groups: int, by_row: bool) -> None:
+    """Widen the group. Group sizes divide each other: the widest of several schemes counts."""
     if n_groups > 1 or not by_row:
-        found.group = max(found.group, linear.in_features // max(1, n_groups))
+        units.group = max(units.group, linear.in_features // max(1, n_groups))
 
 
-def fp8_side(config: Config) -> int:
-    """Rows and columns of an FP8 block, where the config names one; else 1, which divides everything."""
+def get_fp8_block_size(config: Config) -> int:
+    """Return the side of an FP8 block; 1, which divides everything, if the config names none."""
     size = read_block_entry(config)[1]
     return (
         size[1]
@@ -218,50 +235,51 @@ def fp8_side(config: Config) -> int:
     )
 
 
-def _kind(linear: Linear) -> str:
-    """Linears that are cut alike: their role and their last name."""
+def _get_kind(linear: Linear) -> str:
+    """Return the key of linears that are split in the same way: role and last name."""
     return f"{linear.role}.{linear.name.rpartition('.')[2]}"
 
 
-def _divisions(
-    linears: Iterable[Linear], found: Mapping[str, _Found], attention: Attention
+def _iterate_constraints(
+    linears: Iterable[Linear], units: Mapping[str, _ShardingUnits], attention: Attention
 ) -> Iterator[ShardingConstraint]:
-    """What every rank needs a whole share of, each once."""
-    yield ShardingConstraint(what="attention heads", size=attention.heads)
+    """Yield the sizes that ranks split, each once."""
+    yield ShardingConstraint(name="attention heads", size=attention.heads)
     seen = set[ShardingConstraint]()
     for linear in linears:
         last = linear.name.rpartition(".")[2]
-        if linear.role not in NAMES or last in COPIED:
+        if linear.role not in ROLE_LABELS or last in REPLICATED:
             continue
-        learnt = found.get(_kind(linear), _Found())
-        rows = last in BY_ROWS
-        unit = learnt.group if rows else max(learnt.block, WORD if learnt.words else 1)
+        own_units = units.get(_get_kind(linear), _ShardingUnits())
+        is_row_parallel = last in ROW_PARALLEL
+        packed = PACKED_OUTPUTS if own_units.is_packed else 1
+        unit = own_units.group if is_row_parallel else max(own_units.block, packed)
         if linear.role == "attention" and unit == 1:
             continue  # as divisible as its heads
         if (
             linear.role == "attention"
-            and not rows
-            and learnt.block == 1
+            and not is_row_parallel
+            and own_units.block == 1
             and last in ("k_proj", "v_proj")
         ):
-            continue  # repeated, not cut, beyond their heads
-        made = ShardingConstraint(
-            what=NAMES[linear.role],
-            size=linear.in_features if rows else linear.out_features,
+            continue  # replicated, not split, over more ranks than KV heads
+        constraint = ShardingConstraint(
+            name=ROLE_LABELS[linear.role],
+            size=linear.in_features if is_row_parallel else linear.out_features,
             unit=unit,
         )
-        if made not in seen:
-            seen.add(made)
-            yield made
+        if constraint not in seen:
+            seen.add(constraint)
+            yield constraint
 
 
-def _mixture(experts: list[Experts]) -> Mixture | None:
+def _make_moe_config(experts: list[Experts]) -> MoeConfig | None:
     if not experts:
         return None
-    widest = max(experts, key=lambda found: found.count * found.intermediate)
-    return Mixture(
-        count=widest.count,
+    widest = max(experts, key=lambda layer: layer.count * layer.intermediate)
+    return MoeConfig(
+        num_experts=widest.count,
         top_k=widest.top_k,
-        intermediate=widest.intermediate,
-        layers=len(experts),
+        intermediate_size=widest.intermediate,
+        num_layers=len(experts),
     )

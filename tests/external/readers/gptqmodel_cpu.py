@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
-def loaded(artifact: Path, loader: str, dtype: torch.dtype) -> Any:
+def load_model(artifact: Path, loader: str, dtype: torch.dtype) -> Any:
     """The artifact as a model, in `dtype` but for what its kernels compute in 16 bits."""
     if loader == "gptqmodel":
         return GPTQModel.load(str(artifact), device="cpu", dtype=dtype).model
@@ -43,7 +43,7 @@ def loaded(artifact: Path, loader: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def unpacked(artifact: Path) -> dict[str, torch.Tensor]:
+def unpack_weights(artifact: Path) -> dict[str, torch.Tensor]:
     """Every packed weight [out, in] in float32, from the stored tensors, by the code of GPTQModel's plain kernels."""
     entry = json.loads((artifact / "config.json").read_text(encoding="utf-8"))[
         "quantization_config"
@@ -68,11 +68,13 @@ def unpacked(artifact: Path) -> dict[str, torch.Tensor]:
                 own = entry | (
                     dynamic_get(entry["dynamic"], name) or {}
                 )  # its own bits, group_size and sym
-                weights[name] = (gptq if "g_idx" in tensors else awq)(tensors, own).contiguous()
+                weights[name] = (unpack_gptq if "g_idx" in tensors else unpack_awq)(
+                    tensors, own
+                ).contiguous()
     return weights
 
 
-def awq(tensors: dict[str, torch.Tensor], entry: dict[str, Any]) -> torch.Tensor:
+def unpack_awq(tensors: dict[str, torch.Tensor], entry: dict[str, Any]) -> torch.Tensor:
     """One weight [out, in]."""
     width = len(tensors["qweight"])
     group = width if entry["group_size"] == -1 else entry["group_size"]
@@ -81,7 +83,7 @@ def awq(tensors: dict[str, torch.Tensor], entry: dict[str, Any]) -> torch.Tensor
     ).T  # [in, out] -> [out, in]
 
 
-def gptq(tensors: dict[str, torch.Tensor], entry: dict[str, Any]) -> torch.Tensor:
+def unpack_gptq(tensors: dict[str, torch.Tensor], entry: dict[str, Any]) -> torch.Tensor:
     """One weight [out, in]; the kernel wants zero points as version 2 stores them."""
     width, out = len(tensors["g_idx"]), tensors["scales"].shape[1]
     module = TorchLinear(
@@ -105,9 +107,9 @@ def main(jobs: str) -> None:
     torch.set_num_threads(1)
     for job in json.loads(Path(jobs).read_text(encoding="utf-8")):
         artifact, kernels = Path(job["artifact"]), dict[str, str]()
-        tensors = unpacked(artifact)
+        tensors = unpack_weights(artifact)
         if job["loader"]:
-            model = loaded(artifact, job["loader"], getattr(torch, job["dtype"]))
+            model = load_model(artifact, job["loader"], getattr(torch, job["dtype"]))
             with torch.no_grad():
                 tensors["logits"] = model(
                     load_file(job["tokens"])["tokens"]

@@ -24,17 +24,17 @@ from external.real_model.bench import (
     Bench,
     Build,
     Cost,
-    alone,
-    artifact,
-    digest,
-    prepare,
-    quantkit,
+    build_artifact,
+    count_weight_bytes,
+    get_artifact_path,
+    hash_weights,
+    prepare_bench,
+    print_line,
+    print_table,
     read_cost,
-    say,
-    table,
-    weight_bytes,
+    run_on_one_core,
 )
-from external.real_model.measure import Judge
+from external.real_model.measure import ModelComparer
 
 from quantkit.numerics.fidelity import Estimate
 
@@ -80,7 +80,7 @@ class Result:
     n_bytes: int
 
 
-def peers(gptqmodel: str, llmcompressor: str) -> tuple[Peer, ...]:
+def list_peers(gptqmodel: str, llmcompressor: str) -> tuple[Peer, ...]:
     """All of them, each in its own environment."""
     two_workers = {
         "GPTQMODEL_CPU_WORKERS": "2"
@@ -108,35 +108,40 @@ def run_peer(bench: Bench, peer: Peer, keep: bool) -> tuple[Path, Cost]:
         shutil.rmtree(folder, ignore_errors=True)
         script = str(HERE / "peers" / peer.script)
         paths = map(str, (bench.model, bench.tokens, folder, cost))
-        alone([peer.python, script, *peer.arguments, *paths], bench.place, peer.environment)
+        run_on_one_core(
+            [peer.python, script, *peer.arguments, *paths], bench.place, peer.environment
+        )
     return folder, read_cost(cost)
 
 
-def results(bench: Bench, others: tuple[Peer, ...], keep: bool) -> list[Result]:
+def collect_results(bench: Bench, others: tuple[Peer, ...], keep: bool) -> list[Result]:
     """Everybody's, quantkit's first. All are made before any is judged, so that nothing runs beside."""
     made = []
     for build in BUILDS:
-        say(f"quantkit {build.name} ...")
-        cost = quantkit(bench, build, measured=False)
-        made.append((build.name, artifact(bench, build, measured=False), cost))
+        print_line(f"quantkit {build.name} ...")
+        cost = build_artifact(bench, build, measured=False)
+        made.append((build.name, get_artifact_path(bench, build, measured=False), cost))
     for peer in others:
-        say(f"{peer.name} ...")
+        print_line(f"{peer.name} ...")
         made.append((peer.name, *run_peer(bench, peer, keep)))
-    judge = Judge(bench.model, bench.text())
+    judge = ModelComparer(bench.model, bench.text())
     found = []
     for name, folder, cost in made:
-        say(f"judging {name} ...")
+        print_line(f"judging {name} ...")
         found.append(
             Result(
-                name=name, figures=judged(judge, folder), cost=cost, n_bytes=weight_bytes(folder)
+                name=name,
+                figures=compute_figures(judge, folder),
+                cost=cost,
+                n_bytes=count_weight_bytes(folder),
             )
         )
     return found
 
 
-def judged(judge: Judge, folder: Path) -> Mapping[str, Estimate]:
+def compute_figures(judge: ModelComparer, folder: Path) -> Mapping[str, Estimate]:
     """The figures of an artifact; those of the same bytes on the same text are not computed again."""
-    path, key = folder.with_suffix(".figures.json"), [digest(folder), judge.text_hash]
+    path, key = folder.with_suffix(".figures.json"), [hash_weights(folder), judge.text_hash]
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["of"] == key:
@@ -147,7 +152,7 @@ def judged(judge: Judge, folder: Path) -> Mapping[str, Estimate]:
     return figures
 
 
-def row(result: Result) -> list[str]:
+def format_row(result: Result) -> list[str]:
     """A line of the first table."""
     kl, ratio, top = (result.figures[name] for name in ("kl_mean", "ppl_ratio", "top1"))
     return [
@@ -161,7 +166,9 @@ def row(result: Result) -> list[str]:
     ]
 
 
-def against(found: list[Result], others: tuple[Peer, ...]) -> tuple[list[list[str]], bool]:
+def compare_with_peers(
+    found: list[Result], others: tuple[Peer, ...]
+) -> tuple[list[list[str]], bool]:
     """Lines of the second table, quantkit / peer, and whether every goal is reached."""
     of = {result.name: result for result in found}
     theirs = [of[peer.name].cost for peer in others]
@@ -197,19 +204,19 @@ def main() -> None:
         "--keep", action="store_true", help="take the peers' artifacts and costs of an earlier run"
     )
     given = parser.parse_args()
-    bench = prepare(given.model, given.place)
+    bench = prepare_bench(given.model, given.place)
     if bench is None:
         return
-    others = peers(given.gptqmodel, given.llmcompressor)
-    found = results(bench, others, given.keep)
+    others = list_peers(given.gptqmodel, given.llmcompressor)
+    found = collect_results(bench, others, given.keep)
     columns = ("tool", "mean KL [nats]", "ppl ratio", "top-1", "CPU s", "peak MB", "weight bytes")
-    table(
+    print_table(
         f"SmolLM2-135M-Instruct, 4 bits, groups of 64; wikitext-2 {bench.sets.form}",
         columns,
-        list(map(row, found)),
+        list(map(format_row, found)),
     )
-    rows, reached = against(found, others)
-    table(
+    rows, reached = compare_with_peers(found, others)
+    print_table(
         "quantkit / best peer: KL at the same kind of codes; CPU of the fastest, memory of the leanest of all",
         ("quantkit", "KL", "CPU", "memory", "goals"),
         rows,

@@ -69,11 +69,11 @@ class Bench:
         return corpora.sample_sequences(corpus, tokenizer, None, texts.LENGTH, 0)
 
 
-def prepare(model: Path, place: Path) -> Bench | None:
+def prepare_bench(model: Path, place: Path) -> Bench | None:
     """Cut the text for the model; None, after saying so, on a machine without wikitext-2."""
-    data = texts.wikitext()
+    data = texts.find_wikitext()
     if data is None:
-        say(
+        print_line(
             "skipped: wikitext-2 is not on this machine (tests/external/real_model/texts.py says where it is looked for)"
         )
         return None
@@ -90,7 +90,7 @@ def prepare(model: Path, place: Path) -> Bench | None:
     return Bench(model=model, sets=sets, tokens=tokens, place=place)
 
 
-def changes(bench: Bench, build: Build, *, measured: bool) -> dict[str, str]:
+def make_overrides(bench: Bench, build: Build, *, measured: bool) -> dict[str, str]:
     """What is changed in the build's recipe; unmeasured there is no forward pass but for calibration."""
     text = {f"{kind}.length": str(texts.LENGTH) for kind in ("calibration", "fidelity")}
     return {
@@ -101,7 +101,7 @@ def changes(bench: Bench, build: Build, *, measured: bool) -> dict[str, str]:
         "fidelity.set": str(bench.sets.fidelity),
         "fidelity.windows": "null",
         "gates": "{}",
-        "output.path": str(artifact(bench, build, measured=measured)),
+        "output.path": str(get_artifact_path(bench, build, measured=measured)),
         "memory": "4GB",
         "compute.device": "cpu",
         **build.changes,
@@ -109,29 +109,30 @@ def changes(bench: Bench, build: Build, *, measured: bool) -> dict[str, str]:
     }
 
 
-def artifact(bench: Bench, build: Build, *, measured: bool) -> Path:
+def get_artifact_path(bench: Bench, build: Build, *, measured: bool) -> Path:
     """Where a build's artifact goes."""
     return (
         bench.place / f"quantkit-{build.name.replace(' ', '-')}{'' if measured else '-unmeasured'}"
     )
 
 
-def quantkit(bench: Bench, build: Build, *, measured: bool) -> Cost:
+def build_artifact(bench: Bench, build: Build, *, measured: bool) -> Cost:
     """Build in a process of its own; the artifact lies at `artifact(...)` afterwards."""
-    folder = artifact(bench, build, measured=measured)
+    folder = get_artifact_path(bench, build, measured=measured)
     recipe, told = ROOT / "recipes" / f"{build.recipe}.yaml", folder.with_suffix(".changes.json")
     told.write_text(
-        json.dumps(without_parents(changes(bench, build, measured=measured))), encoding="utf-8"
+        json.dumps(drop_keys_of_replaced(make_overrides(bench, build, measured=measured))),
+        encoding="utf-8",
     )
     cost = folder.with_suffix(".json")
-    alone(
+    run_on_one_core(
         [sys.executable, str(HERE / "run_quantkit.py"), str(recipe), str(told), str(cost)],
         bench.place,
     )
     return read_cost(cost)
 
 
-def without_parents(keys: Mapping[str, str]) -> dict[str, str]:
+def drop_keys_of_replaced(keys: Mapping[str, str]) -> dict[str, str]:
     """Keys without those inside one that is itself replaced: `calibration: null` leaves no `calibration.set`."""
     return {
         key: value
@@ -146,7 +147,7 @@ def read_cost(path: Path) -> Cost:
     return Cost(cpu_s=values["cpu_s"], wall_s=values["wall_s"], peak_rss=values["peak_rss"])
 
 
-def alone(
+def run_on_one_core(
     command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
 ) -> None:
     """Run a command in a folder, on one core with one thread; on failure its last lines are the message."""
@@ -167,12 +168,12 @@ def alone(
         )
 
 
-def weight_bytes(folder: Path) -> int:
+def count_weight_bytes(folder: Path) -> int:
     """Bytes of a folder's safetensors files."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def digest(folder: Path) -> str:
+def hash_weights(folder: Path) -> str:
     """sha256 of a folder's weights."""
     found = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
@@ -180,7 +181,7 @@ def digest(folder: Path) -> str:
     return found.hexdigest()
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table, numbers to the right."""
     shown = Table(*columns, title=title, title_justify="left", box=None)
     for column in shown.columns[1:]:
@@ -190,7 +191,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     Console(width=140).print(shown)
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """A line on stdout, at once."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()

@@ -227,7 +227,7 @@ FIXED = (  # name(argument), docstring, body, an argument and what it gives, twi
 )
 
 
-def sums() -> Iterator[dict[str, object]]:
+def iterate_sums() -> Iterator[dict[str, object]]:
     """Word problems of one step: question, the sum that solves it, its value."""
     drawn = random.Random(SEED)
     while True:
@@ -271,18 +271,18 @@ def sums() -> Iterator[dict[str, object]]:
         }
 
 
-def functions() -> Iterator[dict[str, object]]:
+def iterate_functions() -> Iterator[dict[str, object]]:
     """Functions of one line: prompt, body, and a test of two calls."""
     for word, sign in (("plus", "+"), ("minus", "-"), ("multiplied by", "*"), ("modulo", "%")):
         for k in range(2, 10):
             calls = [(x, {"+": x + k, "-": x - k, "*": x * k, "%": x % k}[sign]) for x in (4, 11)]
-            yield function(
+            yield make_function_row(
                 f"{word.split()[0]}_{k}(x)", f"Return x {word} {k}.", f"x {sign} {k}", *calls
             )
     for word, sign in (("greater than", ">"), ("less than", "<"), ("equal to", "==")):
         for k in range(2, 10):
             calls = [(x, {">": x > k, "<": x < k, "==": x == k}[sign]) for x in (k, k + 3)]
-            yield function(
+            yield make_function_row(
                 f"is_{word.split()[0]}_{k}(x)",
                 f"Return True if x is {word} {k}.",
                 f"x {sign} {k}",
@@ -290,27 +290,27 @@ def functions() -> Iterator[dict[str, object]]:
             )
     for k in range(2, 8):
         listed = [*range(9)]
-        yield function(
+        yield make_function_row(
             f"first_{k}(xs)",
             f"Return the first {k} elements of xs.",
             f"xs[:{k}]",
             (listed, listed[:k]),
         )
-        yield function(
+        yield make_function_row(
             f"last_{k}(xs)",
             f"Return the last {k} elements of xs.",
             f"xs[-{k}:]",
             (listed, listed[-k:]),
         )
-        yield function(
+        yield make_function_row(
             f"above_{k}(xs)", f"Return the numbers of xs that are greater than {k}.", f"[x for x in xs if x > {k}]",
             (listed, listed[k + 1 :]),
         )  # fmt: skip
     for signature, text, body, *calls in FIXED:
-        yield function(signature, text, body, *calls)
+        yield make_function_row(signature, text, body, *calls)
 
 
-def function(
+def make_function_row(
     signature: str, text: str, body: str, *calls: tuple[object, object]
 ) -> dict[str, object]:
     """A row of easy-code."""
@@ -323,9 +323,9 @@ def function(
     }
 
 
-def write(folder: Path) -> tuple[str, str]:
+def write_tasks(folder: Path) -> tuple[str, str]:
     """The paths of easy-math.yaml and easy-code.yaml, written into `folder` with their data."""
-    source = sums()
+    source = iterate_sums()
     shown = [next(source) for _ in range(N_EXAMPLES)]
     asked = [next(source) for _ in range(N_SUMS)]
     examples = "".join(
@@ -377,7 +377,7 @@ def write(folder: Path) -> tuple[str, str]:
         "metric_list": [{"metric": "bypass", "aggregation": "bypass", "higher_is_better": True}],
     }
     (folder / "data").mkdir()
-    for task, rows in ((math, asked), (code, [*functions()])):
+    for task, rows in ((math, asked), (code, [*iterate_functions()])):
         lines = [json.dumps(row) + "\n" for row in rows]
         (folder / "data" / f"{task['task']}.jsonl").write_text("".join(lines), encoding="utf-8")
         (folder / f"{task['task']}.yaml").write_text(

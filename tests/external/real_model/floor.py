@@ -27,7 +27,7 @@ SEQUENCES, LENGTH, TOGETHER = 32, 512, 8
 REPEATS = 6
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
+def measure_cpu_seconds(work: Callable[[], object]) -> float:
     """Of one call, after one that warms up."""
     work()
     began = time.process_time()
@@ -36,30 +36,35 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return (time.process_time() - began) / REPEATS
 
 
-def linear(out: int, width: int) -> float:
+def time_linear(out: int, width: int) -> float:
     """A linear layer over the tokens that are run together."""
     x, weight = (torch.randn(rows, width).bfloat16() for rows in (TOGETHER * LENGTH, out))
-    return cpu_seconds(lambda: functional.linear(x, weight))
+    return measure_cpu_seconds(lambda: functional.linear(x, weight))
 
 
-def gram(width: int) -> float:
+def time_gram(width: int) -> float:
     """The gram of their inputs, added up."""
     x, total = torch.randn(width, TOGETHER * LENGTH), torch.zeros(width, width)
-    return cpu_seconds(lambda: matmul.add_symmetric(total, x, x))
+    return measure_cpu_seconds(lambda: matmul.add_symmetric(total, x, x))
 
 
-def attention() -> float:
+def time_attention() -> float:
     """Causal attention of the sequences that are run together."""
     x = torch.randn(TOGETHER, HEADS, LENGTH, HEAD_DIM).bfloat16()
-    return cpu_seconds(lambda: functional.scaled_dot_product_attention(x, x, x, is_causal=True))
+    return measure_cpu_seconds(
+        lambda: functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    )
 
 
 def main() -> None:
     """Measure and print."""
     torch.set_num_threads(1)
     runs = BLOCKS * SEQUENCES // TOGETHER
-    linears, grams = runs * sum(linear(*shape) for shape in LINEARS), runs * sum(map(gram, INPUTS))
-    attended = runs * attention()
+    linears, grams = (
+        runs * sum(time_linear(*shape) for shape in LINEARS),
+        runs * sum(map(time_gram, INPUTS)),
+    )
+    attended = runs * time_attention()
     sys.stdout.write(
         f"CPU s: linears {linears:.1f}, grams {grams:.1f}, attention {attended:.1f}; "
         f"together {linears + grams + attended:.1f}\n"

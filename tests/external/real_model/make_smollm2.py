@@ -34,7 +34,7 @@ SmolLM2-135M-Instruct in BF16, dequantized from the Q4_1 GGUF file of the PyPI p
 DEFAULT = Path("artifacts/real/smollm2-135m")
 
 
-def gguf_file() -> Path:
+def find_gguf_file() -> Path:
     """The GGUF file of the installed package, checked; the package itself, which needs llama.cpp, is not imported."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -50,7 +50,7 @@ def gguf_file() -> Path:
     return path
 
 
-def convert(gguf: Path, folder: Path) -> None:
+def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write config, tokenizer and `model.safetensors` (BF16) beside the target, then rename."""
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
@@ -79,7 +79,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     if not (folder / "config.json").is_file():
         disable_progress_bar()
-        convert(gguf_file(), folder)
+        convert_gguf(find_gguf_file(), folder)
     sys.stdout.write(f"{folder}\n")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from external.real_model.unpack import dense_weights
+from external.real_model.unpack import read_dense_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,12 +21,12 @@ from quantkit.numerics.fidelity import Estimate
 from quantkit.texts.corpora import Tokens
 
 
-class Judge:
+class ModelComparer:
     """A source and the text; the hidden states behind its last block are kept, its logits are not."""
 
     def __init__(self, source: Path, text: Tokens) -> None:
         self._source, self._text = source, text
-        self._model = dense_model(source, source)
+        self._model = load_dense_model(source, source)
         self._hidden: list[Tensor] = []
 
     @property
@@ -36,7 +36,7 @@ class Judge:
 
     def figures(self, artifact: Path) -> Mapping[str, Estimate]:
         """The figures of an artifact, over every token that has a successor in its window."""
-        model, parts = dense_model(self._source, artifact), []
+        model, parts = load_dense_model(self._source, artifact), []
         if not self._hidden:
             self._hidden = [
                 self._hidden_states(self._model, index) for index in range(self._text.n_sequences)
@@ -58,13 +58,13 @@ class Judge:
         return states[0, :-1]
 
 
-def dense_model(source: Path, weights: Path) -> Any:
+def load_dense_model(source: Path, weights: Path) -> Any:
     """The source's architecture in float32 with the weights of a folder; every one of them is used."""
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**values), dtype=torch.float32
     ).eval()
-    state = dense_weights(weights)
+    state = read_dense_weights(weights)
     if values.get("tie_word_embeddings"):
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True)

@@ -19,13 +19,13 @@ from external.real_model.bench import (
     Bench,
     Build,
     Cost,
-    artifact,
-    digest,
-    prepare,
-    quantkit,
-    say,
-    table,
-    weight_bytes,
+    build_artifact,
+    count_weight_bytes,
+    get_artifact_path,
+    hash_weights,
+    prepare_bench,
+    print_line,
+    print_table,
 )
 
 from quantkit.artifact.fidelity_schema import Fidelity
@@ -47,41 +47,44 @@ BUILDS = (
 REPEATS = 5
 
 
-def figures(bench: Bench, build: Build) -> tuple[Fidelity, Cost]:
+def build_twice(bench: Bench, build: Build) -> tuple[Fidelity, Cost]:
     """The report of a measured build and the cost of an unmeasured one, once both have the same weights."""
-    cost = quantkit(bench, build, measured=False)
-    quantkit(bench, build, measured=True)
-    same = {digest(artifact(bench, build, measured=measured)) for measured in (False, True)}
+    cost = build_artifact(bench, build, measured=False)
+    build_artifact(bench, build, measured=True)
+    same = {
+        hash_weights(get_artifact_path(bench, build, measured=measured))
+        for measured in (False, True)
+    }
     if len(same) != 1:
         raise SystemExit(
             f"{build.name}: expected the same weights with and without fidelity, found others"
         )
-    return read_report(artifact(bench, build, measured=True)), cost
+    return read_report(get_artifact_path(bench, build, measured=True)), cost
 
 
-def copied(source: Path, folder: Path) -> Cost:
+def time_copy(source: Path, folder: Path) -> Cost:
     """What `cp` needs to read the source's weights and to write the artifact's: the fastest of a few times."""
     scratch = folder.with_name(f"{folder.name}.copy")
     scratch.mkdir(exist_ok=True)
     command = f"cat {source}/*.safetensors > /dev/null; cp {folder}/*.safetensors {scratch}/; sync {scratch}/*"
     took = []
     for _ in range(REPEATS):
-        began, before = time.monotonic(), children_cpu()
+        began, before = time.monotonic(), read_children_cpu()
         subprocess.run(["sh", "-c", command], check=True)
-        took.append((time.monotonic() - began, children_cpu() - before))
+        took.append((time.monotonic() - began, read_children_cpu() - before))
     for file in scratch.iterdir():
         file.unlink()
     scratch.rmdir()
     return Cost(cpu_s=min(cpu for _, cpu in took), wall_s=min(wall for wall, _ in took), peak_rss=0)
 
 
-def children_cpu() -> float:
+def read_children_cpu() -> float:
     """User and system seconds of the children waited for."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
-def row(build: Build, report: Fidelity, cost: Cost, n_bytes: int) -> list[str]:
+def format_row(build: Build, report: Fidelity, cost: Cost, n_bytes: int) -> list[str]:
     """A line of the table."""
     pooled = report.distribution[0]
     kl, ratio, top = pooled.kl_mean, pooled.ppl_ratio, pooled.top1
@@ -108,19 +111,19 @@ def main() -> None:
     parser.add_argument("--place", type=Path, default=PLACE)
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="of the table's first column")
     given = parser.parse_args()
-    bench = prepare(given.model, given.place)
+    bench = prepare_bench(given.model, given.place)
     if bench is None:
         return
     rows, copies, costs = [], dict[str, Cost](), dict[str, Cost]()
     for build in (build for build in BUILDS if not given.only or build.name in given.only):
-        say(f"{build.name} ...")
-        found, costs[build.name] = figures(bench, build)
-        folder = artifact(bench, build, measured=True)
-        rows.append(row(build, found, costs[build.name], weight_bytes(folder)))
+        print_line(f"{build.name} ...")
+        found, costs[build.name] = build_twice(bench, build)
+        folder = get_artifact_path(bench, build, measured=True)
+        rows.append(format_row(build, found, costs[build.name], count_weight_bytes(folder)))
         if not build.calibrated:
-            copies[build.name] = copied(bench.model, folder)
-    say(
-        f"source: {weight_bytes(given.model):,} bytes of weights; test text: wikitext-2, {bench.sets.form}"
+            copies[build.name] = time_copy(bench.model, folder)
+    print_line(
+        f"source: {count_weight_bytes(given.model):,} bytes of weights; test text: wikitext-2, {bench.sets.form}"
     )
     columns = (
         "method",
@@ -132,15 +135,15 @@ def main() -> None:
         "peak MB",
         "weight bytes",
     )
-    table("SmolLM2-135M-Instruct, 4 bits, groups of 64, one core", columns, rows)
-    table(
+    print_table("SmolLM2-135M-Instruct, 4 bits, groups of 64, one core", columns, rows)
+    print_table(
         "Without text, against reading the source and writing the artifact with cp",
         ("method", "CPU s", "wall s", "cp CPU s", "cp wall s", "CPU ratio", "wall ratio"),
-        [against_copy(name, costs[name], copy) for name, copy in copies.items()],
+        [format_copy_row(name, costs[name], copy) for name, copy in copies.items()],
     )
 
 
-def against_copy(name: str, cost: Cost, copy: Cost) -> list[str]:
+def format_copy_row(name: str, cost: Cost, copy: Cost) -> list[str]:
     """A line of the second table."""
     seconds = [f"{value:.2f}" for value in (cost.cpu_s, cost.wall_s, copy.cpu_s, copy.wall_s)]
     return [name, *seconds, f"{cost.cpu_s / copy.cpu_s:.1f}", f"{cost.wall_s / copy.wall_s:.1f}"]

@@ -22,7 +22,7 @@ from quantkit.progress import Progress
 from quantkit.recipe.parse import parse_recipe
 
 
-def ignore(_: Progress | Sequence[Plan]) -> None:
+def ignore_progress(_: Progress | Sequence[Plan]) -> None:
     """Only the end counts."""
 
 
@@ -33,7 +33,12 @@ def main() -> None:
     recipe = parse_recipe(text, file, json.loads(Path(changes).read_text(encoding="utf-8")))
     with measured(Path(report)):
         pipeline.build_artifacts(
-            recipe, text, overwrite=True, evaluate=False, on_plan=ignore, on_progress=ignore
+            recipe,
+            text,
+            overwrite=True,
+            evaluate=False,
+            planned=ignore_progress,
+            tell=ignore_progress,
         )
 
 

@@ -21,18 +21,18 @@ from external.real_model.bench import (
     ONE_THREAD,
     PLACE,
     ROOT,
-    artifact,
-    prepare,
-    quantkit,
-    say,
-    table,
+    build_artifact,
+    get_artifact_path,
+    prepare_bench,
+    print_line,
+    print_table,
 )
 from external.real_model.methods import BUILDS
 
 TASKS = "gsm8k,humaneval,mbpp"
 
 
-def scored(folder: Path, model: Path, options: Sequence[str]) -> dict[str, object]:
+def evaluate_artifact(folder: Path, model: Path, options: Sequence[str]) -> dict[str, object]:
     """results.json of an artifact beside its source; the answers of both stay on disk."""
     output = folder.with_name(f"{folder.name}.eval")
     data = os.environ.get("QUANTKIT_DATA", str(ROOT.parent / "shared" / "data"))
@@ -60,16 +60,16 @@ def main() -> None:
     parser.add_argument("--limit", default="200")
     parser.add_argument("--max-tokens", default="256")
     given = parser.parse_args()
-    bench = prepare(given.model, given.place)
+    bench = prepare_bench(given.model, given.place)
     if bench is None:
         return
     rows = []
     for build in (build for build in BUILDS if not given.only or build.name in given.only):
-        folder = artifact(bench, build, measured=True)
+        folder = get_artifact_path(bench, build, measured=True)
         if not (folder / "quantkit" / "manifest.json").is_file():
-            say(f"{build.name} ...")
-            quantkit(bench, build, measured=True)
-        found = scored(
+            print_line(f"{build.name} ...")
+            build_artifact(bench, build, measured=True)
+        found = evaluate_artifact(
             folder, bench.model, ["--limit", given.limit, "--max-tokens", given.max_tokens]
         )
         for row in found["comparison"]:  # type: ignore[attr-defined]
@@ -92,7 +92,7 @@ def main() -> None:
         "lost/gained",
         "verdict",
     )
-    table(f"SmolLM2-135M-Instruct, greedy, at most {given.max_tokens} tokens", columns, rows)
+    print_table(f"SmolLM2-135M-Instruct, greedy, at most {given.max_tokens} tokens", columns, rows)
 
 
 if __name__ == "__main__":

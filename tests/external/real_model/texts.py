@@ -55,7 +55,7 @@ class Sets:
     form: str
 
 
-def wikitext() -> Path | None:
+def find_wikitext() -> Path | None:
     """The folder with wikitext-2, if this machine has one: in QUANTKIT_DATA, or in data shared beside the checkout."""
     places = [Path(__file__).parents[4] / "shared" / "data" / "wikitext-2"]
     if named := os.environ.get("QUANTKIT_DATA"):
@@ -74,8 +74,8 @@ def wikitext() -> Path | None:
 def write_sets(data: Path, tokenizer: Offsets, place: Path) -> Sets:
     """Cut both texts and write two sets, spec and rows, into `place`."""
     form = next(name for name, (file, _) in TEST.items() if (data / file).is_file())
-    valid, test = read(data, *VALID), read(data, *TEST[form])
-    passages = spread(valid, tokenizer, SEQUENCES, LENGTH)
+    valid, test = read_text(data, *VALID), read_text(data, *TEST[form])
+    passages = cut_passages(valid, tokenizer, SEQUENCES, LENGTH)
     return Sets(
         calibration=write_set(place, "wikitext-valid", VALID[0], "documents", passages),
         fidelity=write_set(
@@ -83,13 +83,13 @@ def write_sets(data: Path, tokenizer: Offsets, place: Path) -> Sets:
             "wikitext-test",
             TEST[form][0],
             "windows",
-            [first(test, tokenizer, WINDOWS, LENGTH)],
+            [cut_windows(test, tokenizer, WINDOWS, LENGTH)],
         ),
         form=form,
     )
 
 
-def read(folder: Path, file: str, sha256: str) -> str:
+def read_text(folder: Path, file: str, sha256: str) -> str:
     """A text whose bytes are the expected ones."""
     data = (folder / file).read_bytes()
     found = hashlib.sha256(data).hexdigest()
@@ -100,17 +100,17 @@ def read(folder: Path, file: str, sha256: str) -> str:
     return data.decode("utf-8")
 
 
-def spread(text: str, tokenizer: Offsets, count: int, length: int) -> list[str]:
+def cut_passages(text: str, tokenizer: Offsets, count: int, length: int) -> list[str]:
     """`count` passages of a little more than `length` tokens, each from the line at its even share of the text."""
     passages = []
     for index in range(count):
         place = index * len(text) // count
         begin = 0 if place == 0 else text.index("\n", place) + 1
-        passages.append(first(text[begin:], tokenizer, 1, length))
+        passages.append(cut_windows(text[begin:], tokenizer, 1, length))
     return passages
 
 
-def first(text: str, tokenizer: Offsets, windows: int, length: int) -> str:
+def cut_windows(text: str, tokenizer: Offsets, windows: int, length: int) -> str:
     """The beginning of a text that holds so many windows of `length` tokens, and not one more."""
     needed = windows * length + MARGIN
     head = text[: 16 * needed]

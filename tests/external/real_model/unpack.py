@@ -31,7 +31,7 @@ NF4 = np.array(
 )  # fmt: skip
 
 
-def dense_weights(folder: Path) -> dict[str, torch.Tensor]:
+def read_dense_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the model under its plain name, float32; quantized linears as the artifact's codes say."""
     entry = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
         "quantization_config"
@@ -40,7 +40,7 @@ def dense_weights(folder: Path) -> dict[str, torch.Tensor]:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
             for name in sorted(stored.keys()):
-                module, part = split(name)
+                module, part = split_tensor_name(name)
                 modules.setdefault(module, {})[part] = stored.get_tensor(name)
     found: dict[str, torch.Tensor] = {}
     for module, parts in modules.items():
@@ -54,7 +54,7 @@ def dense_weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def split(name: str) -> tuple[str, str]:
+def split_tensor_name(name: str) -> tuple[str, str]:
     """(module, part): bitsandbytes' parts hang behind `weight.`."""
     module, found, part = name.partition(".weight.")
     if found:
@@ -63,7 +63,7 @@ def split(name: str) -> tuple[str, str]:
     return module, part
 
 
-def nibbles(words: torch.Tensor, order: list[int]) -> Array:
+def unpack_nibbles(words: torch.Tensor, order: list[int]) -> Array:
     """int32 words [rows, n] -> 4-bit codes [rows, 8 n], the first in slot order[0]."""
     bits = words.numpy().view(np.uint32)
     slots = np.stack(
@@ -72,10 +72,12 @@ def nibbles(words: torch.Tensor, order: list[int]) -> Array:
     return slots.reshape(len(bits), -1).astype(np.int32)  # [rows, n, 8] -> [rows, 8 n]
 
 
-def gptq(parts: Parts, entry: Mapping[str, object]) -> Array:
+def unpack_gptq(parts: Parts, entry: Mapping[str, object]) -> Array:
     """Words along the input: (q - z) * s with the group of each input in g_idx; v1 stores z - 1."""
-    codes = nibbles(parts["qweight"].T.contiguous(), IN_ORDER).T  # [in / 8, out] -> [in, out]
-    zeros = nibbles(parts["qzeros"], IN_ORDER)  # [groups, out]
+    codes = unpack_nibbles(
+        parts["qweight"].T.contiguous(), IN_ORDER
+    ).T  # [in / 8, out] -> [in, out]
+    zeros = unpack_nibbles(parts["qzeros"], IN_ORDER)  # [groups, out]
     if entry.get("checkpoint_format", entry.get("format", "gptq")) != "gptq_v2":
         zeros = (zeros + 1) & 15
     group = parts["g_idx"].numpy()
@@ -84,32 +86,32 @@ def gptq(parts: Parts, entry: Mapping[str, object]) -> Array:
     ).T  # [in, out] -> [out, in]
 
 
-def awq(parts: Parts, _: Mapping[str, object]) -> Array:
+def unpack_awq(parts: Parts, _: Mapping[str, object]) -> Array:
     """Words along the output, in AWQ's order: (q - z) * s."""
     codes, zeros = (
-        nibbles(parts["qweight"], AWQ_ORDER),
-        nibbles(parts["qzeros"], AWQ_ORDER),
+        unpack_nibbles(parts["qweight"], AWQ_ORDER),
+        unpack_nibbles(parts["qzeros"], AWQ_ORDER),
     )  # [in, out], [groups, out]
     width = len(codes) // len(zeros)
     scales = np.repeat(parts["scales"].float().numpy(), width, axis=0)  # [groups, out] -> [in, out]
     return ((codes - np.repeat(zeros, width, axis=0)) * scales).T  # [in, out] -> [out, in]
 
 
-def packed(parts: Parts, _: Mapping[str, object]) -> Array:
+def unpack_compressed_tensors(parts: Parts, _: Mapping[str, object]) -> Array:
     """compressed-tensors: words along the input, codes and zero points offset by 8; without zero points, symmetric."""
     rows, columns = parts["weight_shape"].tolist()
-    codes = nibbles(parts["weight_packed"], IN_ORDER)[:, :columns]
+    codes = unpack_nibbles(parts["weight_packed"], IN_ORDER)[:, :columns]
     scales = parts["weight_scale"].float().numpy()  # [out, groups]
     width = columns // scales.shape[1]
     zeros = np.full(scales.shape, 8)
     if "weight_zero_point" in parts:  # words along the output
-        zeros = nibbles(parts["weight_zero_point"].T.contiguous(), IN_ORDER).T[
+        zeros = unpack_nibbles(parts["weight_zero_point"].T.contiguous(), IN_ORDER).T[
             :rows
         ]  # [out / 8, groups] -> [out, ..]
     return (codes - np.repeat(zeros, width, axis=1)) * np.repeat(scales, width, axis=1)  # [out, in]
 
 
-def nf4(parts: Parts, _: Mapping[str, object]) -> Array:
+def unpack_nf4(parts: Parts, _: Mapping[str, object]) -> Array:
     """bitsandbytes: two codes a byte, the first in the high nibble, blocks of the flattened weight."""
     state = json.loads(bytes(parts["weight.quant_state.bitsandbytes__nf4"].tolist()))
     scales = parts["weight.absmax"].numpy()
@@ -127,14 +129,14 @@ def nf4(parts: Parts, _: Mapping[str, object]) -> Array:
     return values[: rows * columns].reshape(rows, columns)  # [n] -> [out, in]
 
 
-def gemm(parts: Parts, entry: Mapping[str, object]) -> Array:
+def unpack_gemm(parts: Parts, entry: Mapping[str, object]) -> Array:
     """GPTQ and AWQ call their tensors alike; the config says which it is."""
-    return (awq if entry.get("quant_method") == "awq" else gptq)(parts, entry)
+    return (unpack_awq if entry.get("quant_method") == "awq" else unpack_gptq)(parts, entry)
 
 
 READERS: Mapping[str, Callable[[Parts, Mapping[str, object]], Array]] = {
-    "qweight": gemm,
-    "weight_packed": packed,
-    "weight.quant_state.bitsandbytes__nf4": nf4,
+    "qweight": unpack_gemm,
+    "weight_packed": unpack_compressed_tensors,
+    "weight.quant_state.bitsandbytes__nf4": unpack_nf4,
 }
 """The part by which a quantized linear is known, and what reads it."""

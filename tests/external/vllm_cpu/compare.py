@@ -90,7 +90,7 @@ class Comparison:
     def faults(self) -> list[str]:
         """Why vLLM does not say what the dequantized model says; empty when it does."""
         found = [
-            f"{d.task_id}: {d.place} is no near-tie (margin {shown(d.margin)}, expected below {NEAR_TIE_NATS} nats): "
+            f"{d.task_id}: {d.place} is no near-tie (margin {format_margin(d.margin)}, expected below {NEAR_TIE_NATS} nats): "
             f"expected {d.expected!r}, found {d.found!r}"
             for d in self.differences
             if not d.near_tie
@@ -122,7 +122,9 @@ class Comparison:
             f"{self.answers} prompts: {self.answers - len(self.differences)} answers equal token by token, "
             f"{len(ties)} near-ties, {len(self.differences) - len(ties)} other differences"
         ]
-        told += [f"near-tie: {d.task_id}, {d.place}, margin {shown(d.margin)} nats" for d in ties]
+        told += [
+            f"near-tie: {d.task_id}, {d.place}, margin {format_margin(d.margin)} nats" for d in ties
+        ]
         if self.margins:
             told.append(
                 f"margin between the two likeliest tokens, {len(self.margins)} undecided steps: "
@@ -132,12 +134,12 @@ class Comparison:
         return told
 
 
-def shown(margin: float | None) -> str:
+def format_margin(margin: float | None) -> str:
     """A margin as text."""
     return "beyond the candidates" if margin is None else f"{margin:.3f}"
 
 
-def compare(
+def compare_answers(
     expected: Sequence[Answer], found: Sequence[Answer], rounding: float = 0.0
 ) -> Comparison:
     """Answers of the dequantized model and of vLLM to the same prompts, in the same order.
@@ -146,13 +148,13 @@ def compare(
     """
     differences, margins = list[Difference](), list[float]()
     for reference, answer in zip(expected, found, strict=True):
-        first = first_difference(reference, answer)
+        first = find_first_difference(reference, answer)
         if first is not None:
             differences.append(first)
         if first is None:
-            margins += moved(reference.steps, answer.steps)
+            margins += compute_margin_changes(reference.steps, answer.steps)
         elif first.position is not None:
-            margins += moved(
+            margins += compute_margin_changes(
                 reference.steps[: first.position + 1], answer.steps[: first.position + 1]
             )
     close = max(CLOSE_NATS, rounding)
@@ -161,7 +163,7 @@ def compare(
     )
 
 
-def first_difference(reference: Answer, answer: Answer) -> Difference | None:
+def find_first_difference(reference: Answer, answer: Answer) -> Difference | None:
     """Where two answers part, or None when they do not."""
     told = {"task_id": reference.task_id, "expected": reference.text, "found": answer.text}
     if reference.prompt_tokens != answer.prompt_tokens:
@@ -178,7 +180,7 @@ def first_difference(reference: Answer, answer: Answer) -> Difference | None:
     return None
 
 
-def moved(reference: Sequence[Step], answer: Sequence[Step]) -> list[float]:
+def compute_margin_changes(reference: Sequence[Step], answer: Sequence[Step]) -> list[float]:
     """|change of the margin| of every undecided step; both models read the same tokens up to each."""
     changes = []
     for ours, theirs in zip(reference, answer):  # up to the end of the shorter answer
@@ -193,11 +195,11 @@ def read_answers(path: Path) -> list[Answer]:
     """The answers of a JSON file that `write_answers`, or generate.py, wrote."""
     items = json.loads(path.read_text(encoding="utf-8"))
     return [
-        Answer(**{**item, "steps": [step_of(step) for step in item["steps"]]}) for item in items
+        Answer(**{**item, "steps": [parse_step(step) for step in item["steps"]]}) for item in items
     ]
 
 
-def step_of(values: dict[str, Any]) -> Step:
+def parse_step(values: dict[str, Any]) -> Step:
     """A step from JSON, whose keys are text."""
     return Step(
         token=values["token"],

@@ -49,7 +49,7 @@ def main(artifact: str, reference: str, answers: str) -> None:
     )
     made = engine.generate([item["prompt"] for item in asked], sampling, use_tqdm=False)
     answered = time.monotonic()
-    found = [answer(item, output) for item, output in zip(asked, made, strict=True)]
+    found = [format_answer(item, output) for item, output in zip(asked, made, strict=True)]
     Path(answers).write_text(json.dumps(found), encoding="utf-8")
     processor = "AMX" if torch.cpu._is_amx_tile_supported() else "AVX-512 VNNI"
     sys.stderr.write(
@@ -58,7 +58,7 @@ def main(artifact: str, reference: str, answers: str) -> None:
     )
 
 
-def answer(item: dict[str, Any], output: Any) -> dict[str, Any]:
+def format_answer(item: dict[str, Any], output: Any) -> dict[str, Any]:
     """What vLLM made of one prompt, in the form of compare.Answer."""
     completion = output.outputs[0]
     steps = [

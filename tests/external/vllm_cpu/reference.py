@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from external.vllm_cpu.compare import Answer, Step, moved
+from external.vllm_cpu.compare import Answer, Step, compute_margin_changes
 from support.dequantized import Stored
 from torch import Tensor
 
@@ -22,13 +22,13 @@ from quantkit.texts.corpora import load_tokenizer
 TASKS = ("tiny-v3-math", "tiny-v3-code")
 NEW_TOKENS = 80
 """The longest reference answer of both tasks has 62 tokens, so that a sound answer ends by itself."""
-ROUNDING = 0.95
+ROUNDING_QUANTILE = 0.95
 """Share of the margins that bfloat16 moves by less than what is told of it."""
 CANDIDATES = 20
 """Tokens per step whose log-probability is kept; a token that is not among them is no near-tie."""
 
 
-def prompts(count: int) -> list[tuple[str, str]]:
+def read_prompts(count: int) -> list[tuple[str, str]]:
     """(task id, prompt) of held-out items, the first count / 2 of each task."""
     found = []
     for task in TASKS:
@@ -42,7 +42,7 @@ def prompts(count: int) -> list[tuple[str, str]]:
     return found
 
 
-def answer(model: Any, tokenizer: Any, task_id: str, prompt: str) -> Answer:
+def generate_answer(model: Any, tokenizer: Any, task_id: str, prompt: str) -> Answer:
     """Generate greedily until EOS, at most NEW_TOKENS."""
     encoded = tokenizer(prompt, return_tensors="pt")["input_ids"]  # [1, prompt tokens]
     with torch.no_grad():
@@ -57,14 +57,14 @@ def answer(model: Any, tokenizer: Any, task_id: str, prompt: str) -> Answer:
             return_dict_in_generate=True,
         )
     tokens = made.sequences[0, encoded.shape[1] :].tolist()  # [1, prompt + new] -> [new]
-    steps = [step(token, logits[0]) for token, logits in zip(tokens, made.logits, strict=True)]
+    steps = [make_step(token, logits[0]) for token, logits in zip(tokens, made.logits, strict=True)]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return Answer(
         task_id=task_id, prompt=prompt, prompt_tokens=encoded[0].tolist(), text=text, steps=steps
     )
 
 
-def step(token: int, logits: Tensor) -> Step:
+def make_step(token: int, logits: Tensor) -> Step:
     """Logits [vocabulary] at the place of `token`, as the log-probabilities of its likeliest tokens."""
     best = torch.log_softmax(logits.float(), dim=-1).topk(CANDIDATES)
     return Step(
@@ -72,7 +72,7 @@ def step(token: int, logits: Tensor) -> Step:
     )
 
 
-def rounding(model: Any, answers: Sequence[Answer]) -> float:
+def measure_rounding(model: Any, answers: Sequence[Answer]) -> float:
     """How far a model's margins move in bfloat16, in nats: 95 % of the undecided ones move by less.
 
     The model reads its own answers, so that both precisions see the same tokens; it is in bfloat16 afterwards.
@@ -84,12 +84,17 @@ def rounding(model: Any, answers: Sequence[Answer]) -> float:
         ids = torch.tensor([[*each.prompt_tokens, *tokens[:-1]]])  # [1, prompt + new - 1]
         with torch.no_grad():
             logits = model(ids).logits[0, len(each.prompt_tokens) - 1 :]  # [new, vocabulary]
-        changes += moved(each.steps, [step(*pair) for pair in zip(tokens, logits, strict=True)])
-    return torch.tensor(changes).quantile(ROUNDING).item() if changes else 0.0
+        changes += compute_margin_changes(
+            each.steps, [make_step(*pair) for pair in zip(tokens, logits, strict=True)]
+        )
+    return torch.tensor(changes).quantile(ROUNDING_QUANTILE).item() if changes else 0.0
 
 
-def answers(artifact: Path, count: int) -> tuple[list[Answer], float]:
+def generate_answers(artifact: Path, count: int) -> tuple[list[Answer], float]:
     """The dequantized model's answers to `count` held-out prompts, and how far bfloat16 moves its margins."""
     model, tokenizer = Stored.open(artifact).model(), load_tokenizer(artifact)
-    found = [answer(model, tokenizer, task_id, prompt) for task_id, prompt in prompts(count)]
-    return found, rounding(model, found)
+    found = [
+        generate_answer(model, tokenizer, task_id, prompt)
+        for task_id, prompt in read_prompts(count)
+    ]
+    return found, measure_rounding(model, found)

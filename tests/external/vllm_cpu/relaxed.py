@@ -29,7 +29,7 @@ def check_processor() -> None:
         )
 
 
-def relax() -> None:
+def relax_checks() -> None:
     """Let vLLM's kernel for four-bit experts on CPUs run where it can run; nothing it computes is changed.
 
     Both checks guard vllm.model_executor.layers.fused_moe.experts.cpu_moe.CPUExpertsInt4, the only class that serves

@@ -16,23 +16,23 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from external.vllm_cpu.cases import NOT_RUN, REAL, Case, cases
-from external.vllm_cpu.compare import Comparison, compare, read_answers, write_answers
+from external.vllm_cpu.cases import NOT_RUN, REAL, Case, list_cases
+from external.vllm_cpu.compare import Comparison, compare_answers, read_answers, write_answers
 
 PROMPTS = {REAL: 10}
 """Prompts per model; others are asked 20."""
 LOG_LINES = 30
 GENERATE = Path(__file__).parent / "generate.py"
-PLACE, REAL_FOLDER = Path("artifacts/vllm"), Path("artifacts/real")
+STUDENT_FOLDER, REAL_FOLDER = Path("artifacts/vllm"), Path("artifacts/real")
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """A line on stdout, at once."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
-def quietly(command: Sequence[str]) -> list[str]:
+def run_command(command: Sequence[str]) -> list[str]:
     """Run a command and hand back the lines it printed; RuntimeError with the last of them when it fails."""
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -45,18 +45,18 @@ def quietly(command: Sequence[str]) -> list[str]:
     return lines
 
 
-def built(case: Case, folder: Path) -> Path:
+def build_case(case: Case, folder: Path) -> Path:
     """The artifact of a case, made by the command line as users make it."""
     began, recipe = time.monotonic(), folder / f"{case.name}.yaml"
-    place = REAL_FOLDER if case.model == REAL else PLACE
+    place = REAL_FOLDER if case.model == REAL else STUDENT_FOLDER
     place.mkdir(parents=True, exist_ok=True)
     recipe.write_text(case.recipe(place.resolve(), folder / case.name), encoding="utf-8")
-    quietly([sys.executable, "-m", "quantkit", "build", str(recipe), "--skip-evaluation"])
-    say(f"{case.name}: built in {time.monotonic() - began:.0f} s")
+    run_command([sys.executable, "-m", "quantkit", "build", str(recipe), "--skip-evaluation"])
+    print_line(f"{case.name}: built in {time.monotonic() - began:.0f} s")
     return folder / case.name
 
 
-def check(vllm_python: str, artifact: Path, prompts: int, folder: Path) -> Comparison:
+def check_artifact(vllm_python: str, artifact: Path, prompts: int, folder: Path) -> Comparison:
     """Ask both models, compare, and print what was found."""
     from external.vllm_cpu import (
         reference,
@@ -64,35 +64,35 @@ def check(vllm_python: str, artifact: Path, prompts: int, folder: Path) -> Compa
 
     began = time.monotonic()
     expected, found = folder / "reference.json", folder / "vllm.json"
-    answers, rounding = reference.answers(artifact, prompts)
+    answers, rounding = reference.generate_answers(artifact, prompts)
     write_answers(answers, expected)
     seconds = time.monotonic() - began
-    say(
+    print_line(
         f"dequantized model, transformers in float32: {prompts} answers in {seconds:.0f} s; bfloat16 alone moves 95 % "
         f"of its undecided margins by less than {rounding:.3f} nats"
     )
     began = time.monotonic()
-    log = quietly([vllm_python, str(GENERATE), str(artifact), str(expected), str(found)])
+    log = run_command([vllm_python, str(GENERATE), str(artifact), str(expected), str(found)])
     told = next((line for line in reversed(log) if line.startswith("vLLM ")), "vLLM: no timing")
-    say(f"{told}; {time.monotonic() - began:.0f} s with the start of Python")
-    result = compare(read_answers(expected), read_answers(found), rounding)
+    print_line(f"{told}; {time.monotonic() - began:.0f} s with the start of Python")
+    result = compare_answers(read_answers(expected), read_answers(found), rounding)
     for line in [*result.lines(), *(f"FAILED: {fault}" for fault in result.faults)]:
-        say(line)
+        print_line(line)
     return result
 
 
-def artifacts(
+def iterate_artifacts(
     given: Sequence[Path], only: str, folder: Path
 ) -> Iterator[tuple[str, int, Path | Case]]:
     """Name, number of prompts, and what is to be read: the artifacts given, else the cases that contain `only`."""
     for path in given:
         yield path.name, 20, path
-    for case in cases((REAL_FOLDER / REAL).exists()):
+    for case in list_cases((REAL_FOLDER / REAL).exists()):
         if not given and only in case.name:
             yield case.name, PROMPTS.get(case.model, 20), case
 
 
-def row(name: str, result: Comparison | None, fault: str = "") -> str:
+def format_row(name: str, result: Comparison | None, fault: str = "") -> str:
     """A line of the table."""
     if result is None:
         return f"{name:<40}  not read: {fault}"
@@ -118,21 +118,21 @@ def main() -> None:
     rows, failed = [], False
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for name, prompts, what in artifacts(given.artifact, given.only, folder):
+        for name, prompts, what in iterate_artifacts(given.artifact, given.only, folder):
             result, fault = None, ""
             try:
-                path = built(what, folder) if isinstance(what, Case) else what
-                result = check(given.vllm_python, path, prompts, folder)
+                path = build_case(what, folder) if isinstance(what, Case) else what
+                result = check_artifact(given.vllm_python, path, prompts, folder)
             except RuntimeError as error:
-                say(str(error))
+                print_line(str(error))
                 fault = str(error).splitlines()[-2:][0]
             failed |= result is None or bool(result.faults)
-            rows.append(row(name, result, fault))
+            rows.append(format_row(name, result, fault))
     rows += [f"{name:<40}  not run: {reason}" for name, reason in NOT_RUN.items()]
     if not (REAL_FOLDER / REAL).exists():
         rows.append(f"{REAL:<40}  not run: no {REAL_FOLDER / REAL}; `make real-model` makes it")
     for line in ["", *rows]:
-        say(line)
+        print_line(line)
     sys.exit(1 if failed else 0)
 
 

@@ -36,7 +36,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 """tiny-v3 brings none."""
 
 
-def on_path(folder: Path, vllm_python: str) -> None:
+def put_vllm_on_path(folder: Path, vllm_python: str) -> None:
     """Put a program called vllm before all others."""
     program = folder / "vllm"
     words = shlex.join([str(Path(vllm_python).absolute()), str(COMMAND.absolute())])
@@ -49,7 +49,7 @@ def main(vllm_python: str, artifact: str = "") -> None:
     """Serve, ask, stop; SystemExit when an answer is not what the API promises."""
     os.environ.setdefault("NO_PROXY", "127.0.0.1")
     with tempfile.TemporaryDirectory() as name:
-        on_path(Path(name), vllm_python)
+        put_vllm_on_path(Path(name), vllm_python)
         if not artifact:
             artifact = f"{name}/tiny-v3-awq4"
             subprocess.run([*BUILD, "--set", f"output.path={artifact}"], check=True)

@@ -32,10 +32,10 @@ STUDENTS: dict[str, dict[str, object]] = {
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 128},
 }
 STEPS, ROWS, ROW_TOKENS, DOCUMENTS = 200, 16, 128, 12_000
-RATE, WARM_UP = 4e-3, 20
+LEARNING_RATE, WARM_UP = 4e-3, 20
 
 
-def student(model_type: str, place: Path) -> Path:
+def make_student(model_type: str, place: Path) -> Path:
     """The taught model of a family as a BF16 checkpoint under `place`; taught only where it is not there yet."""
     folder = place / f"student-{model_type}"
     if folder.exists():
@@ -43,7 +43,7 @@ def student(model_type: str, place: Path) -> Path:
     config = make_tiny_config(model_type, **WIDTHS, **STUDENTS[model_type])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(dict(config)))
-    teach(model)
+    train_student(model)
     beside = place / f"{folder.name}.part"
     shutil.rmtree(beside, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(beside)
@@ -54,12 +54,14 @@ def student(model_type: str, place: Path) -> Path:
     return folder
 
 
-def teach(model: torch.nn.Module) -> float:
+def train_student(model: torch.nn.Module) -> float:
     """Train in place, a pure function of the model; the loss of the last step in nats per token."""
-    adam = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    adam = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0
+    )
     loss = torch.tensor(0.0)
-    for step, batch in zip(range(STEPS), batches()):
-        rate = RATE * min(1, (step + 1) / WARM_UP) * max(0.02, 1 - step / STEPS)
+    for step, batch in zip(range(STEPS), iterate_batches()):
+        rate = LEARNING_RATE * min(1, (step + 1) / WARM_UP) * max(0.02, 1 - step / STEPS)
         adam.param_groups[0]["lr"] = rate
         logits = model(
             input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.mask
@@ -72,7 +74,7 @@ def teach(model: torch.nn.Module) -> float:
     return loss.item()
 
 
-def batches() -> Iterator[Batch]:
+def iterate_batches() -> Iterator[Batch]:
     """Batches of tiny-v3's training texts, without its benchmarks' prompts."""
     tokenizer = Tokenizer.from_file(str(locate_model("builtin:tiny-v3") / "tokenizer.json"))
     rows = pack_rows(encode_items(make_clean_items(DOCUMENTS), tokenizer), ROW_TOKENS + 1)

@@ -34,14 +34,21 @@ YAML_RAW: tuple[bytes, ...] = (
 )  # fmt: skip
 
 
-def json_mutation(data: bytes, rng: random.Random) -> bytes:
+def mutate_json(data: bytes, rng: random.Random) -> bytes:
     """One to three changes of a JSON text's values, keys or bytes."""
     for _ in range(rng.randint(1, 3)):
-        data = rng.choice((_value, _value, _value, _key, _raw, _cut))(data, rng)
+        data = rng.choice((
+            _replace_value,
+            _replace_value,
+            _replace_value,
+            _change_key,
+            _insert_raw,
+            _cut_bytes,
+        ))(data, rng)
     return data
 
 
-def lines_mutation(data: bytes, rng: random.Random) -> bytes:
+def mutate_lines(data: bytes, rng: random.Random) -> bytes:
     """The same for a file with one JSON text a line."""
     lines = data.split(b"\n")
     at = rng.randrange(len(lines))
@@ -53,31 +60,37 @@ def lines_mutation(data: bytes, rng: random.Random) -> bytes:
     elif kind == 2:
         lines[at] = rng.choice((b"", b"\r", b" ", b"null", b"[]"))
     else:
-        lines[at] = json_mutation(lines[at], rng)
+        lines[at] = mutate_json(lines[at], rng)
     return b"\n".join(lines)
 
 
-def yaml_mutation(data: bytes, rng: random.Random) -> bytes:
+def mutate_yaml(data: bytes, rng: random.Random) -> bytes:
     """One to three changes of a YAML text's lines, values or bytes."""
     for _ in range(rng.randint(1, 3)):
-        data = rng.choice((_line, _after_colon, _after_colon, _raw_yaml, _cut))(data, rng)
+        data = rng.choice((
+            _change_line,
+            _replace_yaml_value,
+            _replace_yaml_value,
+            _insert_raw_yaml,
+            _cut_bytes,
+        ))(data, rng)
     return data
 
 
-def bytes_mutation(data: bytes, rng: random.Random) -> bytes:
+def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
     """One to three changes of bytes that are no text."""
     for _ in range(rng.randint(1, 3)):
-        data = rng.choice((_flip, _cut, _raw))(data, rng)
+        data = rng.choice((_flip_byte, _cut_bytes, _insert_raw))(data, rng)
     return data
 
 
-def _value(data: bytes, rng: random.Random) -> bytes:
+def _replace_value(data: bytes, rng: random.Random) -> bytes:
     """A value anywhere in the tree becomes another, is dropped or is given twice."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):
-        return _raw(data, rng)
-    places = _places(tree)
+        return _insert_raw(data, rng)
+    places = _list_places(tree)
     if not places:
         return json.dumps(rng.choice(HOSTILE)).encode()
     parent, key = rng.choice(places)
@@ -97,7 +110,7 @@ def _value(data: bytes, rng: random.Random) -> bytes:
         return data
 
 
-def _places(tree: object, limit: int = 3000) -> list[tuple[object, object]]:
+def _list_places(tree: object, limit: int = 3000) -> list[tuple[object, object]]:
     found: list[tuple[object, object]] = []
     waiting = [tree]
     while waiting and len(found) < limit:
@@ -115,11 +128,11 @@ def _places(tree: object, limit: int = 3000) -> list[tuple[object, object]]:
     return found
 
 
-def _key(data: bytes, rng: random.Random) -> bytes:
+def _change_key(data: bytes, rng: random.Random) -> bytes:
     """A key is given another name, or a second time."""
     marks = [at for at in range(len(data)) if data.startswith(b'":', at)]
     if not marks:
-        return _raw(data, rng)
+        return _insert_raw(data, rng)
     end = rng.choice(marks)
     begin = data.rfind(b'"', 0, end) + 1
     name = data[begin:end]
@@ -131,32 +144,32 @@ def _key(data: bytes, rng: random.Random) -> bytes:
     return data[:begin] + changed + data[end:]
 
 
-def _raw(data: bytes, rng: random.Random) -> bytes:
-    return _put(data, rng, rng.choice(RAW))
+def _insert_raw(data: bytes, rng: random.Random) -> bytes:
+    return _insert_bytes(data, rng, rng.choice(RAW))
 
 
-def _raw_yaml(data: bytes, rng: random.Random) -> bytes:
-    return _put(data, rng, rng.choice((*RAW, *YAML_RAW)))
+def _insert_raw_yaml(data: bytes, rng: random.Random) -> bytes:
+    return _insert_bytes(data, rng, rng.choice((*RAW, *YAML_RAW)))
 
 
-def _put(data: bytes, rng: random.Random, what: bytes) -> bytes:
+def _insert_bytes(data: bytes, rng: random.Random, what: bytes) -> bytes:
     at = rng.randint(0, len(data))
     return data[:at] + what + data[at + rng.choice((0, 0, 1, len(what))) :]
 
 
-def _cut(data: bytes, rng: random.Random) -> bytes:
+def _cut_bytes(data: bytes, rng: random.Random) -> bytes:
     first, last = sorted((rng.randint(0, len(data)), rng.randint(0, len(data))))
     return data[:first] + data[last:] if rng.random() < 0.7 else data[:last]
 
 
-def _flip(data: bytes, rng: random.Random) -> bytes:
+def _flip_byte(data: bytes, rng: random.Random) -> bytes:
     if not data:
         return b"\0"
     at = rng.randrange(len(data))
     return data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
 
 
-def _line(data: bytes, rng: random.Random) -> bytes:
+def _change_line(data: bytes, rng: random.Random) -> bytes:
     lines = data.split(b"\n")
     at = rng.randrange(len(lines))
     kind = rng.randrange(4)
@@ -171,12 +184,12 @@ def _line(data: bytes, rng: random.Random) -> bytes:
     return b"\n".join(lines)
 
 
-def _after_colon(data: bytes, rng: random.Random) -> bytes:
+def _replace_yaml_value(data: bytes, rng: random.Random) -> bytes:
     """The value behind a key becomes another."""
     lines: Sequence[bytes] = data.split(b"\n")
     keyed = [at for at, line in enumerate(lines) if b":" in line]
     if not keyed:
-        return _raw_yaml(data, rng)
+        return _insert_raw_yaml(data, rng)
     at = rng.choice(keyed)
     values = [json.dumps(value).encode() for value in HOSTILE] + [*YAML_RAW, *RAW]
     changed = lines[at].split(b":", 1)[0] + b": " + rng.choice(values)

@@ -28,7 +28,7 @@ MEMORY_BYTES = 1_500_000_000
 SHOWN = 5
 
 
-class Fuzzed:
+class FuzzRun:
     """Counts and failures of one parser."""
 
     def __init__(self, chosen: targets.Target, wanted: int, result: Path, folder: Path) -> None:
@@ -41,7 +41,7 @@ class Fuzzed:
         """libFuzzer's callback."""
         began = time.perf_counter()
         try:
-            told = targets.run(self.chosen, self.folder, data)
+            told = targets.run_target(self.chosen, self.folder, data)
             self.accepted += told is None
             self.refused += told is not None
         except Exception:  # noqa: BLE001  # whatever it is, it is what the run looks for
@@ -74,7 +74,7 @@ class Fuzzed:
         return self.chosen.mutate(data if kind == 1 else rng.choice(self.chosen.seeds), rng)[:most]
 
 
-def address_space() -> int:
+def read_address_space() -> int:
     """Bytes that this process has mapped."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
@@ -84,13 +84,13 @@ def main(name: str, wanted: int, seed: int, result: str) -> None:
     chosen = targets.TARGETS[name]
     folder = Path(tempfile.mkdtemp())
     corpus = Path(tempfile.mkdtemp())
-    targets.prepare(chosen, folder)
+    targets.prepare_folder(chosen, folder)
     with atheris.instrument_imports(include=["quantkit"]):  # which a target does when it is run
         for number, data in enumerate(chosen.seeds):
             (corpus / str(number)).write_bytes(data)
-            targets.run(chosen, folder, data)
-    fuzzed = Fuzzed(chosen, wanted, Path(result), folder)
-    limit = address_space() + MEMORY_BYTES
+            targets.run_target(chosen, folder, data)
+    fuzzed = FuzzRun(chosen, wanted, Path(result), folder)
+    limit = read_address_space() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     longest = 4 * max(map(len, chosen.seeds)) + 8000
     options = [

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from reliability.fuzz.mutate import (
     Mutation,
-    bytes_mutation,
-    json_mutation,
-    lines_mutation,
-    yaml_mutation,
+    mutate_bytes,
+    mutate_json,
+    mutate_lines,
+    mutate_yaml,
 )
 
 from quantkit import errors
@@ -130,32 +130,32 @@ class Target:
         return self.made()
 
 
-def as_bytes(value: object) -> bytes:
+def encode_json(value: object) -> bytes:
     """JSON."""
     return json.dumps(value, indent=1).encode()
 
 
-def framed(header: bytes, data: bytes) -> bytes:
+def join_shard(header: bytes, data: bytes) -> bytes:
     """A safetensors file."""
     return len(header).to_bytes(8, "little") + header + data
 
 
-def shard_mutation(data: bytes, rng: random.Random) -> bytes:
+def mutate_shard(data: bytes, rng: random.Random) -> bytes:
     """A damaged header, most times behind the length that it has."""
     length = int.from_bytes(data[:8], "little")
     if rng.random() < 0.2 or length > len(data):
-        return bytes_mutation(data, rng)
-    header = json_mutation(data[8 : 8 + length], rng)
-    return framed(header, data[8 + length :])
+        return mutate_bytes(data, rng)
+    header = mutate_json(data[8 : 8 + length], rng)
+    return join_shard(header, data[8 + length :])
 
 
 PLAIN = dict([*HEADER.items()][:3])  # without FP8
 SHARD_NAME = "a.safetensors"
-SHARD = framed(as_bytes(HEADER), bytes(52))
+SHARD = join_shard(encode_json(HEADER), bytes(52))
 TARGETS: dict[str, Target] = {}
 
 
-def target(
+def register_target(
     name: str,
     file: str,
     seeds: Callable[[], tuple[bytes, ...]],
@@ -176,19 +176,19 @@ def target(
 # ------------------------------------------------------------------------------------------------------------ recipes
 
 
-@target("recipe", "recipe.yaml", lambda: (RECIPE.encode(),), yaml_mutation)
+@register_target("recipe", "recipe.yaml", lambda: (RECIPE.encode(),), mutate_yaml)
 def recipe(folder: Path) -> object:
     """A recipe file."""
-    from quantkit.cli.options import read_recipe
+    from quantkit.recipe.recipe_file import read_recipe
 
-    return read_recipe(str(folder / "recipe.yaml"), ())[1].hash
+    return read_recipe(str(folder / "recipe.yaml"), {})[1].hash
 
 
-@target(
+@register_target(
     "override",
     "overrides",
     lambda: (b"quantize.bits=3\noutput.path=x\nrules=[{match: a, keep: bf16}]",),
-    yaml_mutation,
+    mutate_yaml,
 )
 def override(folder: Path) -> object:
     """--set KEY=VALUE, one a line; what is set is written into the text too."""
@@ -199,26 +199,26 @@ def override(folder: Path) -> object:
     return apply_overrides(RECIPE, parse_recipe(RECIPE, "recipe.yaml", pairs))
 
 
-@target(
+@register_target(
     "gates",
     "gates.yaml",
     lambda: (
         b"gates:\n  kl_mean@math: {max: 0.1}\n  size: {max: 4GB}\n  mine: {min_score: 0.5}\n",
     ),
-    yaml_mutation,
+    mutate_yaml,
 )
 def gates(folder: Path) -> object:
     """A file of gates."""
-    from quantkit.cli.options import _text
     from quantkit.recipe.parse import parse_gates
+    from quantkit.recipe.recipe_file import read_text_file
 
-    return parse_gates(_text(folder / "gates.yaml"), "gates.yaml", ["mine"])
+    return parse_gates(read_text_file(folder / "gates.yaml"), "gates.yaml", ["mine"])
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-@target("config", "config.json", lambda: configs(), json_mutation)
+@register_target("config", "config.json", lambda: make_configs(), mutate_json)
 def config(folder: Path) -> object:
     """config.json as a plan reads it, of a family with a table: layout, decisions, shards, memory."""
     from quantkit import registry
@@ -235,12 +235,12 @@ def config(folder: Path) -> object:
     )
     return [
         plan.hash
-        for plan in sources.plan_recipe(small_recipe(), facts, {"calibration": 9, "fidelity": 9})
+        for plan in sources.plan_recipe(make_recipe(), facts, {"calibration": 9, "fidelity": 9})
     ]
 
 
 @cache
-def small_recipe() -> Recipe:
+def make_recipe() -> Recipe:
     """A recipe that fits every family."""
     from quantkit.recipe.parse import parse_recipe
 
@@ -252,30 +252,32 @@ def small_recipe() -> Recipe:
 
 
 @cache
-def configs() -> tuple[bytes, ...]:
+def make_configs() -> tuple[bytes, ...]:
     """The tiny config of every family with a table."""
     from quantkit import registry
 
     names = registry.list_names("architectures")
     return (
-        as_bytes(LLAMA),
-        *(as_bytes({**registry.get_architecture(name).tiny}) for name in names),
+        encode_json(LLAMA),
+        *(encode_json({**registry.get_architecture(name).tiny}) for name in names),
     )
 
 
-@target(
+@register_target(
     "index", "model.safetensors.index.json",
-    lambda: (as_bytes({"metadata": {"total_size": 52}, "weight_map": dict.fromkeys(list(HEADER)[1:], SHARD_NAME)}),),
-    json_mutation, lambda: {SHARD_NAME: SHARD},
+    lambda: (encode_json({"metadata": {"total_size": 52}, "weight_map": dict.fromkeys(list(HEADER)[1:], SHARD_NAME)}),),
+    mutate_json, lambda: {SHARD_NAME: SHARD},
 )  # fmt: skip
 def index(folder: Path) -> object:
     """The index of a sharded checkpoint."""
     from quantkit.checkpoint.shards import open_shards
 
-    return open_shards(folder).fingerprint()
+    return open_shards(folder).compute_fingerprint()
 
 
-@target("header", "model.safetensors", lambda: (SHARD, framed(b"{}", b"")), shard_mutation)
+@register_target(
+    "header", "model.safetensors", lambda: (SHARD, join_shard(b"{}", b"")), mutate_shard
+)
 def header(folder: Path) -> object:
     """A safetensors header."""
     from quantkit.checkpoint.header import read_header
@@ -283,23 +285,23 @@ def header(folder: Path) -> object:
     return read_header(folder / "model.safetensors")
 
 
-@target(
+@register_target(
     "checkpoint",
     "model.safetensors",
     lambda: (SHARD,),
-    shard_mutation,
-    lambda: {"config.json": as_bytes(LLAMA)},
+    mutate_shard,
+    lambda: {"config.json": encode_json(LLAMA)},
 )
 def checkpoint(folder: Path) -> object:
     """A whole checkpoint, every tensor read."""
     from quantkit.checkpoint.checkpoint import Checkpoint
 
     opened = Checkpoint.open(folder)
-    opened.fingerprint()
+    opened.compute_fingerprint()
     return opened.read(opened.specs)
 
 
-@target("model card", "README.md", lambda: (CARD.encode(),), yaml_mutation)
+@register_target("model card", "README.md", lambda: (CARD.encode(),), mutate_yaml)
 def model_card(folder: Path) -> object:
     """The front matter of a source's card."""
     from quantkit.artifact.front_matter import read_front_matter
@@ -307,12 +309,15 @@ def model_card(folder: Path) -> object:
     return read_front_matter(folder)
 
 
-@target(
+@register_target(
     "tokenizer",
     "tokenizer.json",
-    lambda: (as_bytes(TOKENIZER),),
-    json_mutation,
-    lambda: {"tokenizer_config.json": as_bytes(TOKENIZER_CONFIG), "config.json": as_bytes(LLAMA)},
+    lambda: (encode_json(TOKENIZER),),
+    mutate_json,
+    lambda: {
+        "tokenizer_config.json": encode_json(TOKENIZER_CONFIG),
+        "config.json": encode_json(LLAMA),
+    },
 )
 def tokenizer(folder: Path) -> object:
     """tokenizer.json, and a text tokenized with what it says."""
@@ -321,12 +326,12 @@ def tokenizer(folder: Path) -> object:
     return load_tokenizer(folder)(["abba"], add_special_tokens=True, verbose=False)
 
 
-@target(
+@register_target(
     "tokenizer config",
     "tokenizer_config.json",
-    lambda: (as_bytes(TOKENIZER_CONFIG),),
-    json_mutation,
-    lambda: {"tokenizer.json": as_bytes(TOKENIZER), "config.json": as_bytes(LLAMA)},
+    lambda: (encode_json(TOKENIZER_CONFIG),),
+    mutate_json,
+    lambda: {"tokenizer.json": encode_json(TOKENIZER), "config.json": encode_json(LLAMA)},
 )
 def tokenizer_config(folder: Path) -> object:
     """tokenizer_config.json."""
@@ -336,11 +341,11 @@ def tokenizer_config(folder: Path) -> object:
 # -------------------------------------------------------------------------------------------------------------- texts
 
 
-@target(
+@register_target(
     "calibration spec",
     "mine.yaml",
     lambda: (SPEC.format(sha256=hashlib.sha256(ROWS).hexdigest()).encode(),),
-    yaml_mutation,
+    mutate_yaml,
     lambda: {"mine.jsonl": ROWS},
 )
 def calibration_spec(folder: Path) -> object:
@@ -350,7 +355,7 @@ def calibration_spec(folder: Path) -> object:
     return load_set(str(folder / "mine.yaml"), folder)
 
 
-@target("calibration rows", "mine.jsonl", lambda: (ROWS,), lines_mutation)
+@register_target("calibration rows", "mine.jsonl", lambda: (ROWS,), mutate_lines)
 def calibration_rows(folder: Path) -> object:
     """The rows of a set, behind a spec that states their hash."""
     from quantkit.texts.corpora import load_set
@@ -360,11 +365,11 @@ def calibration_rows(folder: Path) -> object:
     return load_set(str(folder / "mine.yaml"), folder)
 
 
-@target(
+@register_target(
     "evaluation task",
     "mine.yaml",
     lambda: (TASK.encode(),),
-    yaml_mutation,
+    mutate_yaml,
     lambda: {"mine.jsonl": b'{"question": "1"}\n' * 2},
 )
 def evaluation_task(folder: Path) -> object:
@@ -376,11 +381,11 @@ def evaluation_task(folder: Path) -> object:
         return found
 
 
-@target(
+@register_target(
     "evaluation rows",
     "mine.jsonl",
     lambda: (b'{"question": "1 + 1", "answer": "2"}\n' * 3,),
-    lines_mutation,
+    mutate_lines,
 )
 def evaluation_rows(folder: Path) -> object:
     """The rows of a benchmark."""
@@ -403,26 +408,26 @@ def example() -> dict[str, object]:
 
 
 @cache
-def sealed() -> dict[str, bytes]:
+def make_artifact_files() -> dict[str, bytes]:
     """The files of a small artifact with evidence."""
     kept = {"figure": "kl_mean", "bound": "<= 1", "value": 0.1, "ok": True, "reason": ""}
-    fidelity = as_bytes({**example(), "status": "accepted", "gates": [kept], "modules": []})
-    plan = as_bytes({
+    fidelity = encode_json({**example(), "status": "accepted", "gates": [kept], "modules": []})
+    plan = encode_json({
         "hash": "00", "recipe": {"version": 1, "gates": {"kl_mean": {"max": 1}}, "evaluation": {"tasks": []}},
         "summary": {"rules": [], "totals": {"tensors": 5}, "warnings": [], "shards": [{}]},
         "decisions": {"a": ["awq int4 g128", "rules[0]"]}, "dropped": [],
     })  # fmt: skip
     files = {
-        "model.safetensors": framed(as_bytes(PLAIN), bytes(32)), "config.json": as_bytes({"model_type": "mine"}),
+        "model.safetensors": join_shard(encode_json(PLAIN), bytes(32)), "config.json": encode_json({"model_type": "mine"}),
         "quantkit/fidelity.json": fidelity,
         "quantkit/plan.json": plan,
     }  # fmt: skip
-    return files | {"quantkit/manifest.json": manifest_of(files)}
+    return files | {"quantkit/manifest.json": make_manifest(files)}
 
 
-def manifest_of(files: Mapping[str, bytes]) -> bytes:
+def make_manifest(files: Mapping[str, bytes]) -> bytes:
     """The manifest that agrees with these files."""
-    return as_bytes({
+    return encode_json({
         "schema_version": 1, "status": "accepted", "plan": "00", "unhashed": ["quantkit/timings.json"],
         "files": {
             name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()
@@ -436,56 +441,56 @@ def manifest_of(files: Mapping[str, bytes]) -> bytes:
 
 def reseal(folder: Path) -> None:
     """Make the manifest agree with the files, as somebody who forges an artifact would."""
-    names = [name for name in sealed() if name != "quantkit/manifest.json"]
+    names = [name for name in make_artifact_files() if name != "quantkit/manifest.json"]
     (folder / "quantkit/manifest.json").write_bytes(
-        manifest_of({name: (folder / name).read_bytes() for name in names})
+        make_manifest({name: (folder / name).read_bytes() for name in names})
     )
 
 
-@target(
+@register_target(
     "manifest",
     "quantkit/manifest.json",
-    lambda: (sealed()["quantkit/manifest.json"],),
-    json_mutation,
-    lambda: sealed(),
+    lambda: (make_artifact_files()["quantkit/manifest.json"],),
+    mutate_json,
+    lambda: make_artifact_files(),
 )
 def manifest(folder: Path) -> object:
     """The manifest as verify and diff read it."""
     from quantkit.diff.sides import read_sides
 
-    faults = attempt(lambda: read_sides(str(folder), str(folder)))
+    faults = call_checked(lambda: read_sides(str(folder), str(folder)))
     from quantkit.verify.shallow import verify_artifact
 
     verify_artifact(folder)
     return faults
 
 
-@target(
+@register_target(
     "plan.json",
     "quantkit/plan.json",
-    lambda: (sealed()["quantkit/plan.json"],),
-    json_mutation,
-    lambda: sealed(),
+    lambda: (make_artifact_files()["quantkit/plan.json"],),
+    mutate_json,
+    lambda: make_artifact_files(),
 )
 def plan_json(folder: Path) -> object:
     """plan.json under a manifest that agrees, as diff and gate read it."""
     from quantkit.artifact.read_report import read_sealed_report
-    from quantkit.cli.options import read_gates
+    from quantkit.cli.commands.gate import read_gates
     from quantkit.diff.compare import compare_sides
     from quantkit.diff.sides import read_sides
 
     reseal(folder)
     report, _ = read_sealed_report(folder)
-    attempt(lambda: read_gates(None, folder, report))
+    call_checked(lambda: read_gates(None, folder, report))
     return compare_sides(*read_sides(str(folder), str(folder)), partial=True)
 
 
-@target(
+@register_target(
     "fidelity.json",
     "quantkit/fidelity.json",
-    lambda: reports(),
-    json_mutation,
-    lambda: sealed(),
+    lambda: make_reports(),
+    mutate_json,
+    lambda: make_artifact_files(),
 )
 def fidelity_json(folder: Path) -> object:
     """fidelity.json as report, runs and gate read it."""
@@ -496,23 +501,23 @@ def fidelity_json(folder: Path) -> object:
     found = judge.apply_gates(
         parse_gates("gates: {kl_mean: {max: 1}, size: {max: 1}}", "g", []), read_report(folder)
     )
-    shown(found)
+    check_rendering(found)
     return found
 
 
 @cache
-def reports() -> tuple[bytes, ...]:
+def make_reports() -> tuple[bytes, ...]:
     """Reports with and without modules."""
-    return as_bytes(example()), sealed()["quantkit/fidelity.json"]
+    return encode_json(example()), make_artifact_files()["quantkit/fidelity.json"]
 
 
-def shown(report: object) -> None:
+def check_rendering(report: object) -> None:
     """What `quantkit report` prints of it, as bytes for a terminal."""
     import io
 
     from rich.console import Console
 
-    from quantkit.cli.console import EscapedRenderable
+    from quantkit.cli.rich_output import EscapedRenderable
     from quantkit.report.terminal import render_report
 
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
@@ -528,19 +533,19 @@ def shown(report: object) -> None:
 
 
 @cache
-def ledger_lines() -> tuple[bytes, ...]:
+def make_journal() -> tuple[bytes, ...]:
     """A journal of two entries."""
-    from quantkit.io.journal import _line
+    from quantkit.io.journal import _format_line
 
     of = {"source": {"files": {"m": "0" * 64}, "other files": "0"}, "recipe": {"version": 1}}
-    first, digest = _line("", {"kind": "began", "stamps": {"m": [1, 2]}, "of": of})
+    first, digest = _format_line("", {"kind": "began", "stamps": {"m": [1, 2]}, "of": of})
     step = {"loop": 0, "record": None, "states": {"calibration": "x"}, "stored": []}
-    second, digest = _line(digest, {"kind": "step", "step": step})
-    third, _ = _line(digest, {"kind": "ready", "loop": 0, "manifests": {"awq": "0" * 64}})
+    second, digest = _format_line(digest, {"kind": "step", "step": step})
+    third, _ = _format_line(digest, {"kind": "ready", "loop": 0, "manifests": {"awq": "0" * 64}})
     return (first + second + third,)
 
 
-@target("journal", "journal.jsonl", lambda: ledger_lines(), lines_mutation)
+@register_target("journal", "journal.jsonl", lambda: make_journal(), mutate_lines)
 def journal(folder: Path) -> object:
     """The journal of an interrupted build."""
     from quantkit.io.journal import Journal
@@ -548,7 +553,7 @@ def journal(folder: Path) -> object:
     return Journal.open(folder / "journal.jsonl")
 
 
-@target("answers", "answers.sqlite", lambda: answers_files(), bytes_mutation)
+@register_target("answers", "answers.sqlite", lambda: make_answers_file(), mutate_bytes)
 def answers(folder: Path) -> object:
     """The answers of an interrupted evaluation."""
     from quantkit.evaluate.answer_store import AnswerKey, open_answer_store
@@ -563,7 +568,7 @@ def answers(folder: Path) -> object:
 
 
 @cache
-def answers_files() -> tuple[bytes, ...]:
+def make_answers_file() -> tuple[bytes, ...]:
     """A file of answers as quantkit writes it."""
     import tempfile
 
@@ -579,18 +584,20 @@ def answers_files() -> tuple[bytes, ...]:
         return (path.read_bytes(),)
 
 
-@target("samples", "quantkit/samples/tokens.parquet", lambda: samples_files(), bytes_mutation)
+@register_target(
+    "samples", "quantkit/samples/tokens.parquet", lambda: make_samples_file(), mutate_bytes
+)
 def samples(folder: Path) -> object:
     """Parquet samples of an artifact."""
-    from quantkit.diff.sides import _tokens
+    from quantkit.diff.sides import read_tokens
     from quantkit.report.samples import read_samples
 
     read_samples(folder, {})
-    return _tokens(folder / "quantkit/samples/tokens.parquet")
+    return read_tokens(folder / "quantkit/samples/tokens.parquet")
 
 
 @cache
-def samples_files() -> tuple[bytes, ...]:
+def make_samples_file() -> tuple[bytes, ...]:
     """tokens.parquet of three tokens."""
     import io
 
@@ -606,11 +613,11 @@ def samples_files() -> tuple[bytes, ...]:
     return (buffer.getvalue(),)
 
 
-@target(
+@register_target(
     "lock",
     "x.lock",
     lambda: (b'{"host": "a", "pid": 1, "ticks": 2, "since": "now"}',),
-    json_mutation,
+    mutate_json,
 )
 def lock(folder: Path) -> object:
     """The file that says whose a build folder is, left by a process that is gone, and held by one that is not."""
@@ -627,7 +634,7 @@ def lock(folder: Path) -> object:
             with hold_lock(folder / "x.lock"):
                 raise AssertionError("two hold the lock")
 
-        attempt(again)
+        call_checked(again)
     finally:
         os.close(holder)
     with hold_lock(folder / "x.lock"):
@@ -637,7 +644,7 @@ def lock(folder: Path) -> object:
 # ------------------------------------------------------------------------------------------------------------ running
 
 
-def attempt(action: Callable[[], object]) -> str | None:
+def call_checked(action: Callable[[], object]) -> str | None:
     """What quantkit answers to a refused input, checked; None for an accepted one."""
     try:
         action()
@@ -660,15 +667,15 @@ def check_message(message: str) -> None:
     assert not unfit, f"not printable: {unfit[0]!r:.200}"
 
 
-def prepare(chosen: Target, folder: Path) -> None:
+def prepare_folder(chosen: Target, folder: Path) -> None:
     """Put what lies beside the file of a target."""
     for name, data in {**chosen.beside(), chosen.file: b""}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
 
 
-def run(chosen: Target, folder: Path, data: bytes) -> str | None:
+def run_target(chosen: Target, folder: Path, data: bytes) -> str | None:
     """One input; what quantkit answers when it refuses it."""
     (folder / chosen.file).unlink(missing_ok=True)  # what still holds the old file holds another
     (folder / chosen.file).write_bytes(data)
-    return attempt(lambda: chosen.read(folder))
+    return call_checked(lambda: chosen.read(folder))

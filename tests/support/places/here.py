@@ -16,9 +16,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from support.places.hub import TOKEN, Hub
-from support.places.registry import Registry
-from support.places.wire import Spoil, Wire
+from support.places.hub import TOKEN, FakeHub
+from support.places.registry import FakeRegistry
+from support.places.wire import Corruptor, Proxy
 
 from quantkit.io.retry import RetryPolicy
 
@@ -28,7 +28,7 @@ WIRED = ("s3", "oci", "oci-real", "hf")
 
 
 @dataclass
-class Place:
+class RemoteFixture:
     """An address, and the files behind it: read, written (None removes one), and how many bytes came in."""
 
     kind: str
@@ -41,11 +41,11 @@ class Place:
 
     @contextmanager
     def wired(
-        self, up: Spoil | None = None, down: Spoil | None = None
-    ) -> Iterator[tuple[str, Wire]]:
+        self, up: Corruptor | None = None, down: Corruptor | None = None
+    ) -> Iterator[tuple[str, Proxy]]:
         """The address through a wire that spoils what it carries."""
         assert self.port and self.route
-        wire = Wire(self.port, up=up, down=down)
+        wire = Proxy(self.port, up=up, down=down)
         try:
             yield self.route(wire.port), wire
         finally:
@@ -54,28 +54,30 @@ class Place:
 
 
 @contextmanager
-def place(kind: str, folder: Path, patch: pytest.MonkeyPatch, s3_port: int) -> Iterator[Place]:
+def open_remote_fixture(
+    kind: str, folder: Path, patch: pytest.MonkeyPatch, s3_port: int
+) -> Iterator[RemoteFixture]:
     """A fresh, empty place."""
     with ExitStack() as stack:
         if kind == "file":
-            yield of_folder(folder / "published")
+            yield make_folder(folder / "published")
         elif kind == "memory":
-            yield of_memory(folder.name)
+            yield make_memory(folder.name)
         elif kind == "s3":
-            yield of_s3(folder.name, patch, s3_port)
+            yield make_s3(folder.name, patch, s3_port)
         elif kind == "oci":
-            server = Registry()
+            server = FakeRegistry()
             stack.callback(server.close)
-            yield of_registry(server)
+            yield make_registry(server)
         elif kind == "oci-real":
-            yield of_real_registry(folder, stack)
+            yield make_real_registry(folder, stack)
         else:
-            hub = Hub()
+            hub = FakeHub()
             stack.callback(hub.close)
-            yield of_hub(hub, patch, folder)
+            yield make_hub(hub, patch, folder)
 
 
-def of_folder(path: Path) -> Place:
+def make_folder(path: Path) -> RemoteFixture:
     """A folder of this machine."""
 
     def write(name: str, content: bytes | None) -> None:
@@ -84,10 +86,10 @@ def of_folder(path: Path) -> Place:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
 
-    return Place("file", str(path), lambda name: (path / name).read_bytes(), write)
+    return RemoteFixture("file", str(path), lambda name: (path / name).read_bytes(), write)
 
 
-def of_memory(name: str) -> Place:
+def make_memory(name: str) -> RemoteFixture:
     """fsspec's own store in memory: stands for every scheme without a file of its own."""
     import fsspec
 
@@ -98,12 +100,12 @@ def of_memory(name: str) -> Place:
             f"{root}/{name}", content
         )
 
-    return Place(
+    return RemoteFixture(
         "memory", f"memory:/{root}", lambda name: bytes(files.cat_file(f"{root}/{name}")), write
     )
 
 
-def of_s3(name: str, patch: pytest.MonkeyPatch, port: int) -> Place:
+def make_s3(name: str, patch: pytest.MonkeyPatch, port: int) -> RemoteFixture:
     """moto's server, which speaks S3's API over HTTP."""
     import boto3
 
@@ -131,10 +133,10 @@ def of_s3(name: str, patch: pytest.MonkeyPatch, port: int) -> Place:
     def read(name: str) -> bytes:
         return bytes(client.get_object(Bucket=bucket, Key=f"models/a/{name}")["Body"].read())
 
-    return Place("s3", route(port), read, write, port, route, client)
+    return RemoteFixture("s3", route(port), read, write, port, route, client)
 
 
-def of_registry(server: Registry) -> Place:
+def make_registry(server: FakeRegistry) -> RemoteFixture:
     """The strict stand-in; names go through the image manifest under the tag."""
 
     def digest(name: str) -> str:
@@ -155,7 +157,7 @@ def of_registry(server: Registry) -> Place:
     def route(port: int) -> str:
         return f"oci://127.0.0.1:{port}/team/tiny:v1"
 
-    return Place(
+    return RemoteFixture(
         "oci",
         route(server.port),
         lambda name: server.blobs[digest(name)],
@@ -166,7 +168,7 @@ def of_registry(server: Registry) -> Place:
     )
 
 
-def of_real_registry(folder: Path, stack: ExitStack) -> Place:
+def make_real_registry(folder: Path, stack: ExitStack) -> RemoteFixture:
     """Docker's own registry, where it is installed."""
     if REAL_REGISTRY is None:
         pytest.skip("docker-registry is not installed")
@@ -203,10 +205,12 @@ def of_real_registry(folder: Path, stack: ExitStack) -> Place:
     def route(port: int) -> str:
         return f"oci://127.0.0.1:{port}/team/tiny:v1"
 
-    return Place("oci-real", route(port), lambda name: path(name).read_bytes(), write, port, route)
+    return RemoteFixture(
+        "oci-real", route(port), lambda name: path(name).read_bytes(), write, port, route
+    )
 
 
-def of_hub(hub: Hub, patch: pytest.MonkeyPatch, folder: Path) -> Place:
+def make_hub(hub: FakeHub, patch: pytest.MonkeyPatch, folder: Path) -> RemoteFixture:
     """The stand-in of the Hub, without xet, whose servers are elsewhere."""
     patch.setenv("HF_TOKEN", TOKEN)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -239,4 +243,4 @@ def of_hub(hub: Hub, patch: pytest.MonkeyPatch, folder: Path) -> Place:
         assert old != content
         commits.append((hashlib.sha1(repr((len(commits), name)).encode()).hexdigest(), files))
 
-    return Place("hf", route(hub.port), read, write, hub.port, route, hub)
+    return RemoteFixture("hf", route(hub.port), read, write, hub.port, route, hub)

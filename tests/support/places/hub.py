@@ -11,7 +11,7 @@ import hashlib
 import json
 import secrets
 
-from support.places.served import Answer, Request, Served, as_json
+from support.places.served import HttpRequest, HttpResponse, HttpServer, make_json_response
 
 TOKEN = "hf_" + "t0ken" * 6
 SIGNATURE = "X-Amz-Signature=5ecret5ignature"
@@ -22,7 +22,7 @@ PART_BYTES = 700_000
 Files = dict[str, bytes]
 
 
-class Hub:
+class FakeHub:
     """`repos`: branch to list of commits, newest last; a commit is its id and its files."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Hub:
         self.asked: list[tuple[str, str]] = []
         self.received = 0
         self.ignored: set[str] = set()
-        self._served = Served(self.answer)
+        self._served = HttpServer(self.answer)
         self.port, self.close = self._served.port, self._served.close
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -41,7 +41,7 @@ class Hub:
         """The newest commit's."""
         return self.repos[repository][branch][-1][1]
 
-    def answer(self, request: Request) -> Answer:
+    def answer(self, request: HttpRequest) -> HttpResponse:
         """One request."""
         self.asked.append((request.method, request.path))
         parts = request.path.strip("/").split("/")
@@ -51,56 +51,66 @@ class Hub:
             and request.method in {"POST", "PUT"}
             and request.headers.get("Authorization") != f"Bearer {TOKEN}"
         ):
-            return as_json(401, {"error": "Invalid username or password."})
+            return make_json_response(401, {"error": "Invalid username or password."})
         match parts:
             case ["api", "repos", "create"]:
                 return self._create(json.loads(request.body()))
             case ["api", "validate-yaml"]:
-                return as_json(200, {"errors": [], "warnings": []})
+                return make_json_response(200, {"errors": [], "warnings": []})
             case ["cdn", *rest]:
                 return self._cdn(request, rest)
             case ["verify", oid]:
-                return as_json(200, {}) if oid in self.lfs else as_json(404, {"error": "not there"})
+                return (
+                    make_json_response(200, {})
+                    if oid in self.lfs
+                    else make_json_response(404, {"error": "not there"})
+                )
             case ["api", "models", owner, name, *rest]:
                 return self._api(request, f"{owner}/{name}", rest)
             case [_, _, "info", "lfs", "objects", "batch"]:
                 return self._batch(json.loads(request.body()), request.headers["Host"])
             case [owner, name, "resolve", revision, *path]:
                 return self._resolve(request, f"{owner}/{name}", revision, "/".join(path))
-        return as_json(404, {"error": "no such page"})
+        return make_json_response(404, {"error": "no such page"})
 
     def make(self, repository: str) -> None:
         """An empty repository."""
         organization, name = repository.split("/")
         self._create({"organization": organization, "name": name})
 
-    def _create(self, asked: dict[str, str]) -> Answer:
+    def _create(self, asked: dict[str, str]) -> HttpResponse:
         repository = f"{asked['organization']}/{asked['name']}"
         if repository in self.repos:
-            return as_json(409, {"error": "You already created this model repo"})
+            return make_json_response(409, {"error": "You already created this model repo"})
         self.repos[repository] = {
             "main": [(secrets.token_hex(20), {".gitattributes": b"*.safetensors filter=lfs\n"})]
         }
         self.private[repository] = asked.get("visibility") == "private"
-        return as_json(200, {"url": f"{self.url}/{repository}", "id": repository})
+        return make_json_response(200, {"url": f"{self.url}/{repository}", "id": repository})
 
-    def _api(self, request: Request, repository: str, rest: list[str]) -> Answer:
+    def _api(self, request: HttpRequest, repository: str, rest: list[str]) -> HttpResponse:
         if repository not in self.repos:
-            return as_json(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+            return make_json_response(
+                404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
+            )
         if rest[0] == "branch":
             branches = self.repos[repository]
             if rest[1] in branches:
-                return as_json(409, {"error": "exists"})
+                return make_json_response(409, {"error": "exists"})
             branches[rest[1]] = [branches["main"][-1]]
-            return as_json(200, {})
+            return make_json_response(200, {})
         found = self._commit(repository, rest[1] if len(rest) > 1 else "main")
         if found is None:
-            return as_json(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+            return make_json_response(
+                404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"}
+            )
         commit, files = found
         if rest[0] == "revision":
-            return as_json(200, {"id": repository, "sha": commit, "siblings": []})
+            return make_json_response(200, {"id": repository, "sha": commit, "siblings": []})
         if rest[0] == "tree":
-            return as_json(200, [entry(name, content) for name, content in files.items()])
+            return make_json_response(
+                200, [entry(name, content) for name, content in files.items()]
+            )
         if rest[0] == "preupload":
             asked = json.loads(request.body())["files"]
             told = [
@@ -112,14 +122,14 @@ class Hub:
                 }
                 for file in asked
             ]
-            return as_json(200, {"files": told})
+            return make_json_response(200, {"files": told})
         return (
             self._write(repository, rest[1], request.body())
             if rest[0] == "commit"
-            else as_json(404, {})
+            else make_json_response(404, {})
         )
 
-    def _write(self, repository: str, branch: str, body: bytes) -> Answer:
+    def _write(self, repository: str, branch: str, body: bytes) -> HttpResponse:
         commits = self.repos[repository][branch]
         files = dict(commits[-1][1])
         for line in body.splitlines():
@@ -128,7 +138,7 @@ class Hub:
             match item["key"]:
                 case "header":
                     if value.get("parentCommit", commits[-1][0]) != commits[-1][0]:
-                        return as_json(
+                        return make_json_response(
                             412,
                             {"error": "A commit has happened since. Please refresh and try again."},
                         )
@@ -136,7 +146,7 @@ class Hub:
                     files[value["path"]] = base64.b64decode(value["content"])
                 case "lfsFile":
                     if value["oid"] not in self.lfs:
-                        return as_json(
+                        return make_json_response(
                             400,
                             {"error": "Your push was rejected because an LFS pointer is missing"},
                         )
@@ -144,11 +154,11 @@ class Hub:
                 case "deletedFile":
                     del files[value["path"]]
         commits.append((secrets.token_hex(20), files))
-        return as_json(
+        return make_json_response(
             200, {"commitOid": commits[-1][0], "commitUrl": f"{self.url}/{repository}/commit/x"}
         )
 
-    def _batch(self, asked: dict[str, list[dict[str, object]]], host: str) -> Answer:
+    def _batch(self, asked: dict[str, list[dict[str, object]]], host: str) -> HttpResponse:
         told = []
         for wanted in asked["objects"]:
             oid, n_bytes = str(wanted["oid"]), int(str(wanted["size"]))
@@ -174,42 +184,46 @@ class Hub:
                 "size": n_bytes,
                 "actions": {"upload": upload, "verify": verify},
             })
-        return as_json(200, {"transfer": "basic", "objects": told})
+        return make_json_response(200, {"transfer": "basic", "objects": told})
 
-    def _cdn(self, request: Request, rest: list[str]) -> Answer:
+    def _cdn(self, request: HttpRequest, rest: list[str]) -> HttpResponse:
         kind, oid = rest[0], rest[1]
         if (
             kind in {"put", "part", "get"}
             and request.query.get("X-Amz-Signature") != SIGNATURE.partition("=")[2]
         ):
-            return Answer(403, b"<Error><Code>AccessDenied</Code></Error>")
+            return HttpResponse(403, b"<Error><Code>AccessDenied</Code></Error>")
         if kind == "get":
-            return Answer(200, self.lfs[oid]) if oid in self.lfs else Answer(404)
+            return HttpResponse(200, self.lfs[oid]) if oid in self.lfs else HttpResponse(404)
         body = request.body()
         self.received += len(body)
         if kind != "whole" and len(body) != int(request.headers["Content-Length"]):
-            return Answer(400)  # cut
+            return HttpResponse(400)  # cut
         if kind == "part":
             self.parts.setdefault(oid, {})[int(rest[2])] = body
-            return Answer(200, headers={"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
+            return HttpResponse(200, headers={"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
         if kind == "whole":
             held = self.parts.pop(oid, {})
             told = json.loads(body)["parts"]
             body = b"".join(held[part["partNumber"]] for part in told)
         if hashlib.sha256(body).hexdigest() != oid:
-            return Answer(400, b"<Error><Code>BadDigest</Code></Error>")
+            return HttpResponse(400, b"<Error><Code>BadDigest</Code></Error>")
         self.lfs[oid] = body
-        return Answer(200)
+        return HttpResponse(200)
 
-    def _resolve(self, request: Request, repository: str, revision: str, path: str) -> Answer:
+    def _resolve(
+        self, request: HttpRequest, repository: str, revision: str, path: str
+    ) -> HttpResponse:
         found = self._commit(repository, revision)
         content = found[1].get(path) if found else None
         if content is None:
-            return as_json(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+            return make_json_response(
+                404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"}
+            )
         oid = hashlib.sha256(content).hexdigest()
         if len(content) < SMALL_BYTES or oid not in self.lfs:
-            return Answer(200, content)
-        return Answer(
+            return HttpResponse(200, content)
+        return HttpResponse(
             302, headers={"Location": f"http://{request.headers['Host']}/cdn/get/{oid}?{SIGNATURE}"}
         )
 

@@ -11,14 +11,14 @@ import re
 import secrets
 import threading
 
-from support.places.served import Answer, Request, Served, as_json
+from support.places.served import HttpRequest, HttpResponse, HttpServer, make_json_response
 
 TITLE = "org.opencontainers.image.title"
 NAME = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
 USER, PASSWORD = "robot", "pa55:word-of-the-robot"
 
 
-class Registry:
+class FakeRegistry:
     """`blobs` by digest, `tags` to manifests by digest."""
 
     def __init__(self, login: str | None = None) -> None:
@@ -32,27 +32,27 @@ class Registry:
         self.received = 0
         self.failing: tuple[random.Random, int] | None = None  # every fifth answer is this status
         self._lock = threading.Lock()
-        self._served = Served(self.answer)
+        self._served = HttpServer(self.answer)
         self.port, self.close = self._served.port, self._served.close
 
-    def answer(self, request: Request) -> Answer:
+    def answer(self, request: HttpRequest) -> HttpResponse:
         """One request."""
         self.asked.append((request.method, request.path))
         if request.path == "/token":
             return self._token(request)
         if self.failing and self.failing[0].random() < 0.2:
-            return fault(self.failing[1], "UNAVAILABLE")
+            return make_error(self.failing[1], "UNAVAILABLE")
         refusal = self._refusal(request)
         if refusal:
             return refusal
         if request.path == "/v2/":
-            return as_json(200, {})
+            return make_json_response(200, {})
         match = re.fullmatch(
             rf"/v2/({NAME})/(blobs/uploads/|blobs/uploads/[^/]+|blobs/[^/]+|manifests/[^/]+)",
             request.path,
         )
         if not match:
-            return fault(404, "NAME_INVALID")
+            return make_error(404, "NAME_INVALID")
         kind, _, reference = match[2].rpartition("/")
         if kind == "blobs/uploads":
             return self._upload(request, match[1], reference)
@@ -62,99 +62,101 @@ class Registry:
             else self._manifest(request, reference)
         )
 
-    def _refusal(self, request: Request) -> Answer | None:
+    def _refusal(self, request: HttpRequest) -> HttpResponse | None:
         given = request.headers.get("Authorization", "")
-        if self.login == "basic" and given != basic():
-            return fault(401, "UNAUTHORIZED", {"WWW-Authenticate": 'Basic realm="registry"'})
+        if self.login == "basic" and given != make_basic_header():
+            return make_error(401, "UNAUTHORIZED", {"WWW-Authenticate": 'Basic realm="registry"'})
         if self.login == "bearer":
             needed = "pull" if request.method in {"GET", "HEAD"} else "pull,push"
             held = self.tokens.get(given.removeprefix("Bearer "), "")
             if not set(needed.split(",")) <= set(held.split(",")):
                 realm = f"http://127.0.0.1:{self.port}/token"
                 challenge = f'Bearer realm="{realm}",service="here",scope="repository:x:{needed}"'
-                return fault(401, "UNAUTHORIZED", {"WWW-Authenticate": challenge})
+                return make_error(401, "UNAUTHORIZED", {"WWW-Authenticate": challenge})
         return None
 
-    def _token(self, request: Request) -> Answer:
-        if request.headers.get("Authorization") != basic():
-            return fault(401, "UNAUTHORIZED")
+    def _token(self, request: HttpRequest) -> HttpResponse:
+        if request.headers.get("Authorization") != make_basic_header():
+            return make_error(401, "UNAUTHORIZED")
         token = secrets.token_hex(16)
         self.tokens[token] = request.query["scope"].rpartition(":")[2]
-        return as_json(200, {"token": token})
+        return make_json_response(200, {"token": token})
 
-    def _upload(self, request: Request, name: str, upload: str) -> Answer:
+    def _upload(self, request: HttpRequest, name: str, upload: str) -> HttpResponse:
         if request.method == "POST" and not upload:
             upload = secrets.token_hex(8)
             self.uploads[upload] = bytearray()
-            return Answer(
+            return HttpResponse(
                 202, headers={"Location": f"/v2/{name}/blobs/uploads/{upload}", "Range": "0-0"}
             )
         held = self.uploads.get(upload)
         if held is None:
-            return fault(404, "BLOB_UPLOAD_UNKNOWN")
+            return make_error(404, "BLOB_UPLOAD_UNKNOWN")
         place = {
             "Location": f"/v2/{name}/blobs/uploads/{upload}",
             "Range": f"0-{max(0, len(held) - 1)}",
         }
         if request.method == "GET":
-            return Answer(204, headers=place)
+            return HttpResponse(204, headers=place)
         with self._lock:
             asked = re.fullmatch(
                 r"(\d+)-(\d+)", request.headers.get("Content-Range", f"{len(held)}-0")
             )
             if asked is None or int(asked[1]) != len(held):
-                return Answer(416, headers=place)
+                return HttpResponse(416, headers=place)
             while piece := request.read():
                 held += piece
                 self.received += len(piece)
         place["Range"] = f"0-{max(0, len(held) - 1)}"
         if request.method == "PATCH":
-            return Answer(202, headers=place)
+            return HttpResponse(202, headers=place)
         digest = request.query.get("digest", "")
         del self.uploads[upload]
-        if digest != sha(bytes(held)):
-            return fault(400, "DIGEST_INVALID")
+        if digest != format_digest(bytes(held)):
+            return make_error(400, "DIGEST_INVALID")
         self.blobs[digest] = bytes(held)
-        return Answer(
+        return HttpResponse(
             201, headers={"Location": f"/v2/{name}/blobs/{digest}", "Docker-Content-Digest": digest}
         )
 
-    def _blob(self, request: Request, digest: str) -> Answer:
+    def _blob(self, request: HttpRequest, digest: str) -> HttpResponse:
         if digest not in self.blobs:
-            return fault(404, "BLOB_UNKNOWN")
-        return Answer(200, self.blobs[digest], {"Docker-Content-Digest": digest})
+            return make_error(404, "BLOB_UNKNOWN")
+        return HttpResponse(200, self.blobs[digest], {"Docker-Content-Digest": digest})
 
-    def _manifest(self, request: Request, reference: str) -> Answer:
+    def _manifest(self, request: HttpRequest, reference: str) -> HttpResponse:
         if request.method == "PUT":
             body = request.body()
             image = json.loads(body)
             assert request.headers["Content-Type"] == image["mediaType"]
             for blob in (image["config"], *image["layers"]):
                 if len(self.blobs.get(blob["digest"], b"")) != blob["size"]:
-                    return fault(404, "MANIFEST_BLOB_UNKNOWN")
-            digest = sha(body)
+                    return make_error(404, "MANIFEST_BLOB_UNKNOWN")
+            digest = format_digest(body)
             self.manifests[digest] = body
             self.tags[reference] = digest
-            return Answer(201, headers={"Docker-Content-Digest": digest})
+            return HttpResponse(201, headers={"Docker-Content-Digest": digest})
         digest = self.tags.get(reference, reference)
         if digest not in self.manifests:
-            return fault(404, "MANIFEST_UNKNOWN")
+            return make_error(404, "MANIFEST_UNKNOWN")
         kind = json.loads(self.manifests[digest])["mediaType"]
-        return Answer(
+        return HttpResponse(
             200, self.manifests[digest], {"Content-Type": kind, "Docker-Content-Digest": digest}
         )
 
 
-def sha(content: bytes) -> str:
+def format_digest(content: bytes) -> str:
     """A digest as registries write it."""
     return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
-def basic() -> str:
+def make_basic_header() -> str:
     """The header of the one user there is."""
     return "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
 
 
-def fault(status: int, code: str, headers: dict[str, str] | None = None) -> Answer:
+def make_error(status: int, code: str, headers: dict[str, str] | None = None) -> HttpResponse:
     """An error as the specification writes it."""
-    return as_json(status, {"errors": [{"code": code, "message": code.lower()}]}, headers)
+    return make_json_response(
+        status, {"errors": [{"code": code, "message": code.lower()}]}, headers
+    )

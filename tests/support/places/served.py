@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 @dataclass
-class Answer:
+class HttpResponse:
     """What a server says."""
 
     status: int
@@ -19,15 +19,17 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def as_json(status: int, value: object, headers: Mapping[str, str] | None = None) -> Answer:
+def make_json_response(
+    status: int, value: object, headers: Mapping[str, str] | None = None
+) -> HttpResponse:
     """An answer in JSON."""
-    return Answer(
+    return HttpResponse(
         status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})}
     )
 
 
 @dataclass
-class Request:
+class HttpRequest:
     """What a client asked; `read` takes the body piece by piece and ends early where the client did."""
 
     method: str
@@ -41,10 +43,10 @@ class Request:
         return b"".join(iter(self.read, b""))
 
 
-class Served:
+class HttpServer:
     """A server on a port of its own."""
 
-    def __init__(self, answer: Callable[[Request], Answer]) -> None:
+    def __init__(self, answer: Callable[[HttpRequest], HttpResponse]) -> None:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
@@ -58,10 +60,10 @@ class Served:
                     key: values[0]
                     for key, values in parse_qs(parts.query, keep_blank_values=True).items()
                 }
-                request = Request(
-                    self.command, unquote(parts.path), query, self.headers, body_of(self)
+                request = HttpRequest(
+                    self.command, unquote(parts.path), query, self.headers, make_body_reader(self)
                 )
-                told = ranged(answer(request), self.headers.get("Range"))
+                told = select_range(answer(request), self.headers.get("Range"))
                 while request.read():  # what was not wanted: the connection stays in step
                     pass
                 self.send_response(told.status)
@@ -94,7 +96,7 @@ class Served:
         self.server.server_close()
 
 
-def body_of(handler: BaseHTTPRequestHandler) -> Callable[[], bytes]:
+def make_body_reader(handler: BaseHTTPRequestHandler) -> Callable[[], bytes]:
     """Reads a body by its length or its chunks; b"" at its end, and where the client left."""
     left = int(handler.headers.get("Content-Length") or 0)
     chunked = "chunked" in handler.headers.get("Transfer-Encoding", "")
@@ -114,14 +116,14 @@ def body_of(handler: BaseHTTPRequestHandler) -> Callable[[], bytes]:
     return read
 
 
-def ranged(answer: Answer, asked: str | None) -> Answer:
+def select_range(answer: HttpResponse, asked: str | None) -> HttpResponse:
     """The part that a Range header asks for."""
     if answer.status != 200 or not asked:
         return answer
     first, _, last = asked.removeprefix("bytes=").partition("-")
     total = len(answer.body)
     if int(first) >= total:
-        return Answer(416, b"", {"Content-Range": f"bytes */{total}"})
+        return HttpResponse(416, b"", {"Content-Range": f"bytes */{total}"})
     part = answer.body[int(first) : int(last or total) + 1]
     told = f"bytes {first}-{int(first) + len(part) - 1}/{total}"
-    return Answer(206, part, {**answer.headers, "Content-Range": told})
+    return HttpResponse(206, part, {**answer.headers, "Content-Range": told})

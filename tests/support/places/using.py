@@ -21,8 +21,8 @@ from quantkit.publish.remote import RemoteOptions
 from quantkit.publish.transfer import Transfer
 from quantkit.verify.shallow import verify_artifact
 
-PATIENCE = RetryPolicy(first_wait=0.01, tries=4)
-WRITING = RemoteOptions(writing=True, retry_policy=PATIENCE)
+RETRY_POLICY = RetryPolicy(first_wait=0.01, tries=4)
+WRITING = RemoteOptions(writing=True, retry_policy=RETRY_POLICY)
 LAST = "model-00003-of-00003.safetensors"
 
 Record = Callable[[str, object], None]
@@ -30,7 +30,7 @@ Record = Callable[[str, object], None]
 
 
 @contextmanager
-def moto() -> Iterator[int]:
+def run_moto() -> Iterator[int]:
     """The port of an S3 server."""
     from moto.server import ThreadedMotoServer
     from werkzeug.serving import WSGIRequestHandler
@@ -44,10 +44,10 @@ def moto() -> Iterator[int]:
     server.stop()
 
 
-def sent(
+def publish_to(
     artifact: Path,
     address: str,
-    patience: RetryPolicy = PATIENCE,
+    patience: RetryPolicy = RETRY_POLICY,
     *,
     jobs: int = 4,
     overwrite: bool = False,
@@ -60,10 +60,10 @@ def sent(
     )
 
 
-def fetched(
+def pull_from(
     address: str,
     folder: Path,
-    patience: RetryPolicy = PATIENCE,
+    patience: RetryPolicy = RETRY_POLICY,
     *,
     jobs: int = 4,
     overwrite: bool = False,
@@ -76,26 +76,26 @@ def fetched(
     )
 
 
-def run(*words: object) -> Result:
+def run_command(*words: object) -> Result:
     """The command line; never a traceback."""
     done = CliRunner().invoke(main, [str(word) for word in words])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     """Every file with its bytes."""
     return {
         p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
     }
 
 
-def flipped(content: bytes) -> bytes:
+def flip_last_bit(content: bytes) -> bytes:
     """One bit of the last byte changed."""
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
-def other(artifact: Path) -> Path:
+def make_other_artifact(artifact: Path) -> Path:
     """Another artifact beside one: the same with another model card, and a file more."""
     path = Path(shutil.copytree(artifact, artifact.with_name("other")))
     manifest = json.loads((path / MANIFEST).read_text())

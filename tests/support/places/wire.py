@@ -11,14 +11,16 @@ import threading
 import time
 from collections.abc import Callable
 
-Spoil = Callable[[bytes, int], bytes | None]
+Corruptor = Callable[[bytes, int], bytes | None]
 """What becomes of a piece of a stream at an offset; None cuts the connection before it."""
 
 
-class Wire:
+class Proxy:
     """Forwards a loopback port to another; counts what it did."""
 
-    def __init__(self, port: int, *, up: Spoil | None = None, down: Spoil | None = None) -> None:
+    def __init__(
+        self, port: int, *, up: Corruptor | None = None, down: Corruptor | None = None
+    ) -> None:
         self._target, self._up, self._down = port, up, down
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -60,7 +62,7 @@ class Wire:
                         return
                     kept = spoil(piece, offsets[source]) if spoil else piece
                     if kept is None:
-                        reset(client)
+                        reset_connection(client)
                         return
                     offsets[source] += len(piece)
                     self.carried += len(kept)
@@ -73,7 +75,7 @@ class Wire:
             server.close()
 
 
-def reset(connection: socket.socket) -> None:
+def reset_connection(connection: socket.socket) -> None:
     """End a connection as a broken network does."""
     with contextlib.suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -14,11 +14,11 @@ from pathlib import Path
 
 
 @contextmanager
-def measured(report: Path) -> Iterator[None]:
+def measure_cost(report: Path) -> Iterator[None]:
     """Write what the body cost to a JSON file; `process_cpu_s` also has what came before it, imports for the most."""
-    before, began = cpu_seconds(), time.monotonic()
+    before, began = read_cpu_seconds(), time.monotonic()
     yield
-    after = cpu_seconds()
+    after = read_cpu_seconds()
     found = {
         "cpu_s": after - before,
         "process_cpu_s": after,
@@ -28,7 +28,7 @@ def measured(report: Path) -> Iterator[None]:
     report.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
-def cpu_seconds() -> float:
+def read_cpu_seconds() -> float:
     """User and system time of this process, all its threads, and the children it has waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)

@@ -22,7 +22,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def recipe(method: str) -> list[object]:
+def make_recipe(method: str) -> list[object]:
     """The modifiers of a method."""
     weights = QuantizationArgs(
         num_bits=4, group_size=64, symmetric=method == "gptq", strategy="group"
@@ -52,7 +52,7 @@ def main() -> None:
             model=model,
             tokenizer=tokenizer,
             dataset=calibration,
-            recipe=recipe(method),
+            recipe=make_recipe(method),
             max_seq_length=len(rows[0]),
             num_calibration_samples=len(rows),
             shuffle_calibration_samples=False,

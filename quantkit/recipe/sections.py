@@ -1,0 +1,158 @@
+"""The sections of a recipe except the scheme, the rules and the gates."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, Field
+
+from quantkit.io.owned_dirs import validate_folder
+from quantkit.recipe.value_types import FROZEN, Commit, Count, Seed, Size, TaskNames, Text, describe
+
+
+class Source(BaseModel):
+    """The model to quantize."""
+
+    model_config = FROZEN
+    model: Annotated[
+        Text,
+        describe(
+            "The source model: a Hub id, a folder, or `builtin:tiny-v3`.", "deepseek-ai/DeepSeek-V3"
+        ),
+    ]
+    revision: Annotated[
+        Text | None,
+        describe(
+            "Commit, branch or tag on the Hub; `null` is the newest commit. The artifact records "
+            "the commit in `quantkit/plan.json`.",
+            "main",
+        ),
+    ] = None
+    trust_remote_code: Annotated[
+        Commit | None,
+        describe(
+            "Commit whose tokenizer may run its own Python code. Code of a model's layers never "
+            "runs.",
+            "0123456789abcdef0123456789abcdef01234567",
+            "commit (40 hexadecimal digits) or `null`",
+        ),
+    ] = None
+
+
+class Calibration(BaseModel):
+    """The text whose activations the methods use; `null` if no method needs any."""
+
+    model_config = FROZEN
+    set: Annotated[Text, describe("A text set of calibration/.", "general-math-code")]
+    sequences: Annotated[
+        Count | None, describe("Number of sequences; `null` uses the whole set.", "256")
+    ] = None
+    length: Annotated[Count, describe("Tokens per sequence.", "512")] = 2048
+    seed: Annotated[
+        Seed, describe("Seed of the choice of sequences, if the set has more.", "1")
+    ] = 0
+    experts: Annotated[
+        Literal["routed", "all"],
+        describe(
+            "Tokens that calibrate a routed expert: those routed to it, or all tokens of the "
+            "layer.",
+            "all",
+        ),
+    ] = "routed"
+    min_expert_tokens: Annotated[
+        Seed,
+        describe(
+            "An expert with fewer tokens is under-calibrated, and reported as a fallback.", "64"
+        ),
+    ] = 256
+    under_calibrated: Annotated[
+        Literal["shared_gram", "rtn"],
+        describe(
+            "Fallback for an under-calibrated expert: the Gram matrix of all tokens of its layer, "
+            "or rounding to nearest.",
+            "rtn",
+        ),
+    ] = "shared_gram"
+
+
+class FidelityText(BaseModel):
+    """The text on which source and artifact are compared token by token.
+
+    `none` measures nothing.
+    """
+
+    model_config = FROZEN
+    set: Annotated[
+        Text,
+        describe("A text set of calibration/; never the calibration set.", "general-heldout"),
+    ]
+    windows: Annotated[
+        Count | None, describe("Number of windows; `null` uses the whole set.", "32")
+    ] = None
+    length: Annotated[Count, Field(ge=2), describe("Tokens per window.", "512", "integer >= 2")] = (
+        2048  # a token and its successor
+    )
+
+
+class Evaluation(BaseModel):
+    """The benchmarks, run on the source and on the artifact as read back."""
+
+    model_config = FROZEN
+    tasks: Annotated[
+        TaskNames,
+        describe("Tasks of evals/, or YAML files of tasks.", "[gsm8k, mbpp]", "list of text"),
+    ] = ()
+    limit: Annotated[
+        Count | None, describe("Use only the first items of each task; `null` uses all.", "100")
+    ] = None
+    likelihood: Annotated[
+        Seed,
+        describe(
+            "Items of each task whose gold solution is scored in the streaming pass, which also "
+            "works for models too large to generate; `0` scores none.",
+            "0",
+        ),
+    ] = 64
+    backend: Annotated[
+        Literal["transformers"], describe("What runs the models.", "transformers")
+    ] = "transformers"
+    batch_size: Annotated[Count, describe("Items generated together.", "32")] = 128
+
+
+class Output(BaseModel):
+    """The artifact."""
+
+    model_config = FROZEN
+    path: Annotated[
+        Text,
+        AfterValidator(validate_folder),
+        describe(
+            "Folder of the artifact. It must not exist yet, except with `--overwrite`.",
+            "artifacts/mine",
+        ),
+    ]
+    shard_bytes: Annotated[
+        Size, describe("Largest safetensors file; GB is decimal, GiB binary.", "2GB")
+    ] = 5 * 10**9
+
+
+class Compute(BaseModel):
+    """Device and dtypes of the computation."""
+
+    model_config = FROZEN
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        describe("Device; `auto` uses a GPU if there is one.", "cpu"),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        describe("Dtype of the blocks; `auto` is float32 on a CPU, bfloat16 on a GPU.", "float32"),
+    ] = "auto"
+    calibration: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        describe(
+            "Dtype of the calibration stream; `auto` is bfloat16 on a GPU and on CPUs with "
+            "bfloat16 matrix products.",
+            "float32",
+        ),
+    ] = "auto"
