@@ -84,8 +84,9 @@ def _load_plugin(kind: Kind, name: str, attribute: str, expected: type[Plugin]) 
     plugin = getattr(_import_module(kind, name), attribute, None)
     if not isinstance(plugin, expected):
         found = "nothing" if plugin is None else f"a {type(plugin).__name__}"
+        file = "/".join(("quantkit", kind, f"{name}.py"))
         raise QuantkitError(
-            f"quantkit/{kind}/{name}.py: {attribute}: expected a {expected.__name__}, "
+            f"{file}: {attribute}: expected a {expected.__name__}, "
             f"found {found}; a file in quantkit/{kind}/ must set {attribute}"
         )
     return plugin

@@ -9,34 +9,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from quantkit.checkpoint.file_names import CONFIG, GENERATION_CONFIG, INDEX, MODEL_CARD, SINGLE
-
-__all__ = [
-    "ADDED_LATER",
-    "BENCHMARK_SAMPLES",
-    "CONFIG",
-    "EVIDENCE_FOLDER",
-    "FIDELITY",
-    "FIDELITY_VERSION",
-    "GENERATION_CONFIG",
-    "INDEX",
-    "LOADTEST",
-    "LOADTEST_PAGE",
-    "LOADTEST_VERSION",
-    "MANIFEST",
-    "MODEL_CARD",
-    "PAGE",
-    "PLAN",
-    "RECIPE",
-    "SAMPLES_FOLDER",
-    "SCHEMA_VERSION",
-    "SIGNATURE",
-    "SINGLE",
-    "SOLUTION_SAMPLES",
-    "TIMINGS",
-    "TOKEN_SAMPLES",
-    "UNHASHED",
-]
+from quantkit.checkpoint.file_names import CONFIG as CONFIG
+from quantkit.checkpoint.file_names import GENERATION_CONFIG as GENERATION_CONFIG
+from quantkit.checkpoint.file_names import INDEX as INDEX
+from quantkit.checkpoint.file_names import MODEL_CARD as MODEL_CARD
+from quantkit.checkpoint.file_names import SINGLE as SINGLE
 
 RECIPE = "recipe.yaml"
 

@@ -28,8 +28,8 @@ def make_refusal(config: Config, reason: str) -> CheckpointError:
     known = ", ".join(registry.list_names("architectures"))
     return CheckpointError(
         f"{config.where}: model_type {model_type!r} has no table in quantkit, and none can be "
-        f"derived: {short}; use a model of a family that has one ({known}), or add "
-        f"quantkit/architectures/{model_type}.py"
+        f"derived: {short}; use a model of a family that has one ({known}), or "
+        f"add quantkit/architectures/{model_type}.py"
     )
 
 

@@ -1,4 +1,4 @@
-"""quantkit/fidelity.html: the report as one self-contained page, from fidelity.json and the samples.
+"""fidelity.html: the report as one self-contained page, from fidelity.json and the samples.
 
 Text from models and checkpoints is untrusted: the template escapes everything, plots are data, and
 the content security policy allows only the two scripts that it names by hash. The page fetches

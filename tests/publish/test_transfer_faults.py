@@ -104,7 +104,7 @@ def test_a_connection_that_is_always_cut(
     hurried = RetryPolicy(first_wait=0.01, tries=2)
     with there.wired(down=Cuts(3, 10**6, 1_000)) as (address, _):
         said = sentence(lambda: pull_from(address, tmp_path / "got", hurried))
-    assert "2 failures in a row" in said and "the same command goes on" in said
+    assert "2 failures in a row" in said and "run the same command again to resume" in said
     assert not (tmp_path / "got").exists()
     pull_from(there.address, tmp_path / "got")
     assert read_files(tmp_path / "got") == read_files(built)
