@@ -1,4 +1,4 @@
-"""The table of figures: one row per figure of a fidelity report, read by every part that shows or judges it.
+"""The table of figures: one row per figure of a fidelity report.
 
 Recipes accept the keys as gates; the report's tables, page and model card, `quantkit diff` and
 `quantkit runs` show what the rows say. Pure data and functions: a report is any value with the
@@ -51,7 +51,8 @@ class Pairing:
     """How two artifacts are compared token by token.
 
     statistic: "mean" is the mean of B - A; "ratio" is exp of it; "share" is the difference of two
-    proportions (Bonett and Price 2012). column: the values of every token, from `diff.sides.TokenFigures`.
+    proportions (Bonett and Price 2012).
+    column: the values of every token, from `diff.sides.TokenFigures`.
     """
 
     statistic: Literal["mean", "ratio", "share"]
@@ -117,7 +118,8 @@ def read_distribution(key: str, report: Any, domain: str) -> Reading:
 
 
 def read_extreme(values: Sequence[float | None], *, largest: bool) -> Reading:
-    """Read the largest or smallest of values that were all measured; None is a value that is not finite."""
+    """Read the largest or smallest of values that were all measured; None is a value that is
+    not finite."""
     finite = [value for value in values if value is not None]
     if not values:
         return Reading(value=None, reason=NOT_MEASURED)
@@ -137,7 +139,8 @@ def read_likelihood(report: Any, task: str) -> Reading:
 
 
 def read_lost_items(report: Any, _part: str) -> Reading:
-    """Read the number of items, over all tasks, that the source has right and the artifact wrong."""
+    """Read the number of items, over all tasks, that the source has right and the artifact
+    wrong."""
     missing = [row.task for row in report.benchmarks if row.lost is None]
     if missing or not report.benchmarks:
         names = f": {', '.join(missing)} was not run" if missing else ""
@@ -318,7 +321,8 @@ FIGURES: tuple[FigureDefinition, ...] = (
     FigureDefinition(
         key="likelihood", label="gold solutions", style="nats", direction="higher",
         unit="nats/token", scope="task", reader=read_likelihood,
-        meaning="Change of the log-likelihood per token of gold solutions, artifact - source; the lowest task.",
+        meaning="Change of the log-likelihood per token of gold solutions, artifact - "
+                "source; the lowest task.",
     ),
 )  # fmt: skip
 """Every figure, in the order of the tables."""

@@ -61,7 +61,8 @@ def compare_gates(a: Side, b: Side) -> tuple[Change, ...]:
     words = {True: "pass", False: "fail", None: "not judged"}
     results = [
         {
-            f"{row.figure} {row.bound}": f"{words[row.ok]} ({format_numbers.format_digits(row.value)})"
+            f"{row.figure} {row.bound}": f"{words[row.ok]} "
+            f"({format_numbers.format_digits(row.value)})"
             if row.value is not None
             else words[row.ok]
             for row in side.fidelity.gates

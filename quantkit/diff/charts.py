@@ -31,7 +31,10 @@ def make_charts(diff: Diff, a: TokenFigures | None, b: TokenFigures | None) -> d
     plots: dict[str, Plot] = {}
     if rows := compute_layer_medians(diff.modules):
         measures = sorted({row.by for row in diff.modules})
-        how = f"Median of the layer's quantized matrices, by the error of their {' or '.join(measures)}."
+        how = (
+            f"Median of the layer's quantized matrices, by the error of their "
+            f"{' or '.join(measures)}."
+        )
         plots["layers"] = ("Relative error of modules, by layer", how, _plot_lines(rows, "layer"))
     if rows := _list_block_errors(diff.blocks):
         how = "Distance of the hidden states from the source's after each block; errors accumulate."

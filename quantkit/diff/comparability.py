@@ -1,4 +1,5 @@
-"""Comparability of two sides: which parts can be compared, and the reason for each that cannot. Pure."""
+"""Comparability of two sides: which parts can be compared, and the reason for each that cannot.
+Pure."""
 
 from __future__ import annotations
 

@@ -104,7 +104,10 @@ class LikelihoodDiff(BaseModel):
 
 
 class BenchmarkDiff(BaseModel):
-    """One task, paired by item. lost: right in A and wrong in B; gained: wrong in A and right in B."""
+    """One task, paired by item.
+
+    lost: right in A and wrong in B; gained: wrong in A and right in B.
+    """
 
     model_config = FROZEN
     task: str

@@ -88,7 +88,8 @@ def _pair_tokens(
     b: TokenFigures | None,
     positions: Sequence[int],
 ) -> Figure | None:
-    """Return B - A of a figure over the same tokens (B / A for a ratio); None if it is not paired."""
+    """Return B - A of a figure over the same tokens (B / A for a ratio); None if it is not
+    paired."""
     pairing = figure.pairing
     if pairing is None or a is None or b is None or not positions:
         return None
@@ -170,7 +171,8 @@ def pair_likelihoods(a: Side, b: Side, allowed: Comparability) -> tuple[Likeliho
 
 
 def _pair_solutions(a: Side, b: Side, task: str) -> list[tuple[float, float]]:
-    """Return the likelihoods of the solutions that both sides split into the same number of tokens."""
+    """Return the likelihoods of the solutions that both sides split into the same number of
+    tokens."""
     first, second = a.solutions or {}, b.solutions or {}
     return [
         (one.value, two.value)

@@ -1,4 +1,7 @@
-"""The comparison as text for a terminal and as Markdown for a pull request. Nothing is printed here."""
+"""The comparison as text for a terminal and as Markdown for a pull request.
+
+Nothing is printed here.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ _LIMITS = (
     (8, 60, 3, 200),
     (3, 30, 0, 0),
 )
-"""Rows of a table, characters of a cell, flipped items, characters of an answer; the first that fits."""
+"""Rows of a table, characters of a cell, flipped items, characters of an answer; the first that
+fits."""
 
 
 def describe_model(model: ComparedModel) -> str:
@@ -35,7 +39,8 @@ def describe_model(model: ComparedModel) -> str:
 def render_terminal(diff: Diff) -> Group:
     """Return both models, notes, tables and the headline."""
     head = Text(
-        f"A  {terminal.strip_control_characters(describe_model(diff.a))}\nB  {terminal.strip_control_characters(describe_model(diff.b))}",
+        f"A  {terminal.strip_control_characters(describe_model(diff.a))}\nB  "
+        f"{terminal.strip_control_characters(describe_model(diff.b))}",
         style="bold",
     )
     lines = [
@@ -76,9 +81,14 @@ def _render_markdown(diff: Diff, rows: int, cell: int, items: int, answer: int) 
     )
     environment.filters["answer"] = lambda text: fence_text(text, answer)
     text = environment.get_template("diff.md.j2").render(
-        diff=diff, tables=tables, headline=tables.format_headline(diff), describe=describe_model, rows=rows, items=diff.flips[:items],
+        diff=diff,
+        tables=tables,
+        headline=tables.format_headline(diff),
+        describe=describe_model,
+        rows=rows,
+        items=diff.flips[:items],
         around=cut_to_difference,
-    )  # fmt: skip
+    )
     return re.sub(r"\n{3,}", "\n\n", text)
 
 

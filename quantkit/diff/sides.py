@@ -41,8 +41,12 @@ _ITEM = {"doc_id": "int64"} | dict.fromkeys(
     ("task", "filter", *HASHES, "prompt", "target"), "string"
 )
 _ANSWER = {
-    "response": "string", "score": "double", "outcome": "string", "n_tokens": "int64", "truncated": "bool",
-}  # fmt: skip
+    "response": "string",
+    "score": "double",
+    "outcome": "string",
+    "n_tokens": "int64",
+    "truncated": "bool",
+}
 _TOKEN = {
     "domain": "string",
     "kl": "double",
@@ -243,11 +247,13 @@ def _read_typed_columns(path: Path, types: Mapping[str, str]) -> Any:
         actual = str(table.schema.field(name).type)
         if actual != expected:
             raise ArtifactError(
-                f"{path}: {name}: expected {expected}, found {actual}; pull or build the artifact again"
+                f"{path}: {name}: expected {expected}, found {actual}; pull or build the "
+                f"artifact again"
             )
         if table[name].null_count and not name.endswith("_score"):
             raise ArtifactError(
-                f"{path}: {name}: expected no null value, found some; pull or build the artifact again"
+                f"{path}: {name}: expected no null value, found some; pull or build the "
+                f"artifact again"
             )
     return table
 
@@ -296,7 +302,7 @@ def _read_solutions(path: Path) -> dict[tuple[str, int], SolutionScore]:
     }
 
 
-# --------------------------------------------------------------------------------------------------------- the source
+# --------------------------------------------------------------------------------------- the source
 
 
 def _make_source_side(text: str, artifact: Side) -> Side:

@@ -35,7 +35,8 @@ def format_headline(diff: Diff) -> str:
             "not resolved": ", not resolved",
         }
         parts.append(
-            f"mean KL {format_numbers.format_digits(kl.a)} -> {format_numbers.format_digits(kl.b)}{change}{resolution.get(kl.resolved, '')}"
+            f"mean KL {format_numbers.format_digits(kl.a)} -> "
+            f"{format_numbers.format_digits(kl.b)}{change}{resolution.get(kl.resolved, '')}"
         )
     paired = [row for row in diff.benchmarks if row.delta_pp and row.task != ALL_TASKS]
     if paired:
@@ -64,10 +65,13 @@ def _describe_size(rows: Sequence[Quantity]) -> str:
         return ""
     if row.a == row.b:
         return f"Both have {format_numbers.format_size(round(row.a))} of weights"
-    return f"Weights {format_numbers.format_size(round(row.a))} -> {format_numbers.format_size(round(row.b))} ({_format_relative(row.a, row.b)})"
+    return (
+        f"Weights {format_numbers.format_size(round(row.a))} -> "
+        f"{format_numbers.format_size(round(row.b))} ({_format_relative(row.a, row.b)})"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def make_size_table(diff: Diff) -> Table:
@@ -160,7 +164,10 @@ def make_distribution_table(diff: Diff, domain: str | None = None) -> Table:
     if any(row.difference for row in shown):
         n = max(row.tokens for row in shown)
         n_intervals = sum(row.resolved != "" for row in shown)
-        note = f"Differences are over the same {n:,} tokens, assumed independent; for perplexity, B / A. "
+        note = (
+            f"Differences are over the same {n:,} tokens, assumed independent; for "
+            f"perplexity, B / A. "
+        )
         note += (
             f"{n_intervals} intervals at 95 %: about one in twenty misses the true value by chance."
             if n_intervals > 1
@@ -176,11 +183,16 @@ def make_likelihood_table(diff: Diff) -> Table:
     """Return the log-likelihood of gold solutions by task."""
     rows = tuple(
         (
-            row.task, format_numbers.format_count(row.n), format_numbers.format_digits(row.source, 4), format_numbers.format_digits(row.a, 4),
-            format_numbers.format_digits(row.b, 4), format_numbers.format_nats(row.difference), row.resolved,
+            row.task,
+            format_numbers.format_count(row.n),
+            format_numbers.format_digits(row.source, 4),
+            format_numbers.format_digits(row.a, 4),
+            format_numbers.format_digits(row.b, 4),
+            format_numbers.format_nats(row.difference),
+            row.resolved,
         )
         for row in diff.likelihood
-    )  # fmt: skip
+    )
     columns = ("task", ">n", ">source", ">A", ">B", ">B - A [95 % CI]", "B is")
     note = (
         "Log-likelihood of a correct answer after its prompt, nats per token; nothing is generated."
@@ -263,7 +275,10 @@ def make_flip_table(diff: Diff, limit: int) -> Table:
         )
         for flip in diff.flips[:limit]
     )
-    note = f"{len(diff.flips):,} of {diff.compared_items:,} items flipped; {diff.reworded:,} more differ in wording only."
+    note = (
+        f"{len(diff.flips):,} of {diff.compared_items:,} items flipped; "
+        f"{diff.reworded:,} more differ in wording only."
+    )
     note += (
         f" The first {limit} are shown; {MORE}, with both answers."
         if len(diff.flips) > limit
@@ -294,7 +309,7 @@ def make_loadtest_table(diff: Diff) -> Table:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- pieces
+# ------------------------------------------------------------------------------------------- pieces
 
 
 def _make_change_table(title: str, heading: str, changes: Sequence[Change]) -> Table:
@@ -358,7 +373,8 @@ def _format_relative(a: float, b: float) -> str:
 
 
 def _format_difference(figure: FigureDefinition, row: DistributionDiff) -> str:
-    """Return "+0.000378 [+0.000279, +0.000478]"; without an interval if the tokens are not paired."""
+    """Return "+0.000378 [+0.000279, +0.000478]"; without an interval if the tokens are not
+    paired."""
     is_ratio = figure.pairing is not None and figure.pairing.statistic == "ratio"
     show = "x{:.4f}".format if is_ratio else format_numbers.STYLES[figure.style].difference
     difference: Figure | None = row.difference
@@ -382,7 +398,8 @@ def _shorten(text: str, limit: int = 60) -> str:
 
 
 def make_tables(diff: Diff, limit: int) -> list[Table]:
-    """Return all tables with rows, in the order of a review; `limit` bounds the rows of long ones."""
+    """Return all tables with rows, in the order of a review; `limit` bounds the rows of long
+    ones."""
     tables = (
         make_size_table(diff),
         make_benchmark_table(diff),

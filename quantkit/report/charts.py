@@ -28,19 +28,34 @@ CONFIG: Spec = {
     "background": "transparent",
     "view": {"stroke": "transparent"},
     "axis": {
-        "domainColor": "var(--line-strong)", "gridColor": "var(--line)", "tickColor": "var(--line-strong)",
-        "labelColor": "var(--muted)", "titleColor": "var(--muted)", "labelFontSize": 11, "titleFontSize": 11,
-        "titleFontWeight": "normal", "labelPadding": 4, "titlePadding": 8, "tickSize": 4,
+        "domainColor": "var(--line-strong)",
+        "gridColor": "var(--line)",
+        "tickColor": "var(--line-strong)",
+        "labelColor": "var(--muted)",
+        "titleColor": "var(--muted)",
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "titleFontWeight": "normal",
+        "labelPadding": 4,
+        "titlePadding": 8,
+        "tickSize": 4,
     },
     "axisY": {"domain": False, "ticks": False},
     "legend": {
-        "labelColor": "var(--muted)", "titleColor": "var(--muted)", "labelFontSize": 11, "titleFontSize": 11,
-        "titleFontWeight": "normal", "orient": "top", "symbolStrokeWidth": 0, "labelLimit": 240, "offset": 8,
+        "labelColor": "var(--muted)",
+        "titleColor": "var(--muted)",
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "titleFontWeight": "normal",
+        "orient": "top",
+        "symbolStrokeWidth": 0,
+        "labelLimit": 240,
+        "offset": 8,
         "symbolOpacity": 1,
     },
     "text": {"color": "var(--ink)", "fontSize": 11},
     "rule": {"color": "var(--line-strong)"},
-}  # fmt: skip
+}
 
 
 def make_charts(fidelity: Fidelity, histogram: Histogram | None) -> dict[str, Plot]:

@@ -1,4 +1,4 @@
-"""fidelity.html: the report as one self-contained page, from fidelity.json and the samples.
+"""quantkit/fidelity.html: the report as a self-contained page, from fidelity.json and samples.
 
 Text from models and checkpoints is untrusted: the template escapes everything, plots are data, and
 the content security policy allows only the two scripts that it names by hash. The page fetches
@@ -96,7 +96,8 @@ def rebuild_page(artifact: Path, output: Path | None = None) -> Path:
             or entry.get("sha256") != hashlib.sha256(content).hexdigest()
         ):
             raise ArtifactError(
-                f"{artifact / MANIFEST}: {PAGE}: expected the page that these files make, found another "
+                f"{artifact / MANIFEST}: {PAGE}: expected the page that these files "
+                f"make, found another "
                 "or none (made with other versions?); write it elsewhere with --output FILE"
             )
         write_atomic(artifact / PAGE, content)
@@ -289,8 +290,10 @@ def draw_intervals(differences: Sequence[Figure | None]) -> dict[int, Markup]:
 def _draw_interval(low: float, middle: float, high: float) -> Markup:
     side = "ci-bad" if high < 60 else "ci-good" if low > 60 else "ci-open"
     return Markup(
-        '<svg class="ci {}" viewBox="0 0 120 16" width="120" height="16" aria-hidden="true"><line class="zero" x1="60" '
-        'x2="60" y1="0" y2="16"/><line x1="{:.1f}" x2="{:.1f}" y1="8" y2="8"/><circle cx="{:.1f}" cy="8" r="3"/></svg>'
+        '<svg class="ci {}" viewBox="0 0 120 16" width="120" height="16" '
+        'aria-hidden="true"><line class="zero" x1="60" '
+        'x2="60" y1="0" y2="16"/><line x1="{:.1f}" x2="{:.1f}" y1="8" y2="8"/><circle '
+        'cx="{:.1f}" cy="8" r="3"/></svg>'
     ).format(side, low, high, middle)
 
 
@@ -336,9 +339,12 @@ def cut_excerpt(answer: Answer, place: int) -> Excerpt:
     end = max(match.end(), min(place + 1, len(text))) if match else start
     first, last = max(0, start - BEFORE), min(len(text), end + AFTER)
     return Excerpt(
-        before=text[first:start], differs=text[start:end], after=text[end:last], cut_before=first,
+        before=text[first:start],
+        differs=text[start:end],
+        after=text[end:last],
+        cut_before=first,
         cut_after=len(text) - last,
-    )  # fmt: skip
+    )
 
 
 def _is_word(character: str) -> bool:

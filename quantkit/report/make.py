@@ -137,7 +137,8 @@ def make_fp8_notes(plan: Plan) -> tuple[str, ...]:
     if not any(decision.keep == "fp8" for decision in plan.decisions.values()):
         return ()
     return (
-        "Engines run layers kept in FP8 like the FP8 source, with inputs rounded to FP8 (natively on "
+        "Engines run layers kept in FP8 like the FP8 source, with inputs rounded to FP8 "
+        "(natively on "
         "Ada, Hopper and newer GPUs); the figures here cover the weights only.",
     )
 
@@ -146,7 +147,8 @@ def format_schemes(quantized: Sequence[Decision]) -> list[str]:
     """Return "awq, int4 g128 asymmetric, bfloat16 scales" for every scheme in use."""
     texts = [
         f"{d.method}{'' if d.rounding in ('nearest', d.method) else f' + {d.rounding} rounding'}, "
-        f"{format_scheme(d.scheme)}, {'8-bit' if d.scheme.double_quant else d.scheme.scale_dtype} scales"
+        f"{format_scheme(d.scheme)}, "
+        f"{'8-bit' if d.scheme.double_quant else d.scheme.scale_dtype} scales"
         for d in quantized
         if d.scheme is not None
     ]
@@ -202,7 +204,10 @@ def explain_unpacked_fp8(plan: Plan, kept: Sequence[Decision]) -> str:
     if not any(fp8):
         return ""
     holds = plan.format.fp8_scale is not None
-    return f"; BF16 because {'nothing is quantized' if holds else f'format {plan.format_name} cannot hold FP8'}"
+    return (
+        f"; BF16 because "
+        f"{'nothing is quantized' if holds else f'format {plan.format_name} cannot hold FP8'}"
+    )
 
 
 def summarize_source(

@@ -1,4 +1,5 @@
-"""Module names folded into ranges: "model.layers.{3-60}.mlp.experts.{0-7, 12}.down_proj". Lossless."""
+"""Module names folded into ranges: "model.layers.{3-60}.mlp.experts.{0-7, 12}.down_proj".
+Lossless."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def fold_names(names: Iterable[str]) -> list[str]:
 
 
 def _split(name: str, position: int) -> tuple[str, int | None, str]:
-    """Split a name at its second number (position 1) or its first; None if it has no such number."""
+    """Split a name at its second number (position 1) or its first; None if it has no such
+    number."""
     numbers = list(_NUMBER.finditer(name))
     if len(numbers) <= position:
         return name, None, ""

@@ -110,7 +110,8 @@ def sort_runs(runs: Sequence[Run], column: str, *, reverse: bool = False) -> lis
 
 
 def mark_front(runs: Sequence[Run]) -> list[Run]:
-    """Mark the Pareto front of each group: no other run is both smaller and closer to the source."""
+    """Mark the Pareto front of each group: no other run is both smaller and closer to the
+    source."""
     points: dict[str, list[tuple[int, float]]] = {}
     for run in runs:
         if (point := _locate_run(run)) is not None:
@@ -127,7 +128,8 @@ def mark_front(runs: Sequence[Run]) -> list[Run]:
 
 
 def is_on_front(point: tuple[int, float], others: Sequence[tuple[int, float]]) -> bool:
-    """Return whether no other point is at least as small and as close, and better in one of both."""
+    """Return whether no other point is at least as small and as close, and better in one of
+    both."""
     size, kl = point
     return not any(s <= size and k <= kl and (s, k) != point for s, k in others)
 
@@ -233,7 +235,8 @@ def _read_run(path: Path, folder: Path) -> Run:
         expected = json.dumps(manifest.get("status"))
         return Run(
             name=name,
-            fault=f"{MANIFEST} says {expected}, fidelity.json {fidelity.status}; pull or build it again",
+            fault=f"{MANIFEST} says {expected}, fidelity.json {fidelity.status}; pull or "
+            f"build it again",
         )
     return Run(name=name, fidelity=fidelity)
 

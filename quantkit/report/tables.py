@@ -226,7 +226,8 @@ def make_router_table(fidelity: Fidelity, limit: int = WORST) -> Table:
 
 
 def make_expert_table(fidelity: Fidelity, limit: int = WORST) -> Table:
-    """Return the calibration tokens per expert by layer, the layer with the lowest minimum first."""
+    """Return the calibration tokens per expert by layer, the layer with the lowest minimum
+    first."""
     coverage = fidelity.experts
     columns = ("block", ">experts", ">min tokens", ">median", ">max", ">under-calibrated")
     if coverage is None or not coverage.layers:
@@ -249,7 +250,10 @@ def make_expert_table(fidelity: Fidelity, limit: int = WORST) -> Table:
     examples = ", ".join(
         f"{block} expert {expert} ({tokens:,})" for block, expert, tokens in low[:limit]
     )
-    note = f"{len(low)} of {sum(len(row.tokens) for row in coverage.layers):,} experts saw fewer than {coverage.min_tokens} "
+    note = (
+        f"{len(low)} of {sum(len(row.tokens) for row in coverage.layers):,} experts "
+        f"saw fewer than {coverage.min_tokens} "
+    )
     note += (
         f"tokens and got {coverage.policy}: {examples}{_more(len(low), limit)}."
         if low
@@ -314,7 +318,8 @@ def _format_rates(
 ) -> str:
     """Return a sentence with the tasks whose rate is not zero on both sides: source -> artifact."""
     rates = [
-        f"{task} {format_numbers.format_percent(rate[0], 1)} -> {format_numbers.format_percent(rate[1], 1)}"
+        f"{task} {format_numbers.format_percent(rate[0], 1)} -> "
+        f"{format_numbers.format_percent(rate[1], 1)}"
         for task, rate in pairs
         if rate and any(rate)
     ]

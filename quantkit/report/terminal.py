@@ -1,4 +1,7 @@
-"""Reports and plans for a terminal, as rich renderables that fit its width. Nothing is printed here."""
+"""Reports and plans for a terminal, as rich renderables that fit its width.
+
+Nothing is printed here.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,8 @@ def _each_cell(table: Table, change: Callable[[str], str]) -> Table:
 
 
 def strip_control_characters(text: str) -> str:
-    """Return one line without control characters, so that untrusted names cannot control a terminal."""
+    """Return one line without control characters, so that untrusted names cannot control a
+    terminal."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
@@ -152,7 +156,8 @@ def render_report(fidelity: Fidelity) -> Group:
         style="bold",
     )
     head.append(
-        f"\n{format_numbers.format_size(artifact.bytes_source)} -> {format_numbers.format_size(artifact.bytes_artifact)}, "
+        f"\n{format_numbers.format_size(artifact.bytes_source)} -> "
+        f"{format_numbers.format_size(artifact.bytes_artifact)}, "
         f"{artifact.bits_per_weight:.2f} bits per quantized weight",
         style="not bold",
     )
@@ -190,8 +195,10 @@ def render_plan(plan: PlanSummary) -> Group:
         f"{name} {format_numbers.format_size(n_bytes)}" for name, n_bytes in memory.parts.items()
     )
     lines = Text(
-        f"memory: {format_numbers.format_size(memory.peak)} of {format_numbers.format_size(memory.budget)}{waves}"
-        f"{f' ({parts})' if parts else ''}; scratch disk {format_numbers.format_size(memory.scratch_disk)}",
+        f"memory: {format_numbers.format_size(memory.peak)} of "
+        f"{format_numbers.format_size(memory.budget)}{waves}"
+        f"{f' ({parts})' if parts else ''}; scratch disk "
+        f"{format_numbers.format_size(memory.scratch_disk)}",
         style="" if fits else "bold red",
     )
     warnings = [
@@ -209,10 +216,14 @@ def render_plan(plan: PlanSummary) -> Group:
 
 
 def render_plans(plans: Sequence[PlanSummary]) -> Group:
-    """Return the plans of a recipe with several formats: the first in full, the others' differences."""
+    """Return the plans of a recipe with several formats: the first in full, the others'
+    differences."""
     first, lines = plans[0], list[Text]()
     for plan in plans[1:]:
-        summary = f"and {plan.output}: {format_numbers.format_size(plan.totals.bytes_after)} in {len(plan.shards)} files"
+        summary = (
+            f"and {plan.output}: "
+            f"{format_numbers.format_size(plan.totals.bytes_after)} in {len(plan.shards)} files"
+        )
         lines.append(Text(strip_control_characters(summary), style="bold"))
         new = [warning for warning in plan.warnings if warning not in first.warnings]
         lines += [

@@ -1,4 +1,4 @@
-"""What differs between two artifacts: values against scipy, what does not compare, views to the letter."""
+"""Comparison of two artifacts: values against scipy, comparability, golden views."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def diff() -> Diff:
     return compare_sides(make_side_a(), make_side_b())
 
 
-def with_text(side: Side, **changes: object) -> Side:
-    """The side as if it had been measured on other text."""
+def change_text(side: Side, **changes: object) -> Side:
+    """Return the side with another fidelity text."""
     text = side.fidelity.measured_on
     assert text is not None
     return replace(
@@ -52,7 +52,7 @@ def with_text(side: Side, **changes: object) -> Side:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- views
+# -------------------------------------------------------------------------------------------- views
 
 
 def test_terminal_view_matches_golden_file(diff: Diff) -> None:
@@ -69,27 +69,29 @@ def test_values_round_trip_through_json(diff: Diff) -> None:
 
 
 def test_diff_of_a_side_with_itself_is_empty() -> None:
-    found = compare_sides(make_side_a(), make_side_a())
+    result = compare_sides(make_side_a(), make_side_a())
     assert (
-        found.recipe,
-        found.decisions,
-        found.tensors,
-        found.flips,
-        found.made_with,
-        found.fallbacks,
+        result.recipe,
+        result.decisions,
+        result.tensors,
+        result.flips,
+        result.made_with,
+        result.fallbacks,
     ) == ((),) * 6
-    assert {row.verdict for row in found.benchmarks} == {"not resolved (n = 60, detectable 4.7 pp)"}
-    assert {row.shift for row in (*found.modules, *found.blocks, *found.routers)} == {0.0}
-    assert "The weight files of both are identical." in found.notes
-    assert {row.resolved for row in found.distribution if row.difference} == {"not resolved"}
-    assert tables.make_module_table(found, 10).rows == ()
+    assert {row.verdict for row in result.benchmarks} == {
+        "not resolved (n = 60, detectable 4.7 pp)"
+    }
+    assert {row.shift for row in (*result.modules, *result.blocks, *result.routers)} == {0.0}
+    assert "The weight files of both are identical." in result.notes
+    assert {row.resolved for row in result.distribution if row.difference} == {"not resolved"}
+    assert tables.make_module_table(result, 10).rows == ()
 
 
-# ---------------------------------------------------------------------------------------------------- recipe, tensors
+# ---------------------------------------------------------------------------------- recipe, tensors
 
 
 def test_inherited_recipe_keys_are_listed_once(diff: Diff) -> None:
-    """What the rule takes over from `quantize` is not told a second time."""
+    """A value that the rule inherits from `quantize` is not listed again."""
     assert [(row.key, row.a, row.b) for row in diff.recipe] == [
         ("quantize.method", "awq", "rtn"),
         ("quantize.bits", "4", "3"),
@@ -110,10 +112,12 @@ def test_change_of_one_rule_is_listed() -> None:
     rules = [
         {"label": "rules[0]", "match": "*", "quantize": {"method": "rtn", "bits": 8}, "keep": None}
     ]
-    found = compare_sides(
+    result = compare_sides(
         make_side_a(), replace(other, recipe={**(other.recipe or {}), "rules": rules})
     )
-    assert ("rules[0].quantize.bits", "4", "8") in [(row.key, row.a, row.b) for row in found.recipe]
+    assert ("rules[0].quantize.bits", "4", "8") in [
+        (row.key, row.a, row.b) for row in result.recipe
+    ]
 
 
 def test_tensor_changes_are_grouped(diff: Diff) -> None:
@@ -135,18 +139,18 @@ def test_reports_without_plans_compare_schemes() -> None:
         Side(name=name, kind="report", fidelity=side.fidelity)
         for name, side in (("a", make_side_a()), ("b", make_side_b()))
     ]
-    found = compare_sides(*sides)
-    assert [(row.change, row.a, row.b, row.count) for row in found.decisions] == [
+    result = compare_sides(*sides)
+    assert [(row.change, row.a, row.b, row.count) for row in result.decisions] == [
         ("scheme", "int4 g128 asymmetric", "int3 g128 asymmetric", 2),
         ("scheme", "not quantized", "int3 g128 asymmetric", 1),
     ]
-    assert found.tensors == () and found.recipe == () and found.flips == ()
-    assert [(row.task, row.a, row.b, row.verdict) for row in found.benchmarks] == [
+    assert result.tensors == () and result.recipe == () and result.flips == ()
+    assert [(row.task, row.a, row.b, row.verdict) for row in result.benchmarks] == [
         ("tiny-v3-math", 0.82, 0.82, "not paired: no samples with fidelity.json"),
     ]
-    assert all(row.difference is None for row in found.distribution)
-    assert sum("is a single fidelity.json" in note for note in found.notes) == 2
-    assert "no interval" in tables.make_distribution_table(found).note
+    assert all(row.difference is None for row in result.distribution)
+    assert sum("is a single fidelity.json" in note for note in result.notes) == 2
+    assert "no interval" in tables.make_distribution_table(result).note
 
 
 def test_sizes_of_both_sides(diff: Diff) -> None:
@@ -156,7 +160,7 @@ def test_sizes_of_both_sides(diff: Diff) -> None:
     assert rows["quantized matrices"] == (2, 3)
 
 
-# -------------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 
 def test_benchmarks_are_paired_and_agree_with_scipy(diff: Diff) -> None:
@@ -179,15 +183,17 @@ def test_flips_have_both_answers_and_lost_items_first() -> None:
     b = replace(
         make_side_b(), items=make_items([0.0, *A_SCORES[1:-4], 1.0, *A_SCORES[-3:]], SOURCE)
     )
-    found = compare_sides(make_side_a(), b)
-    assert [(flip.item, flip.lost, flip.a.text, flip.b.text) for flip in found.flips] == [
+    result = compare_sides(make_side_a(), b)
+    assert [(flip.item, flip.lost, flip.a.text, flip.b.text) for flip in result.flips] == [
         (0, True, "It is 0", "It is 1"),
         (56, False, "It is 57", "It is 56"),
     ]
-    assert (found.compared_items, found.reworded) == (60, 0)
-    assert (found.flips[0].prompt, found.flips[0].target, found.flips[0].source_score) == (
-        "Question: what is 0?\nAnswer:", "0", 1.0,
-    )  # fmt: skip
+    assert (result.compared_items, result.reworded) == (60, 0)
+    assert (result.flips[0].prompt, result.flips[0].target, result.flips[0].source_score) == (
+        "Question: what is 0?\nAnswer:",
+        "0",
+        1.0,
+    )
 
 
 def test_reworded_answers_are_counted() -> None:
@@ -197,8 +203,8 @@ def test_reworded_answers_are_counted() -> None:
     assert compare_sides(make_side_a(), replace(b, items=changed)).reworded == 1
 
 
-def pick(values: Any, domain: str) -> list[float]:
-    """The values of a domain's tokens."""
+def pick_domain(values: Any, domain: str) -> list[float]:
+    """Return the values of a domain's tokens."""
     return [
         v
         for v, name in zip(values, make_tokens(1.0).domains, strict=True)
@@ -208,34 +214,47 @@ def pick(values: Any, domain: str) -> list[float]:
 
 @pytest.mark.parametrize("domain", ["all", "math"])
 def test_token_differences_agree_with_scipy(domain: str) -> None:
-    """scipy's t interval is wider by a hair at this n, so the normal one is built from scipy's standard error."""
-    rows = [{"domain": name, "tokens": N_TOKENS if name == "all" else 400, "kl_mean": {"value": 0.1},
-             "ppl_artifact": {"value": 3.0}, "top1": {"value": 0.9}, "mean_delta_p": {"value": 0.0}}
-            for name in ("all", "math")]  # fmt: skip
+    """scipy's t interval is wider by a hair at this n, so the normal one is built from
+    scipy's standard error."""
+    rows = [
+        {
+            "domain": name,
+            "tokens": N_TOKENS if name == "all" else 400,
+            "kl_mean": {"value": 0.1},
+            "ppl_artifact": {"value": 3.0},
+            "top1": {"value": 0.9},
+            "mean_delta_p": {"value": 0.0},
+        }
+        for name in ("all", "math")
+    ]
     a, b = (
         replace(side, fidelity=make_report(distribution=rows))
         for side in (make_side_a(), make_side_b())
     )
     assert a.tokens is not None and b.tokens is not None
-    found = {row.figure: row for row in compare_sides(a, b).distribution if row.domain == domain}
+    result = {row.figure: row for row in compare_sides(a, b).distribution if row.domain == domain}
     z = stats.norm.ppf(0.975)
     for figure, one, two, map_ in (
         ("kl_mean", a.tokens.kl, b.tokens.kl, None),
         ("ppl_artifact", a.tokens.nll, b.tokens.nll, exp),
         ("mean_delta_p", [exp(-x) for x in a.tokens.nll], [exp(-x) for x in b.tokens.nll], None),
     ):
-        change = [y - x for x, y in zip(pick(one, domain), pick(two, domain), strict=True)]
+        change = [
+            y - x for x, y in zip(pick_domain(one, domain), pick_domain(two, domain), strict=True)
+        ]
         mean, error = sum(change) / len(change), float(stats.sem(change))
         expected = [mean, mean - z * error, mean + z * error]
-        told = found[figure].difference
-        assert told is not None and told.ci is not None
-        assert [told.value, *told.ci] == pytest.approx([map_(x) if map_ else x for x in expected])
-    same = [pick(side.tokens.same_top, domain) for side in (a, b) if side.tokens]
-    told = found["top1"].difference
-    assert told is not None and told.value == pytest.approx(
+        values = result[figure].difference
+        assert values is not None and values.ci is not None
+        assert [values.value, *values.ci] == pytest.approx([
+            map_(x) if map_ else x for x in expected
+        ])
+    same = [pick_domain(side.tokens.same_top, domain) for side in (a, b) if side.tokens]
+    values = result["top1"].difference
+    assert values is not None and values.value == pytest.approx(
         sum(same[1]) / len(same[1]) - sum(same[0]) / len(same[0])
     )
-    assert found["kl_mean"].resolved == "worse" and found["top1"].resolved == "worse"
+    assert result["kl_mean"].resolved == "worse" and result["top1"].resolved == "worse"
 
 
 def test_gold_solutions_are_paired_and_agree_with_scipy(diff: Diff) -> None:
@@ -282,14 +301,14 @@ def test_all_tasks_are_pooled() -> None:
 def test_non_finite_token_gives_no_difference() -> None:
     bad = make_tokens(0.004, seed=2)
     b = replace(make_side_b(), tokens=replace(bad, kl=[float("inf"), *list(bad.kl)[1:]]))
-    found = {(row.domain, row.figure): row for row in compare_sides(make_side_a(), b).distribution}
+    result = {(row.domain, row.figure): row for row in compare_sides(make_side_a(), b).distribution}
     assert (
-        found["all", "kl_mean"].difference is None and found["all", "top1"].difference is not None
+        result["all", "kl_mean"].difference is None and result["all", "top1"].difference is not None
     )
-    assert found["all", "kl_mean"].resolved == "" and found["math", "kl_mean"].resolved == "worse"
+    assert result["all", "kl_mean"].resolved == "" and result["math", "kl_mean"].resolved == "worse"
 
 
-# ------------------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def test_modules_are_sorted_by_error_shift(diff: Diff) -> None:
@@ -303,14 +322,14 @@ def test_modules_are_sorted_by_error_shift(diff: Diff) -> None:
 
 def test_different_calibration_texts_compare_weight_errors() -> None:
     b = make_side_b()
-    found = compare_sides(
+    result = compare_sides(
         make_side_a(), replace(b, fidelity=b.fidelity.model_copy(update={"calibration": None}))
     )
-    assert {row.by for row in found.modules} == {"weights"}
-    assert any(note.startswith(f"{b.name} used no calibration text, so") for note in found.notes)
+    assert {row.by for row in result.modules} == {"weights"}
+    assert any(note.startswith(f"{b.name} used no calibration text, so") for note in result.notes)
 
 
-# ------------------------------------------------------------------------------------------------- what is comparable
+# ------------------------------------------------------------------------------- what is comparable
 
 Change = Callable[[Side], Side]
 
@@ -328,23 +347,23 @@ def other_source_bytes(side: Side) -> Side:
 
 def other_text(side: Side) -> Side:
     """Measured on other text."""
-    return with_text(side, sha256="ef" * 32)
+    return change_text(side, sha256="ef" * 32)
 
 
 def fewer_windows(side: Side) -> Side:
     """Measured on a part of the text."""
-    return with_text(side, sequences=10)
+    return change_text(side, sequences=10)
 
 
 def other_prompt(side: Side) -> Side:
-    """One item was asked in other words."""
+    """One item has another prompt."""
     key = ("tiny-v3-math", "answer", 7)
     changed = replace((side.items or {})[key], hashes=("doc7", "other", "target7"))
     return replace(side, items={**(side.items or {}), key: changed})
 
 
 def other_data(side: Side) -> Side:
-    """Asked another version of the task."""
+    """Tested on another version of the task."""
     rows = [row.model_copy(update={"data_sha256": "21" * 32}) for row in side.fidelity.benchmarks]
     return replace(side, fidelity=side.fidelity.model_copy(update={"benchmarks": tuple(rows)}))
 
@@ -358,7 +377,8 @@ def other_solutions(side: Side) -> Side:
 REFUSED: Mapping[str, tuple[Change, str, tuple[str, ...]]] = {
     "source": (
         other_source,
-        r"first was made from builtin:tiny-v3 \(5f5f.*\), second was made from org/other \(9999.*\): figures against "
+        r"first was made from builtin:tiny-v3 \(5f5f.*\), second was made from org/other "
+        r"\(9999.*\): figures against "
         r"different sources are not comparable",
         ("distribution", "benchmarks", "blocks", "modules", "routers", "flips"),
     ),
@@ -369,7 +389,8 @@ REFUSED: Mapping[str, tuple[Change, str, tuple[str, ...]]] = {
     ),
     "text": (
         other_text,
-        r"first was measured on tiny-v3-heldout \(cdcdcdcdcdcd, 20 x 512 tokens\), second .*: distributions on "
+        r"first was measured on tiny-v3-heldout \(cdcdcdcdcdcd, 20 x 512 tokens\), "
+        r"second .*: distributions on "
         r"different texts are not comparable",
         ("distribution", "blocks", "routers"),
     ),
@@ -380,7 +401,8 @@ REFUSED: Mapping[str, tuple[Change, str, tuple[str, ...]]] = {
     ),
     "prompt": (
         other_prompt,
-        r"tiny-v3-math: the prompt of item 7 differs between first and second \(prompt_hash differs\): the "
+        r"tiny-v3-math: the prompt of item 7 differs between first and second "
+        r"\(prompt_hash differs\): the "
         r"scores are not comparable",
         ("flips",),
     ),
@@ -409,44 +431,44 @@ def test_incomparable_sides_are_rejected_with_the_reason(case: str) -> None:
 @pytest.mark.parametrize("case", REFUSED)
 def test_partial_compares_the_rest(case: str) -> None:
     change, sentence, gone = REFUSED[case]
-    found, whole = (
+    result, whole = (
         compare_sides(make_side_a(), change(make_side_b()), partial=True),
         compare_sides(make_side_a(), make_side_b()),
     )
-    assert re.match(sentence, found.left_out[0])
+    assert re.match(sentence, result.left_out[0])
     assert (
-        found.sizes == whole.sizes
-        and found.recipe == whole.recipe
-        and found.tensors == whole.tensors
+        result.sizes == whole.sizes
+        and result.recipe == whole.recipe
+        and result.tensors == whole.tensors
     )
     for name in gone:
-        assert getattr(found, name) == () and getattr(whole, name) != (), name
-    assert not any(row.delta_pp for row in found.benchmarks) or "flips" not in gone
+        assert getattr(result, name) == () and getattr(whole, name) != (), name
+    assert not any(row.delta_pp for row in result.benchmarks) or "flips" not in gone
     assert "left out: " in render_to_text(
-        render_text.render_terminal(found)
-    ) and "left out: " in render_text.render_markdown(found)
+        render_text.render_terminal(result)
+    ) and "left out: " in render_text.render_markdown(result)
 
 
 def test_items_of_one_side_only_are_counted() -> None:
-    found = compare_sides(
+    result = compare_sides(
         make_side_a(), replace(make_side_b(), items=make_items(B_SCORES[:40], SOURCE[:40]))
     )
-    assert found.benchmarks[0].n == 40
-    assert "tiny-v3-math: 40 items are in both, 20 in one only." in found.notes
+    assert result.benchmarks[0].n == 40
+    assert "tiny-v3-math: 40 items are in both, 20 in one only." in result.notes
 
 
 def test_changed_baseline_is_noted() -> None:
     moved = make_tokens(0.004, seed=2)
     moved = replace(moved, nll_source=[x + 1e-3 for x in moved.nll_source])
-    found = compare_sides(
+    result = compare_sides(
         make_side_a(),
         replace(make_side_b(), tokens=moved, items=make_items(B_SCORES, [0.0, *SOURCE[1:]])),
     )
-    assert any("differ by up to 0.001 nats between the two builds" in note for note in found.notes)
-    assert any("has other scores on 1 items" in note for note in found.notes)
+    assert any("differ by up to 0.001 nats between the two builds" in note for note in result.notes)
+    assert any("has other scores on 1 items" in note for note in result.notes)
 
 
-# ---------------------------------------------------------------------------------------------------- large, hostile
+# ----------------------------------------------------------------------------------- large, hostile
 
 
 @pytest.fixture(scope="module")
@@ -471,22 +493,22 @@ def large_sides() -> tuple[Side, Side]:
 
 
 def test_markdown_of_a_large_model_fits_a_comment(large_sides: tuple[Side, Side]) -> None:
-    found = compare_sides(*large_sides)
-    assert len(found.modules) == 44_544 and len(found.flips) == 200
-    text = render_text.render_markdown(found)
+    result = compare_sides(*large_sides)
+    assert len(result.modules) == 44_544 and len(result.flips) == 200
+    text = render_text.render_markdown(result)
     assert 5_000 < len(text) < render_text.MAX_CHARACTERS
     assert "44,4" in text and "more rows in quantkit diff --json." in text
     assert text.count("<details>") == text.count("</details>") > 3
 
 
-def hostile() -> Iterator[str]:
-    """Text that would end a fence, a cell, a details element, or steer a terminal."""
+def iterate_hostile_texts() -> Iterator[str]:
+    """Yield text that would end a fence, a cell or a details element, or control a terminal."""
     yield "```\n</details>\n# x\n````\n"
     yield "| a | b |\n<script>x</script> \x1b[2J\u202e"
     yield "`" * 5_000 + "a|b<c*" * 4_000
 
 
-@pytest.mark.parametrize("text", list(hostile()), ids=["fence", "cell", "long"])
+@pytest.mark.parametrize("text", list(iterate_hostile_texts()), ids=["fence", "cell", "long"])
 def test_untrusted_text_is_escaped(text: str) -> None:
     a, b = make_side_a(), make_side_b()
     assert a.items is not None and b.items is not None
@@ -499,8 +521,8 @@ def test_untrusted_text_is_escaped(text: str) -> None:
                 item, prompt=text, target=text, answer=make_answer(f"{text}{score}", score)
             )
         both.append(replace(side, items=changed, name=text))
-    found = compare_sides(*both)
-    shown = render_text.render_markdown(found)
+    result = compare_sides(*both)
+    shown = render_text.render_markdown(result)
     assert len(shown) < render_text.MAX_CHARACTERS
     outside, fence = [], ""
     for line in shown.splitlines():
@@ -518,15 +540,15 @@ def test_untrusted_text_is_escaped(text: str) -> None:
         and "<script" not in plain
         and "\n# x" not in plain
     )
-    assert "\x1b" not in render_to_text(render_text.render_terminal(found))
+    assert "\x1b" not in render_to_text(render_text.render_terminal(result))
 
 
 def test_markdown_breaks_mentions_and_issue_links() -> None:
-    """GitHub would read @name and #12 in a table; in a fence it does not."""
+    """GitHub links @name and #12 in a table, not in a fence."""
     b = make_side_a()
     key = ("tiny-v3-math", "answer", 5)
     said = replace(make_answer("#12 @staticmethod", 0.0), outcome="@staticmethod #12 kl@math")
-    found = compare_sides(
+    result = compare_sides(
         make_side_a(),
         replace(
             b,
@@ -536,7 +558,7 @@ def test_markdown_breaks_mentions_and_issue_links() -> None:
     )
     lines = [
         line
-        for line in render_text.render_markdown(found).splitlines()
+        for line in render_text.render_markdown(result).splitlines()
         if "static" in line or "team" in line
     ]
     fenced = [line for line in lines if line == "#12 @staticmethod"]
@@ -559,7 +581,7 @@ def test_kl_of_a_source_is_zero_and_its_ratio_has_no_percent() -> None:
 
 
 def test_tokens_of_another_count_are_not_paired() -> None:
-    """Samples of another length than the report says are not those behind its figures."""
+    """Samples with another number of tokens than the report are not those of its figures."""
     rows = [{"domain": "all", "tokens": N_TOKENS + 1, "kl_mean": {"value": 0.1}}]
     a, b = (
         replace(side, fidelity=make_report(distribution=rows))
@@ -573,8 +595,8 @@ def test_empty_reports_are_compared() -> None:
         key: make_report().model_dump()[key] for key in ("artifact", "source")
     })
     side = Side(name="bare", kind="report", fidelity=bare)
-    found = compare_sides(side, make_side_a())
+    result = compare_sides(side, make_side_a())
     assert (
-        found.distribution == ()
-        and tables.format_headline(found) == "Both have 6.41 MB of weights."
+        result.distribution == ()
+        and tables.format_headline(result) == "Both have 6.41 MB of weights."
     )

@@ -1,4 +1,5 @@
-"""`quantkit diff` and `quantkit runs` over real artifacts of the built-in model: what they print, and how they end."""
+"""`quantkit diff` and `quantkit runs` with artifacts of the built-in model: output and exit
+codes."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ SOURCE = "builtin:tiny-v3"
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """Two artifacts with benchmarks: experts packed in 4 bits, and in 2 bits unpacked, which flips a few answers."""
+    """Two artifacts with benchmarks: experts packed in 4 bits, and in 2 bits unpacked, which
+    flips a few answers."""
     from quantkit import pipeline
     from quantkit.recipe.parse import parse_recipe
 
@@ -59,8 +61,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
     yield paths
 
 
-def resealed(source: Path, place: Path, change: Callable[[Path], None]) -> Path:
-    """A copy with changed evidence that the manifest agrees with: an artifact of somebody who measured otherwise."""
+def copy_resealed(source: Path, place: Path, change: Callable[[Path], None]) -> Path:
+    """Return a copy with changed files and a manifest that agrees with them."""
     copied = Path(shutil.copytree(source, place))
     change(copied)
     manifest = json.loads((copied / "quantkit/manifest.json").read_text())
@@ -74,69 +76,69 @@ def resealed(source: Path, place: Path, change: Callable[[Path], None]) -> Path:
     return copied
 
 
-def column(path: Path, name: str, values: list[Any]) -> None:
-    """Another column in a Parquet file."""
+def replace_column(path: Path, name: str, values: list[Any]) -> None:
+    """Replace a column of a Parquet file."""
     table = parquet.read_table(path)
     parquet.write_table(
         table.set_column(table.schema.get_field_index(name), name, arrow.array(values)), path
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- the diff
+# ----------------------------------------------------------------------------------------- the diff
 
 
 def test_figures_match_the_samples(both: tuple[Path, Path]) -> None:
     """Recomputed here from the files with scipy, artifact by artifact."""
     result = run("diff", *both, "--json")
     assert result.exit_code == 0 and result.stderr == ""
-    told = json.loads(result.stdout)
+    values = json.loads(result.stdout)
     scores = [
         parquet.read_table(path / BENCHMARK_SAMPLES)["quant_score"].to_pylist() for path in both
     ]
     lost = sum(a > b for a, b in zip(*scores, strict=True))
     gained = sum(b > a for a, b in zip(*scores, strict=True))
-    (row,) = told["benchmarks"]
+    (row,) = values["benchmarks"]
     assert (row["n"], row["lost"], row["gained"]) == (24, lost, gained) and lost + gained > 0
     assert row["mcnemar_p"] == pytest.approx(
         stats.binomtest(min(lost, gained), lost + gained).pvalue
     )
-    assert len(told["flips"]) == lost + gained and told["compared_items"] == 24
+    assert len(values["flips"]) == lost + gained and values["compared_items"] == 24
     kl = [parquet.read_table(path / TOKEN_SAMPLES)["kl"].to_numpy() for path in both]
     pooled = next(
-        r for r in told["distribution"] if (r["domain"], r["figure"]) == ("all", "kl_mean")
+        r for r in values["distribution"] if (r["domain"], r["figure"]) == ("all", "kl_mean")
     )
     assert pooled["difference"]["value"] == pytest.approx((kl[1] - kl[0]).mean())
     assert pooled["difference"]["se"] == pytest.approx(stats.sem(kl[1] - kl[0]))
     assert pooled["resolved"] == "worse"
-    (gold,) = told["likelihood"]
+    (gold,) = values["likelihood"]
     pairs = [parquet.read_table(path / SOLUTION_SAMPLES)["artifact"].to_numpy() for path in both]
     assert (
         gold["difference"]["value"] == pytest.approx((pairs[1] - pairs[0]).mean())
         and gold["n"] == 8
     )
-    assert told["b"]["status"] == "rejected" and told["a"]["status"] == "accepted"
+    assert values["b"]["status"] == "rejected" and values["a"]["status"] == "accepted"
 
 
 def test_diff_lists_the_changed_keys_and_tensors(both: tuple[Path, Path]) -> None:
-    told = json.loads(run("diff", *both, "--json").stdout)
-    assert {row["key"]: (row["a"], row["b"]) for row in told["recipe"]} == {
+    values = json.loads(run("diff", *both, "--json").stdout)
+    assert {row["key"]: (row["a"], row["b"]) for row in values["recipe"]} == {
         "quantize.bits": ("4", "2"),
         "format": ('["awq"]', '["dense"]'),
     }
-    changed = {(row["change"], row["a"], row["b"]): row["count"] for row in told["tensors"]}
+    changed = {(row["change"], row["a"], row["b"]): row["count"] for row in values["tensors"]}
     assert changed["removed", "I32", "none"] == 2 * 144 and changed["added", "none", "BF16"] == 144
-    plan = {row["key"]: (row["a"], row["b"]) for row in told["plan"]}
+    plan = {row["key"]: (row["a"], row["b"]) for row in values["plan"]}
     assert plan["rules[0].action"] == ("rtn int4 g128 asymmetric", "rtn int2 g128 asymmetric")
     assert plan["totals.tensors"] == ("489", "201") and "totals.parameters" not in plan
-    (packed,) = told["decisions"]
+    (packed,) = values["decisions"]
     assert (packed["a"], packed["b"], packed["count"]) == (
         "rtn int4 g128 asymmetric",
         "rtn int2 g128 asymmetric",
         144,
     )
     assert packed["names"][0] == "model.layers.{1-3}.mlp.experts.{0-15}.gate_proj"
-    assert len(told["modules"]) == 144 and {row["by"] for row in told["modules"]} == {"weights"}
-    shifts = [abs(row["shift"]) for row in told["modules"]]
+    assert len(values["modules"]) == 144 and {row["by"] for row in values["modules"]} == {"weights"}
+    shifts = [abs(row["shift"]) for row in values["modules"]]
     assert shifts == sorted(shifts, reverse=True) and min(shifts) > 0.1
 
 
@@ -157,18 +159,18 @@ def test_every_view_shows_the_same_result(both: tuple[Path, Path], tmp_path: Pat
 
 def test_artifact_is_compared_with_its_source(both: tuple[Path, Path]) -> None:
     """Nothing was lost in the source; both orders."""
-    told = json.loads(run("diff", SOURCE, both[0], "--json").stdout)
-    assert (told["a"]["kind"], told["a"]["name"]) == ("source", SOURCE)
+    values = json.loads(run("diff", SOURCE, both[0], "--json").stdout)
+    assert (values["a"]["kind"], values["a"]["name"]) == ("source", SOURCE)
     pooled = next(
-        r for r in told["distribution"] if (r["domain"], r["figure"]) == ("all", "kl_mean")
+        r for r in values["distribution"] if (r["domain"], r["figure"]) == ("all", "kl_mean")
     )
     report = json.loads((both[0] / "quantkit/fidelity.json").read_text())
-    (row,), (mine,) = told["benchmarks"], report["benchmarks"]
+    (row,), (mine,) = values["benchmarks"], report["benchmarks"]
     assert (row["a"], row["b"], row["lost"], row["gained"]) == (
         mine["source"], mine["artifact"], mine["lost"], mine["gained"],
     )  # fmt: skip
     assert pooled["a"] == 0 and pooled["difference"]["value"] == pytest.approx(pooled["b"])
-    assert {(r["change"], r["a"]) for r in told["tensors"]} >= {
+    assert {(r["change"], r["a"]) for r in values["tensors"]} >= {
         ("removed", "F8_E4M3"),
         ("dtype", "F8_E4M3"),
     }
@@ -196,27 +198,27 @@ def test_single_reports_are_compared(both: tuple[Path, Path], tmp_path: Path) ->
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_different_prompts_are_rejected(both: tuple[Path, Path], tmp_path: Path) -> None:
     def asked_otherwise(path: Path) -> None:
         hashes = parquet.read_table(path / BENCHMARK_SAMPLES)["prompt_hash"].to_pylist()
-        column(path / BENCHMARK_SAMPLES, "prompt_hash", ["0" * 64, *hashes[1:]])
+        replace_column(path / BENCHMARK_SAMPLES, "prompt_hash", ["0" * 64, *hashes[1:]])
 
-    other = resealed(both[1], tmp_path / "other", asked_otherwise)
+    other = copy_resealed(both[1], tmp_path / "other", asked_otherwise)
     message = read_error(run("diff", both[0], other), 1)
     assert message.startswith(
         "tiny-v3-math: the prompt of item 0 differs between four and other (prompt_hash differs)"
     )
     partial = run("diff", both[0], other, "--partial", "--json")
-    told = json.loads(partial.stdout)
+    values = json.loads(partial.stdout)
     assert (
         partial.exit_code == 0
-        and told["flips"] == []
-        and told["left_out"][0].startswith("tiny-v3-math: the prompt")
+        and values["flips"] == []
+        and values["left_out"][0].startswith("tiny-v3-math: the prompt")
     )
-    assert told["distribution"][0]["difference"] is not None
+    assert values["distribution"][0]["difference"] is not None
 
 
 def test_different_sources_are_rejected(both: tuple[Path, Path], tmp_path: Path) -> None:
@@ -225,15 +227,15 @@ def test_different_sources_are_rejected(both: tuple[Path, Path], tmp_path: Path)
         report["source"] |= {"hash": "0" * 64, "model": "org/other"}
         (path / "quantkit/fidelity.json").write_text(json.dumps(report))
 
-    other = resealed(both[1], tmp_path / "other", from_elsewhere)
+    other = copy_resealed(both[1], tmp_path / "other", from_elsewhere)
     assert "figures against different sources are not comparable" in read_error(
         run("diff", both[0], other), 1
     )
-    told = json.loads(run("diff", both[0], other, "--partial", "--json").stdout)
+    values = json.loads(run("diff", both[0], other, "--partial", "--json").stdout)
     assert (
-        told["benchmarks"] == told["modules"] == told["distribution"] == []
-        and told["tensors"]
-        and told["sizes"]
+        values["benchmarks"] == values["modules"] == values["distribution"] == []
+        and values["tensors"]
+        and values["sizes"]
     )
     message = read_error(run("diff", SOURCE, other), 2)
     assert message.startswith(
@@ -243,14 +245,14 @@ def test_different_sources_are_rejected(both: tuple[Path, Path], tmp_path: Path)
 
 def test_changed_samples_are_rejected(both: tuple[Path, Path], tmp_path: Path) -> None:
     other = Path(shutil.copytree(both[1], tmp_path / "other"))
-    column(other / BENCHMARK_SAMPLES, "quant_score", [1.0] * 24)
+    replace_column(other / BENCHMARK_SAMPLES, "quant_score", [1.0] * 24)
     assert read_error(run("diff", both[0], other), 1).startswith(
         f"{other / BENCHMARK_SAMPLES}: expected the file that"
     )
 
 
-def manifest_with(part: str, value: object) -> Callable[[Path], None]:
-    """A change of the manifest alone."""
+def change_manifest(part: str, value: object) -> Callable[[Path], None]:
+    """Return a change of the manifest."""
 
     def change(path: Path) -> None:
         manifest = json.loads((path / "quantkit/manifest.json").read_text())
@@ -259,8 +261,8 @@ def manifest_with(part: str, value: object) -> Callable[[Path], None]:
     return change
 
 
-def plan_with(part: str, value: object) -> Callable[[Path], None]:
-    """A change of the plan."""
+def change_plan(part: str, value: object) -> Callable[[Path], None]:
+    """Return a change of the plan."""
 
     def change(path: Path) -> None:
         plan = json.loads((path / "quantkit/plan.json").read_text())
@@ -269,29 +271,29 @@ def plan_with(part: str, value: object) -> Callable[[Path], None]:
     return change
 
 
-def no_parquet(path: Path) -> None:
-    """Tokens that are no table."""
+def damage_tokens(path: Path) -> None:
+    """Replace the token samples by an invalid file."""
     (path / TOKEN_SAMPLES).write_bytes(b"PAR1")
 
 
 DAMAGED: list[tuple[Callable[[Path], None], str]] = [
     (
-        manifest_with("tensors", {"x": ["BF16", ["a"]]}),
+        change_manifest("tensors", {"x": ["BF16", ["a"]]}),
         "tensors: expected whole numbers, found 'a'",
     ),
-    (manifest_with("tensors", {"x": "BF16"}), "tensors: expected [dtype, shape], found 'BF16'"),
-    (manifest_with("versions", []), "versions: expected an object, found list"),
-    (plan_with("recipe", 3), "recipe: expected an object, found int"),
-    (plan_with("decisions", None), "decisions: expected an object, found NoneType"),
+    (change_manifest("tensors", {"x": "BF16"}), "tensors: expected [dtype, shape], found 'BF16'"),
+    (change_manifest("versions", []), "versions: expected an object, found list"),
+    (change_plan("recipe", 3), "recipe: expected an object, found int"),
+    (change_plan("decisions", None), "decisions: expected an object, found NoneType"),
     (
-        lambda path: column(path / BENCHMARK_SAMPLES, "quant_score", ["1"] * 24),
+        lambda path: replace_column(path / BENCHMARK_SAMPLES, "quant_score", ["1"] * 24),
         "quant_score: expected double, found string",
     ),
     (
-        lambda path: column(path / BENCHMARK_SAMPLES, "prompt", ["x"] * 23 + [None]),
+        lambda path: replace_column(path / BENCHMARK_SAMPLES, "prompt", ["x"] * 23 + [None]),
         "prompt: expected no null value",
     ),
-    (no_parquet, "expected samples with the columns"),
+    (damage_tokens, "expected samples with the columns"),
 ]
 
 
@@ -299,9 +301,9 @@ DAMAGED: list[tuple[Callable[[Path], None], str]] = [
 def test_damaged_files_are_named(
     both: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], None], sentence: str
 ) -> None:
-    """Also where the manifest agrees with it; never a traceback."""
+    """Also if the manifest agrees; never a traceback."""
     assert sentence in read_error(
-        run("diff", both[0], resealed(both[1], tmp_path / "other", change)), 1
+        run("diff", both[0], copy_resealed(both[1], tmp_path / "other", change)), 1
     )
 
 
@@ -321,12 +323,12 @@ def test_diff_rejects_other_paths(both: tuple[Path, Path], tmp_path: Path) -> No
         assert ": expected " in read_error(run("diff", *both, *options), 2)
 
 
-# -------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 @pytest.fixture(scope="module")
 def shelf(both: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two artifacts, one of them deeper, and four things that are none."""
+    """A folder with two artifacts, one of them nested, and four broken ones."""
     place = tmp_path_factory.mktemp("shelf")
     shutil.copytree(both[0], place / "four")
     shutil.copytree(both[1], place / "more" / "two")
@@ -341,7 +343,8 @@ def shelf(both: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_runs_lists_artifacts_and_marks_the_front(shelf: Path) -> None:
-    """2 bits unpacked are larger and further away: only the packed one is on the front."""
+    """The unpacked 2-bit artifact is larger and has more KL: only the packed one is on the
+    front."""
     result = run("runs", shelf, "--json")
     rows = {row["name"]: row for row in json.loads(result.stdout)}
     assert result.exit_code == 0
@@ -399,9 +402,9 @@ def test_scores_of_different_items_are_marked(shelf: Path) -> None:
     fewer = whole.fidelity.model_copy(
         update={"benchmarks": (row.model_copy(update={"n": row.n + 1}),)}
     )
-    made = runs.make_score_table([whole, replace(whole, name="other", fidelity=fewer)])
-    assert "Not comparable, because items differ: tiny-v3-math." in made.note
-    assert f" of {row.n} (" in made.rows[0][1] and f" of {row.n + 1} (" in made.rows[1][1]
+    content = runs.make_score_table([whole, replace(whole, name="other", fidelity=fewer)])
+    assert "Not comparable, because items differ: tiny-v3-math." in content.note
+    assert f" of {row.n} (" in content.rows[0][1] and f" of {row.n + 1} (" in content.rows[1][1]
 
 
 def test_runs_rejects_invalid_folders(shelf: Path, tmp_path: Path) -> None:

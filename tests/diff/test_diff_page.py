@@ -1,4 +1,4 @@
-"""The page of a comparison: its text everywhere, and in a real browser where there is one."""
+"""The page of a comparison: its text, and its behavior in Chromium."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.browser_pages import NARROW, Tab, contrast, luminance
+from support.browser_pages import COLORS, NARROW, Tab, contrast, luminance
 from support.constants import CHROMIUM
 from support.diff_example import make_answer, make_items, make_side_a, make_side_b
 from support.report_large import make_large_report
@@ -31,15 +31,15 @@ in_browser = [
 ]
 
 
-def rendered(a: Side, b: Side) -> str:
-    """The page of B compared with A."""
+def render_sides(a: Side, b: Side) -> str:
+    """Return the page of B compared with A."""
     return page.render_page(compare_sides(a, b), a.tokens, b.tokens)
 
 
 @pytest.fixture(scope="module")
 def text() -> str:
     """The page of the example."""
-    return rendered(make_side_a(), make_side_b())
+    return render_sides(make_side_a(), make_side_b())
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def big_sides() -> tuple[Side, Side]:
     return sides[0], sides[1]
 
 
-# -------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def test_page_shows_the_cells_of_every_table(text: str) -> None:
@@ -87,39 +87,39 @@ def test_sections_are_linked_and_lost_items_come_first(text: str) -> None:
 
 
 def test_policy_names_the_two_scripts(text: str) -> None:
-    """Nothing may be fetched and nothing else may run, as in the report."""
-    found = Page(text)
+    """As in the report, nothing is fetched and no other script runs."""
+    result = Page(text)
     policy = next(
-        value for name, value in found.values if name == "content" and "default-src" in value
+        value for name, value in result.values if name == "content" and "default-src" in value
     )
-    assert policy.startswith("default-src 'none';") and len(found.scripts) == 3
-    for script in found.scripts[1:]:
+    assert policy.startswith("default-src 'none';") and len(result.scripts) == 3
+    for script in result.scripts[1:]:
         assert f"'{compute_csp_hash(script)}'" in policy
-    links = [value for name, value in found.values if name in ("href", "src")]
+    links = [value for name, value in result.values if name in ("href", "src")]
     assert links and all(value.startswith("#") for value in links)
-    assert list(found.drawings["specs"]) == ["layers", "blocks", "kl"]
+    assert list(result.drawings["specs"]) == ["layers", "blocks", "kl"]
 
 
 def test_page_is_reproducible(text: str) -> None:
-    assert rendered(make_side_a(), make_side_b()) == text
+    assert render_sides(make_side_a(), make_side_b()) == text
 
 
 def test_page_of_a_large_pair_stays_small(big_sides: tuple[Side, Side]) -> None:
-    made = rendered(*big_sides)
-    assert len(made.encode()) < LIMIT_BYTES
-    assert made.count("<article") == 200 and "44,344 more; all in --json" in made
+    content = render_sides(*big_sides)
+    assert len(content.encode()) < LIMIT_BYTES
+    assert content.count("<article") == 200 and "44,344 more; all in --json" in content
 
 
 def test_page_escapes_hostile_text() -> None:
-    clean = Page(rendered(*named("plain")))
+    clean = Page(render_sides(*make_named_sides("plain")))
     for hostile in HOSTILE:
-        found = Page(rendered(*named(hostile)))
-        assert found.tags == clean.tags, hostile
-        assert len(found.scripts) == 3
+        result = Page(render_sides(*make_named_sides(hostile)))
+        assert result.tags == clean.tags, hostile
+        assert len(result.scripts) == 3
 
 
-def named(word: str) -> tuple[Side, Side]:
-    """Two sides in which all text from elsewhere is this one."""
+def make_named_sides(word: str) -> tuple[Side, Side]:
+    """Return two sides with `text` wherever untrusted text can be."""
     sides = []
     for side in (make_side_a(), make_side_b()):
         held = {
@@ -142,7 +142,7 @@ def named(word: str) -> tuple[Side, Side]:
     return sides[0], sides[1]
 
 
-# ------------------------------------------------------------------------------------------------------------- plots
+# -------------------------------------------------------------------------------------------- plots
 
 
 def test_tail_counts_tokens_at_or_above_each_step() -> None:
@@ -162,16 +162,16 @@ def test_layer_medians_of_both_sides() -> None:
         ErrorShift(name=f"model.layers.{n}.up_proj", by="outputs", a=0.1, b=b, shift=None)
         for n, b in ((1, 0.3), (1, 0.5))
     ]
-    found = {(row["layer"], row["side"]): row["error"] for row in compute_layer_medians(shifts)}
-    assert found == {(1, "A"): 0.1, (1, "B"): 0.4}
+    result = {(row["layer"], row["side"]): row["error"] for row in compute_layer_medians(shifts)}
+    assert result == {(1, "A"): 0.1, (1, "B"): 0.4}
 
 
 def test_page_without_tokens_has_no_tail_plot() -> None:
     for a, there in ((replace(make_side_a(), tokens=None), False), (make_side_a(), True)):
-        assert ("kl" in Page(rendered(a, make_side_b())).drawings["specs"]) is there
+        assert ("kl" in Page(render_sides(a, make_side_b())).drawings["specs"]) is there
 
 
-# ----------------------------------------------------------------------------------------------------------- browser
+# ------------------------------------------------------------------------------------------ browser
 
 
 @pytest.fixture(scope="module")
@@ -214,25 +214,34 @@ class TestInABrowser:
         tab = Tab(browser, page_file, color_scheme=scheme)
         background = tab.all("getComputedStyle(document.documentElement).backgroundColor")
         assert (luminance(background) > 0.5) == (scheme == "light")
-        told = tab.all("""['body', '.note', '.lead', 'td .tone.bad', '.models small', '.models .tone', 'mark',
-            '#t-distribution .tone.open', 'thead button', 'summary', '.plot svg text'].map(name => {
-                let element = document.querySelector(name), style = getComputedStyle(element);
-                const colour = name.endsWith('text') ? style.fill : style.color, clear = 'rgba(0, 0, 0, 0)';
-                while (getComputedStyle(element).backgroundColor === clear) element = element.parentElement;
-                return [name, colour, getComputedStyle(element).backgroundColor];
-            })""")
+        selectors = [
+            "body",
+            ".note",
+            ".lead",
+            "td .tone.bad",
+            ".models small",
+            ".models .tone",
+            "mark",
+            "#t-distribution .tone.open",
+            "thead button",
+            "summary",
+            ".plot svg text",
+        ]
+        colors = tab.page.evaluate(COLORS, selectors)
         weak = {
             name: round(contrast(front, back), 2)
-            for name, front, back in told
+            for name, front, back in colors
             if contrast(front, back) < 4.5
         }
-        assert weak == {} and len(told) == 11
+        assert weak == {} and len(colors) == 11
         tab.context.close()
 
     def test_narrow_page_scrolls_only_vertically(
         self, browser: Any, page_file: Path, tmp_path: Path
     ) -> None:
-        (tmp_path / "long.html").write_text(rendered(*named("x" * 300)), encoding="utf-8")
+        (tmp_path / "long.html").write_text(
+            render_sides(*make_named_sides("x" * 300)), encoding="utf-8"
+        )
         for file in (page_file, tmp_path / "long.html"):
             tab = Tab(browser, file, viewport=NARROW, is_mobile=True, has_touch=True)
             assert tab.all("document.documentElement.scrollWidth") == NARROW["width"]
@@ -241,7 +250,9 @@ class TestInABrowser:
 
     def test_hostile_text_runs_no_script(self, browser: Any, tmp_path: Path) -> None:
         hostile = " ".join(HOSTILE).encode("utf-8", "ignore").decode()
-        (tmp_path / "page.html").write_text(rendered(*named(hostile)), encoding="utf-8")
+        (tmp_path / "page.html").write_text(
+            render_sides(*make_named_sides(hostile)), encoding="utf-8"
+        )
         tab = Tab(browser, tmp_path / "page.html")
         tab.page.fill("#search", "onerror")
         assert tab.all("typeof hacked") == "undefined"
@@ -252,7 +263,7 @@ class TestInABrowser:
     def test_large_pair_is_drawn(
         self, browser: Any, tmp_path: Path, big_sides: tuple[Side, Side]
     ) -> None:
-        (tmp_path / "page.html").write_text(rendered(*big_sides), encoding="utf-8")
+        (tmp_path / "page.html").write_text(render_sides(*big_sides), encoding="utf-8")
         tab = Tab(browser, tmp_path / "page.html")
         assert len(tab.column("t-modules", 0)) == page.ROWS and len(tab.articles()) == 12
         assert tab.faults == []
@@ -260,6 +271,6 @@ class TestInABrowser:
 
 
 def test_hostile_names_in_the_headline_are_escaped() -> None:
-    made = rendered(*named("</main><b>"))
-    assert escape("</main><b>") in made and "</main><b>" not in made
-    assert json.dumps(Page(made).drawings)  # the data of the plots is whole
+    content = render_sides(*make_named_sides("</main><b>"))
+    assert escape("</main><b>") in content and "</main><b>" not in content
+    assert json.dumps(Page(content).drawings)  # the data of the plots is whole

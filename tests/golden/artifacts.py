@@ -1,12 +1,12 @@
 """Build small artifacts and compare the bytes of their files with the recorded ones.
 
     python tests/golden/artifacts.py            # compares with the record of this machine kind
-    python tests/golden/artifacts.py --record   # writes that record, and leaves those of other machine kinds alone
+    python tests/golden/artifacts.py --record   # writes that record only
 
-tests/golden/artifacts.json holds the records. A refactoring must leave them as they are. A change that alters what a
-build stores records them anew, and its commit says why. The script covers ``*.safetensors``,
-``model.safetensors.index.json`` and ``config.json``. None of these files holds a path, a time or a version that varies,
-so the script hashes them as they are.
+tests/golden/artifacts.json holds the records, one per machine kind. A refactoring must not change
+them. A change of the stored bytes records them again, and its commit gives the reason. The script
+covers ``*.safetensors``, ``model.safetensors.index.json`` and ``config.json``. None of these files
+holds a path, a time or a version, so the script hashes them unchanged.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ TINY: Mapping[str, tuple[str, bool, Mapping[str, str]]] = {
         "qwen2",
         False,
         {
-            "quantize": "{method: gptq, rounding: gptq_once, bits: 4, group_size: 32, symmetric: true}",
+            "quantize": "{method: gptq, rounding: gptq_once, bits: 4, group_size: 32, "
+            "symmetric: true}",
             "format": "[gptq, gptq_v2]",
         },
     ),
@@ -113,7 +114,8 @@ TINY: Mapping[str, tuple[str, bool, Mapping[str, str]]] = {
         {"quantize": "{method: awq, bits: 4, group_size: 64}", "format": "awq", "mtp": "quantize"},
     ),
 }
-"""Artifact -> the architecture, whether its random checkpoint is stored in FP8, and the keys of the recipe."""
+"""Artifact -> the architecture, whether its random checkpoint is stored in FP8, and the keys of
+the recipe."""
 
 
 def find_machine_kind() -> Kind:
@@ -230,7 +232,8 @@ def build_artifacts(place: Path) -> Hashes:
 
 
 def build_in_subprocess(threads: int = 2) -> Hashes:
-    """Build every artifact in a process whose libraries are told to be reproducible before they load."""
+    """Build every artifact in a process whose libraries are told to be reproducible before
+    they load."""
     fixed = {
         **REPRODUCIBLE,
         **BOUNDED,
@@ -286,7 +289,8 @@ def main() -> int:
     files, seconds = sum(map(len, found.values())), time.monotonic() - began
     verb = "recorded" if options.record else "compared"
     print(
-        f"{len(found)} artifacts, {files} files {verb} in {seconds:.0f} s; {len(differences)} differ from the record"
+        f"{len(found)} artifacts, {files} files {verb} in {seconds:.0f} s; "
+        f"{len(differences)} differ from the record"
     )
     return 1 if differences and not options.record else 0
 

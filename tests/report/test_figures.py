@@ -1,4 +1,5 @@
-"""The table of figures: a new row shows in every view and is accepted as a gate, with no other change."""
+"""The table of figures: a new row shows in every view and is accepted as a gate, with no other
+change."""
 
 from __future__ import annotations
 
@@ -178,6 +179,14 @@ def test_stored_keys_stay_in_order_and_unknown_ones_are_refused() -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match="speed: extra keys"):
         DistributionResult.model_validate({"domain": "all", "tokens": 1, "speed": {"value": 1.0}})
+
+
+def test_readme_defines_every_figure() -> None:
+    text = README.read_text(encoding="utf-8")
+    for row in figures.list_figures()[:-1]:  # without the row of these tests
+        meaning = row.meaning.replace("|", "\\|")
+        assert f"| `{row.key}` | {meaning} | " in text, row.key
+        assert f" | {row.direction} | {row.places} |" in text, row.key
 
 
 def test_keys_and_run_columns_are_unique() -> None:

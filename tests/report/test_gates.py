@@ -1,4 +1,4 @@
-"""Gates over every figure of the report, an artifact judged anew, and JUnit XML as CI systems read it."""
+"""Gates over every figure, the gate command, and JUnit XML against its schema."""
 
 from __future__ import annotations
 
@@ -22,18 +22,27 @@ from quantkit.report import gates
 from quantkit.report.junit import format_junit
 
 TASK = BenchmarkResult(
-    task="t", n=300, source=0.8, artifact=0.79, lost=5, gained=2, delta_pp=Figure(value=-1.0, ci=(-2.5, 0.5)),
-    recovery=Figure(value=0.9875), mcnemar_p=0.45, truncated=(0.0, 0.03), unparsed=(0.01, 0.0),
-)  # fmt: skip
+    task="t",
+    n=300,
+    source=0.8,
+    artifact=0.79,
+    lost=5,
+    gained=2,
+    delta_pp=Figure(value=-1.0, ci=(-2.5, 0.5)),
+    recovery=Figure(value=0.9875),
+    mcnemar_p=0.45,
+    truncated=(0.0, 0.03),
+    unparsed=(0.01, 0.0),
+)
 
 
-def one(figure: str, gate: Gate, fidelity: Fidelity) -> tuple[float | None, bool | None, str]:
-    """Value, result and reason of a single bound."""
+def judge_one(figure: str, gate: Gate, fidelity: Fidelity) -> tuple[float | None, bool | None, str]:
+    """Return value, result and reason of a single bound."""
     (result,) = gates.judge_gates({figure: gate}, fidelity)
     return result.value, result.ok, result.reason
 
 
-# ----------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 @pytest.mark.parametrize(
@@ -51,9 +60,9 @@ def one(figure: str, gate: Gate, fidelity: Fidelity) -> tuple[float | None, bool
     ],
 )
 def test_gate_compares_the_value_of_the_report_with_its_bound(figure: str, value: float) -> None:
-    assert one(figure, Gate(max=value), make_example()) == (value, True, "")
-    assert one(figure, Gate(max=value * 0.999), make_example()) == (value, False, "")
-    assert one(figure, Gate(min=value), make_example()) == (value, True, "")
+    assert judge_one(figure, Gate(max=value), make_example()) == (value, True, "")
+    assert judge_one(figure, Gate(max=value * 0.999), make_example()) == (value, False, "")
+    assert judge_one(figure, Gate(min=value), make_example()) == (value, True, "")
 
 
 def test_every_figure_has_a_value_in_a_full_report() -> None:
@@ -64,13 +73,13 @@ def test_every_figure_has_a_value_in_a_full_report() -> None:
     }  # type: ignore[index]
     gold = {"task": "t", "n": 9, "source": -0.5, "artifact": -0.6, "difference": {"value": -0.1}}
     report = make_example({"distribution": [pooled], "benchmarks": [TASK], "likelihood": [gold]})
-    values = {figure: one(figure, Gate(max=1e12), report)[0] for figure in list_keys()}
+    values = {figure: judge_one(figure, Gate(max=1e12), report)[0] for figure in list_keys()}
     assert [figure for figure, value in values.items() if value is None] == []
     assert values["lost_items"] == 5
 
 
 def test_figure_of_an_absent_domain_is_not_measured() -> None:
-    assert one("kl_mean@code", Gate(max=1), make_example()) == (
+    assert judge_one("kl_mean@code", Gate(max=1), make_example()) == (
         None,
         None,
         "not measured: the text has all, math",
@@ -80,10 +89,10 @@ def test_figure_of_an_absent_domain_is_not_measured() -> None:
 def test_module_without_output_error_is_reported_and_without_error_fails() -> None:
     modules = [dict(module) for module in FIDELITY["modules"]]  # type: ignore[attr-defined]
     modules[0]["output_relative_error"] = None
-    told = one("module_output_error", Gate(max=1), make_example({"modules": modules}))
-    assert told == (0.0934, True, "1 of 2 modules not measured")
+    values = judge_one("module_output_error", Gate(max=1), make_example({"modules": modules}))
+    assert values == (0.0934, True, "1 of 2 modules not measured")
     modules[0]["relative_error"] = float("nan")
-    assert one("module_error", Gate(max=1), make_example({"modules": modules})) == (
+    assert judge_one("module_error", Gate(max=1), make_example({"modules": modules})) == (
         None,
         False,
         "not finite",
@@ -93,10 +102,14 @@ def test_module_without_output_error_is_reported_and_without_error_fails() -> No
 def test_lost_items_of_a_skipped_task_are_not_measured() -> None:
     silent = BenchmarkResult(task="u", status="not run", reason="no sandbox")
     report = make_example({"benchmarks": [TASK, silent]})
-    assert one("lost_items", Gate(max=9), report) == (None, None, "not measured: u was not run")
+    assert judge_one("lost_items", Gate(max=9), report) == (
+        None,
+        None,
+        "not measured: u was not run",
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- tasks
+# -------------------------------------------------------------------------------------------- tasks
 
 
 @pytest.mark.parametrize(
@@ -157,26 +170,26 @@ def test_loss_beyond_the_margin_fails_without_unresolved() -> None:
 def test_skipped_task_neither_passes_nor_fails(gate: Gate) -> None:
     silent = BenchmarkResult(task="t", status="not run", reason="no sandbox")
     for rows, reason in (([silent], "not run: no sandbox"), ([], "not run")):
-        assert one("t", gate, make_example({"benchmarks": rows})) == (None, None, reason)
+        assert judge_one("t", gate, make_example({"benchmarks": rows})) == (None, None, reason)
 
 
 def test_scores_of_zero_give_no_information() -> None:
     floor = TASK.model_copy(update={"source": 0.0, "artifact": 0.0, "recovery": None, "lost": 0})
     report = make_example({"benchmarks": [floor]})
     for gate in (Gate(margin_pp=1), Gate(max_lost=0), Gate(min_recovery=0.5)):
-        value, ok, reason = one("t", gate, report)
+        value, ok, reason = judge_one("t", gate, report)
         assert (value, ok) == (None, None) and "score" in reason
-    assert one("t", Gate(min_score=0.5), report) == (0.0, False, "")
+    assert judge_one("t", Gate(min_score=0.5), report) == (0.0, False, "")
 
 
-# -------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def test_parse_gates_reads_gate_files_and_recipes() -> None:
-    found = parse_gates(
+    result = parse_gates(
         "gates: {size: {max: 400GB}, kl_mean@math: {max: 0.1}, t: {margin_pp: 2}}", "g.yaml", ["t"]
     )
-    assert found == {"size": Gate(max=4e11), "kl_mean@math": Gate(max=0.1), "t": Gate(margin_pp=2)}
+    assert result == {"size": Gate(max=4e11), "kl_mean@math": Gate(max=0.1), "t": Gate(margin_pp=2)}
     recipe = "version: 1\nsource: {model: x}\ngates: {top1: {min: 0.9}}\n"
     assert parse_gates(recipe, "recipe.yaml", []) == {"top1": Gate(min=0.9)}
 
@@ -184,27 +197,43 @@ def test_parse_gates_reads_gate_files_and_recipes() -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("gates: {u: {margin_pp: 2}}", "g.yaml:1: gates.u: no figure or task of evaluation.tasks named 'u'."),
-        ("gates: {kl_maen: {max: 2}}", "g.yaml:1: gates.kl_maen: no figure or task of evaluation.tasks named "
-         "'kl_maen'. Did you mean 'kl_mean'?"),
-        ("gate: {kl_mean: {max: 2}}", "g.yaml:1: gate: unknown key. Did you mean 'gates'? Expected gates."),
+        (
+            "gates: {u: {margin_pp: 2}}",
+            "g.yaml:1: gates.u: no figure or task of evaluation.tasks named 'u'.",
+        ),
+        (
+            "gates: {kl_maen: {max: 2}}",
+            "g.yaml:1: gates.kl_maen: no figure or task of "
+            "evaluation.tasks named "
+            "'kl_maen'. Did you mean 'kl_mean'?",
+        ),
+        (
+            "gate: {kl_mean: {max: 2}}",
+            "g.yaml:1: gate: unknown key. Did you mean 'gates'? Expected gates.",
+        ),
         ("version: 1", "g.yaml:1: gates: expected a mapping of keys, found nothing"),
         ("gates: {}", "g.yaml:1: gates: expected one entry or more, found an empty mapping"),
         ("gates: {kl_mean.max: 1, kl_mean: {max: 2}}", "g.yaml:1: gates.kl_mean.max: no figure"),
         ("gates: {kl_mean.max: x}", "g.yaml:1: gates.kl_mean.max: expected a number, found 'x'"),
         ("gates: {kl_mean.maxx: 1}", "g.yaml:1: gates.kl_mean.maxx: no figure"),
     ],
-)  # fmt: skip
+)
 def test_parse_gates_rejects_invalid_files(text: str, sentence: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_gates(text, "g.yaml", ["t"])
-    assert any(found.startswith(sentence) for found in caught.value.faults), caught.value.faults
+    assert any(result.startswith(sentence) for result in caught.value.faults), caught.value.faults
     assert issubclass(RecipeError, UsageError)
 
 
 def test_parse_gates_accepts_dotted_bounds() -> None:
-    dotted = "gates: {kl_mean.max: 0.1, kl_mean.min: 0, t.min_recovery: 0.9, ppl_ratio: {max: 2}, size.max: 4GB}"
-    nested = "gates: {kl_mean: {max: 0.1, min: 0}, t: {min_recovery: 0.9}, ppl_ratio: {max: 2}, size: {max: 4GB}}"
+    dotted = (
+        "gates: {kl_mean.max: 0.1, kl_mean.min: 0, t.min_recovery: 0.9, ppl_ratio: "
+        "{max: 2}, size.max: 4GB}"
+    )
+    nested = (
+        "gates: {kl_mean: {max: 0.1, min: 0}, t: {min_recovery: 0.9}, ppl_ratio: "
+        "{max: 2}, size: {max: 4GB}}"
+    )
     assert parse_gates(dotted, "g.yaml", ["t"]) == parse_gates(nested, "g.yaml", ["t"])
 
 
@@ -215,26 +244,29 @@ def test_plan_rejects_gates_on_domains_that_the_text_set_lacks(tmp_path: Path) -
         f"output: {{path: {tmp_path / 'x'}}}\n"
     )
     assert run("plan", tmp_path / "x.yaml").exit_code == 0
-    wrong = (tmp_path / "x.yaml").read_text().replace("tiny-v3-heldout", str(only_prose(tmp_path)))
+    wrong = (
+        (tmp_path / "x.yaml").read_text().replace("tiny-v3-heldout", str(write_prose_set(tmp_path)))
+    )
     (tmp_path / "y.yaml").write_text(wrong)
     message = read_error(run("plan", tmp_path / "y.yaml"), 2)
     assert "y.yaml:6: gates.kl_mean@math: no domain of" in message and "Known: prose." in message
 
 
-def only_prose(folder: Path) -> Path:
-    """A text set of one domain."""
+def write_prose_set(folder: Path) -> Path:
+    """Write a text set of one domain."""
     import hashlib
 
     (folder / "p.jsonl").write_text(json.dumps({"domain": "prose", "text": "one two three"}) + "\n")
     digest = hashlib.sha256((folder / "p.jsonl").read_bytes()).hexdigest()
     (folder / "p.yaml").write_text(
-        f"version: 1\nname: p\nlicence: Apache-2.0\norigin: made up\ndomains: [prose]\npacking: documents\nend: none\n"
+        f"version: 1\nname: p\nlicence: Apache-2.0\norigin: made up\ndomains: "
+        f"[prose]\npacking: documents\nend: none\n"
         f"file: p.jsonl\nsha256: {digest}\n"
     )
     return folder / "p.yaml"
 
 
-# ------------------------------------------------------------------------------------------------------------- JUnit
+# -------------------------------------------------------------------------------------------- JUnit
 
 ALLOWED: Mapping[str, tuple[set[str], set[str], set[str]]] = {
     "testsuites": (set(), {"name", "time", "tests", "failures", "errors"}, {"testsuite"}),
@@ -262,11 +294,13 @@ ALLOWED: Mapping[str, tuple[set[str], set[str], set[str]]] = {
     "failure": (set(), {"type", "message"}, set()),
     "skipped": (set(), {"type", "message"}, set()),
 }
-"""Of Jenkins' junit-10.xsd: per element the attributes it needs, those it may have, and what may stand in it."""
+"""Of Jenkins' junit-10.xsd: per element the attributes it needs, those it may have, and what may
+stand in it."""
 
 
-def valid(content: bytes) -> Xml.Element:
-    """The tree of a file that keeps every rule of the schema, with counts that agree with its cases."""
+def parse_junit(content: bytes) -> Xml.Element:
+    """The tree of a file that keeps every rule of the schema, with counts that agree with
+    its cases."""
     root = Xml.fromstring(content)
     assert root.tag in {"testsuites", "testsuite"}
     for element in root.iter():
@@ -289,7 +323,7 @@ def valid(content: bytes) -> Xml.Element:
 def test_junit_marks_failed_and_skipped_gates() -> None:
     bounds = {"kl_mean": Gate(max=0.0003), "top1": Gate(min=0.9), "t": Gate(min_recovery=0.9)}
     report = gates.apply_gates(bounds, make_example())
-    root = valid(format_junit([report, gates.apply_gates({}, make_empty_report())]))
+    root = parse_junit(format_junit([report, gates.apply_gates({}, make_empty_report())]))
     cases = {case.get("name"): [child.tag for child in case] for case in root.iter("testcase")}
     assert cases == {
         "kl_mean <= 0.0003": ["failure"],
@@ -307,11 +341,11 @@ def test_junit_escapes_untrusted_names() -> None:
     row = TASK.model_copy(update={"task": name, "status": "not run", "reason": name})
     artifact: dict[str, Any] = {**dict(FIDELITY["artifact"]), "name": name}  # type: ignore[call-overload]
     report = make_example({"artifact": artifact, "benchmarks": [row]})
-    root = valid(format_junit([gates.apply_gates({name: Gate(max_lost=1)}, report)]))
+    root = parse_junit(format_junit([gates.apply_gates({name: Gate(max_lost=1)}, report)]))
     assert root[0].get("name") == 'a<b>&"   ]]>'
 
 
-# ---------------------------------------------------------------------------------------------------- a real artifact
+# ---------------------------------------------------------------------------------- a real artifact
 
 
 def test_gate_command_judges_by_other_gates_and_changes_no_file(
@@ -326,23 +360,33 @@ def test_gate_command_judges_by_other_gates_and_changes_no_file(
     )
     assert read_error(result, 3).startswith("gate kl_mean <= 1e-09: found 0.000")
     assert "rejected: 2 of 3 gates kept, 1 missed" in result.stdout
-    assert [case.get("name") for case in valid((tmp_path / "gates.xml").read_bytes()).iter("testcase")] == [
-        "kl_mean <= 1e-09", "kl_mean@math <= 1", "size <= 9.00 MB",
-    ]  # fmt: skip
-    told = json.loads(run("gate", built, "--gates", tmp_path / "strict.yaml", "--json").stdout)
-    assert (told["status"], told["built"], len(told["gates"])) == ("rejected", "not judged", 3)
+    assert [
+        case.get("name")
+        for case in parse_junit((tmp_path / "gates.xml").read_bytes()).iter("testcase")
+    ] == [
+        "kl_mean <= 1e-09",
+        "kl_mean@math <= 1",
+        "size <= 9.00 MB",
+    ]
+    values = json.loads(run("gate", built, "--gates", tmp_path / "strict.yaml", "--json").stdout)
+    assert (values["status"], values["built"], len(values["gates"])) == (
+        "rejected",
+        "not judged",
+        3,
+    )
     assert {path: path.read_bytes() for path in built.rglob("*") if path.is_file()} == before
 
 
 def test_gate_command_uses_the_recipe_of_the_artifact_by_default(built: Path) -> None:
-    """Its benchmarks were skipped, so two of three gates have no figure; nothing is missed, and nothing is passed."""
+    """Its benchmarks were skipped, so two of three gates have no figure; nothing is missed,
+    and nothing is passed."""
     result = run("gate", built, "--json")
-    told = json.loads(result.stdout)
-    assert (result.exit_code, told["status"]) == (3, "not judged")
+    values = json.loads(result.stdout)
+    assert (result.exit_code, values["status"]) == (3, "not judged")
     assert (
         "error: could not be judged: tiny-v3-math." in result.stderr and "(not run" in result.stderr
     )
-    assert [gate["ok"] for gate in told["gates"]] == [True, None, None]
+    assert [gate["ok"] for gate in values["gates"]] == [True, None, None]
 
 
 def test_gate_command_rejects_invalid_input(built: Path, artifact: Path, tmp_path: Path) -> None:
@@ -366,7 +410,7 @@ def test_gate_command_rejects_invalid_input(built: Path, artifact: Path, tmp_pat
 
 def test_gate_command_rejects_artifact_without_gates(tmp_path: Path) -> None:
     assert build(tmp_path / "a", "--junit", str(tmp_path / "b.xml"), gates="{}").exit_code == 0
-    assert valid((tmp_path / "b.xml").read_bytes()).get("tests") == "0"
+    assert parse_junit((tmp_path / "b.xml").read_bytes()).get("tests") == "0"
     assert "its recipe has no gates; name a file" in read_error(run("gate", tmp_path / "a"), 2)
 
 
@@ -375,5 +419,5 @@ def test_build_writes_junit_if_a_gate_fails(tmp_path: Path) -> None:
         tmp_path / "a", "--junit", str(tmp_path / "b.xml"), gates="{kl_mean@code: {max: 1.0e-9}}"
     )
     assert result.exit_code == 3
-    root = valid((tmp_path / "b.xml").read_bytes())
+    root = parse_junit((tmp_path / "b.xml").read_bytes())
     assert (root.get("tests"), root.get("failures")) == ("1", "1")

@@ -1,4 +1,4 @@
-"""quantkit/fidelity.html as text: what it says and in which order, that hostile text stays text, bytes and size."""
+"""quantkit/fidelity.html as text: content, order, escaping of hostile text, bytes and size."""
 
 from __future__ import annotations
 
@@ -40,8 +40,16 @@ from quantkit.report.samples import FLOOR, Answer, Samples, read_samples
 from quantkit.verify.shallow import verify_artifact
 
 ORDER = (
-    "verdict", "artifact", "benchmarks", "distribution", "plots", "modules", "fallbacks", "changed", "provenance",
-)  # fmt: skip
+    "verdict",
+    "artifact",
+    "benchmarks",
+    "distribution",
+    "plots",
+    "modules",
+    "fallbacks",
+    "changed",
+    "provenance",
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +60,12 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ content
+# ------------------------------------------------------------------------------------------ content
 
 
 def test_page_has_its_sections_in_order(big: str) -> None:
-    found = re.findall(r'<section id="(\w+)"', big)
-    assert tuple(found) == ORDER
+    result = re.findall(r'<section id="(\w+)"', big)
+    assert tuple(result) == ORDER
     linked = re.findall(r'<li><a href="#(\w+)"', big)
     assert tuple(linked) == ORDER
     assert "<noscript><p" in big
@@ -66,10 +74,10 @@ def test_page_has_its_sections_in_order(big: str) -> None:
 def test_page_shows_the_cells_of_the_card(tmp_path: Path) -> None:
     fidelity = make_judged_example()
     words = Page(html_page.make_page(write_artifact_folder(tmp_path, fidelity))).words
-    for made in tables.make_tables(fidelity):
+    for content in tables.make_tables(fidelity):
         for row in (
-            made.rows
-            if made.title not in {"Fallbacks", tables.make_block_table(fidelity).title}
+            content.rows
+            if content.title not in {"Fallbacks", tables.make_block_table(fidelity).title}
             else ()
         ):
             assert all(cell in words for cell in row if cell), row
@@ -93,10 +101,15 @@ def test_page_head_has_verdict_and_tiles(big: str) -> None:
 def test_page_of_an_empty_report_has_notes_instead_of_tables() -> None:
     text = html_page.render_page(make_empty_report(), Samples())
     for sentence in (
-        "The recipe sets no gates.", "Nothing is quantized: the artifact is a copy of the source.",
-        "No benchmark was run.", "Next-token distributions were not measured.", "No data for plots.",
-        "No module was quantized.", "No fallback was used.", "No benchmark item was compared.",
-    ):  # fmt: skip
+        "The recipe sets no gates.",
+        "Nothing is quantized: the artifact is a copy of the source.",
+        "No benchmark was run.",
+        "Next-token distributions were not measured.",
+        "No data for plots.",
+        "No module was quantized.",
+        "No fallback was used.",
+        "No benchmark item was compared.",
+    ):
         assert sentence in text
     assert tuple(re.findall(r'<section id="(\w+)"', text)) == ORDER
     assert Page(text).drawings["specs"] == {} and "<figure" not in text
@@ -122,13 +135,14 @@ def test_page_lists_every_module_of_a_fallback() -> None:
     assert "<b>500</b> modules" in text
 
 
-# ------------------------------------------------------------------------------------------------------ hostile text
+# ------------------------------------------------------------------------------------- hostile text
 
 
 @pytest.mark.parametrize("attack", HOSTILE)
 def test_page_escapes_hostile_text(attack: str, tmp_path: Path) -> None:
-    """The page has the same elements and attributes as one with harmless words, and the same scripts."""
-    made = []
+    """The page has the same elements and attributes as one with harmless words, and the same
+    scripts."""
+    content = []
     for place, text in (("bad", attack), ("good", "x" * len(attack))):
         clean = text.encode(
             "utf-8", "ignore"
@@ -139,8 +153,8 @@ def test_page_escapes_hostile_text(attack: str, tmp_path: Path) -> None:
         parquet.write_table(
             arrow.Table.from_pylist(items), artifact / "quantkit/samples/benchmarks.parquet"
         )
-        made.append(Page(html_page.make_page(artifact)))
-    bad, good = made
+        content.append(Page(html_page.make_page(artifact)))
+    bad, good = content
     assert bad.tags == good.tags
     assert bad.scripts[1:] == good.scripts[1:] and len(bad.scripts) == 3
     assert bad.drawings["specs"].keys() == good.drawings["specs"].keys()
@@ -184,7 +198,7 @@ def test_page_fetches_nothing(big: str) -> None:
     assert style and "url(" not in style.group(1) and "@import" not in style.group(1)
 
 
-# ----------------------------------------------------------------------------------------------------- size and bytes
+# ----------------------------------------------------------------------------------- size and bytes
 
 
 def test_page_of_45_000_modules_stays_under_three_megabytes(big: str) -> None:
@@ -193,7 +207,8 @@ def test_page_of_45_000_modules_stays_under_three_megabytes(big: str) -> None:
 
 
 def test_page_with_long_answers_and_names_stays_under_three_megabytes(tmp_path: Path) -> None:
-    """Every third of 1,500 items changed, each answer of 8,000 characters of which most need escaping."""
+    """Every third of 1,500 items changed, each answer of 8,000 characters of which most need
+    escaping."""
     artifact = write_artifact_folder(tmp_path, make_large_report())
     (artifact / "quantkit/samples").mkdir()
     dice = random.Random(2)
@@ -215,7 +230,7 @@ def test_page_is_reproducible_across_processes(tmp_path: Path) -> None:
         "import sys, pathlib; from quantkit.report.html_page import make_page;"
         "sys.stdout.buffer.write(make_page(pathlib.Path(sys.argv[1])).encode())"
     )
-    made = [
+    content = [
         subprocess.run(
             [sys.executable, "-c", code, str(artifact)],
             env={**os.environ, "PYTHONHASHSEED": seed, "TZ": zone},
@@ -224,10 +239,10 @@ def test_page_is_reproducible_across_processes(tmp_path: Path) -> None:
         ).stdout
         for seed, zone in (("1", "UTC"), ("2", "Asia/Tokyo"))
     ]
-    assert made[0] == made[1] == html_page.make_page(artifact).encode()
+    assert content[0] == content[1] == html_page.make_page(artifact).encode()
 
 
-# ------------------------------------------------------------------------------------------------------------ samples
+# ------------------------------------------------------------------------------------------ samples
 
 
 def test_histogram_counts_every_token(tmp_path: Path) -> None:
@@ -235,12 +250,17 @@ def test_histogram_counts_every_token(tmp_path: Path) -> None:
     (tmp_path / "quantkit/samples").mkdir(parents=True)
     columns = {"domain": ["a"] * 6 + ["b"] * 3, "kl": arrow.array(kl, arrow.float32())}
     parquet.write_table(arrow.table(columns), tmp_path / "quantkit/samples/tokens.parquet")
-    found = read_samples(tmp_path, {}).histogram
-    assert found is not None
-    assert found.tokens == 7 and found.not_finite == 2 and found.start == FLOOR and found.bins == 40
+    result = read_samples(tmp_path, {}).histogram
+    assert result is not None
+    assert (
+        result.tokens == 7
+        and result.not_finite == 2
+        and result.start == FLOOR
+        and result.bins == 40
+    )
     placed = {
         (name, n): count
-        for name, counts in found.counts.items()
+        for name, counts in result.counts.items()
         for n, count in enumerate(counts)
         if count
     }
@@ -256,11 +276,14 @@ def test_changed_items_are_sorted_and_use_the_scoring_filter(tmp_path: Path) -> 
     parquet.write_table(
         arrow.Table.from_pylist(rows), tmp_path / "quantkit/samples/benchmarks.parquet"
     )
-    found = read_samples(tmp_path, {"gsm8k": "strict", "mgsm_zh": "unknown"})
-    assert [(item.task, item.item, item.lost) for item in found.changed] == [
-        ("mgsm_zh", 0, True), ("mgsm_zh", 6, True), ("gsm8k", 3, False), ("gsm8k", 9, False),
-    ]  # fmt: skip
-    assert (found.items, found.reworded) == (12, 1)
+    result = read_samples(tmp_path, {"gsm8k": "strict", "mgsm_zh": "unknown"})
+    assert [(item.task, item.item, item.lost) for item in result.changed] == [
+        ("mgsm_zh", 0, True),
+        ("mgsm_zh", 6, True),
+        ("gsm8k", 3, False),
+        ("gsm8k", 9, False),
+    ]
+    assert (result.items, result.reworded) == (12, 1)
     loose = read_samples(tmp_path, {"gsm8k": "lenient", "mgsm_zh": "lenient"})
     assert len(loose.changed) == 12
 
@@ -328,17 +351,21 @@ def test_samples_without_a_column_raise_artifact_error(tmp_path: Path) -> None:
         html_page.make_page(artifact)
 
 
-# -------------------------------------------------------------------------------------------------------------- plots
+# -------------------------------------------------------------------------------------------- plots
 
 
 def test_layer_errors_are_percentiles_of_quantized_matrices() -> None:
     modules = [
         ModuleResult(
-            name=f"model.layers.{layer}.mlp.experts.{n}.up_proj", rule="r", method="awq", scheme="s",
-            relative_error=(n + 1) / 100 + layer, output_relative_error=None if layer else 0.0,
+            name=f"model.layers.{layer}.mlp.experts.{n}.up_proj",
+            rule="r",
+            method="awq",
+            scheme="s",
+            relative_error=(n + 1) / 100 + layer,
+            output_relative_error=None if layer else 0.0,
         )
         for layer, n in product((0, 1), range(11))
-    ]  # fmt: skip
+    ]
     kept = [
         ModuleResult(
             name="model.layers.1.mlp.gate", rule="r", method=None, scheme="BF16", relative_error=9.0
@@ -346,11 +373,19 @@ def test_layer_errors_are_percentiles_of_quantized_matrices() -> None:
     ]
     rows = charts.summarize_layer_errors([*modules, *kept])
     assert [(row["kind"], row["layer"], row["matrices"]) for row in rows] == [
-        ("outputs", 0, 11), ("weights", 0, 11), ("weights", 1, 11),
-    ]  # fmt: skip
+        ("outputs", 0, 11),
+        ("weights", 0, 11),
+        ("weights", 1, 11),
+    ]
     assert rows[1] | {} == {
-        "kind": "weights", "layer": 0, "low": 0.02, "median": 0.06, "high": 0.10, "worst": 0.11, "matrices": 11,
-    }  # fmt: skip
+        "kind": "weights",
+        "layer": 0,
+        "low": 0.02,
+        "median": 0.06,
+        "high": 0.10,
+        "worst": 0.11,
+        "matrices": 11,
+    }
     assert rows[0]["median"] == charts.SMALLEST  # a logarithm needs one
 
 
@@ -385,15 +420,15 @@ def test_vega_lite_compiles_every_plot(big: str) -> None:
         assert compiled["marks"], name
 
 
-# ------------------------------------------------------------------------------------------------- names of modules
+# --------------------------------------------------------------------------------- names of modules
 
 
-def expanded(line: str) -> Iterator[str]:
-    """What `folded` folded."""
+def expand_names(line: str) -> Iterator[str]:
+    """Yield the names of a folded line."""
     parts = re.split(r"\{([^}]*)\}", line)
     choices = []
     for text in parts[1::2]:
-        ends = [each.split("-") for each in text.split(", ")]
+        ends = [item.split("-") for item in text.split(", ")]
         choices.append([n for end in ends for n in range(int(end[0]), int(end[-1]) + 1)])
     for numbers in product(*choices):
         yield "".join(text + str(n) for text, n in zip(parts[::2], [*numbers, ""]))
@@ -416,8 +451,8 @@ NAMES = some.lists(
 @given(NAMES)
 def test_fold_names_is_lossless(names: list[str]) -> None:
     lines = fold_names(names)
-    found = [name for line in lines for name in expanded(line)]
-    assert sorted(found) == sorted(set(names))
+    result = [name for line in lines for name in expand_names(line)]
+    assert sorted(result) == sorted(set(names))
     assert len(lines) <= len(set(names))
 
 
@@ -431,7 +466,7 @@ def test_fold_names_examples() -> None:
     assert find_block_number("model.layers.12.mlp") == 12 and find_block_number("lm_head") is None
 
 
-# --------------------------------------------------------------------------------------------- inside an artifact
+# ------------------------------------------------------------------------------- inside an artifact
 
 
 def test_report_command_rebuilds_the_page_of_a_build(artifact: Path) -> None:
@@ -449,7 +484,8 @@ def test_report_command_rebuilds_the_page_of_a_build(artifact: Path) -> None:
 def test_report_command_writes_a_different_page_only_to_another_file(
     artifact: Path, tmp_path: Path
 ) -> None:
-    """Samples that were taken away give another page; in the artifact it would break the manifest's hash."""
+    """Samples that were taken away give another page; in the artifact it would break the
+    manifest's hash."""
     shutil.rmtree(artifact / "quantkit/samples")
     before = (artifact / PAGE).read_bytes()
     refused = CliRunner().invoke(main, ["report", str(artifact), "--html"])

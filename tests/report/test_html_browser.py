@@ -1,4 +1,5 @@
-"""quantkit/fidelity.html in a real browser: it draws, sorts, filters and searches; dark, narrow, printed, hostile."""
+"""quantkit/fidelity.html in Chromium: plots, sorting, search, color schemes, print, hostile
+text."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
-from support.browser_pages import NARROW, Tab, contrast, luminance
+from support.browser_pages import COLORS, NARROW, Tab, contrast, luminance
 from support.constants import CHROMIUM
 from support.report_large import make_large_report
 from support.report_pages import (
@@ -46,7 +47,7 @@ def tab(browser: Any, page_file: Path) -> Iterator[Tab]:
     opened.context.close()
 
 
-# ------------------------------------------------------------------------------------------------------------- plots
+# -------------------------------------------------------------------------------------------- plots
 
 
 def test_every_plot_is_drawn(tab: Tab) -> None:
@@ -75,7 +76,7 @@ def test_plot_shows_a_tooltip(tab: Tab) -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------- tables, search, buttons
+# -------------------------------------------------------------------------- tables, search, buttons
 
 
 def test_tables_sort_both_ways(tab: Tab) -> None:
@@ -142,7 +143,7 @@ def test_commands_are_copied_or_selected(tab: Tab) -> None:
     tab.page.locator("button.copy", has_text=re.compile("Copied|Selected")).wait_for(timeout=1_400)
 
 
-# --------------------------------------------------------------------------------------- dark, narrow, printed, plain
+# --------------------------------------------------------------------- dark, narrow, printed, plain
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -152,19 +153,29 @@ def test_text_has_contrast_in_both_color_schemes(
     tab = Tab(browser, page_file, color_scheme=scheme)
     page = tab.all("getComputedStyle(document.documentElement).backgroundColor")
     assert (luminance(page) > 0.5) == (scheme == "light")
-    told = tab.all("""['body', '.note', '.lead', '.verdict', 'td .tone.good', 'td .tone.bad', 'td .tone.open', 'mark',
-        '.same', 'nav a', 'thead button', '.answer pre', 'summary', '.plot svg text'].map(name => {
-            let element = document.querySelector(name), style = getComputedStyle(element);
-            const colour = name.endsWith('text') ? style.fill : style.color;
-            while (getComputedStyle(element).backgroundColor === 'rgba(0, 0, 0, 0)') element = element.parentElement;
-            return [name, colour, getComputedStyle(element).backgroundColor];
-        })""")
+    selectors = [
+        "body",
+        ".note",
+        ".lead",
+        ".verdict",
+        "td .tone.good",
+        "td .tone.bad",
+        "td .tone.open",
+        "mark",
+        ".same",
+        "nav a",
+        "thead button",
+        ".answer pre",
+        "summary",
+        ".plot svg text",
+    ]
+    colors = tab.page.evaluate(COLORS, selectors)
     weak = {
         name: round(contrast(front, back), 2)
-        for name, front, back in told
+        for name, front, back in colors
         if contrast(front, back) < 4.5
     }
-    assert weak == {} and len(told) == 14
+    assert weak == {} and len(colors) == 14
     tab.page.click("#theme")
     turned = tab.all("getComputedStyle(document.documentElement).backgroundColor")
     assert (luminance(turned) > 0.5) == (scheme == "dark")
@@ -179,15 +190,16 @@ def test_narrow_page_scrolls_only_vertically(browser: Any, page_file: Path) -> N
         "[...document.querySelector('.sides').children].map(e => e.getBoundingClientRect().left)"
     )
     assert len(set(sides)) == 1  # below each other
-    kept = tab.all("""(() => { const table = document.querySelector('#t-benchmarks'), box = table.closest('.scroll');
+    kept = tab.all("""(() => { const table = document.querySelector('#t-benchmarks');
+        const box = table.closest('.scroll');
         box.scrollLeft = box.scrollWidth;
         return [box.scrollLeft, table.querySelector('tbody th').getBoundingClientRect().left,
                 table.querySelector('tbody td:last-child').getBoundingClientRect().right,
                 getComputedStyle(box).backgroundImage.includes('gradient')]; })()""")
     assert (
         kept[0] > 0 and kept[1] >= -16 and kept[2] <= NARROW["width"]
-    )  # the task beside its verdict
-    assert kept[3], "a shadow says that there is more"
+    )  # task and verdict are visible
+    assert kept[3], "a shadow marks the overflow"
     assert tab.faults == []
     tab.context.close()
 
@@ -219,11 +231,12 @@ def test_page_without_scripts_shows_tables_and_answers(browser: Any, page_file: 
     tab.context.close()
 
 
-# ----------------------------------------------------------------------------------------------------------- hostile
+# ------------------------------------------------------------------------------------------ hostile
 
 
 def test_hostile_text_runs_no_script(browser: Any, tmp_path: Path) -> None:
-    """Drawn, hovered, sorted and searched: no script of the text's runs, nothing is fetched, the page stays whole."""
+    """Drawn, hovered, sorted and searched: no script of the text's runs, nothing is fetched,
+    the page stays whole."""
     text = " ".join(HOSTILE).encode("utf-8", "ignore").decode()
     fidelity, items = make_hostile_report(text, text * 2)
     artifact = write_artifact_folder(tmp_path, fidelity)
@@ -246,7 +259,7 @@ def test_hostile_text_runs_no_script(browser: Any, tmp_path: Path) -> None:
 
 
 def test_policy_blocks_an_injected_script(browser: Any, tmp_path: Path) -> None:
-    """A second line of defence: even a script element in the page does not run."""
+    """A script element that got into the page does not run either."""
     text = html_page.make_page(write_artifact_folder(tmp_path, make_judged_example()))
     (tmp_path / "page.html").write_text(
         text.replace("<h1>", "<script>hacked = 1</script><h1>"), encoding="utf-8"

@@ -1,4 +1,4 @@
-"""The report: one JSON-able value in, a model card and terminal tables out, the same numbers in both."""
+"""Model card and terminal tables of a report, with the same numbers in both."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from quantkit.recipe.schema import Gate
 from quantkit.report import card, format_numbers, gates, markdown, tables, terminal
 
 
-def one_line(text: str) -> str:
-    """Terminal text with its folds undone, blanks aside."""
+def join_lines(text: str) -> str:
+    """Return terminal text without whitespace, so that folded cells are whole."""
     return "".join(text.split())
 
 
-# ------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def test_model_card_matches_golden_file() -> None:
@@ -57,10 +57,10 @@ def test_card_and_terminal_show_the_same_cells() -> None:
     fidelity = gates.apply_gates(GATES, make_example())
     text, shown = (
         card.render_card(fidelity),
-        one_line(render_to_text(terminal.render_report(fidelity), width=250)),
+        join_lines(render_to_text(terminal.render_report(fidelity), width=250)),
     )
-    for made in tables.make_tables(fidelity):
-        for row in made.rows:
+    for content in tables.make_tables(fidelity):
+        for row in content.rows:
             for cell in row:
                 assert markdown.escape_cell(cell) in text
                 assert all(word in shown for word in cell.split())
@@ -86,23 +86,24 @@ def test_front_matter_is_yaml_with_license_and_base_model() -> None:
 
 
 def test_model_hub_parses_the_benchmarks_of_the_card() -> None:
-    """By the hub's own parser, which knows `model-index` alone; what was not run has no figure there."""
+    """By the hub's own parser, which knows `model-index` alone; what was not run has no
+    figure there."""
     from huggingface_hub import ModelCard
 
     rows = [*FIDELITY["benchmarks"], {"task": 'a "b": c', "metric": "m", "n": 3, "artifact": 0.5}]  # type: ignore[misc]
-    found = {
+    result = {
         row.dataset_name: row
         for row in ModelCard(card.render_card(make_example({"benchmarks": rows}))).data.eval_results
     }
     scored = {row["task"]: row for row in rows if row.get("status", "ok") == "ok"}
-    assert found.keys() == scored.keys()
+    assert result.keys() == scored.keys()
     assert len(scored) < len(rows)
     for task, row in scored.items():
-        assert (found[task].metric_value, found[task].metric_type) == (
+        assert (result[task].metric_value, result[task].metric_type) == (
             row["artifact"],
             row["metric"],
         )
-        assert found[task].task_type == "text-generation"
+        assert result[task].task_type == "text-generation"
     assert "model-index" not in card.render_card(make_empty_report())
 
 
@@ -113,7 +114,7 @@ def test_card_of_a_source_without_license_names_none() -> None:
     assert "License: the source states none." in text
 
 
-# ----------------------------------------------------------------------------------------------------------- corners
+# ------------------------------------------------------------------------------------------ corners
 
 
 def test_card_and_terminal_of_an_empty_report() -> None:
@@ -162,9 +163,9 @@ def test_worst_modules_come_first_and_others_are_counted() -> None:
         for i in range(200)
     ]
     kept = [ModuleResult(name="kept", rule="r", method=None, scheme="BF16")]
-    made = tables.make_module_table(make_example({"modules": [*modules, *kept]}))
-    assert [row[0] for row in made.rows] == [f"m{199 - i}" for i in range(10)]
-    assert made.note == "The 10 worst of 200; all in quantkit/fidelity.json."
+    content = tables.make_module_table(make_example({"modules": [*modules, *kept]}))
+    assert [row[0] for row in content.rows] == [f"m{199 - i}" for i in range(10)]
+    assert content.note == "The 10 worst of 200; all in quantkit/fidelity.json."
     assert len(tables.make_module_table(make_example({"modules": modules}), limit=200).rows) == 200
 
 
@@ -174,11 +175,11 @@ def test_method_that_equals_its_rounding_is_named_once() -> None:
         ModuleResult(name="m", rule="r", method=method, rounding=rounding, scheme="s")
         for method, rounding in pairs
     ]
-    told = [
+    values = [
         tables.make_module_table(make_example({"modules": [module]})).rows[0][1]
         for module in modules
     ]
-    assert told == ["gptq", "awq+gptq", "awq+nearest"]
+    assert values == ["gptq", "awq+gptq", "awq+nearest"]
 
 
 def test_card_with_long_names_stays_under_its_limit() -> None:
@@ -247,18 +248,18 @@ def test_terminal_report_fits_its_width_without_loss(width: int) -> None:
     shown = render_to_text(terminal.render_report(fidelity), width)
     assert max(map(len, shown.splitlines())) <= width
     if width >= 100:
-        for made in tables.make_tables(fidelity):
-            for row in made.rows:
+        for content in tables.make_tables(fidelity):
+            for row in content.rows:
                 for word in " ".join(row).split():
-                    assert one_line(word) in one_line(shown), word
+                    assert join_lines(word) in join_lines(shown), word
 
 
 def test_columns_fit_every_number_and_word() -> None:
-    made = tables.Table(
+    content = tables.Table(
         title="t", columns=("a", ">n"), rows=(("long words here " * 9, "1,234 ±5"),)
     )
-    assert terminal.compute_widths(made, 100) == [89, 8]
-    assert terminal.compute_widths(made, 60) == [49, 8]
+    assert terminal.compute_widths(content, 100) == [89, 8]
+    assert terminal.compute_widths(content, 60) == [49, 8]
     crowded = tables.Table(title="t", columns=(">a", ">b"), rows=(("1" * 60, "2" * 60),))
     assert terminal.compute_widths(crowded, 100) == [None, None]
 
@@ -266,19 +267,19 @@ def test_columns_fit_every_number_and_word() -> None:
 def test_narrow_terminal_breaks_no_number() -> None:
     figures = ("1,234,567", "23,456", "107.87 GB", "345.68 GB ±0.01")
     columns = ("what", *(f">{word} of tokens" for word in ("sum", "rest", "bytes", "all")))
-    made = tables.Table(
+    content = tables.Table(
         title="t", columns=columns, rows=(("a long name of several words", *figures),)
     )
     for width in (100, 80, 60, 55):
-        shown = render_to_text(terminal.render_table(made), width)
+        shown = render_to_text(terminal.render_table(content), width)
         assert max(map(len, shown.splitlines())) <= width
         for word in " ".join(figures).split():
             assert word in shown.split(), (width, word)
-    assert "sum of tokens" in render_to_text(terminal.render_table(made), 100)
-    assert "345.68 GB ±0.01" in render_to_text(terminal.render_table(made), 60)
+    assert "sum of tokens" in render_to_text(terminal.render_table(content), 100)
+    assert "345.68 GB ±0.01" in render_to_text(terminal.render_table(content), 60)
 
 
-# ------------------------------------------------------------------------------------------------------------- gates
+# -------------------------------------------------------------------------------------------- gates
 
 
 def test_judge_gates_returns_a_result_per_bound() -> None:
@@ -310,8 +311,8 @@ def test_status_follows_from_the_gates(bounds: dict[str, Gate], expected: str) -
 
 
 def test_non_finite_numbers_become_none() -> None:
-    found = Figure.model_validate({"value": "nan", "se": float("inf"), "ci": ["-Infinity", 0]})
-    assert (found.value, found.se, found.ci) == (None, None, (None, 0.0))
+    result = Figure.model_validate({"value": "nan", "se": float("inf"), "ci": ["-Infinity", 0]})
+    assert (result.value, result.se, result.ci) == (None, None, (None, 0.0))
 
 
 def test_non_finite_figure_fails_every_bound() -> None:
@@ -342,7 +343,7 @@ def test_source_score_of_zero_is_not_judged() -> None:
     assert (result.ok, result.reason) == (None, "not run")
 
 
-# ------------------------------------------------------------------------------------------------------------ values
+# ------------------------------------------------------------------------------------------- values
 
 
 def test_fidelity_json_is_stable_and_reads_back() -> None:

@@ -5,11 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+COLORS = """names => names.map(name => {
+    let element = document.querySelector(name);
+    const style = getComputedStyle(element), clear = 'rgba(0, 0, 0, 0)';
+    const front = name.endsWith('text') ? style.fill : style.color;
+    while (getComputedStyle(element).backgroundColor === clear) element = element.parentElement;
+    return [name, front, getComputedStyle(element).backgroundColor];
+})"""
+"""Selector, color and background of the first element of each selector."""
+
 WIDE, NARROW = {"width": 1360, "height": 900}, {"width": 360, "height": 740}
 
 
 class Tab:
-    """An open page, and whatever it complained about or asked the network for."""
+    """An open page with its console messages, errors, dialogs and network requests."""
 
     def __init__(self, browser: Any, file: Path, **options: Any) -> None:
         self.faults: list[str] = []
@@ -23,12 +32,12 @@ class Tab:
         self.page.on("console", lambda message: self.faults.append(f"console: {message.text}"))
         self.page.on("pageerror", lambda error: self.faults.append(f"error: {error}"))
         self.page.on("dialog", lambda dialog: self.faults.append(f"dialog: {dialog.message}"))
-        self.page.on("request", lambda request: self.asked(request.url))
+        self.page.on("request", lambda request: self.record_request(request.url))
         self.page.goto(file.as_uri())
         if options.get("java_script_enabled", True):
             self.page.wait_for_selector("html[data-drawn]", timeout=120_000)
 
-    def asked(self, url: str) -> None:
+    def record_request(self, url: str) -> None:
         if not url.startswith(("file:", "data:")):
             self.faults.append(f"request: {url}")
 
@@ -36,14 +45,15 @@ class Tab:
         return self.page.evaluate(script)
 
     def column(self, table: str, number: int) -> list[str]:
-        """The cells of a column that can be seen."""
-        found: list[str] = self.all(
-            f"[...document.querySelectorAll('#{table} tbody tr:not([hidden])')].map(r => r.cells[{number}].textContent)"
+        """Return the visible cells of a column."""
+        result: list[str] = self.all(
+            f"[...document.querySelectorAll('#{table} tbody tr:not([hidden])')].map(r => "
+            f"r.cells[{number}].textContent)"
         )
-        return found
+        return result
 
     def articles(self) -> list[tuple[str, str]]:
-        """(task, outcome) of the changed items that can be seen."""
+        """Return (task, outcome) of the visible changed items."""
         shown = "[...document.querySelectorAll('#items > article:not([hidden])')]"
         return [
             (task, outcome)
@@ -52,7 +62,7 @@ class Tab:
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of "rgb(r, g, b)" as WCAG 2 defines it."""
+    """Return the relative luminance of "rgb(r, g, b)" as WCAG 2 defines it."""
     parts = [int(part) / 255 for part in colour.removeprefix("rgb(").rstrip(")").split(",")]
     linear = [
         part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
@@ -61,6 +71,6 @@ def luminance(colour: str) -> float:
 
 
 def contrast(first: str, second: str) -> float:
-    """WCAG 2 contrast ratio."""
+    """Return the WCAG 2 contrast ratio."""
     low, high = sorted((luminance(first), luminance(second)))
     return (high + 0.05) / (low + 0.05)

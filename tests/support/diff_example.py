@@ -1,4 +1,4 @@
-"""Two small sides with every kind of difference, for the tests of quantkit.diff."""
+"""Two small sides with every kind of difference."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXPERT = "model.layers.1.mlp.experts.{}.gate_proj"
 
 
 def make_answer(text: str, score: float) -> Answer:
-    """A short answer whose result is its last word."""
+    """Return a short answer whose result is its last word."""
     return Answer(
         text=text,
         score=score,
@@ -42,7 +42,7 @@ def make_answer(text: str, score: float) -> Answer:
 def make_items(
     scores: Sequence[float], source: Sequence[float], task: str = "tiny-v3-math"
 ) -> dict[ItemKey, ItemResult]:
-    """Items 0, 1, ...; who scores 1 says the number itself, who scores 0 the next one."""
+    """Return items 0, 1, ...; a correct answer is the number itself, a wrong one the next."""
     return {
         (task, "answer", n): ItemResult(
             hashes=(HASHES[0].format(n), HASHES[1].format(n), HASHES[2].format(n)),
@@ -56,7 +56,7 @@ def make_items(
 
 
 def make_tokens(scale: float, seed: int = 0) -> TokenFigures:
-    """The same text for every `scale`, which is how far the artifact is from the source."""
+    """Return the same tokens at a distance of `scale` from the source."""
     dice, noise = random.Random(0), random.Random(seed)
     domains = ["math" if n % 3 else "code" for n in range(N_TOKENS)]
     nll_source = [dice.expovariate(1.0) for _ in range(N_TOKENS)]
@@ -67,7 +67,7 @@ def make_tokens(scale: float, seed: int = 0) -> TokenFigures:
 
 
 def make_report(**changes: Any) -> Fidelity:
-    """The example report with changed parts, over as many tokens as `tokens` makes."""
+    """Return the example report with changes, over N_TOKENS tokens."""
     return Fidelity.model_validate({
         **copy.deepcopy(FIDELITY),
         "distribution": make_distribution(),
@@ -76,13 +76,13 @@ def make_report(**changes: Any) -> Fidelity:
 
 
 def make_distribution() -> list[dict[str, Any]]:
-    """The example's figures of all text and of its 400 tokens of math."""
+    """Return the figures of all text and of its 400 tokens of math."""
     rows: Any = copy.deepcopy(FIDELITY["distribution"])
     return [{**rows[0], "tokens": N_TOKENS}, {**rows[1], "tokens": 2 * N_TOKENS // 3}]
 
 
 def make_likelihood_rows(artifact: float) -> list[dict[str, Any]]:
-    """The report's row on gold solutions."""
+    """Return the report's row of gold solutions."""
     row = {
         "task": "tiny-v3-math",
         "n": 20,
@@ -95,14 +95,14 @@ def make_likelihood_rows(artifact: float) -> list[dict[str, Any]]:
 
 
 def make_solutions(lost: float) -> dict[tuple[str, int], SolutionScore]:
-    """Twenty solutions, each of which is `lost` nats per token less likely, some more, some less."""
-    found = {}
+    """Return twenty solutions that are about `lost` nats per token less likely."""
+    result = {}
     for n in range(20):
         at = -0.4 - 0.01 * n
-        found["tiny-v3-math", n] = SolutionScore(
+        result["tiny-v3-math", n] = SolutionScore(
             n_tokens=5, source=at, value=at - lost * (1 + n % 3)
         )
-    return found
+    return result
 
 
 SOURCE = [1.0] * 45 + [0.0] * 15
@@ -111,7 +111,7 @@ B_SCORES = [1.0] * 30 + [0.0] * 27 + [1.0] * 3  # 12 more lost
 
 
 def make_side_a() -> Side:
-    """AWQ at 4 bits."""
+    """Return an AWQ artifact at 4 bits."""
     return Side(
         name="first",
         kind="artifact",
@@ -138,7 +138,7 @@ def make_side_a() -> Side:
 
 
 def make_side_b() -> Side:
-    """Rounded to 3 bits, its head too; two figures better, the others worse."""
+    """Return an RTN artifact at 3 bits with a quantized head; two figures better, others worse."""
     modules: Any = copy.deepcopy(FIDELITY["modules"])
     modules[0] |= {"method": "rtn", "scheme": "int3 g128 asymmetric", "output_relative_error": 0.21}
     modules[1] |= {

@@ -136,7 +136,8 @@ FIDELITY: dict[str, object] = {
     "fallbacks": [
         {
             "kind": "shared-gram",
-            "meaning": "an expert saw fewer than 64 tokens and was solved with the statistics of its layer",
+            "meaning": "an expert saw fewer than 64 tokens and was solved with the "
+            "statistics of its layer",
             "modules": ["model.layers.1.mlp.experts.1.gate_proj"],
         }
     ],

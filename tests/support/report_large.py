@@ -1,4 +1,5 @@
-"""A report as large as DeepSeek-V3's: 61 layers, 58 of them with 256 routed experts, 45,000 modules; and samples."""
+"""A report as large as DeepSeek-V3's: 61 layers, 58 of them with 256 routed experts, 45,000
+modules; and samples."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ KEPT_PARTS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj
 
 @cache
 def make_large_report() -> Fidelity:
-    """Seeded, so that it is always the same."""
+    """Return the report; a seed makes it reproducible."""
     dice = random.Random(0)
     modules, loads = [], []
     for layer in range(LAYERS):
@@ -121,7 +122,7 @@ def make_large_report() -> Fidelity:
 def make_rule(
     label: str, action: str, modules: int, parameters: int, n_bytes: int, bits: float
 ) -> dict[str, object]:
-    """What one rule decided."""
+    """Return the totals of a rule."""
     return {
         "label": label,
         "match": "*",
@@ -135,7 +136,8 @@ def make_rule(
 
 
 def write_samples(artifact: Path, items: int, answer: str = "") -> None:
-    """Tokens of three domains, and `items` pairs of which every third changed, as a build writes them."""
+    """Write the samples of a build: tokens of three domains, and `items` pairs, every third
+    changed."""
     dice = random.Random(1)
     folder = artifact / "quantkit" / "samples"
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +154,7 @@ def write_samples(artifact: Path, items: int, answer: str = "") -> None:
 
 
 def make_item(item: int, answer: str) -> dict[str, object]:
-    """One item: of three, one is lost or gained in turn."""
+    """Return one item; of three, one is lost or gained in turn."""
     changed, lost = item % 3 == 0, item % 6 == 0
     steps = " ".join(f"Step {n}: {n} + {item} = {n + item}." for n in range(40)) + answer
     right, wrong = f"{steps}\n#### {item}", f"{steps}\n#### {item + 1}"

@@ -19,13 +19,21 @@ LIMIT_BYTES = 3_000_000
 
 
 HOSTILE = (
-    "</script><script>hacked=1</script>", "<img src=x onerror=hacked=1>", '"><svg onload=hacked=1>', "{{ 7 * 7 }}",
-    "'-alert(1)-'", "<!--", "]]>", "javascript:alert(1)", "\x00\x1b[2J\u202edrawkcab\ud800", "</pre></article></main>",
-)  # fmt: skip
+    "</script><script>hacked=1</script>",
+    "<img src=x onerror=hacked=1>",
+    '"><svg onload=hacked=1>',
+    "{{ 7 * 7 }}",
+    "'-alert(1)-'",
+    "<!--",
+    "]]>",
+    "javascript:alert(1)",
+    "\x00\x1b[2J\u202edrawkcab\ud800",
+    "</pre></article></main>",
+)
 
 
 class Page(HTMLParser):
-    """What a browser would make of it: tags with the names of their attributes, text by element, links, scripts."""
+    """A parsed page: tags with attribute names, text by element, links, scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -67,7 +75,7 @@ def make_judged_example(changes: Mapping[str, Any] | None = None) -> Fidelity:
 
 
 def write_artifact_folder(place: Path, fidelity: Fidelity, items: int = 0) -> Path:
-    """An artifact's folder as far as the page looks at it."""
+    """Write the files of an artifact that the page reads."""
     (place / "quantkit").mkdir(parents=True, exist_ok=True)
     (place / "quantkit/fidelity.json").write_text(fidelity.to_json())
     if items:
@@ -76,7 +84,8 @@ def write_artifact_folder(place: Path, fidelity: Fidelity, items: int = 0) -> Pa
 
 
 def make_hostile_report(text: str, long: str) -> tuple[Fidelity, list[dict[str, object]]]:
-    """A report and samples with `text` wherever text can come from a model, a checkpoint or a recipe."""
+    """Return a report and samples with `text` wherever a model, checkpoint or recipe can
+    supply it."""
     artifact: dict[str, Any] = dict(FIDELITY["artifact"])  # type: ignore[call-overload]
     source: dict[str, Any] = dict(FIDELITY["source"])  # type: ignore[call-overload]
     names = ("name", "format", "scheme")
@@ -98,25 +107,45 @@ def make_hostile_report(text: str, long: str) -> tuple[Fidelity, list[dict[str, 
     fidelity = Fidelity.model_validate({
         **FIDELITY,
         "artifact": {
-            **artifact, **dict.fromkeys(names, text), "notes": [text], "tags": [text],
+            **artifact,
+            **dict.fromkeys(names, text),
+            "notes": [text],
+            "tags": [text],
             "rules": [{**rule, "bytes_after": 4, "bits_per_weight": 4.0}],
             "serving": [{"engine": text, "command": text}],
             "roles": [{**artifact["roles"][0], "role": text, "stored": text, "reason": text}],
         },
-        "source": {**source, "model": text, "revision": text, "hash": text, "baseline": text,
-                   "license": {"id": text, "name": text}},
+        "source": {
+            **source,
+            "model": text,
+            "revision": text,
+            "hash": text,
+            "baseline": text,
+            "license": {"id": text, "name": text},
+        },
         "calibration": {**dict(FIDELITY["calibration"]), "set": text, "description": text},  # type: ignore[call-overload]
         "distribution": [{"domain": text, "tokens": 3, "kl_mean": {"value": 0.1}}],
         "blocks": [{"block": text, "relative_error": 0.1}],
         "routers": [{"block": text, "agreement": 0.1}],
-        "modules": [{**module, "fallback": text}, {**module, "output_relative_error": 0.2, "rounding": text}],
-        "experts": {"min_tokens": 9, "policy": text, "layers": [{"block": text, "tokens": [1, 20]}]},
+        "modules": [
+            {**module, "fallback": text},
+            {**module, "output_relative_error": 0.2, "rounding": text},
+        ],
+        "experts": {
+            "min_tokens": 9,
+            "policy": text,
+            "layers": [{"block": text, "tokens": [1, 20]}],
+        },
         "fallbacks": [{"kind": text, "meaning": text, "modules": [text]}],
-        "benchmarks": [{"task": text, "metric": text, "n": 2, "verdict": text, "data_sha256": text},
-                       {"task": "gsm8k", "status": "not run", "reason": text}],
+        "benchmarks": [
+            {"task": text, "metric": text, "n": 2, "verdict": text, "data_sha256": text},
+            {"task": "gsm8k", "status": "not run", "reason": text},
+        ],
         "gates": [{"figure": text, "bound": text, "value": 1.0, "ok": None, "reason": text}],
-        "versions": {text: text}, "hashes": {text: text}, "command": text,
-    })  # fmt: skip
+        "versions": {text: text},
+        "hashes": {text: text},
+        "command": text,
+    })
     items = []
     for number in range(4):
         row = {

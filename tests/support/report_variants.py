@@ -28,7 +28,7 @@ def make_example(changes: Mapping[str, Any] | None = None) -> Fidelity:
 
 
 def make_empty_report() -> Fidelity:
-    """Nothing measured, nothing quantized."""
+    """Return a report without measurements and quantized layers."""
     kept = {key: FIDELITY[key] for key in ("source", "artifact")}
     artifact = {**dict(kept["artifact"]), "roles": [], "serving": [], "notes": []}  # type: ignore[call-overload]
     return Fidelity.model_validate({**kept, "artifact": artifact})
