@@ -297,7 +297,7 @@ def tokenize(recipe: Recipe, folder: Path) -> TokenizedTexts:
         package_data.locate_folder("calibration"),
     )
     selected: list[tuple[TextName, str, int | None, int, int]] = []
-    calibration = recipe.calibration if recipe.learns else None
+    calibration = recipe.calibration if recipe.needs_calibration else None
     if calibration:
         selected.append((
             "calibration",

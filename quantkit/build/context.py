@@ -76,7 +76,7 @@ class BuildContext:
         """Copy the FP8 blocks of `name` bit for bit; NumericsError unless they hold the values of
         `tensor`.
         """
-        blocks = self.source.blocks(name)
+        blocks = self.source.read_fp8_blocks(name)
         if not torch.equal(blocks.values.to(tensor), tensor):
             raise NumericsError(
                 f"{name}: expected the source's values, because its FP8 blocks are kept, found "

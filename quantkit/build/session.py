@@ -248,9 +248,9 @@ def check_same(
 ) -> None:
     """Check that a journal is of this build. Raises UsageError with the differences."""
     began = journal.entries[0]
-    if began["stamps"] == source.stamps():  # the files are unchanged since they were hashed
-        source.take_hashes(began["of"]["source"]["files"])
-    source.hashes(tell)
+    if began["stamps"] == source.read_stamps():  # the files are unchanged since they were hashed
+        source.trust_hashes(began["of"]["source"]["files"])
+    source.compute_hashes(tell)
     before, now = flatten_json(began["of"]), flatten_json(build_identity(plans, source, texts))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     changed = [

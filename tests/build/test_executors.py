@@ -37,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def limit_waves(patch: pytest.MonkeyPatch, size: int) -> None:
     """Hold so many experts at once."""
-    real = plan.memory_plan
+    real = plan.plan_memory
 
     def limited(*args: Any, **kwargs: Any) -> Any:
         return replace(real(*args, **kwargs), wave_experts=size)

@@ -191,9 +191,9 @@ def test_resume_after_a_kill_at_every_kind_of_write(
 
 def in_waves(patch: pytest.MonkeyPatch, size: int) -> None:
     """Hold so many experts at once, and save every wave."""
-    real = plan.memory_plan
+    real = plan.plan_memory
 
-    def fewer(*args, **kwargs):  # type: ignore[no-untyped-def]  # stands for `memory_plan`
+    def fewer(*args, **kwargs):  # type: ignore[no-untyped-def]  # stands for `plan_memory`
         return replace(real(*args, **kwargs), wave_experts=size)
 
     patch.setattr(plan, "plan_memory", fewer)

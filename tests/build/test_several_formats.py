@@ -12,8 +12,8 @@ from support.builds import build, build_all
 from support.checkpoints import make_plan, make_recipe_text, make_tiny_config, write_checkpoint
 
 from quantkit import pipeline, registry
-from quantkit.artifact.layout import read_manifest
 from quantkit.artifact.load_model import read_schemes
+from quantkit.artifact.read_manifest import read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import NumericsError, RecipeError
 from quantkit.formats import compressed_tensors, gptq

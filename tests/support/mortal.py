@@ -244,7 +244,7 @@ def in_waves(size: int) -> None:
     def fewer(*args: object, **kwargs: object) -> object:
         return replace(real(*args, **kwargs), wave_experts=size)  # type: ignore[arg-type]
 
-    plan.memory_plan = fewer  # type: ignore[assignment]
+    plan.plan_memory = fewer  # type: ignore[assignment]
     progress_log.MIN_SECONDS, progress_log.MIN_COST_RATIO = 0.0, 0
 
 
@@ -278,16 +278,16 @@ def fork(order: Order) -> End:
 
 def serve() -> None:
     """Answer orders until standard input ends."""
-    from quantkit.cli.main import REPRODUCIBLE
+    from quantkit.library_settings import REPRODUCIBLE
 
     os.environ.update(REPRODUCIBLE)
     import torch
 
     from quantkit import pipeline
-    from quantkit.report import html, terminal
+    from quantkit.report import html_page, terminal
 
     assert pipeline and terminal  # what a build imports, but for what it uses once
-    html.library()  # made by the first build and found by others: each shall make the same calls
+    html_page.load_vega_bundle()  # made by the first build and found by others: each shall make the same calls
     torch.set_num_threads(1)
     for line in sys.stdin:
         sys.stdout.write(json.dumps(asdict(fork(Order(**json.loads(line))))) + "\n")
