@@ -1,7 +1,8 @@
-"""A signature vouches for every byte of an artifact: whatever is changed, added or taken away is refused.
+"""A signature vouches for every byte of an artifact: whatever is changed, added or taken away is
+refused.
 
-The files are sealed again after each change, so that the manifest agrees: only the signature can tell. Each case is
-counted as in test_bad_artifacts.
+The files are sealed again after each change, so that the manifest agrees: only the signature can
+tell. Each case is counted as in test_bad_artifacts.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def signed(artifact: Path, keys: Pair) -> Path:
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    """Exit code and what was printed; an error has nothing on stdout and one line on stderr, but for verify's list."""
+    """Exit code and what was printed; an error has nothing on stdout and one line on stderr, but
+    for verify's list.
+    """
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     if result.exit_code:
         assert result.stdout == "" and result.stderr.startswith("error: "), result.output
@@ -101,7 +104,7 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(content)
 
 
-# --------------------------------------------------------------------------------------------------- what is in order
+# --------------------------------------------------------------------------------- what is in order
 
 
 def test_a_signature_is_checked_when_asked_for(signed: Path, keys: Pair) -> None:
@@ -169,7 +172,7 @@ def test_a_signature_is_not_replaced_unasked(signed: Path, keys: Pair, tmp_path:
     assert (
         code == 2
         and text
-        == f"error: {signed / SIGNATURE}: is signed already; pass --overwrite to sign it anew\n"
+        == f"error: {signed / SIGNATURE}: exists already; pass --overwrite to replace the signature\n"
     )
     assert check(signed, keys)[0] == 0
     assert run("sign", signed, "--private-key", other.private, "--overwrite")[0] == 0
@@ -183,7 +186,7 @@ def test_a_damaged_artifact_is_not_signed(artifact: Path, keys: Pair) -> None:
     assert not (artifact / SIGNATURE).exists()
 
 
-# ------------------------------------------------------------------------------------------------------- certificates
+# ------------------------------------------------------------------------------------- certificates
 
 
 def certificates(place: Path, name: str) -> tuple[Path, Path, Path]:
@@ -243,19 +246,22 @@ def test_a_certificate_vouches_for_the_key(artifact: Path, tmp_path: Path) -> No
     assert code == 2 and "does not match" in text
     assert run("sign", artifact, "--private-key", key, "--certificate", certificate)[0] == 0
     assert run("verify", artifact, "--certificate", root) == (
-        0, run("verify", artifact)[1].partition("\n")[0] + f"\n  signed by a certificate under {root}\n",
-    )  # fmt: skip
+        0,
+        run("verify", artifact)[1].partition("\n")[0] + "\n  signed by a certificate under "
+        f"{root}\n",
+    )
     code, text = run("verify", artifact, "--certificate", stranger)
     assert code == 1
     assert text == (
-        f"error: {artifact / SIGNATURE}: not signed by a certificate under {stranger}: no trusted certificate vouches "
+        f"error: {artifact / SIGNATURE}: not signed by a certificate under {stranger}: no trusted "
+        "certificate vouches "
         "for it; do not use it\n"
     )
     edit_json(artifact / "quantkit/timings.json", lambda values: values.clear())
     assert "quantkit/timings.json was changed" in run("verify", artifact, "--certificate", root)[1]
 
 
-# -------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 def swap(path: Path) -> None:
@@ -404,19 +410,19 @@ FORGED: dict[str, tuple[Callable[[Path, Pair], object], str]] = {
     "a changed list under a signature": (payload, "its content does not fit the signature"),
     "no signature": (
         lambda path, _: (path / SIGNATURE).unlink(),
-        "expected a signature, found none: nobody vouches",
+        "expected a signature, found none",
     ),
     "half a signature": (
         lambda path, _: cut(path, 0.5),
-        "it is no JSON, or not all of it is there",
+        "it is not complete JSON",
     ),
     "all but the end of a signature": (
         lambda path, _: cut(path, 0.999),
-        "it is no JSON, or not all of it is there",
+        "it is not complete JSON",
     ),
     "an empty signature": (
         lambda path, _: cut(path, 0),
-        "it is no JSON, or not all of it is there",
+        "it is not complete JSON",
     ),
     "an object that is no signature": (
         lambda path, _: (path / SIGNATURE).write_text("{}"),
@@ -424,11 +430,11 @@ FORGED: dict[str, tuple[Callable[[Path, Pair], object], str]] = {
     ),
     "a list that is no signature": (
         lambda path, _: (path / SIGNATURE).write_text("[]"),
-        "it has another form than signatures have",
+        "it does not have the structure of a signature",
     ),
     "bytes that are no text": (
         lambda path, _: (path / SIGNATURE).write_bytes(b"\xff\xfe\x00"),
-        "it is no text",
+        "it is not text",
     ),
     "a signature without signatures": (
         lambda path, _: edit_json(
@@ -457,7 +463,9 @@ def test_a_signature_that_is_none_is_refused(
 
 @pytest.mark.parametrize("at", range(0, 1000, 83))
 def test_no_flipped_byte_of_a_signature_is_accepted(at: int, signed: Path, keys: Pair) -> None:
-    """Some bytes are free: names of fields that nobody reads. Whatever is accepted signs the same list of files."""
+    """Some bytes are free: names of fields that nobody reads. Whatever is accepted signs the same
+    list of files.
+    """
     import base64
 
     before = json.loads((signed / SIGNATURE).read_text())["dsseEnvelope"]
@@ -471,7 +479,7 @@ def test_no_flipped_byte_of_a_signature_is_accepted(at: int, signed: Path, keys:
         assert code == 1 and len(text.splitlines()) == 1
 
 
-# ---------------------------------------------------------------------------------------------- what is asked wrongly
+# ---------------------------------------------------------------------------- what is asked wrongly
 
 
 def test_whoever_asks_for_a_signature_says_whose(signed: Path, keys: Pair) -> None:

@@ -1,4 +1,5 @@
-"""What goes wrong on the way: each fault is survived, or refused with one sentence, and nothing unverified has a name.
+"""What goes wrong on the way: each fault is survived, or refused with one sentence, and nothing
+unverified has a name.
 
 Every fault is recorded (`record_property("fault", ...)`), for `make reliability` to count.
 """
@@ -69,7 +70,7 @@ def sentence(work: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------------ the wire
+# ----------------------------------------------------------------------------------------- the wire
 
 
 @pytest.mark.slow
@@ -81,9 +82,9 @@ def test_connections_that_are_cut(
     """Eight times while publishing, eight times while pulling, at drawn places of the stream."""
     there = make(kind)
     up, down = Cuts(seed, CUTS, CUT_EVERY), Cuts(seed + 100, CUTS, CUT_EVERY)
-    with there.wired(up=up) as (address, _):
+    with there.through_proxy(up=up) as (address, _):
         publish_to(built, address, PATIENT)
-    with there.wired(down=down) as (address, _):
+    with there.through_proxy(down=down) as (address, _):
         pull_from(address, tmp_path / "got", PATIENT)
     assert read_files(tmp_path / "got") == read_files(built)
     assert (up.made, down.made) == (CUTS, CUTS)
@@ -102,9 +103,9 @@ def test_a_connection_that_is_always_cut(
     there = make(kind)
     publish_to(built, there.address)
     hurried = RetryPolicy(first_wait=0.01, tries=2)
-    with there.wired(down=Cuts(3, 10**6, 1_000)) as (address, _):
+    with there.through_proxy(down=Cuts(3, 10**6, 1_000)) as (address, _):
         said = sentence(lambda: pull_from(address, tmp_path / "got", hurried))
-    assert "2 failures in a row" in said and "run the same command again to resume" in said
+    assert "2 failures in a row" in said and "the same command goes on" in said
     assert not (tmp_path / "got").exists()
     pull_from(there.address, tmp_path / "got")
     assert read_files(tmp_path / "got") == read_files(built)
@@ -119,7 +120,7 @@ def test_connections_that_carry_little_are_enough(built: Path, make: Make, tmp_p
     def short(piece: bytes, offset: int) -> bytes | None:
         return piece if offset + len(piece) < 300_000 else None
 
-    with there.wired(down=short) as (address, _):
+    with there.through_proxy(down=short) as (address, _):
         pull_from(address, tmp_path / "got", RetryPolicy(first_wait=0.01, tries=3))
     assert read_files(tmp_path / "got") == read_files(built)
 
@@ -130,15 +131,15 @@ def test_a_cut_pull_fetches_only_what_is_missing(
     there = make("oci")
     publish_to(built, there.address)
     total = sum(map(len, read_files(built).values()))
-    with there.wired(down=Cuts(5, 10**6, 2_000_000)) as (address, _):
+    with there.through_proxy(down=Cuts(5, 10**6, 2_000_000)) as (address, _):
         sentence(lambda: pull_from(address, tmp_path / "got", RetryPolicy(tries=1), jobs=1))
     kept = sum(map(len, read_files(tmp_path / "got.pulling").values()))
-    with there.wired() as (address, wire):
+    with there.through_proxy() as (address, wire):
         done = pull_from(address, tmp_path / "got", jobs=1)
         carried = wire.carried
     assert kept > 10_000 and carried < total - kept + 100_000  # and what HTTP says beside
-    assert done.there_bytes == kept
-    assert done.n_bytes + done.there_bytes == total
+    assert done.present_bytes == kept
+    assert done.n_bytes + done.present_bytes == total
     assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", "oci: a pull breaks off in a file")
 
@@ -153,18 +154,18 @@ def test_bytes_that_change_on_the_wire(
     there = make(kind)
     once, always = Flips(1), Flips(10**6)
     if way == "up":
-        with there.wired(up=always) as (address, _):
+        with there.through_proxy(up=always) as (address, _):
             sentence(lambda: publish_to(built, address, RetryPolicy(first_wait=0.01, tries=2)))
         sentence(lambda: pull_from(there.address, tmp_path / "got"))
-        with there.wired(up=once) as (address, _):
+        with there.through_proxy(up=once) as (address, _):
             publish_to(built, address)
         pull_from(there.address, tmp_path / "got")
     else:
         publish_to(built, there.address)
-        with there.wired(down=always) as (address, _):
+        with there.through_proxy(down=always) as (address, _):
             sentence(lambda: pull_from(address, tmp_path / "got"))
         assert not (tmp_path / "got").exists()
-        with there.wired(down=once) as (address, _):
+        with there.through_proxy(down=once) as (address, _):
             pull_from(address, tmp_path / "got")
     assert always.made and once.made == 1
     assert read_files(tmp_path / "got") == read_files(built)
@@ -177,7 +178,7 @@ def test_nobody_there(
     built: Path, make: Make, tmp_path: Path, kind: str, record_property: Record
 ) -> None:
     there = make(kind)
-    with there.wired(up=lambda _piece, _at: None) as (address, wire):
+    with there.through_proxy(up=lambda _piece, _at: None) as (address, wire):
         wire.close()
         hurried = RetryPolicy(first_wait=0.01, tries=2)
         assert "2 failures in a row" in sentence(lambda: publish_to(built, address, hurried))
@@ -188,7 +189,7 @@ def test_nobody_there(
     record_property("fault", f"{kind}: nobody listens")
 
 
-# ----------------------------------------------------------------------------------------------------------- the place
+# ---------------------------------------------------------------------------------------- the place
 
 
 @pytest.mark.parametrize("kind", some("file", "s3", "memory", "oci"))
@@ -296,7 +297,7 @@ def test_a_gitignore_that_names_a_file(
     record_property("fault", "hf: the repository ignores a file")
 
 
-# -------------------------------------------------------------------------------------------------------- this machine
+# ------------------------------------------------------------------------------------- this machine
 
 
 def run(*words: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -325,7 +326,7 @@ def test_a_disk_that_is_full_while_pulling(
     assert "cannot be written: file too large" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "got").exists()
     again = pull_from(str(tmp_path / "there"), tmp_path / "got")
-    assert again.there_bytes > 100_000
+    assert again.present_bytes > 100_000
     assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", f"file: the disk is full at {limit} bytes while pulling")
 
@@ -372,7 +373,9 @@ def test_a_second_pull_into_a_folder_is_refused(
 def test_a_pull_that_another_was_faster_than(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
-    """Between the look at the folder and the lock somebody else's artifact got the name: it is not replaced."""
+    """Between the look at the folder and the lock somebody else's artifact got the name: it is not
+    replaced.
+    """
     from quantkit.publish import pull
 
     publish_to(built, str(tmp_path / "there"))
@@ -422,7 +425,7 @@ def test_two_pulls_at_the_same_time(
     """Whichever comes second is refused, or finds it there; both leave a whole artifact."""
     there = make("oci")
     publish_to(built, there.address)
-    with there.wired(down=Slow(6e6)) as (address, _):
+    with there.through_proxy(down=Slow(6e6)) as (address, _):
         words = [sys.executable, "-m", "quantkit", "pull", address, str(tmp_path / "got")]
         first = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
         time.sleep(random.Random(seed).uniform(0, 1.5))
@@ -454,7 +457,7 @@ def test_a_process_that_is_ended(
     moments = random.Random(f"{kind}{command}{end}")
     for time_around in range(3):
         slow = Slow(2.5e6)
-        with there.wired(up=slow, down=slow) as (address, wire):
+        with there.through_proxy(up=slow, down=slow) as (address, wire):
             words = (
                 (command, "--force", str(built), address)
                 if command == "publish"
@@ -472,7 +475,9 @@ def test_a_process_that_is_ended(
             break  # there was little left
         assert process.returncode in {-9, 130, 143}, said
         assert "Traceback" not in said
-        assert end == signal.SIGKILL or "what arrived is kept; the same command goes on" in said
+        assert (
+            end == signal.SIGKILL or "received data is kept; run the same command to resume" in said
+        )
         if command == "publish":
             assert "no quantkit/manifest.json" in sentence(
                 lambda: pull_from(there.address, tmp_path / "got")
@@ -483,6 +488,6 @@ def test_a_process_that_is_ended(
         publish_to(built, there.address)
     done = pull_from(there.address, tmp_path / "got")
     assert (
-        command == "publish" or kind == "s3" or done.there_bytes
+        command == "publish" or kind == "s3" or done.present_bytes
     )  # S3's ranges arrive whole or not at all
     assert read_files(tmp_path / "got") == read_files(built)

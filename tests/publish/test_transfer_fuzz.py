@@ -1,4 +1,6 @@
-"""Whatever a manifest, an image or docker's configuration holds, publish and pull answer with a sentence."""
+"""Whatever a manifest, an image or docker's configuration holds, publish and pull answer with a
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ LAYERS = st.fixed_dictionaries(
 
 @given(MANIFESTS, st.dictionaries(NAMES, st.integers(0, 9), max_size=6), st.booleans())
 def test_a_manifest(values: dict[str, Any], present: dict[str, int], whole: bool) -> None:
-    """What is fetched after it was read are files of the folder that lie there, with hash and size."""
+    """What is fetched after it was read are files of the folder that lie there, with hash
+    and size.
+    """
     if whole and isinstance(values["files"], dict):
         entries = values["files"].items()
         present |= {

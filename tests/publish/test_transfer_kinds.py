@@ -20,7 +20,7 @@ from quantkit.publish.pull import pull_artifact
 from quantkit.publish.remote import RemoteOptions, UploadFile, open_remote
 from quantkit.verify.shallow import verify_artifact
 
-# ----------------------------------------------------------------------------------------------------- kinds of places
+# ---------------------------------------------------------------------------------- kinds of places
 
 
 def test_s3_there_and_back(
@@ -64,11 +64,11 @@ def test_parts_of_an_upload_that_broke_off(
     upload = client.create_multipart_upload(Bucket=bucket, Key=key, Metadata=meta)["UploadId"]
     for number, body in ((1, content[:parts]), (2, b"\0" * parts)):
         client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=body)
-    with there.wired() as (address, wire):
+    with there.through_proxy() as (address, wire):
         remote = open_remote(address, RemoteOptions(writing=True))
         remote.send(item, lambda _: None)
         assert len(content) - parts < wire.carried < len(content) - parts + 300_000
-        assert remote.list_remote([item], MANIFEST).there == {"big"}
+        assert remote.list_remote([item], MANIFEST).present == {"big"}
     head = client.head_object(Bucket=bucket, Key=key)
     assert head["Metadata"] == meta and head["ContentLength"] == len(content)
     assert there.read("big") == content
@@ -91,7 +91,7 @@ def test_an_upload_that_was_begun_for_another_content(
     remote = open_remote(there.address, RemoteOptions(writing=True))
     remote.send(item, lambda _: None)
     assert client.head_object(**begun)["Metadata"] == {"quantkit-sha256": item.sha256}
-    assert remote.list_remote([item], MANIFEST).there == {"big"}
+    assert remote.list_remote([item], MANIFEST).present == {"big"}
 
 
 def test_an_object_without_metadata_is_read(
@@ -105,7 +105,7 @@ def test_an_object_without_metadata_is_read(
     remote = open_remote(there.address, RemoteOptions(writing=True))
     for content, found in ((b"content", {"x"}), (b"contend", set())):
         there.write("x", content)
-        assert remote.list_remote([item], MANIFEST).there == found
+        assert remote.list_remote([item], MANIFEST).present == found
 
 
 def test_branches_and_private_repositories(
@@ -118,7 +118,7 @@ def test_branches_and_private_repositories(
     assert set(there.server.files("team/tiny")) == {".gitattributes"}
     assert set(there.server.files("team/tiny", "v2")) == {".gitattributes", *read_files(built)}
     commit = there.server.repos["team/tiny"]["v2"][-1][0]
-    assert done.place == f"hf://team/tiny@{commit}"
+    assert done.location == f"hf://team/tiny@{commit}"
     with pytest.raises(TransferError, match="not an artifact of quantkit"):
         pull_from(there.address, tmp_path / "got")
     for number, revision in enumerate(("v2", commit)):
@@ -162,10 +162,10 @@ def test_a_pull_by_digest(
     there = make("oci")
     done = publish_to(built, there.address)
     there.server.tags.clear()
-    pull_from(done.place.replace(":v1@", "@"), tmp_path / "got")
+    pull_from(done.location.replace(":v1@", "@"), tmp_path / "got")
     assert read_files(tmp_path / "got") == read_files(built)
     assert (
-        json.loads(there.server.manifests[sha_of(done.place)])["artifactType"]
+        json.loads(there.server.manifests[sha_of(done.location)])["artifactType"]
         == "application/vnd.quantkit.artifact.v1"
     )
 
@@ -211,7 +211,7 @@ def test_another_image_under_the_tag(built: Path, make: Callable[[str], RemoteFi
     publish_to(built, there.address, overwrite=True)
 
 
-# ---------------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 def test_what_the_commands_print(built: Path, tmp_path: Path) -> None:
@@ -258,9 +258,12 @@ def test_neither_command_starts_torch(built: Path, tmp_path: Path) -> None:
 
     program = (
         "import sys; from quantkit.cli.main import main\n"
-        f"main(['publish', '--force', {str(built)!r}, {str(tmp_path / 'there')!r}], standalone_mode=False)\n"
-        f"main(['pull', {str(tmp_path / 'there')!r}, {str(tmp_path / 'got')!r}], standalone_mode=False)\n"
-        "print(sorted({'torch', 'transformers', 'pydantic', 'fsspec', 'huggingface_hub'} & set(sys.modules)))"
+        f"main(['publish', '--force', {str(built)!r}, {str(tmp_path / 'there')!r}], "
+        "standalone_mode=False)\n"
+        f"main(['pull', {str(tmp_path / 'there')!r}, {str(tmp_path / 'got')!r}], "
+        "standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers', 'pydantic', 'fsspec', 'huggingface_hub'} & "
+        "set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -19,7 +19,7 @@ from support.places.using import Record, publish_to, pull_from, read_files, run_
 
 from quantkit.publish.remote import remove_secrets
 
-# ------------------------------------------------------------------------------------------------------------- secrets
+# ------------------------------------------------------------------------------------------ secrets
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,13 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[st
 @pytest.mark.parametrize("login", ["basic", "bearer"])
 @pytest.mark.parametrize("where", ["auths", "https", "credHelpers", "credsStore"])
 def test_docker_login(
-    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, docker: Callable[[dict[str, Any]], None], login: str,
+    built: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    docker: Callable[[dict[str, Any]], None],
+    login: str,
     where: str,
-) -> None:  # fmt: skip
+) -> None:
     """A password with a colon, in the file or with a helper."""
     server = FakeRegistry(login)
     there = make_registry(server)
@@ -93,9 +97,13 @@ def test_docker_login(
 @pytest.mark.parametrize("login", ["basic", "bearer"])
 @pytest.mark.parametrize("known", [None, "wrong", "no-base64"])
 def test_a_login_that_is_wrong(
-    built: Path, tmp_path: Path, docker: Callable[[dict[str, Any]], None], login: str, known: str | None,
+    built: Path,
+    tmp_path: Path,
+    docker: Callable[[dict[str, Any]], None],
+    login: str,
+    known: str | None,
     record_property: Record,
-) -> None:  # fmt: skip
+) -> None:
     server = FakeRegistry(login)
     there = make_registry(server)
     word = (
@@ -148,7 +156,7 @@ def test_signed_addresses_are_not_shown(
 ) -> None:
     """The hub's store refuses what the hub has signed."""
     there = make("hf")
-    monkeypatch.setattr("places.hub.SIGNATURE", "X-Amz-Signature=an0ther5ignature")
+    monkeypatch.setattr("support.places.hub.SIGNATURE", "X-Amz-Signature=an0ther5ignature")
     real = there.server._cdn
 
     def refusing(request: Any, rest: list[str]) -> Any:

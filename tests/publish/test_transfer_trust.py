@@ -1,4 +1,6 @@
-"""Input that wants to break publish and pull: names, manifests, links, addresses; and what must not be replaced."""
+"""Input that wants to break publish and pull: names, manifests, links, addresses; and what must not
+be replaced.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,34 @@ from quantkit.publish.hashed_upload import HashedReader
 from quantkit.publish.pull import pull_artifact
 from quantkit.publish.remote import RemoteOptions, UploadFile, parse_address, remove_secrets
 
-# --------------------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 BAD_NAMES = [
-    "../outside", "a/../../outside", "/etc/passwd", "a//b", "./a", "a/.", "", "a/", "\x00", "a\x00b", "a\nb",
-    "a\x1b[2J", "..", "a\\..\\b", "C:evil", "C:\\evil", "con \u202egnp.exe", "x" * 300,
+    "../outside",
+    "a/../../outside",
+    "/etc/passwd",
+    "a//b",
+    "./a",
+    "a/.",
+    "",
+    "a/",
+    "\x00",
+    "a\x00b",
+    "a\nb",
+    "a\x1b[2J",
+    "..",
+    "a\\..\\b",
+    "C:evil",
+    "C:\\evil",
+    "con \u202egnp.exe",
+    "x" * 300,
     "/".join("abcdefgh" for _ in range(200)),
-    "\ud800", " a", "a ", "a.", "model.safetensors.part",
-]  # fmt: skip
+    "\ud800",
+    " a",
+    "a ",
+    "a.",
+    "model.safetensors.part",
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
@@ -125,7 +147,10 @@ def test_a_manifest_that_names_it_is_refused(
             lambda v: v["files"].update(x={"sha256": "0" * 64, "bytes": 10**30}),
             "1 missing or changed",
         ),
-        (lambda v: v["files"].pop("config.json"), "what arrived is not what its manifest says"),
+        (
+            lambda v: v["files"].pop("config.json"),
+            "the files that arrived do not match the manifest",
+        ),
         (lambda v: v.update(schema_version=99), "schema_version: expected 1, found 99"),
         (lambda v: v.update(unhashed=["../x"]), "expected names that stay"),
     ],
@@ -215,7 +240,7 @@ def test_an_image_that_lies(
     })
     server.manifests["sha256:" + "0" * 64] = json.dumps(image).encode()
     server.tags["v1"] = "sha256:" + "0" * 64
-    with pytest.raises(TransferError, match="in a row .a manifest of another digest"):
+    with pytest.raises(TransferError, match="in a row .received a manifest with another digest"):
         pull_from(there.address, tmp_path / "in" / "got")
     content = json.dumps(image).encode()
     server.manifests[format_digest(content)] = content
@@ -231,7 +256,7 @@ def test_an_image_that_lies(
     record_property("fault", f"an image has a layer titled {title}")
 
 
-# ------------------------------------------------------------------------------------------- what is at the final name
+# ------------------------------------------------------------------------ what is at the final name
 
 
 def test_what_must_not_be_replaced_stays(built: Path, tmp_path: Path) -> None:
@@ -256,7 +281,7 @@ def test_a_damaged_artifact_is_replaced_when_asked(built: Path, tmp_path: Path) 
     pull_from(str(tmp_path / "there"), tmp_path / "got")
     (tmp_path / "got" / LAST).write_bytes(b"damaged")
     with pytest.raises(
-        UsageError, match="is there already and was changed; --overwrite replaces it"
+        UsageError, match="contains this artifact, but it was changed; --overwrite replaces it"
     ):
         pull_from(str(tmp_path / "there"), tmp_path / "got")
     pull_from(str(tmp_path / "there"), tmp_path / "got", overwrite=True)
@@ -265,7 +290,7 @@ def test_a_damaged_artifact_is_replaced_when_asked(built: Path, tmp_path: Path) 
 
 def test_a_place_within_the_artifact(artifact: Path) -> None:
     before = read_files(artifact)
-    with pytest.raises(UsageError, match="expected a place outside the artifact"):
+    with pytest.raises(UsageError, match="expected a folder outside the artifact"):
         publish_to(artifact, str(artifact / "copy"))
     assert publish_to(artifact, str(artifact)).files == ()
     assert read_files(artifact) == before
@@ -278,12 +303,12 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     )
     with (
         HashedReader(item) as pieces,
-        pytest.raises(QuantkitError, match="changed while it was published"),
+        pytest.raises(QuantkitError, match="changed during publication"),
     ):
         list(pieces)
 
 
-# ----------------------------------------------------------------------------------------------------------- addresses
+# ---------------------------------------------------------------------------------------- addresses
 
 
 @pytest.mark.parametrize(
@@ -321,7 +346,8 @@ def test_a_folder_that_looks_like_a_repository(
         ("s3://", "found no bucket"), ("hf://a", "expected hf://owner/name"),
         ("hf://datasets/a/b", "expected hf://owner/name"), ("oci://host", "expected oci://host/name:tag"),
         ("oci://host/UPPER", "expected oci://host/name:tag"), ("oci://h/../../x", "expected oci://host/name:tag"),
-        ("file://elsewhere/x", "expected a folder of this machine"), ("oci://h/n@sha256:12", "expected oci://"),
+        ("file://elsewhere/x", "expected a folder of this "
+                               "machine"), ("oci://h/n@sha256:12", "expected oci://"),
     ],
 )  # fmt: skip
 def test_an_address_that_is_none(built: Path, tmp_path: Path, text: str, said: str) -> None:

@@ -382,14 +382,15 @@ def test_diff_compares_load_tests_with_the_same_settings(artifact: Path, tmp_pat
     )
     for words, said in (
         ([], "-50.0%"),
-        (["--markdown"], "Under load"),
+        (["--markdown"], "Load test"),
         (["--html"], 'id="t-load"'),
     ):
         assert said in CliRunner().invoke(main, ["diff", str(artifact), str(other), *words]).stdout
     (other / FILE).write_text(first.model_copy(update={"max_tokens": 9}).model_dump_json())
     found = CliRunner().invoke(main, ["diff", str(artifact), str(other)])
     assert (
-        "asked otherwise (max_tokens: 8 and 9)" in " ".join(found.stdout.split())
+        "The load tests have different settings (max_tokens: 8 and 9)"
+        in " ".join(found.stdout.split())
         and "-50.0%" not in found.stdout
     )
 
