@@ -39,7 +39,7 @@ JSON = st.recursive(
 )
 
 
-def inputs(target: Target) -> st.SearchStrategy[bytes]:
+def draw_inputs(target: Target) -> st.SearchStrategy[bytes]:
     """Damaged good inputs most of the time, any JSON, any bytes."""
 
     def damaged(number: int) -> bytes:
@@ -49,12 +49,12 @@ def inputs(target: Target) -> st.SearchStrategy[bytes]:
     return (
         st.integers(0, 2**32).map(damaged)
         | st.integers(0, 2**32).map(damaged)
-        | JSON.map(dumped)
+        | JSON.map(dump_json)
         | st.binary()
     )
 
 
-def dumped(value: object) -> bytes:
+def dump_json(value: object) -> bytes:
     """JSON with all that Python's writer lets through: NaN, half surrogates."""
     return json.dumps(value).encode()
 
@@ -84,7 +84,7 @@ def test_a_parser_answers_or_refuses(name: str, place: Path, record_property: Re
         suppress_health_check=[*HealthCheck],
         derandomize=True,
     )
-    @given(inputs(target))
+    @given(draw_inputs(target))
     def harmed(data: bytes) -> None:
         nonlocal tried
         tried += 1

@@ -33,23 +33,23 @@ MESSAGE_CHARACTERS = 1500
 Record = Callable[[str, object], None]
 
 
-def answer(*arguments: str | Path) -> tuple[int, str]:
+def run_command(*arguments: str | Path) -> tuple[int, str]:
     """Exit code and everything printed; no traceback, no control character, in time and in memory."""
-    before, began = peak(), time.process_time()
+    before, began = read_peak_memory(), time.process_time()
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(
         result.exception
     )[:2000]
     assert time.process_time() - began < SECONDS
-    assert peak() - before < MEMORY_BYTES
+    assert read_peak_memory() - before < MEMORY_BYTES
     assert "Traceback" not in result.output
     assert all(line.isprintable() for line in result.output.split("\n"))
     return result.exit_code, result.output
 
 
-def refused(*arguments: str | Path) -> str:
+def expect_rejection(*arguments: str | Path) -> str:
     """The one sentence of a command that refuses its input."""
-    code, printed = answer(*arguments)
+    code, printed = run_command(*arguments)
     assert code in (1, 2), printed
     head, error, message = printed.partition("error: ")
     assert error and not head, printed
@@ -58,7 +58,7 @@ def refused(*arguments: str | Path) -> str:
     return message
 
 
-def peak() -> int:
+def read_peak_memory() -> int:
     """The most memory this process has had, bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
@@ -78,30 +78,30 @@ def source(good: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good, tmp_path / "source"))
 
 
-def plan(source: Path, **keys: str) -> tuple[str, Path]:
+def make_plan_arguments(source: Path, **keys: str) -> tuple[str, Path]:
     """The arguments of `quantkit plan` over a source."""
     path = source.parent / "recipe.yaml"
     path.write_text(make_recipe_text(source, source.parent / "out", rules="all-linear", **keys))
     return "plan", path
 
 
-def header(source: Path) -> tuple[dict[str, Any], bytes]:
+def read_source_header(source: Path) -> tuple[dict[str, Any], bytes]:
     """The header and the data of the source's weights."""
     whole = (source / "model.safetensors").read_bytes()
     length = int.from_bytes(whole[:8], "little")
     return json.loads(whole[8 : 8 + length]), whole[8 + length :]
 
 
-def put(source: Path, text: bytes, data: bytes = b"") -> None:
+def write_weights(source: Path, text: bytes, data: bytes = b"") -> None:
     """Weights with this header."""
     (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def changed(source: Path, name: str, **values: object) -> None:
+def change_entry(source: Path, name: str, **values: object) -> None:
     """One tensor's entry changed, all else as it was."""
-    entries, data = header(source)
+    entries, data = read_source_header(source)
     entries[name] |= values
-    put(source, json.dumps(entries).encode(), data)
+    write_weights(source, json.dumps(entries).encode(), data)
 
 
 NORM = "model.norm.weight"
@@ -111,79 +111,83 @@ DIGITS = "9" * 10_000
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e"
 
 
-def announced(source: Path) -> None:
+def claim_long_header(source: Path) -> None:
     """A header that says it has 100 MB, in a file that has not."""
     (source / "model.safetensors").write_bytes(
         (100_000_000).to_bytes(8, "little") + b"{" + b" " * 1000
     )
 
 
-def beyond(source: Path) -> None:
+def claim_huge_header(source: Path) -> None:
     """A header of 2**63 bytes."""
     (source / "model.safetensors").write_bytes((2**63).to_bytes(8, "little") + b"{}")
 
 
-def huge(source: Path) -> None:
+def write_zero_header(source: Path) -> None:
     """A header that really has 100 MB, all of it zeros, which the disk need not store."""
     with (source / "model.safetensors").open("wb") as file:
         file.write((100_000_000).to_bytes(8, "little") + b"{")
         file.truncate(100_000_008)
 
 
-def blank(source: Path) -> None:
+def write_blank_header(source: Path) -> None:
     """A header of 100 MB of blanks behind one bracket."""
-    put(source, b"{" + b" " * 99_999_998 + b"}")
+    write_weights(source, b"{" + b" " * 99_999_998 + b"}")
 
 
-def many(source: Path) -> None:
+def write_many_tensors(source: Path) -> None:
     """A header of 36 MB that lists 600,000 empty tensors."""
     one = '"t%07d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
-    put(source, ("{" + ",".join(one % number for number in range(600_000)) + "}").encode())
+    write_weights(
+        source, ("{" + ",".join(one % number for number in range(600_000)) + "}").encode()
+    )
 
 
-def overlapping(source: Path) -> None:
+def overlap_tensors(source: Path) -> None:
     """Two tensors share bytes."""
-    entries, _ = header(source)
+    entries, _ = read_source_header(source)
     first, second = [name for name in entries if name != "__metadata__"][:2]
-    changed(
+    change_entry(
         source, second, data_offsets=entries[first]["data_offsets"], shape=entries[first]["shape"]
     )
 
 
-def past_the_end(source: Path) -> None:
+def truncate_data(source: Path) -> None:
     """The data stop in the middle of the last tensor."""
     whole = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(whole[:-10])
 
 
-def lying(source: Path) -> None:
+def change_dtype_and_size(source: Path) -> None:
     """A BF16 tensor said to be F32."""
-    changed(source, NORM, dtype="F32")
+    change_entry(source, NORM, dtype="F32")
 
 
-def retyped(source: Path) -> None:
+def change_dtype(source: Path) -> None:
     """A BF16 matrix said to be int16: as many bytes, other numbers."""
-    changed(source, "model.layers.0.mlp.up_proj.weight", dtype="I16")
+    change_entry(source, "model.layers.0.mlp.up_proj.weight", dtype="I16")
 
 
-def overflowing(source: Path) -> None:
+def overflow_shape(source: Path) -> None:
     """A shape whose product is 0 in 64 bits."""
-    changed(source, NORM, shape=[2**32, 2**32])
+    change_entry(source, NORM, shape=[2**32, 2**32])
 
 
-def empty_overflow(source: Path) -> None:
+def overflow_empty_shape(source: Path) -> None:
     """A shape with a zero, whose strides overflow."""
-    changed(source, NORM, shape=[0, 2**62, 2**62], data_offsets=[0, 0])
+    change_entry(source, NORM, shape=[0, 2**62, 2**62], data_offsets=[0, 0])
 
 
-def twice(source: Path) -> None:
+def duplicate_tensor(source: Path) -> None:
     """A tensor named twice in the header."""
-    entries, data = header(source)
+    entries, data = read_source_header(source)
     text = json.dumps(entries)
-    put(source, (text[:-1] + f', "{NORM}": ' + json.dumps(entries[NORM]) + "}").encode(), data)
+    write_weights(
+        source, (text[:-1] + f', "{NORM}": ' + json.dumps(entries[NORM]) + "}").encode(), data
+    )
 
 
-def config_text(text: str | bytes) -> Callable[[Path], None]:
+def replace_config(text: str | bytes) -> Callable[[Path], None]:
     """config.json is this."""
 
     def damage(source: Path) -> None:
@@ -192,7 +196,7 @@ def config_text(text: str | bytes) -> Callable[[Path], None]:
     return damage
 
 
-def config_key(key: str, raw: str) -> Callable[[Path], None]:
+def set_config_key(key: str, raw: str) -> Callable[[Path], None]:
     """A key of config.json has this text as its value."""
 
     def damage(source: Path) -> None:
@@ -202,11 +206,11 @@ def config_key(key: str, raw: str) -> Callable[[Path], None]:
     return damage
 
 
-def indexed(name: str, make: Callable[[Path], object] | None = None) -> Callable[[Path], None]:
+def add_index(name: str, make: Callable[[Path], object] | None = None) -> Callable[[Path], None]:
     """The weights lie where an index says: in `name`, which `make` puts there."""
 
     def damage(source: Path) -> None:
-        entries, _ = header(source)
+        entries, _ = read_source_header(source)
         table = {tensor: name for tensor in entries if tensor != "__metadata__"}
         if make:
             make(source)
@@ -216,30 +220,30 @@ def indexed(name: str, make: Callable[[Path], object] | None = None) -> Callable
     return damage
 
 
-def copied_to(place: str) -> Callable[[Path], object]:
+def copy_weights_to(place: str) -> Callable[[Path], object]:
     """The weights themselves, elsewhere."""
     return lambda source: shutil.copy(source / "model.safetensors", source / place)
 
 
-def linked(source: Path) -> None:
+def link_outside(source: Path) -> None:
     """A shard that is a link out of the folder."""
     shutil.move(source / "model.safetensors", source.parent / "real.safetensors")
     (source / "model.safetensors").symlink_to(source.parent / "real.safetensors")
 
 
-def looped(source: Path) -> None:
+def link_to_itself(source: Path) -> None:
     """A shard that is a link to itself."""
     (source / "model.safetensors").unlink()
     (source / "model.safetensors").symlink_to(source / "model.safetensors")
 
 
-def piped(source: Path) -> None:
+def replace_with_pipe(source: Path) -> None:
     """A shard that is a pipe nobody writes to."""
     (source / "model.safetensors").unlink()
     os.mkfifo(source / "model.safetensors")
 
 
-def foldered(source: Path) -> None:
+def replace_with_folder(source: Path) -> None:
     """A shard that is a folder."""
     (source / "model.safetensors").unlink()
     (source / "model.safetensors").mkdir()
@@ -252,90 +256,96 @@ class Payload:
         return exec, ("open('/tmp/quantkit-was-unpickled', 'w')",)
 
 
-def pickled(name: str) -> Callable[[Path], object]:
+def write_pickle(name: str) -> Callable[[Path], object]:
     """A pickle under that name."""
     return lambda source: (source / name).write_bytes(pickle.dumps(Payload()))
 
 
-def only_pickled(source: Path) -> None:
+def keep_only_pickle(source: Path) -> None:
     """Nothing but pytorch_model.bin."""
-    pickled("pytorch_model.bin")(source)
+    write_pickle("pytorch_model.bin")(source)
     (source / "model.safetensors").unlink()
 
 
-def named(name: str) -> Callable[[Path], None]:
+def add_tensor(name: str) -> Callable[[Path], None]:
     """One more tensor, of that name."""
 
     def damage(source: Path) -> None:
-        entries, data = header(source)
+        entries, data = read_source_header(source)
         end = len(data)
         entries[name] = {"dtype": "F32", "shape": [1], "data_offsets": [end, end + 4]}
-        put(source, json.dumps(entries).encode(), data + bytes(4))
+        write_weights(source, json.dumps(entries).encode(), data + bytes(4))
 
     return damage
 
 
 SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "header of 100 MB that is not there": (announced, "header length: expected at most"),
-    "header of 2**63 bytes": (beyond, "header length: expected"),
-    "header of 100 MB of zeros": (huge, "header: expected JSON"),
-    "header of 100 MB of blanks": (blank, "the tensors do not fit"),
-    "header of 600,000 tensors": (many, "expected at most 500,000 tensors"),
-    "overlapping offsets": (overlapping, "which overlaps"),
-    "offsets past the end": (past_the_end, "the file is truncated"),
-    "dtype of other size": (lying, "bytes for F32"),
-    "shape that overflows": (overflowing, "fewer than 2**63 elements"),
-    "empty shape that overflows": (empty_overflow, "fewer than 2**63 elements"),
-    "tensor twice": (twice, "expected every key once"),
-    "header nested": (lambda s: put(s, b'{"a":' + BOMB.encode() + b"}"), "nesting"),
+    "header of 100 MB that is not there": (claim_long_header, "header length: expected at most"),
+    "header of 2**63 bytes": (claim_huge_header, "header length: expected"),
+    "header of 100 MB of zeros": (write_zero_header, "header: expected JSON"),
+    "header of 100 MB of blanks": (write_blank_header, "the tensors do not fit"),
+    "header of 600,000 tensors": (write_many_tensors, "expected at most 500,000 tensors"),
+    "overlapping offsets": (overlap_tensors, "which overlaps"),
+    "offsets past the end": (truncate_data, "the file is truncated"),
+    "dtype of other size": (change_dtype_and_size, "bytes for F32"),
+    "shape that overflows": (overflow_shape, "fewer than 2**63 elements"),
+    "empty shape that overflows": (overflow_empty_shape, "fewer than 2**63 elements"),
+    "tensor twice": (duplicate_tensor, "expected every key once"),
+    "header nested": (lambda s: write_weights(s, b'{"a":' + BOMB.encode() + b"}"), "nesting"),
     "header of 10,000 digits": (
-        lambda s: put(s, b'{"a":' + DIGITS.encode() + b"}"),
+        lambda s: write_weights(s, b'{"a":' + DIGITS.encode() + b"}"),
         "a number beyond",
     ),
-    "header with a BOM": (lambda s: put(s, b"\xef\xbb\xbf{}"), "expected to start with"),
-    "header not UTF-8": (lambda s: put(s, b'{"\xff":1}'), "expected UTF-8"),
-    "half a surrogate as a name": (lambda s: put(s, b'{"\\ud800":1}'), "half a surrogate"),
-    "NUL as a name": (named("\0"), "not claimed by the architecture"),
-    "escape sequences as a name": (named(ESCAPES), "not claimed by the architecture"),
-    "a name of a megabyte": (named("A" * 1_000_000), "not claimed by the architecture"),
-    "config: BOM": (config_text(b"\xef\xbb\xbf{}"), "byte order mark"),
-    "config: not UTF-8": (config_text(b'{"model_type": "\xff"}'), "expected UTF-8"),
-    "config: UTF-16": (config_text('{"a": 1}'.encode("utf-16")), "expected UTF-8"),
-    "config: NUL bytes": (config_text(b"\0" * 1000), "expected JSON"),
-    "config: a list": (config_text("[]"), "expected a JSON object"),
-    "config: empty": (config_text(""), "expected JSON"),
+    "header with a BOM": (lambda s: write_weights(s, b"\xef\xbb\xbf{}"), "expected to start with"),
+    "header not UTF-8": (lambda s: write_weights(s, b'{"\xff":1}'), "expected UTF-8"),
+    "half a surrogate as a name": (
+        lambda s: write_weights(s, b'{"\\ud800":1}'),
+        "half a surrogate",
+    ),
+    "NUL as a name": (add_tensor("\0"), "not claimed by the architecture"),
+    "escape sequences as a name": (add_tensor(ESCAPES), "not claimed by the architecture"),
+    "a name of a megabyte": (add_tensor("A" * 1_000_000), "not claimed by the architecture"),
+    "config: BOM": (replace_config(b"\xef\xbb\xbf{}"), "byte order mark"),
+    "config: not UTF-8": (replace_config(b'{"model_type": "\xff"}'), "expected UTF-8"),
+    "config: UTF-16": (replace_config('{"a": 1}'.encode("utf-16")), "expected UTF-8"),
+    "config: NUL bytes": (replace_config(b"\0" * 1000), "expected JSON"),
+    "config: a list": (replace_config("[]"), "expected a JSON object"),
+    "config: empty": (replace_config(""), "expected JSON"),
     "config: key twice": (
-        config_text('{"model_type": "llama", "model_type": "mixtral"}'),
+        replace_config('{"model_type": "llama", "model_type": "mixtral"}'),
         "every key once",
     ),
-    "config: nested": (config_key("rope_scaling", BOMB), "nesting"),
-    "config: 10,000 digits": (config_key("hidden_size", DIGITS), "a number beyond"),
+    "config: nested": (set_config_key("rope_scaling", BOMB), "nesting"),
+    "config: 10,000 digits": (set_config_key("hidden_size", DIGITS), "a number beyond"),
     "config: 4,000 digits": (
-        config_key("hidden_size", "9" * 4000),
+        set_config_key("hidden_size", "9" * 4000),
         "hidden_size: expected an integer",
     ),
-    "config: half a surrogate": (config_key("model_type", '"\\ud800"'), "half a surrogate"),
+    "config: half a surrogate": (set_config_key("model_type", '"\\ud800"'), "half a surrogate"),
     "config: escape sequences": (
-        config_key("model_type", json.dumps(ESCAPES)),
+        set_config_key("model_type", json.dumps(ESCAPES)),
         "no architecture named",
     ),
-    "config: a path as a family": (config_key("model_type", '"../../x"'), "no architecture named"),
+    "config: a path as a family": (
+        set_config_key("model_type", '"../../x"'),
+        "no architecture named",
+    ),
     "config: NaN": (
-        config_key("hidden_size", "NaN"),
+        set_config_key("hidden_size", "NaN"),
         "config.json: expected finite numbers, found 'NaN'",
     ),
     "config: beyond a float": (
-        config_key("unused", "[-1e999]"),
+        set_config_key("unused", "[-1e999]"),
         "expected finite numbers, found '-1e999'",
     ),
     "config: a billion layers": (
-        config_key("num_hidden_layers", "1000000000"),
+        set_config_key("num_hidden_layers", "1000000000"),
         "1 to 4,000 blocks",
     ),
-    "config: no layers": (config_key("num_hidden_layers", "0"), "num_hidden_layers"),
-    "config: fewer than none": (config_key("num_hidden_layers", "-1"), "num_hidden_layers"),
-    "config: no heads": (config_key("num_attention_heads", "0"), "num_attention_heads"),
-    "config: 2**31 wide": (config_key("hidden_size", str(2**31)), "hidden_size"),
+    "config: no layers": (set_config_key("num_hidden_layers", "0"), "num_hidden_layers"),
+    "config: fewer than none": (set_config_key("num_hidden_layers", "-1"), "num_hidden_layers"),
+    "config: no heads": (set_config_key("num_attention_heads", "0"), "num_attention_heads"),
+    "config: 2**31 wide": (set_config_key("hidden_size", str(2**31)), "hidden_size"),
     "config: a link out": (
         lambda s: (
             shutil.move(s / "config.json", s.parent),
@@ -344,25 +354,25 @@ SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
         "a link out of it",
     ),
     "index: ../": (
-        indexed("../real.safetensors", copied_to("../real.safetensors")),
+        add_index("../real.safetensors", copy_weights_to("../real.safetensors")),
         "leads elsewhere",
     ),
-    "index: absolute": (indexed("/etc/model.safetensors"), "leads elsewhere"),
-    "index: backslashes": (indexed("..\\real.safetensors"), "leads elsewhere"),
-    "index: NUL": (indexed("a\0.safetensors"), "leads elsewhere"),
-    "index: empty": (indexed(""), "leads elsewhere"),
-    "index: too long": (indexed("a" * 5000 + ".safetensors"), "found none"),
+    "index: absolute": (add_index("/etc/model.safetensors"), "leads elsewhere"),
+    "index: backslashes": (add_index("..\\real.safetensors"), "leads elsewhere"),
+    "index: NUL": (add_index("a\0.safetensors"), "leads elsewhere"),
+    "index: empty": (add_index(""), "leads elsewhere"),
+    "index: too long": (add_index("a" * 5000 + ".safetensors"), "found none"),
     "index: a pickle": (
-        indexed("pytorch_model.bin", pickled("pytorch_model.bin")),
+        add_index("pytorch_model.bin", write_pickle("pytorch_model.bin")),
         "a .safetensors file",
     ),
-    "index: escape sequences": (indexed(ESCAPES + ".safetensors"), "found none"),
-    "a pickle as safetensors": (pickled("model.safetensors"), "header"),
-    "pickles only": (only_pickled, "pickled weights (pytorch_model.bin)"),
-    "a link out of the folder": (linked, "a link that leads out"),
-    "a link to itself": (looped, "a link that leads out"),
-    "a pipe": (piped, "found none"),
-    "a folder as weights": (foldered, "found none"),
+    "index: escape sequences": (add_index(ESCAPES + ".safetensors"), "found none"),
+    "a pickle as safetensors": (write_pickle("model.safetensors"), "header"),
+    "pickles only": (keep_only_pickle, "pickled weights (pytorch_model.bin)"),
+    "a link out of the folder": (link_outside, "a link that leads out"),
+    "a link to itself": (link_to_itself, "a link that leads out"),
+    "a pipe": (replace_with_pipe, "found none"),
+    "a folder as weights": (replace_with_folder, "found none"),
 }
 
 
@@ -371,15 +381,15 @@ def test_a_hostile_source(name: str, source: Path, record_property: Record) -> N
     """Before a byte of the weights is believed."""
     damage, words = SOURCES[name]
     damage(source)
-    assert words in refused(*plan(source))
+    assert words in expect_rejection(*make_plan_arguments(source))
     assert not Path("/tmp/quantkit-was-unpickled").exists()
     record_property("input", f"source: {name}")
 
 
 def test_a_dtype_that_lies_with_the_right_size(source: Path, record_property: Record) -> None:
     """int16 where BF16 was: as many bytes, and no weights that anybody could quantize."""
-    retyped(source)
-    assert "I16" in refused(*plan(source))
+    change_dtype(source)
+    assert "I16" in expect_rejection(*make_plan_arguments(source))
     record_property("input", "source: dtype of the same size")
 
 
@@ -420,7 +430,7 @@ def test_a_hostile_recipe(name: str, tmp_path: Path, record_property: Record) ->
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     for command in ("plan", "build"):
-        code, printed = answer(command, path)
+        code, printed = run_command(command, path)
         assert code == 2 and printed.startswith("error: ") and words in printed, printed
         assert len(printed) < 8000
     record_property("input", f"recipe: {name}")
@@ -432,9 +442,9 @@ def test_a_recipe_of_another_editor(
     source: Path, ends: bytes, mark: bytes, record_property: Record
 ) -> None:
     """CRLF, and the byte order mark that Windows' editor writes: the recipe means what it means."""
-    _, path = plan(source)
+    _, path = make_plan_arguments(source)
     path.write_bytes(mark + path.read_bytes().replace(b"\n", ends))
-    code, printed = answer("plan", path)
+    code, printed = run_command("plan", path)
     assert code == 0 and "all-linear" in printed, printed
     record_property("input", f"recipe: line ends {ends!r}, mark {mark!r}")
 
@@ -444,7 +454,7 @@ def test_a_recipe_of_another_editor(
 )
 def test_a_recipe_that_cannot_be(name: str, record_property: Record) -> None:
     """Names that no file has."""
-    assert "no such recipe file" in refused("plan", name)
+    assert "no such recipe file" in expect_rejection("plan", name)
     record_property("input", "recipe: a name that no file has")
 
 
@@ -460,9 +470,9 @@ def test_a_recipe_that_cannot_be(name: str, record_property: Record) -> None:
 )  # fmt: skip
 def test_a_hostile_value(source: Path, key: str, value: str, record_property: Record) -> None:
     """A name that leads elsewhere or nowhere, a pattern that never ends."""
-    command, path = plan(source)
+    command, path = make_plan_arguments(source)
     command = "build" if key == "output.path" else command
-    code, printed = answer(command, path, "--set", f"{key}={value}")
+    code, printed = run_command(command, path, "--set", f"{key}={value}")
     assert code in (1, 2) and "error: " in printed, printed
     assert not (source.parent / "out").exists()
     record_property("input", f"recipe: {key}")
@@ -491,7 +501,7 @@ ROWS: dict[str, tuple[bytes, str]] = {
 SPEC = "version: 1\nname: mine\nlicence: CC0\norigin: here\ndomains: [prose]\npacking: documents\nfile: mine.jsonl\n"
 
 
-def calibrated(
+def make_build_arguments(
     source: Path, rows: bytes, spec: str = SPEC, digest: str | None = None
 ) -> tuple[str, Path]:
     """A build that calibrates on these rows."""
@@ -499,7 +509,7 @@ def calibrated(
     digest = hashlib.sha256(rows).hexdigest() if digest is None else digest
     (source.parent / "mine.yaml").write_text(f"{spec}sha256: {digest}\n")
     text = f"{{set: {source.parent / 'mine.yaml'}, sequences: 1, length: 32}}"
-    _, path = plan(source, calibration=text, fidelity="none")
+    _, path = make_plan_arguments(source, calibration=text, fidelity="none")
     return "build", path
 
 
@@ -507,7 +517,7 @@ def calibrated(
 def test_a_hostile_calibration_text(name: str, source: Path, record_property: Record) -> None:
     """Told with the line, before a block is built."""
     rows, words = ROWS[name]
-    assert words in refused(*calibrated(source, rows))
+    assert words in expect_rejection(*make_build_arguments(source, rows))
     assert not (source.parent / "out").exists()
     record_property("input", f"calibration text: {name}")
 
@@ -526,11 +536,11 @@ SPECS = {
 def test_a_hostile_spec(name: str, source: Path, record_property: Record) -> None:
     """The YAML beside the text."""
     spec, words = SPECS[name]
-    assert words in refused(*calibrated(source, GOOD_ROWS, spec))
+    assert words in expect_rejection(*make_build_arguments(source, GOOD_ROWS, spec))
     record_property("input", f"calibration spec: {name}")
 
 
-def tokenizer(change: Callable[[dict[str, Any]], object]) -> bytes:
+def change_tokenizer(change: Callable[[dict[str, Any]], object]) -> bytes:
     """tokenizer.json of tiny-v3, changed."""
     from quantkit.io.package_data import locate_model
 
@@ -543,8 +553,8 @@ TOKENIZERS: dict[str, tuple[str, bytes]] = {
     "nested": ("tokenizer.json", BOMB.encode()),
     "not JSON": ("tokenizer.json", b"\xff\0"),
     "empty": ("tokenizer.json", b""),
-    "a panic of Rust": ("tokenizer.json", tokenizer(lambda v: v["model"].update(continuing_subword_prefix="a" * 50))),
-    "ids beyond": ("tokenizer.json", tokenizer(lambda v: v["model"]["vocab"].update(x=2**63))),
+    "a panic of Rust": ("tokenizer.json", change_tokenizer(lambda v: v["model"].update(continuing_subword_prefix="a" * 50))),
+    "ids beyond": ("tokenizer.json", change_tokenizer(lambda v: v["model"]["vocab"].update(x=2**63))),
     "length that is a list": (
         "tokenizer_config.json",
         b'{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": []}',
@@ -562,9 +572,9 @@ def test_a_hostile_tokenizer(
     """What Rust prints on its own is not heard either."""
     file, content = TOKENIZERS[name]
     (source / file).write_bytes(content)
-    command, path = calibrated(source, GOOD_ROWS)
+    command, path = make_build_arguments(source, GOOD_ROWS)
     told = f"{source / file}: expected" if name in NO_JSON else f"{source}: expected a tokenizer"
-    assert told in refused(command, path)
+    assert told in expect_rejection(command, path)
     assert capfd.readouterr() == ("", "")
     record_property("input", f"tokenizer: {name}")
 
@@ -576,7 +586,7 @@ def test_keys_of_a_tokenizer_do_not_reach_the_terminal(
     added = {"0": {"content": "<s>", "special": True, ESCAPES: 1}}
     values = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": added}
     (source / "tokenizer_config.json").write_text(json.dumps(values))
-    answer(*calibrated(source, GOOD_ROWS))
+    run_command(*make_build_arguments(source, GOOD_ROWS))
     assert capfd.readouterr() == ("", "")
     record_property("input", "tokenizer: keys that a terminal obeys")
 
@@ -600,7 +610,7 @@ def test_a_hostile_task(name: str, tmp_path: Path, artifact: Path, record_proper
     text, rows, words = TASKS[name]
     (tmp_path / "mine.yaml").write_bytes(text.encode(errors="surrogateescape"))
     (tmp_path / "mine.jsonl").write_bytes(rows)
-    code, printed = answer(
+    code, printed = run_command(
         "eval",
         artifact,
         "--tasks",
@@ -617,7 +627,7 @@ def test_a_hostile_task(name: str, tmp_path: Path, artifact: Path, record_proper
 # ---------------------------------------------------------------------------------------------------- the artifact
 
 
-def reseal(folder: Path) -> None:
+def reseal_artifact(folder: Path) -> None:
     """Make the manifest agree with the files, as somebody who forges an artifact would."""
     manifest = json.loads((folder / "quantkit/manifest.json").read_text())
     for name in manifest["files"]:
@@ -629,7 +639,7 @@ def reseal(folder: Path) -> None:
     (folder / "quantkit/manifest.json").write_text(json.dumps(manifest))
 
 
-def rows_without_end(path: Path) -> None:
+def write_many_rows(path: Path) -> None:
     """Fifty million rows in a few kilobytes: runs of one value."""
     rows = 2**20
     floats = arrow.array([0.5] * rows)
@@ -645,7 +655,7 @@ def rows_without_end(path: Path) -> None:
             writer.write_table(table, row_group_size=rows)
 
 
-def one_long_text(path: Path) -> None:
+def write_long_text(path: Path) -> None:
     """A text of 20 MB, stored once and named 500 times: 10 GB when it is written out."""
     rows = 500
     text = arrow.DictionaryArray.from_arrays(
@@ -657,7 +667,7 @@ def one_long_text(path: Path) -> None:
                         store_schema=False)  # fmt: skip
 
 
-def many_long_texts(path: Path) -> None:
+def write_long_texts(path: Path) -> None:
     """Three gigabytes of blanks, which zstd stores in a few hundred kilobytes."""
     floats = arrow.array([0.5] * 30)
     texts = arrow.array([f"{n}" + " " * 10_000_000 for n in range(30)])
@@ -671,9 +681,9 @@ def many_long_texts(path: Path) -> None:
 
 
 BOMBS = {
-    "rows": rows_without_end,
-    "one long text": one_long_text,
-    "many long texts": many_long_texts,
+    "rows": write_many_rows,
+    "one long text": write_long_text,
+    "many long texts": write_long_texts,
 }
 
 
@@ -683,12 +693,12 @@ def test_a_parquet_bomb(name: str, artifact: Path, record_property: Record) -> N
     path = artifact / "quantkit/samples/tokens.parquet"
     BOMBS[name](path)
     assert path.stat().st_size < 20_000_000
-    reseal(artifact)
+    reseal_artifact(artifact)
     for command in (
         ("report", artifact, "--html", "--output", artifact.parent / "x.html"),
         ("diff", artifact, artifact),
     ):
-        assert "samples" in refused(*command)
+        assert "samples" in expect_rejection(*command)
     record_property("input", f"samples: {name}")
 
 
@@ -705,16 +715,16 @@ def test_hostile_evidence(
     """Every command that reads it refuses, or does not need it."""
     (artifact / "quantkit" / file).write_bytes(content)
     if file != "manifest.json":
-        reseal(artifact)
+        reseal_artifact(artifact)
     commands: list[tuple[str | Path, ...]] = [("diff", artifact, artifact), ("gate", artifact)]
     if file == "fidelity.json":
         commands.append(("report", artifact))
     if file == "manifest.json":
         commands.append(("verify", artifact))
     for command in commands:
-        code, printed = answer(*command)
+        code, printed = run_command(*command)
         assert code in (1, 2) and "error: " in printed, printed
-    code, printed = answer("runs", artifact.parent)
+    code, printed = run_command("runs", artifact.parent)
     assert code == 0
     record_property("input", f"{file}: damaged")
 
@@ -728,11 +738,11 @@ def test_names_in_a_report_do_not_reach_the_terminal(
     values["artifact"]["name"] = values["source"]["model"] = ESCAPES
     values["modules"][0]["name"] = f"{ESCAPES}.mlp"
     path.write_text(json.dumps(values))
-    reseal(artifact)
+    reseal_artifact(artifact)
     for command in (("report", artifact), ("report", artifact, "--json"), ("diff", artifact, artifact),
                     ("diff", artifact, artifact, "--markdown"), ("diff", artifact, artifact, "--json"),
                     ("runs", artifact.parent), ("runs", artifact.parent, "--json"), ("verify", artifact)):  # fmt: skip
-        answer(*command)
+        run_command(*command)
     record_property("input", "report: names that a terminal obeys")
 
 
@@ -740,8 +750,8 @@ def test_a_real_process_keeps_its_memory(
     source: Path, tmp_path: Path, record_property: Record
 ) -> None:
     """The largest header there may be, read by a process that may have 4 GB of addresses."""
-    many(source)
-    command, path = plan(source)
+    write_many_tensors(source)
+    command, path = make_plan_arguments(source)
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)); "
     limit += "from quantkit.cli.main import main; sys.argv = ['quantkit', *sys.argv[1:]]; main()"
     done = subprocess.run(

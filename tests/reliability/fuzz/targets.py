@@ -177,7 +177,7 @@ def register_target(
 
 
 @register_target("recipe", "recipe.yaml", lambda: (RECIPE.encode(),), mutate_yaml)
-def recipe(folder: Path) -> object:
+def fuzz_recipe(folder: Path) -> object:
     """A recipe file."""
     from quantkit.recipe.recipe_file import read_recipe
 
@@ -190,7 +190,7 @@ def recipe(folder: Path) -> object:
     lambda: (b"quantize.bits=3\noutput.path=x\nrules=[{match: a, keep: bf16}]",),
     mutate_yaml,
 )
-def override(folder: Path) -> object:
+def fuzz_override(folder: Path) -> object:
     """--set KEY=VALUE, one a line; what is set is written into the text too."""
     from quantkit.recipe.parse import apply_overrides, parse_recipe
 
@@ -207,7 +207,7 @@ def override(folder: Path) -> object:
     ),
     mutate_yaml,
 )
-def gates(folder: Path) -> object:
+def fuzz_gates(folder: Path) -> object:
     """A file of gates."""
     from quantkit.recipe.parse import parse_gates
     from quantkit.recipe.recipe_file import read_text_file
@@ -219,7 +219,7 @@ def gates(folder: Path) -> object:
 
 
 @register_target("config", "config.json", lambda: make_configs(), mutate_json)
-def config(folder: Path) -> object:
+def fuzz_config(folder: Path) -> object:
     """config.json as a plan reads it, of a family with a table: layout, decisions, shards, memory."""
     from quantkit import registry
     from quantkit.checkpoint.checkpoint import read_config
@@ -268,7 +268,7 @@ def make_configs() -> tuple[bytes, ...]:
     lambda: (encode_json({"metadata": {"total_size": 52}, "weight_map": dict.fromkeys(list(HEADER)[1:], SHARD_NAME)}),),
     mutate_json, lambda: {SHARD_NAME: SHARD},
 )  # fmt: skip
-def index(folder: Path) -> object:
+def fuzz_index(folder: Path) -> object:
     """The index of a sharded checkpoint."""
     from quantkit.checkpoint.shards import open_shards
 
@@ -278,7 +278,7 @@ def index(folder: Path) -> object:
 @register_target(
     "header", "model.safetensors", lambda: (SHARD, join_shard(b"{}", b"")), mutate_shard
 )
-def header(folder: Path) -> object:
+def fuzz_header(folder: Path) -> object:
     """A safetensors header."""
     from quantkit.checkpoint.header import read_header
 
@@ -292,7 +292,7 @@ def header(folder: Path) -> object:
     mutate_shard,
     lambda: {"config.json": encode_json(LLAMA)},
 )
-def checkpoint(folder: Path) -> object:
+def fuzz_checkpoint(folder: Path) -> object:
     """A whole checkpoint, every tensor read."""
     from quantkit.checkpoint.checkpoint import Checkpoint
 
@@ -302,7 +302,7 @@ def checkpoint(folder: Path) -> object:
 
 
 @register_target("model card", "README.md", lambda: (CARD.encode(),), mutate_yaml)
-def model_card(folder: Path) -> object:
+def fuzz_model_card(folder: Path) -> object:
     """The front matter of a source's card."""
     from quantkit.artifact.front_matter import read_front_matter
 
@@ -319,7 +319,7 @@ def model_card(folder: Path) -> object:
         "config.json": encode_json(LLAMA),
     },
 )
-def tokenizer(folder: Path) -> object:
+def fuzz_tokenizer(folder: Path) -> object:
     """tokenizer.json, and a text tokenized with what it says."""
     from quantkit.texts.corpora import load_tokenizer
 
@@ -333,9 +333,9 @@ def tokenizer(folder: Path) -> object:
     mutate_json,
     lambda: {"tokenizer.json": encode_json(TOKENIZER), "config.json": encode_json(LLAMA)},
 )
-def tokenizer_config(folder: Path) -> object:
+def fuzz_tokenizer_config(folder: Path) -> object:
     """tokenizer_config.json."""
-    return tokenizer(folder)
+    return fuzz_tokenizer(folder)
 
 
 # -------------------------------------------------------------------------------------------------------------- texts
@@ -348,7 +348,7 @@ def tokenizer_config(folder: Path) -> object:
     mutate_yaml,
     lambda: {"mine.jsonl": ROWS},
 )
-def calibration_spec(folder: Path) -> object:
+def fuzz_calibration_spec(folder: Path) -> object:
     """The spec of a calibration or fidelity set."""
     from quantkit.texts.corpora import load_set
 
@@ -356,7 +356,7 @@ def calibration_spec(folder: Path) -> object:
 
 
 @register_target("calibration rows", "mine.jsonl", lambda: (ROWS,), mutate_lines)
-def calibration_rows(folder: Path) -> object:
+def fuzz_calibration_rows(folder: Path) -> object:
     """The rows of a set, behind a spec that states their hash."""
     from quantkit.texts.corpora import load_set
 
@@ -372,7 +372,7 @@ def calibration_rows(folder: Path) -> object:
     mutate_yaml,
     lambda: {"mine.jsonl": b'{"question": "1"}\n' * 2},
 )
-def evaluation_task(folder: Path) -> object:
+def fuzz_evaluation_task(folder: Path) -> object:
     """A benchmark's file, and what is made of it for lm-eval."""
     from quantkit.evaluate.tasks import load_tasks, render_tasks
 
@@ -387,7 +387,7 @@ def evaluation_task(folder: Path) -> object:
     lambda: (b'{"question": "1 + 1", "answer": "2"}\n' * 3,),
     mutate_lines,
 )
-def evaluation_rows(folder: Path) -> object:
+def fuzz_evaluation_rows(folder: Path) -> object:
     """The rows of a benchmark."""
     from quantkit.texts.task_files import read_first_rows, read_row_range
 
@@ -398,7 +398,7 @@ def evaluation_rows(folder: Path) -> object:
 # ---------------------------------------------------------------------------------------------------------- artifacts
 
 
-def example() -> dict[str, object]:
+def make_report() -> dict[str, object]:
     """A report as builds write it: a figure that is not finite is null."""
     from support.report_example import FIDELITY
 
@@ -411,7 +411,7 @@ def example() -> dict[str, object]:
 def make_artifact_files() -> dict[str, bytes]:
     """The files of a small artifact with evidence."""
     kept = {"figure": "kl_mean", "bound": "<= 1", "value": 0.1, "ok": True, "reason": ""}
-    fidelity = encode_json({**example(), "status": "accepted", "gates": [kept], "modules": []})
+    fidelity = encode_json({**make_report(), "status": "accepted", "gates": [kept], "modules": []})
     plan = encode_json({
         "hash": "00", "recipe": {"version": 1, "gates": {"kl_mean": {"max": 1}}, "evaluation": {"tasks": []}},
         "summary": {"rules": [], "totals": {"tensors": 5}, "warnings": [], "shards": [{}]},
@@ -439,7 +439,7 @@ def make_manifest(files: Mapping[str, bytes]) -> bytes:
     })  # fmt: skip
 
 
-def reseal(folder: Path) -> None:
+def reseal_artifact(folder: Path) -> None:
     """Make the manifest agree with the files, as somebody who forges an artifact would."""
     names = [name for name in make_artifact_files() if name != "quantkit/manifest.json"]
     (folder / "quantkit/manifest.json").write_bytes(
@@ -454,7 +454,7 @@ def reseal(folder: Path) -> None:
     mutate_json,
     lambda: make_artifact_files(),
 )
-def manifest(folder: Path) -> object:
+def fuzz_manifest(folder: Path) -> object:
     """The manifest as verify and diff read it."""
     from quantkit.diff.sides import read_sides
 
@@ -472,14 +472,14 @@ def manifest(folder: Path) -> object:
     mutate_json,
     lambda: make_artifact_files(),
 )
-def plan_json(folder: Path) -> object:
+def fuzz_plan_json(folder: Path) -> object:
     """plan.json under a manifest that agrees, as diff and gate read it."""
     from quantkit.artifact.read_report import read_sealed_report
     from quantkit.cli.commands.gate import read_gates
     from quantkit.diff.compare import compare_sides
     from quantkit.diff.sides import read_sides
 
-    reseal(folder)
+    reseal_artifact(folder)
     report, _ = read_sealed_report(folder)
     call_checked(lambda: read_gates(None, folder, report))
     return compare_sides(*read_sides(str(folder), str(folder)), partial=True)
@@ -492,7 +492,7 @@ def plan_json(folder: Path) -> object:
     mutate_json,
     lambda: make_artifact_files(),
 )
-def fidelity_json(folder: Path) -> object:
+def fuzz_fidelity_json(folder: Path) -> object:
     """fidelity.json as report, runs and gate read it."""
     from quantkit.artifact.read_report import read_report
     from quantkit.recipe.parse import parse_gates
@@ -508,7 +508,7 @@ def fidelity_json(folder: Path) -> object:
 @cache
 def make_reports() -> tuple[bytes, ...]:
     """Reports with and without modules."""
-    return encode_json(example()), make_artifact_files()["quantkit/fidelity.json"]
+    return encode_json(make_report()), make_artifact_files()["quantkit/fidelity.json"]
 
 
 def check_rendering(report: object) -> None:
@@ -546,7 +546,7 @@ def make_journal() -> tuple[bytes, ...]:
 
 
 @register_target("journal", "journal.jsonl", lambda: make_journal(), mutate_lines)
-def journal(folder: Path) -> object:
+def fuzz_journal(folder: Path) -> object:
     """The journal of an interrupted build."""
     from quantkit.io.journal import Journal
 
@@ -554,7 +554,7 @@ def journal(folder: Path) -> object:
 
 
 @register_target("answers", "answers.sqlite", lambda: make_answers_file(), mutate_bytes)
-def answers(folder: Path) -> object:
+def fuzz_answers(folder: Path) -> object:
     """The answers of an interrupted evaluation."""
     from quantkit.evaluate.answer_store import AnswerKey, open_answer_store
 
@@ -587,7 +587,7 @@ def make_answers_file() -> tuple[bytes, ...]:
 @register_target(
     "samples", "quantkit/samples/tokens.parquet", lambda: make_samples_file(), mutate_bytes
 )
-def samples(folder: Path) -> object:
+def fuzz_samples(folder: Path) -> object:
     """Parquet samples of an artifact."""
     from quantkit.diff.sides import read_tokens
     from quantkit.report.samples import read_samples
@@ -619,7 +619,7 @@ def make_samples_file() -> tuple[bytes, ...]:
     lambda: (b'{"host": "a", "pid": 1, "ticks": 2, "since": "now"}',),
     mutate_json,
 )
-def lock(folder: Path) -> object:
+def fuzz_lock(folder: Path) -> object:
     """The file that says whose a build folder is, left by a process that is gone, and held by one that is not."""
     import fcntl
     import os
