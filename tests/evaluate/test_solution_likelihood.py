@@ -51,7 +51,12 @@ def built(place: Path, **changes: str) -> pipeline.BuildResult:
         keys | {key.replace("__", "."): text for key, text in changes.items()},
     )
     (outcome,) = pipeline.build_artifacts(
-        recipe, TEXT, overwrite=False, evaluate=False, planned=ignore_progress, tell=ignore_progress
+        recipe,
+        TEXT,
+        overwrite=False,
+        evaluate=False,
+        on_plan=ignore_progress,
+        on_progress=ignore_progress,
     )
     return outcome
 
