@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import ceil
@@ -130,6 +130,30 @@ def match_layout(
     dropped = tuple(
         name for name in specs if any(fnmatchcase(name, glob) for glob in architecture.dropped)
     )
+    faults = find_mismatches(expected, specs, dropped)
+    if faults:
+        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        raise CheckpointError(
+            f"{where}: the tensors do not fit model_type {config.text('model_type')} with this "
+            "config.json: "
+            + "; ".join(faults[:SHOWN_FAULTS])
+            + f"{more}; check that config.json and weights belong together"
+        )
+    return MatchedLayout(
+        architecture=architecture,
+        layout=layout,
+        specs={name: specs[name] for name in expected},
+        dropped=dropped,
+        warnings=(*warnings, *(format_absent_mtp(block) for block in absent)),
+    )
+
+
+def find_mismatches(
+    expected: Mapping[str, TensorSpec],
+    specs: Mapping[str, TensorSpec],
+    dropped: Collection[str],
+) -> list[str]:
+    """Return a fault for each tensor that is missing, unexpected, or of another shape or kind."""
     faults = [
         f"missing: {name} {list(spec.shape)}"
         for name, spec in expected.items()
@@ -150,21 +174,7 @@ def match_layout(
         for name in expected
         if name in specs and specs[name].dtype not in READABLE_DTYPES
     ]
-    if faults:
-        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
-        raise CheckpointError(
-            f"{where}: the tensors do not fit model_type {config.text('model_type')} with this "
-            "config.json: "
-            + "; ".join(faults[:SHOWN_FAULTS]) + more + "; check that config.json and weights "
-                                                        "belong together"
-        )  # fmt: skip
-    return MatchedLayout(
-        architecture=architecture,
-        layout=layout,
-        specs={name: specs[name] for name in expected},
-        dropped=dropped,
-        warnings=(*warnings, *(format_absent_mtp(block) for block in absent)),
-    )
+    return faults
 
 
 def format_absent_mtp(block: Block) -> str:

@@ -1,1 +1,1 @@
-"""From a finished artifact to those who serve it: checked, signed, published, pulled."""
+"""Sign, publish and pull artifacts."""

@@ -1,4 +1,4 @@
-"""Credentials of `docker login`, as docker keeps them: in config.json, or in the helper that it names."""
+"""Credentials of `docker login`: from config.json, or from the credential helper that it names."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _HUB = "https://index.docker.io/v1/"
 _HELPER_SECONDS = 60
 
 Login = tuple[str, str]
-"""User and password; the user "<token>" means that the password is an identity token."""
+"""User and password; with the user "<token>" the password is an identity token."""
 
 
 def find_login(host: str) -> Login | None:
-    """What docker would use for a registry; None without a login. Raises TransferError when the file is none."""
+    """Return docker's login for a registry, or None. Raises TransferError for an invalid file."""
     path = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
     if not path.is_file():
         return None
@@ -31,31 +31,31 @@ def find_login(host: str) -> Login | None:
         f"http://{host}",
         *([_HUB] if host in {"docker.io", "index.docker.io"} else []),
     ]
-    helpers, auths = _object(config, "credHelpers"), _object(config, "auths")
+    helpers, auths = _get_object(config, "credHelpers"), _get_object(config, "auths")
     for name in names:
         helper = helpers.get(name) or config.get("credsStore")
-        found = _asked(str(helper), name) if helper else None
-        if found is None and isinstance(entry := auths.get(name), Mapping):
-            found = _kept(entry, path)
-        if found is not None:
-            return found
+        entry_login = _read_helper(str(helper), name) if helper else None
+        if entry_login is None and isinstance(entry := auths.get(name), Mapping):
+            entry_login = _read_entry(entry, path)
+        if entry_login is not None:
+            return entry_login
     return None
 
 
-def _object(config: Mapping[str, object], key: str) -> Mapping[str, object]:
+def _get_object(config: Mapping[str, object], key: str) -> Mapping[str, object]:
     value = config.get(key)
     return value if isinstance(value, Mapping) else {}
 
 
-def _kept(entry: Mapping[str, object], path: Path) -> Login | None:
-    """The login in an entry of `auths`; an empty one says that a helper has it."""
+def _read_entry(entry: Mapping[str, object], path: Path) -> Login | None:
+    """Return the login of an entry of `auths`; an empty entry means that a helper has it."""
     if isinstance(token := entry.get("identitytoken"), str) and token:
         return "<token>", token
-    if not isinstance(kept := entry.get("auth"), str) or not kept:
+    if not isinstance(encoded := entry.get("auth"), str) or not encoded:
         return None
     try:
-        user, colon, password = base64.b64decode(kept, validate=True).decode().partition(":")
-    except ValueError:  # no base64, or no text in it
+        user, colon, password = base64.b64decode(encoded, validate=True).decode().partition(":")
+    except ValueError:  # not base64, or not text
         colon = ""
     if not colon:
         raise TransferError(
@@ -64,16 +64,16 @@ def _kept(entry: Mapping[str, object], path: Path) -> Login | None:
     return user, password
 
 
-def _asked(helper: str, name: str) -> Login | None:
-    """What docker-credential-<helper> says; None when it knows nothing or is not there."""
+def _read_helper(helper: str, name: str) -> Login | None:
+    """Return the login of docker-credential-<helper>; None if it has none or does not exist."""
     try:
         done = subprocess.run(
             [f"docker-credential-{helper}", "get"],
             input=name, capture_output=True, text=True, timeout=_HELPER_SECONDS, check=False,
         )  # fmt: skip
-        found = json.loads(done.stdout) if done.returncode == 0 else None
+        answer = json.loads(done.stdout) if done.returncode == 0 else None
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
-    if not isinstance(found, dict) or not isinstance(found.get("Username"), str):
+    if not isinstance(answer, dict) or not isinstance(answer.get("Username"), str):
         return None
-    return found["Username"], str(found.get("Secret", ""))
+    return answer["Username"], str(answer.get("Secret", ""))

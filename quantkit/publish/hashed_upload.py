@@ -1,4 +1,4 @@
-"""A file on its way out, read once and hashed on the way: what is sent is what the manifest says, or nothing is."""
+"""Reads a file for upload and hashes it on the way, so that only the verified bytes are sent."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from quantkit.publish.remote import PIECE_BYTES, UploadFile
 
 
 class HashedReader:
-    """The bytes of an item from its start, in pieces of at most `size` bytes.
+    """The bytes of a file in pieces of at most `size` bytes.
 
-    ArtifactError behind the last piece, before whoever sends has finished, when the file is not what was verified.
+    Raises ArtifactError after the last piece, before the upload completes, if the file differs from
+    the verified one.
     """
 
     def __init__(self, item: UploadFile, size: int = PIECE_BYTES) -> None:
@@ -26,7 +27,8 @@ class HashedReader:
             self._file = self._item.path.open("rb")
         except OSError as fault:
             raise ArtifactError(
-                f"{self._item.path}: expected a readable file, found: {describe_os_error(fault)}; check it"
+                f"{self._item.path}: expected a readable file, found: {describe_os_error(fault)}; "
+                "check it"
             ) from fault
         return self
 
@@ -45,7 +47,7 @@ class HashedReader:
             yield piece
         if self.sent != self._item.n_bytes or digest.hexdigest() != self._item.sha256:
             raise ArtifactError(
-                f"{self._item.path}: changed while it was published; verify it and publish it again"
+                f"{self._item.path}: changed during publication; verify it and publish it again"
             )
 
     def _read(self) -> bytes:
@@ -53,5 +55,6 @@ class HashedReader:
             return self._file.read(self._size)
         except OSError as fault:
             raise ArtifactError(
-                f"{self._item.path}: expected a readable file, found: {describe_os_error(fault)}; check it"
+                f"{self._item.path}: expected a readable file, found: {describe_os_error(fault)}; "
+                "check it"
             ) from fault

@@ -1,7 +1,9 @@
-"""The OCI distribution API, version 1.1, as far as blobs and manifests of artifacts need it.
+"""Client for the OCI distribution API 1.1: blobs and manifests of artifacts.
 
-Blobs are named by their sha256: what the registry has is not sent again, and what arrives otherwise is refused by the
-registry. Redirected downloads lose the credentials (httpx2 drops them where the host changes).
+Blobs are named by their sha256: existing blobs are not sent again, and the registry refuses other
+bytes. Redirected downloads do not carry the credentials (httpx2 drops them if the host changes).
+oras-py is not used: 0.2.43 does not resume, does not check digests of downloads, and reads whole
+files into memory.
 """
 
 from __future__ import annotations
@@ -32,20 +34,25 @@ _MANIFEST_LIMIT_BYTES = 4_000_000
 _TIMEOUT = httpx2.Timeout(60.0)
 _CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 _LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
-_ANEW = (b"DIGEST_INVALID", b"SIZE_INVALID", b"BLOB_UPLOAD_UNKNOWN", b"BLOB_UPLOAD_INVALID")
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+_RESTART_CODES = (
+    b"DIGEST_INVALID",
+    b"SIZE_INVALID",
+    b"BLOB_UPLOAD_UNKNOWN",
+    b"BLOB_UPLOAD_INVALID",
+)
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class OciClient:
-    """One repository of a registry; loopback hosts are spoken to over http, as docker does.
+    """One repository of a registry; loopback hosts use http, as in docker.
 
-    Short requests are tried again here, files by whoever asks for them.
+    The client retries short requests; callers retry transfers of files.
     """
 
     def __init__(
-        self, host: str, repository: str, where: str, connections: int, patience: RetryPolicy
+        self, host: str, repository: str, where: str, connections: int, retry_policy: RetryPolicy
     ) -> None:
-        self.where, self._patience = where, patience
+        self.where, self._retry_policy = where, retry_policy
         self._host = "registry-1.docker.io" if host == "docker.io" else host
         self._repository, self._login_host = repository, host
         self._scheme = "http" if _LOOPBACK.fullmatch(host) else "https"
@@ -54,22 +61,20 @@ class OciClient:
             timeout=_TIMEOUT, limits=limits, follow_redirects=False, trust_env=True
         )
         self._authorization: str | None = None
-        self._uploads: dict[str, str] = {}  # sha256 -> where an upload that was begun goes on
+        self._uploads: dict[str, str] = {}  # sha256 -> URL of an unfinished upload
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """End the connections."""
+        """Close the connections."""
         self._client.close()
 
     def has(self, digest: str) -> bool:
-        """Whether a blob is there."""
-        return (
-            self._patiently(lambda: self._call("HEAD", f"blobs/{digest}", missing=True)) is not None
-        )
+        """Whether a blob exists."""
+        return self._retry(lambda: self._call("HEAD", f"blobs/{digest}", missing=True)) is not None
 
     def manifest(self, reference: str) -> Mapping[str, object] | None:
-        """The manifest under a tag or digest; None when there is none."""
-        content = self._patiently(lambda: self._manifest(reference))
+        """Return the manifest under a tag or digest, or None."""
+        content = self._retry(lambda: self._manifest(reference))
         if content is None:
             return None
         try:
@@ -83,38 +88,44 @@ class OciClient:
         return value
 
     def _manifest(self, reference: str) -> bytes | None:
-        found = self._call(
+        response = self._call(
             "GET", f"manifests/{reference}", missing=True, headers={"Accept": MANIFEST}
         )
-        if found is None:
+        if response is None:
             return None
-        if len(found.content) > _MANIFEST_LIMIT_BYTES:
+        if len(response.content) > _MANIFEST_LIMIT_BYTES:
             raise TransferError(
-                f"{self.where}: expected a manifest, found {len(found.content)} bytes; check the tag"
+                f"{self.where}: expected a manifest, found {len(response.content)} bytes; check "
+                "the tag"
             )
-        told = (
+        digest = (
             reference
             if reference.startswith("sha256:")
-            else found.headers.get("Docker-Content-Digest")
+            else response.headers.get("Docker-Content-Digest")
         )
-        if told not in {None, format_digest(found.content)}:
-            raise TransientError("a manifest of another digest arrived")
-        return found.content
+        if digest not in {None, format_digest(response.content)}:
+            raise TransientError("received a manifest with another digest")
+        return response.content
 
     def set_tag(self, reference: str, manifest: bytes) -> str:
-        """Store a manifest under a tag; its digest."""
+        """Store a manifest under a tag; return its digest."""
         digest, headers = format_digest(manifest), {"Content-Type": MANIFEST}
 
         def store() -> None:
-            found = self._call("PUT", f"manifests/{reference}", content=manifest, headers=headers)
-            if found is not None and found.headers.get("Docker-Content-Digest", digest) != digest:
-                raise TransientError("other bytes arrived than were sent")
+            response = self._call(
+                "PUT", f"manifests/{reference}", content=manifest, headers=headers
+            )
+            if (
+                response is not None
+                and response.headers.get("Docker-Content-Digest", digest) != digest
+            ):
+                raise TransientError("received bytes differ from the sent ones")
 
-        self._patiently(store)
+        self._retry(store)
         return digest
 
     def put(self, content: bytes) -> str:
-        """Store a small blob; its digest."""
+        """Store a small blob; return its digest."""
         digest, headers = format_digest(content), {"Content-Type": "application/octet-stream"}
 
         def store() -> None:
@@ -123,15 +134,17 @@ class OciClient:
             )
 
         if not self.has(digest):
-            self._patiently(store)
+            self._retry(store)
         return digest
 
     def put_file(self, item: UploadFile, report_bytes: BytesCallback) -> None:
-        """Store a file as a blob: one upload, gone on with after a cut where the registry kept what had arrived."""
-        place, sent = self._begun(item)
+        """Store a file as a blob in one upload; resumes it if the registry kept the received
+        bytes.
+        """
+        place, sent = self._resume_upload(item)
         if sent < item.n_bytes:
             place = self._patch(place, item, sent, report_bytes)
-        del self._uploads[item.sha256]  # whatever the registry says now, this upload is over
+        del self._uploads[item.sha256]  # this upload ends here, whatever the response
         self._call(
             "PUT",
             place,
@@ -139,24 +152,25 @@ class OciClient:
             headers={"Content-Length": "0"},
         )
 
-    def _begun(self, item: UploadFile) -> tuple[str, int]:
-        """Where the upload of a file goes on, and how many bytes of it are there."""
+    def _resume_upload(self, item: UploadFile) -> tuple[str, int]:
+        """Return the URL of a file's upload and the bytes that the registry has."""
         place = self._uploads.pop(item.sha256, None)
-        place, sent = self._standing(place) if place else ("", 0)
+        place, sent = self._query_upload(place) if place else ("", 0)
         if (
             not 1 < sent <= item.n_bytes
-        ):  # an upload that has nothing yet is told like one that has a byte: 0-0
+        ):  # registries report an empty upload like one of a single byte: 0-0
             place, sent = self._session(), 0
         self._uploads[item.sha256] = place
         return place, sent
 
     def blob(self, digest: str, first: int, name: str) -> Generator[bytes, None, None]:
-        """The bytes of a file's blob from `first` on; a registry may ignore the range."""
+        """Yield the bytes of a blob from `first` on; a registry may ignore the range."""
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
-        with translate_errors(self.where), self._streamed(f"blobs/{digest}", headers) as answer:
+        with translate_errors(self.where), self._stream(f"blobs/{digest}", headers) as answer:
             if answer.status_code == 404:
                 raise TransferError(
-                    f"{self.where}: {shorten_repr(name)}: expected its blob, found none; publish it again"
+                    f"{self.where}: {shorten_repr(name)}: expected its blob, found none; publish "
+                    "it again"
                 )
             skip = first if answer.status_code == 200 else 0
             for piece in answer.iter_raw():
@@ -164,17 +178,17 @@ class OciClient:
                     yield piece[skip:]
                 skip = max(0, skip - len(piece))
 
-    # ------------------------------------------------------------------------------------------------------ requests
+    # -------------------------------------------------------------------------------- requests
 
-    def _patiently(self, work: Callable[[], Result]) -> Result:
-        return retry(work, self.where, self._patience)
+    def _retry(self, work: Callable[[], Result]) -> Result:
+        return retry(work, self.where, self._retry_policy)
 
     def _session(self) -> str:
-        found = self._call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
-        return self._location(found)
+        response = self._call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
+        return self._location(response)
 
     def _patch(self, place: str, item: UploadFile, first: int, report_bytes: BytesCallback) -> str:
-        """Send a file from `first` on; where the upload goes on. The whole file is hashed on the way."""
+        """Send a file from `first` on and hash all of it; return the URL of the upload."""
 
         def body() -> Iterator[bytes]:
             with HashedReader(item) as pieces:
@@ -191,27 +205,31 @@ class OciClient:
         }
         return self._location(self._call("PATCH", place, content=body(), headers=headers))
 
-    def _standing(self, place: str) -> tuple[str, int]:
-        """Where a broken upload goes on, and how many bytes of it the registry has; 0 when it forgot it."""
+    def _query_upload(self, place: str) -> tuple[str, int]:
+        """Return the URL of an interrupted upload and its bytes; 0 if the registry dropped it."""
         try:
-            found = self._call("GET", place, missing=True)
+            response = self._call("GET", place, missing=True)
         except TransferError:
             return place, 0
         match = (
-            re.fullmatch(r"(?:bytes=)?0-(\d+)", found.headers.get("Range", "")) if found else None
+            re.fullmatch(r"(?:bytes=)?0-(\d+)", response.headers.get("Range", ""))
+            if response
+            else None
         )
-        return (self._location(found), int(match[1]) + 1) if match and found else (place, 0)
+        return (self._location(response), int(match[1]) + 1) if match and response else (place, 0)
 
     def _location(self, answer: httpx2.Response | None) -> str:
-        told = answer.headers.get("Location") if answer is not None else None
-        if answer is None or not told:
+        location = answer.headers.get("Location") if answer is not None else None
+        if answer is None or not location:
             raise TransferError(
-                f"{self.where}: expected the registry to name an upload, found none; try another one"
+                f"{self.where}: expected the registry to name an upload, found none; try another "
+                "one"
             )
-        place = answer.url.join(told)
+        place = answer.url.join(location)
         if (place.scheme, place.netloc) != (answer.url.scheme, answer.url.netloc):
             raise TransferError(
-                f"{self.where}: expected uploads to stay at the registry, found {shorten_repr(remove_secrets(str(place)))}; "
+                f"{self.where}: expected uploads to stay at the registry, found "
+                f"{shorten_repr(remove_secrets(str(place)))}; "
                 "publish to that registry itself"
             )
         return str(place)
@@ -222,10 +240,18 @@ class OciClient:
         return f"{self._scheme}://{self._host}/v2/{self._repository}/{path}"
 
     def _call(
-        self, method: str, path: str, *, missing: bool = False, params: Mapping[str, str] | None = None,
-        content: bytes | Iterator[bytes] | None = None, headers: Mapping[str, str] | None = None,
-    ) -> httpx2.Response | None:  # fmt: skip
-        """One request, asked again with credentials when the registry wants some; None for 404 when it may miss."""
+        self,
+        method: str,
+        path: str,
+        *,
+        missing: bool = False,
+        params: Mapping[str, str] | None = None,
+        content: bytes | Iterator[bytes] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx2.Response | None:
+        """Send a request, with credentials if the registry requires them; None for 404 if
+        `missing`.
+        """
         with translate_errors(self.where):
             url = httpx2.URL(self._url(path))
             url = url.copy_merge_params(dict(params)) if params else url
@@ -237,10 +263,10 @@ class OciClient:
                 answer = self._client.request(
                     method, url, content=content, headers=self._with_login(headers)
                 )
-            return self._checked(answer, missing)
+            return self._check(answer, missing)
 
     @contextmanager
-    def _streamed(self, path: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+    def _stream(self, path: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
         url = self._url(path)
         for again in (True, False):
             request = self._client.build_request("GET", url, headers=self._with_login(headers))
@@ -249,7 +275,7 @@ class OciClient:
                 if answer.status_code == 401 and again:
                     self._authorize(answer)
                     continue
-                self._checked(answer, missing=True)
+                self._check(answer, missing=True)
                 yield answer
                 return
             finally:
@@ -260,7 +286,7 @@ class OciClient:
             {"Authorization": self._authorization} if self._authorization else {}
         )
 
-    def _checked(self, answer: httpx2.Response, missing: bool) -> httpx2.Response | None:
+    def _check(self, answer: httpx2.Response, missing: bool) -> httpx2.Response | None:
         status = answer.status_code
         if status < 300:
             return answer
@@ -268,60 +294,66 @@ class OciClient:
             return None
         if not answer.is_stream_consumed:
             answer.read()
-        if status in _PASSING:
+        if status in _TRANSIENT:
             raise TransientError(f"the registry answered {status}")
         if status in {401, 403}:
             raise TransferError(
-                f"{self.where}: expected to be let in, found {status}; `docker login {self._login_host}` with a user "
-                "who may do this"
+                f"{self.where}: expected access, found {status}; `docker login "
+                f"{self._login_host}` with a user "
+                "that has this permission"
             )
         lost = status == 416 and answer.request.method != "GET"
-        if lost or any(code in answer.content for code in _ANEW):
-            raise TransientError("the registry gave an upload up")
+        if lost or any(code in answer.content for code in _RESTART_CODES):
+            raise TransientError("the registry dropped an upload")
         text = shorten_repr(remove_secrets(answer.text), 160)
         raise TransferError(
-            f"{self.where}: expected the registry to answer, found {status} ({text}); check the name"
+            f"{self.where}: expected an answer, found {status} ({text}); check the name"
         )
 
-    # --------------------------------------------------------------------------------------------------------- login
+    # ----------------------------------------------------------------------------------- login
 
     def _authorize(self, answer: httpx2.Response) -> None:
-        """Answer a challenge: Basic, or a token of the realm it names; TransferError without a way in."""
+        """Answer a challenge: Basic, or a token of its realm; raises TransferError if that
+        fails.
+        """
         challenge = answer.headers.get("WWW-Authenticate", "")
         kind, _, rest = challenge.partition(" ")
-        known = find_login(self._login_host)
+        login = find_login(self._login_host)
         with self._lock:
-            if kind.lower() == "basic" and known:
-                self._authorization = "Basic " + base64.b64encode(":".join(known).encode()).decode()
+            if kind.lower() == "basic" and login:
+                self._authorization = "Basic " + base64.b64encode(":".join(login).encode()).decode()
             elif kind.lower() == "bearer":
-                self._authorization = "Bearer " + self._token(dict(_CHALLENGE.findall(rest)), known)
+                self._authorization = "Bearer " + self._token(dict(_CHALLENGE.findall(rest)), login)
 
-    def _token(self, challenge: Mapping[str, str], known: tuple[str, str] | None) -> str:
+    def _token(self, challenge: Mapping[str, str], login: tuple[str, str] | None) -> str:
         realm = challenge.get("realm", "")
         if urlsplit(realm).scheme != "https" and self._scheme == "https":
             raise TransferError(
-                f"{self.where}: expected the registry to name a login over https, found {shorten_repr(remove_secrets(realm))}; "
+                f"{self.where}: expected the registry to name a login over https, found "
+                f"{shorten_repr(remove_secrets(realm))}; "
                 "credentials are not sent there"
             )
-        asked = {key: challenge[key] for key in ("service", "scope") if challenge.get(key)}
-        if known and known[0] == "<token>":
+        params = {key: challenge[key] for key in ("service", "scope") if challenge.get(key)}
+        if login and login[0] == "<token>":
             form = {
-                **asked,
+                **params,
                 "grant_type": "refresh_token",
                 "client_id": "quantkit",
-                "refresh_token": known[1],
+                "refresh_token": login[1],
             }
             answer = self._client.post(realm, data=form)
         else:
-            answer = self._client.get(realm, params=asked, auth=known)
+            answer = self._client.get(realm, params=params, auth=login)
         if answer.status_code in {400, 401, 403}:
             raise TransferError(
-                f"{self.where}: expected the login to be known, found {answer.status_code}; "
+                f"{self.where}: expected a valid login, found {answer.status_code}; "
                 f"`docker login {self._login_host}`"
             )
-        self._checked(answer, missing=False)
-        found = json.loads(answer.content)
-        token = found.get("token") or found.get("access_token") if isinstance(found, dict) else None
+        self._check(answer, missing=False)
+        values = json.loads(answer.content)
+        token = (
+            values.get("token") or values.get("access_token") if isinstance(values, dict) else None
+        )
         if not isinstance(token, str):
             raise TransferError(
                 f"{self.where}: expected a token from the registry's login, found none; try again"
@@ -330,5 +362,5 @@ class OciClient:
 
 
 def format_digest(content: bytes) -> str:
-    """A digest as registries write it."""
+    """Return the digest of a content as registries write it."""
     return "sha256:" + hashlib.sha256(content).hexdigest()

@@ -1,6 +1,8 @@
-"""Publishing an artifact: verify it here, look what is there by hash, send the rest in parallel, the manifest last.
+"""Publish an artifact: verify it, compare the remote by hash, send missing files, then the
+manifest.
 
-An interrupted publication is no artifact to anybody who pulls, and goes on with what arrived.
+Without its manifest a publication is not an artifact, so an interrupted one cannot be pulled. The
+next run resumes with the files that arrived.
 """
 
 from __future__ import annotations
@@ -35,52 +37,63 @@ def publish_artifact(
     artifact: Path, dest: str, options: RemoteOptions, tell: ProgressCallback, *,
     force: bool = False, overwrite: bool = False, dry_run: bool = False,
 ) -> Transfer:  # fmt: skip
-    """Send an artifact to a place; ArtifactError for one that is not what its manifest says or was not accepted."""
+    """Publish an artifact to the address `dest`.
+
+    Raises ArtifactError if the artifact does not verify, or was not accepted and `force` is false.
+    """
     with note_resume(), closing(open_remote(dest, options)) as remote:
         status = verify_artifact(artifact).status
         if status != ACCEPTED and not force:
             raise ArtifactError(
-                f"{artifact}: expected an accepted artifact, found one that is {status}; build one that keeps the "
+                f"{artifact}: expected an accepted artifact, found one that is {status}; build "
+                "one that meets the "
                 "gates of its recipe, or pass --force"
             )
         items, manifest = list_upload_files(artifact)
-        found = retry(
+        state = retry(
             lambda: remote.list_remote(items, MANIFEST), remote.where, options.retry_policy
         )
-        gone = find_replaced_files(found, items, manifest, remote.where, overwrite)
-        new = [item for item in items if item.name not in found.there]
-        whole = (
+        gone = find_replaced_files(state, items, manifest, remote.where, overwrite)
+        new = [item for item in items if item.name not in state.present]
+        is_complete = (
             not new
             and not gone
-            and hashlib.sha256(found.manifest or b"").hexdigest() == manifest.sha256
+            and hashlib.sha256(state.manifest or b"").hexdigest() == manifest.sha256
         )
-        names = () if whole else (*(item.name for item in new), MANIFEST)
+        names = () if is_complete else (*(item.name for item in new), MANIFEST)
         moved = sum(item.n_bytes for item in (*new, manifest)) if names else 0
-        place = remote.where
+        location = remote.where
         if names and not dry_run:
             retry(lambda: remote.begin_upload(gone), remote.where, options.retry_policy)
-            tally = TransferProgress("publish", moved, tell)
+            progress = TransferProgress("publish", moved, tell)
             run_in_parallel(
                 new,
-                lambda item: send_file(remote, item, tally, options.retry_policy),
+                lambda item: send_file(remote, item, progress, options.retry_policy),
                 options.jobs,
-                tally.stop,
+                progress.stop,
             )
-            place = retry(
+            location = retry(
                 lambda: remote.finalize(items, manifest), remote.where, options.retry_policy
             )
-            tally.report_bytes(MANIFEST, manifest.n_bytes)
+            progress.report_bytes(MANIFEST, manifest.n_bytes)
     total = sum(item.n_bytes for item in (*items, manifest))
     return Transfer(
-        place=place, status=status, files=names, n_bytes=moved, there=len(items) + 1 - len(names),
-        there_bytes=total - moved, manifest=manifest.sha256, removed=tuple(n for n in gone if n != MANIFEST),
-    )  # fmt: skip
+        location=location,
+        status=status,
+        files=names,
+        n_bytes=moved,
+        n_present=len(items) + 1 - len(names),
+        present_bytes=total - moved,
+        manifest=manifest.sha256,
+        removed=tuple(n for n in gone if n != MANIFEST),
+    )
 
 
 def list_upload_files(artifact: Path) -> tuple[list[UploadFile], UploadFile]:
-    """The files of an artifact that was verified, the largest first, and its manifest.
+    """Return the files of a verified artifact, largest first, and its manifest.
 
-    A load test's figures go along, its page does not: nobody could tell whether that is the page of these figures.
+    The figures of a load test are published; its page is not, because it cannot be checked against
+    the figures.
     """
     hashes = parse_files(read_json(artifact / MANIFEST, ArtifactError), str(artifact))
     items = []
@@ -88,8 +101,8 @@ def list_upload_files(artifact: Path) -> tuple[list[UploadFile], UploadFile]:
         name = path.relative_to(artifact).as_posix()
         if name == LOADTEST_PAGE:
             continue
-        known = hashes.get(name)
-        sha256 = known.sha256 if known and known.sha256 else sha256_file(path, ArtifactError)
+        entry = hashes.get(name)
+        sha256 = entry.sha256 if entry and entry.sha256 else sha256_file(path, ArtifactError)
         items.append(UploadFile(name=name, path=path, n_bytes=path.stat().st_size, sha256=sha256))
     check_file_names((item.name for item in items), str(artifact))
     manifest = next(item for item in items if item.name == MANIFEST)
@@ -99,35 +112,40 @@ def list_upload_files(artifact: Path) -> tuple[list[UploadFile], UploadFile]:
 
 
 def find_replaced_files(
-    found: RemoteState,
+    state: RemoteState,
     items: Sequence[UploadFile],
     manifest: UploadFile,
     where: str,
     overwrite: bool,
 ) -> tuple[str, ...]:
-    """What must go before another artifact can be there, the manifest first; TransferError when it may not."""
+    """Return the files to remove from the remote before sending, the manifest first.
+
+    Raises TransferError if another artifact or other files are there and `overwrite` is false.
+    """
     same = (
-        found.manifest is not None and hashlib.sha256(found.manifest).hexdigest() == manifest.sha256
+        state.manifest is not None and hashlib.sha256(state.manifest).hexdigest() == manifest.sha256
     )
-    if found.manifest is not None and not same and not overwrite:
+    if state.manifest is not None and not same and not overwrite:
         raise TransferError(
-            f"{where}: expected no other artifact, found one; choose another place, or pass --overwrite"
+            f"{where}: expected no other artifact, found one; choose another address, or pass "
+            "--overwrite"
         )
-    named = parse_manifest_names(found.manifest) if found.manifest is not None else set[str]()
-    strangers = [name for name in found.others if name not in named]
-    if strangers and not overwrite:
+    named = parse_manifest_names(state.manifest) if state.manifest is not None else set[str]()
+    unknown = [name for name in state.others if name not in named]
+    if unknown and not overwrite:
         raise TransferError(
-            f"{where}: expected an empty place or this artifact, found {len(strangers)} other files, the first "
-            f"{shorten_repr(strangers[0])}; choose another place, or pass --overwrite"
+            f"{where}: expected an empty remote or this artifact, found {len(unknown)} other "
+            "files, the first "
+            f"{shorten_repr(unknown[0])}; choose another address, or pass --overwrite"
         )
-    if same:  # a signature that this copy lacks stays
-        return (MANIFEST,) if any(item.name not in found.there for item in items) else ()
-    gone = (name for name in found.others if name in named)
-    return (MANIFEST, *sorted(gone)) if found.manifest is not None else ()
+    if same:  # a signature that the local copy lacks is kept
+        return (MANIFEST,) if any(item.name not in state.present for item in items) else ()
+    gone = (name for name in state.others if name in named)
+    return (MANIFEST, *sorted(gone)) if state.manifest is not None else ()
 
 
 def parse_manifest_names(manifest: bytes) -> set[str]:
-    """The good names in a manifest that somebody else wrote; none in one that cannot be read."""
+    """Return the file names of a remote manifest; an empty set if it is invalid."""
     try:
         values = parse_json(manifest, MANIFEST, TransferError)
         files = {*parse_files(values, MANIFEST), *parse_unhashed(values), SIGNATURE, LOADTEST}
@@ -137,20 +155,20 @@ def parse_manifest_names(manifest: bytes) -> set[str]:
 
 
 def send_file(
-    remote: Remote, item: UploadFile, tally: TransferProgress, patience: RetryPolicy
+    remote: Remote, item: UploadFile, progress: TransferProgress, patience: RetryPolicy
 ) -> None:
-    """Send one file, again while anything of it arrives."""
+    """Send one file; retry as long as bytes arrive."""
     best = 0
 
     def report_bytes(n_bytes: int) -> None:
         nonlocal best
         best = max(best, n_bytes)
-        tally.report_bytes(item.name, n_bytes)
+        progress.report_bytes(item.name, n_bytes)
 
     retry(
         lambda: remote.send(item, report_bytes),
         f"{remote.where}: {item.name}",
         patience,
         lambda: best,
-        tally.stop,
+        progress.stop,
     )

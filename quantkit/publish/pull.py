@@ -1,6 +1,7 @@
-"""Pulling an artifact: its manifest, every name in it checked, the files beside the folder, verified, then renamed.
+"""Pull an artifact: check its manifest, fetch the files into a staging folder, verify, then rename.
 
-Nothing unverified ever has the final name. What an interrupted pull left is gone on with, by hash.
+Nothing unverified ever has the final name. An interrupted pull resumes with the files that are
+complete by hash.
 """
 
 from __future__ import annotations
@@ -46,54 +47,71 @@ def pull_artifact(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Transfer:
-    """Fetch an artifact into a folder, which is there with verified content or not at all.
+    """Fetch an artifact into the folder `path`, which exists afterwards only if it verifies.
 
-    TransferError when the place has no whole artifact or sends other bytes; UsageError when `path` is taken.
+    Raises TransferError if the remote has no complete artifact or sends other bytes, UsageError if
+    something else is at `path`.
     """
     path = path.expanduser().absolute()
     with note_resume(), closing(open_remote(src, options)) as remote:
         content = retry(lambda: remote.fetch_manifest(MANIFEST), remote.where, options.retry_policy)
         if content is None:
             raise TransferError(
-                f"{remote.where}: no {MANIFEST}: not an artifact of quantkit, or its publication did not finish; "
+                f"{remote.where}: no {MANIFEST}: not an artifact of quantkit, or its publication "
+                "did not finish; "
                 "publish it again"
             )
-        wanted, status = list_expected_files(remote, content, options.retry_policy)
-        total = sum(entry.n_bytes for entry in wanted) + len(content)
+        expected, status = list_expected_files(remote, content, options.retry_policy)
+        total = sum(entry.n_bytes for entry in expected) + len(content)
         done = Transfer(
-            place=remote.where, status=status, files=(*(entry.name for entry in wanted), MANIFEST), n_bytes=total,
-            there=0, there_bytes=0, manifest=hashlib.sha256(content).hexdigest(),
-        )  # fmt: skip
-        as_it_is = replace(done, files=(), n_bytes=0, there=len(done.files), there_bytes=total)
+            location=remote.where,
+            status=status,
+            files=(*(entry.name for entry in expected), MANIFEST),
+            n_bytes=total,
+            n_present=0,
+            present_bytes=0,
+            manifest=hashlib.sha256(content).hexdigest(),
+        )
+        unchanged = replace(
+            done, files=(), n_bytes=0, n_present=len(done.files), present_bytes=total
+        )
         if is_present(path, content, overwrite):
-            return as_it_is
+            return unchanged
         if dry_run:
             return done
-        with open_staging_dir(path) as place:
-            if is_present(path, content, overwrite):  # another pull was faster
-                return as_it_is
-            there = fetch_files(remote, place, wanted, options, tell)
-            place.put(MANIFEST, content)
+        with open_staging_dir(path) as staging:
+            if is_present(path, content, overwrite):  # another pull finished first
+                return unchanged
+            existing = fetch_files(remote, staging, expected, options, tell)
+            staging.put(MANIFEST, content)
             try:
-                verify_artifact(place.folder)
+                verify_artifact(staging.folder)
             except ArtifactError as fault:
                 raise TransferError(
-                    f"{remote.where}: what arrived is not what its manifest says; it lies in {place.folder}: {fault}"
+                    f"{remote.where}: the files that arrived do not match the manifest; they are "
+                    f"in {staging.folder}: {fault}"
                 ) from fault
-            place.rename_into_place()
+            staging.rename_into_place()
     new, before = (
-        tuple(name for name in done.files if name not in there.whole),
-        sum(there.n_bytes.values()),
+        tuple(name for name in done.files if name not in existing.complete),
+        sum(existing.n_bytes.values()),
     )
     return replace(
-        done, files=new, n_bytes=total - before, there=len(there.whole), there_bytes=before
+        done,
+        files=new,
+        n_bytes=total - before,
+        n_present=len(existing.complete),
+        present_bytes=before,
     )
 
 
 def list_expected_files(
     remote: Remote, content: bytes, patience: RetryPolicy
 ) -> tuple[list[ExpectedFile], str]:
-    """What a manifest says there is to fetch, the largest first, and its status; checked against what lies there."""
+    """Return the files to fetch, largest first, and the artifact's status.
+
+    Raises TransferError if the manifest is invalid or the remote lacks a file that it names.
+    """
     where = remote.where
     values = parse_json(content, f"{where}: {MANIFEST}", TransferError)
     if values.get("schema_version") != SCHEMA_VERSION:
@@ -112,7 +130,8 @@ def list_expected_files(
     ]
     if faults:
         raise TransferError(
-            f"{where}: expected the {len(files)} files that its manifest names, found {len(faults)} missing or "
+            f"{where}: expected the {len(files)} files that its manifest names, found "
+            f"{len(faults)} missing or "
             f"changed, the first {faults[0]}; publish it again"
         )
     extra = {
@@ -127,82 +146,89 @@ def list_expected_files(
 
 
 def is_present(path: Path, manifest: bytes, overwrite: bool) -> bool:
-    """Whether the artifact is at `path` already; UsageError when something else is that must not be replaced."""
-    found = read_existing_manifest(path, MANIFEST)
-    if found is None:
+    """Whether the artifact is already at `path`.
+
+    Raises UsageError if something else is there and may not be replaced.
+    """
+    existing = read_existing_manifest(path, MANIFEST)
+    if existing is None:
         return False
-    if found == manifest:
+    if existing == manifest:
         try:
             verify_artifact(path)
             return True
         except ArtifactError as fault:
             if not overwrite:
                 raise UsageError(
-                    f"{path}: this artifact is there already and was changed; --overwrite replaces it: {fault}"
+                    f"{path}: contains this artifact, but it was changed; --overwrite replaces "
+                    f"it: {fault}"
                 ) from fault
     if not overwrite:
         raise UsageError(f"{path}: exists already; choose another folder or pass --overwrite")
-    if not found:
+    if not existing:
         raise UsageError(
-            f"{path}: exists and is not an artifact of quantkit; --overwrite replaces artifacts only"
+            f"{path}: exists and is not an artifact of quantkit; --overwrite replaces artifacts "
+            "only"
         )
     return False
 
 
 def fetch_files(
     remote: Remote,
-    place: StagingDir,
-    wanted: Sequence[ExpectedFile],
+    staging: StagingDir,
+    expected: Sequence[ExpectedFile],
     options: RemoteOptions,
     tell: ProgressCallback,
 ) -> ExistingFiles:
-    """Every file that is not whole yet; what was there before."""
-    there = place.prepare(wanted)
-    new = [entry for entry in wanted if entry.name not in there.whole]
-    missing = sum(entry.n_bytes - there.n_bytes.get(entry.name, 0) for entry in new)
-    if missing > (room := get_free_bytes(place.folder)):
+    """Fetch every file that is not complete; return the files that existed before."""
+    existing = staging.prepare(expected)
+    new = [entry for entry in expected if entry.name not in existing.complete]
+    missing = sum(entry.n_bytes - existing.n_bytes.get(entry.name, 0) for entry in new)
+    if missing > (room := get_free_bytes(staging.folder)):
         raise TransferError(
-            f"{place.folder}: expected room for {format_bytes(missing)}, found {format_bytes(room)}; free some space or choose another "
+            f"{staging.folder}: expected free space for {format_bytes(missing)}, found "
+            f"{format_bytes(room)}; free some space or choose another "
             "folder"
         )
-    tally = TransferProgress("pull", sum(entry.n_bytes for entry in new), tell)
+    progress = TransferProgress("pull", sum(entry.n_bytes for entry in new), tell)
     run_in_parallel(
         new,
-        lambda entry: fetch_file(remote, place, entry, tally, options.retry_policy),
+        lambda entry: fetch_file(remote, staging, entry, progress, options.retry_policy),
         options.jobs,
-        tally.stop,
+        progress.stop,
     )
-    return there
+    return existing
 
 
 def fetch_file(
     remote: Remote,
-    place: StagingDir,
-    wanted: ExpectedFile,
-    tally: TransferProgress,
+    staging: StagingDir,
+    expected: ExpectedFile,
+    progress: TransferProgress,
     patience: RetryPolicy,
 ) -> None:
-    """One file behind what is there of it; once more from its start when it is not what the manifest says."""
-    with closing(place.open_download(wanted)) as file:
+    """Fetch the rest of one file; fetch it again from the start if its hash is wrong."""
+    with closing(staging.open_download(expected)) as file:
 
-        def rest() -> None:
-            if file.have < wanted.n_bytes:
-                with closing(remote.read(wanted.name, file.have)) as pieces:
+        def fetch_rest() -> None:
+            if file.n_bytes < expected.n_bytes:
+                with closing(remote.read(expected.name, file.n_bytes)) as pieces:
                     for piece in pieces:
                         file.write(piece)
-                        tally.report_bytes(wanted.name, file.have)
-                        if file.have > wanted.n_bytes:
+                        progress.report_bytes(expected.name, file.n_bytes)
+                        if file.n_bytes > expected.n_bytes:
                             return
-            if file.have < wanted.n_bytes:
-                raise TransientError(f"{wanted.n_bytes - file.have} bytes are missing")
+            if file.n_bytes < expected.n_bytes:
+                raise TransientError(f"{expected.n_bytes - file.n_bytes} bytes are missing")
 
-        where = f"{remote.where}: {wanted.name}"
+        where = f"{remote.where}: {expected.name}"
         for _ in range(2):
-            retry(rest, where, patience, lambda: file.have, tally.stop)
+            retry(fetch_rest, where, patience, lambda: file.n_bytes, progress.stop)
             if file.finish():
                 return
-            file.forget()
+            file.restart()
         raise TransferError(
-            f"{where}: expected the file that its manifest names (sha256 {wanted.sha256}), found another, twice; it "
-            "was changed after it was published, or is damaged: publish it again"
+            f"{where}: expected the file that its manifest names (sha256 {expected.sha256}), "
+            "found another, twice; it "
+            "was changed after publication or is damaged: publish it again"
         )

@@ -1,9 +1,9 @@
-"""Who made an artifact: signatures in the format of OpenSSF Model Signing, by the `model-signing` library.
+"""Signatures in the OpenSSF Model Signing format, by the `model-signing` library.
 
-A signature covers every file of the artifact, the manifest and the timings included, but itself and a load test, which
-is added later. The library makes and checks it; the files' hashes are those that `verify` took in its one reading,
-handed to the library as its own lists of files are. `model_signing verify` of the library reads such signatures too.
-Nothing is fetched but for sigstore.
+A signature covers every file of the artifact, including manifest and timings, except itself and a
+load test, which is added later. The library signs and checks; the file hashes come from `verify`,
+which reads each file once, and are passed to the library in place of its own list of files. The
+library's `model_signing verify` reads these signatures as well. Only sigstore uses the network.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from quantkit.verify.shallow import VerifyReport, verify_artifact
 
 PASSWORD = "QUANTKIT_KEY_PASSWORD"
 TOKEN = "SIGSTORE_ID_TOKEN"
-"""Environment variables: the password of an encrypted key; sigstore's own for an identity token."""
+"""Environment variables: password of an encrypted key; sigstore's identity token."""
 
 LIMIT_BYTES = 100_000_000
 SHOWN = 5
@@ -33,7 +33,7 @@ SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Signer:
-    """Who signs: a private key, with its certificate and the chain above it if there is one; or sigstore."""
+    """Signing identity: a private key, optionally with certificate and chain; or sigstore."""
 
     private_key: Path | None = None
     certificate: Path | None = None
@@ -43,7 +43,9 @@ class Signer:
 
 @dataclass(frozen=True, kw_only=True)
 class Trust:
-    """Whose signature counts: a public key, certificates that vouch, or an identity of sigstore and its provider."""
+    """Trusted identity: a public key, root certificates, or a sigstore identity and its
+    provider.
+    """
 
     public_key: Path | None = None
     certificates: Sequence[Path] = ()
@@ -51,8 +53,8 @@ class Trust:
     provider: str | None = None
 
     @property
-    def told(self) -> str:
-        """Who that is, for a sentence."""
+    def description(self) -> str:
+        """The identity, for messages."""
         if self.public_key:
             return f"the key {self.public_key}"
         return (
@@ -62,19 +64,19 @@ class Trust:
         )
 
 
-# ------------------------------------------------------------------------------- the library's words for lists of files
+# --------------------------------------------------------------- the library's types for file lists
 
 
 @dataclass(frozen=True, kw_only=True)
 class Digest:
-    """A hash as the library has it."""
+    """A hash, with the attributes that the library reads."""
 
     algorithm: str
     digest_hex: str
 
     @property
     def digest_value(self) -> bytes:
-        """The same in bytes."""
+        """The hash as bytes."""
         return bytes.fromhex(self.digest_hex)
 
 
@@ -88,9 +90,10 @@ class Resource:
 
 @dataclass
 class HashedFiles:
-    """The files of an artifact where the library expects a hashing configuration, and the list that one makes.
+    """Hashes of an artifact's files, used as the library's hashing configuration and as its result.
 
-    It compares equal to any signed list and keeps it in `signed`, so that whoever asks can say what differs.
+    It compares equal to any signed list and keeps that in `signed`, so that the caller can report
+    the differences.
     """
 
     model_name: str
@@ -99,63 +102,65 @@ class HashedFiles:
 
     @property
     def serialization_type(self) -> dict[str, Any]:
-        """How others must hash the folder to get the same list."""
-        later = [SIGNATURE, *ADDED_LATER]
+        """Parameters with which other tools reproduce the list."""
+        ignored = [SIGNATURE, *ADDED_LATER]
         return {
             "method": "files",
             "hash_type": "sha256",
             "allow_symlinks": False,
-            "ignore_paths": later,
+            "ignore_paths": ignored,
         }
 
     def resource_descriptors(self) -> Iterator[Resource]:
-        """Every file, in the order of names."""
-        for name, found in sorted(self.sha256.items()):
-            yield Resource(identifier=name, digest=Digest(algorithm="sha256", digest_hex=found))
+        """Yield every file in the order of names."""
+        for name, sha256 in sorted(self.sha256.items()):
+            yield Resource(identifier=name, digest=Digest(algorithm="sha256", digest_hex=sha256))
 
     def hash(self, model_path: Path, *, files_to_hash: object = None) -> HashedFiles:
-        """What was hashed already."""
+        """Return the hashes that exist already."""
         return self
 
     def add_ignored_paths(self, *, model_path: Path, paths: object) -> None:
-        """A signature cannot take files out of the comparison."""
+        """Do nothing: a signature cannot exclude files from the comparison."""
 
     def __eq__(self, signed: object) -> bool:
         if not hasattr(signed, "resource_descriptors"):
             return NotImplemented
         self.signed = {
-            each.identifier: Digest(
-                algorithm=each.digest.algorithm, digest_hex=each.digest.digest_hex
+            resource.identifier: Digest(
+                algorithm=resource.digest.algorithm, digest_hex=resource.digest.digest_hex
             )
-            for each in signed.resource_descriptors()
+            for resource in signed.resource_descriptors()
         }
         return True
 
-    __hash__ = None  # type: ignore[assignment]  # it changes
+    __hash__ = None  # type: ignore[assignment]  # mutable
 
 
 def collect_hashes(verified: VerifyReport) -> HashedFiles:
-    """The files of an artifact that was verified, with those that its manifest does not hash."""
-    beside = [name for name in (MANIFEST, *sorted(UNHASHED)) if (verified.path / name).is_file()]
+    """Collect the hashes of a verified artifact, including files that its manifest does not
+    hash.
+    """
+    unhashed = [name for name in (MANIFEST, *sorted(UNHASHED)) if (verified.path / name).is_file()]
     return HashedFiles(
         model_name=verified.path.resolve().name,
-        sha256={**verified.sha256, **{name: scan_file(verified.path / name) for name in beside}},
+        sha256={**verified.sha256, **{name: scan_file(verified.path / name) for name in unhashed}},
     )
 
 
-# --------------------------------------------------------------------------------------------------------- signing
+# ----------------------------------------------------------------------------------------- signing
 
 
 def sign_artifact(
     artifact: Path, signer: Signer, output: Path | None, *, overwrite: bool = False
 ) -> Path:
-    """Sign an artifact that verifies; returns the signature's file, quantkit/signature.json inside it by default.
+    """Verify and sign an artifact; return the signature's path (default: inside the artifact).
 
-    Raises ArtifactError for an artifact that does not verify, UsageError for keys and files that cannot be used.
+    Raises ArtifactError if the artifact does not verify, UsageError for unusable keys and files.
     """
     place = output or artifact / SIGNATURE
     if place.exists() and not overwrite:
-        raise UsageError(f"{place}: is signed already; pass --overwrite to sign it anew")
+        raise UsageError(f"{place}: exists already; pass --overwrite to replace the signature")
     signing = import_library("signing")
     config = signing.Config()
     with translate_errors(f"{signer.private_key or 'sigstore'}: cannot sign with it"):
@@ -163,22 +168,22 @@ def sign_artifact(
     files = collect_hashes(verify_artifact(artifact))
     config.set_hashing_config(files)
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "signature.json"
+        temporary = Path(folder) / "signature.json"
         with translate_errors(f"{artifact}: cannot be signed"):
-            config.sign(artifact, made)
+            config.sign(artifact, temporary)
         write = write_output if output else write_atomic
-        write(place, read_bytes(made, LIMIT_BYTES, ArtifactError))
+        write(place, read_bytes(temporary, LIMIT_BYTES, ArtifactError))
     return place
 
 
 def configure_signer(config: Any, signer: Signer) -> None:
-    """Tell the library who signs."""
+    """Pass the signing identity to the library."""
     if signer.sigstore:
         config.use_sigstore_signer(
             use_ambient_credentials=True, identity_token=os.environ.get(TOKEN)
         )
     elif signer.certificate:
-        chain = list(signer.chain) or [signer.certificate]  # the library refuses a chain of none
+        chain = list(signer.chain) or [signer.certificate]  # the library refuses an empty chain
         config.use_certificate_signer(
             private_key=signer.private_key,
             signing_certificate=signer.certificate,
@@ -191,41 +196,42 @@ def configure_signer(config: Any, signer: Signer) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------- verifying
+# --------------------------------------------------------------------------------------- verifying
 
 
 def check_signature(verified: VerifyReport, signature: Path | None, trust: Trust) -> Path:
-    """Whether somebody trusted signed exactly these files; the signature's file.
+    """Check that a trusted identity signed exactly the verified files; return the signature's path.
 
-    Raises ArtifactError for an artifact without signature, a signature that is damaged or by somebody else, and one of
-    other files than those that were verified; UsageError for a key or certificate that cannot be used.
+    Raises ArtifactError for a missing or damaged signature, another signer or other files;
+    UsageError for an unusable key or certificate.
     """
     place = signature or verified.path / SIGNATURE
     if not place.is_file():
         raise ArtifactError(
-            f"{place}: expected a signature, found none: nobody vouches for {verified.path}"
+            f"{place}: expected a signature, found none: {verified.path} is not signed"
         )
     read_bytes(place, LIMIT_BYTES, ArtifactError)
     config, files = import_library("verifying").Config(), collect_hashes(verified)
-    with translate_errors(f"{trust.told}: cannot be checked with"):
+    with translate_errors(f"{trust.description}: cannot be checked with"):
         configure_verifier(config, trust)
     config.set_hashing_config(files)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the library prints warnings
             config.verify(verified.path, place)
-    except Exception as fault:  # what a forged signature breaks first, in one of five libraries
+    except Exception as fault:  # a forged signature can fail in any of five libraries
         raise ArtifactError(
-            f"{place}: not signed by {trust.told}: {describe_reason(fault)}; do not use it"
+            f"{place}: not signed by {trust.description}: {describe_reason(fault)}; do not use it"
         ) from fault
     if differs := describe_differences(files):
         raise ArtifactError(
-            f"{place}: not the signature of {verified.path}: {differs}; do not use it, or have it signed anew"
+            f"{place}: not the signature of {verified.path}: {differs}; do not use it, or sign it "
+            "again"
         )
     return place
 
 
 def configure_verifier(config: Any, trust: Trust) -> None:
-    """Tell the library whose signature counts."""
+    """Pass the trusted identity to the library."""
     if trust.public_key:
         config.use_elliptic_key_verifier(public_key=trust.public_key)
     elif trust.identity:
@@ -235,41 +241,42 @@ def configure_verifier(config: Any, trust: Trust) -> None:
 
 
 def describe_differences(files: HashedFiles) -> str:
-    """How the files differ from those that were signed; nothing when they are the same."""
+    """Describe how the files differ from the signed ones; empty if they are equal."""
     if not files.signed:
         return "it names no files"
-    found = {
+    hashes = {
         name: Digest(algorithm="sha256", digest_hex=value) for name, value in files.sha256.items()
     }
-    told = [f"{name} was added" for name in sorted(set(found) - set(files.signed))]
-    told += [f"{name} is missing" for name in sorted(set(files.signed) - set(found))]
-    told += [
+    changes = [f"{name} was added" for name in sorted(set(hashes) - set(files.signed))]
+    changes += [f"{name} is missing" for name in sorted(set(files.signed) - set(hashes))]
+    changes += [
         f"{name} was changed"
-        for name in sorted(set(found) & set(files.signed))
-        if found[name] != files.signed[name]
+        for name in sorted(set(hashes) & set(files.signed))
+        if hashes[name] != files.signed[name]
     ]
-    more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
-    return ", ".join(told[:SHOWN]) + more
+    more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+    return ", ".join(changes[:SHOWN]) + more
 
 
-# ------------------------------------------------------------------------------------------------------ the library
+# ------------------------------------------------------------------------------------- the library
 
 
 def import_library(part: str) -> Any:
-    """model_signing.signing or .verifying; UsageError when it is not installed."""
+    """Import model_signing.signing or .verifying; raises UsageError if it is not installed."""
     from importlib import import_module
 
     try:
         return import_module(f"model_signing.{part}")
     except ImportError as fault:
         raise UsageError(
-            f"signatures need the package model-signing, found no {fault.name}; pip install 'quantkit[sign]'"
+            f"signatures need the package model-signing, found no {fault.name}; pip install "
+            "'quantkit[sign]'"
         ) from fault
 
 
 @contextlib.contextmanager
-def translate_errors(what: str) -> Iterator[None]:
-    """The library's errors over keys, certificates and the network as one sentence."""
+def translate_errors(action: str) -> Iterator[None]:
+    """Turn the library's errors about keys, certificates and the network into one sentence."""
     try:
         yield
     except QuantkitError:
@@ -277,30 +284,31 @@ def translate_errors(what: str) -> Iterator[None]:
     except Exception as fault:
         if type(fault).__module__.startswith(("sigstore", "tuf", "requests", "urllib3")):
             raise QuantkitError(
-                f"{what}: sigstore did not answer ({describe_reason(fault)}); it needs a network, keys and certificates do not"
+                f"{action}: sigstore did not answer ({describe_reason(fault)}); it needs a "
+                "network, keys and certificates do not"
             ) from fault
-        raise UsageError(f"{what}: {describe_reason(fault)}") from fault
+        raise UsageError(f"{action}: {describe_reason(fault)}") from fault
 
 
 REASONS: Mapping[str, str] = {
     "InvalidSignature": "its content does not fit the signature",
-    "JSONDecodeError": "it is no JSON, or not all of it is there",
+    "JSONDecodeError": "it is not complete JSON",
     "KeyError": "it lacks a part",
     "IndexError": "it lacks a part",
-    "TypeError": "it has another form than signatures have",
-    "UnicodeDecodeError": "it is no text",
+    "TypeError": "it does not have the structure of a signature",
+    "UnicodeDecodeError": "it is not text",
     "FileNotFoundError": "there is no such file",
     "AttributeError": "expected an elliptic curve key (P-256, P-384 or P-521)",
-    "X509StoreContextError": "no trusted certificate vouches for it",
+    "X509StoreContextError": "no trusted certificate covers it",
 }
-"""What the exceptions that libraries raise without words mean here."""
+"""Meaning of exceptions that the libraries raise without a message."""
 
 
 def describe_reason(fault: Exception) -> str:
-    """What a library had to say, in one line."""
+    """Format a library's exception as one line."""
     text = " ".join(str(fault).split())
     if isinstance(fault, TypeError) and "Password" in text:
-        return f"wrong or missing password; set {PASSWORD} for an encrypted key, and nothing for a plain one"
+        return f"wrong or missing password; set {PASSWORD} for an encrypted key only"
     if text.startswith("Key mismatch"):
         return "it was made with another key"
     meaning = REASONS.get(type(fault).__name__)

@@ -1,6 +1,7 @@
-"""Where an artifact arrives: a folder beside its place, which takes the name only when everything in it was checked.
+"""Staging folder of a pull: it gets the final name only after everything in it was verified.
 
-`<folder>.pulling` keeps what arrived when a pull breaks off; files are there whole or as `<name>.part`.
+`<folder>.pulling` keeps the received data of an interrupted pull: complete files, and partial files
+as `<name>.part`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from quantkit.publish.remote import PIECE_BYTES
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpectedFile:
-    """A file to fetch; without a sha256 only its size is known."""
+    """A file to fetch; sha256 is None if only the size is known."""
 
     name: str
     n_bytes: int
@@ -37,21 +38,23 @@ class ExpectedFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExistingFiles:
-    """What an earlier pull left: files that are whole and right, and bytes by name, of parts too."""
+    """Files of an earlier pull: names of complete files, and bytes by name, partial files
+    included.
+    """
 
-    whole: frozenset[str]
+    complete: frozenset[str]
     n_bytes: Mapping[str, int]
 
 
 class PartialDownload:
-    """A file that arrives piece by piece behind what an earlier try left; `have` bytes are there."""
+    """A file that is received in pieces, appended to an earlier part; `n_bytes` have arrived."""
 
-    def __init__(self, path: Path, wanted: ExpectedFile) -> None:
-        self._path, self._part, self._wanted = path, path.with_name(path.name + PART), wanted
+    def __init__(self, path: Path, expected: ExpectedFile) -> None:
+        self._path, self._part, self._expected = path, path.with_name(path.name + PART), expected
         make_folder(path.parent)
         try:
             self._file = self._part.open("ab+")
-            self._digest, self.have = hashlib.sha256(), 0
+            self._digest, self.n_bytes = hashlib.sha256(), 0
             self._file.seek(0)
             while piece := self._file.read(PIECE_BYTES):
                 self._count(piece)
@@ -59,23 +62,23 @@ class PartialDownload:
             raise make_write_error(self._path, fault) from fault
 
     def write(self, piece: bytes) -> None:
-        """Take what came next."""
+        """Append the next piece."""
         try:
             self._file.write(piece)
         except OSError as fault:
             raise make_write_error(self._path, fault) from fault
         self._count(piece)
 
-    def forget(self) -> None:
-        """Begin anew: what is there is wrong."""
+    def restart(self) -> None:
+        """Discard the received bytes."""
         self._file.truncate(0)
-        self._digest, self.have = hashlib.sha256(), 0
+        self._digest, self.n_bytes = hashlib.sha256(), 0
 
     def finish(self) -> bool:
-        """Whether it is the wanted file, which then has its name."""
+        """Rename the part to the final name if size and hash match; return whether they do."""
         right = (
-            self._wanted.sha256 in {None, self._digest.hexdigest()}
-            and self.have == self._wanted.n_bytes
+            self._expected.sha256 in {None, self._digest.hexdigest()}
+            and self.n_bytes == self._expected.n_bytes
         )
         if right:
             try:
@@ -88,7 +91,7 @@ class PartialDownload:
         return right
 
     def close(self) -> None:
-        """Keep what arrived for the next time."""
+        """Close the file; the received bytes stay for the next run."""
         try:
             self._file.close()
         except OSError as fault:
@@ -96,20 +99,20 @@ class PartialDownload:
 
     def _count(self, piece: bytes) -> None:
         self._digest.update(piece)
-        self.have += len(piece)
+        self.n_bytes += len(piece)
 
 
 class StagingDir:
-    """The folder beside `path`, locked: one pull at a time."""
+    """The staging folder next to `path`; its lock allows one pull at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, path.with_name(path.name + ".pulling")
         self.replaced = path.with_name(path.name + ".pulling.replaced")
 
-    def prepare(self, wanted: Iterable[ExpectedFile]) -> ExistingFiles:
-        """Remove what is not wanted or wrong; what is left."""
-        files = {entry.name: entry for entry in wanted}
-        whole, parts = set(), dict[str, int]()
+    def prepare(self, expected: Iterable[ExpectedFile]) -> ExistingFiles:
+        """Remove unexpected and wrong files; return the remaining ones."""
+        files = {entry.name: entry for entry in expected}
+        complete, parts = set(), dict[str, int]()
         try:
             for path in sorted(self.folder.rglob("*"), reverse=True):
                 name = path.relative_to(self.folder).as_posix()
@@ -117,8 +120,8 @@ class StagingDir:
                 if path.is_dir() and not path.is_symlink():
                     if name != MARKER and not any(path.iterdir()):
                         path.rmdir()
-                elif name in files and self._is(path, files[name]):
-                    whole.add(name)
+                elif name in files and self._matches(path, files[name]):
+                    complete.add(name)
                 elif (
                     path.is_symlink()
                     or name in files
@@ -130,22 +133,23 @@ class StagingDir:
                     parts[part.name] = path.stat().st_size
         except OSError as fault:
             raise make_write_error(self.folder, fault) from fault
-        n_bytes = {name: size for name, size in parts.items() if name not in whole}
+        n_bytes = {name: size for name, size in parts.items() if name not in complete}
         return ExistingFiles(
-            whole=frozenset(whole), n_bytes=n_bytes | {name: files[name].n_bytes for name in whole}
+            complete=frozenset(complete),
+            n_bytes=n_bytes | {name: files[name].n_bytes for name in complete},
         )
 
-    def open_download(self, wanted: ExpectedFile) -> PartialDownload:
-        """A file, to be written."""
-        return PartialDownload(self.folder / wanted.name, wanted)
+    def open_download(self, expected: ExpectedFile) -> PartialDownload:
+        """Open a file to receive, after an earlier part if there is one."""
+        return PartialDownload(self.folder / expected.name, expected)
 
     def put(self, name: str, content: bytes) -> None:
-        """A small file at once."""
+        """Write a small file."""
         make_folder((self.folder / name).parent)
         write_atomic(self.folder / name, content)
 
     def rename_into_place(self) -> None:
-        """Rename the folder; what lies there is replaced as a whole."""
+        """Rename the folder to its final name; an existing folder is replaced as a whole."""
         try:
             remove_owned_dir(self.replaced)
             for folder in (path for path in self.folder.rglob("*") if path.is_dir()):
@@ -160,34 +164,36 @@ class StagingDir:
         remove_owned_dir(self.replaced)
 
     @staticmethod
-    def _is(path: Path, wanted: ExpectedFile) -> bool:
-        if path.is_symlink() or path.stat().st_size != wanted.n_bytes or wanted.sha256 is None:
+    def _matches(path: Path, expected: ExpectedFile) -> bool:
+        if path.is_symlink() or path.stat().st_size != expected.n_bytes or expected.sha256 is None:
             return False
-        return sha256_file(path, ArtifactError) == wanted.sha256
+        return sha256_file(path, ArtifactError) == expected.sha256
 
 
 @contextmanager
 def open_staging_dir(path: Path) -> Iterator[StagingDir]:
-    """The place where an artifact named `path` arrives; UsageError when it is not free for that."""
-    place = StagingDir(path)
+    """Lock and create the staging folder of `path`; raises UsageError if it is in use."""
+    staging = StagingDir(path)
     with hold_lock(path.with_name(path.name + ".pulling.lock"), "pull", "another folder"):
-        check_owned_dir(place.replaced)
-        check_owned_dir(place.folder)
-        make_owned_dir(place.folder)
+        check_owned_dir(staging.replaced)
+        check_owned_dir(staging.folder)
+        make_owned_dir(staging.folder)
         try:
-            yield place
+            yield staging
         finally:
-            with suppress(OSError):  # it has its name, or keeps what arrived
-                if all(path.name == MARKER for path in place.folder.iterdir()):
-                    (place.folder / MARKER).rmdir()
-                    place.folder.rmdir()
+            with suppress(OSError):  # it was renamed, or keeps received data
+                if all(path.name == MARKER for path in staging.folder.iterdir()):
+                    (staging.folder / MARKER).rmdir()
+                    staging.folder.rmdir()
 
 
 def read_existing_manifest(path: Path, manifest: str) -> bytes | None:
-    """The manifest of the artifact at `path`, empty for something else there; None for nothing or an empty folder."""
+    """Return the manifest at `path`; empty if something else is there, None for nothing or an empty
+    folder.
+    """
     if path.is_dir() and not path.is_symlink():
         if not any(path.iterdir()):
             return None
-        place = path / manifest
-        return place.read_bytes() if place.is_file() and not place.is_symlink() else b""
+        file = path / manifest
+        return file.read_bytes() if file.is_file() and not file.is_symlink() else b""
     return b"" if path.exists() or path.is_symlink() else None

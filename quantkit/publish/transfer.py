@@ -1,4 +1,4 @@
-"""What publishing and pulling share: progress, patience, several files at once, and what a manifest says of files."""
+"""Shared by publish and pull: progress, parallel transfers, and the file list of a manifest."""
 
 from __future__ import annotations
 
@@ -20,35 +20,43 @@ from quantkit.publish.staging_dir import ExpectedFile
 
 _SECONDS_BETWEEN = 0.1
 _LEAVING_SECONDS = 2.0
-"""How long a transfer that ends waits for its threads, which notice at their next piece."""
+"""Seconds that a failing transfer waits for its threads, which stop at their next piece."""
 
 Work = TypeVar("Work")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """What was done, or with a dry run would be done: files and bytes that move, and those that are there already."""
+    """Files and bytes that a transfer moved, or would move in a dry run, and those already
+    present.
+    """
 
-    place: str
+    location: str
     status: str
     files: tuple[str, ...]
     n_bytes: int
-    there: int
-    there_bytes: int
+    n_present: int
+    present_bytes: int
     manifest: str  # its sha256
     removed: tuple[str, ...] = ()
 
     def values(self) -> dict[str, object]:
-        """For machines."""
+        """Return the values for `--json`."""
         return {
-            "place": self.place, "status": self.status, "manifest": self.manifest, "files": list(self.files),
-            "bytes": self.n_bytes, "there": self.there, "there_bytes": self.there_bytes, "removed": list(self.removed),
-        }  # fmt: skip
+            "place": self.location,
+            "status": self.status,
+            "manifest": self.manifest,
+            "files": list(self.files),
+            "bytes": self.n_bytes,
+            "there": self.n_present,
+            "there_bytes": self.present_bytes,
+            "removed": list(self.removed),
+        }
 
 
 @dataclass
 class TransferProgress:
-    """Bytes of a transfer as they arrive, from several threads; told with rate and time left."""
+    """Bytes of a transfer, reported from several threads with rate and time left."""
 
     stage: str
     total: int
@@ -57,13 +65,11 @@ class TransferProgress:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _done: dict[str, int] = field(default_factory=dict)
     _began: float = field(default_factory=time.monotonic)
-    _next: float = 0.0  # when it is told again
-    _before: int | None = (
-        None  # what was there when the first byte arrived: it came at no rate of this run
-    )
+    _next: float = 0.0  # time of the next report
+    _before: int | None = None  # bytes present at the first report; they do not count for the rate
 
     def report_bytes(self, name: str, n_bytes: int) -> None:
-        """So much of a file is there; raises to end the thread when the transfer is over."""
+        """Set the bytes of a file that have arrived; raises Cancelled if the transfer has ended."""
         if self.stop.is_set():
             raise Cancelled
         with self._lock:
@@ -86,11 +92,12 @@ class TransferProgress:
         if seconds < 0.5 or new <= 0 or done >= self.total:
             return text
         left = int((self.total - done) * seconds / new)
-        return f"{text}, {format_bytes(int(new / seconds))}/s, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        return f"{text}, {format_bytes(int(new / seconds))}/s, {clock} left"
 
 
 def format_bytes(n_bytes: int) -> str:
-    """Bytes for people."""
+    """Format bytes with a unit."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes >= scale:
             return f"{n_bytes / scale:.1f} {unit}"
@@ -98,9 +105,9 @@ def format_bytes(n_bytes: int) -> str:
 
 
 def parse_files(values: Mapping[str, object], where: str) -> dict[str, ExpectedFile]:
-    """The files of a manifest; TransferError for an entry that is none."""
+    """Return the files of a manifest; raises TransferError for an invalid entry."""
     files = values.get("files")
-    found: dict[str, ExpectedFile] = {}
+    expected: dict[str, ExpectedFile] = {}
     for name, entry in files.items() if isinstance(files, Mapping) else ():
         sha256, n_bytes = (
             (entry.get("sha256"), entry.get("bytes"))
@@ -112,25 +119,26 @@ def parse_files(values: Mapping[str, object], where: str) -> dict[str, ExpectedF
         )
         if not isinstance(sha256, str) or not good or type(n_bytes) is not int or n_bytes < 0:
             raise TransferError(
-                f"{where}: {MANIFEST}: files: {shorten_repr(name)}: expected sha256 and bytes, found {shorten_repr(entry)}; publish "
+                f"{where}: {MANIFEST}: files: {shorten_repr(name)}: expected sha256 and bytes, "
+                f"found {shorten_repr(entry)}; publish "
                 "it again"
             )
-        found[name] = ExpectedFile(name=name, n_bytes=n_bytes, sha256=sha256)
-    if not found:
+        expected[name] = ExpectedFile(name=name, n_bytes=n_bytes, sha256=sha256)
+    if not expected:
         raise TransferError(
             f"{where}: {MANIFEST}: files: expected the files of an artifact, found none"
         )
-    return found
+    return expected
 
 
 def parse_unhashed(values: Mapping[str, object]) -> list[str]:
-    """Files that a manifest names without a hash."""
+    """Return the files that a manifest names without a hash."""
     names = values.get("unhashed")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def check_file_names(names: Iterable[str], where: str) -> None:
-    """TransferError unless all names can be files of one folder, anywhere."""
+    """Check that all names are valid inside one folder on any system; raises TransferError."""
     faults = list(find_name_faults(names))
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -141,20 +149,20 @@ def check_file_names(names: Iterable[str], where: str) -> None:
 
 @contextmanager
 def note_resume() -> Iterator[None]:
-    """Around a transfer: whoever interrupts it is told how it goes on."""
+    """Add a note about resuming to a KeyboardInterrupt."""
     try:
         yield
     except KeyboardInterrupt as fault:
-        fault.add_note("what arrived is kept; the same command goes on")
+        fault.add_note("received data is kept; run the same command to resume")
         raise
 
 
 def run_in_parallel(
     items: Sequence[Work], work: Callable[[Work], None], jobs: int, stop: threading.Event
 ) -> None:
-    """Do something with every item, some at once; the first failure ends the others and is raised.
+    """Run `work` on every item in `jobs` threads; the first failure stops the others and is raised.
 
-    The threads are daemons: Ctrl-C need not wait for a library that is in the middle of a large file.
+    The threads are daemons, so Ctrl-C does not wait for a library in the middle of a large file.
     """
     todo, faults = queue.SimpleQueue[Work](), queue.SimpleQueue[BaseException | None]()
     for item in items:
@@ -181,13 +189,13 @@ def run_worker(
     todo: queue.SimpleQueue[Work], work: Callable[[Work], None], stop: threading.Event,
     faults: queue.SimpleQueue[BaseException | None],
 ) -> None:  # fmt: skip
-    """A thread's part: item after item until none is left; tells how it ended."""
+    """Process items until the queue is empty; put the exception, or None, into `faults`."""
     fault: BaseException | None = None
     try:
         while not stop.is_set():
             work(todo.get_nowait())
     except queue.Empty:
         pass
-    except BaseException as found:  # noqa: BLE001  # raised by whoever waits
-        fault = found
+    except BaseException as raised:  # noqa: BLE001  # the waiting thread raises it
+        fault = raised
     faults.put(fault)

@@ -1,8 +1,8 @@
-"""GSM8K, HumanEval and MBPP on SmolLM2-135M, source against artifact: real prompts, real code, the real sandbox.
+"""Tests of GSM8K, HumanEval and MBPP on SmolLM2-135M, source and artifact, with the real sandbox.
 
-Three items and 48 tokens each: five minutes of one core for four methods; `make eval-real` is the whole. Skipped
-without the model (QUANTKIT_SMOLLM2, else artifacts/real/smollm2-135m, which `make real-model` makes) or without the
-data (QUANTKIT_DATA, else ../shared/data).
+Three items and 48 tokens each: five minutes on one core for four methods; `make eval-real` runs the
+full benchmarks. Skipped without the model (QUANTKIT_SMOLLM2, default artifacts/real/smollm2-135m,
+created by `make real-model`) or without the data (QUANTKIT_DATA, default ../shared/data).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ METHODS = {
     "gptq": ("smollm2-135m-gptq4", []),
     "nf4": ("smollm2-135m-nf4", ["calibration=null"]),
 }
-SHORT = [
+SHORT_TEXTS = [
     "calibration.sequences=4",
     "calibration.length=128",
     "fidelity.windows=2",
@@ -41,7 +41,8 @@ SHORT = [
 ]
 
 
-def run(*arguments: str) -> str:
+def run_quantkit(*arguments: str) -> str:
+    """Run quantkit with --json and return its output; expect exit code 0."""
     result = CliRunner(catch_exceptions=False).invoke(main, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     return result.stdout
@@ -49,62 +50,86 @@ def run(*arguments: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_smollm2_on_the_real_benchmarks(method, tmp_path, monkeypatch, tmp_path_factory):
+def test_smollm2_runs_real_benchmarks(method, tmp_path, monkeypatch, tmp_path_factory):
     if not (MODEL / "model.safetensors").is_file():
         pytest.skip(
-            f"{MODEL}: no SmolLM2-135M; `make real-model` makes it, or set QUANTKIT_SMOLLM2"
+            f"{MODEL}: SmolLM2-135M not found; run `make real-model` or set QUANTKIT_SMOLLM2"
         )
     if not all((DATA / name).is_dir() for name in TASKS):
-        pytest.skip(f"{DATA}: not all of {', '.join(TASKS)}; set QUANTKIT_DATA")
+        pytest.skip(f"{DATA}: expected {', '.join(TASKS)}; set QUANTKIT_DATA")
     monkeypatch.setenv("QUANTKIT_DATA", str(DATA))
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path_factory.getbasetemp() / "smollm2-baselines"))
-    recipe, own = METHODS[method]
+    recipe, overrides = METHODS[method]
     changes = [
         f"source.model={MODEL}",
         f"output.path={tmp_path / 'artifact'}",
         "gates={}",
         "compute.device=cpu",
-        *own,
+        *overrides,
     ]
     changes += [
-        change for change in SHORT if "calibration=null" not in own or "calibration" not in change
+        change
+        for change in SHORT_TEXTS
+        if "calibration=null" not in overrides or "calibration" not in change
     ]
-    run(
+    run_quantkit(
         "build",
         recipe,
         "--skip-evaluation",
         *(part for change in changes for part in ("--set", change)),
     )
-    told = json.loads(run(
-        "eval", str(tmp_path / "artifact"), "--tasks", ",".join(TASKS), "--limit", str(LIMIT), "--max-tokens",
-        str(TOKENS), "--batch-size", "8", "--dtype", "float32", "--device-map", "cpu", "--source", str(MODEL),
-        "--output", str(tmp_path / "out"),
-    ))  # fmt: skip
+    results = json.loads(
+        run_quantkit(
+            "eval",
+            str(tmp_path / "artifact"),
+            "--tasks",
+            ",".join(TASKS),
+            "--limit",
+            str(LIMIT),
+            "--max-tokens",
+            str(TOKENS),
+            "--batch-size",
+            "8",
+            "--dtype",
+            "float32",
+            "--device-map",
+            "cpu",
+            "--source",
+            str(MODEL),
+            "--output",
+            str(tmp_path / "out"),
+        )
+    )
     items = read_items(tmp_path / "out" / "items.parquet")
-    first = {(item.task, item.filter) for item in items}
-    assert first == {
-        ("gsm8k", "strict-match"), ("gsm8k", "flexible-extract"), ("humaneval", "pass@1"), ("mbpp", "pass@1")
-    }  # fmt: skip
+    pairs = {(item.task, item.filter) for item in items}
+    assert pairs == {
+        ("gsm8k", "strict-match"),
+        ("gsm8k", "flexible-extract"),
+        ("humaneval", "pass@1"),
+        ("mbpp", "pass@1"),
+    }
     assert all(
-        len([item for item in items if (item.task, item.filter) == each]) == LIMIT for each in first
+        len([item for item in items if (item.task, item.filter) == pair]) == LIMIT for pair in pairs
     )
     assert all(1 <= item.n_tokens <= TOKENS for item in items)
     assert all(item.prompt.count("Question:") == 6 for item in items if item.task == "gsm8k"), (
-        "five worked examples"
+        "expected five worked examples and the question"
     )
     code = [item for item in items if item.task != "gsm8k"]
     if probe_sandbox().kind == "none":
         assert {item.score for item in code} == {None}
     else:
         assert {item.score for item in items} <= {0.0, 1.0}
-        assert any(item.parsed for item in code), "a small model writes Python that at least parses"
-        rows = {row["task"]: row for row in told["comparison"]}
+        assert any(item.parsed for item in code), (
+            "expected at least one answer that parses as Python"
+        )
+        rows = {row["task"]: row for row in results["comparison"]}
         assert all(rows[task]["n"] == LIMIT for task in TASKS)
         for row in rows.values():
             assert (row["lost"] - row["gained"]) / LIMIT == pytest.approx(
                 row["source"] - row["artifact"]
             )
-    pairs = parquet.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
-    assert any(row["first_divergence"] is not None for row in pairs), (
-        "4 bits change some answer of a small model"
+    rows = parquet.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
+    assert any(row["first_divergence"] is not None for row in rows), (
+        "expected 4 bits to change an answer of a small model"
     )

@@ -1,8 +1,8 @@
-"""AWQ and GPTQ artifacts as GPTQModel reads them: weights bit for bit, names, and the logits of its kernels.
+"""Tests of AWQ and GPTQ artifacts in GPTQModel: bit-identical weights, module names, kernel logits.
 
-GPTQModel lives in an environment of its own (`make readers`): it pins an older numpy, and replaces parts of
-transformers when it is imported. QUANTKIT_READERS names its Python. Without it these tests are skipped, unless
-QUANTKIT_REQUIRE_READERS is set, as in CI: then they fail.
+GPTQModel has its own environment (`make readers`): it pins an older numpy, and replaces parts of
+transformers when imported. QUANTKIT_READERS names its Python. Without it these tests are skipped,
+or fail if QUANTKIT_REQUIRE_READERS is set, as in CI.
 """
 
 from __future__ import annotations
@@ -25,25 +25,29 @@ pytestmark = pytest.mark.slow
 
 READER = Path(__file__).parent / "readers" / "gptqmodel_cpu.py"
 KERNEL_TOLERANCE = 0.03
-"""Relative error of a token's logits, in the median: the kernels compute in 16 bits. Measured: 0.003 to 0.011 where the
-rest of the model computes in float32; weights rounded by other codes are 0.1 away."""
+"""Median relative error of a token's logits: the kernels compute in 16 bits. Measured: 0.003 to
+0.011 if the rest of the model computes in float32; weights with other codes differ by 0.1.
+"""
 MLP_ONLY = '[{match: "*.mlp.*", quantize: {}}, {match: "*", keep: source}]'
-SEVERAL = (
-    '[{match: "*.o_proj", quantize: {bits: 8, group_size: -1}}, {match: "*.self_attn.*", quantize: {group_size: 32}}, '
+MIXED_RULES = (
+    '[{match: "*.o_proj", quantize: {bits: 8, group_size: -1}}, {match: "*.self_attn.*", '
+    "quantize: {group_size: 32}}, "
     '{match: "re:.*_proj$", quantize: default}, {match: "*", keep: source}]'
 )
-ALL_EXPERTS_ANSWER = {
+ALL_EXPERTS_ACTIVE = {
     "num_experts_per_tok": 8,
     "num_nextn_predict_layers": 0,
     "n_group": 1,
     "topk_group": 1,
 }
-"""Every expert answers every token, so that no rounding decides who does."""
+"""Every expert processes every token, so that rounding cannot change the routing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """An artifact, and who loads it: transformers, GPTQModel's own loader, or (None) its unpacking code alone."""
+    """An artifact and its loader: transformers, GPTQModel's own, or None (only unpack the
+    weights).
+    """
 
     family: str
     format: str
@@ -97,12 +101,12 @@ CASES = {
         loader="transformers",
         rules=MLP_ONLY,
     ),
-    # by the 4 bits on top GPTQModel 7.6 takes a kernel that holds no others, on a CPU
+    # From the top-level 4 bits, GPTQModel 7.6 selects a CPU kernel that supports no other width.
     "llama-gptq-several": Case(
-        family="llama", format="gptq", quantize=GPTQ, loader=None, rules=SEVERAL
+        family="llama", format="gptq", quantize=GPTQ, loader=None, rules=MIXED_RULES
     ),
     "qwen3_moe-gptq-several": Case(
-        family="qwen3_moe", format="gptq", quantize=GPTQ, loader=None, rules=SEVERAL
+        family="qwen3_moe", format="gptq", quantize=GPTQ, loader=None, rules=MIXED_RULES
     ),
     "llama-gptq_v2-3": Case(
         family="llama",
@@ -115,8 +119,9 @@ CASES = {
         format="gptq_v2",
         quantize="method: rtn, bits: 4, group_size: 32",
         loader="gptqmodel",
-        changes=ALL_EXPERTS_ANSWER,
-        dtype="bfloat16",  # in float32 GPTQModel 7.6 takes TorchFusedLinear, which on a CPU drops zero points
+        changes=ALL_EXPERTS_ACTIVE,
+        # in float32 GPTQModel 7.6 selects TorchFusedLinear, which drops zero points on a CPU
+        dtype="bfloat16",
     ),
     **{
         f"{family}-{name}": Case(
@@ -125,32 +130,37 @@ CASES = {
             quantize=quantize,
             loader="gptqmodel",
             rules=rules,
-            changes=ALL_EXPERTS_ANSWER,
+            changes=ALL_EXPERTS_ACTIVE,
         )
         for family, rules in (("qwen3_moe", "all-linear"), ("deepseek_v3", "experts-only"))
         for name, quantize in (("awq", AWQ), ("gptq", GPTQ))
     },
-    # GPTQModel 7.6 looks for Mixtral's experts under other names than the checkpoint's w1, w2, w3
+    # GPTQModel 7.6 expects names for Mixtral's experts other than the checkpoint's w1, w2, w3.
     "mixtral-awq": Case(family="mixtral", format="awq", quantize=AWQ, loader=None),
     "mixtral-gptq": Case(family="mixtral", format="gptq", quantize=GPTQ, loader=None),
 }
 
 
-def python() -> str:
-    """The Python that has GPTQModel."""
-    found = os.environ.get("QUANTKIT_READERS")
-    if found:
-        return found
+def find_reader_python() -> str:
+    """Return the Python that has GPTQModel; skip or fail the test if none is configured."""
+    path = os.environ.get("QUANTKIT_READERS")
+    if path:
+        return path
     if os.environ.get("QUANTKIT_REQUIRE_READERS"):
         pytest.fail(
-            "QUANTKIT_REQUIRE_READERS is set, but QUANTKIT_READERS names no Python with gptqmodel"
+            "QUANTKIT_READERS: expected a Python with gptqmodel because QUANTKIT_REQUIRE_READERS "
+            "is set, found none"
         )
-    pytest.skip("QUANTKIT_READERS names no Python with gptqmodel; `make readers` installs one")
+    pytest.skip(
+        "QUANTKIT_READERS is not set to a Python with gptqmodel; `make readers` installs one"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Read:
-    """An artifact and what GPTQModel found in it: weights [out, in] float32, logits, the kernel of each module."""
+class ReaderResult:
+    """GPTQModel's view of an artifact: weights [out, in] float32, logits, the kernel of each
+    module.
+    """
 
     artifact: Path
     tokens: torch.Tensor
@@ -160,43 +170,53 @@ class Read:
 
 
 @pytest.fixture(scope="module")
-def read(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Read]:
-    """Every case built, and read in one process: starting GPTQModel takes longer than reading."""
-    reader, place = python(), tmp_path_factory.mktemp("readers")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ReaderResult]:
+    """Build every case and read all in one process: starting GPTQModel takes longer than
+    reading.
+    """
+    reader, place = find_reader_python(), tmp_path_factory.mktemp("readers")
     tokens = torch.randint(3, 700, (2, 48), generator=torch.Generator().manual_seed(0))
     save_file({"tokens": tokens}, place / "tokens")
     jobs = []
     for name, case in CASES.items():
-        known = make_tiny_config(case.family)
-        config = {**known, **{key: value for key, value in case.changes.items() if key in known}}
+        base = make_tiny_config(case.family)
+        config = {**base, **{key: value for key, value in case.changes.items() if key in base}}
         source = write_checkpoint(place / f"{name}-source", config)
         keys = {"format": case.format, "quantize": f"{{{case.quantize}}}", "rules": case.rules}
         artifact = build(source, place / name, **keys).path
-        paths = {"artifact": artifact, "tokens": place / "tokens", "found": place / f"{name}-found"}
+        paths = {
+            "artifact": artifact,
+            "tokens": place / "tokens",
+            "output": place / f"{name}-output",
+        }
         jobs.append({
             "loader": case.loader,
             "dtype": case.dtype,
             **{key: str(path) for key, path in paths.items()},
         })
     (place / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run([reader, READER, place / "jobs.json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return {name: found(place / name, place / f"{name}-found", tokens) for name in CASES}
+    process = subprocess.run([reader, READER, place / "jobs.json"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    return {name: load_result(place / name, place / f"{name}-output", tokens) for name in CASES}
 
 
-def found(artifact: Path, file: Path, tokens: torch.Tensor) -> Read:
-    """What the reader wrote."""
+def load_result(artifact: Path, file: Path, tokens: torch.Tensor) -> ReaderResult:
+    """Load the file that the reader wrote."""
     weights = load_file(file)
     with safe_open(file, "pt") as opened:
         kernels = json.loads(opened.metadata()["kernels"])
     logits = weights.pop("logits", None)
-    return Read(artifact=artifact, tokens=tokens, weights=weights, logits=logits, kernels=kernels)
+    return ReaderResult(
+        artifact=artifact, tokens=tokens, weights=weights, logits=logits, kernels=kernels
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gptqmodel_unpacks_the_same_weights(name: str, read: dict[str, Read]) -> None:
-    """Bit for bit in float32, and of exactly the modules that the manifest calls quantized."""
-    theirs, ours = read[name].weights, Stored.open(read[name].artifact)
+def test_gptqmodel_unpacks_identical_weights(name: str, results: dict[str, ReaderResult]) -> None:
+    """Bit-identical in float32, and for exactly the modules that the manifest lists as
+    quantized.
+    """
+    theirs, ours = results[name].weights, Stored.open(results[name].artifact)
     assert theirs.keys() == ours.quantized
     assert not [
         module
@@ -206,9 +226,13 @@ def test_gptqmodel_unpacks_the_same_weights(name: str, read: dict[str, Read]) ->
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.loader])
-def test_the_loaded_model_computes_with_them(name: str, read: dict[str, Read]) -> None:
-    """Logits of the model as loaded, whose kernels stand exactly where the manifest says, against plain weights."""
-    result, ours = read[name], Stored.open(read[name].artifact)
+def test_loaded_model_matches_dequantized_logits(
+    name: str, results: dict[str, ReaderResult]
+) -> None:
+    """The loaded model has kernels exactly at the manifest's modules, and logits as with plain
+    weights.
+    """
+    result, ours = results[name], Stored.open(results[name].artifact)
     assert result.logits is not None and result.kernels.keys() == ours.quantized
     with torch.no_grad():
         expected = ours.model()(result.tokens).logits  # [sequences, tokens, vocabulary]

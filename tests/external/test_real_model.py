@@ -1,4 +1,4 @@
-"""The benchmarks on a real model, as far as a test can go without one: text, readers, judge, goals."""
+"""Tests of the real-model benchmarks without a real model: texts, unpackers, comparer, goals."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ TEXT = "".join(f"line {index} of a text that has many of them .\n" for index in 
 CHECKPOINT = package_data.locate_model("builtin:tiny-v3")
 
 
-# --------------------------------------------------------------------------------------------------------------- text
+# -------------------------------------------------------------------------------- texts
 
 
-class Words:
-    """A tokenizer whose tokens are words, with where each stands."""
+class WordTokenizer:
+    """A tokenizer whose tokens are words, with their offsets."""
 
     def __call__(
         self, text: str, *, add_special_tokens: bool, return_offsets_mapping: bool, verbose: bool
@@ -44,36 +44,36 @@ class Words:
         return {"offset_mapping": places}
 
 
-def test_the_first_windows_are_the_whole_texts_and_no_more() -> None:
-    head = texts.cut_windows(TEXT, Words(), 3, 20)
+def test_first_windows_match_the_whole_text() -> None:
+    head = texts.cut_windows(TEXT, WordTokenizer(), 3, 20)
     assert TEXT.startswith(head)
     assert len(head.split()) == 3 * 20 + texts.MARGIN
 
 
-def test_passages_begin_with_a_line_at_even_shares_of_the_text() -> None:
-    passages = texts.cut_passages(TEXT, Words(), 4, 20)
+def test_passages_start_at_lines_evenly_spaced() -> None:
+    passages = texts.cut_passages(TEXT, WordTokenizer(), 4, 20)
     places = [TEXT.index(passage) for passage in passages]
     assert all(passage.startswith("line ") for passage in passages)
     assert places[0] == 0
     assert all(0 <= place - index * len(TEXT) // 4 < 60 for index, place in enumerate(places))
 
 
-def test_a_text_that_is_too_short_is_refused() -> None:
+def test_short_text_is_rejected() -> None:
     with pytest.raises(SystemExit, match="expected a text of more than 264 tokens, found 54"):
-        texts.cut_windows(TEXT[:200], Words(), 2, 100)
+        texts.cut_windows(TEXT[:200], WordTokenizer(), 2, 100)
 
 
-def test_the_sets_give_quantkit_the_windows_of_the_text(
+def test_sets_give_quantkit_the_windows_of_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From files with known hashes to tokens, through quantkit's own reader."""
+    """Files with digest hashes become tokens through quantkit's own reader."""
     data = TEXT.encode()
     for file in ("valid.txt", "test.txt"):
         (tmp_path / file).write_bytes(data)
-    known = hashlib.sha256(data).hexdigest()
-    monkeypatch.setattr(texts, "VALID", ("valid.txt", known))
+    digest = hashlib.sha256(data).hexdigest()
+    monkeypatch.setattr(texts, "VALID", ("valid.txt", digest))
     monkeypatch.setattr(
-        texts, "TEST", {"tokenized": ("absent.txt", known), "raw": ("test.txt", known)}
+        texts, "TEST", {"tokenized": ("absent.txt", digest), "raw": ("test.txt", digest)}
     )
     for name, value in {"SEQUENCES": 3, "WINDOWS": 5, "LENGTH": 128}.items():
         monkeypatch.setattr(texts, name, value)
@@ -84,21 +84,23 @@ def test_the_sets_give_quantkit_the_windows_of_the_text(
         corpora.load_set(str(sets.calibration), tmp_path), tokenizer, None, 128, 0
     )
     assert calibration.lengths == (128,) * 3
-    found = corpora.sample_sequences(
+    sampled = corpora.sample_sequences(
         corpora.load_set(str(sets.fidelity), tmp_path), tokenizer, 5, 128, 0
     )
     whole = tokenizer([TEXT], add_special_tokens=False, verbose=False)["input_ids"][0]
-    rows = sorted(found.sequence(index).tolist()[1:] for index in range(5))  # without tiny-v3's BOS
+    rows = sorted(
+        sampled.sequence(index).tolist()[1:] for index in range(5)
+    )  # without tiny-v3's BOS
     assert rows == sorted(whole[start : start + 127] for start in range(0, 5 * 127, 127))
 
 
-def test_another_text_under_the_name_is_refused(tmp_path: Path) -> None:
+def test_text_with_another_hash_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("other")
     with pytest.raises(SystemExit, match="expected sha256 00, found .*Restore the file"):
         texts.read_text(tmp_path, "x.txt", "00")
 
 
-def test_without_wikitext_the_benchmark_says_that_it_is_skipped(
+def test_benchmark_is_skipped_without_wikitext(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(texts, "find_wikitext", lambda: None)
@@ -107,14 +109,14 @@ def test_without_wikitext_the_benchmark_says_that_it_is_skipped(
     assert not (tmp_path / "place").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- readers
+# -------------------------------------------------------------------------------- unpackers
 
 
 @pytest.mark.parametrize(("name", "symmetric"), [
     ("awq", False), ("gptq", True), ("compressed_tensors", True), ("compressed_tensors", False),
 ])  # fmt: skip
-def test_the_reader_agrees_with_each_format(name: str, symmetric: bool, tmp_path: Path) -> None:
-    """Two programs written apart, one artifact: bit for bit."""
+def test_unpacker_matches_each_format(name: str, symmetric: bool, tmp_path: Path) -> None:
+    """Two independent implementations read one artifact bit for bit."""
     scheme = Scheme(bits=4, group_size=32, symmetric=symmetric, scale_dtype="bfloat16", kind="int")
     weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(1))
     packed = registry.get_format(name).pack(rtn.METHOD.solve(weight, None, scheme), scheme)
@@ -124,12 +126,12 @@ def test_the_reader_agrees_with_each_format(name: str, symmetric: bool, tmp_path
     )
     config = {"quantization_config": {"quant_method": name}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    [(module, found)] = unpack.read_dense_weights(tmp_path).items()
+    [(module, unpacked)] = unpack.read_dense_weights(tmp_path).items()
     assert module == "model.a.weight"
-    assert torch.equal(found, registry.get_format(name).dequantize(packed, scheme))
+    assert torch.equal(unpacked, registry.get_format(name).dequantize(packed, scheme))
 
 
-def test_the_second_version_of_gptq_stores_zeros_as_they_are() -> None:
+def test_gptq_v2_stores_unshifted_zero_points() -> None:
     words = torch.tensor([[-1985229329]], dtype=torch.int32)  # 0x89ABCDEF: inputs 15, 14, ... 8
     parts = {
         "qweight": words.expand(1, 8).contiguous(),
@@ -160,8 +162,10 @@ def test_the_second_version_of_gptq_stores_zeros_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_nf4_is_read_as_its_description_says(nested: bool) -> None:
-    """quantkit/formats/README.md: the first code in the high nibble; nested scales if quantized."""
+def test_nf4_is_read_as_documented(nested: bool) -> None:
+    """As in quantkit/formats/README.md: first code in the high nibble; nested scales if
+    quantized.
+    """
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [1, 64]}
     scale = {"weight.absmax": torch.tensor([2.0])}
     if nested:
@@ -185,10 +189,10 @@ def test_nf4_is_read_as_its_description_says(nested: bool) -> None:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- judge
+# -------------------------------------------------------------------------------- comparer
 
 
-def test_the_judge_finds_no_difference_to_the_source_and_one_to_a_changed_model(
+def test_comparer_measures_zero_for_the_source_and_kl_for_a_changed_model(
     tmp_path: Path,
 ) -> None:
     source = write_checkpoint(tmp_path / "source", make_tiny_config("llama"))
@@ -200,14 +204,14 @@ def test_the_judge_finds_no_difference_to_the_source_and_one_to_a_changed_model(
         ("prose", torch.randint(3, 700, (20,), generator=torch.Generator().manual_seed(i)).tolist())
         for i in (0, 1)
     ]
-    judge = ModelComparer(source, corpora.pack_tokens(rows))
-    same, other = judge.figures(source), judge.figures(changed)
+    comparer = ModelComparer(source, corpora.pack_tokens(rows))
+    same, other = comparer.compute_figures(source), comparer.compute_figures(changed)
     assert same["kl_mean"].n == other["kl_mean"].n == 2 * 19
     assert same["kl_mean"].value < 1e-9 and same["top1"].value == 1
     assert other["kl_mean"].value > 1e-4
 
 
-def result(name: str, kl: float, cpu_s: float, peak: int) -> against_peers.Result:
+def make_result(name: str, kl: float, cpu_s: float, peak: int) -> against_peers.Result:
     return against_peers.Result(
         name=name,
         figures={"kl_mean": Estimate(value=kl, error=0.0, n=1)},
@@ -217,26 +221,26 @@ def result(name: str, kl: float, cpu_s: float, peak: int) -> against_peers.Resul
 
 
 @pytest.mark.parametrize(
-    ("kl", "cpu_s", "peak", "reached"),
+    ("kl", "cpu_s", "peak", "is_reached"),
     [(0.08, 20, 90, True), (0.11, 20, 90, False), (0.08, 26, 90, False), (0.08, 20, 100, False)],
 )
-def test_the_goals_are_against_the_best_of_the_peers(
-    kl: float, cpu_s: float, peak: int, reached: bool
+def test_goals_are_relative_to_the_best_peer(
+    kl: float, cpu_s: float, peak: int, is_reached: bool
 ) -> None:
     others = against_peers.list_peers("a", "b")
     theirs = [
-        result(peer.name, 0.2 + index / 10, 100 + index, 100 + index)
+        make_result(peer.name, 0.2 + index / 10, 100 + index, 100 + index)
         for index, peer in enumerate(others)
     ]
-    symmetric = result(against_peers.SYMMETRIC.name, kl, cpu_s, peak)
-    ours = [result(build.name, 0.1, 20, 90) for build in against_peers.BUILDS[1:]]
-    rows, found = against_peers.compare_with_peers([symmetric, *ours, *theirs], others)
-    assert found is reached
+    symmetric = make_result(against_peers.SYMMETRIC.name, kl, cpu_s, peak)
+    ours = [make_result(build.name, 0.1, 20, 90) for build in against_peers.BUILDS[1:]]
+    rows, all_reached = against_peers.compare_with_peers([symmetric, *ours, *theirs], others)
+    assert all_reached is is_reached
     assert rows[0][1:4] == [f"{kl / 0.2:.3f}", f"{cpu_s / 100:.3f}", f"{peak / 100:.3f}"]
-    assert rows[1][1] == f"{0.1 / 0.4:.3f}"  # its rival is the third peer
+    assert rows[1][1] == f"{0.1 / 0.4:.3f}"  # compared with the third peer
 
 
-def test_a_key_inside_one_that_is_replaced_goes_with_it() -> None:
+def test_keys_of_a_replaced_section_are_dropped() -> None:
     keys = {"calibration.set": "x", "calibration": "null", "fidelity.set": "y", "source.model": "m"}
     assert bench.drop_keys_of_replaced(keys) == {
         "calibration": "null",

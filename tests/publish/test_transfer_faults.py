@@ -1,4 +1,5 @@
-"""What goes wrong on the way: each fault is survived, or refused with one sentence, and nothing unverified has a name.
+"""What goes wrong on the way: each fault is survived, or refused with one sentence, and nothing
+unverified has a name.
 
 Every fault is recorded (`record_property("fault", ...)`), for `make reliability` to count.
 """
@@ -62,28 +63,28 @@ def some(*kinds: str) -> list[ParameterSet]:
 
 
 def sentence(work: Callable[[], object]) -> str:
-    """What is said when it is refused: one line."""
+    """Return the single-line message of a refusal."""
     with pytest.raises(QuantkitError) as caught:
         work()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------------ the wire
+# ----------------------------------------------------------------------------------------- the wire
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("kind", WIRED)
-def test_connections_that_are_cut(
+def test_transfer_resumes_after_cut_connections(
     built: Path, make: Make, tmp_path: Path, kind: str, seed: int, record_property: Record
 ) -> None:
     """Eight times while publishing, eight times while pulling, at drawn places of the stream."""
     there = make(kind)
     up, down = Cuts(seed, CUTS, CUT_EVERY), Cuts(seed + 100, CUTS, CUT_EVERY)
-    with there.wired(up=up) as (address, _):
+    with there.through_proxy(up=up) as (address, _):
         publish_to(built, address, PATIENT)
-    with there.wired(down=down) as (address, _):
+    with there.through_proxy(down=down) as (address, _):
         pull_from(address, tmp_path / "got", PATIENT)
     assert read_files(tmp_path / "got") == read_files(built)
     assert (up.made, down.made) == (CUTS, CUTS)
@@ -95,14 +96,14 @@ def test_connections_that_are_cut(
 
 
 @pytest.mark.parametrize("kind", some("s3", "oci", "hf"))
-def test_a_connection_that_is_always_cut(
+def test_pull_gives_up_when_every_connection_is_cut(
     built: Path, make: Make, tmp_path: Path, kind: str, record_property: Record
 ) -> None:
-    """Given up with a sentence; what arrived is kept, and the next pull goes on with it."""
+    """The pull fails with one sentence, keeps received data, and the next pull resumes."""
     there = make(kind)
     publish_to(built, there.address)
     hurried = RetryPolicy(first_wait=0.01, tries=2)
-    with there.wired(down=Cuts(3, 10**6, 1_000)) as (address, _):
+    with there.through_proxy(down=Cuts(3, 10**6, 1_000)) as (address, _):
         said = sentence(lambda: pull_from(address, tmp_path / "got", hurried))
     assert "2 failures in a row" in said and "run the same command again to resume" in said
     assert not (tmp_path / "got").exists()
@@ -111,34 +112,34 @@ def test_a_connection_that_is_always_cut(
     record_property("fault", f"{kind}: every connection is cut")
 
 
-def test_connections_that_carry_little_are_enough(built: Path, make: Make, tmp_path: Path) -> None:
-    """S3 gives a range whole or not at all: behind a cut a shorter one is asked for."""
+def test_transfer_completes_over_short_connections(built: Path, make: Make, tmp_path: Path) -> None:
+    """S3 returns complete ranges only: after a cut, a shorter range is requested."""
     there = make("s3")
     publish_to(built, there.address)
 
     def short(piece: bytes, offset: int) -> bytes | None:
         return piece if offset + len(piece) < 300_000 else None
 
-    with there.wired(down=short) as (address, _):
+    with there.through_proxy(down=short) as (address, _):
         pull_from(address, tmp_path / "got", RetryPolicy(first_wait=0.01, tries=3))
     assert read_files(tmp_path / "got") == read_files(built)
 
 
-def test_a_cut_pull_fetches_only_what_is_missing(
+def test_pull_fetches_only_missing_bytes_after_cut(
     built: Path, make: Make, tmp_path: Path, record_property: Record
 ) -> None:
     there = make("oci")
     publish_to(built, there.address)
     total = sum(map(len, read_files(built).values()))
-    with there.wired(down=Cuts(5, 10**6, 2_000_000)) as (address, _):
+    with there.through_proxy(down=Cuts(5, 10**6, 2_000_000)) as (address, _):
         sentence(lambda: pull_from(address, tmp_path / "got", RetryPolicy(tries=1), jobs=1))
     kept = sum(map(len, read_files(tmp_path / "got.pulling").values()))
-    with there.wired() as (address, wire):
+    with there.through_proxy() as (address, wire):
         done = pull_from(address, tmp_path / "got", jobs=1)
         carried = wire.carried
-    assert kept > 10_000 and carried < total - kept + 100_000  # and what HTTP says beside
-    assert done.there_bytes == kept
-    assert done.n_bytes + done.there_bytes == total
+    assert kept > 10_000 and carried < total - kept + 100_000  # plus HTTP headers
+    assert done.present_bytes == kept
+    assert done.n_bytes + done.present_bytes == total
     assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", "oci: a pull breaks off in a file")
 
@@ -146,25 +147,25 @@ def test_a_cut_pull_fetches_only_what_is_missing(
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["up", "down"])
 @pytest.mark.parametrize("kind", WIRED)
-def test_bytes_that_change_on_the_wire(
+def test_pull_detects_changed_bytes(
     built: Path, make: Make, tmp_path: Path, kind: str, way: str, record_property: Record
 ) -> None:
     """Once is survived; always is refused, and nothing has the name."""
     there = make(kind)
     once, always = Flips(1), Flips(10**6)
     if way == "up":
-        with there.wired(up=always) as (address, _):
+        with there.through_proxy(up=always) as (address, _):
             sentence(lambda: publish_to(built, address, RetryPolicy(first_wait=0.01, tries=2)))
         sentence(lambda: pull_from(there.address, tmp_path / "got"))
-        with there.wired(up=once) as (address, _):
+        with there.through_proxy(up=once) as (address, _):
             publish_to(built, address)
         pull_from(there.address, tmp_path / "got")
     else:
         publish_to(built, there.address)
-        with there.wired(down=always) as (address, _):
+        with there.through_proxy(down=always) as (address, _):
             sentence(lambda: pull_from(address, tmp_path / "got"))
         assert not (tmp_path / "got").exists()
-        with there.wired(down=once) as (address, _):
+        with there.through_proxy(down=once) as (address, _):
             pull_from(address, tmp_path / "got")
     assert always.made and once.made == 1
     assert read_files(tmp_path / "got") == read_files(built)
@@ -173,11 +174,11 @@ def test_bytes_that_change_on_the_wire(
 
 
 @pytest.mark.parametrize("kind", some(*WIRED))
-def test_nobody_there(
+def test_transfer_reports_closed_port(
     built: Path, make: Make, tmp_path: Path, kind: str, record_property: Record
 ) -> None:
     there = make(kind)
-    with there.wired(up=lambda _piece, _at: None) as (address, wire):
+    with there.through_proxy(up=lambda _piece, _at: None) as (address, wire):
         wire.close()
         hurried = RetryPolicy(first_wait=0.01, tries=2)
         assert "2 failures in a row" in sentence(lambda: publish_to(built, address, hurried))
@@ -185,14 +186,14 @@ def test_nobody_there(
             lambda: pull_from(address, tmp_path / "got", hurried)
         )
     assert not (tmp_path / "got").exists()
-    record_property("fault", f"{kind}: nobody listens")
+    record_property("fault", f"{kind}: closed port")
 
 
-# ----------------------------------------------------------------------------------------------------------- the place
+# ---------------------------------------------------------------------------------------- the place
 
 
 @pytest.mark.parametrize("kind", some("file", "s3", "memory", "oci"))
-def test_a_file_that_is_lost_before_the_manifest(
+def test_publish_detects_file_lost_before_manifest(
     built: Path,
     make: Make,
     tmp_path: Path,
@@ -225,7 +226,7 @@ def test_a_file_that_is_lost_before_the_manifest(
 
 
 @pytest.mark.parametrize("kind", some("file", "s3", "memory", "oci", "hf"))
-def test_a_file_that_changes_while_it_is_pulled(
+def test_pull_refuses_file_that_changes_meanwhile(
     built: Path,
     make: Make,
     tmp_path: Path,
@@ -233,7 +234,7 @@ def test_a_file_that_changes_while_it_is_pulled(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Record,
 ) -> None:
-    """The hub's commit stays what it was; elsewhere the file is refused."""
+    """The hub's commit is immutable; other remotes refuse the file."""
     there = make(kind)
     publish_to(built, there.address)
     from quantkit.publish import pull
@@ -255,7 +256,7 @@ def test_a_file_that_changes_while_it_is_pulled(
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_registry_that_fails_for_a_while(
+def test_transfer_survives_temporary_registry_failures(
     built: Path, make: Make, tmp_path: Path, status: int, record_property: Record
 ) -> None:
     there = make("oci")
@@ -266,7 +267,7 @@ def test_a_registry_that_fails_for_a_while(
     record_property("fault", f"oci: every fifth answer is {status}")
 
 
-def test_somebody_commits_meanwhile(
+def test_publish_refuses_concurrent_commit(
     built: Path, make: Make, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     there = make("hf")
@@ -280,10 +281,10 @@ def test_somebody_commits_meanwhile(
     monkeypatch.setattr(publish, "run_in_parallel", meanwhile)
     assert "found a newer commit" in sentence(lambda: publish_to(built, there.address))
     assert "config.json" not in there.server.files("team/tiny")
-    record_property("fault", "hf: somebody commits while publishing")
+    record_property("fault", "hf: another commit while publishing")
 
 
-def test_a_gitignore_that_names_a_file(
+def test_publish_reports_file_excluded_by_gitignore(
     built: Path, make: Make, tmp_path: Path, record_property: Record
 ) -> None:
     there = make("hf")
@@ -296,13 +297,13 @@ def test_a_gitignore_that_names_a_file(
     record_property("fault", "hf: the repository ignores a file")
 
 
-# -------------------------------------------------------------------------------------------------------- this machine
+# ------------------------------------------------------------------------------------- this machine
 
 
 def run(*words: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
     """The command line, with files of at most `limit` bytes."""
 
-    def limited() -> None:
+    def limit_file_size() -> None:
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
@@ -311,12 +312,12 @@ def run(*words: str, limit: int | None = None) -> subprocess.CompletedProcess[st
         capture_output=True,
         text=True,
         check=False,
-        preexec_fn=limited,
+        preexec_fn=limit_file_size,
     )
 
 
 @pytest.mark.parametrize("limit", [100_000, 2_500_000])
-def test_a_disk_that_is_full_while_pulling(
+def test_pull_reports_full_disk(
     built: Path, tmp_path: Path, limit: int, record_property: Record
 ) -> None:
     publish_to(built, str(tmp_path / "there"))
@@ -325,14 +326,12 @@ def test_a_disk_that_is_full_while_pulling(
     assert "cannot be written: file too large" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "got").exists()
     again = pull_from(str(tmp_path / "there"), tmp_path / "got")
-    assert again.there_bytes > 100_000
+    assert again.present_bytes > 100_000
     assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", f"file: the disk is full at {limit} bytes while pulling")
 
 
-def test_a_disk_that_is_full_while_publishing(
-    built: Path, tmp_path: Path, record_property: Record
-) -> None:
+def test_publish_reports_full_disk(built: Path, tmp_path: Path, record_property: Record) -> None:
     done = run("publish", "--force", str(built), str(tmp_path / "there"), limit=2_500_000)
     assert done.returncode == 1
     assert "cannot be written: file too large" in done.stderr and "Traceback" not in done.stderr
@@ -344,7 +343,7 @@ def test_a_disk_that_is_full_while_publishing(
     record_property("fault", "file: the disk is full while publishing")
 
 
-def test_no_room_is_said_before_anything_is_fetched(
+def test_pull_reports_missing_space_before_fetching(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     publish_to(built, str(tmp_path / "there"))
@@ -356,7 +355,7 @@ def test_no_room_is_said_before_anything_is_fetched(
     record_property("fault", "file: too little room to pull")
 
 
-def test_a_second_pull_into_a_folder_is_refused(
+def test_second_pull_into_folder_is_refused(
     built: Path, tmp_path: Path, record_property: Record
 ) -> None:
     publish_to(built, str(tmp_path / "there"))
@@ -369,10 +368,12 @@ def test_a_second_pull_into_a_folder_is_refused(
     record_property("fault", "two pulls into one folder")
 
 
-def test_a_pull_that_another_was_faster_than(
+def test_pull_accepts_result_of_faster_pull(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
-    """Between the look at the folder and the lock somebody else's artifact got the name: it is not replaced."""
+    """Another artifact got the name between the check and the lock: it is not
+    replaced.
+    """
     from quantkit.publish import pull
 
     publish_to(built, str(tmp_path / "there"))
@@ -399,7 +400,7 @@ def test_a_pull_that_another_was_faster_than(
     record_property("fault", "another pull was faster")
 
 
-def test_a_second_publication_into_a_folder_is_refused(
+def test_second_publication_into_folder_is_refused(
     built: Path, tmp_path: Path, record_property: Record
 ) -> None:
     from quantkit.io.lock import hold_lock
@@ -416,20 +417,20 @@ def test_a_second_publication_into_a_folder_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_two_pulls_at_the_same_time(
+def test_one_of_two_concurrent_pulls_succeeds(
     built: Path, make: Make, tmp_path: Path, seed: int, record_property: Record
 ) -> None:
     """Whichever comes second is refused, or finds it there; both leave a whole artifact."""
     there = make("oci")
     publish_to(built, there.address)
-    with there.wired(down=Slow(6e6)) as (address, _):
+    with there.through_proxy(down=Slow(6e6)) as (address, _):
         words = [sys.executable, "-m", "quantkit", "pull", address, str(tmp_path / "got")]
         first = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
         time.sleep(random.Random(seed).uniform(0, 1.5))
         second = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-        told = [first.communicate()[1], second.communicate()[1]]
-    assert 0 in {first.returncode, second.returncode} <= {0, 2}, told
-    assert not any("Traceback" in text for text in told)
+        errors = [first.communicate()[1], second.communicate()[1]]
+    assert 0 in {first.returncode, second.returncode} <= {0, 2}, errors
+    assert not any("Traceback" in text for text in errors)
     assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", f"two pulls at the same time, seed {seed}")
 
@@ -438,7 +439,7 @@ def test_two_pulls_at_the_same_time(
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("command", ["publish", "pull"])
 @pytest.mark.parametrize("kind", ["oci", "s3"])
-def test_a_process_that_is_ended(
+def test_transfer_resumes_after_killed_process(
     built: Path,
     make: Make,
     tmp_path: Path,
@@ -454,7 +455,7 @@ def test_a_process_that_is_ended(
     moments = random.Random(f"{kind}{command}{end}")
     for time_around in range(3):
         slow = Slow(2.5e6)
-        with there.wired(up=slow, down=slow) as (address, wire):
+        with there.through_proxy(up=slow, down=slow) as (address, wire):
             words = (
                 (command, "--force", str(built), address)
                 if command == "publish"
@@ -472,7 +473,9 @@ def test_a_process_that_is_ended(
             break  # there was little left
         assert process.returncode in {-9, 130, 143}, said
         assert "Traceback" not in said
-        assert end == signal.SIGKILL or "what arrived is kept; the same command goes on" in said
+        assert (
+            end == signal.SIGKILL or "received data is kept; run the same command to resume" in said
+        )
         if command == "publish":
             assert "no quantkit/manifest.json" in sentence(
                 lambda: pull_from(there.address, tmp_path / "got")
@@ -483,6 +486,6 @@ def test_a_process_that_is_ended(
         publish_to(built, there.address)
     done = pull_from(there.address, tmp_path / "got")
     assert (
-        command == "publish" or kind == "s3" or done.there_bytes
+        command == "publish" or kind == "s3" or done.present_bytes
     )  # S3's ranges arrive whole or not at all
     assert read_files(tmp_path / "got") == read_files(built)

@@ -44,7 +44,7 @@ def no_hub(model: str, revision: str | None) -> hub.ModelHeaders:
 
 def summary(path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanSummary:
     """Return the output of `quantkit plan` for a recipe without a network."""
-    monkeypatch.setattr(hub, "_remote_headers", no_hub)
+    monkeypatch.setattr(hub, "_fetch_headers", no_hub)
     done = CliRunner().invoke(main, ["plan", str(path), "--json", "--set", "compute.device=cpu"])
     assert done.exit_code == 0, done.output
     return PlanSummary.model_validate(json.loads(done.stdout))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from ruamel.yaml import YAML
@@ -15,6 +15,10 @@ from quantkit.cli.options import JSON
 from quantkit.cli.rich_output import ProgressBar, show
 from quantkit.errors import EvaluationError, UsageError
 from quantkit.report.terminal import render_table
+
+if TYPE_CHECKING:
+    from quantkit.evaluate.options import EvaluationOptions
+    from quantkit.evaluate.results import EvaluationResult
 
 
 @click.command()
@@ -138,7 +142,6 @@ def command(  # noqa: PLR0913  # one parameter per option
     from quantkit.evaluate.backends import connect_server
     from quantkit.evaluate.options import Decoding, EvaluationOptions
     from quantkit.evaluate.target import resolve_target, select_default_tasks
-    from quantkit.report import evaluation_tables
 
     if source is not None and (baseline is not None or backend != "transformers"):
         raise UsageError(
@@ -146,12 +149,9 @@ def command(  # noqa: PLR0913  # one parameter per option
             "itself"
         )
     decoding = Decoding(
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        chat=chat_template,
+        temperature=temperature, top_p=top_p, max_tokens=max_tokens, chat=chat_template,
         think_end=think_end,
-    )
+    )  # fmt: skip
     setup = EvaluationOptions(
         backend=backend, limit=limit, seeds=seeds, decoding=decoding, batch_size=batch_size,
         device_map=device_map, dtype=dtype, native=native, engine=parse_engine_arguments(engine),
@@ -170,26 +170,23 @@ def command(  # noqa: PLR0913  # one parameter per option
     ]
     with ProgressBar(sys.stderr.isatty() and not json_out) as progress_bar:
         outcome = evaluation.evaluate_target(
-            subject,
-            names,
-            setup,
-            folder,
-            source=source,
-            baseline=baseline,
+            subject, names, setup, folder, source=source, baseline=baseline,
             on_progress=progress_bar.update,
-        )
-    if json_out:
-        print_json(outcome.document)
-    else:
-        show(
-            *(
-                render_table(part)
-                for part in evaluation_tables.make_evaluation_tables(outcome, setup)
-            )
-        )
-        click.echo(outcome.folder)
+        )  # fmt: skip
+    print_result(outcome, setup, json_out)
     if outcome.missing:
         raise EvaluationError(f"not run: {', '.join(outcome.missing)}; results.json says why")
+
+
+def print_result(result: EvaluationResult, setup: EvaluationOptions, json_out: bool) -> None:
+    """Print the tables of an evaluation and its folder, or JSON."""
+    from quantkit.report.evaluation_tables import make_evaluation_tables
+
+    if json_out:
+        print_json(result.document)
+        return
+    show(*(render_table(part) for part in make_evaluation_tables(result, setup)))
+    click.echo(result.folder)
 
 
 def parse_engine_arguments(pairs: tuple[str, ...]) -> dict[str, object]:

@@ -66,8 +66,8 @@ def command(  # noqa: PLR0913  # one parameter per option
         print_json({"artifact": str(artifact), "dry_run": dry_run, **done.values()})
         return
     click.echo(
-        f"{done.place}: {'would send' if dry_run else 'sent'} {len(done.files)} files, "
-        f"{format_bytes(done.n_bytes)}; {done.there} files, {format_bytes(done.there_bytes)} were "
+        f"{done.location}: {'would send' if dry_run else 'sent'} {len(done.files)} files, "
+        f"{format_bytes(done.n_bytes)}; {done.n_present} files, {format_bytes(done.present_bytes)} were "
         "there"
     )
     for name in done.files if dry_run else ():

@@ -128,16 +128,7 @@ def command(  # noqa: PLR0913  # one parameter per option
     )  # fmt: skip
     gateway_options.check()
     if artifact.startswith(("http://", "https://")):
-        if not gateway:
-            raise UsageError(
-                f"{artifact}: the address of a server: expected --gateway, to be started in front "
-                "of it"
-            )
-        server = start.make_server_upstream(artifact, engine_key)
-        if dry_run:
-            print_gateway(gateway_options, server, json_out)
-        else:
-            start.run_gateway(server, gateway_options, print_status)
+        serve_address(artifact, engine_key, gateway_options, dry_run=dry_run, json_out=json_out)
         return
     if engine_key:
         raise UsageError(
@@ -166,6 +157,21 @@ def command(  # noqa: PLR0913  # one parameter per option
             seconds=start_seconds,
             log=print_status,
         )
+
+
+def serve_address(
+    address: str, engine_key: str, gateway: GatewayOptions, *, dry_run: bool, json_out: bool
+) -> None:
+    """Run a gateway in front of a server, or print it with `dry_run`."""
+    if not gateway.is_enabled:
+        raise UsageError(
+            f"{address}: the address of a server: expected --gateway, to be started in front of it"
+        )
+    server = start.make_server_upstream(address, engine_key)
+    if dry_run:
+        print_gateway(gateway, server, json_out)
+    else:
+        start.run_gateway(server, gateway, print_status)
 
 
 def print_status(text: str) -> None:

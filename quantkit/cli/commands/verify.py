@@ -105,7 +105,7 @@ def command(
             verified, None if signature in {None, INSIDE} else Path(str(signature)), trust
         )
     deep_report = run_deep_checks(artifact, source, count, seed) if deep else None
-    signer = trust.told if signed else None
+    signer = trust.description if signed else None
     if json_out:
         print_json({
             "artifact": str(artifact),

@@ -1,5 +1,5 @@
-"""Where artifacts are published to and pulled from: a file per URL scheme, found by its name.
+"""Remotes: one file per URL scheme, found by its name.
 
-Each sets `REMOTE`, a `quantkit.publish.remote.RemoteScheme`. `file.py` is also a plain folder, `hf.py` also owner/name, and
-`other.py` every scheme that has no file of its own and that fsspec knows.
+Each sets `REMOTE`, a `quantkit.publish.remote.RemoteScheme`. `file.py` also opens plain folders,
+`hf.py` also owner/name, and `fsspec.py` every other scheme that fsspec supports.
 """

@@ -1,4 +1,4 @@
-"""A folder of this machine or of one that is mounted: `file:///folder`, or its path."""
+"""A local or mounted folder: `file:///folder`, or its path."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from quantkit.publish.remote import (
 )
 
 _MOST_FILES = 100_000
-"""No artifact has so many; whoever names / is told before all of it was listed."""
+"""More files than any artifact has; the limit stops a listing of `/` early."""
 
 
 class FolderRemote:
-    """An artifact's files as they are; one publication at a time."""
+    """A folder with an artifact's files; a lock allows one publication at a time."""
 
     def __init__(self, path: Path, jobs: int) -> None:
         self.where = str(path)
@@ -46,17 +46,20 @@ class FolderRemote:
         self._open = ExitStack()
 
     def list_remote(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
-        """Files of equal size are read and hashed; a place within the artifact is refused."""
+        """Compare files of equal size by hash; raises UsageError for a folder inside the
+        artifact.
+        """
         source = items[0].path.parents[items[0].name.count("/")].resolve()
         if source in self._path.resolve().parents:
             raise UsageError(
-                f"{self.where}: expected a place outside the artifact {source}; choose another folder"
+                f"{self.where}: expected a folder outside the artifact {source}; choose another "
+                "folder"
             )
         present = self._present()
         same = [item for item in items if present.get(item.name) == item.n_bytes]
         with ThreadPoolExecutor(max_workers=self._jobs) as pool:
-            found = list(pool.map(self._hash, [item.name for item in same]))
-        there = {item.name for item, sha256 in zip(same, found) if sha256 == item.sha256}
+            hashes = list(pool.map(self._hash, [item.name for item in same]))
+        there = {item.name for item, sha256 in zip(same, hashes) if sha256 == item.sha256}
         others = (
             set(present)
             - {i.name for i in items}
@@ -64,15 +67,15 @@ class FolderRemote:
             - {manifest, manifest + PART}
         )
         return RemoteState(
-            there=frozenset(there),
+            present=frozenset(there),
             manifest=self.fetch_manifest(manifest),
             others=tuple(sorted(others)),
         )
 
     def begin_upload(self, gone: Sequence[str]) -> None:
-        """Lock the folder, make it, or take what was there out of it."""
-        beside = self._path.with_name(self._path.name + ".publishing.lock")
-        self._open.enter_context(hold_lock(beside, "publication", "another folder"))
+        """Lock and create the folder, and remove the replaced files."""
+        lock = self._path.with_name(self._path.name + ".publishing.lock")
+        self._open.enter_context(hold_lock(lock, "publication", "another folder"))
         make_folder(self._path)
         try:
             for name in gone:
@@ -82,7 +85,7 @@ class FolderRemote:
             raise make_write_error(self._path, fault) from fault
 
     def send(self, item: UploadFile, report_bytes: BytesCallback) -> None:
-        """Write beside and rename; a part that an earlier try left is compared with the file and gone on with."""
+        """Write a part and rename it; an earlier part is compared with the file and continued."""
         target, part = self._path / item.name, self._path / (item.name + PART)
         make_folder(target.parent)
         if target.is_symlink() or part.is_symlink():
@@ -104,26 +107,27 @@ class FolderRemote:
             raise make_write_error(target, fault) from fault
 
     def finalize(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
-        """The manifest, after all files are found there."""
+        """Check that all files exist, then write the manifest."""
         present = self._present()
         for item in items:
             if present.get(item.name) != item.n_bytes:
                 raise TransferError(
-                    f"{self.where}: {shorten_repr(item.name)}: expected the {item.n_bytes} bytes that were written, found "
+                    f"{self.where}: {shorten_repr(item.name)}: expected the {item.n_bytes} bytes "
+                    "that were written, found "
                     f"{present.get(item.name, 'no file')}; publish again"
                 )
         self.send(manifest, lambda _: None)
         return self.where
 
     def fetch_manifest(self, name: str) -> bytes | None:
-        """The file itself."""
+        """Return the content of the manifest, or None."""
         path = self._path / name
         if path.is_symlink() or not path.is_file():
             return None
         return read_bytes(path, JSON_LIMIT_BYTES, ArtifactError)
 
     def sizes(self) -> Mapping[str, int]:
-        """Ordinary files; links lead elsewhere and count as absent."""
+        """Return the bytes of regular files; links count as absent."""
         return {
             name: size
             for name, size in self._present().items()
@@ -131,7 +135,7 @@ class FolderRemote:
         }
 
     def read(self, name: str, first: int) -> Generator[bytes, None, None]:
-        """A file's bytes; a folder on the way that is a link is refused."""
+        """Yield the bytes of a file; raises TransferError if a link leads out of the folder."""
         path = self._path / name
         if not path.resolve().is_relative_to(self._path.resolve()) or path.is_symlink():
             raise TransferError(
@@ -148,19 +152,20 @@ class FolderRemote:
             ) from fault
 
     def close(self) -> None:
-        """Let the next one publish here."""
+        """Release the lock."""
         self._open.close()
 
     def _present(self) -> dict[str, int]:
-        """Every file and link below the folder, with its size."""
-        found = (path for path in self._path.rglob("*") if path.is_symlink() or not path.is_dir())
+        """Return the size of every file and link below the folder."""
+        paths = (path for path in self._path.rglob("*") if path.is_symlink() or not path.is_dir())
         sizes = {
             path.relative_to(self._path).as_posix(): path.lstat().st_size
-            for path in islice(found, _MOST_FILES)
+            for path in islice(paths, _MOST_FILES)
         }
         if len(sizes) == _MOST_FILES:
             raise UsageError(
-                f"{self.where}: expected the folder of an artifact, found {_MOST_FILES} files; check the path"
+                f"{self.where}: expected the folder of an artifact, found {_MOST_FILES} files; "
+                "check the path"
             )
         return sizes
 
@@ -170,19 +175,18 @@ class FolderRemote:
 
 
 def open_folder(rest: str, text: str, options: RemoteOptions) -> FolderRemote:
-    """The folder of a path or a file URL; UsageError for the URL of another machine."""
+    """Open the folder of a path or file URL; raises UsageError for another machine's URL."""
     if text != rest:
         host, slash, tail = rest.partition("/")
         if not slash or host not in {"", "localhost"}:
             raise UsageError(
-                f"{text}: expected a folder of this machine like file:///folder, found {shorten_repr(host)}"
+                f"{text}: expected a folder of this machine like file:///folder, found "
+                f"{shorten_repr(host)}"
             )
         rest = "/" + unquote(tail)
     path = Path(rest).expanduser().absolute()
     if path.exists() and not path.is_dir():
-        raise UsageError(
-            f"{path}: expected a folder or nothing, found a file; choose another place"
-        )
+        raise UsageError(f"{path}: expected a folder or nothing, found a file; choose another path")
     return FolderRemote(path, options.jobs)
 
 

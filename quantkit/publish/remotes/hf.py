@@ -1,8 +1,9 @@
 """A model repository of the Hugging Face Hub: `hf://owner/name`, or owner/name.
 
-Large files are sent ahead, where nobody sees them; one commit then makes the whole artifact visible. What the hub has
-by hash is not sent again, also after an interruption. Token and endpoint are huggingface_hub's own (`hf auth login`,
-HF_TOKEN, HF_ENDPOINT). Files of the repository that no artifact has (.gitattributes, licences, pictures) stay.
+Large files are uploaded first and are not visible; one commit then makes the whole artifact
+visible. Files that the hub has by hash are not sent again, also after an interruption. Token and
+endpoint are those of huggingface_hub (`hf auth login`, HF_TOKEN, HF_ENDPOINT). Other files of the
+repository (.gitattributes, licenses, images) stay.
 """
 
 from __future__ import annotations
@@ -48,53 +49,55 @@ from quantkit.publish.remote import (
 )
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_FURNITURE = re.compile(
+_REPOSITORY_FILES = re.compile(
     r"\.git\w+|README\.md|(?i:licen[cs]e|notice)[^/]*|.*\.(?:png|jpe?g|gif|svg|webp)"
 )
 _MAIN = "main"
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class HubRemote:
-    """A repository at one revision: a branch to publish to; a branch, tag or commit to pull."""
+    """A repository at one revision: a branch to publish to; a branch, tag or commit to pull
+    from.
+    """
 
     def __init__(self, repository: str, options: RemoteOptions) -> None:
         self.where = f"hf://{repository}" + (f"@{options.revision}" if options.revision else "")
         self._api, self._repository = HfApi(), repository
         self._revision, self._private = options.revision or _MAIN, options.private
         self._writing = options.writing
-        self._commit: str | None = None  # what `look` or `sizes` saw
+        self._commit: str | None = None  # seen by `list_remote` or `sizes`
         self._exists = False
         self._sent: dict[str, CommitOperationAdd] = {}
         self._there: frozenset[str] = frozenset()
         self._gone: tuple[str, ...] = ()
 
     def list_remote(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
-        """Files by the hashes that the hub keeps: sha256 of large ones, git's own of small ones."""
+        """Compare files by the hub's hashes: sha256 of large files, git ids of small ones."""
         files = self._files()
         self._there = frozenset(
             item.name for item in items if is_same_content(item, files.get(item.name))
         )
-        found = self.fetch_manifest(manifest) if manifest in files else None
+        existing = self.fetch_manifest(manifest) if manifest in files else None
         ours = {manifest, *self._there}
         others = sorted(
-            name for name in files if name not in ours and not _FURNITURE.fullmatch(name)
+            name for name in files if name not in ours and not _REPOSITORY_FILES.fullmatch(name)
         )
-        return RemoteState(there=self._there, manifest=found, others=tuple(others))
+        return RemoteState(present=self._there, manifest=existing, others=tuple(others))
 
     def begin_upload(self, gone: Sequence[str]) -> None:
-        """Make repository and branch; what is there stays until the commit."""
+        """Create repository and branch; existing files stay until the commit."""
         self._gone = tuple(gone)
-        with self._answers():
+        with self._translate():
             if not self._exists:
                 self._api.create_repo(self._repository, private=self._private, exist_ok=True)
             if self._commit is None and self._revision != _MAIN:
                 self._api.create_branch(self._repository, branch=self._revision, exist_ok=True)
 
     def send(self, item: UploadFile, report_bytes: BytesCallback) -> None:
-        """Send a large file ahead; small ones travel in the commit."""
+        """Upload a large file; small files are part of the commit."""
         operation = make_addition(item)
-        with self._answers():
+        with self._translate():
             self._api.preupload_lfs_files(
                 self._repository,
                 [operation],
@@ -106,12 +109,12 @@ class HubRemote:
         report_bytes(item.n_bytes)
 
     def finalize(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
-        """One commit on top of the one that `look` saw, and a look at what it made."""
+        """Commit on top of the commit that `list_remote` saw, and check the result."""
         every = (*items, manifest)
         seen, files = self._commit, self._files()
         if all(
             is_same_content(item, files.get(item.name)) for item in every
-        ):  # an earlier try whose answer was lost
+        ):  # an earlier attempt succeeded, but its response was lost
             return f"hf://{self._repository}@{self._commit}"
         new = [
             self._sent.get(item.name) or make_addition(item)
@@ -124,8 +127,8 @@ class HubRemote:
             make_addition(manifest),
             *(CommitOperationDelete(name) for name in sorted(old)),
         ]
-        with self._answers(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it takes the samples' Parquet for a data set
+        with self._translate(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it mistakes the samples' Parquet files for a data set
             done = self._api.create_commit(
                 self._repository,
                 operations,  # type: ignore[arg-type]  # a union
@@ -138,43 +141,45 @@ class HubRemote:
         lost = [item.name for item in every if not is_same_content(item, files.get(item.name))]
         if lost:
             raise TransferError(
-                f"{self.where}: {shorten_repr(lost[0])}: expected the file that was committed, found another or none "
+                f"{self.where}: {shorten_repr(lost[0])}: expected the file that was committed, "
+                "found another or none "
                 "(does the repository's .gitignore name it?); publish again"
             )
         return f"hf://{self._repository}@{done.oid}"
 
     def fetch_manifest(self, name: str) -> bytes | None:
-        """The file at the commit that was seen."""
-        found = self._files().get(name)
+        """Return the manifest at the seen commit, or None."""
+        entry = self._files().get(name)
         if self._commit is None and not self._writing:
             raise TransferError(
-                f"{self.where}: expected this on the Hub, found none that this user may see"
+                f"{self.where}: expected this on the Hub, found nothing that this user may see"
             )
-        if found is None:
+        if entry is None:
             return None
-        if found.size > JSON_LIMIT_BYTES:
+        if entry.size > JSON_LIMIT_BYTES:
             raise TransferError(
-                f"{self.where}: {name}: expected at most {JSON_LIMIT_BYTES} bytes, found {found.size}"
+                f"{self.where}: {name}: expected at most {JSON_LIMIT_BYTES} bytes, found "
+                f"{entry.size}"
             )
         content = b"".join(self.read(name, 0))
-        if found.lfs is not None:
-            check_received(content, found.lfs.sha256)
-        elif compute_git_id([content], len(content)) != found.blob_id:
-            raise TransientError("other bytes arrived than were sent")
+        if entry.lfs is not None:
+            check_received(content, entry.lfs.sha256)
+        elif compute_git_id([content], len(content)) != entry.blob_id:
+            raise TransientError("received bytes differ from the sent ones")
         return content
 
     def sizes(self) -> Mapping[str, int]:
-        """Every file of one commit: later commits change nothing for this pull."""
+        """Return the files of one commit; later commits do not affect this pull."""
         return {name: file.size for name, file in self._files().items()}
 
     def read(self, name: str, first: int) -> Generator[bytes, None, None]:
-        """A file of that commit; a server may ignore the range."""
+        """Yield a file of that commit; a server may ignore the range."""
         url = f"{self._api.endpoint}/{self._repository}/resolve/{self._commit}/{quote(name)}"
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"} | (
             {"Range": f"bytes={first}-"} if first else {}
         )
         with (
-            self._answers(name),
+            self._translate(name),
             get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer,
         ):
             if answer.is_error:
@@ -187,11 +192,13 @@ class HubRemote:
                 skip = max(0, skip - len(piece))
 
     def close(self) -> None:
-        """huggingface_hub keeps its connections for the whole process."""
+        """Do nothing: huggingface_hub keeps its connections for the whole process."""
 
     def _files(self) -> dict[str, RepoFile]:
-        """The files of the revision, and the commit it stands for; none where it is still to be made."""
-        with self._answers():
+        """Return the files of the revision and remember its commit; empty if it does not
+        exist yet.
+        """
+        with self._translate():
             try:
                 self._commit = self._api.repo_info(self._repository, revision=self._revision).sha
                 self._exists = True
@@ -210,51 +217,53 @@ class HubRemote:
         return {}
 
     @contextmanager
-    def _answers(self, name: str = "") -> Iterator[None]:
-        """What the hub refuses, in one sentence each."""
+    def _translate(self, name: str = "") -> Iterator[None]:
+        """Turn the hub's errors into one sentence each."""
         where = f"{self.where}: {shorten_repr(name)}" if name else self.where
         with translate_errors(where):
             try:
                 yield
             except GatedRepoError as fault:
                 raise TransferError(
-                    f"{where}: expected access to this model, found a gate; accept its licence on the Hub"
+                    f"{where}: expected access to this model, found a gate; accept its license on "
+                    "the Hub"
                 ) from fault
             except (HfHubHTTPError, RuntimeError) as fault:
                 raise translate_http_error(where, fault) from fault
             except HFValidationError as fault:
                 raise UsageError(
-                    f"{where}: expected a repository and a revision, found: {describe_exception(fault)}"
+                    f"{where}: expected a repository and a revision, found: "
+                    f"{describe_exception(fault)}"
                 ) from fault
 
 
 def translate_http_error(where: str, fault: Exception) -> Exception:
-    """HTTP errors by their status; an upload's is the cause of a RuntimeError."""
+    """Translate an HTTP error by its status; for uploads it is the cause of a RuntimeError."""
     inner: BaseException = fault
     while inner.__cause__ is not None and not isinstance(inner, HfHubHTTPError):
         inner = inner.__cause__
     status = inner.response.status_code if isinstance(inner, HfHubHTTPError) else None
-    if status is None or status in _PASSING or (status == 400 and "BadDigest" in str(inner)):
+    if status is None or status in _TRANSIENT or (status == 400 and "BadDigest" in str(inner)):
         return TransientError(describe_exception(inner))
     if status in {401, 403}:
         return TransferError(
-            f"{where}: expected to be let in, found {status}; `hf auth login` with a token that may do this"
+            f"{where}: expected access, found {status}; `hf auth login` with a token that has "
+            "this permission"
         )
     if status == 404:
         return TransferError(
-            f"{where}: expected this on the Hub, found none that this user may see"
+            f"{where}: expected this on the Hub, found nothing that this user may see"
         )
     if status in {409, 412}:
         return TransferError(
-            f"{where}: expected the repository as it was at the start, found a newer commit; publish again"
+            f"{where}: expected the repository as it was at the start, found a newer commit; "
+            "publish again"
         )
-    return TransferError(
-        f"{where}: expected the Hub to agree, found {status}: {describe_exception(inner)}"
-    )
+    return TransferError(f"{where}: expected success, found {status}: {describe_exception(inner)}")
 
 
 def make_addition(item: UploadFile) -> CommitOperationAdd:
-    """What huggingface_hub sends for a file."""
+    """Check a file's hash and make its commit operation."""
     with HashedReader(item) as pieces:
         for _ in pieces:
             pass
@@ -264,7 +273,7 @@ def make_addition(item: UploadFile) -> CommitOperationAdd:
 
 
 def is_same_content(item: UploadFile, file: RepoFile | None) -> bool:
-    """Whether the hub holds this content; LFS files are known by sha256, others as git names blobs."""
+    """Whether the hub has this content: LFS files compare by sha256, others by git blob id."""
     if file is None or file.size != item.n_bytes:
         return False
     if file.lfs is not None:
@@ -274,7 +283,7 @@ def is_same_content(item: UploadFile, file: RepoFile | None) -> bool:
 
 
 def compute_git_id(pieces: Iterable[bytes], n_bytes: int) -> str:
-    """How git names a file."""
+    """Return the git blob id of a content."""
     digest = hashlib.sha1(f"blob {n_bytes}\0".encode(), usedforsecurity=False)
     for piece in pieces:
         digest.update(piece)
@@ -282,13 +291,14 @@ def compute_git_id(pieces: Iterable[bytes], n_bytes: int) -> str:
 
 
 def open_hub(rest: str, text: str, options: RemoteOptions) -> HubRemote:
-    """The repository of an address."""
+    """Open the repository of an address."""
     if not _ID.fullmatch(rest):
         raise UsageError(
-            f"{remove_secrets(text)}: expected hf://owner/name, found something else; --revision names a branch"
+            f"{remove_secrets(text)}: expected hf://owner/name, found something else; --revision "
+            "names a branch"
         )
     disable_progress_bars()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings name signed URLs
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings contain signed URLs
     return HubRemote(rest, options)
 
 

@@ -1,7 +1,7 @@
 """An OCI registry: `oci://host[:port]/name[:tag]`, to pull also `oci://host/name@sha256:...`.
 
-A file is a blob, and its name the title that `oras` gives files too, so that `oras pull` fetches such an artifact as
-well. The image manifest under the tag is written last and names all blobs: without it there is no artifact.
+A file is a blob, titled as `oras` titles files, so `oras pull` fetches these artifacts as well. The
+image manifest under the tag names all blobs and is written last: without it there is no artifact.
 """
 
 from __future__ import annotations
@@ -41,41 +41,40 @@ Blobs = Mapping[str, tuple[str, int]]
 class OciRemote:
     """A tag of a repository."""
 
-    def __init__(self, registry: OciClient, reference: str) -> None:
-        self.where = registry.where
-        self._registry, self._reference = registry, reference
+    def __init__(self, client: OciClient, reference: str) -> None:
+        self.where = client.where
+        self._client, self._reference = client, reference
         self._blobs: Blobs | None = None
 
     def list_remote(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
-        """Blobs by digest, whatever they belong to; another image under the tag is an other."""
-        there = frozenset(
-            item.name for item in items if self._registry.has(f"sha256:{item.sha256}")
-        )
-        tagged = self._registry.manifest(self._reference)
+        """Compare blobs by digest; another image under the tag counts as another file."""
+        there = frozenset(item.name for item in items if self._client.has(f"sha256:{item.sha256}"))
+        tagged = self._client.manifest(self._reference)
         if tagged is None:
-            return RemoteState(there=there)
-        found = self.fetch_manifest(manifest)
-        others = () if found is not None else (f"another image under the tag {self._reference}",)
-        return RemoteState(there=there, manifest=found, others=others)
+            return RemoteState(present=there)
+        existing = self.fetch_manifest(manifest)
+        others = () if existing is not None else (f"another image under the tag {self._reference}",)
+        return RemoteState(present=there, manifest=existing, others=others)
 
     def begin_upload(self, gone: Sequence[str]) -> None:
-        """Nothing: the tag keeps what it names until it names another."""
+        """Do nothing: the tag refers to the old image until it is set."""
 
     def send(self, item: UploadFile, report_bytes: BytesCallback) -> None:
-        """One blob."""
-        self._registry.put_file(item, report_bytes)
+        """Upload one blob."""
+        self._client.put_file(item, report_bytes)
 
     def finalize(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
-        """The manifest as a blob, then the tag."""
+        """Store the manifest as a blob, then set the tag."""
         for item in items:
-            if not self._registry.has(f"sha256:{item.sha256}"):
+            if not self._client.has(f"sha256:{item.sha256}"):
                 raise TransferError(
-                    f"{self.where}: {shorten_repr(item.name)}: expected the blob that was sent, found none; publish again"
+                    f"{self.where}: {shorten_repr(item.name)}: expected the blob that was sent, "
+                    "found none; publish again"
                 )
-        self._registry.put(manifest.path.read_bytes())
+        self._client.put(manifest.path.read_bytes())
         empty = {
             "mediaType": _EMPTY,
-            "digest": self._registry.put(b"{}"),
+            "digest": self._client.put(b"{}"),
             "size": 2,
             "data": "e30=",
         }
@@ -89,16 +88,19 @@ class OciRemote:
             for item in sorted([*items, manifest], key=lambda item: item.name)
         ]
         image = {
-            "schemaVersion": 2, "mediaType": MANIFEST, "artifactType": ARTIFACT_TYPE, "config": empty,
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "artifactType": ARTIFACT_TYPE,
+            "config": empty,
             "layers": layers,
-        }  # fmt: skip
-        digest = self._registry.set_tag(
+        }
+        digest = self._client.set_tag(
             self._reference, json.dumps(image, separators=(",", ":")).encode()
         )
         return f"{self.where}@{digest}"
 
     def fetch_manifest(self, name: str) -> bytes | None:
-        """The blob of that title."""
+        """Return the blob with that title, or None."""
         blobs = self._titles()
         if name not in blobs:
             return None
@@ -108,7 +110,7 @@ class OciRemote:
                 f"{self.where}: {name}: expected at most {JSON_LIMIT_BYTES} bytes, found {size}"
             )
         content = bytearray()
-        for piece in self._registry.blob(digest, 0, name):
+        for piece in self._client.blob(digest, 0, name):
             content += piece
             if len(content) > size:
                 break
@@ -116,28 +118,28 @@ class OciRemote:
         return bytes(content)
 
     def sizes(self) -> Mapping[str, int]:
-        """What the image manifest names that was seen first: a tag that moves meanwhile changes nothing."""
+        """Return the files of the image that was seen first; a moved tag has no effect."""
         blobs = self._blobs if self._blobs is not None else self._titles()
         return {name: size for name, (_, size) in blobs.items()}
 
     def read(self, name: str, first: int) -> Generator[bytes, None, None]:
-        """A blob."""
+        """Yield the bytes of a blob."""
         blobs = self._blobs if self._blobs is not None else self._titles()
         if name not in blobs:
             raise TransferError(
                 f"{self.where}: {shorten_repr(name)}: expected a blob, found none; publish it again"
             )
-        return self._registry.blob(blobs[name][0], first, name)
+        return self._client.blob(blobs[name][0], first, name)
 
     def close(self) -> None:
-        """End the connections."""
-        self._registry.close()
+        """Close the connections."""
+        self._client.close()
 
     def _titles(self) -> Blobs:
-        """The titled layers of the tag; none for an image without any."""
-        image = self._registry.manifest(self._reference)
+        """Return digest and bytes of the titled layers of the tag."""
+        image = self._client.manifest(self._reference)
         layers = image.get("layers") if image is not None else []
-        found: dict[str, tuple[str, int]] = {}
+        titles: dict[str, tuple[str, int]] = {}
         for layer in layers if isinstance(layers, list) else []:
             digest, size, notes = (
                 (layer.get(k) for k in ("digest", "size", "annotations"))
@@ -154,31 +156,34 @@ class OciRemote:
                 or size < 0
             ):
                 raise TransferError(
-                    f"{self.where}: {shorten_repr(title)}: expected a sha256 and a size; publish it again"
+                    f"{self.where}: {shorten_repr(title)}: expected a sha256 and a size; publish "
+                    "it again"
                 )
-            if title in found:
+            if title in titles:
                 raise TransferError(
-                    f"{self.where}: {shorten_repr(title)}: expected one blob, found two; publish it again"
+                    f"{self.where}: {shorten_repr(title)}: expected one blob, found two; publish "
+                    "it again"
                 )
-            found[title] = digest, size
-        self._blobs = found
-        return found
+            titles[title] = digest, size
+        self._blobs = titles
+        return titles
 
 
 def open_oci(rest: str, text: str, options: RemoteOptions) -> OciRemote:
-    """The repository and tag of an address; the tag is "latest" when it names none."""
+    """Open the repository and tag of an address; the default tag is "latest"."""
     match = _ADDRESS.fullmatch(rest)
     if match is None or (options.writing and match["digest"]):
         raise UsageError(
-            f"{remove_secrets(text)}: expected oci://host/name:tag with a name in small letters, found something else; "
+            f"{remove_secrets(text)}: expected oci://host/name:tag with a name in small letters, "
+            "found something else; "
             "check the address"
         )
     tag = match["tag"] or "latest"
     where = f"oci://{match['host']}/{match['name']}:{tag}" + (
         f"@{match['digest']}" if match["digest"] else ""
     )
-    registry = OciClient(match["host"], match["name"], where, options.jobs, options.retry_policy)
-    return OciRemote(registry, match["digest"] or tag)
+    client = OciClient(match["host"], match["name"], where, options.jobs, options.retry_policy)
+    return OciRemote(client, match["digest"] or tag)
 
 
 REMOTE = RemoteScheme(open=open_oci, package="httpx2", extra="oci")

@@ -1,8 +1,8 @@
-"""S3 and what speaks its language: `s3://bucket/prefix`, through s3fs.
+"""S3 and compatible stores: `s3://bucket/prefix`, through s3fs.
 
-Credentials and endpoint come from botocore's own places (profiles, AWS_* variables, AWS_ENDPOINT_URL). An object
-carries the sha256 of its bytes as metadata, set when it is created, so that a later run knows it without reading it.
-Large files go up in parts; the parts that an interrupted upload left are compared by MD5 and not sent again.
+botocore finds credentials and endpoint (profiles, AWS_* variables, AWS_ENDPOINT_URL). An object has
+its sha256 as metadata, set at creation, so later runs compare it without reading it. Large files
+are uploaded in parts; parts of an interrupted upload are compared by MD5 and not sent again.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from quantkit.publish.remote import (
 from quantkit.publish.remotes.fsspec import FsspecRemote, check_sizes, compute_md5
 
 PART_BYTES = 16 << 20
-"""Of a multipart upload; longer where a file would have more than 10,000 parts."""
+"""Bytes of a part; larger if a file would have more than 10,000 parts."""
 
 _MAX_PARTS = 10_000
 _AT_ONCE = 3
 _SHA = "quantkit-sha256"
 
 Parts = Mapping[int, tuple[str, int]]
-"""ETag and bytes of the parts that are there, by number."""
+"""ETag and bytes of existing parts, by number."""
 
 
 class S3Remote:
@@ -49,22 +49,22 @@ class S3Remote:
         self._below = FsspecRemote(files, root, where)
 
     def list_remote(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
-        """Objects of equal size are compared by the sha256 in their metadata, else read."""
+        """Compare objects of equal size by the sha256 in their metadata, or by reading them."""
         present = self._below.sizes()
         same = [item for item in items if present.get(item.name) == item.n_bytes]
         with ThreadPoolExecutor(max_workers=8) as pool:
-            kept = list(pool.map(self._holds, same))
-        there = frozenset(item.name for item, found in zip(same, kept) if found)
+            matches = list(pool.map(self._holds, same))
+        there = frozenset(item.name for item, match in zip(same, matches) if match)
         others = sorted(set(present) - {item.name for item in items} - {manifest})
-        found = self.fetch_manifest(manifest) if manifest in present else None
-        return RemoteState(there=there, manifest=found, others=tuple(others))
+        existing = self.fetch_manifest(manifest) if manifest in present else None
+        return RemoteState(present=there, manifest=existing, others=tuple(others))
 
     def begin_upload(self, gone: Sequence[str]) -> None:
-        """Take what was there out of it, the manifest first."""
+        """Remove the replaced files, the manifest first."""
         self._below.begin_upload(gone)
 
     def send(self, item: UploadFile, report_bytes: BytesCallback) -> None:
-        """Put an object, or its missing parts; the MD5 that the server returns must be that of what was sent."""
+        """Upload an object or its missing parts; the returned MD5 must match the sent bytes."""
         size = choose_part_bytes(item.n_bytes)
         if item.n_bytes <= size:
             with HashedReader(item, size) as pieces:
@@ -79,51 +79,51 @@ class S3Remote:
         self._send_parts(item, upload, parts, report_bytes)
         if parts and not self._holds(
             item
-        ):  # the upload was begun for another content with the same first part
+        ):  # the unfinished upload was of another content with the same first part
             self._send_parts(item, None, {}, lambda _: None)
 
     def finalize(self, items: Sequence[UploadFile], manifest: UploadFile) -> str:
-        """The manifest, after all objects are found there."""
+        """Check that all objects exist, then write the manifest."""
         check_sizes(self.where, items, self._below.sizes())
         self.send(manifest, lambda _: None)
         return self.where
 
     def fetch_manifest(self, name: str) -> bytes | None:
-        """The object itself, compared with the sha256 it was sent with; a missing bucket has none."""
+        """Return the manifest, checked by its sha256; None also for a missing bucket."""
         content = self._below.fetch_manifest(name)
         if content is not None:
-            told = self._call("head_object", name, {}).get("Metadata", {}).get(_SHA)
-            check_received(content, told)
+            sha256 = self._call("head_object", name, {}).get("Metadata", {}).get(_SHA)
+            check_received(content, sha256)
         return content
 
     def sizes(self) -> Mapping[str, int]:
-        """What lies below the prefix."""
+        """Return the bytes of every file below the prefix."""
         return self._below.sizes()
 
     def read(self, name: str, first: int) -> Generator[bytes, None, None]:
-        """Ranges, one after the other."""
+        """Yield a file range by range."""
         return self._below.read(name, first)
 
     def close(self) -> None:
-        """s3fs keeps its client for the whole process."""
+        """Do nothing: s3fs keeps its client for the whole process."""
 
     def _holds(self, item: UploadFile) -> bool:
-        """By the sha256 it was sent with; an object of one part must also have the MD5 of the bytes that arrived."""
+        """Whether an object has the item's sha256 and, if uploaded in one part, its MD5."""
         head = self._call("head_object", item.name, {})
-        told, etag = head.get("Metadata", {}).get(_SHA), read_plain_md5(head)
-        if not told:
+        sha256, etag = head.get("Metadata", {}).get(_SHA), read_plain_md5(head)
+        if not sha256:
             return self._below.holds(item)
-        return told == item.sha256 and (etag is None or etag == compute_md5(item).hex())
+        return sha256 == item.sha256 and (etag is None or etag == compute_md5(item).hex())
 
     def _send_parts(
         self, item: UploadFile, upload: str | None, parts: Parts, report_bytes: BytesCallback
     ) -> None:
         name, size = item.name, choose_part_bytes(item.n_bytes)
         if upload is None:
-            begun = self._call("create_multipart_upload", name, {"Metadata": {_SHA: item.sha256}})
-            upload = str(begun["UploadId"])
+            created = self._call("create_multipart_upload", name, {"Metadata": {_SHA: item.sha256}})
+            upload = str(created["UploadId"])
 
-        def one(number: int, body: bytes) -> str:
+        def send_part(number: int, body: bytes) -> str:
             there = parts.get(number)
             if there != (etag := hashlib.md5(body, usedforsecurity=False).hexdigest(), len(body)):
                 answer = self._call(
@@ -136,22 +136,26 @@ class S3Remote:
         etags: list[str] = []
         with HashedReader(item, size) as pieces, ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
             for batch in batch_pieces(pieces, _AT_ONCE):
-                etags += pool.map(one, range(len(etags) + 1, len(etags) + 1 + len(batch)), batch)
+                etags += pool.map(
+                    send_part, range(len(etags) + 1, len(etags) + 1 + len(batch)), batch
+                )
                 report_bytes(pieces.sent)
         listed = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
         whole = {"UploadId": upload, "MultipartUpload": {"Parts": listed}}
         self._call("complete_multipart_upload", name, whole)
 
     def _unfinished(self, name: str) -> tuple[str | None, Parts]:
-        """The newest upload of an object that was not completed, and its parts; who may not list them begins anew."""
+        """Return the newest unfinished upload of an object and its parts; none without
+        permission.
+        """
         key = self._key(name)
         try:
             with translate_errors(self.where):
-                found = self._files.call_s3(
+                uploads = self._files.call_s3(
                     "list_multipart_uploads", Bucket=self._bucket, Prefix=key
                 )
                 ids = [
-                    entry["UploadId"] for entry in found.get("Uploads", ()) if entry["Key"] == key
+                    entry["UploadId"] for entry in uploads.get("Uploads", ()) if entry["Key"] == key
                 ]
                 if not ids:
                     return None, {}
@@ -184,19 +188,21 @@ class S3Remote:
 
 
 def batch_pieces(pieces: Iterable[bytes], n: int) -> Iterator[list[bytes]]:
-    """Pieces, `n` at a time."""
+    """Yield lists of `n` pieces."""
     iterator = iter(pieces)
     while batch := list(islice(iterator, n)):
         yield batch
 
 
 def choose_part_bytes(n_bytes: int) -> int:
-    """Bytes of a part of a file of that size."""
+    """Return the part size for a file of n_bytes."""
     return max(PART_BYTES, -(-n_bytes // _MAX_PARTS))
 
 
 def read_plain_md5(answer: Mapping[str, Any]) -> str | None:
-    """The MD5 of an object or part; None for encrypted objects and those of several parts, whose ETag is none."""
+    """Return the MD5 of an object or part; None if its ETag is not one (encrypted, several
+    parts).
+    """
     etag = str(answer.get("ETag", "")).strip('"')
     plain = answer.get("ServerSideEncryption") in {None, "AES256"} and not answer.get(
         "SSECustomerAlgorithm"
@@ -205,19 +211,19 @@ def read_plain_md5(answer: Mapping[str, Any]) -> str | None:
 
 
 def check_etag(where: str, name: str, answer: Mapping[str, Any], body: bytes) -> None:
-    """Interrupted when the server holds other bytes than were sent."""
+    """Raise TransientError if the server has other bytes than were sent."""
     if read_plain_md5(answer) not in {None, hashlib.md5(body, usedforsecurity=False).hexdigest()}:
-        raise TransientError(f"{where}: {name}: other bytes arrived than were sent")
+        raise TransientError(f"{where}: {name}: received bytes differ from the sent ones")
 
 
 def open_s3(rest: str, text: str, options: RemoteOptions) -> S3Remote:
-    """The bucket and prefix of a URL."""
+    """Open the bucket and prefix of a URL."""
     import s3fs
 
     where = remove_secrets(text).rstrip("/")
     if not rest.partition("/")[0] or "@" in rest.partition("/")[0]:
         raise UsageError(
-            f"{where}: expected a place like s3://bucket/prefix, found no bucket; name one"
+            f"{where}: expected an address like s3://bucket/prefix, found no bucket; name one"
         )
     with translate_errors(where):
         files = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)

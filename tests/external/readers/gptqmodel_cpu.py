@@ -1,11 +1,12 @@
-"""Read artifacts of the formats awq and gptq with GPTQModel on this CPU, as transformers does or by its own loader.
+"""Reader of awq and gptq artifacts: GPTQModel on this CPU, through transformers or its own loader.
 
     python tests/external/readers/gptqmodel_cpu.py JOBS.json
 
-JOBS.json is a list of {"artifact", "loader": "transformers" | "gptqmodel" | null, "dtype", "tokens", "found"}. To the
-safetensors file `found` go the weights that GPTQModel unpacks from the stored tensors and, with a loader, the logits of
-the tokens and the kernel of each module that the loader made quantized. Imports nothing of quantkit, and runs in a
-process of its own: importing gptqmodel replaces parts of transformers for every model that is made afterwards.
+JOBS.json is a list of {"artifact", "loader": "transformers" | "gptqmodel" | null, "dtype",
+"tokens", "output"}. The safetensors file `output` receives the weights that GPTQModel unpacks from
+the stored tensors and, with a loader, the logits of the tokens and the kernel of each quantized
+module. Imports nothing of quantkit and runs in its own process: importing gptqmodel replaces parts
+of transformers for every model created later.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# The kernels work without; compiling them would take longer than everything else here.
+# The kernels run uncompiled; compiling them takes longer than all the jobs.
 os.environ.update(TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1")
 
 import torch
@@ -32,19 +33,19 @@ from transformers import AutoModelForCausalLM
 
 
 def load_model(artifact: Path, loader: str, dtype: torch.dtype) -> Any:
-    """The artifact as a model, in `dtype` but for what its kernels compute in 16 bits."""
+    """Load an artifact as a model in `dtype`; quantized kernels may compute in 16 bits."""
     if loader == "gptqmodel":
         return GPTQModel.load(str(artifact), device="cpu", dtype=dtype).model
-    model, told = AutoModelForCausalLM.from_pretrained(
+    model, loading_info = AutoModelForCausalLM.from_pretrained(
         artifact, dtype=dtype, device_map="cpu", output_loading_info=True
     )
-    if any(told.values()):
-        sys.exit(f"{artifact}: transformers says {told}")
+    if any(loading_info.values()):
+        sys.exit(f"{artifact}: expected no loading issues from transformers, found {loading_info}")
     return model
 
 
 def unpack_weights(artifact: Path) -> dict[str, torch.Tensor]:
-    """Every packed weight [out, in] in float32, from the stored tensors, by the code of GPTQModel's plain kernels."""
+    """Return each packed weight [out, in] in float32, unpacked by GPTQModel's plain kernels."""
     entry = json.loads((artifact / "config.json").read_text(encoding="utf-8"))[
         "quantization_config"
     ]
@@ -57,25 +58,25 @@ def unpack_weights(artifact: Path) -> dict[str, torch.Tensor]:
                 if key.endswith(".qweight")
             ]
             for name in modules:
-                local = [
+                parts = [
                     "qweight",
                     "qzeros",
                     "scales",
                     *(["g_idx"] if entry["quant_method"] == "gptq" else []),
                 ]
-                tensors = {key: stored.get_tensor(f"{name}.{key}") for key in local}
+                tensors = {key: stored.get_tensor(f"{name}.{key}") for key in parts}
                 tensors["scales"] = tensors["scales"].float()
-                own = entry | (
+                settings = entry | (
                     dynamic_get(entry["dynamic"], name) or {}
-                )  # its own bits, group_size and sym
+                )  # the module's bits, group_size and sym
                 weights[name] = (unpack_gptq if "g_idx" in tensors else unpack_awq)(
-                    tensors, own
+                    tensors, settings
                 ).contiguous()
     return weights
 
 
 def unpack_awq(tensors: dict[str, torch.Tensor], entry: dict[str, Any]) -> torch.Tensor:
-    """One weight [out, in]."""
+    """Unpack one AWQ weight [out, in]."""
     width = len(tensors["qweight"])
     group = width if entry["group_size"] == -1 else entry["group_size"]
     return dequantize_gemm(
@@ -84,7 +85,7 @@ def unpack_awq(tensors: dict[str, torch.Tensor], entry: dict[str, Any]) -> torch
 
 
 def unpack_gptq(tensors: dict[str, torch.Tensor], entry: dict[str, Any]) -> torch.Tensor:
-    """One weight [out, in]; the kernel wants zero points as version 2 stores them."""
+    """Unpack one GPTQ weight [out, in]; the kernel expects zero points in version 2's encoding."""
     width, out = len(tensors["g_idx"]), tensors["scales"].shape[1]
     module = TorchLinear(
         bits=entry["bits"],
@@ -103,7 +104,7 @@ def unpack_gptq(tensors: dict[str, torch.Tensor], entry: dict[str, Any]) -> torc
 
 
 def main(jobs: str) -> None:
-    """Do every job of the list."""
+    """Run each job of the list."""
     torch.set_num_threads(1)
     for job in json.loads(Path(jobs).read_text(encoding="utf-8")):
         artifact, kernels = Path(job["artifact"]), dict[str, str]()
@@ -113,13 +114,13 @@ def main(jobs: str) -> None:
             with torch.no_grad():
                 tensors["logits"] = model(
                     load_file(job["tokens"])["tokens"]
-                ).logits.float()  # [rows, tokens, words]
+                ).logits.float()  # [rows, tokens, vocabulary]
             kernels = {
                 name: type(x).__name__
                 for name, x in model.named_modules()
                 if isinstance(x, BaseQuantLinear)
             }
-        save_file(tensors, job["found"], metadata={"kernels": json.dumps(kernels)})
+        save_file(tensors, job["output"], metadata={"kernels": json.dumps(kernels)})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""`make bench-peers`: quantkit beside GPTQModel and llm-compressor on SmolLM2-135M-Instruct, in one run.
+"""`make bench-peers`: quantkit, GPTQModel and llm-compressor on SmolLM2-135M-Instruct in one run.
 
-    PYTHONPATH=tests python -m external.real_model.against_peers GPTQMODEL_PYTHON LLMCOMPRESSOR_PYTHON [--keep] [--place FOLDER]
+    PYTHONPATH=tests python -m external.real_model.against_peers \\
+        GPTQMODEL_PYTHON LLMCOMPRESSOR_PYTHON [--keep] [--place FOLDER]
 
-4 bits, groups of 64, the head left alone, the same 16,384 calibration tokens, one core for each, one after the other.
-All artifacts are judged alike: unpacked by `unpack`, run whole in float32 (`measure`). `--keep` takes what an earlier
-run has left of the peers. Exits with 1 when a goal is missed.
+4 bits, group size 64, lm_head unquantized, the same 16,384 calibration tokens; the tools run one
+after the other, each on one core. All artifacts are measured in the same way: unpacked by `unpack`,
+run as whole models in float32 (`measure`). `--keep` reuses the peers' artifacts of an earlier run.
+The exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ SYMMETRIC = Build(name="GPTQ sym", recipe="smollm2-135m-gptq4", changes={})
 ASYMMETRIC = Build(name="AWQ+GPTQ asym", recipe="smollm2-135m-awq4", changes={})
 ONE_STREAM = Build(
     name="AWQ+GPTQ asym, one stream", recipe="smollm2-135m-awq4", changes={"propagate": "quantized"}
-)  # as peers learn: without the original model beside
+)  # as peers calibrate: without the original model's activations
+# Better than any peer in a quarter of the fastest peer's time, with a fifth of the peers' text, run
+# once.
 QUICK = Build(
     name="GPTQ asym, quick, 6 sequences",
     recipe="smollm2-135m-awq4",
@@ -52,7 +56,7 @@ QUICK = Build(
         "propagate": "original",
         "calibration.sequences": "6",
     },
-)  # better than any peer in a quarter of the fastest one's time, but of a fifth of the text that peers get, run once
+)
 BUILDS = (SYMMETRIC, ASYMMETRIC, ONE_STREAM, QUICK)
 KL_GOALS = {SYMMETRIC.name: 0.5, ASYMMETRIC.name: 0.4, ONE_STREAM.name: 0.47, QUICK.name: 0.75}
 CPU_GOAL = 0.25
@@ -60,7 +64,9 @@ CPU_GOAL = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """Another tool: its script, what it is told before the model, and what it is compared with."""
+    """Another tool: its script, the arguments before the model, and the build it is compared
+    with.
+    """
 
     name: str
     python: str
@@ -72,7 +78,7 @@ class Peer:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """An artifact's figures and what it cost."""
+    """An artifact's figures and the cost of building it."""
 
     name: str
     figures: Mapping[str, Estimate]
@@ -81,10 +87,10 @@ class Result:
 
 
 def list_peers(gptqmodel: str, llmcompressor: str) -> tuple[Peer, ...]:
-    """All of them, each in its own environment."""
+    """Return all peers, each with its own environment."""
     two_workers = {
         "GPTQMODEL_CPU_WORKERS": "2"
-    }  # it takes its pool's size from cores that it cannot use
+    }  # its default counts cores that the pinned process cannot use
     compressor = {"python": llmcompressor, "script": "run_llmcompressor.py", "environment": {}}
     return (
         Peer(
@@ -101,7 +107,7 @@ def list_peers(gptqmodel: str, llmcompressor: str) -> tuple[Peer, ...]:
 
 
 def run_peer(bench: Bench, peer: Peer, keep: bool) -> tuple[Path, Cost]:
-    """The peer's artifact, and what it cost."""
+    """Run a peer. Return its artifact and cost; with `keep`, those of an earlier run."""
     folder = bench.place / peer.name.replace(" ", "-")
     cost = folder.with_suffix(".json")
     if not (keep and cost.is_file() and folder.is_dir()):
@@ -115,45 +121,49 @@ def run_peer(bench: Bench, peer: Peer, keep: bool) -> tuple[Path, Cost]:
 
 
 def collect_results(bench: Bench, others: tuple[Peer, ...], keep: bool) -> list[Result]:
-    """Everybody's, quantkit's first. All are made before any is judged, so that nothing runs beside."""
-    made = []
+    """Return all results, quantkit's first.
+
+    All artifacts are built before any is measured, so that no build shares the machine with a
+    measurement.
+    """
+    artifacts = []
     for build in BUILDS:
         print_line(f"quantkit {build.name} ...")
         cost = build_artifact(bench, build, measured=False)
-        made.append((build.name, get_artifact_path(bench, build, measured=False), cost))
+        artifacts.append((build.name, get_artifact_path(bench, build, measured=False), cost))
     for peer in others:
         print_line(f"{peer.name} ...")
-        made.append((peer.name, *run_peer(bench, peer, keep)))
-    judge = ModelComparer(bench.model, bench.text())
-    found = []
-    for name, folder, cost in made:
-        print_line(f"judging {name} ...")
-        found.append(
+        artifacts.append((peer.name, *run_peer(bench, peer, keep)))
+    comparer = ModelComparer(bench.model, bench.load_text())
+    results = []
+    for name, folder, cost in artifacts:
+        print_line(f"measuring {name} ...")
+        results.append(
             Result(
                 name=name,
-                figures=compute_figures(judge, folder),
+                figures=compute_figures(comparer, folder),
                 cost=cost,
                 n_bytes=count_weight_bytes(folder),
             )
         )
-    return found
+    return results
 
 
-def compute_figures(judge: ModelComparer, folder: Path) -> Mapping[str, Estimate]:
-    """The figures of an artifact; those of the same bytes on the same text are not computed again."""
-    path, key = folder.with_suffix(".figures.json"), [hash_weights(folder), judge.text_hash]
+def compute_figures(comparer: ModelComparer, folder: Path) -> Mapping[str, Estimate]:
+    """Return the figures of an artifact; reuse stored figures of the same bytes and text."""
+    path, key = folder.with_suffix(".figures.json"), [hash_weights(folder), comparer.text_hash]
     if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["of"] == key:
-            return {name: Estimate(**values) for name, values in kept["figures"].items()}
-    figures = judge.figures(folder)
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["of"] == key:
+            return {name: Estimate(**values) for name, values in stored["figures"].items()}
+    figures = comparer.compute_figures(folder)
     values = {name: dataclasses.asdict(estimate) for name, estimate in figures.items()}
     path.write_text(json.dumps({"of": key, "figures": values}) + "\n", encoding="utf-8")
     return figures
 
 
 def format_row(result: Result) -> list[str]:
-    """A line of the first table."""
+    """Format a row of the first table."""
     kl, ratio, top = (result.figures[name] for name in ("kl_mean", "ppl_ratio", "top1"))
     return [
         result.name,
@@ -167,17 +177,17 @@ def format_row(result: Result) -> list[str]:
 
 
 def compare_with_peers(
-    found: list[Result], others: tuple[Peer, ...]
+    results: list[Result], others: tuple[Peer, ...]
 ) -> tuple[list[list[str]], bool]:
-    """Lines of the second table, quantkit / peer, and whether every goal is reached."""
-    of = {result.name: result for result in found}
-    theirs = [of[peer.name].cost for peer in others]
+    """Return the rows of the second table, quantkit / peer, and whether every goal is reached."""
+    by_name = {result.name: result for result in results}
+    theirs = [by_name[peer.name].cost for peer in others]
     fastest, leanest = min(cost.cpu_s for cost in theirs), min(cost.peak_rss for cost in theirs)
     rows, reached = [], True
     for build in BUILDS:
-        ours = of[build.name]
+        ours = by_name[build.name]
         rivals = [
-            of[peer.name].figures["kl_mean"].value
+            by_name[peer.name].figures["kl_mean"].value
             for peer in others
             if peer.rival.recipe == build.recipe
         ]
@@ -190,7 +200,7 @@ def compare_with_peers(
 
 
 def main() -> None:
-    """Run all, judge all, print both tables."""
+    """Build all artifacts, measure them, print both tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -201,23 +211,25 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=PLACE / "smollm2-135m")
     parser.add_argument("--place", type=Path, default=PLACE)
     parser.add_argument(
-        "--keep", action="store_true", help="take the peers' artifacts and costs of an earlier run"
+        "--keep", action="store_true", help="reuse the peers' artifacts and costs of an earlier run"
     )
-    given = parser.parse_args()
-    bench = prepare_bench(given.model, given.place)
+    options = parser.parse_args()
+    bench = prepare_bench(options.model, options.place)
     if bench is None:
         return
-    others = list_peers(given.gptqmodel, given.llmcompressor)
-    found = collect_results(bench, others, given.keep)
+    others = list_peers(options.gptqmodel, options.llmcompressor)
+    results = collect_results(bench, others, options.keep)
     columns = ("tool", "mean KL [nats]", "ppl ratio", "top-1", "CPU s", "peak MB", "weight bytes")
     print_table(
         f"SmolLM2-135M-Instruct, 4 bits, groups of 64; wikitext-2 {bench.sets.form}",
         columns,
-        list(map(format_row, found)),
+        list(map(format_row, results)),
     )
-    rows, reached = compare_with_peers(found, others)
+    rows, reached = compare_with_peers(results, others)
     print_table(
-        "quantkit / best peer: KL at the same kind of codes; CPU of the fastest, memory of the leanest of all",
+        "quantkit / best peer: KL relative to the best with the same kind of codes, CPU to the "
+        "fastest, "
+        "memory to the smallest",
         ("quantkit", "KL", "CPU", "memory", "goals"),
         rows,
     )

@@ -1,7 +1,7 @@
-"""What the benchmarks on the real model share: the model, its text, builds in processes of their own, and tables.
+"""Shared parts of the real-model benchmarks: model, texts, builds in separate processes, tables.
 
-Every tool runs on one core, pinned, with one thread. CPU seconds are user and system time between loading a model and
-the last byte written; peak memory is that of the whole process.
+Each tool runs pinned to one core with one thread. CPU seconds are user and system time from the
+loaded model to the last byte written; peak memory is that of the whole process.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": 
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """A way for quantkit to make an artifact: a recipe that ships, and what is changed in it."""
+    """A quantkit build: a shipped recipe and its overrides."""
 
     name: str
     recipe: str
     changes: Mapping[str, str]
 
     @property
-    def calibrated(self) -> bool:
-        """Whether it learns from text."""
+    def is_calibrated(self) -> bool:
+        """Whether the build uses calibration text."""
         return self.changes.get("calibration") != "null"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a tool needed."""
+    """CPU time, wall time (seconds) and peak memory (bytes) of a tool."""
 
     cpu_s: float
     wall_s: float
@@ -53,15 +53,15 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """The model, its text and the folder in which everything is made."""
+    """The model, its texts and the working folder."""
 
     model: Path
     sets: texts.Sets
-    tokens: Path  # the calibration text as every other tool gets it
+    tokens: Path  # JSON token ids of the calibration text, the input of the other tools
     place: Path
 
-    def text(self) -> corpora.Tokens:
-        """The windows on which source and artifacts are compared."""
+    def load_text(self) -> corpora.Tokens:
+        """Load the windows on which source and artifacts are compared."""
         tokenizer, corpus = (
             corpora.load_tokenizer(self.model),
             corpora.load_set(str(self.sets.fidelity), self.place),
@@ -70,11 +70,15 @@ class Bench:
 
 
 def prepare_bench(model: Path, place: Path) -> Bench | None:
-    """Cut the text for the model; None, after saying so, on a machine without wikitext-2."""
+    """Cut the texts for the model.
+
+    Print a message and return None if wikitext-2 is not available.
+    """
     data = texts.find_wikitext()
     if data is None:
         print_line(
-            "skipped: wikitext-2 is not on this machine (tests/external/real_model/texts.py says where it is looked for)"
+            "skipped: wikitext-2 is not on this machine (tests/external/real_model/texts.py lists "
+            "the locations)"
         )
         return None
     place.mkdir(parents=True, exist_ok=True)
@@ -91,7 +95,9 @@ def prepare_bench(model: Path, place: Path) -> Bench | None:
 
 
 def make_overrides(bench: Bench, build: Build, *, measured: bool) -> dict[str, str]:
-    """What is changed in the build's recipe; unmeasured there is no forward pass but for calibration."""
+    """Return the overrides of the build's recipe; unmeasured builds run forward passes only to
+    calibrate.
+    """
     text = {f"{kind}.length": str(texts.LENGTH) for kind in ("calibration", "fidelity")}
     return {
         **text,
@@ -110,30 +116,33 @@ def make_overrides(bench: Bench, build: Build, *, measured: bool) -> dict[str, s
 
 
 def get_artifact_path(bench: Bench, build: Build, *, measured: bool) -> Path:
-    """Where a build's artifact goes."""
+    """Return the path of a build's artifact."""
     return (
         bench.place / f"quantkit-{build.name.replace(' ', '-')}{'' if measured else '-unmeasured'}"
     )
 
 
 def build_artifact(bench: Bench, build: Build, *, measured: bool) -> Cost:
-    """Build in a process of its own; the artifact lies at `artifact(...)` afterwards."""
+    """Build in a separate process. The artifact is written to `get_artifact_path(...)`."""
     folder = get_artifact_path(bench, build, measured=measured)
-    recipe, told = ROOT / "recipes" / f"{build.recipe}.yaml", folder.with_suffix(".changes.json")
-    told.write_text(
+    recipe = ROOT / "recipes" / f"{build.recipe}.yaml"
+    overrides = folder.with_suffix(".changes.json")
+    overrides.write_text(
         json.dumps(drop_keys_of_replaced(make_overrides(bench, build, measured=measured))),
         encoding="utf-8",
     )
     cost = folder.with_suffix(".json")
     run_on_one_core(
-        [sys.executable, str(HERE / "run_quantkit.py"), str(recipe), str(told), str(cost)],
+        [sys.executable, str(HERE / "run_quantkit.py"), str(recipe), str(overrides), str(cost)],
         bench.place,
     )
     return read_cost(cost)
 
 
 def drop_keys_of_replaced(keys: Mapping[str, str]) -> dict[str, str]:
-    """Keys without those inside one that is itself replaced: `calibration: null` leaves no `calibration.set`."""
+    """Drop keys inside a section that is replaced itself: `calibration: null` drops
+    `calibration.set`.
+    """
     return {
         key: value
         for key, value in keys.items()
@@ -142,7 +151,7 @@ def drop_keys_of_replaced(keys: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_cost(path: Path) -> Cost:
-    """What peers/cost.py wrote."""
+    """Read the file written by peers/cost.py."""
     values = json.loads(path.read_text(encoding="utf-8"))
     return Cost(cpu_s=values["cpu_s"], wall_s=values["wall_s"], peak_rss=values["peak_rss"])
 
@@ -150,9 +159,12 @@ def read_cost(path: Path) -> Cost:
 def run_on_one_core(
     command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
 ) -> None:
-    """Run a command in a folder, on one core with one thread; on failure its last lines are the message."""
+    """Run a command in a folder, on one core with one thread.
+
+    Exit with its last lines on failure.
+    """
     core = max(os.sched_getaffinity(0))
-    done = subprocess.run(
+    process = subprocess.run(
         ["taskset", "--cpu-list", str(core), *command],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), **ONE_THREAD, **(environment or {})},
@@ -161,37 +173,37 @@ def run_on_one_core(
         text=True,
         errors="replace",
     )
-    if done.returncode != 0:
-        lines = done.stdout.replace("\r", "\n").splitlines()
+    if process.returncode != 0:
+        lines = process.stdout.replace("\r", "\n").splitlines()
         sys.exit(
-            "\n".join([*lines[-LOG_LINES:], f"{' '.join(command)}: exit code {done.returncode}"])
+            "\n".join([*lines[-LOG_LINES:], f"{' '.join(command)}: exit code {process.returncode}"])
         )
 
 
 def count_weight_bytes(folder: Path) -> int:
-    """Bytes of a folder's safetensors files."""
+    """Return the total size of a folder's safetensors files in bytes."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def hash_weights(folder: Path) -> str:
-    """sha256 of a folder's weights."""
-    found = hashlib.sha256()
+    """Return the sha256 of a folder's safetensors files."""
+    digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
-        found.update(file.read_bytes())
-    return found.hexdigest()
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, numbers to the right."""
-    shown = Table(*columns, title=title, title_justify="left", box=None)
-    for column in shown.columns[1:]:
+    """Print a table with right-aligned numbers."""
+    table = Table(*columns, title=title, title_justify="left", box=None)
+    for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        shown.add_row(*row)
-    Console(width=140).print(shown)
+        table.add_row(*row)
+    Console(width=140).print(table)
 
 
 def print_line(line: str) -> None:
-    """A line on stdout, at once."""
+    """Print a line to stdout and flush it."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()

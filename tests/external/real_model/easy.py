@@ -1,8 +1,9 @@
-"""Two tasks that a model of 135 M parameters can do: of GSM8K and HumanEval it solves next to nothing, and a score of
-one in a hundred does not tell what quantization loses.
+"""Two tasks for a model of 135 M parameters, whose scores of about 1 % on GSM8K and HumanEval are
+too low to measure a loss.
 
-`write` puts `easy-math` (200 word problems of one step, three worked examples in front) and `easy-code` (120 functions
-of one line from a signature and a docstring, two examples in front) into a folder, always the same.
+`write_tasks` writes `easy-math` (200 word problems of one step, after three worked examples) and
+`easy-code` (120 functions of one line from a signature and a docstring, after two examples) to a
+folder, with the same content every time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def join_words(words):
 
 
 '''
-FIXED = (  # name(argument), docstring, body, an argument and what it gives, twice
+FIXED = (  # name(argument), docstring, body, two pairs of (argument, expected result)
     (
         "maximum(xs)",
         "Return the largest number in the list xs.",
@@ -228,14 +229,14 @@ FIXED = (  # name(argument), docstring, body, an argument and what it gives, twi
 
 
 def iterate_sums() -> Iterator[dict[str, object]]:
-    """Word problems of one step: question, the sum that solves it, its value."""
-    drawn = random.Random(SEED)
+    """Yield word problems of one step: question, the equation that solves it, its value."""
+    rng = random.Random(SEED)
     while True:
-        name, thing, kind = drawn.choice(NAMES), drawn.choice(THINGS), drawn.randrange(4)
+        name, thing, kind = rng.choice(NAMES), rng.choice(THINGS), rng.randrange(4)
         a, b = (
-            (drawn.randint(2, 60), drawn.randint(2, 60))
+            (rng.randint(2, 60), rng.randint(2, 60))
             if kind < 2
-            else (drawn.randint(2, 10), drawn.randint(2, 10))
+            else (rng.randint(2, 10), rng.randint(2, 10))
         )
         a, b = (max(a, b) + 1, min(a, b)) if kind == 1 else (a, b)
         question, sign, left, value = (
@@ -258,7 +259,8 @@ def iterate_sums() -> Iterator[dict[str, object]]:
                 a * b,
             ),
             (
-                f"{name} shares {a * b} {thing} equally among {b} friends. How many {thing} does each get?",
+                f"{name} shares {a * b} {thing} equally among {b} friends. How many {thing} does "
+                "each get?",
                 "/",
                 a * b,
                 a,
@@ -272,7 +274,7 @@ def iterate_sums() -> Iterator[dict[str, object]]:
 
 
 def iterate_functions() -> Iterator[dict[str, object]]:
-    """Functions of one line: prompt, body, and a test of two calls."""
+    """Yield functions of one line: prompt, body, and a test of one or two calls."""
     for word, sign in (("plus", "+"), ("minus", "-"), ("multiplied by", "*"), ("modulo", "%")):
         for k in range(2, 10):
             calls = [(x, {"+": x + k, "-": x - k, "*": x * k, "%": x % k}[sign]) for x in (4, 11)]
@@ -289,23 +291,25 @@ def iterate_functions() -> Iterator[dict[str, object]]:
                 *calls,
             )
     for k in range(2, 8):
-        listed = [*range(9)]
+        numbers = [*range(9)]
         yield make_function_row(
             f"first_{k}(xs)",
             f"Return the first {k} elements of xs.",
             f"xs[:{k}]",
-            (listed, listed[:k]),
+            (numbers, numbers[:k]),
         )
         yield make_function_row(
             f"last_{k}(xs)",
             f"Return the last {k} elements of xs.",
             f"xs[-{k}:]",
-            (listed, listed[-k:]),
+            (numbers, numbers[-k:]),
         )
         yield make_function_row(
-            f"above_{k}(xs)", f"Return the numbers of xs that are greater than {k}.", f"[x for x in xs if x > {k}]",
-            (listed, listed[k + 1 :]),
-        )  # fmt: skip
+            f"above_{k}(xs)",
+            f"Return the numbers of xs that are greater than {k}.",
+            f"[x for x in xs if x > {k}]",
+            (numbers, numbers[k + 1 :]),
+        )
     for signature, text, body, *calls in FIXED:
         yield make_function_row(signature, text, body, *calls)
 
@@ -313,23 +317,26 @@ def iterate_functions() -> Iterator[dict[str, object]]:
 def make_function_row(
     signature: str, text: str, body: str, *calls: tuple[object, object]
 ) -> dict[str, object]:
-    """A row of easy-code."""
-    asserted = "".join(f"    assert candidate({given!r}) == {value!r}\n" for given, value in calls)
+    """Return a row of easy-code."""
+    asserts = "".join(
+        f"    assert candidate({argument!r}) == {value!r}\n" for argument, value in calls
+    )
     return {
-        "prompt": f'{EXAMPLES}def {signature}:\n    """{text}"""',  # the line's end and the indent are one token
+        "prompt": f"{EXAMPLES}def {signature}:\n    "
+        f'"""{text}"""',  # newline and indent are one token
         "canonical_solution": f"\n    return {body}",
-        "test": f"def check(candidate):\n{asserted}",
+        "test": f"def check(candidate):\n{asserts}",
         "entry_point": signature.split("(")[0],
     }
 
 
 def write_tasks(folder: Path) -> tuple[str, str]:
-    """The paths of easy-math.yaml and easy-code.yaml, written into `folder` with their data."""
+    """Write easy-math.yaml and easy-code.yaml with their data to `folder`. Return their paths."""
     source = iterate_sums()
-    shown = [next(source) for _ in range(N_EXAMPLES)]
-    asked = [next(source) for _ in range(N_SUMS)]
+    worked = [next(source) for _ in range(N_EXAMPLES)]
+    questions = [next(source) for _ in range(N_SUMS)]
     examples = "".join(
-        f"Question: {row['question']}\nAnswer: {row['solution']}\n\n" for row in shown
+        f"Question: {row['question']}\nAnswer: {row['solution']}\n\n" for row in worked
     )
     common = {
         "output_type": "generate_until",
@@ -339,7 +346,11 @@ def write_tasks(folder: Path) -> tuple[str, str]:
     }
     math = {
         **common,
-        "quantkit": {"domain": "math", "local": {"test": "easy-math.jsonl"}, "gold": " {{solution}}"},
+        "quantkit": {
+            "domain": "math",
+            "local": {"test": "easy-math.jsonl"},
+            "gold": " {{solution}}",
+        },
         "task": "easy-math",
         "doc_to_text": examples + "Question: {{question}}\nAnswer:",
         "doc_to_target": "{{answer}}",
@@ -347,11 +358,14 @@ def write_tasks(folder: Path) -> tuple[str, str]:
         "filter_list": [
             {
                 "name": "answer",
-                "filter": [{"function": "regex", "regex_pattern": "=\\s*(-?\\d+)"}, {"function": "take_first"}],
+                "filter": [
+                    {"function": "regex", "regex_pattern": "=\\s*(-?\\d+)"},
+                    {"function": "take_first"},
+                ],
             }
         ],
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    }  # fmt: skip
+    }
     code = {
         **common,
         "quantkit": {
@@ -377,7 +391,7 @@ def write_tasks(folder: Path) -> tuple[str, str]:
         "metric_list": [{"metric": "bypass", "aggregation": "bypass", "higher_is_better": True}],
     }
     (folder / "data").mkdir()
-    for task, rows in ((math, asked), (code, [*iterate_functions()])):
+    for task, rows in ((math, questions), (code, [*iterate_functions()])):
         lines = [json.dumps(row) + "\n" for row in rows]
         (folder / "data" / f"{task['task']}.jsonl").write_text("".join(lines), encoding="utf-8")
         (folder / f"{task['task']}.yaml").write_text(

@@ -1,7 +1,9 @@
-"""How far an artifact is from its source, on whole models in transformers: the same figures for every tool.
+"""Distance of an artifact from its source, on whole transformers models: the same figures for every
+tool.
 
-The weights come from `unpack`, so that a peer's artifact and quantkit's are read by one reader that is neither's. Both
-models run in float32 on the tokens of the fidelity text. KL and the rest are those of quantkit's report.
+`unpack` provides the weights, so that one independent reader reads the artifacts of quantkit and
+peers. Both models run in float32 on the tokens of the fidelity text. The figures are those of
+quantkit's report.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from quantkit.texts.corpora import Tokens
 
 
 class ModelComparer:
-    """A source and the text; the hidden states behind its last block are kept, its logits are not."""
+    """Compares artifacts with a source on a text; keeps the source's final hidden states, not
+    logits.
+    """
 
     def __init__(self, source: Path, text: Tokens) -> None:
         self._source, self._text = source, text
@@ -31,26 +35,29 @@ class ModelComparer:
 
     @property
     def text_hash(self) -> str:
-        """The hash of the tokens that are judged on."""
+        """The hash of the text's tokens."""
         return self._text.hash
 
-    def figures(self, artifact: Path) -> Mapping[str, Estimate]:
-        """The figures of an artifact, over every token that has a successor in its window."""
+    def compute_figures(self, artifact: Path) -> Mapping[str, Estimate]:
+        """Return the figures of an artifact over all tokens that have a successor in their
+        window.
+        """
         model, parts = load_dense_model(self._source, artifact), []
         if not self._hidden:
             self._hidden = [
-                self._hidden_states(self._model, index) for index in range(self._text.n_sequences)
+                self._compute_hidden_states(self._model, index)
+                for index in range(self._text.n_sequences)
             ]
         for index, hidden in enumerate(self._hidden):
             targets = self._text.sequence(index).long()[1:]
             with torch.inference_mode():
                 p = self._model.lm_head(hidden)  # [length - 1, hidden] -> [length - 1, vocabulary]
-                q = model.lm_head(self._hidden_states(model, index))
+                q = model.lm_head(self._compute_hidden_states(model, index))
             parts.append(fidelity.compare_logits(p, q, targets))
         return fidelity.summarize_tokens(fidelity.concatenate_tokens(parts))
 
-    def _hidden_states(self, model: Any, index: int) -> Tensor:
-        """[length - 1, hidden] behind the final norm."""
+    def _compute_hidden_states(self, model: Any, index: int) -> Tensor:
+        """Return the hidden states [length - 1, hidden] after the final norm."""
         with torch.inference_mode():
             states: Tensor = model.model(
                 self._text.sequence(index).long()[None], use_cache=False
@@ -59,7 +66,10 @@ class ModelComparer:
 
 
 def load_dense_model(source: Path, weights: Path) -> Any:
-    """The source's architecture in float32 with the weights of a folder; every one of them is used."""
+    """Return the source's architecture in float32 with all weights of a folder.
+
+    Raises RuntimeError if a weight is missing or unused.
+    """
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**values), dtype=torch.float32

@@ -1,9 +1,11 @@
-"""`make real-model`: SmolLM2-135M-Instruct by each method, 4 bits, groups of 64, what it loses and what it costs.
+"""`make real-model`: loss and cost of each method on SmolLM2-135M-Instruct, 4 bits, group size 64.
 
-    PYTHONPATH=tests .venv/bin/python -m external.real_model.methods [--model FOLDER] [--place FOLDER] [--only METHOD ...]
+    PYTHONPATH=tests .venv/bin/python -m external.real_model.methods \\
+        [--model FOLDER] [--place FOLDER] [--only METHOD ...]
 
-Each method is built twice: as its recipe says, for the figures of its report, and with `fidelity: none`, for what
-quantization alone costs; both must give the same weights, byte by byte. What needs no text is held against `cp`.
+Each method is built twice: with its recipe, for the figures of the report, and with `fidelity:
+none`, for the cost of quantization alone; both builds must write identical weights. Methods without
+calibration are compared with `cp`.
 """
 
 from __future__ import annotations
@@ -48,44 +50,54 @@ REPEATS = 5
 
 
 def build_twice(bench: Bench, build: Build) -> tuple[Fidelity, Cost]:
-    """The report of a measured build and the cost of an unmeasured one, once both have the same weights."""
+    """Return the report of a measured build and the cost of an unmeasured one.
+
+    Raises SystemExit if their weights differ.
+    """
     cost = build_artifact(bench, build, measured=False)
     build_artifact(bench, build, measured=True)
-    same = {
+    digests = {
         hash_weights(get_artifact_path(bench, build, measured=measured))
         for measured in (False, True)
     }
-    if len(same) != 1:
+    if len(digests) != 1:
         raise SystemExit(
-            f"{build.name}: expected the same weights with and without fidelity, found others"
+            f"{build.name}: expected equal weights with and without fidelity, found different ones"
         )
     return read_report(get_artifact_path(bench, build, measured=True)), cost
 
 
 def time_copy(source: Path, folder: Path) -> Cost:
-    """What `cp` needs to read the source's weights and to write the artifact's: the fastest of a few times."""
+    """Time `cat` of the source's weights and `cp` of the artifact's; the fastest of several
+    runs.
+    """
     scratch = folder.with_name(f"{folder.name}.copy")
     scratch.mkdir(exist_ok=True)
-    command = f"cat {source}/*.safetensors > /dev/null; cp {folder}/*.safetensors {scratch}/; sync {scratch}/*"
-    took = []
+    command = (
+        f"cat {source}/*.safetensors > /dev/null; "
+        f"cp {folder}/*.safetensors {scratch}/; sync {scratch}/*"
+    )
+    times = []
     for _ in range(REPEATS):
-        began, before = time.monotonic(), read_children_cpu()
+        start, before = time.monotonic(), read_children_cpu()
         subprocess.run(["sh", "-c", command], check=True)
-        took.append((time.monotonic() - began, read_children_cpu() - before))
+        times.append((time.monotonic() - start, read_children_cpu() - before))
     for file in scratch.iterdir():
         file.unlink()
     scratch.rmdir()
-    return Cost(cpu_s=min(cpu for _, cpu in took), wall_s=min(wall for wall, _ in took), peak_rss=0)
+    return Cost(
+        cpu_s=min(cpu for _, cpu in times), wall_s=min(wall for wall, _ in times), peak_rss=0
+    )
 
 
 def read_children_cpu() -> float:
-    """User and system seconds of the children waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    """Return user and system seconds of finished child processes."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def format_row(build: Build, report: Fidelity, cost: Cost, n_bytes: int) -> list[str]:
-    """A line of the table."""
+    """Format a row of the first table."""
     pooled = report.distribution[0]
     kl, ratio, top = pooled.kl_mean, pooled.ppl_ratio, pooled.top1
     if not (kl and ratio and top) or kl.value is None or ratio.value is None or top.value is None:
@@ -103,27 +115,30 @@ def format_row(build: Build, report: Fidelity, cost: Cost, n_bytes: int) -> list
 
 
 def main() -> None:
-    """Build, measure, print."""
+    """Build and measure each method, print both tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=PLACE / "smollm2-135m")
     parser.add_argument("--place", type=Path, default=PLACE)
-    parser.add_argument("--only", nargs="+", metavar="METHOD", help="of the table's first column")
-    given = parser.parse_args()
-    bench = prepare_bench(given.model, given.place)
+    parser.add_argument(
+        "--only", nargs="+", metavar="METHOD", help="methods, as in the table's first column"
+    )
+    options = parser.parse_args()
+    bench = prepare_bench(options.model, options.place)
     if bench is None:
         return
     rows, copies, costs = [], dict[str, Cost](), dict[str, Cost]()
-    for build in (build for build in BUILDS if not given.only or build.name in given.only):
+    for build in (build for build in BUILDS if not options.only or build.name in options.only):
         print_line(f"{build.name} ...")
-        found, costs[build.name] = build_twice(bench, build)
+        report, costs[build.name] = build_twice(bench, build)
         folder = get_artifact_path(bench, build, measured=True)
-        rows.append(format_row(build, found, costs[build.name], count_weight_bytes(folder)))
-        if not build.calibrated:
+        rows.append(format_row(build, report, costs[build.name], count_weight_bytes(folder)))
+        if not build.is_calibrated:
             copies[build.name] = time_copy(bench.model, folder)
     print_line(
-        f"source: {count_weight_bytes(given.model):,} bytes of weights; test text: wikitext-2, {bench.sets.form}"
+        f"source: {count_weight_bytes(options.model):,} bytes of weights; test text: wikitext-2, "
+        f"{bench.sets.form}"
     )
     columns = (
         "method",
@@ -137,14 +152,14 @@ def main() -> None:
     )
     print_table("SmolLM2-135M-Instruct, 4 bits, groups of 64, one core", columns, rows)
     print_table(
-        "Without text, against reading the source and writing the artifact with cp",
+        "Without calibration, relative to reading the source and writing the artifact with cp",
         ("method", "CPU s", "wall s", "cp CPU s", "cp wall s", "CPU ratio", "wall ratio"),
         [format_copy_row(name, costs[name], copy) for name, copy in copies.items()],
     )
 
 
 def format_copy_row(name: str, cost: Cost, copy: Cost) -> list[str]:
-    """A line of the second table."""
+    """Format a row of the second table."""
     seconds = [f"{value:.2f}" for value in (cost.cpu_s, cost.wall_s, copy.cpu_s, copy.wall_s)]
     return [name, *seconds, f"{cost.cpu_s / copy.cpu_s:.1f}", f"{cost.wall_s / copy.wall_s:.1f}"]
 

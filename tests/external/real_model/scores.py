@@ -1,10 +1,10 @@
-"""`make eval-real`: GSM8K, HumanEval and MBPP on SmolLM2-135M-Instruct, the source beside each method.
+"""`make eval-real`: GSM8K, HumanEval and MBPP on SmolLM2-135M-Instruct, source and each method.
 
-    PYTHONPATH=tests .venv/bin/python -m external.real_model.scores [--model FOLDER] [--place FOLDER] [--only METHOD ...]
-        [--limit 200] [--max-tokens 256]
+    PYTHONPATH=tests .venv/bin/python -m external.real_model.scores \\
+        [--model FOLDER] [--place FOLDER] [--only METHOD ...] [--limit 200] [--max-tokens 256]
 
-Every artifact is asked by `quantkit eval --source`, which keeps each answer as it comes: a run that was stopped goes on
-where it was. Artifacts that `make real-model` left in the folder are used, others are built.
+`quantkit eval --source` evaluates each artifact and stores answers as they arrive, so an
+interrupted run resumes. Artifacts of `make real-model` in the folder are reused, others are built.
 """
 
 from __future__ import annotations
@@ -32,47 +32,66 @@ from external.real_model.methods import BUILDS
 TASKS = "gsm8k,humaneval,mbpp"
 
 
-def evaluate_artifact(folder: Path, model: Path, options: Sequence[str]) -> dict[str, object]:
-    """results.json of an artifact beside its source; the answers of both stay on disk."""
+def evaluate_artifact(folder: Path, model: Path, arguments: Sequence[str]) -> dict[str, object]:
+    """Return results.json of an artifact and its source; the answers of both stay on disk."""
     output = folder.with_name(f"{folder.name}.eval")
     data = os.environ.get("QUANTKIT_DATA", str(ROOT.parent / "shared" / "data"))
-    done = subprocess.run(
+    process = subprocess.run(
         [
-            sys.executable, "-m", "quantkit", "eval", str(folder), "--tasks", TASKS, "--source", str(model), "--dtype",
-            "bfloat16", "--device-map", "cpu", "--batch-size", "64", "--output", str(output), "--resume", *options,
+            sys.executable,
+            "-m",
+            "quantkit",
+            "eval",
+            str(folder),
+            "--tasks",
+            TASKS,
+            "--source",
+            str(model),
+            "--dtype",
+            "bfloat16",
+            "--device-map",
+            "cpu",
+            "--batch-size",
+            "64",
+            "--output",
+            str(output),
+            "--resume",
+            *arguments,
         ],
         env={**os.environ, **ONE_THREAD, "QUANTKIT_DATA": data},
-    )  # fmt: skip
-    if done.returncode != 0:
-        sys.exit(f"{folder.name}: quantkit eval: exit code {done.returncode}")
-    found: dict[str, object] = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    return found
+    )
+    if process.returncode != 0:
+        sys.exit(f"{folder.name}: quantkit eval: exit code {process.returncode}")
+    results: dict[str, object] = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    return results
 
 
 def main() -> None:
-    """Build what is missing, ask, print."""
+    """Build missing artifacts, evaluate all, print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=PLACE / "smollm2-135m")
     parser.add_argument("--place", type=Path, default=PLACE)
-    parser.add_argument("--only", nargs="+", metavar="METHOD", help="of the table's first column")
+    parser.add_argument(
+        "--only", nargs="+", metavar="METHOD", help="methods, as in the table's first column"
+    )
     parser.add_argument("--limit", default="200")
     parser.add_argument("--max-tokens", default="256")
-    given = parser.parse_args()
-    bench = prepare_bench(given.model, given.place)
+    options = parser.parse_args()
+    bench = prepare_bench(options.model, options.place)
     if bench is None:
         return
     rows = []
-    for build in (build for build in BUILDS if not given.only or build.name in given.only):
+    for build in (build for build in BUILDS if not options.only or build.name in options.only):
         folder = get_artifact_path(bench, build, measured=True)
         if not (folder / "quantkit" / "manifest.json").is_file():
             print_line(f"{build.name} ...")
             build_artifact(bench, build, measured=True)
-        found = evaluate_artifact(
-            folder, bench.model, ["--limit", given.limit, "--max-tokens", given.max_tokens]
+        results = evaluate_artifact(
+            folder, bench.model, ["--limit", options.limit, "--max-tokens", options.max_tokens]
         )
-        for row in found["comparison"]:  # type: ignore[attr-defined]
+        for row in results["comparison"]:  # type: ignore[attr-defined]
             delta = row["delta_pp"]
             rows.append([
                 f"{build.name}, {row['task']}",
@@ -92,7 +111,9 @@ def main() -> None:
         "lost/gained",
         "verdict",
     )
-    print_table(f"SmolLM2-135M-Instruct, greedy, at most {given.max_tokens} tokens", columns, rows)
+    print_table(
+        f"SmolLM2-135M-Instruct, greedy, at most {options.max_tokens} tokens", columns, rows
+    )
 
 
 if __name__ == "__main__":

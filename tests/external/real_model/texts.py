@@ -1,9 +1,10 @@
-"""The text of the real model's figures: wikitext-2, cut as every tool gets it, as two sets that quantkit reads.
+"""Texts of the real-model benchmarks: wikitext-2 as a calibration and a fidelity set of quantkit.
 
-Calibration: 32 passages of 512 tokens, spread evenly over the valid text. Fidelity: the first 40 windows of 512 tokens
-of the test text, none overlapping, no BOS. Both in the tokenized form ("@-@", "<unk>"), as pytorch/examples carries it
-in word_language_model/data/wikitext-2 (CC BY-SA 3.0; not part of this project). Where a machine has the test text in
-its raw form alone, that is taken and said: figures of the two forms are not comparable.
+Calibration: 32 passages of 512 tokens, evenly spaced in the valid text. Fidelity: the first 40
+windows of 512 tokens of the test text, not overlapping, no BOS. Both use the tokenized form ("@-@",
+"<unk>") of pytorch/examples, word_language_model/data/wikitext-2 (CC BY-SA 3.0; not part of this
+project). If a machine has the test text only in its raw form, that form is used and reported:
+figures of the two forms are not comparable.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Protocol
 
 SEQUENCES, WINDOWS, LENGTH = 32, 40, 512
 MARGIN = 64
-"""Tokens that a passage has beyond what is used of it: those at its end may be cut otherwise than in the whole text."""
+"""Extra tokens at the end of a passage: the last tokens may differ from those of the whole text."""
 
 VALID = ("valid.tokenized.txt", "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8")
 TEST = {
@@ -38,8 +39,8 @@ packing: {packing}
 """
 
 
-class Offsets(Protocol):
-    """What is used of a transformers tokenizer."""
+class OffsetTokenizer(Protocol):
+    """The interface used of a transformers tokenizer."""
 
     def __call__(
         self, text: str, *, add_special_tokens: bool, return_offsets_mapping: bool, verbose: bool
@@ -48,7 +49,7 @@ class Offsets(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Sets:
-    """Paths of the two specs, and the form of the test text."""
+    """Paths of the two set files, and the form of the test text."""
 
     calibration: Path
     fidelity: Path
@@ -56,23 +57,23 @@ class Sets:
 
 
 def find_wikitext() -> Path | None:
-    """The folder with wikitext-2, if this machine has one: in QUANTKIT_DATA, or in data shared beside the checkout."""
-    places = [Path(__file__).parents[4] / "shared" / "data" / "wikitext-2"]
-    if named := os.environ.get("QUANTKIT_DATA"):
-        places.insert(0, Path(named) / "wikitext-2")
+    """Return the folder of wikitext-2 in QUANTKIT_DATA or next to the checkout, or None."""
+    folders = [Path(__file__).parents[4] / "shared" / "data" / "wikitext-2"]
+    if data := os.environ.get("QUANTKIT_DATA"):
+        folders.insert(0, Path(data) / "wikitext-2")
     files = [name for name, _ in TEST.values()]
     return next(
         (
             p
-            for p in places
+            for p in folders
             if (p / VALID[0]).is_file() and any((p / name).is_file() for name in files)
         ),
         None,
     )
 
 
-def write_sets(data: Path, tokenizer: Offsets, place: Path) -> Sets:
-    """Cut both texts and write two sets, spec and rows, into `place`."""
+def write_sets(data: Path, tokenizer: OffsetTokenizer, place: Path) -> Sets:
+    """Cut both texts and write the two sets, spec and rows, to `place`."""
     form = next(name for name, (file, _) in TEST.items() if (data / file).is_file())
     valid, test = read_text(data, *VALID), read_text(data, *TEST[form])
     passages = cut_passages(valid, tokenizer, SEQUENCES, LENGTH)
@@ -90,28 +91,30 @@ def write_sets(data: Path, tokenizer: Offsets, place: Path) -> Sets:
 
 
 def read_text(folder: Path, file: str, sha256: str) -> str:
-    """A text whose bytes are the expected ones."""
+    """Read a text and check its hash. Raises SystemExit if it differs."""
     data = (folder / file).read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != sha256:
         raise SystemExit(
-            f"{folder / file}: expected sha256 {sha256}, found {found}. Restore the file"
+            f"{folder / file}: expected sha256 {sha256}, found {digest}. Restore the file"
         )
     return data.decode("utf-8")
 
 
-def cut_passages(text: str, tokenizer: Offsets, count: int, length: int) -> list[str]:
-    """`count` passages of a little more than `length` tokens, each from the line at its even share of the text."""
+def cut_passages(text: str, tokenizer: OffsetTokenizer, count: int, length: int) -> list[str]:
+    """Cut `count` passages of slightly more than `length` tokens, starting at evenly spaced
+    lines.
+    """
     passages = []
     for index in range(count):
-        place = index * len(text) // count
-        begin = 0 if place == 0 else text.index("\n", place) + 1
+        target = index * len(text) // count
+        begin = 0 if target == 0 else text.index("\n", target) + 1
         passages.append(cut_windows(text[begin:], tokenizer, 1, length))
     return passages
 
 
-def cut_windows(text: str, tokenizer: Offsets, windows: int, length: int) -> str:
-    """The beginning of a text that holds so many windows of `length` tokens, and not one more."""
+def cut_windows(text: str, tokenizer: OffsetTokenizer, windows: int, length: int) -> str:
+    """Return the start of a text that holds exactly `windows` windows of `length` tokens."""
     needed = windows * length + MARGIN
     head = text[: 16 * needed]
     offsets = tokenizer(head, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
@@ -119,13 +122,14 @@ def cut_windows(text: str, tokenizer: Offsets, windows: int, length: int) -> str
     ]
     if len(offsets) <= needed:
         raise SystemExit(
-            f"expected a text of more than {needed} tokens, found {len(offsets)}. Use the whole of wikitext-2"
+            f"expected a text of more than {needed} tokens, found {len(offsets)}. Use all of "
+            "wikitext-2"
         )
     return head[: offsets[needed][0]]
 
 
 def write_set(place: Path, name: str, file: str, packing: str, texts: list[str]) -> Path:
-    """Rows and spec of a set; the spec's path."""
+    """Write rows and spec of a set. Return the spec's path."""
     rows = "".join(json.dumps({"domain": "prose", "text": text}) + "\n" for text in texts).encode()
     (place / f"{name}.jsonl").write_bytes(rows)
     spec = SPEC.format(

@@ -1,8 +1,10 @@
-"""Dense weights of a quantized artifact, whoever wrote it, from the tensors on disk: safetensors and numpy alone.
+"""Dense weights of a quantized artifact of any tool, read from disk with safetensors and numpy
+only.
 
-Written from the formats' descriptions and shared with nothing: what is measured with it is what an engine would read.
-Formats: GPTQ (v1 and v2), AWQ gemm, compressed-tensors pack-quantized (symmetric and asymmetric), bitsandbytes NF4
-(with and without double quantization). All weights come back as float32 [out, in].
+An independent implementation of the formats' specifications that shares no code with quantkit, so
+that measurements see the weights an engine would read. Formats: GPTQ (v1 and v2), AWQ gemm,
+compressed-tensors pack-quantized (symmetric and asymmetric), bitsandbytes NF4 (with and without
+double quantization). All weights are returned as float32 [out, in].
 """
 
 from __future__ import annotations
@@ -21,18 +23,35 @@ Parts = Mapping[str, torch.Tensor]
 
 IN_ORDER = [0, 1, 2, 3, 4, 5, 6, 7]
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
-"""The slot of an int32 word in which its column j lies."""
+"""Entry j is the slot of column j in an int32 word."""
 
 NF4 = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
     dtype=np.float32,
-)  # fmt: skip
+)
 
 
 def read_dense_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the model under its plain name, float32; quantized linears as the artifact's codes say."""
+    """Return every tensor of the model as float32 under its plain name, with quantized linears
+    unpacked.
+    """
     entry = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
         "quantization_config"
     )
@@ -42,29 +61,29 @@ def read_dense_weights(folder: Path) -> dict[str, torch.Tensor]:
             for name in sorted(stored.keys()):
                 module, part = split_tensor_name(name)
                 modules.setdefault(module, {})[part] = stored.get_tensor(name)
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for module, parts in modules.items():
-        read = next((read for part, read in READERS.items() if part in parts), None)
-        if read is None:
-            found.update({f"{module}.{part}": tensor.float() for part, tensor in parts.items()})
+        unpack = next((unpack for part, unpack in UNPACKERS.items() if part in parts), None)
+        if unpack is None:
+            weights.update({f"{module}.{part}": tensor.float() for part, tensor in parts.items()})
         else:
-            found[f"{module}.weight"] = torch.from_numpy(
-                np.ascontiguousarray(read(parts, entry), dtype=np.float32)
+            weights[f"{module}.weight"] = torch.from_numpy(
+                np.ascontiguousarray(unpack(parts, entry), dtype=np.float32)
             )
-    return found
+    return weights
 
 
 def split_tensor_name(name: str) -> tuple[str, str]:
-    """(module, part): bitsandbytes' parts hang behind `weight.`."""
-    module, found, part = name.partition(".weight.")
-    if found:
+    """Split a tensor name into (module, part); bitsandbytes' parts follow `weight.`."""
+    module, separator, part = name.partition(".weight.")
+    if separator:
         return module, f"weight.{part}"
     module, _, part = name.rpartition(".")
     return module, part
 
 
 def unpack_nibbles(words: torch.Tensor, order: list[int]) -> Array:
-    """int32 words [rows, n] -> 4-bit codes [rows, 8 n], the first in slot order[0]."""
+    """Unpack int32 words [rows, n] to 4-bit codes [rows, 8 n], the first from slot order[0]."""
     bits = words.numpy().view(np.uint32)
     slots = np.stack(
         [(bits >> np.uint32(4 * slot)) & 15 for slot in order], axis=-1
@@ -73,7 +92,9 @@ def unpack_nibbles(words: torch.Tensor, order: list[int]) -> Array:
 
 
 def unpack_gptq(parts: Parts, entry: Mapping[str, object]) -> Array:
-    """Words along the input: (q - z) * s with the group of each input in g_idx; v1 stores z - 1."""
+    """Unpack GPTQ: words along the input, (q - z) * s, each input's group in g_idx; v1 stores z -
+    1.
+    """
     codes = unpack_nibbles(
         parts["qweight"].T.contiguous(), IN_ORDER
     ).T  # [in / 8, out] -> [in, out]
@@ -87,7 +108,7 @@ def unpack_gptq(parts: Parts, entry: Mapping[str, object]) -> Array:
 
 
 def unpack_awq(parts: Parts, _: Mapping[str, object]) -> Array:
-    """Words along the output, in AWQ's order: (q - z) * s."""
+    """Unpack AWQ: words along the output in AWQ's order, (q - z) * s."""
     codes, zeros = (
         unpack_nibbles(parts["qweight"], AWQ_ORDER),
         unpack_nibbles(parts["qzeros"], AWQ_ORDER),
@@ -98,7 +119,10 @@ def unpack_awq(parts: Parts, _: Mapping[str, object]) -> Array:
 
 
 def unpack_compressed_tensors(parts: Parts, _: Mapping[str, object]) -> Array:
-    """compressed-tensors: words along the input, codes and zero points offset by 8; without zero points, symmetric."""
+    """Unpack compressed-tensors: words along the input, codes and zero points offset by 8.
+
+    Weights without zero points are symmetric.
+    """
     rows, columns = parts["weight_shape"].tolist()
     codes = unpack_nibbles(parts["weight_packed"], IN_ORDER)[:, :columns]
     scales = parts["weight_scale"].float().numpy()  # [out, groups]
@@ -112,7 +136,9 @@ def unpack_compressed_tensors(parts: Parts, _: Mapping[str, object]) -> Array:
 
 
 def unpack_nf4(parts: Parts, _: Mapping[str, object]) -> Array:
-    """bitsandbytes: two codes a byte, the first in the high nibble, blocks of the flattened weight."""
+    """Unpack bitsandbytes NF4: two codes per byte, first in the high nibble, blocks of the flat
+    weight.
+    """
     state = json.loads(bytes(parts["weight.quant_state.bitsandbytes__nf4"].tolist()))
     scales = parts["weight.absmax"].numpy()
     if "weight.nested_absmax" in parts:
@@ -130,13 +156,13 @@ def unpack_nf4(parts: Parts, _: Mapping[str, object]) -> Array:
 
 
 def unpack_gemm(parts: Parts, entry: Mapping[str, object]) -> Array:
-    """GPTQ and AWQ call their tensors alike; the config says which it is."""
+    """Unpack GPTQ or AWQ as the config says; both use the same tensor names."""
     return (unpack_awq if entry.get("quant_method") == "awq" else unpack_gptq)(parts, entry)
 
 
-READERS: Mapping[str, Callable[[Parts, Mapping[str, object]], Array]] = {
+UNPACKERS: Mapping[str, Callable[[Parts, Mapping[str, object]], Array]] = {
     "qweight": unpack_gemm,
     "weight_packed": unpack_compressed_tensors,
     "weight.quant_state.bitsandbytes__nf4": unpack_nf4,
 }
-"""The part by which a quantized linear is known, and what reads it."""
+"""The tensor that identifies each format's quantized linears -> its unpacker."""

@@ -1,4 +1,6 @@
-"""The artifacts that `make test-vllm` asks vLLM to read: every format it knows, for each kind of model."""
+"""Artifacts that `make test-vllm` loads in vLLM: every format vLLM supports, for each kind of
+model.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,21 @@ FORMATS = {
 }
 EXPERTS_IN_BF16 = '[{match: "*.mlp.experts.*", quantize: {}}, {match: "*", keep: bf16}]'
 MODELS = {"qwen3": "all-linear", "qwen3_moe": "all-linear", "tiny-v3": EXPERTS_IN_BF16}
-"""What is read, and the rules: a dense student, a mixture whose router must be left alone, DeepSeek-V3."""
+"""Model -> rules: a dense student, an MoE whose router must stay unquantized, DeepSeek-V3."""
 REAL = "smollm2-135m"
 NOT_RUN = {
-    "8 bits": "gptq, compressed_tensors: vLLM reads 4-bit codes only on CPUs (CPUWNA16LinearKernel, CPUExpertsInt4)",
-    "FP8 beside INT4": "compressed_tensors: vLLM's FP8 kernels for CPUs require AMX tiles",
-    "asymmetric experts": "compressed_tensors: the plan refuses what transformers cannot load; awq has them",
+    "8 bits": "gptq, compressed_tensors: on CPUs vLLM reads only 4-bit codes "
+    "(CPUWNA16LinearKernel, CPUExpertsInt4)",
+    "FP8 next to INT4": "compressed_tensors: vLLM's FP8 kernels for CPUs require AMX tiles",
+    "asymmetric experts": "compressed_tensors: the plan refuses artifacts that transformers "
+    "cannot load; awq has them",
 }
-"""What formats hold and this table cannot show, and why."""
+"""Combinations that a format supports but this test does not run, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One artifact: the model ("qwen3", "tiny-v3", ...), the format, and keys of its recipe."""
+    """One artifact: the model ("qwen3", "tiny-v3", ...), the format, and the recipe's keys."""
 
     model: str
     format: str
@@ -38,8 +42,8 @@ class Case:
     def name(self) -> str:
         return "-".join(filter(None, (self.model, self.format, self.note)))
 
-    def recipe(self, place: Path, output: Path) -> str:
-        """The recipe's text; a student that is not under `place` yet is taught first."""
+    def make_recipe(self, place: Path, output: Path) -> str:
+        """Return the recipe's text. Train the student first if `place` does not hold it."""
         source: Path | str = "builtin:tiny-v3" if self.model == "tiny-v3" else place / self.model
         if self.model in students.STUDENTS:
             source = students.make_student(self.model, place)
@@ -47,19 +51,22 @@ class Case:
 
 
 def list_cases(real: bool) -> list[Case]:
-    """The matrix, smallest models first; with `real` also SmolLM2, rounded to nearest because it is only read."""
-    made = [
+    """Return the matrix, smallest models first.
+
+    real: add SmolLM2, with rounding to nearest: only loading and inference are tested.
+    """
+    matrix = [
         Case(model=model, format=name, keys={"quantize": quantize, "rules": rules})
         for model, rules in MODELS.items()
         for name, quantize in FORMATS.items()
     ]
     keys = {"quantize": FORMATS["awq"], "rules": "all-linear"}
-    made.insert(3, Case(model="qwen3", format="compressed_tensors", keys=keys, note="asymmetric"))
+    matrix.insert(3, Case(model="qwen3", format="compressed_tensors", keys=keys, note="asymmetric"))
     plain = {"rules": "all-linear", "fidelity": "none"}
     nearest = {
         name: text.replace("awq", "rtn").replace("gptq", "rtn") for name, text in FORMATS.items()
     }
-    return made + [
+    return matrix + [
         Case(model=REAL, format=name, keys={**plain, "quantize": quantize})
         for name, quantize in nearest.items()
         if real

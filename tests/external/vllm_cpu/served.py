@@ -1,9 +1,9 @@
-"""`quantkit serve --engine vllm` on this CPU, a gateway before it, asked with OpenAI's own client, and stopped.
+"""Test of `quantkit serve --engine vllm` on this CPU, through a gateway, with OpenAI's client.
 
     PYTHONPATH=tests .venv/bin/python -m external.vllm_cpu.served .venv-vllm/bin/python [ARTIFACT]
 
-The same questions as `make demo-serve`, and vLLM's own count of the prompt tokens that its prefix cache knew. Without
-an artifact tiny-v3's is built.
+Sends the requests of `make demo-serve`, and checks vLLM's counters of prefix cache hits. Builds
+tiny-v3's artifact if none is named.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ ENGINE_FLAGS = [
     "--compilation-config",
     '{"custom_ops": ["none"]}',
 ]
-"""As in generate.py."""
+"""The settings of generate.py."""
 OPTIONS = ["--engine", "vllm", "--context", "512", "--users", "4"]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-"""tiny-v3 brings none."""
+"""tiny-v3 has no chat template."""
 
 
 def put_vllm_on_path(folder: Path, vllm_python: str) -> None:
-    """Put a program called vllm before all others."""
+    """Put a program named vllm first on PATH."""
     program = folder / "vllm"
     words = shlex.join([str(Path(vllm_python).absolute()), str(COMMAND.absolute())])
     program.write_text(f'#!/bin/sh\nexec {words} "$@"\n', encoding="utf-8")
@@ -46,7 +46,7 @@ def put_vllm_on_path(folder: Path, vllm_python: str) -> None:
 
 
 def main(vllm_python: str, artifact: str = "") -> None:
-    """Serve, ask, stop; SystemExit when an answer is not what the API promises."""
+    """Serve the artifact, send requests, stop. Raises SystemExit if an answer violates the API."""
     os.environ.setdefault("NO_PROXY", "127.0.0.1")
     with tempfile.TemporaryDirectory() as name:
         put_vllm_on_path(Path(name), vllm_python)
@@ -64,16 +64,16 @@ def main(vllm_python: str, artifact: str = "") -> None:
             send_requests(client)
             for _ in range(
                 2
-            ):  # a prompt of more than one block of the cache, which has 128 tokens on a CPU
+            ):  # a prompt longer than one cache block, which has 128 tokens on a CPU
                 client.completions.create(
                     model=client.models.list().data[0].id, prompt=PROMPT * 8, max_tokens=1
                 )
-            found = read_cache_counters(get_base_url(engine))
+            counters = read_cache_counters(get_base_url(engine))
     check(
-        found is not None and 0 < found.hits < found.asked,
-        "the engine tells how its prefix cache fares",
+        counters is not None and 0 < counters.hits < counters.asked,
+        "the engine reports prefix cache hits",
     )
-    print_result("prefix cache", found)
+    print_result("prefix cache", counters)
 
 
 if __name__ == "__main__":

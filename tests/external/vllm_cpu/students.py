@@ -1,7 +1,8 @@
-"""Small models that were taught a little, so that what they say under greedy decoding can be told apart.
+"""Small models, briefly trained, whose greedy answers are distinct.
 
-A random model repeats itself, or sees thousands of near-ties; one that has learnt the texts of tiny-v3 for a minute
-answers in words. Same tokenizer, same texts, same prompts as tiny-v3, but the families Qwen3 and Qwen3-MoE.
+A randomly initialized model repeats itself or has thousands of near-ties; after a minute of
+training on tiny-v3's texts it answers in words. Tokenizer, texts and prompts are tiny-v3's, the
+families Qwen3 and Qwen3-MoE.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from quantkit.io.package_data import locate_model
 
 WIDTHS = {
-    "hidden_size": 256,  # vLLM's kernels for experts want multiples of 128
+    "hidden_size": 256,  # vLLM's expert kernels require multiples of 128
     "intermediate_size": 512,
     "num_hidden_layers": 3,
     "head_dim": 64,
@@ -36,7 +37,9 @@ LEARNING_RATE, WARM_UP = 4e-3, 20
 
 
 def make_student(model_type: str, place: Path) -> Path:
-    """The taught model of a family as a BF16 checkpoint under `place`; taught only where it is not there yet."""
+    """Return the BF16 checkpoint of a family's student under `place`; train it if it does not
+    exist.
+    """
     folder = place / f"student-{model_type}"
     if folder.exists():
         return folder
@@ -44,18 +47,21 @@ def make_student(model_type: str, place: Path) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(dict(config)))
     train_student(model)
-    beside = place / f"{folder.name}.part"
-    shutil.rmtree(beside, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(beside)
-    (beside / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    part = place / f"{folder.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(part)
+    (part / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(locate_model("builtin:tiny-v3") / name, beside / name)
-    beside.rename(folder)
+        shutil.copy(locate_model("builtin:tiny-v3") / name, part / name)
+    part.rename(folder)
     return folder
 
 
 def train_student(model: torch.nn.Module) -> float:
-    """Train in place, a pure function of the model; the loss of the last step in nats per token."""
+    """Train a model in place, deterministically.
+
+    Return the loss of the last step in nats per token.
+    """
     adam = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0
     )
@@ -75,18 +81,18 @@ def train_student(model: torch.nn.Module) -> float:
 
 
 def iterate_batches() -> Iterator[Batch]:
-    """Batches of tiny-v3's training texts, without its benchmarks' prompts."""
+    """Yield batches of tiny-v3's training texts, without its benchmarks' prompts."""
     tokenizer = Tokenizer.from_file(str(locate_model("builtin:tiny-v3") / "tokenizer.json"))
     rows = pack_rows(encode_items(make_clean_items(DOCUMENTS), tokenizer), ROW_TOKENS + 1)
     for start in range(0, len(rows.ids) - ROWS + 1, ROWS):
-        taken = slice(start, start + ROWS)
-        ids, segments = rows.ids[taken].long(), rows.segments[taken]  # [rows, time + 1]
+        batch_rows = slice(start, start + ROWS)
+        ids, segments = rows.ids[batch_rows].long(), rows.segments[batch_rows]  # [rows, time + 1]
         inside = segments[:, 1:] == segments[:, :-1]
         yield Batch(
             ids=ids[:, :-1],
-            positions=rows.positions[taken][:, :-1].long(),
+            positions=rows.positions[batch_rows][:, :-1].long(),
             targets=ids[:, 1:],
-            weights=rows.weights[taken][:, 1:].float() * inside,
+            weights=rows.weights[batch_rows][:, 1:].float() * inside,
             mask=make_attention_mask(segments[:, :-1], torch.float32),
             n_tokens=int((segments[:, :-1] >= 0).sum()),
         )

@@ -1,4 +1,4 @@
-"""Each kind of place with what a test does to it behind quantkit's back."""
+"""Remotes of each kind, with direct access to their files for tests."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ WIRED = ("s3", "oci", "oci-real", "hf")
 
 @dataclass
 class RemoteFixture:
-    """An address, and the files behind it: read, written (None removes one), and how many bytes came in."""
+    """An address with direct access to its files: read and write (None removes a file)."""
 
     kind: str
     address: str
     read: Callable[[str], bytes]
     write: Callable[[str, bytes | None], None]
     port: int | None = None
-    route: Callable[[int], str] | None = None  # the address through another port
+    route: Callable[[int], str] | None = None  # returns the address through another port
     server: Any = None
 
     @contextmanager
-    def wired(
+    def through_proxy(
         self, up: Corruptor | None = None, down: Corruptor | None = None
     ) -> Iterator[tuple[str, Proxy]]:
-        """The address through a wire that spoils what it carries."""
+        """Yield the address through a proxy that corrupts the stream."""
         assert self.port and self.route
         wire = Proxy(self.port, up=up, down=down)
         try:
@@ -57,7 +57,7 @@ class RemoteFixture:
 def open_remote_fixture(
     kind: str, folder: Path, patch: pytest.MonkeyPatch, s3_port: int
 ) -> Iterator[RemoteFixture]:
-    """A fresh, empty place."""
+    """Open a new, empty remote."""
     with ExitStack() as stack:
         if kind == "file":
             yield make_folder(folder / "published")
@@ -78,7 +78,7 @@ def open_remote_fixture(
 
 
 def make_folder(path: Path) -> RemoteFixture:
-    """A folder of this machine."""
+    """A local folder."""
 
     def write(name: str, content: bytes | None) -> None:
         if content is None:
@@ -90,7 +90,7 @@ def make_folder(path: Path) -> RemoteFixture:
 
 
 def make_memory(name: str) -> RemoteFixture:
-    """fsspec's own store in memory: stands for every scheme without a file of its own."""
+    """fsspec's memory store, which stands for every scheme without a file of its own."""
     import fsspec
 
     files, root = fsspec.filesystem("memory"), f"/{name}/a"
@@ -106,7 +106,7 @@ def make_memory(name: str) -> RemoteFixture:
 
 
 def make_s3(name: str, patch: pytest.MonkeyPatch, port: int) -> RemoteFixture:
-    """moto's server, which speaks S3's API over HTTP."""
+    """moto's S3 server."""
     import boto3
 
     bucket = "b-" + hashlib.sha256(name.encode()).hexdigest()[:20]
@@ -137,7 +137,7 @@ def make_s3(name: str, patch: pytest.MonkeyPatch, port: int) -> RemoteFixture:
 
 
 def make_registry(server: FakeRegistry) -> RemoteFixture:
-    """The strict stand-in; names go through the image manifest under the tag."""
+    """The strict fake registry; names are resolved through the tagged image manifest."""
 
     def digest(name: str) -> str:
         import json
@@ -169,7 +169,7 @@ def make_registry(server: FakeRegistry) -> RemoteFixture:
 
 
 def make_real_registry(folder: Path, stack: ExitStack) -> RemoteFixture:
-    """Docker's own registry, where it is installed."""
+    """Docker's registry, if it is installed."""
     if REAL_REGISTRY is None:
         pytest.skip("docker-registry is not installed")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -177,7 +177,8 @@ def make_real_registry(folder: Path, stack: ExitStack) -> RemoteFixture:
     config, root = folder / "registry.yml", folder / "registry"
     config.write_text(
         "version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\n"
-        f"storage: {{filesystem: {{rootdirectory: '{root}'}}}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n"
+        f"storage: {{filesystem: {{rootdirectory: '{root}'}}}}\nhttp: {{addr: "
+        f"'127.0.0.1:{port}'}}\n"
     )
     process = subprocess.Popen([REAL_REGISTRY, "serve", str(config)], stderr=subprocess.DEVNULL)
     stack.callback(process.wait)
@@ -211,7 +212,7 @@ def make_real_registry(folder: Path, stack: ExitStack) -> RemoteFixture:
 
 
 def make_hub(hub: FakeHub, patch: pytest.MonkeyPatch, folder: Path) -> RemoteFixture:
-    """The stand-in of the Hub, without xet, whose servers are elsewhere."""
+    """The fake Hub, without xet, which needs other servers."""
     patch.setenv("HF_TOKEN", TOKEN)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     patch.setattr(constants, "HF_HUB_OFFLINE", False)

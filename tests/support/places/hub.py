@@ -1,7 +1,7 @@
-"""The Hugging Face Hub as far as huggingface_hub 2 asks it for publishing and pulling a model.
+"""Fake Hugging Face Hub: the endpoints that huggingface_hub 2 uses to publish and pull a model.
 
-Large files go by LFS (one PUT, or parts above 2 MB) to signed URLs, small ones into the commit; a download of a large
-file is redirected to a signed URL. A token is needed to write.
+Large files are uploaded by LFS to signed URLs (one PUT, or parts above 2 MB), small ones in the
+commit; downloads of large files are redirected to signed URLs. Writing requires a token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class FakeHub:
         self.private: dict[str, bool] = {}
         self.lfs: Files = {}
         self.parts: dict[str, dict[int, bytes]] = {}
-        self.asked: list[tuple[str, str]] = []
+        self.requests: list[tuple[str, str]] = []
         self.received = 0
         self.ignored: set[str] = set()
         self._served = HttpServer(self.answer)
@@ -38,12 +38,12 @@ class FakeHub:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def files(self, repository: str, branch: str = "main") -> Files:
-        """The newest commit's."""
+        """Return the files of the newest commit."""
         return self.repos[repository][branch][-1][1]
 
     def answer(self, request: HttpRequest) -> HttpResponse:
-        """One request."""
-        self.asked.append((request.method, request.path))
+        """Handle a request."""
+        self.requests.append((request.method, request.path))
         parts = request.path.strip("/").split("/")
         free = parts[0] == "cdn" or parts[:2] == ["api", "validate-yaml"]
         if (
@@ -74,18 +74,18 @@ class FakeHub:
         return make_json_response(404, {"error": "no such page"})
 
     def make(self, repository: str) -> None:
-        """An empty repository."""
+        """Create an empty repository."""
         organization, name = repository.split("/")
         self._create({"organization": organization, "name": name})
 
-    def _create(self, asked: dict[str, str]) -> HttpResponse:
-        repository = f"{asked['organization']}/{asked['name']}"
+    def _create(self, values: dict[str, str]) -> HttpResponse:
+        repository = f"{values['organization']}/{values['name']}"
         if repository in self.repos:
             return make_json_response(409, {"error": "You already created this model repo"})
         self.repos[repository] = {
             "main": [(secrets.token_hex(20), {".gitattributes": b"*.safetensors filter=lfs\n"})]
         }
-        self.private[repository] = asked.get("visibility") == "private"
+        self.private[repository] = values.get("visibility") == "private"
         return make_json_response(200, {"url": f"{self.url}/{repository}", "id": repository})
 
     def _api(self, request: HttpRequest, repository: str, rest: list[str]) -> HttpResponse:

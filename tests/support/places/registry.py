@@ -1,5 +1,7 @@
-"""An OCI distribution server, strict where real ones are lenient: digests, ranges and order of uploads, blobs of
-manifests; with a login when asked for one."""
+"""Fake OCI registry, stricter than real ones about digests, upload ranges and blobs of manifests.
+
+Optionally requires a login.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +30,18 @@ class FakeRegistry:
         self.tags: dict[str, str] = {}
         self.uploads: dict[str, bytearray] = {}
         self.tokens: dict[str, str] = {}
-        self.asked: list[tuple[str, str]] = []
+        self.requests: list[tuple[str, str]] = []
         self.received = 0
-        self.failing: tuple[random.Random, int] | None = None  # every fifth answer is this status
+        self.failing: tuple[random.Random, int] | None = (
+            None  # every fifth response has this status
+        )
         self._lock = threading.Lock()
         self._served = HttpServer(self.answer)
         self.port, self.close = self._served.port, self._served.close
 
     def answer(self, request: HttpRequest) -> HttpResponse:
-        """One request."""
-        self.asked.append((request.method, request.path))
+        """Handle a request."""
+        self.requests.append((request.method, request.path))
         if request.path == "/token":
             return self._token(request)
         if self.failing and self.failing[0].random() < 0.2:
@@ -63,12 +67,12 @@ class FakeRegistry:
         )
 
     def _refusal(self, request: HttpRequest) -> HttpResponse | None:
-        given = request.headers.get("Authorization", "")
-        if self.login == "basic" and given != make_basic_header():
+        authorization = request.headers.get("Authorization", "")
+        if self.login == "basic" and authorization != make_basic_header():
             return make_error(401, "UNAUTHORIZED", {"WWW-Authenticate": 'Basic realm="registry"'})
         if self.login == "bearer":
             needed = "pull" if request.method in {"GET", "HEAD"} else "pull,push"
-            held = self.tokens.get(given.removeprefix("Bearer "), "")
+            held = self.tokens.get(authorization.removeprefix("Bearer "), "")
             if not set(needed.split(",")) <= set(held.split(",")):
                 realm = f"http://127.0.0.1:{self.port}/token"
                 challenge = f'Bearer realm="{realm}",service="here",scope="repository:x:{needed}"'
@@ -99,10 +103,10 @@ class FakeRegistry:
         if request.method == "GET":
             return HttpResponse(204, headers=place)
         with self._lock:
-            asked = re.fullmatch(
+            content_range = re.fullmatch(
                 r"(\d+)-(\d+)", request.headers.get("Content-Range", f"{len(held)}-0")
             )
-            if asked is None or int(asked[1]) != len(held):
+            if content_range is None or int(content_range[1]) != len(held):
                 return HttpResponse(416, headers=place)
             while piece := request.read():
                 held += piece
@@ -146,17 +150,17 @@ class FakeRegistry:
 
 
 def format_digest(content: bytes) -> str:
-    """A digest as registries write it."""
+    """Return the digest of a content as registries write it."""
     return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
 def make_basic_header() -> str:
-    """The header of the one user there is."""
+    """Return the Authorization header of the only user."""
     return "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
 
 
 def make_error(status: int, code: str, headers: dict[str, str] | None = None) -> HttpResponse:
-    """An error as the specification writes it."""
+    """Make an error response in the specification's format."""
     return make_json_response(
         status, {"errors": [{"code": code, "message": code.lower()}]}, headers
     )

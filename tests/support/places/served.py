@@ -1,4 +1,4 @@
-"""What the stand-ins share: a threaded HTTP/1.1 server around a function of the request."""
+"""Threaded HTTP/1.1 server around a function of the request, for fake services."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 @dataclass
 class HttpResponse:
-    """What a server says."""
+    """An HTTP response."""
 
     status: int
     body: bytes = b""
@@ -22,7 +22,7 @@ class HttpResponse:
 def make_json_response(
     status: int, value: object, headers: Mapping[str, str] | None = None
 ) -> HttpResponse:
-    """An answer in JSON."""
+    """Make a JSON response."""
     return HttpResponse(
         status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})}
     )
@@ -30,7 +30,7 @@ def make_json_response(
 
 @dataclass
 class HttpRequest:
-    """What a client asked; `read` takes the body piece by piece and ends early where the client did."""
+    """An HTTP request; `read` returns the body in pieces and ends early if the client does."""
 
     method: str
     path: str
@@ -39,12 +39,12 @@ class HttpRequest:
     read: Callable[[], bytes]
 
     def body(self) -> bytes:
-        """All of the body."""
+        """Return the whole body."""
         return b"".join(iter(self.read, b""))
 
 
 class HttpServer:
-    """A server on a port of its own."""
+    """A server on a free port."""
 
     def __init__(self, answer: Callable[[HttpRequest], HttpResponse]) -> None:
         class Handler(BaseHTTPRequestHandler):
@@ -63,17 +63,17 @@ class HttpServer:
                 request = HttpRequest(
                     self.command, unquote(parts.path), query, self.headers, make_body_reader(self)
                 )
-                told = select_range(answer(request), self.headers.get("Range"))
-                while request.read():  # what was not wanted: the connection stays in step
+                response = select_range(answer(request), self.headers.get("Range"))
+                while request.read():  # read the rest, so the connection stays usable
                     pass
-                self.send_response(told.status)
-                for name, value in told.headers.items():
+                self.send_response(response.status)
+                for name, value in response.headers.items():
                     self.send_header(name, value)
-                if "Content-Length" not in told.headers:
-                    self.send_header("Content-Length", str(len(told.body)))
+                if "Content-Length" not in response.headers:
+                    self.send_header("Content-Length", str(len(response.body)))
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(told.body)
+                    self.wfile.write(response.body)
 
             do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do
 
@@ -84,20 +84,20 @@ class HttpServer:
             daemon_threads = True
 
             def handle_error(self, request: object, client_address: object) -> None:
-                pass  # a connection that was cut
+                pass  # a broken connection
 
         self.server = Quiet(("127.0.0.1", 0), Handler)
         self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self) -> None:
-        """End it."""
+        """Stop the server."""
         self.server.shutdown()
         self.server.server_close()
 
 
 def make_body_reader(handler: BaseHTTPRequestHandler) -> Callable[[], bytes]:
-    """Reads a body by its length or its chunks; b"" at its end, and where the client left."""
+    """Return a reader of the body by length or chunks; it returns b"" at the end or on disconnect."""
     left = int(handler.headers.get("Content-Length") or 0)
     chunked = "chunked" in handler.headers.get("Transfer-Encoding", "")
 
@@ -116,14 +116,14 @@ def make_body_reader(handler: BaseHTTPRequestHandler) -> Callable[[], bytes]:
     return read
 
 
-def select_range(answer: HttpResponse, asked: str | None) -> HttpResponse:
-    """The part that a Range header asks for."""
-    if answer.status != 200 or not asked:
+def select_range(answer: HttpResponse, range_header: str | None) -> HttpResponse:
+    """Return the part that a Range header selects."""
+    if answer.status != 200 or not range_header:
         return answer
-    first, _, last = asked.removeprefix("bytes=").partition("-")
+    first, _, last = range_header.removeprefix("bytes=").partition("-")
     total = len(answer.body)
     if int(first) >= total:
         return HttpResponse(416, b"", {"Content-Range": f"bytes */{total}"})
     part = answer.body[int(first) : int(last or total) + 1]
-    told = f"bytes {first}-{int(first) + len(part) - 1}/{total}"
-    return HttpResponse(206, part, {**answer.headers, "Content-Range": told})
+    content_range = f"bytes {first}-{int(first) + len(part) - 1}/{total}"
+    return HttpResponse(206, part, {**answer.headers, "Content-Range": content_range})

@@ -1,4 +1,4 @@
-"""What tests of publishing and pulling do again and again."""
+"""Helpers that tests of publish and pull share."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ WRITING = RemoteOptions(writing=True, retry_policy=RETRY_POLICY)
 LAST = "model-00003-of-00003.safetensors"
 
 Record = Callable[[str, object], None]
-"""pytest's record_property: a fault that was survived or refused as it should, for `make reliability`."""
+"""pytest's record_property: counts an injected fault for `make reliability`."""
 
 
 @contextmanager
 def run_moto() -> Iterator[int]:
-    """The port of an S3 server."""
+    """Yield the port of an S3 server."""
     from moto.server import ThreadedMotoServer
     from werkzeug.serving import WSGIRequestHandler
 
@@ -47,14 +47,14 @@ def run_moto() -> Iterator[int]:
 def publish_to(
     artifact: Path,
     address: str,
-    patience: RetryPolicy = RETRY_POLICY,
+    retry_policy: RetryPolicy = RETRY_POLICY,
     *,
     jobs: int = 4,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Transfer:
-    """Published, though its benchmarks were left out."""
-    options = RemoteOptions(writing=True, jobs=jobs, retry_policy=patience)
+    """Publish an artifact, also if it was not judged."""
+    options = RemoteOptions(writing=True, jobs=jobs, retry_policy=retry_policy)
     return publish_artifact(
         artifact, address, options, lambda _: None, force=True, overwrite=overwrite, dry_run=dry_run
     )
@@ -63,40 +63,40 @@ def publish_to(
 def pull_from(
     address: str,
     folder: Path,
-    patience: RetryPolicy = RETRY_POLICY,
+    retry_policy: RetryPolicy = RETRY_POLICY,
     *,
     jobs: int = 4,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Transfer:
-    """Pulled."""
-    options = RemoteOptions(jobs=jobs, retry_policy=patience)
+    """Pull an artifact."""
+    options = RemoteOptions(jobs=jobs, retry_policy=retry_policy)
     return pull_artifact(
         address, folder, options, lambda _: None, overwrite=overwrite, dry_run=dry_run
     )
 
 
 def run_command(*words: object) -> Result:
-    """The command line; never a traceback."""
+    """Run the command line and check that it raises nothing."""
     done = CliRunner().invoke(main, [str(word) for word in words])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Every file with its bytes."""
+    """Return the bytes of every file."""
     return {
         p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
     }
 
 
 def flip_last_bit(content: bytes) -> bytes:
-    """One bit of the last byte changed."""
+    """Change one bit of the last byte."""
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
 def make_other_artifact(artifact: Path) -> Path:
-    """Another artifact beside one: the same with another model card, and a file more."""
+    """Make another artifact: a copy with another model card and one more file."""
     path = Path(shutil.copytree(artifact, artifact.with_name("other")))
     manifest = json.loads((path / MANIFEST).read_text())
     for name, content in (("README.md", b"# another\n"), ("more.txt", b"more")):

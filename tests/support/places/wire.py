@@ -1,4 +1,4 @@
-"""A TCP proxy that cuts connections half-way or changes a byte, by a seed."""
+"""TCP proxy that cuts connections or changes bytes, by a seed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 
 Corruptor = Callable[[bytes, int], bytes | None]
-"""What becomes of a piece of a stream at an offset; None cuts the connection before it."""
+"""Returns the changed piece of a stream at an offset; None cuts the connection before it."""
 
 
 class Proxy:
-    """Forwards a loopback port to another; counts what it did."""
+    """Forwards one loopback port to another and counts connections and bytes."""
 
     def __init__(
         self, port: int, *, up: Corruptor | None = None, down: Corruptor | None = None
@@ -29,7 +29,7 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """Take no more connections."""
+        """Accept no more connections."""
         self._listener.close()
 
     def _accept(self) -> None:
@@ -76,14 +76,14 @@ class Proxy:
 
 
 def reset_connection(connection: socket.socket) -> None:
-    """End a connection as a broken network does."""
+    """Reset a connection, as a broken network does."""
     with contextlib.suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
 
 class Cuts:
-    """Cuts after a drawn number of bytes since the last cut, over all connections, at most `most` times."""
+    """Cuts a connection after a random number of bytes since the last cut, at most `most` times."""
 
     def __init__(self, seed: int, most: int, mean_bytes: int) -> None:
         self._draw, self.left, self.made, self._mean = random.Random(seed), most, 0, mean_bytes
@@ -105,7 +105,7 @@ class Cuts:
 
 
 class Flips:
-    """Changes a bit in the middle of long pieces, which are bodies and no heads, at most `most` times."""
+    """Changes a bit in the middle of long pieces (bodies, not headers), at most `most` times."""
 
     def __init__(self, most: int) -> None:
         self.left, self.made = most, 0
@@ -121,7 +121,7 @@ class Flips:
 
 
 class Slow:
-    """Carries so many bytes per second, over all connections."""
+    """Limits the rate over all connections."""
 
     def __init__(self, bytes_per_second: float) -> None:
         self._rate, self._lock = bytes_per_second, threading.Lock()

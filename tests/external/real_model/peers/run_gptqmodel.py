@@ -1,4 +1,5 @@
-"""GPTQModel: GPTQ, 4 bits, groups of 64, symmetric, everything else as it comes (act-group-aware order).
+"""GPTQModel: GPTQ, 4 bits, group size 64, symmetric, other settings default (act-group-aware
+order).
 
 python run_gptqmodel.py MODEL TOKENS.json ARTIFACT COST.json
 """
@@ -10,12 +11,12 @@ import sys
 from pathlib import Path
 
 import torch
-from cost import measured
+from cost import measure_cost
 from gptqmodel import GPTQModel, QuantizeConfig, extension
 
 
 def main() -> None:
-    """Load, quantize, save; the latter two are what is measured."""
+    """Load, quantize and save a model; quantizing and saving are measured."""
     model_folder, tokens, artifact, report = sys.argv[1:]
     rows = json.loads(Path(tokens).read_text(encoding="utf-8"))
     calibration = [
@@ -27,11 +28,11 @@ def main() -> None:
     ]
     extension.load(
         name="pack_block_cpu"
-    )  # compiled once for all models, half a minute: not what is measured
+    )  # compiled once for all models (half a minute), so not measured
     model = GPTQModel.load(
         model_folder, QuantizeConfig(bits=4, group_size=64, sym=True), device="cpu"
     )
-    with measured(Path(report)):
+    with measure_cost(Path(report)):
         model.quantize(calibration, batch_size=1)
         model.save(artifact)
 

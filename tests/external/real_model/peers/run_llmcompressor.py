@@ -1,8 +1,10 @@
-"""llm-compressor: GPTQ symmetric (static act order, its default) or AWQ asymmetric, 4 bits, groups of 64, lm_head left.
+"""llm-compressor: GPTQ symmetric (static act order, its default) or AWQ asymmetric, 4 bits, group
+size 64.
 
     python run_llmcompressor.py gptq | awq MODEL TOKENS.json ARTIFACT COST.json
 
-AWQ pins memory for a GPU that is not there; on a CPU that is an error, so the call is made to do nothing.
+lm_head stays unquantized. AWQ pins memory for a GPU, which is an error on a CPU, so that call is
+replaced with a no-op.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import sys
 from pathlib import Path
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from cost import measured
+from cost import measure_cost
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -23,21 +25,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def make_recipe(method: str) -> list[object]:
-    """The modifiers of a method."""
+    """Return the modifiers of a method."""
     weights = QuantizationArgs(
         num_bits=4, group_size=64, symmetric=method == "gptq", strategy="group"
     )
-    what = {
+    settings = {
         "config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
         "ignore": ["lm_head"],
     }
     if method == "gptq":
-        return [GPTQModifier(**what)]
-    return [AWQModifier(), QuantizationModifier(**what)]
+        return [GPTQModifier(**settings)]
+    return [AWQModifier(), QuantizationModifier(**settings)]
 
 
 def main() -> None:
-    """Load, quantize, save; the latter two are what is measured."""
+    """Load, quantize and save a model; quantizing and saving are measured."""
     method, model_folder, tokens, artifact, report = sys.argv[1:]
     rows = json.loads(Path(tokens).read_text(encoding="utf-8"))
     calibration = Dataset.from_dict({
@@ -47,7 +49,7 @@ def main() -> None:
     IntermediatesCache.pin_memory = lambda *_: None
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    with measured(Path(report)):
+    with measure_cost(Path(report)):
         oneshot(
             model=model,
             tokenizer=tokenizer,
