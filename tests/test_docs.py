@@ -1,4 +1,6 @@
-"""Documentation is true: every command, recipe, make target, link and module that the pages name exists."""
+"""Documentation is true: every command, recipe, make target, link and module that the pages name
+exists.
+"""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ FALLBACKS: Mapping[str, str] = {
         "an expert with too few calibration tokens is calibrated on all tokens of its layer"
     ),
     "rtn-too-few-tokens": "an expert with too few calibration tokens is rounded to nearest",
-    "damping-raised": "a Gram matrix had no Cholesky factor with 1 % of its mean diagonal added: ten times as much was "
+    "damping-raised": "a Gram matrix had no Cholesky factor with 1 % of its mean diagonal added: "
+    "ten times as much was "
     "added until it had one",
     "fp8-unscaled": (
         "an input is not rescaled, because a linear that reads or produces it keeps its FP8 bits"

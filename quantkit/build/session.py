@@ -3,7 +3,7 @@
 Next to the staging folders `<path>.building` lies `<output.path>.building.scratch` with the journal
 and, while a build loop runs, the hidden states of its streams. The journal's entries, in order:
 
-    began    what the build is of: recipe, source, texts, versions, machine kind, format of the journal
+    began    identity of the build: recipe, source, texts, versions, machine kind, journal format
     step     a finished step of a build loop (`progress_log`)
     wave     a finished wave of a block's experts
     ready    artifacts of one loop that are sealed and only need their name

@@ -239,8 +239,9 @@ def test_kept_weight_has_the_dtype_of_its_rule(tmp_path: Path) -> None:
     source's dtype.
     """
     folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", torch_dtype="float32"))
-    rules = '[{match: "*.q_proj", keep: bf16}, {match: "*.k_proj", keep: bf16}, {match: "*.v_proj", keep: bf16}, '
-    rules += '{match: "*.self_attn.*", keep: source}, {match: "*.mlp.*", quantize: default}, {match: "*", keep: source}]'
+    rules = '[{match: "*.q_proj", keep: bf16}, {match: "*.k_proj", keep: bf16}, '
+    rules += '{match: "*.v_proj", keep: bf16}, {match: "*.self_attn.*", keep: source}, '
+    rules += '{match: "*.mlp.*", quantize: default}, {match: "*", keep: source}]'
     build(folder, tmp_path / "a", rules=rules)
     specs = Checkpoint.open(tmp_path / "a").specs
     assert specs["model.layers.0.self_attn.q_proj.weight"].dtype == "BF16"

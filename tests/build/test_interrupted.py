@@ -78,7 +78,10 @@ def test_signals_report_how_far_the_build_is(
     build has the same bytes.
     """
     place = recipe(tmp_path / "a", source)
-    stands = "x.building: {} of 2 blocks are done and kept; the same command resumes from there, --restart "
+    stands = (
+        "x.building: {} of 2 blocks are done and kept; the same command resumes from there, "
+        "--restart "
+    )
     for number, done, code, says in (
         (signal.SIGKILL, 0, -signal.SIGKILL, None),
         (signal.SIGINT, 1, 130, "interrupted"),
@@ -182,21 +185,45 @@ MIXED = (
     "{preset: experts-only}]"
 )
 MATRIX: dict[str, tuple[str, bool, int, dict[str, str]]] = {
-    "three "
-    "formats": ("qwen3_moe", False, 3, {"format": "[gptq, compressed_tensors, dense]", "quantize": SYMMETRIC}),
-    "fp8, mtp": ("deepseek_v3", True, 0, {"mtp": "quantize", "rules": "all-linear"}),
-    "mixed "
-    "rules": ("qwen3_moe", False, 0, {"format": "compressed_tensors", "quantize": SYMMETRIC, "rules": MIXED}),
-    "both streams": (
-        "mixtral", False, 2, {"quantize": "{method: awq, rounding: gptq, group_size: 64}", "propagate": "both"}
+    "three formats": (
+        "qwen3_moe",
+        False,
+        3,
+        {"format": "[gptq, compressed_tensors, dense]", "quantize": SYMMETRIC},
     ),
-    "dense "
-    "model": ("llama", False, 0, {"quantize": "{method: gptq, group_size: 64}", "format": "[gptq_v2, awq]"}),
-    "nf4": ("qwen2", False, 0, {"quantize": "{method: nf4, group_size: 64}", "format": "bitsandbytes"}),
-    "nothing "
-    "measured": ("glm4_moe", False, 2, {"quantize": "{method: rtn, group_size: 64}", "fidelity": "none"}),
+    "fp8, mtp": ("deepseek_v3", True, 0, {"mtp": "quantize", "rules": "all-linear"}),
+    "mixed rules": (
+        "qwen3_moe",
+        False,
+        0,
+        {"format": "compressed_tensors", "quantize": SYMMETRIC, "rules": MIXED},
+    ),
+    "both streams": (
+        "mixtral",
+        False,
+        2,
+        {"quantize": "{method: awq, rounding: gptq, group_size: 64}", "propagate": "both"},
+    ),
+    "dense model": (
+        "llama",
+        False,
+        0,
+        {"quantize": "{method: gptq, group_size: 64}", "format": "[gptq_v2, awq]"},
+    ),
+    "nf4": (
+        "qwen2",
+        False,
+        0,
+        {"quantize": "{method: nf4, group_size: 64}", "format": "bitsandbytes"},
+    ),
+    "nothing measured": (
+        "glm4_moe",
+        False,
+        2,
+        {"quantize": "{method: rtn, group_size: 64}", "fidelity": "none"},
+    ),
     "original inputs": ("deepseek_v2", False, 3, {"propagate": "original"}),
-}  # fmt: skip
+}
 """Name -> family, FP8 source, experts in a wave (0: all), keys of the recipe."""
 KILLS = 26
 FEW = {
@@ -225,9 +252,12 @@ def test_killed_at_random(
         builds, sealed = builds + 1, False
         while not sealed and kills < KILLS:
             order = Order(
-                place=str(place), arguments=BUILD, call=chance.randint(1, 160), fault=chance.choice(("kill", "power")),
+                place=str(place),
+                arguments=BUILD,
+                call=chance.randint(1, 160),
+                fault=chance.choice(("kill", "power")),
                 wave=wave,
-            )  # fmt: skip
+            )
             end = mortals.run(order)
             assert end.code in (0, -signal.SIGKILL), end.stderr
             sealed, kills = end.code == 0, kills + (end.code != 0)

@@ -314,11 +314,22 @@ def test_hashed_reader_detects_changed_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("hf://a/b", "hf"), ("owner/name", "hf"), ("s3://b/p", "s3"), ("S3A://b/p", "s3"), ("gs://b/p", "gs"),
-        ("oci://h:1/n:t", "oci"), ("file:///x", "file"), ("/x/y", "file"), ("./a/b", "file"), ("../a", "file"),
-        ("name", "file"), ("a/b/c", "file"), ("~/x", "file"), ("-x/y", "file"),
+        ("hf://a/b", "hf"),
+        ("owner/name", "hf"),
+        ("s3://b/p", "s3"),
+        ("S3A://b/p", "s3"),
+        ("gs://b/p", "gs"),
+        ("oci://h:1/n:t", "oci"),
+        ("file:///x", "file"),
+        ("/x/y", "file"),
+        ("./a/b", "file"),
+        ("../a", "file"),
+        ("name", "file"),
+        ("a/b/c", "file"),
+        ("~/x", "file"),
+        ("-x/y", "file"),
     ],
-)  # fmt: skip
+)
 def test_parse_address(
     text: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,16 +349,23 @@ def test_ambiguous_address_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "expected a URL"), ("a\x00b", "expected a URL"), ("s3://key:secret@bucket/x", "expected no password"),
-        ("oci://u:p@host/x", "expected no password"), ("simplecache::s3://b/x", "a chain of them"),
-        ("nope://x/y", "nope:// is none"), ("zip://x/y", "zip:// is none"),
-        ("s3://", "found no bucket"), ("hf://a", "expected hf://owner/name"),
-        ("hf://datasets/a/b", "expected hf://owner/name"), ("oci://host", "expected oci://host/name:tag"),
-        ("oci://host/UPPER", "expected oci://host/name:tag"), ("oci://h/../../x", "expected oci://host/name:tag"),
-        ("file://elsewhere/x", "expected a folder of this "
-                               "machine"), ("oci://h/n@sha256:12", "expected oci://"),
+        ("", "expected a URL"),
+        ("a\x00b", "expected a URL"),
+        ("s3://key:secret@bucket/x", "expected no password"),
+        ("oci://u:p@host/x", "expected no password"),
+        ("simplecache::s3://b/x", "a chain of them"),
+        ("nope://x/y", "nope:// is none"),
+        ("zip://x/y", "zip:// is none"),
+        ("s3://", "found no bucket"),
+        ("hf://a", "expected hf://owner/name"),
+        ("hf://datasets/a/b", "expected hf://owner/name"),
+        ("oci://host", "expected oci://host/name:tag"),
+        ("oci://host/UPPER", "expected oci://host/name:tag"),
+        ("oci://h/../../x", "expected oci://host/name:tag"),
+        ("file://elsewhere/x", "expected a folder of this machine"),
+        ("oci://h/n@sha256:12", "expected oci://"),
     ],
-)  # fmt: skip
+)
 def test_open_remote_refuses_invalid_address(
     built: Path, tmp_path: Path, text: str, said: str
 ) -> None:

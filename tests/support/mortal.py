@@ -287,7 +287,8 @@ def serve() -> None:
     from quantkit.report import html_page, terminal
 
     assert pipeline and terminal  # what a build imports, but for what it uses once
-    html_page.load_vega_bundle()  # made by the first build and found by others: each shall make the same calls
+    # made by the first build and found by others: each shall make the same calls
+    html_page.load_vega_bundle()
     torch.set_num_threads(1)
     for line in sys.stdin:
         sys.stdout.write(json.dumps(asdict(fork(Order(**json.loads(line))))) + "\n")
