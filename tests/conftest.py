@@ -32,7 +32,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
     recipe = parse_recipe(text, "tiny-v3-awq4.yaml", {**FAST, "output.path": str(path)})
     pipeline.build_artifacts(
-        recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
+        recipe,
+        text,
+        overwrite=False,
+        evaluate=False,
+        on_plan=lambda _: None,
+        on_progress=lambda _: None,
     )
     return path
 

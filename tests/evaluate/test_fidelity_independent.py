@@ -33,7 +33,12 @@ def test_streaming_figures_equal_whole_models(rules: str, tmp_path: Path) -> Non
         {"output.path": str(tmp_path / "a"), "rules": rules, "calibration.sequences": "100"},
     )
     (outcome,) = pipeline.build_artifacts(
-        recipe, text, overwrite=False, evaluate=False, planned=ignore_progress, tell=ignore_progress
+        recipe,
+        text,
+        overwrite=False,
+        evaluate=False,
+        on_plan=ignore_progress,
+        on_progress=ignore_progress,
     )
     source = package_data.locate_model("builtin:tiny-v3")
     first, second = (
