@@ -47,7 +47,7 @@ began = time.monotonic()
 from quantkit.cli.main import main
 main(["plan", sys.argv[1], "--json"], standalone_mode=False)
 from quantkit.io.host import get_peak_memory
-used = peak_resident_bytes()
+used = get_peak_memory()
 print(f"{time.monotonic() - began} {used}", file=sys.stderr)
 """
 
