@@ -100,10 +100,10 @@ def build_recipe(
         text,
         overwrite=overwrite,
         evaluate=evaluate,
-        planned=report_plans,
-        tell=on_progress or _ignore,
+        on_plan=report_plans,
+        on_progress=on_progress or _ignore,
         restart=restart,
-        say=on_message or _ignore,
+        on_message=on_message or _ignore,
     )
 
 

@@ -1,18 +1,19 @@
-"""From a recipe to sealed artifacts with their evidence: plan, build, measure, benchmark, report, judge, seal.
+"""The pipeline from a recipe to sealed artifacts: plan, build, measure, benchmark, report, apply
+gates, seal.
 
-A recipe with several formats gives one artifact each. Formats that hold the same codes share one solve and its figures;
-one that stores something else (`dense` rounds once more) is built by itself. Each step takes what the one before left.
-`tell` hears how far long steps are; nothing else leaves this module before its result.
+A recipe with several formats gives one artifact artifact. Formats that hold the same codes share
+one solve and its figures; a format that stores something else (`dense` rounds once more) is built
+on its own. Callbacks receive the plans, progress and messages; nothing else leaves this module
+before its result.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -28,8 +29,8 @@ from quantkit.artifact.seal import seal_artifact
 from quantkit.artifact.staging import get_staging_path, prepare_staging, rename_into_place
 from quantkit.artifact.writer import ArtifactWriter, WrittenState
 from quantkit.build import session
-from quantkit.build.loop import BuiltBlocks, build_blocks
-from quantkit.build.loop import StreamTexts as StreamTexts
+from quantkit.build.loop import BuildPrecision, BuiltBlocks, build_blocks
+from quantkit.build.open_streams import StreamTexts
 from quantkit.build.progress_log import BuildProgress
 from quantkit.build.session import BuildSession
 from quantkit.checkpoint import hub
@@ -53,7 +54,7 @@ from quantkit.io.host import HEAP_BYTES, get_peak_memory, keep_freed_memory, ret
 from quantkit.models.layers import make_meta_model
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan
-from quantkit.progress import Progress, ProgressCallback
+from quantkit.progress import ProgressCallback
 from quantkit.recipe.schema import Recipe
 from quantkit.report import card, gates, html_page
 from quantkit.report import make as evidence
@@ -61,12 +62,10 @@ from quantkit.report.make import TextName
 from quantkit.texts import corpora
 from quantkit.texts.corpora import Tokens
 
-Returned = TypeVar("Returned")
-
 
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
-    """A sealed artifact, its report, and how long each step took."""
+    """A sealed artifact, its report, and the seconds of each step."""
 
     format_name: str
     path: Path
@@ -77,26 +76,27 @@ class BuildResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedTexts:
-    """The tokens of the streams, and what the report says of them."""
+    """The tokens of the streams, and their descriptions for the report."""
 
     tokens: Mapping[TextName, Tokens]
-    told: Mapping[TextName, TextSet]
-    solutions: GoldSolutions  # run behind the fidelity text
+    descriptions: Mapping[TextName, TextSet]
+    solutions: GoldSolutions  # run after the fidelity text
 
-    def streamed(self) -> StreamTexts:
-        """What the build takes."""
-        text = self.tokens
+    def stream_texts(self) -> StreamTexts:
+        """Return the tokens that the build runs."""
         return {
-            "calibration": text["calibration"], "fidelity": text["fidelity"], "solutions": self.solutions.tokens
-        }  # fmt: skip
+            "calibration": self.tokens["calibration"],
+            "fidelity": self.tokens["fidelity"],
+            "solutions": self.solutions.tokens,
+        }
 
     def counts(self) -> dict[TextName, int]:
-        """Tokens per stream."""
-        found = {name: tokens.n_tokens for name, tokens in self.tokens.items()}
-        return {**found, "fidelity": found["fidelity"] + self.solutions.tokens.n_tokens}
+        """Return the number of tokens per stream."""
+        counts = {name: tokens.n_tokens for name, tokens in self.tokens.items()}
+        return {**counts, "fidelity": counts["fidelity"] + self.solutions.tokens.n_tokens}
 
     def hashes(self) -> dict[str, str]:
-        """sha256 of each stream's tokens."""
+        """Return the sha256 of each stream's tokens."""
         return {name: tokens.hash for name, tokens in self.tokens.items()} | {
             "solutions": self.solutions.tokens.hash
         }
@@ -104,7 +104,7 @@ class TokenizedTexts:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamFigures:
-    """What the streams behind the last block say; `tokens` None when the recipe says `fidelity: none`."""
+    """Figures of the streams after the last block; `tokens` is None with `fidelity: none`."""
 
     tokens: TextFidelity | None = None
     solutions: Sequence[ScoredSolution] = ()
@@ -112,7 +112,7 @@ class StreamFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactInProgress:
-    """An artifact under way: what it will be, and the folder it is made in."""
+    """An artifact in progress: its plan, its staging folder, and the tensors on disk."""
 
     plan: Plan
     folder: Path
@@ -120,7 +120,9 @@ class ArtifactInProgress:
 
 
 class Timings(BaseModel):
-    """What depends on the clock and the machine's load: the one file the manifest does not hash."""
+    """Figures that depend on the clock and the machine's load: the one file that the manifest does
+    not hash.
+    """
 
     seconds: dict[str, float]
     blocks: dict[str, float]
@@ -131,13 +133,13 @@ class Timings(BaseModel):
 
 @dataclass(kw_only=True)
 class StepTimer:
-    """Seconds per step."""
+    """Seconds per step; mutable."""
 
     began: float = field(default_factory=time.monotonic)
     laps: dict[str, float] = field(default_factory=dict)
 
     def lap(self, name: str) -> None:
-        """Note the time since the last lap under `name`."""
+        """Record the time since the last lap under `name`."""
         now = time.monotonic()
         self.laps[name] = now - self.began
         self.began = now
@@ -149,21 +151,23 @@ def build_artifacts(
     *,
     overwrite: bool,
     evaluate: bool,
-    planned: Callable[[Sequence[Plan]], None],
-    tell: ProgressCallback,
+    on_plan: Callable[[Sequence[Plan]], None],
+    on_progress: ProgressCallback,
     restart: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    on_message: Callable[[str], None] = lambda _: None,
 ) -> tuple[BuildResult, ...]:
-    """Build the artifacts of `recipe` (`text` is its file), one per format, and seal them under their names.
+    """Build the artifacts of `recipe` (`text` is its file), one per format, and seal them under
+    their names.
 
-    `planned` sees the plans first. A failure leaves what was made in `<path>.building`, never under the final name,
-    and a note on the exception that says how to go on; the next run does, unless `restart` drops what there is. `say`
-    hears where a build goes on, and what could not be removed behind it. Raises QuantkitError.
+    `on_plan` receives the plans before the build, `on_progress` each step, `on_message` where a
+    build resumes and what could not be removed. A failure leaves the unfinished artifact in
+    `<path>.building`, never under its final name, and adds a note to the exception that says how to
+    resume. The next run resumes, unless `restart` discards it. Raises QuantkitError.
     """
     return_freed_memory()
     for format_name in recipe.format:
         registry.check_packages(format_name)
-    clock = StepTimer()
+    timer = StepTimer()
     located = hub.resolve_model(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
     texts = tokenize(recipe, located.folder)
@@ -174,33 +178,42 @@ def build_artifacts(
         keep_freed_memory()
     with session.exclusive_lock(plans):
         journal = session.find_interrupted(plans, overwrite=overwrite, restart=restart)
-        planned(plans)
-        clock.lap("plan")
-        begun = session.begin_session(plans, journal, source, texts.hashes(), tell)
-        clock.lap("source hashes")
+        on_plan(plans)
+        timer.lap("plan")
+        build = session.begin_session(plans, journal, source, texts.hashes(), on_progress)
+        timer.lap("source hashes")
         try:
-            if begun.resumed:
-                say(f"continuing: {begun.told()}")
-            for loop, together in enumerate(session.group_by_solve(plans)):
-                if not begun.ready(loop):
+            if build.resumed:
+                on_message(f"continuing: {build.status_message()}")
+            for loop, group in enumerate(session.group_by_solve(plans)):
+                if not build.sealed_manifests(loop):
                     build_group(
-                        begun, loop, source, texts, text, clock, evaluate=evaluate, tell=tell
+                        build,
+                        loop,
+                        source,
+                        texts,
+                        text,
+                        timer,
+                        evaluate=evaluate,
+                        on_progress=on_progress,
                     )
-                for plan in together:
+                for plan in group:
                     path = Path(plan.path)
                     rename_into_place(
-                        get_staging_path(path), path, begun.ready(loop)[plan.format_name]
+                        get_staging_path(path),
+                        path,
+                        build.sealed_manifests(loop)[plan.format_name],
                     )
-            if left := begun.finish():
-                say(left)
+            if message := build.remove_scratch():
+                on_message(message)
         except BaseException as error:
-            begun.leave(error)
+            build.add_resume_note(error)
             raise
     return tuple(read_result(plan) for plan in plans)
 
 
 def read_result(plan: Plan) -> BuildResult:
-    """What a sealed artifact says of itself."""
+    """Read the result of a sealed artifact from its files."""
     path = Path(plan.path)
     timings = Timings.model_validate(read_json(path / layout.TIMINGS, ArtifactError))
     return BuildResult(
@@ -213,67 +226,80 @@ def read_result(plan: Plan) -> BuildResult:
 
 
 def build_group(
-    begun: BuildSession,
+    build: BuildSession,
     loop: int,
     source: Checkpoint,
     texts: TokenizedTexts,
     text: str,
-    clock: StepTimer,
+    timer: StepTimer,
     *,
     evaluate: bool,
-    tell: ProgressCallback,
+    on_progress: ProgressCallback,
 ) -> None:
-    """One solve and its artifacts, sealed but without their names. Figures and benchmarks are those of the first.
+    """Build the artifacts of one solve and seal them; they get their names later.
 
-    The others store the same weights bit for bit (`solve` has compared them).
+    Figures and benchmarks are measured on the first: the others store the same weights bit for bit,
+    as `quantize_group` has checked.
     """
-    standing = begun.standing(loop)
-    made = [
+    progress = build.read_progress(loop)
+    artifacts = [
         ArtifactInProgress(
             plan=plan,
-            folder=prepare_staging(plan, standing.stored(number)),
-            stored=standing.stored(number),
+            folder=prepare_staging(plan, progress.stored(number)),
+            stored=progress.stored(number),
         )
-        for number, plan in enumerate(session.group_by_solve(begun.plans)[loop])
+        for number, plan in enumerate(session.group_by_solve(build.plans)[loop])
     ]
-    plan, folder = made[0].plan, made[0].folder
+    plan, folder = artifacts[0].plan, artifacts[0].folder
     built, written, figures = quantize_and_measure(
-        made, source, texts, text, tell, clock, begun.states(loop), standing
+        artifacts, source, texts, text, on_progress, timer, build.prepare_states(loop), progress
     )
-    compute, kept = sources.resolve_compute(plan.recipe), begun.answers(loop)
+    compute, kept = sources.resolve_compute(plan.recipe), build.answers_folder(loop)
     compared = compare_with_source(
-        plan, source, folder, compute, evaluate=evaluate, on_progress=tell, answers_folder=kept
+        plan,
+        source,
+        folder,
+        compute,
+        evaluate=evaluate,
+        on_progress=on_progress,
+        answers_folder=kept,
     )
-    clock.lap("benchmarks")
-    licence = evidence.parse_license(read_front_matter(source.folder))
+    timer.lap("benchmarks")
+    license = evidence.parse_license(read_front_matter(source.folder))
     likely = solution_likelihood.make_likelihood_rows(
         plan.recipe.evaluation.tasks, texts.solutions, figures.solutions
     )
-    session.check_source(begun.journal, source)
+    session.check_source(build.journal, source)
     sealed = dict[str, str]()
-    for each, files in zip(made, written, strict=True):
+    for artifact, files in zip(artifacts, written, strict=True):
         report = evidence.make_report(
-            each.plan, built.blocks, figures.tokens, texts.told, likely, compared.rows, licence
+            artifact.plan,
+            built.blocks,
+            figures.tokens,
+            texts.descriptions,
+            likely,
+            compared.rows,
+            license,
         )
-        report = gates.apply_gates(each.plan.recipe.gates, report)
-        write_evidence(each.plan, each.folder, report, figures, compared)
-        write_timings(each.folder, built, clock)
-        manifest = make_manifest(each.plan, source, report, built.blocks)
-        sealed[each.plan.format_name] = seal_artifact(each.folder, manifest, files)
-    begun.seal(loop, sealed)
+        report = gates.apply_gates(artifact.plan.recipe.gates, report)
+        write_evidence(artifact.plan, artifact.folder, report, figures, compared)
+        write_timings(artifact.folder, built, timer)
+        manifest = make_manifest(artifact.plan, source, report, built.blocks)
+        sealed[artifact.plan.format_name] = seal_artifact(artifact.folder, manifest, files)
+    build.mark_sealed(loop, sealed)
 
 
 def tokenize(recipe: Recipe, folder: Path) -> TokenizedTexts:
     """Load the recipe's text sets and cut them into token sequences with the source's tokenizer."""
-    own_code = allows_remote_code(recipe.source.trust_remote_code, folder)
+    is_code_allowed = allows_remote_code(recipe.source.trust_remote_code, folder)
     tokenizer, sets = (
-        corpora.load_tokenizer(folder, own_code),
+        corpora.load_tokenizer(folder, is_code_allowed),
         package_data.locate_folder("calibration"),
     )
-    wanted: list[tuple[TextName, str, int | None, int, int]] = []
+    selected: list[tuple[TextName, str, int | None, int, int]] = []
     calibration = recipe.calibration if recipe.needs_calibration else None
     if calibration:
-        wanted.append((
+        selected.append((
             "calibration",
             calibration.set,
             calibration.sequences,
@@ -281,69 +307,72 @@ def tokenize(recipe: Recipe, folder: Path) -> TokenizedTexts:
             calibration.seed,
         ))
     if fidelity := recipe.fidelity:
-        wanted.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
-    tokens, told = dict[TextName, Tokens](), dict[TextName, TextSet]()
-    for name, set_name, sequences, length, seed in wanted:
+        selected.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
+    tokens, descriptions = dict[TextName, Tokens](), dict[TextName, TextSet]()
+    for name, set_name, sequences, length, seed in selected:
         corpus = corpora.load_set(set_name, sets)
         tokens[name] = corpora.sample_sequences(corpus, tokenizer, sequences, length, seed)
-        told[name] = evidence.summarize_text(corpus, tokens[name], length, seed)
+        descriptions[name] = evidence.summarize_text(corpus, tokens[name], length, seed)
     nothing = corpora.pack_tokens([])
-    asked, wanted_items = recipe.evaluation.tasks, recipe.evaluation.likelihood
+    tasks, items = recipe.evaluation.tasks, recipe.evaluation.likelihood
     solutions = solution_likelihood.make_empty_solutions()
     if fidelity:
         solutions = solution_likelihood.tokenize_solutions(
-            asked, tokenizer, items=wanted_items, length=fidelity.length
+            tasks, tokenizer, items=items, length=fidelity.length
         )
     return TokenizedTexts(
         tokens={"calibration": nothing, "fidelity": nothing, **tokens},
-        told=told,
+        descriptions=descriptions,
         solutions=solutions,
     )
 
 
 def quantize_and_measure(
-    made: Sequence[ArtifactInProgress],
+    artifacts: Sequence[ArtifactInProgress],
     source: Checkpoint,
     texts: TokenizedTexts,
     text: str,
-    tell: ProgressCallback,
-    clock: StepTimer,
+    on_progress: ProgressCallback,
+    timer: StepTimer,
     states: Path,
-    standing: BuildProgress,
+    progress: BuildProgress,
 ) -> tuple[BuiltBlocks, list[dict[str, WrittenFile]], StreamFigures]:
-    """Build into every folder, then compare the streams behind the last block, the head read from the first's files.
+    """Build into every folder, then measure the streams after the last block, with the head of the
+    first's files.
 
-    Their hidden states lie in `states`. Nothing is compared when the recipe says `fidelity: none`.
-    """  # fmt: skip
-    plans, folder = [each.plan for each in made], made[0].folder
+    Hidden states are kept in `states`. Nothing is measured with `fidelity: none`.
+    """
+    plans, folder = [artifact.plan for artifact in artifacts], artifacts[0].folder
     compute = sources.resolve_compute(plans[0].recipe)
-    device, dtype, learning = (
-        torch.device(compute.device),
-        getattr(torch, compute.dtype),
-        getattr(torch, compute.calibration),
+    precision = BuildPrecision(
+        device=torch.device(compute.device),
+        dtype=getattr(torch, compute.dtype),
+        calibration=getattr(torch, compute.calibration),
     )
-    sinks = [ArtifactWriter(each.folder, each.plan.shards, each.stored) for each in made]
-    streamed = texts.streamed()
+    writers = [
+        ArtifactWriter(artifact.folder, artifact.plan.shards, artifact.stored)
+        for artifact in artifacts
+    ]
+    stream_texts = texts.stream_texts()
     try:
-        built = run_to_end(
-            build_blocks(plans, source, streamed, sinks, states, device, dtype, learning, standing),
-            tell,
+        built = build_blocks(
+            plans, source, stream_texts, writers, states, precision, on_progress, progress
         )
-        written = [sink.close() for sink in sinks]
+        written = [each.close() for each in writers]
     finally:
-        for sink in sinks:
-            sink.abandon()
-    for each in made:
-        write_model_files(each.folder, each.plan, source.sidecars, text)
-    clock.lap("quantize")
+        for each in writers:
+            each.abandon()
+    for artifact in artifacts:
+        write_model_files(artifact.folder, artifact.plan, source.sidecars, text)
+    timer.lap("quantize")
     figures, streams = StreamFigures(), built.streams
     if "reference" in streams:
-        bones, head = (
-            make_meta_model(plans[0].source.config, device, dtype),
+        model, head = (
+            make_meta_model(plans[0].source.config, precision.device, precision.dtype),
             Checkpoint.open(folder),
         )
         both = load_stream_pair(
-            bones, plans[0].layout, source, head, streams["reference"], streams["quantized"]
+            model, plans[0].layout, source, head, streams["reference"], streams["quantized"]
         )
         figures = StreamFigures(
             tokens=measure_text(both),
@@ -351,24 +380,14 @@ def quantize_and_measure(
         )
     for stream in streams.values():
         stream.close()
-    clock.lap("distribution")
+    timer.lap("distribution")
     return built, written, figures
-
-
-def run_to_end(steps: Generator[Progress, None, Returned], tell: ProgressCallback) -> Returned:
-    """Run a generator to its end, telling each progress; what it returns."""
-    while True:
-        try:
-            tell(next(steps))
-        except StopIteration as end:
-            result: Returned = end.value
-            return result
 
 
 def write_evidence(
     plan: Plan, folder: Path, report: Fidelity, figures: StreamFigures, compared: SourceComparison
 ) -> None:
-    """fidelity.json, the model card, plan.json, the samples, and the page made of what was written."""
+    """Write fidelity.json, the model card, plan.json and the samples, and the page made of them."""
     if figures.tokens or compared.pairs:
         (folder / layout.SAMPLES_FOLDER).mkdir(exist_ok=True)
     write_atomic(folder / layout.FIDELITY, report.to_json().encode())
@@ -383,10 +402,10 @@ def write_evidence(
     write_atomic(folder / layout.PAGE, html_page.make_page(folder).encode())
 
 
-def write_timings(folder: Path, built: BuiltBlocks, clock: StepTimer) -> None:
-    """Note what this run took, and what each block took when it was made."""
+def write_timings(folder: Path, built: BuiltBlocks, timer: StepTimer) -> None:
+    """Write the seconds of this run, and of each block when it was built."""
     timings = Timings(
-        seconds=clock.laps,
+        seconds=timer.laps,
         blocks={block.name: block.seconds for block in built.blocks},
         threads=torch.get_num_threads(),
         cpus=os.cpu_count(),

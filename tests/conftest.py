@@ -22,6 +22,63 @@ if TYPE_CHECKING:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+MEDIUM_FILES = frozenset({
+    "bench/test_gpu.py",
+    "build/test_build.py",
+    "build/test_determinism.py",
+    "build/test_interrupted.py",
+    "build/test_propagate_both.py",
+    "build/test_resume.py",
+    "build/test_several_formats.py",
+    "build/test_tied_heads.py",
+    "cli/test_cli.py",
+    "cli/test_environment.py",
+    "diff/test_diff_command.py",
+    "diff/test_diff_page.py",
+    "evaluate/test_benchmarks.py",
+    "evaluate/test_endpoint.py",
+    "evaluate/test_eval.py",
+    "evaluate/test_fidelity_independent.py",
+    "evaluate/test_hostile.py",
+    "evaluate/test_likelihood.py",
+    "evaluate/test_sandbox.py",
+    "formats/test_bitsandbytes.py",
+    "formats/test_fp8_kept.py",
+    "methods/test_hard_weights.py",
+    "methods/test_methods.py",
+    "models/test_derive.py",
+    "publish/test_transfer.py",
+    "publish/test_transfer_faults.py",
+    "publish/test_transfer_kinds.py",
+    "publish/test_transfer_trust.py",
+    "recipe/test_recipes.py",
+    "reliability/test_fuzz.py",
+    "reliability/test_hostile_input.py",
+    "report/test_gates.py",
+    "report/test_html.py",
+    "report/test_html_browser.py",
+    "serve/test_gateway.py",
+    "serve/test_serve.py",
+    "serve/test_size_command.py",
+    "serve/test_sizing.py",
+    "test_contracts.py",
+    "test_golden.py",
+    "texts/test_corpora.py",
+    "tools/test_tiny_v3.py",
+    "verify/test_bad_artifacts.py",
+    "verify/test_deep.py",
+})
+"""Files whose tests build artifacts, start processes or read many files; not in `make fast`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of MEDIUM_FILES."""
+    folder = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(folder).as_posix() in MEDIUM_FILES:
+            item.add_marker(pytest.mark.medium)
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sealed artifact of tiny-v3, read-only; tests that change it use `artifact`."""
@@ -32,7 +89,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
     recipe = parse_recipe(text, "tiny-v3-awq4.yaml", {**FAST, "output.path": str(path)})
     pipeline.build_artifacts(
-        recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
+        recipe,
+        text,
+        overwrite=False,
+        evaluate=False,
+        on_plan=lambda _: None,
+        on_progress=lambda _: None,
     )
     return path
 

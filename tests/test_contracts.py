@@ -231,6 +231,7 @@ def test_unsupported_attention_pattern_raises() -> None:
 
 def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-untyped-def]  # streams are internal
     """Return the plan and the streams after the last block."""
+    from quantkit.build.loop import BuildPrecision
     from quantkit.build.loop import build_blocks as build_loop
     from quantkit.plan import sources
 
@@ -244,10 +245,10 @@ def run_streams(folder: Path, place: Path, **keys: str):  # type: ignore[no-unty
     (place / "scratch").mkdir()
     sink = ArtifactWriter(place / "out", plan.shards)
     device, dtype = torch.device("cpu"), torch.float32
-    steps = build_loop(
-        [plan], source, texts.streamed(), [sink], place / "scratch", device, dtype, dtype
+    precision = BuildPrecision(device=device, dtype=dtype, calibration=dtype)
+    built = build_loop(
+        [plan], source, texts.stream_texts(), [sink], place / "scratch", precision, ignore_progress
     )
-    built = pipeline.run_to_end(steps, ignore_progress)
     sink.close()
     return plan, built.streams
 

@@ -1,4 +1,6 @@
-"""Documentation is true: every command, recipe, make target, link and module that the pages name exists."""
+"""Documentation is true: every command, recipe, make target, link and module that the pages name
+exists.
+"""
 
 from __future__ import annotations
 
@@ -90,5 +92,5 @@ def test_page_names_existing_modules(page: Path) -> None:
     """Every `name.py` and `folder/` in backticks is in the repository."""
     text = read_page(page)
     files = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")}
-    for name in re.findall(r"`([\w/]+\.py)`", text):
+    for name in re.findall(r"`([a-z0-9_/]+\.py)`", text):
         assert any(file == name or file.endswith(f"/{name}") for file in files), name

@@ -1,4 +1,6 @@
-"""A refactoring changes no byte: small artifacts against the hashes that tests/golden/artifacts.py recorded."""
+"""A refactoring changes no byte: small artifacts against the hashes that tests/golden/artifacts.py
+recorded.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The structure of the code: imports, file access and lengths, checked on the syntax of every file."""
+"""The structure of the code: imports, file access and lengths, checked on the syntax of
+every file.
+"""
 
 from __future__ import annotations
 
@@ -324,33 +326,118 @@ def test_every_row_names_an_existing_unit() -> None:
 
 
 PLANTED = [
-    ("upward_imports", "numerics/gram.py", "from quantkit.plan.plan import Plan", "imports plan/plan.py"),
-    ("upward_imports", "io/files.py", "def f():\n    from quantkit.recipe import schema", "imports recipe/"),
-    ("upward_imports", "methods/awq.py", "from quantkit.methods import rtn", "imports methods/rtn.py, which is"),
-    ("upward_imports", "roundings/gptq_once.py", "from quantkit.roundings import gptq", "imports roundings/gptq.py, which"),
-    ("upward_imports", "roundings/gptq.py", "from quantkit.methods import gptq", "imports methods/gptq.py, which is not above"),
-    ("upward_imports", "formats/common/checks.py", "from quantkit.formats import awq", "which is a plug-in"),
-    ("upward_imports", "plan/plan.py", "from quantkit.report.tables import Table", "imports report/tables.py"),
+    (
+        "upward_imports",
+        "numerics/gram.py",
+        "from quantkit.plan.plan import Plan",
+        "imports plan/plan.py",
+    ),
+    (
+        "upward_imports",
+        "io/files.py",
+        "def f():\n    from quantkit.recipe import schema",
+        "imports recipe/",
+    ),
+    (
+        "upward_imports",
+        "methods/awq.py",
+        "from quantkit.methods import rtn",
+        "imports methods/rtn.py, which is",
+    ),
+    (
+        "upward_imports",
+        "roundings/gptq_once.py",
+        "from quantkit.roundings import gptq",
+        "imports roundings/gptq.py, which",
+    ),
+    (
+        "upward_imports",
+        "roundings/gptq.py",
+        "from quantkit.methods import gptq",
+        "imports methods/gptq.py, which is not above",
+    ),
+    (
+        "upward_imports",
+        "formats/common/checks.py",
+        "from quantkit.formats import awq",
+        "which is a plug-in",
+    ),
+    (
+        "upward_imports",
+        "plan/plan.py",
+        "from quantkit.report.tables import Table",
+        "imports report/tables.py",
+    ),
     ("upward_imports", "plan/plan.py", "from . import errors", "imports ., which is no file"),
     ("upward_imports", "helpers.py", "", "in no row of ROWS"),
-    ("import_cycles", "numerics/affine.py", "from quantkit.numerics import range_search", "numerics/range_search.py"),
-    ("file_access", "plan/plan.py", "import pathlib\npathlib.Path('x').write_text('y')", "plan/plan.py: write"),
+    (
+        "import_cycles",
+        "numerics/affine.py",
+        "from quantkit.numerics import range_search",
+        "numerics/range_search.py",
+    ),
+    (
+        "file_access",
+        "plan/plan.py",
+        "import pathlib\npathlib.Path('x').write_text('y')",
+        "plan/plan.py: write",
+    ),
     ("file_access", "recipe/parse.py", "with open('x') as file: pass", "recipe/parse.py: open"),
     ("file_access", "plan/decisions.py", "p.open('rb')", "plan/decisions.py: open"),
-    ("file_access", "pipeline.py", "import huggingface_hub.utils", "pipeline.py: huggingface_hub.utils"),
-    ("file_access", "evaluate/tasks.py", "from urllib.request import urlopen", "evaluate/tasks.py: urllib.request"),
-    ("file_access", "artifact/staging.py", "", "artifact/staging.py: rename is allowed and not used"),
+    (
+        "file_access",
+        "pipeline.py",
+        "import huggingface_hub.utils",
+        "pipeline.py: huggingface_hub.utils",
+    ),
+    (
+        "file_access",
+        "evaluate/tasks.py",
+        "from urllib.request import urlopen",
+        "evaluate/tasks.py: urllib.request",
+    ),
+    (
+        "file_access",
+        "artifact/staging.py",
+        "",
+        "artifact/staging.py: rename is allowed and not used",
+    ),
     ("console_output", "build/loop.py", "print('done')", "build/loop.py:1: print"),
     ("console_output", "pipeline.py", "import sys\nsys.exit(1)", "pipeline.py:2: sys.exit"),
     ("console_output", "report/terminal.py", "import click", "report/terminal.py:1: imports click"),
-    ("global_statements", "build/context.py", "def f():\n    global x\n    x = 1", "build/context.py:2: global"),
-    ("relayed_keywords", "build/loop.py", "def f(**kwargs: object): ...", "build/loop.py:1: f(**kwargs)"),
-    ("excessive_length", "models/scaling.py", "def f():\n" + "    x = 1\n" * 60, "models/scaling.py: f has 61 lines"),
+    (
+        "global_statements",
+        "build/context.py",
+        "def f():\n    global x\n    x = 1",
+        "build/context.py:2: global",
+    ),
+    (
+        "relayed_keywords",
+        "build/loop.py",
+        "def f(**kwargs: object): ...",
+        "build/loop.py:1: f(**kwargs)",
+    ),
+    (
+        "excessive_length",
+        "models/scaling.py",
+        "def f():\n" + "    x = 1\n" * 60,
+        "models/scaling.py: f has 61 lines",
+    ),
     ("excessive_length", "models/scaling.py", "x = 1\n" * 501, "models/scaling.py: 501 lines"),
-    ("device_choices", "numerics/gram.py", "x = torch.cuda.device_count()", "numerics/gram.py:1: torch.cuda"),
+    (
+        "device_choices",
+        "numerics/gram.py",
+        "x = torch.cuda.device_count()",
+        "numerics/gram.py:1: torch.cuda",
+    ),
     ("device_choices", "numerics/gram.py", "y = x.cpu()", "numerics/gram.py:1: x.cpu()"),
-    ("device_choices", "numerics/gram.py", "y = zeros(3, device='cuda')", "numerics/gram.py:1: device='cuda'"),
-]  # fmt: skip
+    (
+        "device_choices",
+        "numerics/gram.py",
+        "y = zeros(3, device='cuda')",
+        "numerics/gram.py:1: device='cuda'",
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "file", "text", "expected"), PLANTED)

@@ -1,4 +1,6 @@
-"""Everything of a block but its routed experts: learn, fold, check, solve, store, move on."""
+"""The dense part of a block, everything but its routed experts: calibrate, scale, check, quantize,
+move the streams.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from quantkit.build.block_plan import BlockPlan, GroupPlan
 from quantkit.build.context import BlockContext
-from quantkit.build.expert_ops import tokens_per_expert
-from quantkit.build.hidden_states import Routing, StreamName, run_batch, run_stream
+from quantkit.build.expert_ops import count_tokens
+from quantkit.build.hidden_states import Routing, Stream, StreamName, run_batch, run_stream
 from quantkit.build.quantize_linear import QuantizedLinear, QuantizeRequest, quantize_group
-from quantkit.contracts import InputStats, LinearGroup, Rescale, Scheme
+from quantkit.contracts import InputStats, LinearGroup, Scheme
 from quantkit.models import scaling
 from quantkit.models.layers import (
     ExpertTap,
@@ -30,28 +33,32 @@ Tensors = Mapping[str, Tensor]
 
 
 SAMPLE_TOKENS = 512
-"""Calibration tokens that show whether folding changed anything; a sequence that is longer stands whole."""
+"""Calibration tokens that show whether scaling changed anything; a longer sequence is used
+whole.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingCheckSample:
-    """The first calibration sequences at a block, run in the precision of the figures, not in calibration's.
+    """The first calibration sequences at a block, run in the precision of the figures, not in that
+    of calibration.
 
-    rows [tokens, hidden] go in, `out` comes out without routed experts; `asked` is what the router asked of those.
+    rows [tokens, hidden] go in, `out` comes out without routed experts; `routed` is the router's
+    output for them.
     """
 
     rows: Tensor
     lengths: tuple[int, ...]
     out: Tensor
-    asked: RouterOutput | None
+    routed: RouterOutput | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCalibration:
-    """What the calibration stream told of a block before its experts ran.
+    """Statistics and routing of the calibration stream at a block, before its experts run.
 
-    `original` is what the router decided for the same text in the original model, None where that does not run beside;
-    `sample` is None where nothing can be folded.
+    `original` is the routing of the same text in the original model, None where that does not run;
+    `sample` is None where nothing can be scaled.
     """
 
     stats: Mapping[str, InputStats]  # by group name
@@ -63,22 +70,25 @@ class BlockCalibration:
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledBlock:
-    """Dense tensors of a block (float32, full names) after folding, with the statistics that go with them."""
+    """Dense tensors of a block (float32, full names) after scaling, with the statistics that go
+    with them.
+
+    `rescaled` are the names of the scaled groups; `expert_scale` [hidden] multiplies gate and up of
+    the routed experts; `expert_inputs` [tokens, hidden] is the sample at the experts after scaling.
+    """
 
     tensors: Tensors
     stats: Mapping[str, InputStats]
-    rescaled: frozenset[str]  # names of the groups that were scaled
-    expert_scale: Tensor | None = (
-        None  # [hidden], what gate and up of the routed experts are multiplied by
-    )
-    seen: Tensor | None = None  # what the experts see of the sample after folding [tokens, hidden]
+    rescaled: frozenset[str]
+    expert_scale: Tensor | None = None
+    expert_inputs: Tensor | None = None
 
 
 class GramAccumulator:
-    """A running sum of the statistics of one group input, of `width` channels.
+    """Mutable sums of the statistics of one group input, of `width` channels.
 
-    With `crossed` the original model's inputs come beside; with `stream`, too, the stream of so many channels that the
-    group's output is added to.
+    `crossed`: with the original model's inputs, for the cross statistics; `stream`: the channels of
+    the stream that the group's output is added to, for the residual statistics.
     """
 
     def __init__(
@@ -91,7 +101,9 @@ class GramAccumulator:
         self.tokens = 0
 
     def add(self, rows: Tensor, original: Tensor | None = None, gap: Tensor | None = None) -> None:
-        """Add tokens [n, in], what the original model has in their place, and what the stream lacks [n, stream]."""
+        """Add tokens [n, in], the original model's inputs in their place [n, in], and the stream's
+        gap [n, stream].
+        """
         grams.accumulate_gram(self.gram, self.abs_sum, rows)
         if self.cross is not None and original is not None:
             grams.accumulate_cross(self.cross, rows, original)
@@ -100,7 +112,7 @@ class GramAccumulator:
         self.tokens += len(rows)
 
     def stats(self) -> InputStats:
-        """The statistics of all tokens, once they were added."""
+        """Return the statistics of all tokens that were added; call it once."""
         gram, mean = grams.complete_gram(self.gram), self.abs_sum / max(self.tokens, 1)
         count = torch.tensor(self.tokens)
         return InputStats(
@@ -108,30 +120,37 @@ class GramAccumulator:
         )
 
 
-def reference_pass(work: BlockContext, layer: nn.Module, tap: ExpertTap | None) -> Routing | None:
-    """Move the reference stream, if there is one, through the original dense part; what its router decided."""
-    stream = work.streams.get("reference")
+def run_reference(context: BlockContext, layer: nn.Module, tap: ExpertTap | None) -> Routing | None:
+    """Move the reference stream, if there is one, through the original dense part; return its
+    routing.
+    """
+    stream = context.streams.get("reference")
     if stream is None:
         return None
-    return run_stream(work.job.skeleton, layer, tap, stream, work.targets["reference"], stream.seen)
+    target = context.state.targets["reference"]
+    return run_stream(context.build.model, layer, tap, stream, target, stream.expert_inputs)
 
 
 def run_sample(
-    work: BlockContext, layer: nn.Module, tap: ExpertTap | None
+    context: BlockContext, layer: nn.Module, tap: ExpertTap | None
 ) -> ScalingCheckSample | None:
-    """Run the original dense part over the first calibration sequences; None where no fold will have to be checked."""
-    if not work.folds:
+    """Run the original dense part over the first calibration sequences; None where no scaling has
+    to be checked.
+    """
+    if not context.plan.may_scale:
         return None
-    stream = work.streams["calibration"]
+    stream = context.streams["calibration"]
     longest = stream.batches[0].lengths
     lengths = longest[: max(1, SAMPLE_TOKENS // longest[0])]
     rows = stream.hidden.read(0, sum(lengths))
-    out, valid = run_layer(work.job.skeleton, layer, rows, lengths)
-    return ScalingCheckSample(rows=rows, lengths=lengths, out=out, asked=router_output(tap, valid))
+    out, valid = run_layer(context.build.model, layer, rows, lengths)
+    return ScalingCheckSample(rows=rows, lengths=lengths, out=out, routed=router_output(tap, valid))
 
 
 def router_output(tap: ExpertTap | None, valid: Tensor) -> RouterOutput | None:
-    """The tap's last request, token rows only; None where there are no routed experts."""
+    """Return the tap's last router output without padding; None where there are no routed
+    experts.
+    """
     if tap is None or tap.last is None:
         return None
     last = tap.last
@@ -141,115 +160,147 @@ def router_output(tap: ExpertTap | None, valid: Tensor) -> RouterOutput | None:
 
 
 def strip_padding(x: Tensor, valid: Tensor) -> Tensor:
-    """What was observed without its padding: [sequences, longest, n], valid [sequences * longest] -> [tokens, n]."""
+    """[sequences, longest, n], valid [sequences * longest] -> [tokens, n]."""
     return x.reshape(-1, x.shape[-1])[valid]
 
 
+# -------------------------------------------------------------------------------------- calibration
+
+
 def calibrate_dense(
-    work: BlockContext, tensors: Tensors, sample: ScalingCheckSample | None
+    context: BlockContext, tensors: Tensors, sample: ScalingCheckSample | None
 ) -> BlockCalibration:
-    """Run the original dense part over the calibration stream and sum the grams of the groups to be quantized.
+    """Run the original dense part over the calibration stream and sum the grams of the groups to be
+    quantized.
 
-    With `propagate: both` the same text in the original model runs beside it, batch by batch.
+    With `propagate: both` the same text in the original model runs next to it, batch by batch.
     """
-    stream, bones, groups = work.streams["calibration"], work.job.learning, work.quantized_groups()
-    beside = work.streams.get("original")
-    layer, tap = make_decoder_layer(bones, work.block, tensors)
-    widths = {linear.name: linear.in_features for linear in work.block.linears}
-    crossed, hidden = beside is not None, stream.hidden.width
-    sums = {
-        name: GramAccumulator(
-            widths[group.readers[0]],
-            bones.device,
-            crossed=crossed,
-            stream=hidden if group.adds_to else 0,
-        )
-        for name, group in groups.items()
-    }
-    observe = {name: get_layer_name(work.block, group.readers[0]) for name, group in groups.items()}
-    if crossed:
-        observe |= {
-            group.adds_to: get_layer_name(work.block, group.adds_to)
-            for group in groups.values()
-            if group.adds_to
-        }
-    here, there = list[Routing](), list[Routing]()
-    with observe_inputs(layer, observe) as inputs:
+    stream, original = context.streams["calibration"], context.streams.get("original")
+    block, model = context.plan.block, context.build.calibration_model
+    groups = {name: group.group for name, group in context.plan.groups.items()}
+    layer, tap = make_decoder_layer(model, block, tensors)
+    sums = make_accumulators(context.plan, stream, model.device, original is not None)
+    routings, original_routings = list[Routing](), list[Routing]()
+    with observe_inputs(layer, observed_modules(context.plan, original is not None)) as inputs:
         for batch in stream.batches:
-            original: dict[str, Tensor] = {}
-            if beside is not None:
+            original_inputs: dict[str, Tensor] = {}
+            if original is not None:
+                target = context.state.targets["original"]
                 valid, routing = run_batch(
-                    bones, layer, tap, beside, batch, work.targets["original"], beside.seen
+                    model, layer, tap, original, batch, target, original.expert_inputs
                 )
-                original = {name: strip_padding(x, valid) for name, x in inputs.items()}
-                there += [routing] if routing else []
+                original_inputs = {name: strip_padding(x, valid) for name, x in inputs.items()}
+                original_routings += [routing] if routing else []
+            target = context.state.targets["calibration"]
             valid, routing = run_batch(
-                bones, layer, tap, stream, batch, work.targets["calibration"], stream.learned
+                model, layer, tap, stream, batch, target, stream.calibration_inputs
             )
-            here += [routing] if routing else []
+            routings += [routing] if routing else []
             for name, total in sums.items():
-                at = groups[name].adds_to
-                gap = (
-                    compute_residual_gap(original[at], strip_padding(inputs[at], valid))
-                    if at and original
-                    else None
-                )
-                total.add(strip_padding(inputs[name], valid), original.get(name), gap)
-    count = work.block.experts.count if work.block.experts else 0
-    decided, stats = Routing.joined(here), {name: total.stats() for name, total in sums.items()}
+                norm, gap = groups[name].adds_to, None
+                if norm and original_inputs:
+                    gap = compute_residual_gap(
+                        original_inputs[norm], strip_padding(inputs[norm], valid)
+                    )
+                total.add(strip_padding(inputs[name], valid), original_inputs.get(name), gap)
+    count = block.experts.count if block.experts else 0
+    joined = Routing.joined(routings)
     return BlockCalibration(
-        stats=stats,
-        routing=decided,
-        original=Routing.joined(there),
+        stats={name: total.stats() for name, total in sums.items()},
+        routing=joined,
+        original=Routing.joined(original_routings),
         sample=sample,
-        expert_tokens=tuple(tokens_per_expert(decided, count).tolist()) if decided else (),
+        expert_tokens=tuple(count_tokens(joined, count).tolist()) if joined else (),
     )
 
 
-def candidate_scales(
-    group: LinearGroup, rescale: Rescale, learned: BlockCalibration, tensors: Tensors
-) -> Tensor:
-    """Candidate scales [n, in] of a group's input."""
-    assert group.absorber is not None  # Work.rescale_of asks for one
-    into_norm, stats = (
-        tensors[f"{group.absorber.module}.weight"].dim() == 1,
-        learned.stats[group.name],
-    )
-    scaling.check_input(group.absorber.module, stats.mean_abs, stats.gram)
-    return scaling.compute_group_candidates(rescale, stats.mean_abs, group.absorber, into_norm)
+def make_accumulators(
+    plan: BlockPlan, stream: Stream, device: torch.device, crossed: bool
+) -> dict[str, GramAccumulator]:
+    """Return empty sums for each group that is quantized, by its name."""
+    widths = {linear.name: linear.in_features for linear in plan.block.linears}
+    return {
+        name: GramAccumulator(
+            widths[group.group.readers[0]],
+            device,
+            crossed=crossed,
+            stream=stream.hidden.width if group.group.adds_to else 0,
+        )
+        for name, group in plan.groups.items()
+    }
+
+
+def observed_modules(plan: BlockPlan, crossed: bool) -> dict[str, str]:
+    """Return the modules of the layer whose inputs are observed: of each group, and with `crossed`
+    of norms after it.
+    """
+    groups = {name: group.group for name, group in plan.groups.items()}
+    modules = {name: get_layer_name(plan.block, group.readers[0]) for name, group in groups.items()}
+    if crossed:
+        norms = [group.adds_to for group in groups.values() if group.adds_to]
+        modules |= {norm: get_layer_name(plan.block, norm) for norm in norms}
+    return modules
+
+
+# ------------------------------------------------------------------------------------------ scaling
+
+
+def candidate_scales(group: GroupPlan, calibration: BlockCalibration, tensors: Tensors) -> Tensor:
+    """Return the candidate scales [candidates, in] of a group's input; the group has a scale
+    search.
+    """
+    absorber, rescale, stats = group.group.absorber, group.rescale, calibration.stats
+    assert absorber is not None and rescale is not None  # the caller has checked
+    is_norm = tensors[f"{absorber.module}.weight"].dim() == 1
+    mean_abs, gram = stats[group.group.name].mean_abs, stats[group.group.name].gram
+    scaling.check_input(absorber.module, mean_abs, gram)
+    return scaling.compute_group_candidates(rescale, mean_abs, absorber, is_norm)
 
 
 def batch_by_shape(
-    work: BlockContext, group: LinearGroup, tensors: Tensors
+    context: BlockContext, group: LinearGroup, tensors: Tensors
 ) -> list[tuple[Tensor, Scheme | None]]:
-    """The weights of a group's dense readers, kept ones included: equal shapes of one scheme as one batch."""
-    found: dict[tuple[torch.Size, Scheme | None], list[Tensor]] = {}
+    """Stack the weights of a group's dense readers, kept ones included: those of one shape and
+    scheme as one batch.
+    """
+    batches: dict[tuple[torch.Size, Scheme | None], list[Tensor]] = {}
     for reader in group.readers:
         weight = tensors[f"{reader}.weight"]
-        found.setdefault((weight.shape, work.job.plan.decisions[reader].scheme), []).append(weight)
+        scheme = context.plan.linears[reader].decision.scheme
+        batches.setdefault((weight.shape, scheme), []).append(weight)
     return [
-        (torch.stack(weights), scheme) for (_, scheme), weights in found.items()
+        (torch.stack(weights), scheme) for (_, scheme), weights in batches.items()
     ]  # [readers, out, in]
 
 
-def fold_groups(
-    work: BlockContext, tensors: Tensors, learned: BlockCalibration, expert_errors: Sequence[Tensor]
+def scale_groups(
+    context: BlockContext,
+    tensors: Tensors,
+    calibration: BlockCalibration,
+    expert_errors: Sequence[Tensor],
 ) -> ScaledBlock:
-    """Choose a scale per group and fold it. `expert_errors` [n, experts]: what the routed experts add."""
-    changed, stats, rescaled, expert_scale = dict(tensors), dict(learned.stats), set[str](), None
-    for name, group in work.quantized_groups().items():
-        rescale = work.rescale_of(group)
+    """Choose a scale per group and fold it into the tensors.
+
+    `expert_errors` [candidates, experts]: the part of the routed experts in the error of each
+    candidate.
+    """
+    changed, stats, rescaled, expert_scale = (
+        dict(tensors),
+        dict(calibration.stats),
+        set[str](),
+        None,
+    )
+    for name, plan in context.plan.groups.items():
+        group, rescale = plan.group, plan.rescale
         if rescale is None or group.absorber is None:
             continue
-        scales = candidate_scales(group, rescale, learned, tensors)
-        batches, gram = batch_by_shape(work, group, tensors), learned.stats[name].gram
+        scales = candidate_scales(plan, calibration, tensors)
+        batches, gram = batch_by_shape(context, group, tensors), calibration.stats[name].gram
         added = torch.zeros(len(scales), dtype=torch.float64, device=gram.device)
-        if (
-            group.routed_experts and expert_errors
-        ):  # summed at once: the cut into waves must not change the sum
+        if group.routed_experts and expert_errors:  # summed at once, in ascending order of experts
             added = torch.cat(list(expert_errors), dim=1).sum(1)  # [n, experts] -> [n]
         choice = scaling.search_scales(name, added, batches, gram, rescale, scales)
-        work.record.choices.append(choice)
+        context.state.record.choices.append(choice)
         if choice.rescaled:
             scale = scales[choice.candidate]
             scaling.divide_absorber(changed, group.absorber, scale)
@@ -257,95 +308,98 @@ def fold_groups(
             stats[name] = scaling.rescale_stats(stats[name], scale)
             rescaled.add(name)
             expert_scale = scale if group.routed_experts else expert_scale
-    folded = ScaledBlock(
+    scaled = ScaledBlock(
         tensors=changed, stats=stats, rescaled=frozenset(rescaled), expert_scale=expert_scale
     )
-    return check_scaling(work, folded, learned.sample) if learned.sample else folded
+    return check_scaling(context, scaled, calibration.sample) if calibration.sample else scaled
 
 
 def check_scaling(
-    work: BlockContext, folded: ScaledBlock, sample: ScalingCheckSample
+    context: BlockContext, scaled: ScaledBlock, sample: ScalingCheckSample
 ) -> ScaledBlock:
-    """The folded dense part must give what the original gave; adds what its experts see of the sample."""
-    layer, tap = make_decoder_layer(work.job.skeleton, work.block, folded.tensors)
-    out, valid = run_layer(work.job.skeleton, layer, sample.rows, sample.lengths)
+    """Check that the scaled dense part gives the original's output; add the experts' inputs of the
+    sample.
+    """
+    model, block, record = context.build.model, context.plan.block, context.state.record
+    layer, tap = make_decoder_layer(model, block, scaled.tensors)
+    out, valid = run_layer(model, layer, sample.rows, sample.lengths)
     part = "the block's output without its experts" if tap else "the block's output"
-    change = scaling.check_unchanged(work.block.name, part, sample.out, out, work.tolerance)
-    work.record.fold_change = max(work.record.fold_change, change)
-    now = router_output(tap, valid)
-    if now is None or sample.asked is None or work.block.experts is None:
-        return folded
-    count = work.block.experts.count
+    change = scaling.check_unchanged(block.name, part, sample.out, out, context.tolerance)
+    record.fold_change = max(record.fold_change, change)
+    routed = router_output(tap, valid)
+    if routed is None or sample.routed is None or block.experts is None:
+        return scaled
     before, after = (
-        scaling.make_routing_matrix(request.index, request.weight, count)
-        for request in (sample.asked, now)
+        scaling.make_routing_matrix(output.index, output.weight, block.experts.count)
+        for output in (sample.routed, routed)
     )
     scaling.check_unchanged(
-        work.block.name, "the router's decisions", before, after, scaling.ROUTING_TOLERANCE
+        block.name, "the router's decisions", before, after, scaling.ROUTING_TOLERANCE
     )
-    return replace(folded, seen=now.hidden)
+    return replace(scaled, expert_inputs=routed.hidden)
 
 
-def quantize_dense(work: BlockContext, folded: ScaledBlock) -> dict[str, Tensor]:
-    """Solve and write everything but the routed experts; the weights as stored, float32, by full name."""
-    group_of = {reader: group for group in work.block.groups for reader in group.readers}
-    linears = {f"{x.name}.weight": x for x in work.block.linears if x.role != "routed_expert"}
-    stored, ready = dict[str, Tensor](), dict[str, QuantizedLinear]()
-    for name, tensor in folded.tensors.items():
-        decision = work.job.plan.decisions[linears[name].name] if name in linears else None
-        if decision is None or decision.action == "keep":
-            stored[name] = work.keep(name, tensor)
+# ------------------------------------------------------------------------------------- quantization
+
+
+def quantize_dense(context: BlockContext, scaled: ScaledBlock) -> dict[str, Tensor]:
+    """Quantize and write everything but the routed experts; return the weights as stored, float32,
+    by full name.
+    """
+    groups = {reader: group for group in context.plan.groups.values() for reader in group.readers}
+    stored, waiting = dict[str, Tensor](), dict[str, QuantizedLinear]()
+    for name, tensor in scaled.tensors.items():
+        linear = context.plan.linears.get(name.removesuffix(".weight"))
+        if linear is None or not linear.is_quantized:
+            stored[name] = context.write_kept(name, tensor)
             continue
-        if name not in ready:  # the first of those that read its input
-            ready |= quantize_readers(
-                work, folded, decision.linear.name, group_of.get(decision.linear.name)
-            )
-        done = ready.pop(name)
-        work.write(done)
-        stored[name] = done.weight
+        module = linear.decision.linear.name
+        if name not in waiting:  # the first of those that read its input
+            waiting |= quantize_readers(context, scaled, module, groups.get(module))
+        quantized = waiting.pop(name)
+        context.write(quantized.tensors, (quantized.record,))
+        stored[name] = quantized.weight
     return stored
 
 
 def quantize_readers(
-    work: BlockContext, folded: ScaledBlock, linear: str, group: LinearGroup | None
+    context: BlockContext, scaled: ScaledBlock, linear: str, group: GroupPlan | None
 ) -> dict[str, QuantizedLinear]:
-    """A linear and the others of its group that are quantized and at hand, by the names of their weights."""
-    decisions, name = work.job.plan.decisions, group.name if group else ""
-    stats = folded.stats.get(name)
-    here = (
-        [reader for reader in group.readers if f"{reader}.weight" in folded.tensors]
-        if group
-        else [linear]
-    )
-    readers = [reader for reader in here if decisions[reader].action == "quantize"]
-    asked = [
+    """Quantize a linear with the others of its group whose tensors are present; return them by the
+    names of weights.
+    """
+    name = group.group.name if group else ""
+    stats = scaled.stats.get(name)
+    readers = group.readers if group else (linear,)
+    requests = [
         QuantizeRequest(
-            decision=decisions[reader],
-            weight=folded.tensors[f"{reader}.weight"],
+            decision=context.plan.linears[reader].decision,
+            weight=scaled.tensors[f"{reader}.weight"],
             stats=stats,
             tokens=0 if stats is None else int(stats.n_tokens),
-            rescaled=name in folded.rescaled,
-            fallbacks=work.fallbacks_of(reader),
+            rescaled=name in scaled.rescaled,
+            fallbacks=context.plan.linears[reader].fallbacks,
         )
         for reader in readers
+        if f"{reader}.weight" in scaled.tensors
     ]
+    quantized = quantize_group(requests, context.build.formats)
     return {
-        f"{x.decision.linear.name}.weight": found
-        for x, found in zip(asked, quantize_group(asked, work.job.formats))
+        f"{request.decision.linear.name}.weight": linear
+        for request, linear in zip(requests, quantized, strict=True)
     }
 
 
-def run_stored_block(work: BlockContext, stored: Tensors) -> dict[StreamName, Routing | None]:
-    """Move the streams that see stored weights through the dense part; what their routers decided."""
-    moving: dict[StreamName, MetaModel] = (
-        {"quantized": work.job.skeleton} if "quantized" in work.streams else {}
-    )
-    if work.calibration and work.job.plan.recipe.propagate != "original":
-        moving["calibration"] = work.job.learning
-    found: dict[StreamName, Routing | None] = {}
-    for name, bones in moving.items():
-        layer, tap = make_decoder_layer(bones, work.block, stored)
-        found[name] = run_stream(
-            bones, layer, tap, work.streams[name], work.targets[name], work.streams[name].seen
-        )
-    return found
+def run_stored_block(context: BlockContext, stored: Tensors) -> dict[StreamName, Routing | None]:
+    """Move the streams that see stored weights through the dense part; return their routings."""
+    models: dict[StreamName, MetaModel] = {}
+    if "quantized" in context.streams:
+        models["quantized"] = context.build.model
+    if context.calibration and context.build.plan.recipe.propagate != "original":
+        models["calibration"] = context.build.calibration_model
+    routings: dict[StreamName, Routing | None] = {}
+    for name, model in models.items():
+        layer, tap = make_decoder_layer(model, context.plan.block, stored)
+        stream, target = context.streams[name], context.state.targets[name]
+        routings[name] = run_stream(model, layer, tap, stream, target, stream.expert_inputs)
+    return routings

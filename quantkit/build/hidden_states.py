@@ -1,8 +1,8 @@
-"""Hidden states of token sequences on their way through the blocks, on disk between blocks.
+"""Streams: token sequences and their hidden states, on disk between blocks.
 
-Three streams run: `calibration` (what methods learn from), `reference` (original weights) and `quantized` (the stored
-weights); with `propagate: both` also `original`, the calibration text under original weights. A stream is a flat run of
-tokens, sequence behind sequence, without padding.
+Three streams run: `calibration` (for statistics), `reference` (original weights) and `quantized`
+(stored weights); with `propagate: both` also `original`, the calibration text under original
+weights. A stream is a flat array of tokens, sequence after sequence, without padding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ StreamName = Literal["calibration", "original", "reference", "quantized"]
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Consecutive sequences that are run together: rows first..stop of the stream."""
+    """Consecutive sequences of one forward pass: rows first .. stop - 1 of the stream."""
 
     first: int
     stop: int
@@ -35,61 +35,68 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """What the router of one block decided for every token of a stream: experts and weights [tokens, k].
+    """The output of a block's router for every token of a stream: index and weight [tokens, k].
 
-    `seen` [tokens, hidden] is what those experts are given.
+    `expert_inputs` [tokens, hidden] are the inputs of the experts.
     """
 
     index: Tensor
     weight: Tensor
-    seen: Spool
+    expert_inputs: Spool
 
     @staticmethod
     def joined(parts: Sequence[Routing]) -> Routing | None:
-        """What was decided batch after batch; None for no batch."""
+        """Concatenate the routings of batches; None without batches."""
         if not parts:
             return None
         index, weight = (
             torch.cat([part.index for part in parts]),
             torch.cat([part.weight for part in parts]),
         )
-        return Routing(index=index, weight=weight, seen=parts[0].seen)
+        return Routing(index=index, weight=weight, expert_inputs=parts[0].expert_inputs)
 
     def part(self, first: int, stop: int) -> Routing:
-        """The decisions for rows first..stop."""
-        return Routing(index=self.index[first:stop], weight=self.weight[first:stop], seen=self.seen)
+        """Return the routing of rows first .. stop - 1."""
+        return Routing(
+            index=self.index[first:stop],
+            weight=self.weight[first:stop],
+            expert_inputs=self.expert_inputs,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """Tokens and where their hidden states [tokens, hidden] lie.
+    """Tokens and the files of their hidden states [tokens, hidden].
 
-    `seen` holds what the routed experts of the current block are given; `learned` the same from the block's original
-    weights, which a second pass over the experts still needs when `seen` has moved on (calibration only).
+    `expert_inputs` are the inputs of the current block's routed experts; `calibration_inputs` are
+    the same from the block's original weights (calibration stream only): statistics need them after
+    `expert_inputs` come from stored weights.
     """
 
     name: StreamName
     tokens: Tokens
-    text_rows: int  # tokens of the text; solutions that are scored stand behind them
+    text_rows: int  # tokens of the text; solutions to score come after them
     batches: tuple[Batch, ...]
     folder: Path
     hidden: Spool
-    seen: Spool | None
-    learned: Spool | None
+    expert_inputs: Spool | None
+    calibration_inputs: Spool | None
 
     @property
     def rows(self) -> int:
         return self.hidden.rows
 
     def close(self) -> None:
-        """Stop using its files, which stay: while one is open, removing it frees no space."""
-        for spool in (self.hidden, self.seen, self.learned):
+        """Close the files, which stay: removing an open file frees no space."""
+        for spool in (self.hidden, self.expert_inputs, self.calibration_inputs):
             if spool is not None:
                 spool.close()
 
 
 def cut_batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> tuple[Batch, ...]:
-    """Cut sequences, in order, into batches of at most `limit` padded tokens (a longer sequence stands alone)."""
+    """Cut sequences, in order, into batches of at most `limit` padded tokens; a longer sequence is
+    a batch of its own.
+    """
     cut: list[Batch] = []
     first, held = 0, list[int]()
     for length in lengths:
@@ -105,18 +112,18 @@ def cut_batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> tuple[Batc
 
 
 def iterate_chunks(rows: int, size: int = BATCH_TOKENS) -> Iterator[tuple[int, int]]:
-    """Row ranges of fixed size: the order in which sums over tokens are formed."""
+    """Return row ranges of fixed size: the order in which sums over tokens are formed."""
     return ((start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 def sort_by_length(tokens: Tokens) -> Tokens:
-    """The same sequences, longest first, so that a batch wastes little on padding."""
+    """Return the same sequences, longest first, so that batches need little padding."""
     order = sorted(range(tokens.n_sequences), key=lambda i: -tokens.lengths[i])
     return pack_tokens([(tokens.domains[i], tokens.sequence(i).tolist()) for i in order])
 
 
 def concatenate_tokens(first: Tokens, second: Tokens) -> Tokens:
-    """The sequences of both, one behind the other."""
+    """Return the sequences of both, the second after the first."""
     both = ((tokens, i) for tokens in (first, second) for i in range(tokens.n_sequences))
     return pack_tokens([(tokens.domains[i], tokens.sequence(i).tolist()) for tokens, i in both])
 
@@ -130,16 +137,19 @@ def open_stream(
     routed: bool,
     dtype: SpoolDtype,
 ) -> Stream:
-    """Look a text's tokens up in `embedding` [vocabulary, hidden], longest sequence first, `solutions` behind them.
+    """Embed a text's tokens with `embedding` [vocabulary, hidden], longest sequence first, then
+    `solutions`.
 
-    CheckpointError for a token that the embedding does not have.
+    Raises CheckpointError for a token that the embedding does not have.
     """
     tokens, width = order_tokens(text, solutions), embedding.shape[1]
     ids = tokens.ids
     if len(ids) and int(ids.max()) >= len(embedding):
         raise CheckpointError(
-            f"tokenizer: expected token ids below {len(embedding)}, the rows of the embedding, found {int(ids.max())}; "
-            "the tokenizer belongs to another model, copy this model's there"
+            f"tokenizer: expected token ids below {len(embedding)}, the rows of the embedding, "
+            f"found {int(ids.max())}; "
+            "the tokenizer belongs to another model; copy this model's tokenizer files into the "
+            "folder"
         )
     hidden = Spool.create(folder / f"{name}.0", len(ids), width, dtype)
     for first, stop in iterate_chunks(len(ids)):
@@ -156,7 +166,9 @@ def reopen_stream(
     routed: bool,
     dtype: SpoolDtype,
 ) -> Stream:
-    """A stream that an earlier, interrupted build left with its states [tokens, width] in the file `path`."""
+    """Return the stream of an interrupted build, with its states [tokens, width] in the file
+    `path`.
+    """
     tokens = order_tokens(text, solutions)
     return make_stream(
         name, text, tokens, path.parent, Spool.open(path, len(tokens.ids), width, dtype), routed
@@ -164,7 +176,7 @@ def reopen_stream(
 
 
 def order_tokens(text: Tokens, solutions: Tokens | None) -> Tokens:
-    """A text, longest sequence first, with `solutions` behind it."""
+    """Return a text, longest sequence first, with `solutions` after it."""
     return (
         concatenate_tokens(sort_by_length(text), solutions) if solutions else sort_by_length(text)
     )
@@ -173,12 +185,14 @@ def order_tokens(text: Tokens, solutions: Tokens | None) -> Tokens:
 def make_stream(
     name: StreamName, text: Tokens, tokens: Tokens, folder: Path, hidden: Spool, routed: bool
 ) -> Stream:
-    """A stream at `hidden`, with room for what routed experts are given where the model has some."""
-    spools = ["seen", "learned"] if name == "calibration" else ["seen"]
+    """Return a stream at `hidden`, with files for the inputs of routed experts if the model has
+    some.
+    """
+    names = ["seen", "learned"] if name == "calibration" else ["seen"]
     dtype = spool_dtype(hidden.dtype)
-    made = [
-        Spool.create(folder / f"{name}.{spool}", hidden.rows, hidden.width, dtype)
-        for spool in spools
+    spools = [
+        Spool.create(folder / f"{name}.{part}", hidden.rows, hidden.width, dtype)
+        for part in names
         if routed
     ]
     return Stream(
@@ -188,54 +202,59 @@ def make_stream(
         batches=cut_batches(tokens.lengths),
         folder=folder,
         hidden=hidden,
-        seen=made[0] if made else None,
-        learned=made[1] if len(made) > 1 else None,
+        expert_inputs=spools[0] if spools else None,
+        calibration_inputs=spools[1] if len(spools) > 1 else None,
     )
 
 
 def run_batch(
-    skeleton: MetaModel,
+    model: MetaModel,
     layer: nn.Module,
     tap: ExpertTap | None,
     stream: Stream,
     batch: Batch,
     target: Spool,
-    seen: Spool | None,
+    expert_inputs: Spool | None,
 ) -> tuple[Tensor, Routing | None]:
     """Run a layer without its routed experts over one batch of a stream, into `target`.
 
-    Returns which padded position [sequences * longest] is a token, and what the router asks of the experts, whose
-    inputs go to `seen`.
+    Returns which padded positions [sequences * longest] are tokens, and the router's output; the
+    inputs of the experts are written to `expert_inputs`.
     """
-    out, valid = run_layer(
-        skeleton, layer, stream.hidden.read(batch.first, batch.stop), batch.lengths
-    )
+    out, valid = run_layer(model, layer, stream.hidden.read(batch.first, batch.stop), batch.lengths)
     target.write(batch.first, out)
-    if tap is None or tap.last is None or seen is None:
+    if tap is None or tap.last is None or expert_inputs is None:
         return valid, None
-    seen.write(batch.first, tap.last.hidden[valid])
+    expert_inputs.write(batch.first, tap.last.hidden[valid])
     return valid, Routing(
-        index=tap.last.index[valid], weight=tap.last.weight[valid].float(), seen=seen
+        index=tap.last.index[valid],
+        weight=tap.last.weight[valid].float(),
+        expert_inputs=expert_inputs,
     )
 
 
 def run_stream(
-    skeleton: MetaModel,
+    model: MetaModel,
     layer: nn.Module,
     tap: ExpertTap | None,
     stream: Stream,
     target: Spool,
-    seen: Spool | None,
+    expert_inputs: Spool | None,
 ) -> Routing | None:
-    """Run a layer without its routed experts over a whole stream, into `target`; what the router asked of them."""
+    """Run a layer without its routed experts over a whole stream, into `target`; return the
+    routing.
+    """
     routings = [
-        run_batch(skeleton, layer, tap, stream, batch, target, seen)[1] for batch in stream.batches
+        run_batch(model, layer, tap, stream, batch, target, expert_inputs)[1]
+        for batch in stream.batches
     ]
     return Routing.joined([routing for routing in routings if routing])
 
 
 def create_target(stream: Stream, block: str, mark: str = "") -> Spool:
-    """Where a stream's states behind the block go; `mark` tells its file from others of the same block."""
+    """Create the file of a stream's states after a block; `mark` distinguishes files of the same
+    block.
+    """
     dtype = spool_dtype(stream.hidden.dtype)
     return Spool.create(
         stream.folder / f"{stream.name}.{block}{mark}", stream.rows, stream.hidden.width, dtype
@@ -243,10 +262,12 @@ def create_target(stream: Stream, block: str, mark: str = "") -> Spool:
 
 
 def spool_dtype(dtype: torch.dtype) -> SpoolDtype:
-    """How hidden states computed in `dtype` are stored."""
+    """Return the dtype in which hidden states computed in `dtype` are stored."""
     return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
 def move_stream(stream: Stream, target: Spool) -> Stream:
-    """The stream behind the block; the states before it stay until a journal no longer needs them."""
+    """Return the stream after the block; the states before it stay until the journal no longer
+    needs them.
+    """
     return replace(stream, hidden=target)

@@ -1,324 +1,221 @@
-"""The build loop: block by block, expert by expert in waves; what is measured is what ships.
+"""The build loop: block by block, a table of contents.
 
-For each block the original weights tell the grams, scales are chosen and folded, every linear is solved and written,
-and the streams of hidden states move on through the weights as they were stored. This file is a table of contents;
-the steps are in `dense` and `routed`.
+For each block: run the original weights to gather statistics, choose and fold scales, quantize and
+write, and move the streams of hidden states through the weights as stored. The steps are in `dense`
+and `moe`, the plan of each block in `block_plan`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
 from transformers.activations import ACT2FN
 
 from quantkit.artifact.records import BlockRecord
 from quantkit.artifact.writer import ArtifactWriter
-from quantkit.build import dense, moe, wave_checkpoint
-from quantkit.build.context import BlockContext, BuildContext
-from quantkit.build.dense import ScaledBlock
-from quantkit.build.hidden_states import (
-    Routing,
-    Stream,
-    StreamName,
-    create_target,
-    iterate_chunks,
-    move_stream,
-    open_stream,
-    reopen_stream,
-    spool_dtype,
+from quantkit.build import dense, moe
+from quantkit.build.block_figures import check_finite, measure_block
+from quantkit.build.block_plan import (
+    BlockPlan,
+    ReadRequest,
+    embedding_read,
+    final_read,
+    plan_blocks,
 )
-from quantkit.build.progress_log import BuildProgress, WaveCheckpoint
-from quantkit.build.spool import Spool
-from quantkit.build.wave_checkpoint import CheckpointInterval
+from quantkit.build.context import BlockContext, BlockState, BuildContext, Reads
+from quantkit.build.dense import ScaledBlock
+from quantkit.build.executors.protocol import Executor
+from quantkit.build.executors.serial import SerialExecutor
+from quantkit.build.hidden_states import create_target, move_stream
+from quantkit.build.open_streams import Streams, StreamTexts, open_streams
+from quantkit.build.progress_log import BuildProgress
+from quantkit.build.wave_checkpoint import load_wave_checkpoint, restore_streams
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.prefetch import ReadAhead
-from quantkit.contracts import Block
-from quantkit.errors import NumericsError
+from quantkit.checkpoint.prefetch import ScheduledReads
 from quantkit.models.layers import make_decoder_layer, make_meta_model
-from quantkit.numerics.fidelity import compute_router_agreement
 from quantkit.plan.plan import Plan
-from quantkit.progress import Progress
-from quantkit.texts.corpora import Tokens
-
-Request = tuple[str, ...]
-Streams = dict[StreamName, Stream]
-StreamTexts = Mapping[Literal["calibration", "fidelity", "solutions"], Tokens]
-
-
-ONE_THREAD = 1 << 14
-"""Values that torch sums on one thread: larger sums are cut as there are threads, and end in another last digit."""
+from quantkit.progress import Progress, ProgressCallback
 
 
 @dataclass(kw_only=True)
 class BuiltBlocks:
-    """What a build leaves behind: the streams behind the last block, and a record per block."""
+    """The result of a build loop, which grows block by block: the streams after the last block, a
+    record per block.
+    """
 
     streams: Streams
     blocks: list[BlockRecord] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildPrecision:
+    """Where the build computes: `dtype` of the streams for figures, `calibration` of the
+    calibration stream.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    calibration: torch.dtype
 
 
 def build_blocks(
     plans: Sequence[Plan],
     source: Checkpoint,
     texts: StreamTexts,
-    sinks: Sequence[ArtifactWriter],
+    writers: Sequence[ArtifactWriter],
     folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    learning: torch.dtype,
-    standing: BuildProgress | None = None,
-) -> Generator[Progress, None, BuiltBlocks]:
-    """Quantize a model into the sink of each plan, with hidden states in `folder`; returns the streams for the figures.
+    precision: BuildPrecision,
+    on_progress: ProgressCallback,
+    progress: BuildProgress | None = None,
+    executor: Executor | None = None,
+) -> BuiltBlocks:
+    """Quantize a model into the writer of each plan, with hidden states in `folder`; return the
+    streams for the figures.
 
-    `learning` is the dtype of the calibration stream, `dtype` that of the streams behind the figures; `standing` tells
-    what an earlier build has done, and hears of each step.
-    The plans differ in their format alone. Raises CheckpointError for weights that cannot be used and NumericsError
-    when a fold changes a block's output.
+    The plans differ in their format alone. `progress` says what an interrupted build has finished,
+    and records each further step. Raises CheckpointError for weights that cannot be used and
+    NumericsError when scaling changes a block's output.
     """
-    standing = standing or BuildProgress()
-    plan, bones = plans[0], make_meta_model(plans[0].source.config, device, dtype)
-    total = len(plan.layout.blocks)
-    with closing(in_order(source, requests(plan, standing.done, standing.halt))) as reads:
-        job = BuildContext(
-            plan=plan,
-            skeleton=bones,
-            learning=replace(bones, dtype=learning),
-            activation=ACT2FN[
-                getattr(bones.config, "hidden_act", "silu")
-            ],  # of experts; who has some has the key
-            formats=tuple(each.format for each in plans),
-            sinks=tuple(sinks),
-            decisions=tuple(each.decisions for each in plans),
-            source=source,
-            reads=reads,
-        )
+    progress, block_plans = progress or BuildProgress(), plan_blocks(plans)
+    total = len(block_plans)
+    with ScheduledReads(
+        lambda request: source.read(request.tensors),
+        schedule_reads(plans[0], block_plans, progress),
+    ) as reads:
+        build = make_context(plans, source, writers, reads, precision, progress, executor)
         built = BuiltBlocks(
-            streams=open_streams(job, texts, folder, standing), blocks=standing.blocks
+            streams=open_streams(build, texts, folder), blocks=list(progress.blocks)
         )
-        for number, block in enumerate(plan.layout.blocks[len(built.blocks) :], len(built.blocks)):
-            began, record, before = (
-                time.monotonic(),
-                BlockRecord(name=block.name),
-                dict(built.streams),
-            )
-            for share in quantize_block(job, block, built.streams, record, standing):
-                yield Progress(stage="blocks", done=number + share, total=total, note=block.name)
+        for number, plan in islice(enumerate(block_plans), len(built.blocks), None):
+            report = partial(report_block, on_progress, number, total, plan.block.name)
+            before, record = dict(built.streams), BlockRecord(name=plan.block.name)
+            began = time.monotonic()
+            built.streams = build_block(build, plan, before, record, report)
             record.seconds = time.monotonic() - began
             built.blocks.append(record)
-            standing.commit(sinks, before, built.streams, folder, record)
-            yield Progress(stage="blocks", done=number + 1, total=total, note=block.name)
-        if standing.done < total + 2:  # steps: the embedding, the blocks, and what follows them
-            for name, tensor in next(reads).items():
-                job.keep(name, tensor)
-            standing.commit(sinks, built.streams, built.streams, folder)
+            progress.commit_step(writers, before, built.streams, folder, record)
+            report(1.0)
+        if progress.done < total + 2:  # steps: the embedding, the blocks, and the final tensors
+            for name, tensor in reads.take(final_read(plans[0])).items():
+                build.write_kept(name, tensor)
+            progress.commit_step(writers, built.streams, built.streams, folder)
     return built
 
 
-def quantize_block(
-    job: BuildContext, block: Block, streams: Streams, record: BlockRecord, standing: BuildProgress
-) -> Iterator[float]:
-    """One block, from its source tensors to the streams behind it; yields the share done.
-
-    `standing` may tell of waves of its experts that an interrupted build finished, and hears of further ones.
-    """
-    if dropped(job.plan, block):
-        return
-    if moe.is_never_run(job.plan, block):
-        yield from store_unseen(
-            BlockContext(job=job, block=block, streams={}, targets={}, record=record)
-        )
-        return
-    tensors, pace, halt = read_dense(job), CheckpointInterval(), standing.halt
-    mark = f".again-{halt.surveyed}-{halt.solved}" if halt else ""
-    targets = {name: create_target(stream, block.name, mark) for name, stream in streams.items()}
-    work = BlockContext(job=job, block=block, streams=streams, targets=targets, record=record)
-    layer, tap = make_decoder_layer(job.skeleton, block, tensors)
-    reference = dense.reference_pass(work, layer, tap)
-    learned = (
-        dense.calibrate_dense(work, tensors, dense.run_sample(work, layer, tap))
-        if work.calibration
-        else None
-    )
-    del layer, tap
-    found = wave_checkpoint.load_wave_checkpoint(work, standing)
-    for share in moe.search_scales_pass(work, tensors, learned, reference, found):
-        wave_checkpoint.checkpoint_if_due(work, found, standing, pace)
-        yield 0.5 * share
-    folded = ScaledBlock(tensors=tensors, stats={}, rescaled=frozenset())
-    if learned:
-        folded = dense.fold_groups(work, tensors, learned, found.errors)
-        record.expert_tokens = learned.expert_tokens
-    routings = dense.run_stored_block(work, dense.quantize_dense(work, folded))
-    wave_checkpoint.restore_streams(work, found, standing)
-    for share in moe.quantize_pass(work, folded, learned, found, routings):
-        wave_checkpoint.checkpoint_if_due(work, found, standing, pace)
-        yield 0.5 + 0.5 * share
-    if "reference" in streams:
-        measure(work, reference, routings["quantized"])
-    for name, target in targets.items():
-        check_finite(block, name, target)
-    streams.update({name: move_stream(streams[name], target) for name, target in targets.items()})
-
-
-def read_dense(job: BuildContext) -> dict[str, Tensor]:
-    """The next request's tensors in float32 on the device."""
-    return {
-        name: tensor.to(job.skeleton.device).float() for name, tensor in next(job.reads).items()
-    }
-
-
-def store_unseen(work: BlockContext) -> Iterator[float]:
-    """A block no forward pass reaches: stored as decided; in an MTP block methods that learn give way to rounding.
-
-    Tensor by tensor: an MTP block carries an embedding and a head as large as the model's own.
-    """
-    for _ in dense_requests(work.job.plan, work.block):
-        dense.quantize_dense(
-            work, ScaledBlock(tensors=read_dense(work.job), stats={}, rescaled=frozenset())
-        )
-    cut, nothing = (
-        moe.waves(work.job.plan, work.block),
-        ScaledBlock(tensors={}, stats={}, rescaled=frozenset()),
-    )
-    for number, (first, stop) in enumerate(cut):
-        moe.store(
-            work, moe.read_wave(work, first, stop), None, nothing, (False,) * (stop - first), None
-        )
-        yield (number + 1) / len(cut)
-
-
-def measure(work: BlockContext, reference: Routing | None, quantized: Routing | None) -> None:
-    """Note how far the block's stored weights lead away from the original ones on the fidelity text."""
-    rows = work.streams["reference"].text_rows
-    work.record.output_error = relative_error(
-        work.targets["reference"], work.targets["quantized"], rows
-    )
-    if reference and quantized:
-        agreement = compute_router_agreement(reference.index[:rows], quantized.index[:rows])
-        work.record.router_agreement = float(agreement.mean())
-
-
-def check_finite(block: Block, stream: StreamName, states: Spool) -> None:
-    """NumericsError for NaN or infinity among the hidden states behind a block: every later figure would be none."""
-    if not states.finite:
-        raise NumericsError(
-            f"{block.name}: expected finite hidden states behind it, found NaN or infinity in the {stream} stream; "
-            "look for huge values among its weights and those before it, and at rms_norm_eps, rope_theta and "
-            "rope_scaling in config.json"
-        )
-
-
-def relative_error(reference: Spool, quantized: Spool, rows: int) -> float:
-    """||q - r|| / ||r|| of the first `rows` hidden states [tokens, hidden], summed in float64."""
-    lost, energy = 0.0, 0.0
-    for first, stop in iterate_chunks(rows):
-        r, q = reference.read(first, stop).double(), quantized.read(first, stop).double()
-        for apart, part in zip(
-            (q - r).flatten().split(ONE_THREAD), r.flatten().split(ONE_THREAD), strict=True
-        ):
-            lost += float(apart.square().sum())
-            energy += float(part.square().sum())
-    return float((lost / energy) ** 0.5) if energy else 0.0
-
-
-# ------------------------------------------------------------------------------------------- reading and beginning
-
-
-def dropped(plan: Plan, block: Block) -> bool:
-    """Whether the recipe drops the block."""
-    return plan.decisions[block.linears[0].name].action == "drop"
-
-
-def dense_requests(plan: Plan, block: Block) -> list[Request]:
-    """Names of a block's tensors but for the routed experts': at once, or one by one where nothing runs them."""
-    linears = [linear for linear in block.linears if linear.role != "routed_expert"]
-    weights = [f"{linear.name}.weight" for linear in linears]
-    biases = [f"{linear.name}.bias" for linear in linears if linear.bias]
-    names = (*(spec.name for spec in block.others), *weights, *biases)
-    return [(name,) for name in names] if moe.is_never_run(plan, block) else [names]
-
-
-def wave_request(block: Block, first: int, stop: int) -> Request:
-    """Names of the weights of experts first..stop."""
-    experts = block.experts
-    assert experts is not None  # only blocks with experts have waves
-    projections = (experts.gate, experts.up, experts.down)
-    return tuple(f"{experts.linear(e, p)}.weight" for e in range(first, stop) for p in projections)
-
-
-def requests(plan: Plan, done: int = 0, halt: WaveCheckpoint | None = None) -> list[Request]:
-    """Everything a build reads behind the first `done` steps, in order: the next is read while this one computes.
-
-    With a halt the next step is a block that is done with some of its experts.
-    """
-    steps: list[list[Request]] = [[(f"{plan.layout.embedding.name}.weight",)]]
-    for block in plan.layout.blocks:
-        found = list[Request]()
-        if not dropped(plan, block):
-            behind = [0] * moe.passes(plan, block)  # experts that each pass begins behind
-            if halt is not None and len(steps) == done:
-                behind = [halt.surveyed, halt.solved]
-            found += dense_requests(plan, block)
-            found += [
-                wave_request(block, *wave)
-                for start in behind
-                for wave in moe.waves(plan, block, start)
-            ]
-        steps.append(found)
-    head = (f"{plan.layout.head.name}.weight",) if plan.layout.head else ()
-    steps.append([(*(spec.name for spec in plan.layout.final_tensors), *head)])
-    return [request for step in steps[done:] for request in step]
-
-
-def in_order(
-    source: Checkpoint, wanted: Sequence[Request]
-) -> Generator[dict[str, Tensor], None, None]:
-    """Read request after request, one ahead of the taker."""
-    with ReadAhead(source.read) as ahead:
-        for request, following in zip(wanted, [*wanted[1:], None]):
-            yield ahead.take(request, following)
-
-
-def open_streams(
-    job: BuildContext, texts: StreamTexts, folder: Path, standing: BuildProgress
+def build_block(
+    build: BuildContext, plan: BlockPlan, streams: Streams, record: BlockRecord, report: moe.Report
 ) -> Streams:
-    """Store the embedding and start the streams with it, none for a text there is not; or take them up again."""
-    routed_experts = any(block.experts for block in job.plan.layout.blocks)
-    dtypes: dict[StreamName, torch.dtype] = {
-        "calibration": job.learning.dtype,
-        "original": job.learning.dtype,
-    }
-    texts_of: dict[StreamName, Tokens] = (
-        {"calibration": texts["calibration"]} if job.plan.needs_calibration else {}
+    """Build one block, from its source tensors to the streams after it."""
+    if plan.mode == "drop":
+        return streams
+    context = open_block(build, plan, streams, record, report)
+    if plan.mode == "store":
+        store_block(context)
+        return streams
+    quantize_block(context)
+    for name, target in context.state.targets.items():
+        check_finite(plan.block.name, name, target)
+    return {name: move_stream(streams[name], x) for name, x in context.state.targets.items()}
+
+
+def quantize_block(context: BlockContext) -> None:
+    """Gather statistics, scale, quantize, and move the streams; continue after the last checkpoint
+    of the block.
+    """
+    plan, record = context.plan, context.state.record
+    (request,) = plan.dense_reads
+    tensors = context.build.read(request)
+    layer, tap = make_decoder_layer(context.build.model, plan.block, tensors)
+    reference = dense.run_reference(context, layer, tap)
+    calibration = None
+    if context.calibration:
+        sample = dense.run_sample(context, layer, tap)
+        calibration = dense.calibrate_dense(context, tensors, sample)
+        record.expert_tokens = calibration.expert_tokens
+    del layer, tap
+    state = load_wave_checkpoint(context)
+    moe.search_scales_pass(context, tensors, calibration, reference, state)
+    scaled = ScaledBlock(tensors=tensors, stats={}, rescaled=frozenset())
+    if calibration:
+        scaled = dense.scale_groups(context, tensors, calibration, state.errors)
+    routings = dense.run_stored_block(context, dense.quantize_dense(context, scaled))
+    restore_streams(context)
+    moe.quantize_pass(context, scaled, calibration, reference, state, routings)
+    if "reference" in context.streams:
+        measure_block(context, reference, routings["quantized"])
+
+
+def store_block(context: BlockContext) -> None:
+    """Quantize and write a block that no stream runs through; methods that need statistics give way
+    to rounding.
+    """
+    for request in context.plan.dense_reads:
+        tensors = context.build.read(request)
+        dense.quantize_dense(context, ScaledBlock(tensors=tensors, stats={}, rescaled=frozenset()))
+    moe.store_experts(context)
+
+
+def open_block(
+    build: BuildContext, plan: BlockPlan, streams: Streams, record: BlockRecord, report: moe.Report
+) -> BlockContext:
+    """Return the context of a block, with a new file for the states of each stream after it."""
+    wave, targets = build.progress.wave, {}
+    if plan.mode == "run":
+        mark = f".again-{wave.searched}-{wave.quantized}" if wave else ""
+        targets = {name: create_target(x, plan.block.name, mark) for name, x in streams.items()}
+    state = BlockState(record=record, targets=targets)
+    return BlockContext(build=build, plan=plan, streams=streams, state=state, report_share=report)
+
+
+def make_context(
+    plans: Sequence[Plan],
+    source: Checkpoint,
+    writers: Sequence[ArtifactWriter],
+    reads: Reads,
+    precision: BuildPrecision,
+    progress: BuildProgress,
+    executor: Executor | None,
+) -> BuildContext:
+    """Return what stays the same for every block."""
+    model = make_meta_model(plans[0].source.config, precision.device, precision.dtype)
+    return BuildContext(
+        plan=plans[0],
+        model=model,
+        calibration_model=replace(model, dtype=precision.calibration),
+        activation=ACT2FN[getattr(model.config, "hidden_act", "silu")],  # MoE configs have the key
+        formats=tuple(plan.format for plan in plans),
+        writers=tuple(writers),
+        reads=reads,
+        source=source,
+        executor=executor or SerialExecutor(),
+        progress=progress,
     )
-    if job.plan.needs_calibration and job.plan.recipe.propagate == "both":
-        texts_of["original"] = texts["calibration"]
-    if job.plan.recipe.fidelity:
-        texts_of |= {"reference": texts["fidelity"], "quantized": texts["fidelity"]}
-    if routed_experts:  # wave after wave is added to the states: rounded in between, they would tell the waves' size
-        dtypes = dict.fromkeys(texts_of, torch.float32)
-    behind: dict[StreamName, Tokens] = dict.fromkeys(("reference", "quantized"), texts["solutions"])
-    stored = {name: spool_dtype(dtypes.get(name, job.skeleton.dtype)) for name in texts_of}
-    if standing.done:
-        width, at = (
-            job.plan.layout.embedding.in_features,
-            {n: folder / file for n, file in standing.states.items()},
-        )
-        return {
-            n: reopen_stream(n, t, behind.get(n), at[n], width, routed_experts, stored[n]) for n, t in texts_of.items()
-        }  # fmt: skip
-    ((name, weight),) = next(job.reads).items()
-    job.keep(name, weight)
-    streams = {
-        n: open_stream(n, t, behind.get(n), weight, folder, routed_experts, stored[n])
-        for n, t in texts_of.items()
-    }
-    standing.commit(job.sinks, {}, streams, folder)
-    return streams
+
+
+def schedule_reads(
+    plan: Plan, blocks: Sequence[BlockPlan], progress: BuildProgress
+) -> list[ReadRequest]:
+    """Return the expected order of reads after the finished steps. It decides what is read ahead,
+    nothing else.
+    """
+    wave = progress.wave
+    steps = [[embedding_read(plan)]]
+    for block in blocks:
+        is_resumed = wave is not None and len(steps) == progress.done
+        done = (wave.searched, wave.quantized) if wave is not None and is_resumed else (0, 0)
+        steps.append(list(block.iterate_reads(*done)))
+    steps.append([final_read(plan)])
+    return [request for step in steps[progress.done :] for request in step]
+
+
+def report_block(
+    on_progress: ProgressCallback, number: int, total: int, name: str, share: float
+) -> None:
+    """Report the share of a block that is done."""
+    on_progress(Progress(stage="blocks", done=number + share, total=total, note=name))

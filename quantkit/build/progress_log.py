@@ -1,12 +1,15 @@
-"""Where a build loop stands: which steps are done, what they stored, and where the hidden states behind them lie.
+"""The progress of a build loop in the journal: finished steps, and finished waves of the block in
+progress.
 
-The steps are the embedding, each block, and what comes behind the last block. A step is one entry of the journal, made
-once its tensors and hidden states are synced; the states in front of it are removed afterwards. A block that takes long
-may halt behind each wave of its experts, which is an entry, too. An interrupted build goes on behind the last entry.
+The steps are the embedding, each block, and the tensors after the last block. A step becomes one
+entry of the journal once its tensors and hidden states are synced; the states before it are removed
+afterwards. A long block adds an entry after a wave of its experts. An interrupted build continues
+after the last entry.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +22,40 @@ from quantkit.build.hidden_states import Stream, StreamName
 from quantkit.io.files import remove_files, sync_folder
 from quantkit.io.journal import Entry, Journal
 
-STEP, HALT = "step", "halt"
+STEP, WAVE = "step", "wave"
+
+MIN_SECONDS = 60.0
+"""Work that may be lost to an interruption; syncing gigabytes of states is not worth it for
+less.
+"""
+MIN_COST_RATIO = 20
+"""Seconds of work between two checkpoints, per second that the last one took: checkpoints cost 5 %
+at most.
+"""
+
+
+@dataclass(kw_only=True)
+class CheckpointInterval:
+    """When the build last saved its work, and how long that took, in seconds; mutable."""
+
+    since: float = field(default_factory=time.monotonic)
+    cost: float = 0.0
+
+    def is_due(self) -> bool:
+        """Return whether enough work was done since the last checkpoint."""
+        return time.monotonic() - self.since >= max(MIN_SECONDS, MIN_COST_RATIO * self.cost)
+
+    def restart(self, cost: float) -> None:
+        """Start again after a checkpoint that took `cost` seconds."""
+        self.since, self.cost = time.monotonic(), cost
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompletedStep:
-    """One finished step of a loop. `record`: of a block; `states`: stream -> file; `stored`: what it added per sink."""
+    """One finished step of a loop.
+
+    `record`: of a block; `states`: stream -> file; `stored`: what each writer added.
+    """
 
     loop: int
     record: BlockRecord | None
@@ -34,17 +65,17 @@ class CompletedStep:
 
 @dataclass(frozen=True, kw_only=True)
 class WaveCheckpoint:
-    """A finished wave of the block behind the first `steps` steps of a loop.
+    """A finished wave of the block after the first `steps` steps of a loop.
 
-    `surveyed`, `solved`: experts that the two passes over them are done with; `states`: stream -> file, of the streams
-    that the passes have moved; `sums`: the file of what was summed up over the experts; `modules`: those of the experts
-    that are solved; `stored`: what was added per sink.
+    `searched`, `quantized`: experts that the two passes have finished; `states`: stream -> file, of
+    the streams that the passes have moved; `sums`: the file of the sums over experts; `modules`:
+    the records of the quantized experts; `stored`: what each writer added.
     """
 
     loop: int
     steps: int
-    surveyed: int
-    solved: int
+    searched: int
+    quantized: int
     states: Mapping[StreamName, str]
     sums: str | None
     modules: tuple[ModuleRecord, ...]
@@ -56,85 +87,83 @@ class WaveCheckpoint:
         return frozenset((*self.states.values(), *([self.sums] if self.sums else [])))
 
 
-_STEP, _HALT = TypeAdapter(CompletedStep), TypeAdapter(WaveCheckpoint)
+_STEP, _WAVE = TypeAdapter(CompletedStep), TypeAdapter(WaveCheckpoint)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildProgress:
-    """The finished steps of one build loop, oldest first. Without a journal nothing outlives the process."""
+    """The finished steps and waves of one build loop, oldest first; the two lists grow as the build
+    does.
+
+    Without a journal nothing outlives the process.
+    """
 
     loop: int = 0
     steps: list[CompletedStep] = field(default_factory=list)
-    halts: list[WaveCheckpoint] = field(default_factory=list)
+    waves: list[WaveCheckpoint] = field(default_factory=list)
     journal: Journal | None = None
 
     @classmethod
     def read(cls, journal: Journal, loop: int) -> BuildProgress:
-        """What a journal says of the loop of that number."""
-        steps = [
-            _STEP.validate_python(entry["step"])
-            for entry in journal.entries
-            if entry["kind"] == STEP
-        ]
-        halts = [
-            _HALT.validate_python(entry["halt"])
-            for entry in journal.entries
-            if entry["kind"] == HALT
-        ]
+        """Read the progress of a loop from a journal."""
+        steps = [_STEP.validate_python(e["step"]) for e in journal.entries if e["kind"] == STEP]
+        waves = [_WAVE.validate_python(e["wave"]) for e in journal.entries if e["kind"] == WAVE]
         return cls(
             loop=loop,
             steps=[step for step in steps if step.loop == loop],
-            halts=[halt for halt in halts if halt.loop == loop],
+            waves=[wave for wave in waves if wave.loop == loop],
             journal=journal,
         )
 
     @property
     def done(self) -> int:
-        """Steps that need not be made again."""
+        """The number of finished steps."""
         return len(self.steps)
 
     @property
-    def halt(self) -> WaveCheckpoint | None:
-        """The last finished wave of the step that is under way."""
-        return self.halts[-1] if self.halts and self.halts[-1].steps == self.done else None
+    def wave(self) -> WaveCheckpoint | None:
+        """The last finished wave of the step in progress."""
+        return self.waves[-1] if self.waves and self.waves[-1].steps == self.done else None
 
     @property
     def blocks(self) -> list[BlockRecord]:
-        """What was noted of the blocks that are done."""
+        """The records of the finished blocks."""
         return [step.record for step in self.steps if step.record is not None]
 
     @property
     def states(self) -> Mapping[StreamName, str]:
-        """The file of each stream's hidden states behind the last step."""
+        """The file of each stream's hidden states after the last step."""
         return self.steps[-1].states
 
     @property
     def files(self) -> frozenset[str]:
-        """The files that going on needs."""
+        """The files that resuming needs."""
         last = frozenset(self.states.values()) if self.steps else frozenset[str]()
-        return last | (self.halt.files if self.halt else frozenset())
+        return last | (self.wave.files if self.wave else frozenset())
 
-    def stored(self, sink: int) -> WrittenState:
-        """What the sink of that number has on disk."""
-        found = [step.stored[sink] for step in self.steps] + [
-            halt.stored[sink] for halt in self.halts
-        ]
-        tensors = tuple(name for stored in found for name in stored.tensors)
-        return WrittenState(
-            tensors=tensors, files={name: w for stored in found for name, w in stored.files.items()}
-        )
+    def stored(self, writer: int) -> WrittenState:
+        """Return what the writer of that number has on disk."""
+        parts = [step.stored[writer] for step in self.steps]
+        parts += [wave.stored[writer] for wave in self.waves]
+        tensors = tuple(name for part in parts for name in part.tensors)
+        files = {name: written for part in parts for name, written in part.files.items()}
+        return WrittenState(tensors=tensors, files=files)
 
-    def commit(
-        self, sinks: Sequence[ArtifactWriter], before: Mapping[StreamName, Stream], streams: Mapping[StreamName, Stream],
-        folder: Path, record: BlockRecord | None = None,
-    ) -> None:  # fmt: skip
-        """Make a step last: sync what it made, note it in the journal, remove the states that were in front of it."""
+    def commit_step(
+        self,
+        writers: Sequence[ArtifactWriter],
+        before: Mapping[StreamName, Stream],
+        streams: Mapping[StreamName, Stream],
+        folder: Path,
+        record: BlockRecord | None = None,
+    ) -> None:
+        """Make a step last: sync its output, add it to the journal, remove the states before it."""
         old = {
             name: before[name].hidden
             for name in before
             if before[name].hidden is not streams[name].hidden
         }
-        halt = self.halt
+        wave = self.wave
         if self.journal is not None:
             for name, stream in streams.items():
                 if name in old or name not in before:
@@ -143,22 +172,22 @@ class BuildProgress:
             states: dict[StreamName, str] = {
                 name: stream.hidden.path.name for name, stream in streams.items()
             }
-            stored = tuple(sink.commit() for sink in sinks)
+            stored = tuple(writer.commit() for writer in writers)
             step = CompletedStep(loop=self.loop, record=record, states=states, stored=stored)
             entry: Entry = {"kind": STEP, "step": _STEP.dump_python(step, mode="json")}
             self.journal.append(entry)
             self.steps.append(step)
-            remove_files(
-                folder / name
-                for name in (halt.files if halt else frozenset()) - frozenset(states.values())
-            )
+            unused = (wave.files if wave else frozenset()) - frozenset(states.values())
+            remove_files(folder / name for name in unused)
         for hidden in old.values():
             hidden.delete()
 
-    def pause(self, halt: WaveCheckpoint, folder: Path) -> None:
-        """Note a wave whose tensors and hidden states are synced; files that only the wave before it needs go."""
+    def record_wave(self, wave: WaveCheckpoint, folder: Path) -> None:
+        """Add a wave whose tensors and states are synced; remove the files that only the wave
+        before it needs.
+        """
         before = self.files
         if self.journal is not None:
-            self.journal.append({"kind": HALT, "halt": _HALT.dump_python(halt, mode="json")})
-            self.halts.append(halt)
+            self.journal.append({"kind": WAVE, "wave": _WAVE.dump_python(wave, mode="json")})
+            self.waves.append(wave)
             remove_files(folder / name for name in before - self.files)

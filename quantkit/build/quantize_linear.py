@@ -1,4 +1,4 @@
-"""Codes for one matrix or a batch of them, stored and read back: the error is of what ships."""
+"""Quantization of linears that read one input: codes, packed, read back and measured as stored."""
 
 from __future__ import annotations
 
@@ -26,20 +26,30 @@ from quantkit.plan.decisions import Decision
 
 FALLBACKS: Mapping[str, str] = {
     "zero-group": "a group whose weights all round to zero is stored as zeros",
-    "scale-clamped": "a group whose scale leaves the scale dtype's normal range takes the nearest scale inside it",
-    "shared-gram": "an expert with too few calibration tokens learns from all tokens of its layer",
+    "scale-clamped": (
+        "a group whose scale leaves the scale dtype's normal range takes the nearest "
+        "scale inside it"
+    ),
+    "shared-gram": (
+        "an expert with too few calibration tokens is calibrated on all tokens of its layer"
+    ),
     "rtn-too-few-tokens": "an expert with too few calibration tokens is rounded to nearest",
-    "damping-raised": "a Gram matrix had no Cholesky factor with 1 % of its mean diagonal added: ten times as much was "
+    "damping-raised": "a Gram matrix had no Cholesky factor with 1 % of its mean diagonal added: "
+    "ten times as much was "
     "added until it had one",
-    "fp8-unscaled": "an input that a linear reads or makes whose FP8 bits are kept is not rescaled",
+    "fp8-unscaled": (
+        "an input is not rescaled, because a linear that reads or produces it keeps its FP8 bits"
+    ),
     "mtp-rtn": "no forward pass reaches an MTP block: its linears are rounded to nearest",
 }
-"""Every fallback there is, and what it means: the manifest names them per module, the report counts them."""
+"""Every fallback and its meaning: the manifest names them per module, the report counts them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedLinear:
-    """One stored linear: tensors by full name, for each format; their weight [out, in] float32, and its figures."""
+    """A quantized linear: tensors by full name for each format, the weight as stored [out, in]
+    float32, and its figures.
+    """
 
     tensors: tuple[Mapping[str, Tensor], ...]
     weight: Tensor
@@ -47,7 +57,9 @@ class QuantizedLinear:
 
 
 def select_expert_stats(stats: InputStats | None, e: int) -> InputStats | None:
-    """Statistics of matrix `e` of a batch, or the only ones there are when the matrices share their input."""
+    """Return the statistics of matrix `e` of a batch; the only ones if the matrices share their
+    input.
+    """
     if stats is None:
         return None
     e = e if len(stats.gram) > 1 else 0
@@ -59,24 +71,26 @@ def select_expert_stats(stats: InputStats | None, e: int) -> InputStats | None:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeRequest:
-    """A linear to be quantized: weight [out, in] float32, statistics of its input or None, and what is known of it."""
+    """A linear to quantize: its weight [out, in] float32 and the statistics of its input, None
+    without any.
+    """
 
     decision: Decision
     weight: Tensor
     stats: InputStats | None
-    tokens: int  # that reached the input, learned from or not
+    tokens: int  # that reached the input, whether statistics are used or not
     rescaled: bool
     fallbacks: tuple[str, ...]
 
     @property
     def scheme(self) -> Scheme:
-        """How it is stored: only quantize decisions are asked for."""
+        """The scheme; a request is only made for a quantize decision."""
         assert self.decision.scheme is not None
         return self.decision.scheme
 
     @property
     def method(self) -> str:
-        """Who chooses its codes: what learns gives way to rtn where nothing is known of its input."""
+        """Effective method: RTN if a method that needs statistics has none."""
         name = self.decision.method
         assert name is not None
         return "rtn" if self.stats is None and registry.get_method(name).needs_stats else name
@@ -90,39 +104,39 @@ class QuantizeRequest:
 
 
 def quantize_group(
-    asked: Sequence[QuantizeRequest], outputs: Sequence[Format]
+    requests: Sequence[QuantizeRequest], formats: Sequence[Format]
 ) -> list[QuantizedLinear]:
-    """Quantize linears that read the same input, pack them in each format, read them back and measure them.
+    """Quantize linears that read one input, pack them in each format, read them back and measure
+    them.
 
-    What depends on their input alone, the factor of its gram first of all, is computed once: rows of a weight are
-    quantized independently of each other, so linears of one scheme, method and statistics are solved as one matrix.
-    Raises NumericsError when two formats would not hold the same weight: their artifacts share one set of figures.
-    Where a method that learns gives way to rtn, the caller names that fallback.
+    Linears of one scheme, method, rounding and statistics are solved as one matrix, because rows
+    are quantized independently of each other: what depends on the input alone, such as the factor
+    of its gram, is computed once. Raises NumericsError if two formats would not store the same
+    weight, because their artifacts share one set of figures. The caller names the fallback of a
+    method without statistics.
     """
-    alike: dict[tuple[Scheme, str, str, int], list[int]] = {}
-    for index, each in enumerate(asked):
-        alike.setdefault((each.scheme, each.method, each.rounding, id(each.stats)), []).append(
-            index
-        )
-    found: dict[int, QuantizedLinear] = {}
-    for indices in alike.values():
-        first, rows = asked[indices[0]], [len(asked[index].weight) for index in indices]
-        together = (
-            first.weight if len(rows) == 1 else torch.cat([asked[i].weight for i in indices])
-        )  # [sum of out, in]
+    groups: dict[tuple[Scheme, str, str, int], list[int]] = {}
+    for index, request in enumerate(requests):
+        key = (request.scheme, request.method, request.rounding, id(request.stats))
+        groups.setdefault(key, []).append(index)
+    results: dict[int, QuantizedLinear] = {}
+    for indices in groups.values():
+        first, weights = requests[indices[0]], [requests[index].weight for index in indices]
+        stacked = weights[0] if len(weights) == 1 else torch.cat(weights)  # [sum of out, in]
         try:
             rounded = compute_codes(
-                first.method, first.rounding, together, first.stats, first.scheme
+                first.method, first.rounding, stacked, first.stats, first.scheme
             )
         except NumericsError as fault:
             raise NumericsError(f"{first.decision.linear.name}: {fault}") from fault
-        for index, part in zip(indices, split_quantized(rounded.quantized, rows), strict=True):
-            found[index] = pack_and_measure(asked[index], part, rounded.fallbacks, outputs)
-    return [found[index] for index in range(len(asked))]
+        parts = split_quantized(rounded.quantized, [len(weight) for weight in weights])
+        for index, part in zip(indices, parts, strict=True):
+            results[index] = pack_and_measure(requests[index], part, rounded.fallbacks, formats)
+    return [results[index] for index in range(len(requests))]
 
 
 def split_quantized(quantized: Quantized, rows: Sequence[int]) -> list[Quantized]:
-    """Codes of matrices that lie one under the other, matrix by matrix."""
+    """Split the codes of matrices that were stacked along their rows."""
     codes, scales = quantized.codes.split(list(rows)), quantized.scale.split(list(rows))
     zeros = [None] * len(rows) if quantized.zero is None else quantized.zero.split(list(rows))
     return [
@@ -131,45 +145,53 @@ def split_quantized(quantized: Quantized, rows: Sequence[int]) -> list[Quantized
 
 
 def pack_and_measure(
-    asked: QuantizeRequest, quantized: Quantized, found: tuple[str, ...], outputs: Sequence[Format]
+    request: QuantizeRequest,
+    quantized: Quantized,
+    fallbacks: tuple[str, ...],
+    formats: Sequence[Format],
 ) -> QuantizedLinear:
-    """One linear with its codes, packed, read back and measured; `found` are the fallbacks its method took."""
-    decision, weight, stats, scheme = asked.decision, asked.weight, asked.stats, asked.scheme
-    tensors = [output.pack(quantized, scheme) for output in outputs]
-    back, *others = (
-        output.dequantize(packed, scheme) for output, packed in zip(outputs, tensors)
+    """Pack the codes of a linear in each format, read them back and measure them; `fallbacks` are
+    those of its rounding.
+    """
+    decision, weight, stats = request.decision, request.weight, request.stats
+    scheme = request.scheme
+    tensors = [output.pack(quantized, scheme) for output in formats]
+    stored, *others = (
+        output.dequantize(packed, scheme) for output, packed in zip(formats, tensors, strict=True)
     )  # [out, in]
-    if not all(torch.equal(back, other) for other in others):
+    if not all(torch.equal(stored, other) for other in others):
         raise NumericsError(
-            f"{decision.linear.name}: the recipe's formats do not store the same weight; build each on its own"
+            f"{decision.linear.name}: the recipe's formats do not store the same weight; build "
+            f"each on its own"
         )
-    sqnr_db = float(grams.compute_sqnr_db(weight, back))
+    sqnr_db = float(grams.compute_sqnr_db(weight, stored))
     output_error = (
-        None if stats is None else float(grams.compute_relative_error(weight, back, stats.gram))
+        None if stats is None else float(grams.compute_relative_error(weight, stored, stats.gram))
     )
     if isnan(sqnr_db) or not isfinite(output_error or 0.0):
         raise NumericsError(
-            f"{decision.linear.name}: expected a finite error, found NaN or infinity; look for huge values among its "
-            "weights and in what it reads"
+            f"{decision.linear.name}: expected a finite error, found NaN or infinity; look for "
+            f"huge values among its "
+            "weights and inputs"
         )
     record = ModuleRecord(
         module=decision.linear.name,
         rule=decision.rule,
-        method=asked.method,
-        rounding=asked.rounding,
+        method=request.method,
+        rounding=request.rounding,
         scheme=scheme,
         relative_error=10 ** (-sqnr_db / 20),
-        sqnr_db=sqnr_db if isfinite(sqnr_db) else None,  # nothing is lost of a matrix of zeros
+        sqnr_db=sqnr_db if isfinite(sqnr_db) else None,  # a matrix of zeros has no error
         output_error=output_error,
-        tokens=asked.tokens,
-        rescaled=asked.rescaled,
-        fallbacks=asked.fallbacks + found + find_fallbacks(quantized, scheme),
+        tokens=request.tokens,
+        rescaled=request.rescaled,
+        fallbacks=request.fallbacks + fallbacks + find_fallbacks(quantized, scheme),
     )
     name = decision.linear.name
     named = tuple(
         {f"{name}.{local}": tensor for local, tensor in packed.items()} for packed in tensors
     )
-    return QuantizedLinear(tensors=named, weight=back, record=record)
+    return QuantizedLinear(tensors=named, weight=stored, record=record)
 
 
 def compute_codes(
@@ -181,10 +203,10 @@ def compute_codes(
 
 
 def find_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:
-    """Fallbacks that the rounding itself met in some group."""
-    met = (
+    """Return the fallbacks that some group of the codes took."""
+    counts = (
         nf4.count_fallbacks(quantized)
         if scheme.kind == "nf4"
         else affine.count_fallbacks(quantized, scheme)
     )
-    return tuple(name for name, count in met.items() if int(count.sum()))
+    return tuple(name for name, count in counts.items() if int(count.sum()))

@@ -1,11 +1,12 @@
-"""A build that may have begun before: what it must have in common with itself, and what it takes up again.
+"""Resumable builds: check that recipe, source and environment are unchanged, then continue.
 
-Beside the staging folders `<path>.building` lies `<output.path>.building.scratch` with the journal and, while a build
-loop runs, the hidden states of its streams. The journal's entries, in order:
+Next to the staging folders `<path>.building` lies `<output.path>.building.scratch` with the journal
+and, while a build loop runs, the hidden states of its streams. The journal's entries, in order:
 
-    began    what the build is of: recipe, source, text, versions, machine kind
-    step     a finished step of a build loop (`standing`)
-    ready    artifacts of one loop that are sealed and only wait for their name
+    began    identity of the build: recipe, source, texts, versions, machine kind, journal format
+    step     a finished step of a build loop (`progress_log`)
+    wave     a finished wave of a block's experts
+    ready    artifacts of one loop that are sealed and only need their name
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ from quantkit.plan.plan import Plan
 from quantkit.progress import ProgressCallback
 
 JOURNAL = "journal.jsonl"
+JOURNAL_FORMAT = 2
+"""Version of the journal's entries: a build that another version began is not resumed."""
 SHA256_LENGTH = 64
 SHOWN = 4
-"""Differences that are named when a build cannot be resumed; the others are counted."""
+"""Differences that are named when a build cannot be resumed; the rest is counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSession:
-    """A build under way, perhaps since an earlier process."""
+    """A build in progress, begun by this process or an earlier one."""
 
     plans: Sequence[Plan]
     journal: Journal
@@ -46,37 +49,43 @@ class BuildSession:
 
     @property
     def scratch(self) -> Path:
-        """The folder of what is removed at the end."""
+        """The folder that is removed at the end."""
         return self.journal.path.parent
 
-    def standing(self, loop: int) -> BuildProgress:
-        """How far the build loop of that number is."""
+    def read_progress(self, loop: int) -> BuildProgress:
+        """Return the progress of the build loop of that number."""
         return BuildProgress.read(self.journal, loop)
 
-    def states(self, loop: int) -> Path:
-        """The folder of a loop's hidden states, with nothing in it but those behind its last step."""
-        folder, standing = self.scratch / f"states-{loop}", self.standing(loop)
+    def prepare_states(self, loop: int) -> Path:
+        """Return the folder of a loop's hidden states, with only the files that resuming needs."""
+        folder, progress = self.scratch / f"states-{loop}", self.read_progress(loop)
         folder.mkdir(exist_ok=True)
         for path in folder.iterdir():
-            if path.name not in standing.files:
+            if path.name not in progress.files:
                 path.unlink()
         return folder
 
-    def answers(self, loop: int) -> Path:
-        """The folder of what models answered when a loop's artifacts were benchmarked."""
+    def answers_folder(self, loop: int) -> Path:
+        """Return the folder of the models' answers when a loop's artifacts are benchmarked."""
         return self.scratch / f"answers-{loop}"
 
-    def ready(self, loop: int) -> Mapping[str, str]:
-        """sha256 of the manifest of each artifact of a loop, by format; nothing while one of them is not sealed."""
+    def sealed_manifests(self, loop: int) -> Mapping[str, str]:
+        """Return the sha256 of the manifest of each artifact of a loop, by format; empty until all
+        are sealed.
+        """
         return sealed_manifests(self.journal, loop)
 
-    def seal(self, loop: int, manifests: Mapping[str, str]) -> None:
-        """Note that the artifacts of a loop only wait for their name, and drop its hidden states."""
+    def mark_sealed(self, loop: int, manifests: Mapping[str, str]) -> None:
+        """Record that the artifacts of a loop only need their name, and remove its hidden
+        states.
+        """
         self.journal.append({"kind": "ready", "loop": loop, "manifests": manifests})
         shutil.rmtree(self.scratch / f"states-{loop}", ignore_errors=True)
 
-    def finish(self) -> str:
-        """Remove what only an unfinished build needs; a sentence when the disk keeps some of it."""
+    def remove_scratch(self) -> str:
+        """Remove what only an unfinished build needs; return a sentence if some of it could not be
+        removed.
+        """
         remove_owned_dir(self.scratch)
         return (
             f"{self.scratch}: the build is done, this could not be removed; remove it"
@@ -84,36 +93,41 @@ class BuildSession:
             else ""
         )
 
-    def leave(self, error: BaseException) -> None:
-        """Note on an exception how to go on; what nothing was done for is removed."""
-        if told := self.told():
-            error.add_note(told)
+    def add_resume_note(self, error: BaseException) -> None:
+        """Add to an exception how to resume the build; remove a build that has finished nothing."""
+        if message := self.status_message():
+            error.add_note(message)
         else:
             discard_build(self.plans)
 
-    def told(self) -> str:
-        """Where the build stands and how it goes on; nothing before its first step."""
+    def status_message(self) -> str:
+        """Return how far the build is and how to resume it; empty before its first step."""
         loops = [entry["step"]["loop"] for entry in self.journal.entries if entry["kind"] == "step"]
         if not loops:
             return ""
-        blocks, standing = self.plans[0].layout.blocks, self.standing(loops[-1])
-        done, halt = len(standing.blocks), standing.halt
-        more = f" and {halt.solved} experts of the next" if halt and halt.solved else ""
+        blocks, progress = self.plans[0].layout.blocks, self.read_progress(loops[-1])
+        done, wave = len(progress.blocks), progress.wave
+        more = f" and {wave.quantized} experts of the next" if wave and wave.quantized else ""
         return (
-            f"{get_staging_path(Path(self.plans[0].path))}: {done} of {len(blocks)} blocks{more} are done and kept; "
-            "the same command goes on from there, with --restart it begins anew"
+            f"{get_staging_path(Path(self.plans[0].path))}: {done} of {len(blocks)} blocks{more} "
+            f"are done and kept; "
+            "the same command resumes from there, --restart starts over"
         )
 
 
 def scratch_folder(plans: Sequence[Plan]) -> Path:
-    """The folder that holds the journal: the same whatever formats the recipe has, and in whatever order."""
+    """Return the folder of the journal; it does not depend on the recipe's formats and their
+    order.
+    """
     staging = get_staging_path(Path(plans[0].recipe.output.path))
     return staging.with_name(f"{staging.name}.scratch")
 
 
 @contextmanager
 def exclusive_lock(plans: Sequence[Plan]) -> Iterator[None]:
-    """Keep other builds out of the plans' folders; UsageError when one is at work there."""
+    """Lock the plans' folders against other builds. Raises UsageError if another build holds the
+    lock.
+    """
     with ExitStack() as held:
         for path in sorted({plans[0].recipe.output.path, *(plan.path for plan in plans)}):
             staging = get_staging_path(Path(path))
@@ -122,9 +136,10 @@ def exclusive_lock(plans: Sequence[Plan]) -> Iterator[None]:
 
 
 def find_interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -> Journal | None:
-    """The journal of an interrupted build that has done something; `restart` lets it be forgotten.
+    """Return the journal of an interrupted build that has finished a step; None with `restart`.
 
-    UsageError when an artifact is in the way, or something that no build made where this one works.
+    Raises UsageError if an artifact exists at the output, or anything that no build made where this
+    one works.
     """
     for folder in (
         scratch_folder(plans),
@@ -133,11 +148,11 @@ def find_interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -
         check_owned_dir(folder)
     journal = None if restart else Journal.open(scratch_folder(plans) / JOURNAL)
     if journal is not None and not any(entry["kind"] == "step" for entry in journal.entries):
-        journal = None  # nothing to lose
+        journal = None  # it has finished nothing
     for loop, together in enumerate(group_by_solve(plans)):
         sealed = journal and sealed_manifests(journal, loop)
         for plan in together:
-            if not sealed:  # else it may be what this build replaces
+            if not sealed:  # a sealed build may be replacing it
                 check_replaced_free(Path(plan.path))
             if not (sealed and is_sealed(Path(plan.path), sealed[plan.format_name])):
                 check_output_free(Path(plan.path), overwrite)
@@ -151,9 +166,10 @@ def begin_session(
     texts: Mapping[str, str],
     tell: ProgressCallback,
 ) -> BuildSession:
-    """Take up the build of a journal, or begin one; reads every byte of a source that is not known yet.
+    """Resume the build of a journal, or begin a new one, which reads and hashes every file of the
+    source.
 
-    UsageError naming what changed when the interrupted build was of something else.
+    Raises UsageError with the differences if the interrupted build was of something else.
     """
     place = scratch_folder(plans)
     if journal is not None:
@@ -171,32 +187,39 @@ def begin_session(
 
 
 def discard_build(plans: Sequence[Plan]) -> None:
-    """Remove what builds left beside the places of the plans' artifacts."""
+    """Remove what builds left next to the outputs of the plans."""
     for plan in plans:
         remove_owned_dir(get_staging_path(Path(plan.path)))
     remove_owned_dir(scratch_folder(plans))
 
 
 def group_by_solve(plans: Sequence[Plan]) -> list[list[Plan]]:
-    """The plans that one solve serves, together: a build loop each."""
-    same = [plan for plan in plans if plan.format.holds_codes]
-    return [*([same] if same else []), *([plan] for plan in plans if not plan.format.holds_codes)]
+    """Group the plans that share a solve: one build loop per group."""
+    shared = [plan for plan in plans if plan.format.holds_codes]
+    return [
+        *([shared] if shared else []),
+        *([plan] for plan in plans if not plan.format.holds_codes),
+    ]
 
 
 def sealed_manifests(journal: Journal, loop: int) -> Mapping[str, str]:
-    """sha256 of the manifest of each artifact of a loop, by format; nothing before all of them are sealed."""
+    """Return the sha256 of each sealed artifact\'s manifest of a loop, by format; empty until all
+    are sealed.
+    """
     return next(
         (e["manifests"] for e in journal.entries if e["kind"] == "ready" and e["loop"] == loop), {}
     )
 
 
-# ------------------------------------------------------------------------------------------------ what must be the same
+# ----------------------------------------------------------------------------- the build's identity
 
 
 def build_identity(
     plans: Sequence[Plan], source: Checkpoint, texts: Mapping[str, str]
 ) -> dict[str, object]:
-    """All that decides the artifacts' bytes, as plain JSON. Where they lie and how much memory makes them does not."""
+    """Return everything that decides the artifacts' bytes, as plain JSON: not their paths, not
+    `memory:`.
+    """
     plan, used = plans[0], dict[str, str]()
     for each in plans:
         used |= read_versions(each)
@@ -211,6 +234,7 @@ def build_identity(
         "versions": used,
         "machine": read_environment(plan),
         "plan": {each.format_name: each.hash for each in plans},
+        "journal": JOURNAL_FORMAT,
     }
     return dict(json.loads(json.dumps(of)))
 
@@ -222,28 +246,28 @@ def check_same(
     texts: Mapping[str, str],
     tell: ProgressCallback,
 ) -> None:
-    """UsageError, naming what changed, unless the journal is of this very build."""
+    """Check that a journal is of this build. Raises UsageError with the differences."""
     began = journal.entries[0]
-    if began["stamps"] == source.read_stamps():  # nobody touched the files since they were read
+    if began["stamps"] == source.read_stamps():  # the files are unchanged since they were hashed
         source.trust_hashes(began["of"]["source"]["files"])
     source.compute_hashes(tell)
     before, now = flatten_json(began["of"]), flatten_json(build_identity(plans, source, texts))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     changed = [
         key for key in changed if not key.startswith("plan.")
-    ] or changed  # it follows from the others
+    ] or changed  # plan hashes follow from the rest
     if not changed:
         return
     shown = [f"{key} {describe_change(before.get(key), now.get(key))}" for key in changed[:SHOWN]]
     rest = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
     raise UsageError(
-        f"{get_staging_path(Path(plans[0].path))}: expected the build that was interrupted here, found another: "
-        f"{', '.join(shown)}{rest}; undo that to go on, or begin anew with --restart"
+        f"{get_staging_path(Path(plans[0].path))}: expected the interrupted build, found another: "
+        f"{', '.join(shown)}{rest}; undo these changes to resume, or start over with --restart"
     )
 
 
 def check_source(journal: Journal, source: Checkpoint) -> None:
-    """CheckpointError when the source's files are not what they were when the build began."""
+    """Check that the source's files are the same as at the start. Raises CheckpointError."""
     began = journal.entries[0]
     if source.read_stamps() == began["stamps"]:
         return
@@ -254,13 +278,14 @@ def check_source(journal: Journal, source: Checkpoint) -> None:
         or now.compute_hashes() != before["files"]
     ):
         raise CheckpointError(
-            f"{source.folder}: expected files that stay as they are, found others than when the build began; restore "
-            "them and go on, or begin anew with --restart"
+            f"{source.folder}: expected the files that the build began with, found changed ones; "
+            f"restore "
+            "them and resume, or start over with --restart"
         )
 
 
 def flatten_json(values: object, name: str = "") -> dict[str, object]:
-    """The leaves of nested JSON under dotted names, those of lists under their place."""
+    """Return the leaves of nested JSON under dotted names; list items under their index."""
     if isinstance(values, list):
         values = dict(enumerate(values))
     if isinstance(values, Mapping) and values:
@@ -273,7 +298,7 @@ def flatten_json(values: object, name: str = "") -> dict[str, object]:
 
 
 def describe_change(before: object, now: object) -> str:
-    """What became of one value, in words."""
+    """Format the change of one value."""
     if all(isinstance(value, str) and len(value) == SHA256_LENGTH for value in (before, now)):
         return "changed"
     return f"was {shorten_repr(before)}, is {shorten_repr(now)}"

@@ -1,7 +1,9 @@
-"""Hidden states on disk, read and written in slices: rows are tokens, columns are channels.
+"""Spools: hidden states in a file, read and written in ranges of rows; rows are tokens, columns are
+channels.
 
-The calibration stream of DeepSeek-V3 (a million tokens of 7168 floats) has 30 GB in float32; memory holds a slice of
-it. Plain positioned reads and writes instead of a memory map, because mapped pages count as resident memory.
+The calibration stream of DeepSeek-V3 (a million tokens of 7168 floats) has 30 GB in float32; memory
+holds a range of its rows. Positioned reads and writes are used instead of a memory map, because
+mapped pages count as resident memory.
 """
 
 from __future__ import annotations
@@ -24,17 +26,19 @@ from quantkit.io.files import describe_os_error, make_write_error
 SpoolDtype = Literal["float32", "bfloat16"]
 _DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-_SLICE_BYTES = 8 << 20  # most memory that gather and add use beside their result and argument
+_SLICE_BYTES = 8 << 20  # bound on memory of gather and add, besides their result and argument
 _GAP_BYTES = 64 << 10  # reading over a gap this small is cheaper than a second system call
 
 
 class Spool:
-    """A file of `rows` x `width` numbers of one dtype, zero at first; no header, its owner knows the shape.
+    """A file of `rows` x `width` numbers of one dtype, zero at first, without a header: the caller
+    knows the shape.
 
-    finite: whether nothing else was written through this object.
+    `finite`: whether everything that this object wrote is finite.
 
-    Reads may come from any thread; `write` and `add` from one at a time. Raises QuantkitError when the disk refuses,
-    ValueError for rows that are not there and tensors of another width (mistakes of the caller).
+    Any thread may read; `write` and `add` need one thread at a time. Raises QuantkitError for
+    errors of the disk, ValueError for rows outside the file and tensors of another width (errors of
+    the caller).
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class Spool:
 
     @classmethod
     def create(cls, path: Path, rows: int, width: int, dtype: SpoolDtype) -> Self:
-        """A new spool of zeros with its space on the disk reserved; replaces an old file."""
+        """Create a spool of zeros and reserve its space on the disk; replaces an existing file."""
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
             try:
@@ -65,32 +69,34 @@ class Spool:
 
     @classmethod
     def open(cls, path: Path, rows: int, width: int, dtype: SpoolDtype) -> Self:
-        """The spool of an interrupted build; raises QuantkitError when the file is not of this shape."""
+        """Open the spool of an interrupted build. Raises QuantkitError if the file has another
+        size.
+        """
         expected = rows * width * _DTYPES[dtype].itemsize
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as fault:
             raise QuantkitError(
-                f"{path}: expected hidden states of an earlier run, found: {describe_os_error(fault)}; begin anew with --restart"
+                f"{path}: expected hidden states of an earlier run, found: "
+                f"{describe_os_error(fault)}; start over with --restart"
             ) from None
         found = os.fstat(descriptor).st_size
         if found != expected:
             os.close(descriptor)
             raise QuantkitError(
-                f"{path}: expected {expected} bytes of hidden states [{rows}, {width}] {dtype}, found {found}; "
-                "begin anew with --restart"
+                f"{path}: expected {expected} bytes of hidden states [{rows}, {width}] {dtype}, "
+                f"found {found}; "
+                "start over with --restart"
             )
         return cls(path, rows, width, dtype, descriptor)
 
     def write(self, start: int, tensor: Tensor) -> None:
-        """Put [n, width] of any float dtype at rows start .. start + n - 1."""
+        """Write [n, width] of any float dtype to rows start .. start + n - 1."""
         if tensor.dim() != 2 or tensor.shape[1] != self.width:
             raise ValueError(f"{self.path}: expected [n, {self.width}], found {list(tensor.shape)}")
         self._check_rows(start, start + tensor.shape[0])
         rows = tensor.detach().to(device="cpu", dtype=self.dtype).contiguous()
-        if (
-            rows.numel()
-        ):  # noticed while they are in memory: reading them again would cost the disk's time
+        if rows.numel():  # checked in memory: reading the file again would take disk time
             self.finite = self.finite and all(map(isfinite, map(float, rows.aminmax())))
         try:
             write_from(self._descriptor, view_bytes(rows), start * self._row_bytes)
@@ -98,14 +104,14 @@ class Spool:
             raise make_write_error(self.path, fault) from fault
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows start .. stop-1: [stop - start, width]."""
+        """Read rows start .. stop - 1: [stop - start, width]."""
         self._check_rows(start, stop)
         tensor = torch.empty(stop - start, self.width, dtype=self.dtype)
         self._fill(tensor, start)
         return tensor
 
     def gather(self, indices: Tensor) -> Tensor:
-        """The rows that `indices` [n] names, in its order, repeats allowed: [n, width]."""
+        """Read the rows `indices` [n], in that order, repeats allowed: [n, width]."""
         rows, order = self._sorted(indices)
         result = torch.empty(len(rows), self.width, dtype=self.dtype)
         for first, last in self._runs(rows):
@@ -115,10 +121,13 @@ class Spool:
         return result
 
     def add(self, indices: Tensor, tensor: Tensor) -> None:
-        """Add row i of `tensor` [n, width] to row indices[i]; repeats add up. Summed in float32, rounded once."""
+        """Add row i of `tensor` [n, width] to row indices[i]; repeats add up. Sums in float32,
+        rounds once.
+        """
         if tensor.shape != (indices.numel(), self.width):
             raise ValueError(
-                f"{self.path}: expected [{indices.numel()}, {self.width}], found {list(tensor.shape)}"
+                f"{self.path}: expected [{indices.numel()}, {self.width}], found "
+                f"{list(tensor.shape)}"
             )
         rows, order = self._sorted(indices)
         for first, last in self._runs(rows):
@@ -129,14 +138,14 @@ class Spool:
             self.write(start, total)
 
     def flush(self) -> None:
-        """Make what was written survive a crash, so that a journal may say so."""
+        """Sync the file, so that a journal may name it."""
         try:
             os.fsync(self._descriptor)
         except OSError as fault:
             raise make_write_error(self.path, fault) from fault
 
     def close(self) -> None:
-        """Stop using the file, which stays; safe to call twice."""
+        """Close the file, which stays; safe to call twice."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -163,11 +172,13 @@ class Spool:
             count = read_into(self._descriptor, view, start * self._row_bytes)
         except OSError as fault:
             raise QuantkitError(
-                f"{self.path}: cannot be read: {describe_os_error(fault)}; start the build again"
+                f"{self.path}: cannot be read: {describe_os_error(fault)}; run the same command "
+                f"again"
             ) from fault
         if count != len(view):
             raise QuantkitError(
-                f"{self.path}: expected {len(view)} bytes, found {count}; start the build again"
+                f"{self.path}: expected {len(view)} bytes, found {count}; run the same command "
+                f"again"
             )
 
     def _check_rows(self, start: int, stop: int) -> None:
@@ -177,7 +188,9 @@ class Spool:
             )
 
     def _sorted(self, indices: Tensor) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], Tensor]:
-        """The row numbers in rising order [n], and where each stood [n]; equal ones keep their order."""
+        """Return the row numbers in ascending order [n] and their former positions [n]; the sort is
+        stable.
+        """
         flat = indices.reshape(-1).to(device="cpu", dtype=torch.int64)
         order = torch.argsort(flat, stable=True)
         rows = flat[order].numpy()
@@ -186,7 +199,9 @@ class Spool:
         return rows, order
 
     def _runs(self, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Iterator[tuple[int, int]]:
-        """Positions [first, last) of sorted rows that lie close together and span at most a slice."""
+        """Return positions [first, last) of sorted rows that are close together and span at most
+        _SLICE_BYTES.
+        """
         gap = max(1, _GAP_BYTES // max(self._row_bytes, 1))
         span = max(1, _SLICE_BYTES // max(self._row_bytes, 1))
         breaks = np.flatnonzero(np.diff(rows) > gap) + 1

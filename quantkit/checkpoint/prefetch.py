@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, Self, TypeVar
@@ -58,3 +59,34 @@ class ReadAhead(Generic[Request, Result]):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class ScheduledReads(Generic[Request, Result]):
+    """Reads by request, one ahead of the caller by a schedule.
+
+    `take` returns the result of exactly the request it is given. The schedule is the expected
+    order: it decides only what is read ahead, so that a wrong one costs time and nothing else.
+    Memory is that of `ReadAhead`. Use as a context manager.
+    """
+
+    def __init__(self, load: Callable[[Request], Result], schedule: Iterable[Request]) -> None:
+        self._ahead = ReadAhead(load)
+        self._schedule = deque(schedule)
+
+    def take(self, request: Request) -> Result:
+        """Return load(request), and start to read what the schedule has next. Errors are load's."""
+        if request in self._schedule:
+            while self._schedule.popleft() != request:
+                pass
+        return self._ahead.take(request, self._schedule[0] if self._schedule else None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ahead.close()

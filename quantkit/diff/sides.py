@@ -364,7 +364,8 @@ def _read_local_source(text: str, artifact: Side) -> Tensors:
         raise UsageError(
             f"{text}: expected {artifact.name}'s source {source.model} "
             f"({source.hash[:12]}), found another model "
-            f"({opened.compute_fingerprint()[:12]}); only its own source can be compared with an artifact"
+            f"({opened.compute_fingerprint()[:12]}); only its own source can be compared with an "
+            "artifact"
         )
     return _convert_specs(opened.stored_specs)
 

@@ -64,7 +64,9 @@ class YamlDocument:
     lines: Mapping[KeyPath, int]
 
     def where(self, path: KeyPath) -> str:
-        """Where the nearest enclosing key was written: "recipe.yaml:14", or "override output.path"."""
+        """Where the nearest enclosing key was written: "recipe.yaml:14", or "override
+        output.path".
+        """
         for end in range(len(path), 0, -1):
             line = self.lines.get(path[:end])
             if line is not None:
@@ -79,7 +81,9 @@ class YamlDocument:
         return 1
 
     def with_value(self, path: KeyPath, value: object) -> YamlDocument:
-        """A copy in which `path` (keys only) has another value; sections on the way are made where absent."""
+        """A copy in which `path` (keys only) has another value; sections on the way are made where
+        absent.
+        """
         values: dict[str, object] = dict(self.values)
         inner = values
         for depth, key in enumerate(path[:-1], 1):
@@ -293,13 +297,15 @@ class _Reader:
         if event.anchor:
             self.fault(
                 event,
-                f"anchors (&{printable(str(event.anchor))}) are not allowed in a {self.kind}; write the value out",
+                f"anchors (&{printable(str(event.anchor))}) are not allowed in a {self.kind}; "
+                "write the value out",
             )
         tag = getattr(event, "tag", None)
         if tag is not None:
             self.fault(
                 event,
-                f"tags ({printable(str(tag))}) are not allowed in a {self.kind}; quote the value to make it text",
+                f"tags ({printable(str(tag))}) are not allowed in a {self.kind}; quote the value "
+                "to make it text",
             )
 
     def describe_node(self, event: Event) -> str:

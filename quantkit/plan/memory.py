@@ -28,6 +28,12 @@ Fixed, so sums do not depend on the budget.
 COPIES_BYTES = 2 + 2 + 4 + 4
 """Bytes per weight in memory: BF16 as read, BF16 read ahead, float32 original, float32 stored."""
 
+SLICE_EXPERTS = 16
+"""Routed experts of a layer that are scaled and quantized as one unit, at most."""
+
+MIN_SLICES = 8
+"""Slices per layer, at least, so that the experts of small models can be spread over devices."""
+
 SOLVE_COPIES = 6
 """float32 copies of a matrix that scale search, range search and packing need at the same time."""
 
@@ -44,7 +50,8 @@ class MemoryPlan:
     dense_bytes: int  # the block without routed experts: source, working copy, grams, solve
     batch_bytes: int  # activations of one batch
     expert_bytes: int  # one routed expert in a wave
-    wave_experts: int  # experts per wave; 0 for a dense model
+    slice_experts: int  # experts per slice; 0 for a dense model
+    wave_experts: int  # experts that are held at once, whole slices; 0 for a dense model
     head_bytes: int  # final norm, lm_head and one chunk of logits
     scratch_bytes: int
 
@@ -56,11 +63,17 @@ class MemoryPlan:
 
     @property
     def needed_bytes(self) -> int:
-        """The smallest sufficient budget: a wave of one expert."""
-        block = (
-            self.dense_bytes + self.batch_bytes + (self.expert_bytes if self.wave_experts else 0)
-        )
+        """The smallest sufficient budget: a wave of one slice of experts."""
+        block = self.dense_bytes + self.batch_bytes + self.slice_experts * self.expert_bytes
         return self.base_bytes + max(block, self.head_bytes)
+
+
+def slice_size(experts: int) -> int:
+    """Return how many of a layer's routed experts form a slice.
+
+    It depends neither on the budget nor on the number of devices.
+    """
+    return max(1, min(SLICE_EXPERTS, experts // MIN_SLICES))
 
 
 def iterate_solves(block: Block, decisions: Mapping[str, Decision]) -> Iterator[tuple[Linear, ...]]:
@@ -118,7 +131,22 @@ def estimate_dense_bytes(block: Block, decisions: Mapping[str, Decision], grams:
         adding = [reader for reader, group in zip(readers, groups) if group.adds_to]
         summed += 2 * BATCH_TOKENS * 4 * sum(reader.in_features for reader in readers)
         summed += sum(4 * x.n_parameters + 2 * BATCH_TOKENS * 4 * x.out_features for x in adding)
-    return sum(sizes) + solving + summed
+    scaled = estimate_scaled_expert_bytes(block, decisions, grams)
+    return sum(sizes) + solving + scaled + summed
+
+
+def estimate_scaled_expert_bytes(
+    block: Block, decisions: Mapping[str, Decision], grams: int
+) -> int:
+    """Return the bytes of one expert's weights and grams after scaling, in float32.
+
+    A slice is scaled expert by expert.
+    """
+    experts = block.experts
+    if not grams or experts is None or decisions[experts.linear(0, experts.gate)].scheme is None:
+        return 0
+    hidden, width = experts.hidden, experts.intermediate
+    return 4 * (3 * hidden * width + grams * (hidden**2 + width**2))
 
 
 def estimate_expert_bytes(experts: Experts, quantized: bool, grams: int) -> int:
@@ -170,7 +198,8 @@ def plan_memory(
             expert = max(expert, estimate_expert_bytes(block.experts, quantized, grams))
             max_experts = max(max_experts, block.experts.count)
     room = budget_bytes - BASE_BYTES - dense - batch
-    wave = max(1, min(max_experts, room // expert)) if expert else 0
+    part, fitting = (slice_size(max_experts), room // expert) if expert else (0, 0)
+    wave = max_experts if fitting >= max_experts else max(part, fitting // part * part)
     head = layout.head or layout.embedding
     spools = 2 * (tokens["calibration"] + 2 * tokens["fidelity"])  # before and after a block
     if expert:  # input of the experts: from original weights, for calibration also from stored ones
@@ -187,6 +216,7 @@ def plan_memory(
         dense_bytes=dense,
         batch_bytes=batch,
         expert_bytes=expert,
+        slice_experts=part,
         wave_experts=wave,
         head_bytes=(2 + 4) * head.n_parameters + 4 * 8 * HEAD_CHUNK * head.out_features,
         scratch_bytes=spools * hidden * (4 if expert else hidden_bytes),  # waves sum in float32

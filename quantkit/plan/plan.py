@@ -385,7 +385,8 @@ def format_memory_fault(memory: MemoryPlan) -> str:
     parts_text = ", ".join(
         f"{name} {n_bytes / 1e9:.2f}" for name, n_bytes in parts.items() if n_bytes
     )
-    smallest = "the smallest wave (one expert)" if memory.expert_bytes else "the largest block"
+    experts = "one expert" if memory.slice_experts == 1 else f"{memory.slice_experts} experts"
+    smallest = f"the smallest wave ({experts})" if memory.expert_bytes else "the largest block"
     return (
         f"{smallest} needs {-(-memory.needed_bytes // 10**7) / 100:.2f} GB ({parts_text}), found "
         f"{memory.budget_bytes // 10**7 / 100:.2f} GB; raise memory or free some"

@@ -228,7 +228,7 @@ def _replace_all(value: object) -> object:
 def choose_tone(text: str) -> str:
     """Return the CSS class of a cell with a result."""
     word = text.split(":")[0].split("(")[0].strip().lower()
-    return {"pass": "good", "kept": "good", "fail": "bad", "missed": "bad"}.get(word, "open")
+    return {"pass": "good", "fail": "bad"}.get(word, "open")
 
 
 def make_tiles(fidelity: Fidelity) -> list[Tile]:

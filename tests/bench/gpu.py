@@ -147,7 +147,7 @@ def make_routing(shape: Shape, folder: Path, device: torch.device) -> Routing:
     chance = torch.rand(shape.tokens, shape.experts, generator=generator)
     index = chance.topk(shape.top_k, dim=-1).indices.to(device)  # [tokens, experts] -> [tokens, k]
     weight = torch.full(index.shape, 1 / shape.top_k, device=device)
-    return Routing(index=index, weight=weight, seen=seen)
+    return Routing(index=index, weight=weight, expert_inputs=seen)
 
 
 def run_slice(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases) -> int:

@@ -72,7 +72,7 @@ def build_artifact(
         keys["evaluation.limit"] = str(options.limit)
     recipe = parse_recipe(text, options.recipe.name, keys)
     (outcome,) = pipeline.build_artifacts(
-        recipe, text, overwrite=True, evaluate=True, planned=ignore, tell=ignore
+        recipe, text, overwrite=True, evaluate=True, on_plan=ignore, on_progress=ignore
     )
     return outcome.fidelity
 

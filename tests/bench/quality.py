@@ -131,7 +131,7 @@ def measure_build(
     }
     recipe = parse_recipe(recipe_text, "tiny-v3-awq4.yaml", changes)
     (outcome,) = build_artifacts(
-        recipe, recipe_text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+        recipe, recipe_text, overwrite=False, evaluate=False, on_plan=ignore, on_progress=ignore
     )
     return outcome.fidelity.distribution[0]
 

@@ -1,4 +1,4 @@
-"""What a recipe can ask of the build loop beside its defaults: each leaves its trace in report and manifest."""
+"""Options of the build loop, and how report and manifest show them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def calibration(**keys: object) -> str:
 @pytest.mark.parametrize(
     ("policy", "name"), [("shared_gram", "shared-gram"), ("rtn", "rtn-too-few-tokens")]
 )
-def test_an_expert_with_too_few_tokens_takes_a_named_fallback(
+def test_expert_with_too_few_tokens_takes_named_fallback(
     source: Path, tmp_path: Path, policy: str, name: str
 ) -> None:
-    """Some experts of the layer are below the bound, others are not; only the former fall back."""
+    """Some experts of the layer are below the bound; only those fall back."""
     text = calibration(sequences=12, min_expert_tokens=150, under_calibrated=policy)
     report = build(source, tmp_path / "a", calibration=text).fidelity
     assert report.experts is not None
@@ -56,8 +56,10 @@ def test_an_expert_with_too_few_tokens_takes_a_named_fallback(
     assert marked == few
 
 
-def test_too_few_tokens_choose_nothing(tmp_path: Path) -> None:
-    """Neither codes nor the scale of a down projection; the record says what ran, and how many tokens there were."""
+def test_too_few_tokens_use_neither_gptq_nor_scales(tmp_path: Path) -> None:
+    """Codes are rounded to nearest and down projections are not scaled; the record has the method
+    and the tokens.
+    """
     folder = write_checkpoint(tmp_path / "source", make_tiny_config("qwen3_moe"))
     text = calibration(sequences=1, length=8, min_expert_tokens=9, under_calibrated="rtn")
     build(
@@ -77,8 +79,8 @@ def test_too_few_tokens_choose_nothing(tmp_path: Path) -> None:
         assert not (name.endswith("down_proj") and values["rescaled"])
 
 
-def test_all_experts_can_learn_from_all_tokens(source: Path, tmp_path: Path) -> None:
-    """`experts: all`: every expert has the tokens of the whole text behind it, and none is under-calibrated."""
+def test_experts_all_calibrates_every_expert_on_all_tokens(source: Path, tmp_path: Path) -> None:
+    """`experts: all`: every expert uses the whole text, and none is under-calibrated."""
     report = build(
         source, tmp_path / "a", calibration=calibration(experts="all", min_expert_tokens=10**6)
     ).fidelity
@@ -88,10 +90,10 @@ def test_all_experts_can_learn_from_all_tokens(source: Path, tmp_path: Path) -> 
     assert report.fallbacks == ()
 
 
-def test_propagating_original_weights_changes_what_later_blocks_learn(
+def test_propagate_original_changes_statistics_of_later_blocks(
     source: Path, tmp_path: Path
 ) -> None:
-    """The first block learns the same; the second does not."""
+    """The first block has the same statistics; the second does not."""
     reports = [
         build(source, tmp_path / way, propagate=way, rules="all-linear").fidelity
         for way in ("quantized", "original")
@@ -103,8 +105,10 @@ def test_propagating_original_weights_changes_what_later_blocks_learn(
     assert second and any(errors[0][name] != errors[1][name] for name in second)
 
 
-def test_mtp_is_kept_quantized_or_dropped(source: Path, tmp_path: Path) -> None:
-    """Kept: BF16, bit for bit. Quantized: rounded to nearest, by name. Dropped: gone, and the config says so."""
+def test_mtp_block_is_kept_quantized_or_dropped(source: Path, tmp_path: Path) -> None:
+    """Kept: BF16, bit for bit. Quantized: rounded to nearest, with a named fallback. Dropped:
+    absent from tensors and config.
+    """
     original = (
         Checkpoint.open(source).read(["model.layers.2.mlp.experts.0.up_proj.weight"]).popitem()[1]
     )
@@ -131,8 +135,10 @@ def test_mtp_is_kept_quantized_or_dropped(source: Path, tmp_path: Path) -> None:
         verify_artifact(tmp_path / way)
 
 
-def test_what_is_kept_is_the_source_bit_for_bit(source: Path, tmp_path: Path) -> None:
-    """RTN folds nothing: every kept tensor is the source's BF16 dequantization, FP8 blocks and all."""
+def test_kept_tensors_equal_the_source_bit_for_bit(source: Path, tmp_path: Path) -> None:
+    """RTN scales nothing: every kept tensor is the source's BF16 dequantization, FP8 blocks
+    included.
+    """
     build(source, tmp_path / "a", quantize="{method: rtn, group_size: 64}")
     stored, original = load_file(tmp_path / "a" / "model.safetensors"), Checkpoint.open(source)
     kept = [name for name in original.specs if name in stored]
@@ -144,7 +150,9 @@ def test_what_is_kept_is_the_source_bit_for_bit(source: Path, tmp_path: Path) ->
 def test_awq_scales_attention_and_experts_without_changing_the_block(
     source: Path, tmp_path: Path
 ) -> None:
-    """Scales are chosen where they help, folding is exact to rounding, errors are not above RTN's."""
+    """Scales are chosen where they help, folding is exact to rounding, errors are not above
+    RTN's.
+    """
     outcome = build(source, tmp_path / "awq", rules="all-linear")
     blocks = json.loads((outcome.path / "quantkit" / "manifest.json").read_text())["blocks"]
     choices = [choice for block in blocks.values() for choice in block["scales"]]
@@ -162,17 +170,17 @@ def test_awq_scales_attention_and_experts_without_changing_the_block(
 @pytest.mark.parametrize(
     ("quantize", "checked"), [("{method: gptq, group_size: 64}", 0), ("{group_size: 64}", 2)]
 )
-def test_a_fold_is_checked_where_there_can_be_one(
+def test_scaling_is_checked_only_where_something_can_be_scaled(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: str, checked: int
 ) -> None:
-    """GPTQ alone rescales nothing: running each block twice more to compare it with itself would tell nothing."""
+    """GPTQ alone scales nothing, so running a sample through each block would show nothing."""
     seen = list[str]()
 
     def check(
-        work: BlockContext, folded: dense.ScaledBlock, sample: dense.ScalingCheckSample
+        context: BlockContext, scaled: dense.ScaledBlock, sample: dense.ScalingCheckSample
     ) -> dense.ScaledBlock:
-        seen.append(work.block.name)
-        return before(work, folded, sample)
+        seen.append(context.name)
+        return before(context, scaled, sample)
 
     before = dense.check_scaling
     monkeypatch.setattr(dense, "check_scaling", check)
@@ -181,8 +189,20 @@ def test_a_fold_is_checked_where_there_can_be_one(
     verify_artifact(outcome.path)
 
 
-def test_dead_channels_and_zero_groups_have_a_defined_outcome(tmp_path: Path) -> None:
-    """A zero in a norm, a group of zero weights, an expert nobody is sent to: still a sound artifact."""
+def test_kept_experts_follow_the_scale_of_their_input(source: Path, tmp_path: Path) -> None:
+    """Shared experts are quantized with AWQ, routed experts read the same input and are kept."""
+    rules = '[{match: "*.shared_experts.*", quantize: default}, {match: "*", keep: bf16}]'
+    outcome = build(source, tmp_path / "a", rules=rules)
+    block = json.loads((outcome.path / "quantkit/manifest.json").read_text())["blocks"][
+        "model.layers.1"
+    ]
+    assert any(choice["candidate"] for choice in block["scales"]) and block["fold_change"] < 1e-3
+
+
+def test_dead_channels_and_zero_groups_give_a_valid_artifact(tmp_path: Path) -> None:
+    """Zeros in a norm, a group of zero weights, an expert without tokens: the artifact has finite
+    values.
+    """
     folder = write_checkpoint(tmp_path / "source", make_tiny_config("deepseek_v3"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.post_attention_layernorm.weight"][:4] = 0
@@ -203,8 +223,8 @@ def test_dead_channels_and_zero_groups_have_a_defined_outcome(tmp_path: Path) ->
         assert not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
-def test_a_weight_that_is_not_finite_stops_the_build(tmp_path: Path) -> None:
-    """One sentence with the tensor's name, and nothing under the final name."""
+def test_non_finite_weight_stops_the_build(tmp_path: Path) -> None:
+    """The error names the tensor, and nothing has the final name."""
     folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
@@ -214,11 +234,14 @@ def test_a_weight_that_is_not_finite_stops_the_build(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_a_kept_weight_is_stored_as_its_rule_says(tmp_path: Path) -> None:
-    """keep: bf16 halves a float32 source's weights, keep: source leaves them; scales follow the source's dtype."""
+def test_kept_weight_has_the_dtype_of_its_rule(tmp_path: Path) -> None:
+    """keep: bf16 halves a float32 source's weights, keep: source does not; scales follow the
+    source's dtype.
+    """
     folder = write_checkpoint(tmp_path / "source", make_tiny_config("llama", torch_dtype="float32"))
-    rules = '[{match: "*.q_proj", keep: bf16}, {match: "*.k_proj", keep: bf16}, {match: "*.v_proj", keep: bf16}, '
-    rules += '{match: "*.self_attn.*", keep: source}, {match: "*.mlp.*", quantize: default}, {match: "*", keep: source}]'
+    rules = '[{match: "*.q_proj", keep: bf16}, {match: "*.k_proj", keep: bf16}, '
+    rules += '{match: "*.v_proj", keep: bf16}, {match: "*.self_attn.*", keep: source}, '
+    rules += '{match: "*.mlp.*", quantize: default}, {match: "*", keep: source}]'
     build(folder, tmp_path / "a", rules=rules)
     specs = Checkpoint.open(tmp_path / "a").specs
     assert specs["model.layers.0.self_attn.q_proj.weight"].dtype == "BF16"

@@ -1,4 +1,4 @@
-"""The same recipe gives the same bytes: again, with another number of threads, with another memory budget."""
+"""The same recipe gives the same bytes with any number of threads and any memory budget."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_threads_and_memory_change_no_byte(tmp_path: Path) -> None:
-    """One thread and a wave of all experts, against two threads and waves of two."""
+    """One thread with all experts in memory, against two threads with waves of one slice."""
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
     first = build(tmp_path / "x", "artifact", 1)
@@ -63,8 +63,10 @@ def test_threads_and_memory_change_no_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_error_feedback_gives_the_same_bytes_with_any_number_of_threads(tmp_path: Path) -> None:
-    """Rounding gptq on every linear, with the original model's inputs beside: factors, corrections, refinement."""
+def test_threads_change_no_byte_of_error_feedback(tmp_path: Path) -> None:
+    """Rounding gptq on every linear, with the original model's inputs: factors, corrections,
+    refinement.
+    """
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
     learned = (
@@ -83,7 +85,7 @@ def test_error_feedback_gives_the_same_bytes_with_any_number_of_threads(tmp_path
 
 
 def test_shard_size_changes_no_tensor(tmp_path: Path) -> None:
-    """Many shards and an index hold what one file holds."""
+    """Many shards and an index hold the tensors of one file."""
     one = build(tmp_path, "one", 2, "--set", "rules=all-linear")
     many = build(
         tmp_path, "many", 2, "--set", "rules=all-linear", "--set", "output.shard_bytes=300kB"
@@ -98,12 +100,16 @@ def test_shard_size_changes_no_tensor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_command_line_fixes_how_libraries_sum(threads: int) -> None:
-    """A product of few rows depends on the number of threads unless MKL is told otherwise before it loads."""
+def test_command_line_makes_library_sums_reproducible(threads: int) -> None:
+    """A product of few rows depends on the number of threads unless MKL is told otherwise before it
+    loads.
+    """
     code = (
-        "import os, hashlib; from quantkit.cli.main import REPRODUCIBLE; os.environ.update(REPRODUCIBLE); import torch;"
+        "import os, hashlib; from quantkit.cli.main import REPRODUCIBLE; "
+        "os.environ.update(REPRODUCIBLE); import torch;"
         "g = torch.Generator().manual_seed(0); x = torch.randn(7, 256, generator=g);"
-        "w = torch.randn(512, 256, generator=g); print(hashlib.sha256((x @ w.T).numpy().tobytes()).hexdigest())"
+        "w = torch.randn(512, 256, generator=g); print(hashlib.sha256((x @ "
+        "w.T).numpy().tobytes()).hexdigest())"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(

@@ -17,7 +17,7 @@ from quantkit.checkpoint.prefetch import ReadAhead
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.io.host import get_available_memory, get_peak_memory
 
-# ------------------------------------------------------------------------------------------------- reading ahead
+# ------------------------------------------------------------------------------------ reading ahead
 
 
 def test_the_announced_request_is_loaded_in_the_background_once() -> None:
@@ -72,7 +72,7 @@ def test_leaving_by_an_error_ends_the_thread() -> None:
     assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
 
 
-# ------------------------------------------------------------------------------------------------- spool
+# -------------------------------------------------------------------------------------------- spool
 
 
 @settings(
@@ -123,7 +123,8 @@ def test_a_spool_is_opened_again_and_deleted(tmp_path: Path) -> None:
     with pytest.raises(QuantkitError) as caught:
         Spool.open(path, 3, 2, "float32")
     assert str(caught.value) == (
-        f"{path}: expected 24 bytes of hidden states [3, 2] float32, found 12; begin anew with --restart"
+        f"{path}: expected 24 bytes of hidden states [3, 2] float32, found 12; start over with "
+        f"--restart"
     )
     spool.delete()
     assert not path.exists()
@@ -136,7 +137,9 @@ def test_a_spool_is_opened_again_and_deleted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
 def test_a_spool_notices_what_is_not_finite(dtype: str, value: float, tmp_path: Path) -> None:
-    """As stored, by either way of writing; 3e38 is a number in both dtypes, and twice that in neither."""
+    """As stored, by either way of writing; 3e38 is a number in both dtypes, and twice that in
+    neither.
+    """
     for how in ("write", "add"):
         with Spool.create(tmp_path / how, 4, 3, dtype) as spool:  # type: ignore[arg-type]
             spool.write(0, torch.ones(4, 3))

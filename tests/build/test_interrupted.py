@@ -1,4 +1,6 @@
-"""Real processes that are killed, run out of disk or lose power while they build, and the bytes they end with."""
+"""Builds in real processes that are killed, run out of disk or lose power end with the same
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +40,16 @@ def recipe(place: Path, source: Path, **keys: str) -> Path:
 
 
 def finished(mortals: Server, place: Path) -> dict[str, bytes]:
-    """Let a build go on to its end; every byte it leaves."""
+    """Run a build to its end; return the bytes of its files."""
     end = mortals.run(Order(place=str(place), arguments=BUILD))
     assert end.code == 0, end.stderr
     return files(place)
 
 
 def left(place: Path) -> dict[str, bytes]:
-    """Every byte of a build that was done when a call failed: the last ones remove its scratch folder and its lock."""
+    """Return the files of a finished build whose last calls, which remove scratch folder and lock,
+    failed.
+    """
     (place / "x.building.lock").unlink(missing_ok=True)  # it says nothing once its holder is gone
     shutil.rmtree(place / "x.building.scratch", ignore_errors=True)
     return files(place)
@@ -63,16 +67,21 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(
     mortals: Server, source: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, bytes]:
-    """What a build leaves that nobody interrupts."""
+    """The files of an uninterrupted build."""
     return finished(mortals, recipe(tmp_path_factory.mktemp("whole") / "place", source))
 
 
-def test_signals_say_where_it_stands(
+def test_signals_report_how_far_the_build_is(
     mortals: Server, source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """SIGKILL behind the embedding, Ctrl-C behind a block, SIGTERM behind the last one; then it is as if none came."""
+    """SIGKILL after the embedding, Ctrl-C after a block, SIGTERM after the last one; the resumed
+    build has the same bytes.
+    """
     place = recipe(tmp_path / "a", source)
-    stands = "x.building: {} of 2 blocks are done and kept; the same command goes on from there, with --restart it "
+    stands = (
+        "x.building: {} of 2 blocks are done and kept; the same command resumes from there, "
+        "--restart "
+    )
     for number, done, code, says in (
         (signal.SIGKILL, 0, -signal.SIGKILL, None),
         (signal.SIGINT, 1, 130, "interrupted"),
@@ -82,16 +91,16 @@ def test_signals_say_where_it_stands(
         assert end.code == code, end.stderr
         if says:
             assert f"continuing: {stands.format(done - 1)}" in end.stderr
-            assert end.stderr.endswith(f"{says}\n{stands.format(done)}begins anew\n")
+            assert end.stderr.endswith(f"{says}\n{stands.format(done)}starts over\n")
     assert (place / "x.building.scratch").is_dir() and not (place / "x").exists()
     assert differing(finished(mortals, place), whole) == []
     assert sorted(path.name for path in place.iterdir()) == ["r.yaml", "x"]
 
 
-def test_a_full_disk_is_one_sentence_and_no_loss(
+def test_full_disk_is_one_sentence_and_no_loss(
     mortals: Server, source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """Here and there in a build the disk is full or broken, and then all goes on."""
+    """The disk is full or fails at several calls, and the build resumes."""
     place = recipe(tmp_path / "a", source)
     for call, fault in ((4, "EIO"), (90, "ENOSPC"), (50, "EIO"), (70, "ENOSPC")):
         end = mortals.run(Order(place=str(place), arguments=BUILD, call=call, fault=fault))
@@ -101,17 +110,17 @@ def test_a_full_disk_is_one_sentence_and_no_loss(
     assert differing(finished(mortals, place), whole) == []
 
 
-# ---------------------------------------------------------------------------------------------------------- the lock
+# ----------------------------------------------------------------------------------------- the lock
 
 
 HOLDER = "import sys, time; from pathlib import Path; from quantkit.io.lock import hold_lock\n"
 HOLDER += "with hold_lock(Path('x.building.lock')): print('held', flush=True); time.sleep(60)"
 
 
-def test_a_second_build_is_refused_and_a_dead_one_is_not_in_the_way(
+def test_second_build_is_refused_and_a_dead_holder_is_ignored(
     mortals: Server, source: Path, tmp_path: Path
 ) -> None:
-    """The holder is named; when it is killed, its file stays and means nothing."""
+    """The error names the holder; the lock file of a killed holder is ignored."""
     place = recipe(tmp_path / "a", source)
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER], cwd=place, stdout=subprocess.PIPE
@@ -139,7 +148,7 @@ def test_a_second_build_is_refused_and_a_dead_one_is_not_in_the_way(
     [({}, False), ({"pid": 2**22 + 1}, True), ({"ticks": 1}, True), ({"host": "elsewhere"}, False)],
     ids=["alive", "gone", "another process of that number", "another machine"],
 )
-def test_where_files_cannot_be_locked_the_named_holder_counts(
+def test_named_holder_counts_where_files_cannot_be_locked(
     change: dict[str, object], free: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a shared file system without locks."""
@@ -165,26 +174,56 @@ def test_where_files_cannot_be_locked_the_named_holder_counts(
         assert path.exists()
 
 
-# -------------------------------------------------------------------------------------------------------- the matrix
+# --------------------------------------------------------------------------------------- the matrix
 
 
 MIXED = (
-    '[{match: "*.self_attn.*", quantize: {method: rtn, rounding: nearest, bits: 4, group_size: 64, symmetric: true}}, '
-    '{match: "*.experts.*.down_proj", quantize: {method: gptq, bits: 4, group_size: 64, symmetric: true}}, '
+    '[{match: "*.self_attn.*", quantize: {method: rtn, rounding: nearest, bits: 4, group_size: 64, '
+    "symmetric: true}}, "
+    '{match: "*.experts.*.down_proj", quantize: {method: gptq, bits: 4, group_size: 64, symmetric: '
+    "true}}, "
     "{preset: experts-only}]"
 )
 MATRIX: dict[str, tuple[str, bool, int, dict[str, str]]] = {
-    "three formats": ("qwen3_moe", False, 3, {"format": "[gptq, compressed_tensors, dense]", "quantize": SYMMETRIC}),
-    "fp8, mtp": ("deepseek_v3", True, 0, {"mtp": "quantize", "rules": "all-linear"}),
-    "mixed rules": ("qwen3_moe", False, 0, {"format": "compressed_tensors", "quantize": SYMMETRIC, "rules": MIXED}),
-    "both streams": (
-        "mixtral", False, 2, {"quantize": "{method: awq, rounding: gptq, group_size: 64}", "propagate": "both"}
+    "three formats": (
+        "qwen3_moe",
+        False,
+        3,
+        {"format": "[gptq, compressed_tensors, dense]", "quantize": SYMMETRIC},
     ),
-    "dense model": ("llama", False, 0, {"quantize": "{method: gptq, group_size: 64}", "format": "[gptq_v2, awq]"}),
-    "nf4": ("qwen2", False, 0, {"quantize": "{method: nf4, group_size: 64}", "format": "bitsandbytes"}),
-    "nothing measured": ("glm4_moe", False, 2, {"quantize": "{method: rtn, group_size: 64}", "fidelity": "none"}),
+    "fp8, mtp": ("deepseek_v3", True, 0, {"mtp": "quantize", "rules": "all-linear"}),
+    "mixed rules": (
+        "qwen3_moe",
+        False,
+        0,
+        {"format": "compressed_tensors", "quantize": SYMMETRIC, "rules": MIXED},
+    ),
+    "both streams": (
+        "mixtral",
+        False,
+        2,
+        {"quantize": "{method: awq, rounding: gptq, group_size: 64}", "propagate": "both"},
+    ),
+    "dense model": (
+        "llama",
+        False,
+        0,
+        {"quantize": "{method: gptq, group_size: 64}", "format": "[gptq_v2, awq]"},
+    ),
+    "nf4": (
+        "qwen2",
+        False,
+        0,
+        {"quantize": "{method: nf4, group_size: 64}", "format": "bitsandbytes"},
+    ),
+    "nothing measured": (
+        "glm4_moe",
+        False,
+        2,
+        {"quantize": "{method: rtn, group_size: 64}", "fidelity": "none"},
+    ),
     "original inputs": ("deepseek_v2", False, 3, {"propagate": "original"}),
-}  # fmt: skip
+}
 """Name -> family, FP8 source, experts in a wave (0: all), keys of the recipe."""
 KILLS = 26
 FEW = {
@@ -198,7 +237,9 @@ FEW = {
 def test_killed_at_random(
     name: str, mortals: Server, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """Builds that are killed, or lose power and all that was not synced, until they are through: nothing differs."""
+    """Builds that are killed, or lose power and all that was not synced, until they are through:
+    nothing differs.
+    """
     family, fp8, wave, keys = MATRIX[name]
     source, chance = (
         write_checkpoint(tmp_path / "source", make_tiny_config(family), fp8=fp8),
@@ -211,9 +252,12 @@ def test_killed_at_random(
         builds, sealed = builds + 1, False
         while not sealed and kills < KILLS:
             order = Order(
-                place=str(place), arguments=BUILD, call=chance.randint(1, 160), fault=chance.choice(("kill", "power")),
+                place=str(place),
+                arguments=BUILD,
+                call=chance.randint(1, 160),
+                fault=chance.choice(("kill", "power")),
                 wave=wave,
-            )  # fmt: skip
+            )
             end = mortals.run(order)
             assert end.code in (0, -signal.SIGKILL), end.stderr
             sealed, kills = end.code == 0, kills + (end.code != 0)
@@ -226,10 +270,12 @@ def test_killed_at_random(
 @pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_the_power_goes_at_every_call(
+def test_power_loss_at_every_call(
     family: str, mortals: Server, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """A build per call that writes: there all that was not synced is lost, and in the end none differs."""
+    """One build per writing call: everything unsynced is lost there, and the final bytes are the
+    same.
+    """
     source, keys = (
         write_checkpoint(tmp_path / "source", make_tiny_config(family, num_hidden_layers=1)),
         FEW,
@@ -253,10 +299,10 @@ def test_the_power_goes_at_every_call(
 
 @pytest.mark.slow
 @pytest.mark.reliability
-def test_the_disk_fails_at_every_call(
+def test_disk_error_at_every_call(
     mortals: Server, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """An error of the disk is one sentence, whichever call it hits, and the build goes on afterwards."""
+    """A disk error is one sentence, whichever call it hits, and the build resumes afterwards."""
     source, calls = (
         write_checkpoint(tmp_path / "source", make_tiny_config("qwen3_moe", num_hidden_layers=1)),
         0,
@@ -273,7 +319,8 @@ def test_the_disk_fails_at_every_call(
         assert end.code == 1 or (place / "x").exists(), (call, end.stderr)
         if (
             place / "x"
-        ).exists():  # also with an error: it has its name, and that this lasts could not be made sure of
+            # also with an error: it has its name, and that this lasts could not be made sure of
+        ).exists():
             assert differing(files(place / "x"), artifact) == []
         assert end.code == 0 or "error: " in end.stderr, (call, end.stderr)
         scratch = end.code == 0 and (place / "x.building.scratch").exists()

@@ -1,4 +1,6 @@
-"""`propagate: both`: calibration runs through stored and original weights, and rounding makes up the difference."""
+"""`propagate: both`: calibration runs through stored and original weights, and rounding corrects
+the difference.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from quantkit.build.dense import GramAccumulator
-from quantkit.build.expert_ops import ExpertSlice, collect_stats
+from quantkit.build.expert_ops import ExpertSlice, RoutedStream, collect_stats
 from quantkit.build.hidden_states import Routing
 from quantkit.build.spool import Spool
 from quantkit.contracts import Experts
@@ -48,10 +50,15 @@ def test_crosses_of_experts_are_sums_over_their_tokens(
     index = torch.stack([torch.randperm(EXPERTS, generator=g)[:2] for _ in range(TOKENS)])
     wave = ExpertSlice(first=0, gate=gate, up=up, down=down)
     routing = Routing(
-        index=index, weight=torch.rand(TOKENS, 2, generator=g), seen=spool(tmp_path / "x", x)
+        index=index,
+        weight=torch.rand(TOKENS, 2, generator=g),
+        expert_inputs=spool(tmp_path / "x", x),
     )
-    found = collect_stats(wave, routing, silu, everyone, spool(tmp_path / "o", original))
-    plain = collect_stats(wave, routing, silu, everyone)
+    cpu = torch.device("cpu")
+    stream = RoutedStream(routing=routing, device=cpu)
+    both = RoutedStream(routing=routing, device=cpu, original=spool(tmp_path / "o", original))
+    (found,) = collect_stats([wave], both, silu, everyone, has_original=True)
+    (plain,) = collect_stats([wave], stream, silu, everyone)
     assert plain.into.cross is None and plain.inner.cross is None
     assert torch.equal(plain.into.gram, found.into.gram) and torch.equal(
         plain.inner.gram, found.inner.gram
@@ -74,7 +81,7 @@ def test_crosses_of_experts_are_sums_over_their_tokens(
         )
 
 
-def test_the_streams_gap_is_summed_where_a_linear_adds_to_it() -> None:
+def test_residual_gap_is_summed_where_a_linear_adds_to_the_stream() -> None:
     g = torch.Generator().manual_seed(1)
     x, original, gap = (torch.randn(70, width, generator=g) for width in (16, 16, 24))
     total = GramAccumulator(16, x.device, crossed=True, stream=24)
@@ -90,10 +97,12 @@ def test_the_streams_gap_is_summed_where_a_linear_adds_to_it() -> None:
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_only_what_comes_after_an_error_is_corrected(
+def test_only_blocks_after_an_error_are_corrected(
     source: Path, tmp_path: Path, method: str
 ) -> None:
-    """In the first block both streams are the same, so its tensors are; the next block's are others, experts' too."""
+    """In the first block both streams are equal, so its tensors are; those of the next block
+    differ, experts included.
+    """
     found = []
     for way in ("quantized", "both"):
         quantize = f"{{method: {method}, rounding: gptq, bits: 4, group_size: 32}}"
@@ -107,10 +116,8 @@ def test_only_what_comes_after_an_error_is_corrected(
         assert any(name.startswith(f"model.layers.1.{part}") for name in changed), part
 
 
-def test_nearest_rounding_is_the_same_with_the_original_beside(
-    source: Path, tmp_path: Path
-) -> None:
-    """Who rounds to nearest corrects nothing."""
+def test_nearest_rounding_ignores_the_original_stream(source: Path, tmp_path: Path) -> None:
+    """Rounding to nearest corrects nothing."""
     for way in ("quantized", "both"):
         build(
             source,

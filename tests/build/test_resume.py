@@ -1,4 +1,4 @@
-"""A build that is interrupted, wherever that is, goes on and ends with the bytes of one that was not."""
+"""An interrupted build resumes and ends with the bytes of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from support.checkpoints import make_recipe_text, make_tiny_config, write_checkp
 from quantkit import pipeline
 from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.writer import ArtifactWriter
-from quantkit.build import expert_ops, moe, session, wave_checkpoint
+from quantkit.build import moe, progress_log, session
+from quantkit.build.block_plan import ExpertRange
 from quantkit.build.context import BlockContext
 from quantkit.build.expert_ops import ExpertSlice
 from quantkit.build.progress_log import BuildProgress
@@ -40,26 +41,32 @@ SMALL = {
 
 
 class Killed(BaseException):
-    """Stands for whatever ends a process; nothing catches it."""
+    """Stands for the end of the process; nothing catches it."""
 
 
 def build(
     source: Path, told: list[str] | None = None, *, restart: bool = False, **keys: str
 ) -> list[str]:
-    """Build a small recipe into `x` of the current folder; what is `told` of an earlier, interrupted build."""
+    """Build a small recipe into `x` of the current folder; return the messages."""
     text, told = (
         make_recipe_text(source, Path("x"), **{**SMALL, **keys}),
         [] if told is None else told,
     )
     pipeline.build_artifacts(
-        parse_recipe(text, "r.yaml"), text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None,
-        say=told.append, restart=restart,
-    )  # fmt: skip
+        parse_recipe(text, "r.yaml"),
+        text,
+        overwrite=False,
+        evaluate=False,
+        on_plan=lambda _: None,
+        on_progress=lambda _: None,
+        on_message=told.append,
+        restart=restart,
+    )
     return told
 
 
 def files(place: Path) -> dict[str, bytes]:
-    """Every file below a folder, but for those that tell times."""
+    """Read every file below a folder, except timings."""
     found = {
         path.relative_to(place).as_posix(): path.read_bytes()
         for path in place.rglob("*")
@@ -73,12 +80,12 @@ def files(place: Path) -> dict[str, bytes]:
 
 
 def differing(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
-    """Names of files that are not the same in both."""
+    """Return the names of files that differ."""
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
 def dying(patch: pytest.MonkeyPatch, owner: object, name: str, call: int, after: bool) -> None:
-    """Let the process end at the `call`th call of a function, before it or right behind it."""
+    """End the process at the `call`th call of a function, before or after it."""
     real, calls = getattr(owner, name), list[int]()
 
     def fatal(*args: object, **kwargs: object) -> object:
@@ -103,7 +110,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a build of three formats leaves that nobody interrupts."""
+    """The files of an uninterrupted build of three formats."""
     place = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -119,14 +126,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_killed_before_and_behind_every_step(
+def test_resume_after_a_kill_before_and_after_every_step(
     source: Path, whole: dict[str, bytes], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each process makes one step and dies before it is noted, or just behind it, until nothing is left to do."""
+    """Each process finishes one step and dies before or after its journal entry, until the build is
+    done.
+    """
     told, ends = list[str](), 0
     for run in range(100):
         with monkeypatch.context() as patch:
-            dying(patch, BuildProgress, "commit", 1, after=bool(run % 2))
+            dying(patch, BuildProgress, "commit_step", 1, after=bool(run % 2))
             try:
                 build(source, told, **THREE)
             except Killed:
@@ -150,24 +159,24 @@ POINTS: Sequence[tuple[object, str, int, bool]] = (
     (Journal, "append", 1, True),  # states that nobody needs are not removed
     (ArtifactWriter, "close", 1, True),
     (pipeline, "write_model_files", 1, True),
-    (pipeline, "measure", 1, False),
+    (pipeline, "measure_text", 1, False),
     (pipeline, "write_evidence", 1, True),
     (pipeline, "seal_artifact", 1, True),
     (pipeline, "seal_artifact", 2, True),
-    (BuildSession, "seal", 1, True),
+    (BuildSession, "mark_sealed", 1, True),
     (pipeline, "rename_into_place", 1, True),  # one of two has its name
     (pipeline, "rename_into_place", 2, True),
-    (BuildProgress, "commit", 2, True),  # of the second loop
+    (BuildProgress, "commit_step", 2, True),  # of the second loop
     (pipeline, "rename_into_place", 3, False),
     (pipeline, "rename_into_place", 3, True),
-    (BuildSession, "finish", 1, False),
+    (BuildSession, "remove_scratch", 1, False),
 )
 
 
-def test_killed_in_the_middle_of_things(
+def test_resume_after_a_kill_at_every_kind_of_write(
     source: Path, whole: dict[str, bytes], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One build, dying again and again further on."""
+    """One build that dies again and again, each time later."""
     for owner, name, call, after in POINTS:
         with monkeypatch.context() as patch:
             dying(patch, owner, name, call, after)
@@ -181,24 +190,24 @@ def test_killed_in_the_middle_of_things(
 
 
 def in_waves(patch: pytest.MonkeyPatch, size: int) -> None:
-    """Builds that hold so many experts at a time, and make sure of every wave."""
-    real = plan.memory_plan
+    """Hold so many experts at once, and save every wave."""
+    real = plan.plan_memory
 
-    def fewer(*args, **kwargs):  # type: ignore[no-untyped-def]  # stands for `memory_plan`
+    def fewer(*args, **kwargs):  # type: ignore[no-untyped-def]  # stands for `plan_memory`
         return replace(real(*args, **kwargs), wave_experts=size)
 
-    patch.setattr(plan, "memory_plan", fewer)
-    patch.setattr(wave_checkpoint, "SECONDS", 0.0)
-    patch.setattr(wave_checkpoint, "SHARE", 0)
+    patch.setattr(plan, "plan_memory", fewer)
+    patch.setattr(progress_log, "MIN_SECONDS", 0.0)
+    patch.setattr(progress_log, "MIN_COST_RATIO", 0)
 
 
 def counting(patch: pytest.MonkeyPatch, waves: list[int], run: int) -> None:
-    """Note `run` for each wave that is read."""
+    """Append `run` for each wave that is read."""
     real = moe.read_wave
 
-    def noted(work: BlockContext, first: int, stop: int) -> ExpertSlice:
+    def noted(context: BlockContext, wave: Sequence[ExpertRange]) -> list[ExpertSlice]:
         waves.append(run)
-        return real(work, first, stop)
+        return real(context, wave)
 
     patch.setattr(moe, "read_wave", noted)
 
@@ -218,10 +227,12 @@ GPTQ = SYMMETRIC.replace(
         ("original", GPTQ),
     ],
 )
-def test_killed_behind_every_wave(
+def test_resume_after_a_kill_at_every_wave(
     source: Path, propagate: str, quantize: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every process makes one wave, and dies before it is noted or behind it; a pass reads only what it lacks."""
+    """Each process finishes one wave and dies before or after its entry; a pass reads only
+    unfinished experts.
+    """
     keys = {**THREE, "propagate": propagate, "quantize": quantize}
     with monkeypatch.context() as patch:
         in_waves(patch, 3)
@@ -233,7 +244,7 @@ def test_killed_behind_every_wave(
     for run in range(100):
         with monkeypatch.context() as patch:
             in_waves(patch, 3 if run % 5 else 2)  # the budget may change in between
-            dying(patch, BuildProgress, "pause", 1, after=bool(run % 3))
+            dying(patch, BuildProgress, "record_wave", 1, after=bool(run % 3))
             counting(patch, waves, run)
             try:
                 build(source, told, **keys)
@@ -248,10 +259,10 @@ def test_killed_behind_every_wave(
     assert not list(place.rglob("*.building*"))
 
 
-def test_states_that_a_wave_left_are_as_they_were(
+def test_saved_states_survive_a_kill_in_the_next_wave(
     source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the middle of a wave, again and again at the same place and then further on."""
+    """Killed within a wave, several times at the same place and then later."""
     in_waves(monkeypatch, 3)
     build(source, **THREE)
     whole = files(place)
@@ -259,28 +270,28 @@ def test_states_that_a_wave_left_are_as_they_were(
         shutil.rmtree(path)
     for call in (1, 2, 2, 5, 5, 3, 9, 4, 4, 7):
         with monkeypatch.context() as patch:
-            dying(patch, expert_ops, "advance", call, after=bool(call % 2))
+            dying(patch, moe, "add_expert_outputs", call, after=bool(call % 2))
             with suppress(Killed):
                 build(source, **THREE)
     build(source, **THREE)
     assert differing(files(place), whole) == []
 
 
-def half_way(source: Path, patch: pytest.MonkeyPatch, **keys: str) -> None:
-    """A build that ends behind its first block."""
+def interrupt_after_first_block(source: Path, patch: pytest.MonkeyPatch, **keys: str) -> None:
+    """Run a build that dies after its first block."""
     with patch.context() as inner:
-        dying(inner, BuildProgress, "commit", 2, after=True)
+        dying(inner, BuildProgress, "commit_step", 2, after=True)
         with pytest.raises(Killed) as caught:
             build(source, **keys)
-    assert "1 of 2 blocks are done and kept; the same command goes on" in caught.value.__notes__[0]
+    assert "1 of 2 blocks are done and kept; the same command resumes" in caught.value.__notes__[0]
 
 
-def test_what_changed_is_named_and_restart_begins_anew(
+def test_changed_inputs_are_named_and_restart_starts_over(
     source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another recipe, source or version would give a mixture; another budget gives the same bytes."""
+    """Another recipe, source or version is refused; another memory budget gives the same bytes."""
     copy = Path(shutil.copytree(source, place / "source"))
-    half_way(copy, monkeypatch)
+    interrupt_after_first_block(copy, monkeypatch)
     with pytest.raises(
         UsageError,
         match=r"x\.building: .* recipe\.quantize\.group_size was 64, is 32; .* --restart",
@@ -300,7 +311,7 @@ def test_what_changed_is_named_and_restart_begins_anew(
     assert build(copy, memory="3GB") != []
     resumed = files(place / "x")
     shutil.rmtree(place / "x")
-    half_way(copy, monkeypatch)
+    interrupt_after_first_block(copy, monkeypatch)
     assert build(copy, restart=True, quantize="{method: rtn, bits: 4, group_size: 64}") == []
     shutil.rmtree(place / "x")
     assert build(copy) == []
@@ -317,8 +328,8 @@ def test_what_changed_is_named_and_restart_begins_anew(
 def test_other_formats_destroy_nothing(
     formats: str, source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The journal is found whatever the formats and their order."""
-    half_way(source, monkeypatch, **THREE)
+    """The journal's path does not depend on the formats and their order."""
+    interrupt_after_first_block(source, monkeypatch, **THREE)
     before = files(place)
     with pytest.raises(
         UsageError,
@@ -328,10 +339,10 @@ def test_other_formats_destroy_nothing(
     assert differing(files(place), before) == []
 
 
-def test_shards_that_are_gone_are_told_at_once(
+def test_missing_shards_are_reported_at_the_start(
     source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    half_way(source, monkeypatch, **{**THREE, "output": "{path: x}"})
+    interrupt_after_first_block(source, monkeypatch, **{**THREE, "output": "{path: x}"})
     shutil.rmtree(place / "x-gptq.building")
     with pytest.raises(
         ArtifactError,
@@ -342,10 +353,12 @@ def test_shards_that_are_gone_are_told_at_once(
     assert {path.name for path in place.iterdir()} == {"x-gptq", "x-compressed-tensors", "x-dense"}
 
 
-def test_a_source_that_changes_meanwhile_is_found(
+def test_source_that_changes_during_the_build_is_an_error(
     source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was read before the change and behind it would be a mixture; a file that is only touched is the same."""
+    """Tensors from before and after a change must not be mixed; a file with a new time only is
+    unchanged.
+    """
     copy = Path(shutil.copytree(source, place / "source"))
     real, weights = pipeline.build_blocks, copy / "model.safetensors"
 
@@ -356,14 +369,16 @@ def test_a_source_that_changes_meanwhile_is_found(
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "build_blocks", changing)
-        with pytest.raises(QuantkitError, match=r"source: expected files that stay as they are"):
+        with pytest.raises(
+            QuantkitError, match=r"source: expected the files that the build began with"
+        ):
             build(copy)
     assert not (place / "x").exists()
     (copy / "config.json").touch()
     build(copy, restart=True)
 
 
-def test_a_damaged_journal_and_missing_shards_are_errors(
+def test_damaged_journal_and_missing_shards_are_errors(
     source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -396,17 +411,17 @@ def test_a_damaged_journal_and_missing_shards_are_errors(
     assert "0 of 2 blocks are done" in build(source)[0]
 
 
-# ---------------------------------------------------------------------------------------------- what others put there
+# ---------------------------------------------------------------------------- what others put there
 
 
 @pytest.mark.parametrize(
     "name", ["x.building", "x.building.scratch", "x.replaced", "x.building.lock"]
 )
 @pytest.mark.parametrize("restart", [False, True])
-def test_what_no_build_made_is_left_alone(
+def test_files_of_the_user_are_refused_and_kept(
     source: Path, name: str, restart: bool, place: Path
 ) -> None:
-    """A folder, a file or a link of the user's where a build works: refused, and as it was."""
+    """A folder, file or link of the user's at a build's paths is refused and stays unchanged."""
     keys = {"quantize": "{method: rtn, bits: 4, group_size: 64}", "fidelity": "none"}
     theirs = place / name
     if not name.endswith("lock"):
@@ -427,19 +442,19 @@ def test_what_no_build_made_is_left_alone(
     assert not (place / "x").exists()
 
 
-def test_an_empty_folder_is_taken(source: Path, place: Path) -> None:
-    """Of a build that was killed before its first file."""
+def test_empty_folder_is_used(source: Path, place: Path) -> None:
+    """It may be left by a build that was killed before its first file."""
     for name in ("x.building", "x.building.scratch"):
         (place / name).mkdir()
     build(source, quantize="{method: rtn, bits: 4, group_size: 64}", fidelity="none")
     assert {path.name for path in place.iterdir()} == {"x"}
 
 
-# ------------------------------------------------------------------------------------------------------- the journal
+# -------------------------------------------------------------------------------------- the journal
 
 
-def test_a_journal_gives_back_what_was_noted(tmp_path: Path) -> None:
-    """Floats to the last bit, infinities too; what the file lacks at its end is the last entry alone."""
+def test_journal_returns_its_entries(tmp_path: Path) -> None:
+    """Floats to the last bit, infinities included; a truncated file loses only its last entry."""
     path, last = tmp_path / "j", {"x": [0.1 + 0.2, 1e-310, float("inf")], "ü": None}
     journal = Journal.begin(path, {"n": 0})
     journal.append({"n": 1})
@@ -457,8 +472,8 @@ def test_a_journal_gives_back_what_was_noted(tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
-def test_every_changed_byte_of_a_journal_is_found(tmp_path: Path) -> None:
-    """In the last line it makes a torn line, in front of it damage."""
+def test_changed_byte_of_a_journal_is_detected(tmp_path: Path) -> None:
+    """In the last line it is a torn line, in earlier lines damage."""
     path = tmp_path / "j"
     journal = Journal.begin(path, {"n": 0})
     journal.append({"n": 1})
@@ -478,8 +493,8 @@ def test_every_changed_byte_of_a_journal_is_found(tmp_path: Path) -> None:
     assert json.loads(content.splitlines()[0])["entry"] == {"n": 0}
 
 
-def test_a_build_leaves_no_file_open(source: Path, place: Path) -> None:
-    """Hidden states that are removed while a process holds them keep their space on the disk."""
+def test_build_leaves_no_file_open(source: Path, place: Path) -> None:
+    """Removing an open file frees no disk space."""
     build(source, **THREE)
     links = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
     assert [link for link in links if str(place) in link] == []

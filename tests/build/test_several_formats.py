@@ -36,7 +36,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_formats_that_hold_the_same_codes_share_a_solve(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has a folder of its own, its own config and card; the codes and figures are those of a build alone."""
+    """Each has its own folder, config and card; codes and figures equal those of a separate
+    build.
+    """
     loops = []
     monkeypatch.setattr(
         pipeline,
@@ -87,7 +89,7 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
     assert torch.equal(*weights)
 
 
-def test_a_format_that_rounds_once_more_is_built_alone(source: Path, tmp_path: Path) -> None:
+def test_format_that_rounds_once_more_has_its_own_build(source: Path, tmp_path: Path) -> None:
     """`dense` stores BF16: its figures are its own, in the order of the recipe."""
     found = build_all(source, tmp_path / "x", format="[dense, awq]")
     assert [outcome.format_name for outcome in found] == ["dense", "awq"]
@@ -97,10 +99,10 @@ def test_a_format_that_rounds_once_more_is_built_alone(source: Path, tmp_path: P
     assert all(verify_artifact(outcome.path) for outcome in found)
 
 
-def test_formats_that_would_differ_are_an_error(
+def test_formats_that_store_different_weights_are_an_error(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A format that says it holds the codes and does not is found before anything is sealed."""
+    """A format that wrongly claims to hold the codes fails before anything is sealed."""
     from dataclasses import replace
 
     lying = replace(registry.get_format("dense"), holds_codes=True)
@@ -114,8 +116,8 @@ def test_formats_that_would_differ_are_an_error(
     assert not (tmp_path / "x-awq").exists()
 
 
-def test_faults_of_every_format_are_shown_once(source: Path, tmp_path: Path) -> None:
-    """gptq holds no zero points; what is wrong with both formats is one fault."""
+def test_faults_common_to_formats_are_listed_once(source: Path, tmp_path: Path) -> None:
+    """gptq holds no zero points; a fault of both formats is listed once."""
     text = make_recipe_text(
         source, tmp_path / "x", format="[awq, gptq]", quantize="{bits: 4, group_size: 128}"
     )
@@ -128,10 +130,10 @@ def test_faults_of_every_format_are_shown_once(source: Path, tmp_path: Path) -> 
     assert len(caught.value.faults) == len(set(caught.value.faults))
 
 
-def test_a_family_is_looked_up_once_for_all_formats(
+def test_architecture_is_derived_once_for_all_formats(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The proof of a family without a table takes seconds."""
+    """Deriving a family without a table takes seconds."""
     asked = []
     monkeypatch.setattr(
         "quantkit.plan.plan.load_architecture",
@@ -153,7 +155,7 @@ def test_a_family_is_looked_up_once_for_all_formats(
     ("method", "reads", "rules"),
     [("rtn", 0, "experts-only"), ("rtn", 0, "all-linear"), ("awq", 1, "all-linear")],
 )
-def test_without_a_fidelity_text_nothing_is_measured(
+def test_build_without_fidelity_text_measures_nothing(
     source: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -161,14 +163,16 @@ def test_without_a_fidelity_text_nothing_is_measured(
     reads: int,
     rules: str,
 ) -> None:
-    """RTN then runs no forward pass at all; what is stored does not depend on it."""
-    from quantkit.build import loop
+    """RTN then runs no forward pass; the stored tensors are the same."""
+    from quantkit.build import open_streams
 
     started: list[str] = []
     monkeypatch.setattr(
-        loop,
+        open_streams,
         "open_stream",
-        lambda name, *rest, real=loop.open_stream: started.append(name) or real(name, *rest),
+        lambda name, *rest, real=open_streams.open_stream: (
+            started.append(name) or real(name, *rest)
+        ),
     )
     quantize = f"{{method: {method}, bits: 4, group_size: 64}}"
     found = build(source, tmp_path / "x", quantize=quantize, rules=rules, fidelity="none")
@@ -192,17 +196,18 @@ def test_without_a_fidelity_text_nothing_is_measured(
     )
 
 
-def test_a_plan_says_that_nothing_will_be_measured(source: Path) -> None:
+def test_plan_warns_that_nothing_will_be_measured(source: Path) -> None:
     plan = make_plan(source, fidelity="none")
     assert any("loss of this artifact against its source" in warning for warning in plan.warnings)
 
 
-def test_a_gate_needs_something_that_measures_it(tmp_path: Path) -> None:
+def test_gate_without_fidelity_text_is_refused(tmp_path: Path) -> None:
     text = make_recipe_text(
         "builtin:tiny-v3", tmp_path, fidelity="none", gates="{kl_mean: {max: 0.1}}"
     )
     with pytest.raises(RecipeError) as caught:
         parse_recipe(text, "r.yaml")
     assert caught.value.faults == (
-        "r.yaml:10: gates.kl_mean: needs a fidelity text, found fidelity: none; name a set, or drop this gate",
+        "r.yaml:10: gates.kl_mean: needs a fidelity text, found fidelity: none; name a set, or "
+        "drop this gate",
     )

@@ -1,4 +1,6 @@
-"""A head that is the embedding has no tensor; config.json names it, for loaders take it for a linear all the same."""
+"""A head that is the embedding has no tensor; config.json names it, for loaders take it for a
+linear all the same.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,17 @@ def llama(folder: Path) -> Path:
 def starcoder2(folder: Path) -> Path:
     """A family without a table."""
     config = AutoConfig.for_model(
-        "starcoder2", hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=768, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        "starcoder2",
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=768,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return write_model(folder, {**config.to_dict(), "dtype": "bfloat16"})
 
 

@@ -147,7 +147,7 @@ def test_binary_recipe_is_refused(tmp_path: Path) -> None:
             "quantize.group_size=100",
             "override quantize.group_size: quantize.group_size: expected 32, 64, 128 or -1, f",
         ),
-        ("memory=1MB", "override memory: memory: the smallest wave (one expert) needs "),
+        ("memory=1MB", "override memory: memory: the smallest wave (2 experts) needs "),
         (
             "evaluation.tasks=[tiny-v3-math, tiny-v3-code, gsm9k]",
             "no benchmark named 'gsm9k'. Did you mean 'gsm8k'?",
@@ -401,7 +401,7 @@ def test_overwrite_replaces_an_artifact_after_the_new_one_is_complete(
         "recipe.quantize.group_size was 128, is 64" in refused
         and "source.files.model.safetensors chan" in refused
     )
-    assert refused.endswith("begin anew with --restart")
+    assert refused.endswith("start over with --restart")
     assert build(artifact, "--overwrite", "--restart", **other).exit_code == 0
     assert (
         json.loads((artifact / "config.json").read_text())["quantization_config"]["group_size"]

@@ -231,8 +231,8 @@ def test_changed_source_is_detected(
             text,
             overwrite=False,
             evaluate=False,
-            planned=lambda _: None,
-            tell=tell,
+            on_plan=lambda _: None,
+            on_progress=tell,
         )
     assert changed and not output.exists()
     record_property("fault", f"source changed, {name}, at {stage}")
@@ -252,8 +252,8 @@ def test_touched_source_with_equal_bytes_is_accepted(tmp_path: Path) -> None:
         text,
         overwrite=False,
         evaluate=False,
-        planned=lambda _: None,
-        tell=tell,
+        on_plan=lambda _: None,
+        on_progress=tell,
     )
     assert verify_artifact(output).tensors > 0
 

@@ -54,8 +54,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
                 text,
                 overwrite=False,
                 evaluate=True,
-                planned=lambda _: None,
-                tell=lambda _: None,
+                on_plan=lambda _: None,
+                on_progress=lambda _: None,
             )
     shutil.rmtree(place / "cache", ignore_errors=True)
     yield paths

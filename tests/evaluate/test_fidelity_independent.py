@@ -23,7 +23,9 @@ from quantkit.texts import corpora
 AGREEMENT = 0.01
 
 
-@pytest.mark.parametrize("rules", ["experts-only", "all-linear"])
+@pytest.mark.parametrize(
+    "rules", ["experts-only", pytest.param("all-linear", marks=pytest.mark.slow)]
+)
 def test_streaming_figures_equal_whole_models(rules: str, tmp_path: Path) -> None:
     """KL, perplexity ratio, top-1 and delta-p of the demo's recipe, on all of its held-out text."""
     text = (package_data.locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text()
@@ -33,7 +35,12 @@ def test_streaming_figures_equal_whole_models(rules: str, tmp_path: Path) -> Non
         {"output.path": str(tmp_path / "a"), "rules": rules, "calibration.sequences": "100"},
     )
     (outcome,) = pipeline.build_artifacts(
-        recipe, text, overwrite=False, evaluate=False, planned=ignore_progress, tell=ignore_progress
+        recipe,
+        text,
+        overwrite=False,
+        evaluate=False,
+        on_plan=ignore_progress,
+        on_progress=ignore_progress,
     )
     source = package_data.locate_model("builtin:tiny-v3")
     first, second = (

@@ -51,7 +51,12 @@ def built(place: Path, **changes: str) -> pipeline.BuildResult:
         keys | {key.replace("__", "."): text for key, text in changes.items()},
     )
     (outcome,) = pipeline.build_artifacts(
-        recipe, TEXT, overwrite=False, evaluate=False, planned=ignore_progress, tell=ignore_progress
+        recipe,
+        TEXT,
+        overwrite=False,
+        evaluate=False,
+        on_plan=ignore_progress,
+        on_progress=ignore_progress,
     )
     return outcome
 
@@ -231,8 +236,9 @@ def test_build_does_not_import_lm_eval(tmp_path: Path) -> None:
     """The import would take 130 MB of the recipe's memory."""
     code = (
         "import sys; from quantkit import pipeline; from quantkit.recipe.parse import parse_recipe;"
-        "from quantkit.io import builtin; text = open(sys.argv[1]).read();"
-        "found = pipeline.tokenize(parse(text, 'x'), builtin.resolve_model('builtin:tiny-v3'));"
+        "from quantkit.io import package_data; text = open(sys.argv[1]).read();"
+        "folder = package_data.locate_model('builtin:tiny-v3');"
+        "found = pipeline.tokenize(parse_recipe(text, 'x'), folder);"
         "assert len(found.solutions.items) == 128; assert not {'lm_eval', 'datasets'} & "
         "sys.modules.keys()"
     )

@@ -513,7 +513,7 @@ def test_row_reports_truncated_and_unparsed_answers_of_both_sides(items):
     assert row.truncated == row.unparsed == (0.0, 1 / len(mine))
     note = tables.make_comparison_table([row], "Greedy").note
     assert "Cut at the token limit: tiny-v3-math 0.0 % ->" in note
-    assert "No result found: tiny-v3-math 0.0 % ->" in note
+    assert "Without a result: tiny-v3-math 0.0 % ->" in note
 
 
 # -------------------------------------------------------------------------------------------------

@@ -559,8 +559,8 @@ def test_recipe_without_calibration_keeps_its_gate(name: str, tmp_path: Path) ->
         text,
         overwrite=False,
         evaluate=False,
-        planned=lambda plans: None,
-        tell=lambda progress: None,
+        on_plan=lambda plans: None,
+        on_progress=lambda progress: None,
     )
     assert result.fidelity.calibration is None and recipe.gates["kl_mean"].max is not None
     measured = result.fidelity.distribution[0].kl_mean

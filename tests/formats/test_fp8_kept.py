@@ -179,7 +179,12 @@ def test_fp8_demo_recipe_end_to_end(tmp_path: Path) -> None:
         {"output.path": str(tmp_path / "a"), "compute.device": "cpu"},
     )
     results = pipeline.build_artifacts(
-        recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
+        recipe,
+        text,
+        overwrite=False,
+        evaluate=False,
+        on_plan=lambda _: None,
+        on_progress=lambda _: None,
     )
     (result,) = results
     kl = result.fidelity.distribution[0].kl_mean

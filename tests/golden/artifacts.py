@@ -202,7 +202,12 @@ def build_recipe(text: str, name: str, overrides: Mapping[str, str]) -> Hashes:
     began = time.monotonic()
     recipe = parse_recipe(text, f"{name}.yaml", {**overrides})
     outcomes = pipeline.build_artifacts(
-        recipe, text, overwrite=False, evaluate=False, planned=lambda _: None, tell=lambda _: None
+        recipe,
+        text,
+        overwrite=False,
+        evaluate=False,
+        on_plan=lambda _: None,
+        on_progress=lambda _: None,
     )
     print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     return {outcome.path.name: hash_artifact(outcome.path) for outcome in outcomes}

@@ -226,7 +226,7 @@ def build(text: str) -> pipeline.BuildResult:
     """Build without benchmarks."""
     recipe = parse_recipe(text, "test.yaml")
     [outcome] = pipeline.build_artifacts(
-        recipe, text, overwrite=False, evaluate=False, planned=ignore, tell=ignore
+        recipe, text, overwrite=False, evaluate=False, on_plan=ignore, on_progress=ignore
     )
     return outcome
 

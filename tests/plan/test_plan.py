@@ -196,7 +196,8 @@ def test_flagship_shards_and_memory_keep_their_limits(flagship: Plan) -> None:
     memory = flagship.memory
     assert memory.needed_bytes <= memory.peak_bytes <= memory.budget_bytes == 64 * 10**9
     assert 1 < memory.wave_experts < 256
-    assert memory.peak_bytes + memory.expert_bytes > memory.budget_bytes  # one more would not fit
+    assert memory.slice_experts == 16 and memory.wave_experts % 16 == 0
+    assert memory.peak_bytes + 16 * memory.expert_bytes > memory.budget_bytes  # not one more slice
     assert flagship.warnings == (
         "format awq cannot hold FP8 blocks: kept weights are stored as BF16",
     )

@@ -2,7 +2,7 @@
 refused.
 
 The files are sealed again after each change, so that the manifest agrees: only the signature can
-tell. Each case is counted as in test_bad_artifacts.
+report. Each case is counted as in test_bad_artifacts.
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ class Pair:
 def pair(place: Path, name: str, password: str | None = None) -> Pair:
     """A new key on P-256."""
     key = ec.generate_private_key(ec.SECP256R1())
-    found = Pair(private=place / f"{name}.pem", public=place / f"{name}.pub")
+    pair = Pair(private=place / f"{name}.pem", public=place / f"{name}.pub")
     hidden = (
         serialization.BestAvailableEncryption(password.encode())
         if password
         else serialization.NoEncryption()
     )
     pem = serialization.Encoding.PEM
-    found.private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, hidden))
-    found.public.write_bytes(
+    pair.private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, hidden))
+    pair.public.write_bytes(
         key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
     )
-    return found
+    return pair
 
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Pair:
-    """The key of whoever signs."""
+    """The signing key pair."""
     return pair(tmp_path, "key")
 
 
@@ -82,7 +82,7 @@ def signed(artifact: Path, keys: Pair) -> Path:
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    """Exit code and what was printed; an error has nothing on stdout and one line on stderr, but
+    """Return exit code and output; an error has nothing on stdout and one line on stderr, but
     for verify's list.
     """
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -104,10 +104,10 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(content)
 
 
-# --------------------------------------------------------------------------------- what is in order
+# --------------------------------------------------------------------------------- valid signatures
 
 
-def test_a_signature_is_checked_when_asked_for(signed: Path, keys: Pair) -> None:
+def test_verify_checks_signature_on_request(signed: Path, keys: Pair) -> None:
     code, text = check(signed, keys)
     assert code == 0 and text.endswith(f"not judged)\n  signed by the key {keys.public}\n")
     assert run("verify", signed)[1].endswith("name the signer with --public-key\n")
@@ -116,14 +116,14 @@ def test_a_signature_is_checked_when_asked_for(signed: Path, keys: Pair) -> None
     assert json.loads(run("verify", signed, "--json")[1])["signed_by"] is None
 
 
-def test_a_load_test_is_told_as_not_covered(signed: Path, keys: Pair) -> None:
-    """It is added after the signature: allowed, but nobody may take it for signed."""
+def test_verify_reports_uncovered_load_test(signed: Path, keys: Pair) -> None:
+    """It is added after the signature: allowed, but reported as not covered."""
     (signed / LOADTEST).write_text(make_load_test().model_dump_json())
-    told = f"  not sealed by the manifest: {LOADTEST}, which a load test adds later\n"
-    assert told in run("verify", signed)[1]
+    note = f"  not sealed by the manifest: {LOADTEST}, which a load test adds later\n"
+    assert note in run("verify", signed)[1]
     code, text = check(signed, keys)
     assert code == 0 and text.endswith(
-        f"{told}  signed by the key {keys.public}; the signature does not cover {LOADTEST}\n"
+        f"{note}  signed by the key {keys.public}; the signature does not cover {LOADTEST}\n"
     )
     assert json.loads(check(signed, keys, "--json")[1])["unsealed"] == [LOADTEST]
     (signed / LOADTEST).write_text('{"evil": 1}')
@@ -131,16 +131,14 @@ def test_a_load_test_is_told_as_not_covered(signed: Path, keys: Pair) -> None:
     assert code == 1 and f"{LOADTEST}: tool: Field required" in text
 
 
-def test_a_signature_may_lie_elsewhere(artifact: Path, keys: Pair, tmp_path: Path) -> None:
+def test_signature_can_be_stored_elsewhere(artifact: Path, keys: Pair, tmp_path: Path) -> None:
     place = tmp_path / "x.sig"
     assert run("sign", artifact, "--private-key", keys.private, "--signature", place)[0] == 0
     assert not (artifact / SIGNATURE).exists()
     assert run("verify", artifact, "--signature", place, "--public-key", keys.public)[0] == 0
 
 
-def test_the_library_reads_our_signature_and_we_read_its(
-    signed: Path, keys: Pair, tmp_path: Path
-) -> None:
+def test_signatures_are_compatible_with_library(signed: Path, keys: Pair, tmp_path: Path) -> None:
     """Its own program, with its own reading of the files."""
     library = [sys.executable, "-m", "model_signing"]
     inside, outside = signed / SIGNATURE, tmp_path / "theirs.sig"
@@ -155,7 +153,7 @@ def test_the_library_reads_our_signature_and_we_read_its(
     assert run("verify", signed, "--signature", outside, "--public-key", keys.public)[0] == 0
 
 
-def test_an_encrypted_key_asks_for_its_password(
+def test_encrypted_key_requires_password(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = pair(tmp_path, "hidden", "open sesame")
@@ -166,20 +164,21 @@ def test_an_encrypted_key_asks_for_its_password(
     assert check(artifact, keys)[0] == 0
 
 
-def test_a_signature_is_not_replaced_unasked(signed: Path, keys: Pair, tmp_path: Path) -> None:
+def test_sign_refuses_existing_signature(signed: Path, keys: Pair, tmp_path: Path) -> None:
     other = pair(tmp_path, "other")
     code, text = run("sign", signed, "--private-key", other.private)
     assert (
         code == 2
         and text
-        == f"error: {signed / SIGNATURE}: exists already; pass --overwrite to replace the signature\n"
+        == f"error: {signed / SIGNATURE}: exists already; pass --overwrite to replace the "
+        "signature\n"
     )
     assert check(signed, keys)[0] == 0
     assert run("sign", signed, "--private-key", other.private, "--overwrite")[0] == 0
     assert check(signed, other)[0] == 0 and check(signed, keys)[0] == 1
 
 
-def test_a_damaged_artifact_is_not_signed(artifact: Path, keys: Pair) -> None:
+def test_sign_refuses_damaged_artifact(artifact: Path, keys: Pair) -> None:
     flip(artifact / "tokenizer.json", 5)
     code, text = run("sign", artifact, "--private-key", keys.private)
     assert code == 1 and "tokenizer.json: expected sha256" in text
@@ -190,7 +189,7 @@ def test_a_damaged_artifact_is_not_signed(artifact: Path, keys: Pair) -> None:
 
 
 def certificates(place: Path, name: str) -> tuple[Path, Path, Path]:
-    """A root's certificate, and the key and certificate of somebody under it."""
+    """A root's certificate, and the key and certificate of a signer below it."""
     root_key, key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP256R1())
     root_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} root")])
     day = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -239,7 +238,7 @@ def certificates(place: Path, name: str) -> tuple[Path, Path, Path]:
     return files
 
 
-def test_a_certificate_vouches_for_the_key(artifact: Path, tmp_path: Path) -> None:
+def test_certificate_is_checked(artifact: Path, tmp_path: Path) -> None:
     root, key, certificate = certificates(tmp_path, "us")
     stranger, other_key, _ = certificates(tmp_path, "others")
     code, text = run("sign", artifact, "--private-key", other_key, "--certificate", certificate)
@@ -254,14 +253,13 @@ def test_a_certificate_vouches_for_the_key(artifact: Path, tmp_path: Path) -> No
     assert code == 1
     assert text == (
         f"error: {artifact / SIGNATURE}: not signed by a certificate under {stranger}: no trusted "
-        "certificate vouches "
-        "for it; do not use it\n"
+        "certificate covers it; do not use it\n"
     )
     edit_json(artifact / "quantkit/timings.json", lambda values: values.clear())
     assert "quantkit/timings.json was changed" in run("verify", artifact, "--certificate", root)[1]
 
 
-# ---------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------- refused signatures
 
 
 def swap(path: Path) -> None:
@@ -278,7 +276,7 @@ def add(path: Path) -> None:
 
 
 def better(path: Path) -> None:
-    """A report that tells of smaller errors, in all its places."""
+    """A report with smaller errors, changed everywhere it appears."""
     edit_json(
         path / "quantkit/fidelity.json",
         lambda report: report["modules"][0].update(relative_error=0.01),
@@ -340,7 +338,7 @@ CHANGED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", CHANGED)
-def test_what_was_changed_after_signing_is_refused(
+def test_verify_refuses_change_after_signing(
     fault: str, signed: Path, keys: Pair, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("reliability", "bad artifact")
@@ -348,7 +346,7 @@ def test_what_was_changed_after_signing_is_refused(
     change, sentence = CHANGED[fault]
     change(signed)
     reseal(signed)
-    assert run("verify", signed)[0] == 0  # nothing but the signature tells
+    assert run("verify", signed)[0] == 0  # only the signature detects it
     code, text = check(signed, keys)
     assert code == 1 and len(text.splitlines()) == 1
     assert (
@@ -358,12 +356,12 @@ def test_what_was_changed_after_signing_is_refused(
 
 
 def other_key(path: Path, keys: Pair) -> None:
-    """A signature by somebody else."""
+    """A signature by another key."""
     run("sign", path, "--private-key", pair(path.parent, "stranger").private, "--overwrite")
 
 
 def other_hint(path: Path, keys: Pair) -> None:
-    """A signature by somebody else that claims to be by the right key."""
+    """A signature by another key that claims the right one."""
     right = json.loads((path / SIGNATURE).read_text())["verificationMaterial"]
     other_key(path, keys)
     edit_json(path / SIGNATURE, lambda bundle: bundle.update(verificationMaterial=right))
@@ -450,7 +448,7 @@ FORGED: dict[str, tuple[Callable[[Path, Pair], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", FORGED)
-def test_a_signature_that_is_none_is_refused(
+def test_verify_refuses_invalid_signature(
     fault: str, signed: Path, keys: Pair, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("reliability", "bad artifact")
@@ -462,8 +460,8 @@ def test_a_signature_that_is_none_is_refused(
 
 
 @pytest.mark.parametrize("at", range(0, 1000, 83))
-def test_no_flipped_byte_of_a_signature_is_accepted(at: int, signed: Path, keys: Pair) -> None:
-    """Some bytes are free: names of fields that nobody reads. Whatever is accepted signs the same
+def test_verify_refuses_flipped_signature_bytes(at: int, signed: Path, keys: Pair) -> None:
+    """Some bytes are free: names of unused fields. Every accepted signature covers the same
     list of files.
     """
     import base64
@@ -479,10 +477,10 @@ def test_no_flipped_byte_of_a_signature_is_accepted(at: int, signed: Path, keys:
         assert code == 1 and len(text.splitlines()) == 1
 
 
-# ---------------------------------------------------------------------------- what is asked wrongly
+# ---------------------------------------------------------------------------- usage errors
 
 
-def test_whoever_asks_for_a_signature_says_whose(signed: Path, keys: Pair) -> None:
+def test_signature_option_requires_identity(signed: Path, keys: Pair) -> None:
     for options in (["--signature"], ["--public-key", keys.public, "--certificate", keys.public]):
         code, text = run("verify", signed, *options)
         assert code == 2 and "expected one of --public-key, --certificate and --identity" in text
@@ -492,7 +490,7 @@ def test_whoever_asks_for_a_signature_says_whose(signed: Path, keys: Pair) -> No
     assert run("sign", signed, "--private-key", keys.private, "--chain", keys.public)[0] == 2
 
 
-def test_a_key_that_is_none_is_one_sentence(signed: Path, keys: Pair, tmp_path: Path) -> None:
+def test_invalid_key_gives_one_sentence(signed: Path, keys: Pair, tmp_path: Path) -> None:
     for content, sentence in (
         (b"", "Unable to load PEM"),
         (keys.private.read_bytes(), "Valid PEM but no BEGIN PUBLIC"),
@@ -509,10 +507,10 @@ def test_a_key_that_is_none_is_one_sentence(signed: Path, keys: Pair, tmp_path: 
     assert code == 2 and "expected an elliptic curve key" in text
 
 
-def test_sigstore_out_of_reach_is_one_sentence(
+def test_unreachable_sigstore_gives_one_sentence(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every request goes to a port where nobody listens."""
+    """Every request goes to a closed port."""
     for variable in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -534,9 +532,7 @@ def test_sigstore_out_of_reach_is_one_sentence(
         assert "sigstore did not answer" in text and "needs a network" in text
 
 
-def test_without_the_library_verify_works_and_signing_says_what_to_install(
-    artifact: Path, keys: Pair
-) -> None:
+def test_sign_names_missing_package(artifact: Path, keys: Pair) -> None:
     program = (
         "import sys; sys.modules['model_signing'] = None\n"
         "from quantkit.cli.main import main\n"

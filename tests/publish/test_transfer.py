@@ -1,6 +1,4 @@
-"""Publishing to every kind of place and pulling it back: what is sent, what is refused, what is
-left as it was.
-"""
+"""Publish to every kind of remote and pull back: transfers, refusals, and untouched files."""
 
 from __future__ import annotations
 
@@ -38,12 +36,10 @@ def there(request: pytest.FixtureRequest, make: Callable[[str], RemoteFixture]) 
     return make(request.param)
 
 
-# ----------------------------------------------------------------------------------- there and back
+# ----------------------------------------------------------------------------------- round trips
 
 
-def test_what_is_published_is_pulled_byte_for_byte(
-    built: Path, there: RemoteFixture, tmp_path: Path
-) -> None:
+def test_pull_returns_published_bytes(built: Path, there: RemoteFixture, tmp_path: Path) -> None:
     done = publish_to(built, there.address)
     assert set(done.files) == set(read_files(built)) and done.n_present == 0
     assert done.n_bytes == sum(map(len, read_files(built).values()))
@@ -56,7 +52,7 @@ def test_what_is_published_is_pulled_byte_for_byte(
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("got")) == ["got"]
 
 
-def test_again_sends_and_fetches_nothing(built: Path, there: RemoteFixture, tmp_path: Path) -> None:
+def test_repeated_transfer_moves_nothing(built: Path, there: RemoteFixture, tmp_path: Path) -> None:
     publish_to(built, there.address)
     again = publish_to(built, there.address)
     assert (again.files, again.n_bytes, again.n_present) == ((), 0, len(read_files(built)))
@@ -64,7 +60,7 @@ def test_again_sends_and_fetches_nothing(built: Path, there: RemoteFixture, tmp_
     assert pull_from(there.address, tmp_path / "got").files == ()
 
 
-def test_a_dry_run_moves_nothing(built: Path, there: RemoteFixture, tmp_path: Path) -> None:
+def test_dry_run_moves_nothing(built: Path, there: RemoteFixture, tmp_path: Path) -> None:
     would, done = publish_to(built, there.address, dry_run=True), publish_to(built, there.address)
     assert (would.files, would.n_bytes, would.n_present) == (
         done.files,
@@ -76,9 +72,7 @@ def test_a_dry_run_moves_nothing(built: Path, there: RemoteFixture, tmp_path: Pa
     assert would == pull_from(there.address, tmp_path / "got")
 
 
-def test_a_dry_run_of_a_publication_leaves_the_place_empty(
-    built: Path, there: RemoteFixture, tmp_path: Path
-) -> None:
+def test_dry_run_leaves_remote_empty(built: Path, there: RemoteFixture, tmp_path: Path) -> None:
     publish_to(built, there.address, dry_run=True)
     with pytest.raises(
         TransferError, match="not an artifact of quantkit|expected this on the Hub, found nothing"
@@ -86,7 +80,7 @@ def test_a_dry_run_of_a_publication_leaves_the_place_empty(
         pull_from(there.address, tmp_path / "got")
 
 
-def test_the_signature_travels_too(artifact: Path, there: RemoteFixture, tmp_path: Path) -> None:
+def test_signature_is_transferred(artifact: Path, there: RemoteFixture, tmp_path: Path) -> None:
     (artifact / SIGNATURE).write_text('{"signed": true}')
     publish_to(artifact, there.address)
     pull_from(there.address, tmp_path / "got")
@@ -99,10 +93,10 @@ def test_the_signature_travels_too(artifact: Path, there: RemoteFixture, tmp_pat
     assert (tmp_path / "again" / SIGNATURE).read_text() == '{"signed": "again"}'
 
 
-def test_a_load_test_travels_and_its_page_does_not(
+def test_load_test_is_transferred_without_page(
     artifact: Path, there: RemoteFixture, tmp_path: Path
 ) -> None:
-    """Figures can be checked by their form; a page of somebody else's could say and do anything."""
+    """Figures can be checked by their form; a foreign page could contain anything."""
     (artifact / LOADTEST).write_text(make_load_test().model_dump_json())
     (artifact / LOADTEST_PAGE).write_text("<script>")
     publish_to(artifact, there.address)
@@ -110,13 +104,13 @@ def test_a_load_test_travels_and_its_page_does_not(
     assert (tmp_path / "got" / LOADTEST).read_text() == (artifact / LOADTEST).read_text()
     assert not (tmp_path / "got" / LOADTEST_PAGE).exists()
     (artifact / LOADTEST).unlink()
-    assert publish_to(artifact, there.address).files == ()  # it is no stranger there
+    assert publish_to(artifact, there.address).files == ()  # it is a known file there
 
 
 # ---------------------------------------------------------------------------- half of a publication
 
 
-def test_half_a_publication_is_none_and_goes_on(
+def test_interrupted_publication_is_no_artifact_and_resumes(
     built: Path,
     there: RemoteFixture,
     tmp_path: Path,
@@ -147,7 +141,7 @@ def test_half_a_publication_is_none_and_goes_on(
     record_property("fault", f"{there.kind}: a publication breaks off")
     before = getattr(there.server, "received", 0)
     done = publish_to(built, there.address)
-    if there.kind == "hf":  # the hub tells what it has when it is asked to take it
+    if there.kind == "hf":  # the hub reports existing files on upload
         assert there.server.received - before < done.n_bytes / 2
     else:
         assert done.n_present == 2 and done.present_bytes == sum(item.n_bytes for item in calls[:2])  # type: ignore[attr-defined]
@@ -156,7 +150,7 @@ def test_half_a_publication_is_none_and_goes_on(
 
 
 @pytest.mark.parametrize("status", ["not judged", "rejected"])
-def test_only_accepted_artifacts(artifact: Path, tmp_path: Path, status: str) -> None:
+def test_publish_requires_accepted_artifact(artifact: Path, tmp_path: Path, status: str) -> None:
     missed = {"figure": "kl_mean", "bound": "<= 1e-07", "value": 0.001, "ok": False}
     set_status(artifact, status, [missed] if status == "rejected" else [])
     rehash(artifact)
@@ -171,14 +165,14 @@ def test_only_accepted_artifacts(artifact: Path, tmp_path: Path, status: str) ->
     assert pull_from(str(tmp_path / "x"), tmp_path / "got").status == status
 
 
-def test_a_damaged_artifact_is_not_published(artifact: Path, tmp_path: Path) -> None:
+def test_publish_refuses_damaged_artifact(artifact: Path, tmp_path: Path) -> None:
     (artifact / LAST).write_bytes(flip_last_bit((artifact / LAST).read_bytes()))
     with pytest.raises(ArtifactError, match="not what its manifest says"):
         publish_to(artifact, str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 
 
-def test_another_artifact_is_replaced_only_when_asked(
+def test_publish_replaces_other_artifact_with_overwrite(
     artifact: Path, there: RemoteFixture, tmp_path: Path
 ) -> None:
     second = make_other_artifact(artifact)
@@ -203,7 +197,7 @@ def test_another_artifact_is_replaced_only_when_asked(
 
 
 @pytest.mark.parametrize("there", ["file", "s3", "memory"], indirect=True)
-def test_other_files_are_left_alone(built: Path, there: RemoteFixture, tmp_path: Path) -> None:
+def test_publish_keeps_other_files(built: Path, there: RemoteFixture, tmp_path: Path) -> None:
     there.write("thesis.tex", b"years of work")
     with pytest.raises(TransferError, match="found 1 other files, the first 'thesis.tex'"):
         publish_to(built, there.address)
@@ -213,10 +207,10 @@ def test_other_files_are_left_alone(built: Path, there: RemoteFixture, tmp_path:
     assert read_files(tmp_path / "got") == read_files(built)
 
 
-# ------------------------------------------------------------------------------ what a place can do
+# ------------------------------------------------------------------------------ faults of remotes
 
 
-def test_a_lost_file_is_named(
+def test_pull_names_lost_file(
     built: Path, there: RemoteFixture, tmp_path: Path, record_property: Record
 ) -> None:
     publish_to(built, there.address)
@@ -226,14 +220,14 @@ def test_a_lost_file_is_named(
     assert LAST in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "got").exists()
     record_property("fault", f"{there.kind}: a file is lost after publishing")
-    if there.kind != "oci-real":  # it goes on believing that it has the blob
+    if there.kind != "oci-real":  # it still reports the blob as present
         publish_to(built, there.address)
         pull_from(there.address, tmp_path / "got")
         assert read_files(tmp_path / "got") == read_files(built)
 
 
 @pytest.mark.parametrize("change", ["same size", "longer"])
-def test_a_file_that_was_changed_is_refused(
+def test_pull_refuses_changed_file(
     built: Path, there: RemoteFixture, tmp_path: Path, change: str, record_property: Record
 ) -> None:
     publish_to(built, there.address)
@@ -249,7 +243,7 @@ def test_a_file_that_was_changed_is_refused(
     assert read_files(tmp_path / "got") == read_files(built)
 
 
-def test_a_manifest_that_is_none(built: Path, there: RemoteFixture, tmp_path: Path) -> None:
+def test_pull_refuses_invalid_manifest(built: Path, there: RemoteFixture, tmp_path: Path) -> None:
     publish_to(built, there.address)
     size = len(there.read(MANIFEST))
     for content in (b"{" + b" " * (size - 1), b"[]" + b" " * (size - 2)):

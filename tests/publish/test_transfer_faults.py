@@ -63,7 +63,7 @@ def some(*kinds: str) -> list[ParameterSet]:
 
 
 def sentence(work: Callable[[], object]) -> str:
-    """What is said when it is refused: one line."""
+    """Return the single-line message of a refusal."""
     with pytest.raises(QuantkitError) as caught:
         work()
     assert "\n" not in str(caught.value)
@@ -76,7 +76,7 @@ def sentence(work: Callable[[], object]) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("kind", WIRED)
-def test_connections_that_are_cut(
+def test_transfer_resumes_after_cut_connections(
     built: Path, make: Make, tmp_path: Path, kind: str, seed: int, record_property: Record
 ) -> None:
     """Eight times while publishing, eight times while pulling, at drawn places of the stream."""
@@ -96,24 +96,24 @@ def test_connections_that_are_cut(
 
 
 @pytest.mark.parametrize("kind", some("s3", "oci", "hf"))
-def test_a_connection_that_is_always_cut(
+def test_pull_gives_up_when_every_connection_is_cut(
     built: Path, make: Make, tmp_path: Path, kind: str, record_property: Record
 ) -> None:
-    """Given up with a sentence; what arrived is kept, and the next pull goes on with it."""
+    """The pull fails with one sentence, keeps received data, and the next pull resumes."""
     there = make(kind)
     publish_to(built, there.address)
     hurried = RetryPolicy(first_wait=0.01, tries=2)
     with there.through_proxy(down=Cuts(3, 10**6, 1_000)) as (address, _):
         said = sentence(lambda: pull_from(address, tmp_path / "got", hurried))
-    assert "2 failures in a row" in said and "the same command goes on" in said
+    assert "2 failures in a row" in said and "run the same command again to resume" in said
     assert not (tmp_path / "got").exists()
     pull_from(there.address, tmp_path / "got")
     assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", f"{kind}: every connection is cut")
 
 
-def test_connections_that_carry_little_are_enough(built: Path, make: Make, tmp_path: Path) -> None:
-    """S3 gives a range whole or not at all: behind a cut a shorter one is asked for."""
+def test_transfer_completes_over_short_connections(built: Path, make: Make, tmp_path: Path) -> None:
+    """S3 returns complete ranges only: after a cut, a shorter range is requested."""
     there = make("s3")
     publish_to(built, there.address)
 
@@ -125,7 +125,7 @@ def test_connections_that_carry_little_are_enough(built: Path, make: Make, tmp_p
     assert read_files(tmp_path / "got") == read_files(built)
 
 
-def test_a_cut_pull_fetches_only_what_is_missing(
+def test_pull_fetches_only_missing_bytes_after_cut(
     built: Path, make: Make, tmp_path: Path, record_property: Record
 ) -> None:
     there = make("oci")
@@ -137,7 +137,7 @@ def test_a_cut_pull_fetches_only_what_is_missing(
     with there.through_proxy() as (address, wire):
         done = pull_from(address, tmp_path / "got", jobs=1)
         carried = wire.carried
-    assert kept > 10_000 and carried < total - kept + 100_000  # and what HTTP says beside
+    assert kept > 10_000 and carried < total - kept + 100_000  # plus HTTP headers
     assert done.present_bytes == kept
     assert done.n_bytes + done.present_bytes == total
     assert read_files(tmp_path / "got") == read_files(built)
@@ -147,7 +147,7 @@ def test_a_cut_pull_fetches_only_what_is_missing(
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["up", "down"])
 @pytest.mark.parametrize("kind", WIRED)
-def test_bytes_that_change_on_the_wire(
+def test_pull_detects_changed_bytes(
     built: Path, make: Make, tmp_path: Path, kind: str, way: str, record_property: Record
 ) -> None:
     """Once is survived; always is refused, and nothing has the name."""
@@ -174,7 +174,7 @@ def test_bytes_that_change_on_the_wire(
 
 
 @pytest.mark.parametrize("kind", some(*WIRED))
-def test_nobody_there(
+def test_transfer_reports_closed_port(
     built: Path, make: Make, tmp_path: Path, kind: str, record_property: Record
 ) -> None:
     there = make(kind)
@@ -186,14 +186,14 @@ def test_nobody_there(
             lambda: pull_from(address, tmp_path / "got", hurried)
         )
     assert not (tmp_path / "got").exists()
-    record_property("fault", f"{kind}: nobody listens")
+    record_property("fault", f"{kind}: closed port")
 
 
 # ---------------------------------------------------------------------------------------- the place
 
 
 @pytest.mark.parametrize("kind", some("file", "s3", "memory", "oci"))
-def test_a_file_that_is_lost_before_the_manifest(
+def test_publish_detects_file_lost_before_manifest(
     built: Path,
     make: Make,
     tmp_path: Path,
@@ -226,7 +226,7 @@ def test_a_file_that_is_lost_before_the_manifest(
 
 
 @pytest.mark.parametrize("kind", some("file", "s3", "memory", "oci", "hf"))
-def test_a_file_that_changes_while_it_is_pulled(
+def test_pull_refuses_file_that_changes_meanwhile(
     built: Path,
     make: Make,
     tmp_path: Path,
@@ -234,7 +234,7 @@ def test_a_file_that_changes_while_it_is_pulled(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Record,
 ) -> None:
-    """The hub's commit stays what it was; elsewhere the file is refused."""
+    """The hub's commit is immutable; other remotes refuse the file."""
     there = make(kind)
     publish_to(built, there.address)
     from quantkit.publish import pull
@@ -256,7 +256,7 @@ def test_a_file_that_changes_while_it_is_pulled(
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_registry_that_fails_for_a_while(
+def test_transfer_survives_temporary_registry_failures(
     built: Path, make: Make, tmp_path: Path, status: int, record_property: Record
 ) -> None:
     there = make("oci")
@@ -267,7 +267,7 @@ def test_a_registry_that_fails_for_a_while(
     record_property("fault", f"oci: every fifth answer is {status}")
 
 
-def test_somebody_commits_meanwhile(
+def test_publish_refuses_concurrent_commit(
     built: Path, make: Make, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     there = make("hf")
@@ -281,10 +281,10 @@ def test_somebody_commits_meanwhile(
     monkeypatch.setattr(publish, "run_in_parallel", meanwhile)
     assert "found a newer commit" in sentence(lambda: publish_to(built, there.address))
     assert "config.json" not in there.server.files("team/tiny")
-    record_property("fault", "hf: somebody commits while publishing")
+    record_property("fault", "hf: another commit while publishing")
 
 
-def test_a_gitignore_that_names_a_file(
+def test_publish_reports_file_excluded_by_gitignore(
     built: Path, make: Make, tmp_path: Path, record_property: Record
 ) -> None:
     there = make("hf")
@@ -303,7 +303,7 @@ def test_a_gitignore_that_names_a_file(
 def run(*words: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
     """The command line, with files of at most `limit` bytes."""
 
-    def limited() -> None:
+    def limit_file_size() -> None:
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
@@ -312,12 +312,12 @@ def run(*words: str, limit: int | None = None) -> subprocess.CompletedProcess[st
         capture_output=True,
         text=True,
         check=False,
-        preexec_fn=limited,
+        preexec_fn=limit_file_size,
     )
 
 
 @pytest.mark.parametrize("limit", [100_000, 2_500_000])
-def test_a_disk_that_is_full_while_pulling(
+def test_pull_reports_full_disk(
     built: Path, tmp_path: Path, limit: int, record_property: Record
 ) -> None:
     publish_to(built, str(tmp_path / "there"))
@@ -331,9 +331,7 @@ def test_a_disk_that_is_full_while_pulling(
     record_property("fault", f"file: the disk is full at {limit} bytes while pulling")
 
 
-def test_a_disk_that_is_full_while_publishing(
-    built: Path, tmp_path: Path, record_property: Record
-) -> None:
+def test_publish_reports_full_disk(built: Path, tmp_path: Path, record_property: Record) -> None:
     done = run("publish", "--force", str(built), str(tmp_path / "there"), limit=2_500_000)
     assert done.returncode == 1
     assert "cannot be written: file too large" in done.stderr and "Traceback" not in done.stderr
@@ -345,7 +343,7 @@ def test_a_disk_that_is_full_while_publishing(
     record_property("fault", "file: the disk is full while publishing")
 
 
-def test_no_room_is_said_before_anything_is_fetched(
+def test_pull_reports_missing_space_before_fetching(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     publish_to(built, str(tmp_path / "there"))
@@ -357,7 +355,7 @@ def test_no_room_is_said_before_anything_is_fetched(
     record_property("fault", "file: too little room to pull")
 
 
-def test_a_second_pull_into_a_folder_is_refused(
+def test_second_pull_into_folder_is_refused(
     built: Path, tmp_path: Path, record_property: Record
 ) -> None:
     publish_to(built, str(tmp_path / "there"))
@@ -370,10 +368,10 @@ def test_a_second_pull_into_a_folder_is_refused(
     record_property("fault", "two pulls into one folder")
 
 
-def test_a_pull_that_another_was_faster_than(
+def test_pull_accepts_result_of_faster_pull(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
-    """Between the look at the folder and the lock somebody else's artifact got the name: it is not
+    """Another artifact got the name between the check and the lock: it is not
     replaced.
     """
     from quantkit.publish import pull
@@ -402,7 +400,7 @@ def test_a_pull_that_another_was_faster_than(
     record_property("fault", "another pull was faster")
 
 
-def test_a_second_publication_into_a_folder_is_refused(
+def test_second_publication_into_folder_is_refused(
     built: Path, tmp_path: Path, record_property: Record
 ) -> None:
     from quantkit.io.lock import hold_lock
@@ -419,7 +417,7 @@ def test_a_second_publication_into_a_folder_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_two_pulls_at_the_same_time(
+def test_one_of_two_concurrent_pulls_succeeds(
     built: Path, make: Make, tmp_path: Path, seed: int, record_property: Record
 ) -> None:
     """Whichever comes second is refused, or finds it there; both leave a whole artifact."""
@@ -430,9 +428,9 @@ def test_two_pulls_at_the_same_time(
         first = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
         time.sleep(random.Random(seed).uniform(0, 1.5))
         second = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-        told = [first.communicate()[1], second.communicate()[1]]
-    assert 0 in {first.returncode, second.returncode} <= {0, 2}, told
-    assert not any("Traceback" in text for text in told)
+        errors = [first.communicate()[1], second.communicate()[1]]
+    assert 0 in {first.returncode, second.returncode} <= {0, 2}, errors
+    assert not any("Traceback" in text for text in errors)
     assert read_files(tmp_path / "got") == read_files(built)
     record_property("fault", f"two pulls at the same time, seed {seed}")
 
@@ -441,7 +439,7 @@ def test_two_pulls_at_the_same_time(
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("command", ["publish", "pull"])
 @pytest.mark.parametrize("kind", ["oci", "s3"])
-def test_a_process_that_is_ended(
+def test_transfer_resumes_after_killed_process(
     built: Path,
     make: Make,
     tmp_path: Path,

@@ -66,7 +66,7 @@ LAYERS = st.fixed_dictionaries(
 
 @given(MANIFESTS, st.dictionaries(NAMES, st.integers(0, 9), max_size=6), st.booleans())
 def test_a_manifest(values: dict[str, Any], present: dict[str, int], whole: bool) -> None:
-    """What is fetched after it was read are files of the folder that lie there, with hash
+    """Only files of the folder are fetched, with hash
     and size.
     """
     if whole and isinstance(values["files"], dict):
@@ -124,20 +124,20 @@ AUTHS = st.dictionaries(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.fixed_dictionaries(
         {"auths": AUTHS | VALUES}, optional={"credHelpers": VALUES, "credsStore": VALUES}
     )
 )
-def test_dockers_configuration(
+def test_find_login_reads_docker_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
 ) -> None:
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config))
     try:
-        found = find_login("host")
+        login = find_login("host")
     except QuantkitError as fault:
         assert "\n" not in str(fault)
     else:
-        assert found is None or all(isinstance(part, str) for part in found)
+        assert login is None or all(isinstance(part, str) for part in login)

@@ -1,4 +1,4 @@
-"""What is particular to one kind of place, and what the two commands print."""
+"""Properties of single kinds of remotes, and the output of both commands."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from quantkit.verify.shallow import verify_artifact
 # ---------------------------------------------------------------------------------- kinds of places
 
 
-def test_s3_there_and_back(
-    built: Path, make: Callable[[str], RemoteFixture], tmp_path: Path
-) -> None:
+def test_s3_round_trip(built: Path, make: Callable[[str], RemoteFixture], tmp_path: Path) -> None:
     there = make("s3")
     publish_to(built, there.address)
     assert publish_to(built, there.address).files == ()
@@ -51,7 +49,7 @@ def big(folder: Path, content: bytes) -> UploadFile:
     )
 
 
-def test_parts_of_an_upload_that_broke_off(
+def test_s3_reuses_parts_of_broken_upload(
     make: Callable[[str], RemoteFixture], tmp_path: Path, parts: int
 ) -> None:
     """Those that are there by MD5 are not sent again, whatever else is under the key."""
@@ -75,10 +73,10 @@ def test_parts_of_an_upload_that_broke_off(
     assert not client.list_multipart_uploads(Bucket=bucket).get("Uploads")
 
 
-def test_an_upload_that_was_begun_for_another_content(
+def test_s3_restarts_upload_of_other_content(
     make: Callable[[str], RemoteFixture], tmp_path: Path, parts: int
 ) -> None:
-    """Its metadata would lie: the object is sent anew."""
+    """Its metadata would be wrong: the object is sent again."""
     there = make("s3")
     client, (bucket, _, prefix) = there.server, there.address.removeprefix("s3://").partition("/")
     content = os.urandom(1 << 20) * 12
@@ -94,7 +92,7 @@ def test_an_upload_that_was_begun_for_another_content(
     assert remote.list_remote([item], MANIFEST).present == {"big"}
 
 
-def test_an_object_without_metadata_is_read(
+def test_s3_reads_object_without_metadata(
     make: Callable[[str], RemoteFixture], tmp_path: Path
 ) -> None:
     there = make("s3")
@@ -108,7 +106,7 @@ def test_an_object_without_metadata_is_read(
         assert remote.list_remote([item], MANIFEST).present == found
 
 
-def test_branches_and_private_repositories(
+def test_hub_uses_branches_and_private_repositories(
     built: Path, tmp_path: Path, make: Callable[[str], RemoteFixture]
 ) -> None:
     there = make("hf")
@@ -128,7 +126,7 @@ def test_branches_and_private_repositories(
         assert read_files(tmp_path / str(number)) == read_files(built)
 
 
-def test_one_commit_makes_it_visible(built: Path, make: Callable[[str], RemoteFixture]) -> None:
+def test_hub_publishes_in_one_commit(built: Path, make: Callable[[str], RemoteFixture]) -> None:
     there = make("hf")
     publish_to(built, there.address)
     commits = there.server.repos["team/tiny"]["main"]
@@ -137,9 +135,7 @@ def test_one_commit_makes_it_visible(built: Path, make: Callable[[str], RemoteFi
     assert len(commits) == 2
 
 
-def test_somebody_elses_model_is_not_replaced(
-    built: Path, make: Callable[[str], RemoteFixture]
-) -> None:
+def test_hub_keeps_foreign_model(built: Path, make: Callable[[str], RemoteFixture]) -> None:
     there = make("hf")
     there.server.make("team/tiny")
     there.server.repos["team/tiny"]["main"][-1][1].update({
@@ -150,13 +146,13 @@ def test_somebody_elses_model_is_not_replaced(
     with pytest.raises(TransferError, match="found 1 other files, the first 'config.json'"):
         publish_to(built, there.address)
     publish_to(built, there.address, overwrite=True)
-    found = there.server.files("team/tiny")
+    files = there.server.files("team/tiny")
     assert (
-        found["LICENSE"] == b"MIT" and found["config.json"] == (built / "config.json").read_bytes()
+        files["LICENSE"] == b"MIT" and files["config.json"] == (built / "config.json").read_bytes()
     )
 
 
-def test_a_pull_by_digest(
+def test_oci_pull_by_digest(
     built: Path, tmp_path: Path, make: Callable[[str], RemoteFixture]
 ) -> None:
     there = make("oci")
@@ -170,13 +166,13 @@ def test_a_pull_by_digest(
     )
 
 
-def test_a_tag_that_moves_while_it_is_pulled(
+def test_oci_pull_ignores_moved_tag(
     built: Path,
     tmp_path: Path,
     make: Callable[[str], RemoteFixture],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What was begun is finished."""
+    """An unfinished upload is completed."""
     from quantkit.publish import pull as pulling
 
     there = make("oci")
@@ -196,7 +192,7 @@ def sha_of(place: str) -> str:
     return place.rpartition("@")[2]
 
 
-def test_another_image_under_the_tag(built: Path, make: Callable[[str], RemoteFixture]) -> None:
+def test_oci_reports_foreign_image(built: Path, make: Callable[[str], RemoteFixture]) -> None:
     there = make("oci")
     image = {
         "schemaVersion": 2,
@@ -214,7 +210,7 @@ def test_another_image_under_the_tag(built: Path, make: Callable[[str], RemoteFi
 # --------------------------------------------------------------------------------- the command line
 
 
-def test_what_the_commands_print(built: Path, tmp_path: Path) -> None:
+def test_commands_print_transfer(built: Path, tmp_path: Path) -> None:
     total = sum(map(len, read_files(built).values()))
     there, count = tmp_path / "there", len(read_files(built))
     refused = run_command("publish", built, there)
@@ -233,26 +229,26 @@ def test_what_the_commands_print(built: Path, tmp_path: Path) -> None:
         == f"{there}: sent {count} files, {total / 1e6:.1f} MB; 0 files, 0 B were there\n"
     )
     assert "publish: 100 %" in done.stderr
-    told = json.loads(run_command("publish", "--force", "--json", built, there).stdout)
+    values = json.loads(run_command("publish", "--force", "--json", built, there).stdout)
     assert (
-        told["files"] == []
-        and told["bytes"] == 0
-        and told["there"] == count
-        and told["dry_run"] is False
+        values["files"] == []
+        and values["bytes"] == 0
+        and values["there"] == count
+        and values["dry_run"] is False
     )
     got = run_command("pull", there, tmp_path / "got")
     moved = f"fetched {count} files, {total / 1e6:.1f} MB; 0 files, 0 B were there"
     assert got.stdout == f"{tmp_path / 'got'}: verified; {moved} (not judged)\n"
-    told = json.loads(run_command("pull", "--json", there, tmp_path / "got").stdout)
+    values = json.loads(run_command("pull", "--json", there, tmp_path / "got").stdout)
     assert (
-        told["verified"]
-        and told["files"] == []
-        and told["manifest"] == hashlib.sha256((built / MANIFEST).read_bytes()).hexdigest()
+        values["verified"]
+        and values["files"] == []
+        and values["manifest"] == hashlib.sha256((built / MANIFEST).read_bytes()).hexdigest()
     )
     verify_artifact(tmp_path / "got")
 
 
-def test_neither_command_starts_torch(built: Path, tmp_path: Path) -> None:
+def test_commands_do_not_import_torch(built: Path, tmp_path: Path) -> None:
     import subprocess
     import sys
 

@@ -31,16 +31,16 @@ from quantkit.publish.remote import remove_secrets
         "x-amz-security-token: pa55word",
     ],
 )  # fmt: skip
-def test_secrets_are_removed(text: str) -> None:
+def test_remove_secrets_removes_credentials(text: str) -> None:
     assert "pa55word" not in remove_secrets(text).lower()
 
 
-def test_what_the_environment_keeps_secret_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remove_secrets_removes_environment_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7MDENG")
     assert remove_secrets("bad key wJalrXUtnFEMI/K7MDENG.") == "bad key ...."
 
 
-def test_text_without_secrets_stays() -> None:
+def test_remove_secrets_keeps_other_text() -> None:
     for text in (
         "s3://bucket/a/b: expected it",
         "oci://host:5000/a/b:v1@sha256:00",
@@ -78,8 +78,8 @@ def test_docker_login(
     auth = {"auth": base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()}
     helper = tmp_path / "bin/docker-credential-robot"
     helper.parent.mkdir()
-    told = json.dumps({"ServerURL": host, "Username": USER, "Secret": PASSWORD})
-    helper.write_text(f'#!/bin/sh\n[ "$1" = get ] && [ "$(cat)" = {host} ] && echo \'{told}\'\n')
+    answer = json.dumps({"ServerURL": host, "Username": USER, "Secret": PASSWORD})
+    helper.write_text(f'#!/bin/sh\n[ "$1" = get ] && [ "$(cat)" = {host} ] && echo \'{answer}\'\n')
     helper.chmod(helper.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{helper.parent}:{os.environ['PATH']}")
     docker({
@@ -96,7 +96,7 @@ def test_docker_login(
 
 @pytest.mark.parametrize("login", ["basic", "bearer"])
 @pytest.mark.parametrize("known", [None, "wrong", "no-base64"])
-def test_a_login_that_is_wrong(
+def test_oci_reports_wrong_login(
     built: Path,
     tmp_path: Path,
     docker: Callable[[dict[str, Any]], None],
@@ -130,7 +130,7 @@ def test_a_login_that_is_wrong(
     record_property("fault", f"oci: {login} login is {known or 'missing'}")
 
 
-def test_a_token_that_is_wrong(
+def test_hub_reports_wrong_token(
     built: Path,
     tmp_path: Path,
     make: Callable[[str], RemoteFixture],
@@ -148,13 +148,13 @@ def test_a_token_that_is_wrong(
     record_property("fault", "hf: the token is wrong")
 
 
-def test_signed_addresses_are_not_shown(
+def test_messages_hide_signed_addresses(
     built: Path,
     tmp_path: Path,
     make: Callable[[str], RemoteFixture],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The hub's store refuses what the hub has signed."""
+    """The hub's store refuses a signed address."""
     there = make("hf")
     monkeypatch.setattr("support.places.hub.SIGNATURE", "X-Amz-Signature=an0ther5ignature")
     real = there.server._cdn
@@ -171,7 +171,7 @@ def test_signed_addresses_are_not_shown(
     assert TOKEN not in done.output and SIGNED_QUERY not in done.output
 
 
-def test_keys_are_not_shown(
+def test_messages_hide_keys(
     built: Path,
     tmp_path: Path,
     make: Callable[[str], RemoteFixture],

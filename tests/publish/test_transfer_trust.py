@@ -59,7 +59,7 @@ BAD_NAMES = [
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
-def test_a_name_that_is_no_file_of_the_folder(name: str) -> None:
+def test_find_name_faults_reports_unsafe_name(name: str) -> None:
     assert len(list(find_name_faults(["config.json", name]))) == 1
 
 
@@ -74,11 +74,11 @@ def test_a_name_that_is_no_file_of_the_folder(name: str) -> None:
         ["a", "A/b"],
     ],
 )
-def test_names_that_meet_in_one_place(names: list[str]) -> None:
+def test_find_name_faults_reports_colliding_names(names: list[str]) -> None:
     assert len(list(find_name_faults(names))) == 1
 
 
-def test_good_names() -> None:
+def test_find_name_faults_accepts_good_names() -> None:
     names = [
         "model-00001-of-00002.safetensors",
         "quantkit/samples/tokens.parquet",
@@ -90,7 +90,7 @@ def test_good_names() -> None:
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=12), max_size=6, unique=True))
-def test_names_without_fault_stay_in_the_folder(names: list[str]) -> None:
+def test_valid_names_stay_in_folder(names: list[str]) -> None:
     good = [name for name in names if not list(find_name_faults([name]))]
     root = Path("/somewhere/deep")
     for name in good:
@@ -109,7 +109,7 @@ def hostile(built: Path, folder: Path, change: Callable[[dict[str, Any]], object
 
 
 @pytest.mark.parametrize("name", [name for name in BAD_NAMES if name != "\ud800"], ids=ascii)
-def test_a_manifest_that_names_it_is_refused(
+def test_pull_refuses_manifest_with_unsafe_name(
     built: Path, tmp_path: Path, name: str, record_property: Record
 ) -> None:
     entry = {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1}
@@ -155,7 +155,7 @@ def test_a_manifest_that_names_it_is_refused(
         (lambda v: v.update(unhashed=["../x"]), "expected names that stay"),
     ],
 )
-def test_a_manifest_that_lies(
+def test_pull_refuses_wrong_manifest(
     built: Path,
     tmp_path: Path,
     change: Callable[[dict[str, Any]], object],
@@ -170,8 +170,8 @@ def test_a_manifest_that_lies(
     record_property("fault", f"a manifest lies: {said}")
 
 
-def test_links_lead_nowhere(built: Path, tmp_path: Path, record_property: Record) -> None:
-    """At the source, and in what an earlier pull left."""
+def test_links_are_not_followed(built: Path, tmp_path: Path, record_property: Record) -> None:
+    """At the source, and in the staging folder of an earlier pull."""
     publish_to(built, str(tmp_path / "there"))
     secret = tmp_path / "secret"
     secret.write_bytes((built / "README.md").read_bytes())
@@ -197,11 +197,11 @@ def test_links_lead_nowhere(built: Path, tmp_path: Path, record_property: Record
     with pytest.raises(UsageError, match=r"most\.pulling: .* found another folder; move it away"):
         pull_from(str(tmp_path / "there"), tmp_path / "most")
     assert not list(victim.iterdir())
-    record_property("fault", "links at the source and in what an earlier pull left")
+    record_property("fault", "links at the source and in the staging folder")
 
 
 @pytest.mark.parametrize("name", ["got.pulling", "got.pulling.replaced"])
-def test_what_no_pull_made_is_left_alone(built: Path, name: str, tmp_path: Path) -> None:
+def test_pull_keeps_foreign_folder(built: Path, name: str, tmp_path: Path) -> None:
     publish_to(built, str(tmp_path / "there"))
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("years of work")
@@ -213,7 +213,7 @@ def test_what_no_pull_made_is_left_alone(built: Path, name: str, tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir()} == {"there", name}
 
 
-def test_a_link_where_a_publication_goes(built: Path, tmp_path: Path) -> None:
+def test_publish_refuses_link(built: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "victim").write_bytes(b"mine")
     (tmp_path / "there/config.json").symlink_to(tmp_path / "victim")
@@ -223,7 +223,7 @@ def test_a_link_where_a_publication_goes(built: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("title", ["../evil", "/evil", "quantkit/manifest.json"])
-def test_an_image_that_lies(
+def test_pull_refuses_wrong_image(
     built: Path, tmp_path: Path, title: str, record_property: Record
 ) -> None:
     """A title that leads out of the folder is not asked for; a title twice is refused."""
@@ -256,10 +256,10 @@ def test_an_image_that_lies(
     record_property("fault", f"an image has a layer titled {title}")
 
 
-# ------------------------------------------------------------------------ what is at the final name
+# ------------------------------------------------------------------------ existing final names
 
 
-def test_what_must_not_be_replaced_stays(built: Path, tmp_path: Path) -> None:
+def test_pull_keeps_other_content(built: Path, tmp_path: Path) -> None:
     publish_to(built, str(tmp_path / "there"))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/thesis.tex").write_text("years")
@@ -276,7 +276,7 @@ def test_what_must_not_be_replaced_stays(built: Path, tmp_path: Path) -> None:
     assert read_files(tmp_path / "empty") == read_files(built)
 
 
-def test_a_damaged_artifact_is_replaced_when_asked(built: Path, tmp_path: Path) -> None:
+def test_pull_replaces_damaged_artifact_with_overwrite(built: Path, tmp_path: Path) -> None:
     publish_to(built, str(tmp_path / "there"))
     pull_from(str(tmp_path / "there"), tmp_path / "got")
     (tmp_path / "got" / LAST).write_bytes(b"damaged")
@@ -288,7 +288,7 @@ def test_a_damaged_artifact_is_replaced_when_asked(built: Path, tmp_path: Path) 
     assert read_files(tmp_path / "got") == read_files(built)
 
 
-def test_a_place_within_the_artifact(artifact: Path) -> None:
+def test_publish_refuses_folder_inside_artifact(artifact: Path) -> None:
     before = read_files(artifact)
     with pytest.raises(UsageError, match="expected a folder outside the artifact"):
         publish_to(artifact, str(artifact / "copy"))
@@ -296,7 +296,7 @@ def test_a_place_within_the_artifact(artifact: Path) -> None:
     assert read_files(artifact) == before
 
 
-def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
+def test_hashed_reader_detects_changed_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"other")
     item = UploadFile(
         name="x", path=tmp_path / "x", n_bytes=5, sha256=hashlib.sha256(b"first").hexdigest()
@@ -314,21 +314,30 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("hf://a/b", "hf"), ("owner/name", "hf"), ("s3://b/p", "s3"), ("S3A://b/p", "s3"), ("gs://b/p", "gs"),
-        ("oci://h:1/n:t", "oci"), ("file:///x", "file"), ("/x/y", "file"), ("./a/b", "file"), ("../a", "file"),
-        ("name", "file"), ("a/b/c", "file"), ("~/x", "file"), ("-x/y", "file"),
+        ("hf://a/b", "hf"),
+        ("owner/name", "hf"),
+        ("s3://b/p", "s3"),
+        ("S3A://b/p", "s3"),
+        ("gs://b/p", "gs"),
+        ("oci://h:1/n:t", "oci"),
+        ("file:///x", "file"),
+        ("/x/y", "file"),
+        ("./a/b", "file"),
+        ("../a", "file"),
+        ("name", "file"),
+        ("a/b/c", "file"),
+        ("~/x", "file"),
+        ("-x/y", "file"),
     ],
-)  # fmt: skip
-def test_what_an_address_is(
+)
+def test_parse_address(
     text: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert parse_address(text)[0] == kind
 
 
-def test_a_folder_that_looks_like_a_repository(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ambiguous_address_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shared").mkdir()
     with pytest.raises(UsageError, match=r"it could be either; write \./shared/x or hf://shared/x"):
@@ -340,24 +349,33 @@ def test_a_folder_that_looks_like_a_repository(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "expected a URL"), ("a\x00b", "expected a URL"), ("s3://key:secret@bucket/x", "expected no password"),
-        ("oci://u:p@host/x", "expected no password"), ("simplecache::s3://b/x", "a chain of them"),
-        ("nope://x/y", "nope:// is none"), ("zip://x/y", "zip:// is none"),
-        ("s3://", "found no bucket"), ("hf://a", "expected hf://owner/name"),
-        ("hf://datasets/a/b", "expected hf://owner/name"), ("oci://host", "expected oci://host/name:tag"),
-        ("oci://host/UPPER", "expected oci://host/name:tag"), ("oci://h/../../x", "expected oci://host/name:tag"),
-        ("file://elsewhere/x", "expected a folder of this "
-                               "machine"), ("oci://h/n@sha256:12", "expected oci://"),
+        ("", "expected a URL"),
+        ("a\x00b", "expected a URL"),
+        ("s3://key:secret@bucket/x", "expected no password"),
+        ("oci://u:p@host/x", "expected no password"),
+        ("simplecache::s3://b/x", "a chain of them"),
+        ("nope://x/y", "nope:// is none"),
+        ("zip://x/y", "zip:// is none"),
+        ("s3://", "found no bucket"),
+        ("hf://a", "expected hf://owner/name"),
+        ("hf://datasets/a/b", "expected hf://owner/name"),
+        ("oci://host", "expected oci://host/name:tag"),
+        ("oci://host/UPPER", "expected oci://host/name:tag"),
+        ("oci://h/../../x", "expected oci://host/name:tag"),
+        ("file://elsewhere/x", "expected a folder of this machine"),
+        ("oci://h/n@sha256:12", "expected oci://"),
     ],
-)  # fmt: skip
-def test_an_address_that_is_none(built: Path, tmp_path: Path, text: str, said: str) -> None:
+)
+def test_open_remote_refuses_invalid_address(
+    built: Path, tmp_path: Path, text: str, said: str
+) -> None:
     for words in (("pull", text, tmp_path / "got"), ("publish", "--force", built, text)):
         done = run_command(*words)
         assert done.exit_code == 2 and said in done.stderr, done.stderr
         assert "secret" not in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_revisions_are_the_hubs(tmp_path: Path) -> None:
+def test_revision_requires_hub(tmp_path: Path) -> None:
     for words in (("--revision", "x"), ("--private",)):
         done = run_command("publish", "x", str(tmp_path / "y"), *words)
         assert (
@@ -365,7 +383,7 @@ def test_revisions_are_the_hubs(tmp_path: Path) -> None:
         )
 
 
-def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_remote_names_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     done = run_command("pull", "s3://bucket/x", tmp_path / "got")
     assert done.exit_code == 2 and "pip install 'quantkit[s3]'" in done.stderr
@@ -376,7 +394,7 @@ def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     "scheme",
     sorted(set(fsspec.available_protocols()) - {"file", "local", "s3", "s3a", "hf", "memory"}),
 )
-def test_any_scheme_is_answered_with_a_sentence(tmp_path: Path, scheme: str) -> None:
+def test_unknown_scheme_gives_one_sentence(tmp_path: Path, scheme: str) -> None:
     """Whatever a library does without its package, its server or its login."""
     options = RemoteOptions(retry_policy=RetryPolicy(tries=1))
     with pytest.raises(QuantkitError) as caught:
@@ -388,12 +406,12 @@ def test_any_scheme_is_answered_with_a_sentence(tmp_path: Path, scheme: str) -> 
     st.text(max_size=30)
     | st.from_regex(r"(s3|gs|oci|hf|file|memory)://[a-z@:/.?#%-]{0,20}", fullmatch=True)
 )
-def test_an_address_is_read_or_refused(text: str) -> None:
+def test_parse_address_accepts_or_refuses(text: str) -> None:
     with contextlib.suppress(UsageError):
         scheme, rest = parse_address(text)
         assert text.endswith(rest) and scheme == scheme.lower()
 
 
 @given(st.text(max_size=60))
-def test_scrubbing_twice_changes_nothing(text: str) -> None:
+def test_remove_secrets_is_idempotent(text: str) -> None:
     assert remove_secrets(remove_secrets(text)) == remove_secrets(text)

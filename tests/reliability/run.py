@@ -2,10 +2,11 @@
 
     PYTHONPATH=tests .venv/bin/python -m reliability.run [--only WORD ...] [--quick] [--write]
 
-Each row of the table is a pytest run over the listed tests, slow ones included. A test reports the number of faults
-it injects with `record_property`: "fault" names one, "tried" or "faults" is a number; a test without a property counts as
-one. Faults of a failed test count as not held. `--quick` skips the tests marked `reliability`; `--write` writes the table,
-with command and date, into tests/README.md. The exit code is 1 if anything did not hold.
+Each row of the table is a pytest run over the listed tests, slow ones included. A test reports the
+number of faults it injects with `record_property`: "fault" names one, "tried" or "faults" is a
+number; a test without a property counts as one. Faults of a failed test count as not held.
+`--quick` skips the tests marked `reliability`; `--write` writes the table, with command and date,
+into tests/README.md. The exit code is 1 if anything did not hold.
 """
 
 from __future__ import annotations
@@ -69,8 +70,10 @@ SUITES = (
         tests=("tests/reliability/test_fuzz.py",),
     ),
     Suite(
-        name="hostile files, code of models, hard weights, odd names, closed disks, changing sources",
-        asserts="one sentence and exit code 1 or 2, or a recorded fallback; nothing imported, nothing mixed",
+        name="hostile files, code of models, hard weights, odd names, closed disks, changing "
+        "sources",
+        asserts="one sentence and exit code 1 or 2, or a recorded fallback; nothing imported, "
+        "nothing mixed",
         tests=tuple(
             f"tests/{part}.py"
             for part in (
@@ -96,7 +99,7 @@ class SuiteResult:
 
 def run_suite(suite: Suite, marked: str) -> SuiteResult:
     """Run a suite in a subprocess."""
-    began = time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
         subprocess.run(
@@ -125,7 +128,7 @@ def run_suite(suite: Suite, marked: str) -> SuiteResult:
         failed = case.find("failure") is not None or case.find("error") is not None
         tried += count_faults(case)
         held += 0 if failed else count_faults(case)
-    return SuiteResult(tried=tried, held=held, skipped=skipped, seconds=time.monotonic() - began)
+    return SuiteResult(tried=tried, held=held, skipped=skipped, seconds=time.monotonic() - start)
 
 
 def count_faults(case: ElementTree.Element) -> int:
@@ -148,18 +151,22 @@ def format_row(suite: Suite, result: SuiteResult) -> str:
     """Format one row."""
     skipped = f" ({result.skipped} tests skipped)" if result.skipped else ""
     cells = (
-        suite.name + skipped, f"{result.tried:,}", f"{result.held:,}", f"{result.tried - result.held}", suite.asserts,
+        suite.name + skipped,
+        f"{result.tried:,}",
+        f"{result.held:,}",
+        f"{result.tried - result.held}",
+        suite.asserts,
         f"{result.seconds / 60:.0f}",
-    )  # fmt: skip
+    )
     return f"| {' | '.join(cells)} |"
 
 
 def describe_commit() -> str:
     """Return the commit under test."""
-    done = subprocess.run(
+    process = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
-    return done.stdout.strip() or "no commit"
+    return process.stdout.strip() or "no commit"
 
 
 def main() -> None:
@@ -184,7 +191,8 @@ def main() -> None:
         print(format_row(*rows[-1]), flush=True)
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     command = f"make reliability{' ARGS=--quick' if options.quick else ''}"
-    text = f"`{command}`, {date}, commit {describe_commit()}, {os.cpu_count()} cores:\n\n{format_table(rows)}"
+    title = f"`{command}`, {date}, commit {describe_commit()}, {os.cpu_count()} cores:"
+    text = f"{title}\n\n{format_table(rows)}"
     print(text)
     if options.write:
         page = ROOT / "tests" / "README.md"

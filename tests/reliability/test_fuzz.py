@@ -1,7 +1,8 @@
-"""Every parser of the product under inputs that mean it harm: an error of quantkit's own or an answer, soon, and small.
+"""Fuzz tests of every parser: each input yields a result or a QuantkitError, within time and memory
+limits.
 
-`fuzz/targets.py` lists the parsers. Here each gets a few hundred damaged inputs; the slow test gives each a hundred
-thousand under atheris, which looks for those that reach new lines, with a limit on the time and memory of each.
+`fuzz/targets.py` lists the parsers. The fast test runs a few hundred damage_seed inputs per parser.
+The slow test runs a hundred thousand with atheris, which searches for inputs that reach new lines.
 """
 
 from __future__ import annotations
@@ -32,36 +33,38 @@ Record = Callable[[str, object], None]
 
 JSON = st.recursive(
     st.sampled_from(HOSTILE) | st.text(max_size=8) | st.integers() | st.floats(),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    lambda children: (
+        st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=8), children, max_size=4)
     ),
     max_leaves=12,
 )
 
 
-def inputs(target: Target) -> st.SearchStrategy[bytes]:
-    """Damaged good inputs most of the time, any JSON, any bytes."""
+def draw_inputs(target: Target) -> st.SearchStrategy[bytes]:
+    """Return a strategy: mostly damage_seed valid inputs, also arbitrary JSON and arbitrary
+    bytes.
+    """
 
-    def damaged(number: int) -> bytes:
+    def damage_seed(number: int) -> bytes:
         rng = random.Random(number)
         return target.mutate(rng.choice(target.seeds), rng)
 
     return (
-        st.integers(0, 2**32).map(damaged)
-        | st.integers(0, 2**32).map(damaged)
-        | JSON.map(dumped)
+        st.integers(0, 2**32).map(damage_seed)
+        | st.integers(0, 2**32).map(damage_seed)
+        | JSON.map(dump_json)
         | st.binary()
     )
 
 
-def dumped(value: object) -> bytes:
-    """JSON with all that Python's writer lets through: NaN, half surrogates."""
+def dump_json(value: object) -> bytes:
+    """Encode JSON including values that Python's encoder accepts: NaN, lone surrogates."""
     return json.dumps(value).encode()
 
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder in memory where there is one: a test writes hundreds of files."""
+    """Create a temporary folder, in memory if possible: a test writes hundreds of files."""
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
     yield folder
@@ -69,12 +72,14 @@ def place() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_parser_answers_or_refuses(name: str, place: Path, record_property: Record) -> None:
-    """No exception but quantkit's, within seconds, in words that a terminal can show."""
+def test_parser_returns_or_raises_quantkit_error(
+    name: str, place: Path, record_property: Record
+) -> None:
+    """Only quantkit's exceptions, within seconds, with printable messages."""
     target, tried = TARGETS[name], 0
     prepare_folder(target, place)
     assert all(run_target(target, place, data) is None for data in target.seeds), (
-        "a good input is refused"
+        "a valid input is rejected"
     )
 
     @settings(
@@ -84,18 +89,18 @@ def test_a_parser_answers_or_refuses(name: str, place: Path, record_property: Re
         suppress_health_check=[*HealthCheck],
         derandomize=True,
     )
-    @given(inputs(target))
-    def harmed(data: bytes) -> None:
+    @given(draw_inputs(target))
+    def check_input(data: bytes) -> None:
         nonlocal tried
         tried += 1
-        began = time.monotonic()
+        start = time.monotonic()
         run_target(target, place, data)
-        assert time.monotonic() - began < UNIT_SECONDS
+        assert time.monotonic() - start < UNIT_SECONDS
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    harmed()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-    assert grown < 1_500_000_000  # transformers and pyarrow are imported on the way
+    check_input()
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    assert growth < 1_500_000_000  # includes the imports of transformers and pyarrow
     record_property("input", name)
     record_property("tried", tried)
     record_property("tracebacks", 0)
@@ -104,8 +109,8 @@ def test_a_parser_answers_or_refuses(name: str, place: Path, record_property: Re
 @pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_parser_under_atheris(name: str, tmp_path: Path, record_property: Record) -> None:
-    """100,000 inputs and more: none ends in a traceback, takes half a minute, or 1.5 GB."""
+def test_parser_withstands_atheris(name: str, tmp_path: Path, record_property: Record) -> None:
+    """At least 100,000 inputs: none raises a traceback, takes half a minute or uses 1.5 GB."""
     pytest.importorskip("atheris", reason="atheris has wheels for Linux only")
     result = tmp_path / "result.json"
     command = [
@@ -117,40 +122,45 @@ def test_a_parser_under_atheris(name: str, tmp_path: Path, record_property: Reco
         "1",
         str(result),
     ]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=RUN_SECONDS, errors="replace",
+    process = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=RUN_SECONDS,
+        errors="replace",
         env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path), "RUST_BACKTRACE": "0"},
-    )  # fmt: skip
-    assert result.is_file(), f"it ended before its last input: {done.stderr[-3000:]}"
-    told = json.loads(result.read_text())
+    )
+    assert result.is_file(), f"the fuzzer ended before its last input: {process.stderr[-3000:]}"
+    counts = json.loads(result.read_text())
     record_property("input", name)
-    record_property("tried", told["tried"])
-    record_property("tracebacks", told["n_tracebacks"])
-    assert told["tracebacks"] == []
-    assert told["tried"] >= RUN_INPUTS
+    record_property("tried", counts["tried"])
+    record_property("tracebacks", counts["n_tracebacks"])
+    assert counts["tracebacks"] == []
+    assert counts["tried"] >= RUN_INPUTS
 
 
-def test_what_is_wrong_with_a_message_is_noticed() -> None:
-    """The check of the checks: a message without words."""
+def test_check_message_rejects_empty_messages() -> None:
+    """A valid message passes; empty messages fail."""
     check_message("recipe.yaml:1: version: missing; this key has no default")
     for message in ("", " \n"):
         with pytest.raises(AssertionError):
             check_message(message)
 
 
-def test_a_parser_that_breaks_is_noticed(tmp_path: Path) -> None:
-    """The harness lets through what is no error of quantkit's."""
+def test_harness_propagates_other_exceptions(tmp_path: Path) -> None:
+    """The harness catches only QuantkitError."""
 
-    def broken(folder: Path) -> object:
+    def raise_key_error(folder: Path) -> object:
         return {}[(folder / "x").read_bytes()]  # type: ignore[var-annotated]
 
     target = Target(
         name="x",
         file="x",
-        read=broken,
-        made=lambda: (b"",),
+        read=raise_key_error,
+        make_seeds=lambda: (b"",),
         mutate=lambda data, _: data,
-        beside=dict,
+        make_companions=dict,
     )
     prepare_folder(target, tmp_path)
     with pytest.raises(KeyError):

@@ -42,15 +42,15 @@ def run(*arguments: str) -> Result:
 
 
 def test_claim_of_8400_for_800_w_over_three_years_is_wrong() -> None:
-    found = parse_assumptions(COPIED.replace("CLAIM", "8400"), "copied.yaml")
-    made = compute_cost_items(found)
+    result = parse_assumptions(COPIED.replace("CLAIM", "8400"), "copied.yaml")
+    made = compute_cost_items(result)
     assert made["owned.kilowatts"].value == 0.8
     assert (
         made["owned.electricity"].value
         == pytest.approx(0.8 * 3 * 365 * 24 * 0.12)
         == pytest.approx(2522.88)
     )
-    (claim,) = recompute_claims(found, made, "copied.yaml")
+    (claim,) = recompute_claims(result, made, "copied.yaml")
     assert not claim.is_correct
     assert claim.message == (
         "owned.electricity: claimed 8,400, computed 2,522.88 USD (0.8 kW x 26,280 h x 0.12): "
@@ -62,12 +62,12 @@ def test_claim_of_8400_for_800_w_over_three_years_is_wrong() -> None:
 def test_command_reports_wrong_claim_and_fails(tmp_path: Path) -> None:
     path = tmp_path / "copied.yaml"
     path.write_text(COPIED.replace("CLAIM", "8400"))
-    found = run(str(path))
-    assert found.exit_code == 1
+    result = run(str(path))
+    assert result.exit_code == 1
     assert (
-        "1 of 1 figures do not come out" in found.stderr and "3.33 times too high" in found.stderr
+        "1 of 1 figures do not come out" in result.stderr and "3.33 times too high" in result.stderr
     )
-    assert "wrong" in found.stdout and "0.8 kW x 26,280 h x 0.12" in found.stdout
+    assert "wrong" in result.stdout and "0.8 kW x 26,280 h x 0.12" in result.stdout
     path.write_text(COPIED.replace("CLAIM", "2523"))
     right = run(str(path))
     assert right.exit_code == 0 and "right" in right.stdout
@@ -116,8 +116,8 @@ def test_swing_matches_changed_assumptions(shipped: Assumptions) -> None:
     swings = {swing.key: swing for swing in compute_sensitivity(shipped) if swing.side == "owned"}
     dear = read_default_text().replace("price_per_kwh: 0.12", "price_per_kwh: 0.15")
     assert dear != read_default_text()
-    found = compute_cost_items(parse_assumptions(dear, "dear.yaml"))["owned.per_million"].value
-    assert swings["owned.price_per_kwh"].at_high == pytest.approx(found)
+    result = compute_cost_items(parse_assumptions(dear, "dear.yaml"))["owned.per_million"].value
+    assert swings["owned.price_per_kwh"].at_high == pytest.approx(result)
     assert swings["throughput.utilization"].span > swings["owned.price_per_kwh"].span
     assert replace_assumption(shipped, "owned", "years", 5.0).owned is not None
     spans = [swing.span for swing in compute_sensitivity(shipped) if swing.side == "rented"]
@@ -142,22 +142,22 @@ def test_claim_is_correct_if_it_is_the_value_rounded(
 def test_default_throughput_matches_its_stated_fraction_of_the_bound(
     shipped: Assumptions,
 ) -> None:
-    told = re.fullmatch(
+    expected = re.fullmatch(
         r"an assumption: (\d+) % of the ([\d,]+) that `quantkit (.+)` .*", shipped.throughput.source
     )
-    assert told is not None and shipped.owned is not None
-    (card,) = json.loads(CliRunner().invoke(main, [*told[3].split(), "--json"]).stdout)["cards"]
+    assert expected is not None and shipped.owned is not None
+    (card,) = json.loads(CliRunner().invoke(main, [*expected[3].split(), "--json"]).stdout)["cards"]
     bound = card["bounds"]["decode_all"]["tokens_per_s"]
-    assert card["cards"] == shipped.owned.cards and f"{bound:,.0f}" == told[2]
-    assert round(100 * shipped.throughput.output_tokens_per_s / bound) == int(told[1])
+    assert card["cards"] == shipped.owned.cards and f"{bound:,.0f}" == expected[2]
+    assert round(100 * shipped.throughput.output_tokens_per_s / bound) == int(expected[1])
 
 
 def test_default_assumptions_have_every_key() -> None:
     text = read_default_text()
     for model in Assumptions.model_fields:
         assert f"\n{model}:" in text
-    found = parse_assumptions(text, "assumptions.yaml")
-    for section in (found.owned, found.rented, found.volume, found.throughput):
+    result = parse_assumptions(text, "assumptions.yaml")
+    for section in (result.owned, result.rented, result.volume, result.throughput):
         assert section is not None
         assert section.model_fields_set == set(type(section).model_fields)
     assert run("--defaults").stdout == text
@@ -193,10 +193,10 @@ def test_faults_are_reported_with_their_line(
     assert text != read_default_text()
     path = tmp_path / "a.yaml"
     path.write_text(text)
-    found = run(str(path))
-    assert found.exit_code == 2
+    result = run(str(path))
+    assert result.exit_code == 2
     line = text[: text.find(change[1])].count("\n") + 1
-    assert sentence.replace("LINE", str(line)) in found.stderr and "Traceback" not in found.output
+    assert sentence.replace("LINE", str(line)) in result.stderr and "Traceback" not in result.output
 
 
 def test_unreadable_file_or_file_without_gpus_is_rejected(tmp_path: Path) -> None:
@@ -217,17 +217,17 @@ def test_unreadable_file_or_file_without_gpus_is_rejected(tmp_path: Path) -> Non
 
 
 def test_tables_fit_the_terminal_and_json_matches() -> None:
-    found = run()
-    assert found.exit_code == 0
-    assert max(map(len, found.stdout.splitlines())) <= 100
-    for told in (
+    result = run()
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    for expected in (
         "cheapest first: DeepSeek-V3.2",
         "Break-even",
         "Sensitivity",
         "0.7 load x 1.3 PUE",
         "never: ",
     ):
-        assert told in found.stdout, told
+        assert expected in result.stdout, expected
     values = json.loads(run("--json").stdout)
     assert values["figures"]["owned.purchase"] == {
         "label": "purchase", "value": 320_000, "unit": "USD", "arithmetic": "8 x 30,000 + 1 x "

@@ -49,13 +49,13 @@ def test_unknown_family_matches_cache_and_parameters_of_transformers(
 ) -> None:
     model = small(family)
     model.config.save_pretrained(tmp_path)
-    found = read_model(str(tmp_path / "config.json"))
-    assert found.weights.parameters == sum(p.numel() for p in model.parameters())
-    assert found.weights.n_bytes == 2 * found.weights.parameters
+    sized = read_model(str(tmp_path / "config.json"))
+    assert sized.weights.parameters == sum(p.numel() for p in model.parameters())
+    assert sized.weights.n_bytes == 2 * sized.weights.parameters
     with torch.no_grad():
         cache = model(torch.arange(TOKENS)[None] % 128, use_cache=True).past_key_values
-    assert len(cache.layers) == len(found.layers)
-    for layer, held in zip(found.layers, cache.layers, strict=True):
+    assert len(cache.layers) == len(sized.layers)
+    for layer, held in zip(sized.layers, cache.layers, strict=True):
         window = layer.attention.window
         kept = (
             TOKENS if window is None else min(TOKENS, window - 1)
@@ -64,29 +64,29 @@ def test_unknown_family_matches_cache_and_parameters_of_transformers(
 
 
 @pytest.mark.parametrize(
-    ("beside", "told"), [({}, "BF16"), ({"vision_config": {}}, "BF16 (language model only)")]
+    ("beside", "expected"), [({}, "BF16"), ({"vision_config": {}}, "BF16 (language model only)")]
 )
 def test_multimodal_config_counts_the_language_model_only(
-    beside: dict[str, object], told: str, tmp_path: Path
+    beside: dict[str, object], expected: str, tmp_path: Path
 ) -> None:
     text = {**SMALL, "model_type": "gemma3_text", "layer_types": ["full_attention"] * 4}
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "gemma3", "text_config": text, **beside}))
-    assert read_model(str(path)).scheme == told
+    assert read_model(str(path)).scheme == expected
 
 
 def test_unknown_family_bytes_match_its_headers(tmp_path: Path) -> None:
     model = small("gpt_oss")
     model.save_pretrained(tmp_path)
-    found = read_model(str(tmp_path))
+    sized = read_model(str(tmp_path))
     size = (tmp_path / "model.safetensors").stat().st_size
     header = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
-    assert found.weights.n_bytes == size - 8 - header
-    assert found.read_from == "headers" and found.moe is not None
-    assert found.routed.parameters == sum(
+    assert sized.weights.n_bytes == size - 8 - header
+    assert sized.read_from == "headers" and sized.moe is not None
+    assert sized.routed.parameters == sum(
         p.numel() for n, p in model.named_parameters() if ".experts." in n
     )
-    assert found.moe.num_experts == 4 and found.moe.num_layers == 4
+    assert sized.moe.num_experts == 4 and sized.moe.num_layers == 4
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_stream_is_forwarded_unchanged_and_immediately() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "told"),
+    ("body", "status", "expected"),
     [
         (b"{", 400, "expected JSON"),
         (b"[" * 100_000, 400, "expected JSON"),
@@ -163,10 +163,12 @@ def test_stream_is_forwarded_unchanged_and_immediately() -> None:
         (b'{"prompt": "' + b"x" * 200_000 + b'"}', 413, "expected at most 150000 bytes"),
     ],
 )
-def test_invalid_request_is_rejected_before_the_engine(body: bytes, status: int, told: str) -> None:
+def test_invalid_request_is_rejected_before_the_engine(
+    body: bytes, status: int, expected: str
+) -> None:
     with gateway(max_tokens=100, body_bytes=150_000) as setup:
         answer = httpx2.post(f"{setup.url}/completions", content=body)
-        assert answer.status_code == status and told in answer.json()["error"]["message"]
+        assert answer.status_code == status and expected in answer.json()["error"]["message"]
         assert not setup.engine.asked
 
 
@@ -190,17 +192,19 @@ def test_invalid_request_is_rejected_before_the_engine(body: bytes, status: int,
 def test_request_without_token_limit_gets_the_gateways(path: str, said: Any, heard: Any) -> None:
     with gateway(max_tokens=5) as setup:
         assert httpx2.post(setup.url + path, json={"prompt": "{}", **said}).status_code == 200
-        told = {name: value for name, value in setup.engine.asked[0].items() if value is not None}
-        assert told == {"prompt": "{}", **heard}
+        expected = {
+            name: value for name, value in setup.engine.asked[0].items() if value is not None
+        }
+        assert expected == {"prompt": "{}", **heard}
     with gateway() as setup:
         httpx2.post(setup.url + path, json={"prompt": "{}", **said})
         assert setup.engine.asked[0] == {"prompt": "{}", **said}
 
 
-@pytest.mark.parametrize("told", ["x", "--5", "²", "9" * 5000, "1_0", "1.5"])
-def test_invalid_priority_is_rejected(told: str) -> None:
+@pytest.mark.parametrize("expected", ["x", "--5", "²", "9" * 5000, "1_0", "1.5"])
+def test_invalid_priority_is_rejected(expected: str) -> None:
     with gateway() as setup:
-        headers = {"x-priority": told.encode("latin-1")}
+        headers = {"x-priority": expected.encode("latin-1")}
         answer = httpx2.post(f"{setup.url}/completions", json={"prompt": "{}"}, headers=headers)
         assert (
             answer.status_code == 400
@@ -318,11 +322,11 @@ def test_deadline_returns_504_or_an_error_event() -> None:
             and "not complete within 0.8 s" in whole.json()["error"]["message"]
         )
         stream = setup.ask({"tokens": 20, "pause": 0.05, "name": "b"}, stream=True)
-        told = events(stream.text)
+        expected = events(stream.text)
         assert (
             stream.status_code == 200
-            and len(told) > 2
-            and told[-1]["error"]["type"] == "timeout_error"
+            and len(expected) > 2
+            and expected[-1]["error"]["type"] == "timeout_error"
         )
         until(lambda: setup.engine.left == ["a", "b"])  # and the engine stops working
         until(lambda: setup.metric("running") == 0)
@@ -493,9 +497,9 @@ def test_failure_within_a_stream_is_reported_without_failover(
     plan: dict[str, Any],
 ) -> None:
     with gateway(engines=2) as setup:
-        told = events(setup.ask(plan, stream=True).text)
-        assert [one["choices"][0]["text"] for one in told[:-1]] == ["0 ", "1 ", "2 "]
-        assert told[-1]["error"]["type"] == "server_error"
+        expected = events(setup.ask(plan, stream=True).text)
+        assert [one["choices"][0]["text"] for one in expected[:-1]] == ["0 ", "1 ", "2 "]
+        assert expected[-1]["error"]["type"] == "server_error"
         assert not setup.second.asked
         with pytest.raises(openai.APIError, match="try again"):
             list(
@@ -582,13 +586,13 @@ def test_key_file_has_hashes_and_is_validated_strictly(tmp_path: Path) -> None:
         assert authenticate((entry,), wrong) is None
     entries = {"keys": [entry.model_dump()]}
     assert parse_keys(entries, "keys.json") == (entry,)
-    for values, told in (
+    for values, expected in (
         ({"keys": [{**entry.model_dump(), "sha256": secret}]}, "keys.json: keys.0.sha256"),
         ({"keys": [{**entry.model_dump(), "admin": True}]}, "keys.json: keys.0.admin"),
         ({"keys": [entry.model_dump()] * 2}, "keys.json: a: expected once, found twice"),
         ({}, "keys.json: keys"),
     ):
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=expected):
             parse_keys(values, "keys.json")
     with pytest.raises(UsageError, match="use letters, digits"):
         create_key("a b")
@@ -676,12 +680,12 @@ def test_memory_stays_flat_under_a_thousand_queued_requests() -> None:
                 for one in held:
                     one.sendall(request)
                 text = httpx2.get(f"{root}/metrics", timeout=20).text
-                found = [
+                samples = [
                     line.split()[1]
                     for line in text.splitlines()
                     if line.startswith("quantkit_gateway_waiting ")
                 ]
-                waited, peak = max(waited, float(found[0])), max(peak, resident(pid))
+                waited, peak = max(waited, float(samples[0])), max(peak, resident(pid))
                 for one in held:
                     answer = b""
                     while piece := one.recv(65536):

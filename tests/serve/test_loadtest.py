@@ -130,7 +130,7 @@ def test_load_test_runs_levels_reads_cache_and_stores_result(
             "--requests",
             "8",
         ]
-        found = run(
+        result = run(
             *words,
             "--html",
             str(page),
@@ -141,7 +141,7 @@ def test_load_test_runs_levels_reads_cache_and_stores_result(
             "--note",
             "a stub",
         )
-    assert found.exit_code == 0, found.output
+    assert result.exit_code == 0, result.output
     warm, one, four = map(json.loads, log.read_text().splitlines())
     assert [spec["profile"]["streams"] for spec in (warm, one, four)] == [[1], [1], [4]]
     assert [spec["constraints"][0]["count"] for spec in (warm, one, four)] == [
@@ -159,7 +159,7 @@ def test_load_test_runs_levels_reads_cache_and_stores_result(
     assert kept == parse_load_test(json.loads(output.read_text()), "output")
     assert [level.concurrency for level in kept.levels] == [1, 4] and kept.note == "a stub"
     assert [level.cache for level in kept.levels] == [CacheCounters(asked=100, hits=40)] * 2
-    assert "40.0%" in found.output and "Under load" in found.output
+    assert "40.0%" in result.output and "Under load" in result.output
     assert "<script" in page.read_text()
     assert "<script" in (artifact / LOADTEST_PAGE).read_text()
     assert verify_artifact(artifact).unsealed == (
@@ -177,10 +177,10 @@ def test_other_files_are_not_written_into_an_artifact(artifact: Path) -> None:
         ("--output", "quantkit/x.json"),
         ("--html", FILE),
     ):
-        found = run("http://127.0.0.1:9/v1", option, str(artifact / place))
+        result = run("http://127.0.0.1:9/v1", option, str(artifact / place))
         assert (
-            found.exit_code == 2
-            and f"{option}: {artifact / place}: expected a place outside" in found.output
+            result.exit_code == 2
+            and f"{option}: {artifact / place}: expected a place outside" in result.output
         )
     (artifact / FILE).write_text(make_load_test().model_dump_json())
     assert run(str(artifact), "--html", str(artifact / LOADTEST_PAGE)).exit_code == 0
@@ -193,7 +193,7 @@ def test_api_key_is_in_no_command_line_and_no_result(
     program, log = fake(tmp_path)
     monkeypatch.setenv("MY_KEY", "sk-secret")
     with RunningApp(Counting()) as serving:
-        found = run(
+        result = run(
             serving.url,
             "--guidellm",
             program,
@@ -203,7 +203,7 @@ def test_api_key_is_in_no_command_line_and_no_result(
             "MY_KEY",
             "--json",
         )
-    assert found.exit_code == 0 and "sk-secret" not in found.output
+    assert result.exit_code == 0 and "sk-secret" not in result.output
     assert json.loads(log.read_text().splitlines()[0])["backend"]["api_key"] == "sk-secret"
 
 
@@ -212,19 +212,19 @@ def test_failing_or_hanging_guidellm_is_reported(
 ) -> None:
     monkeypatch.setattr(guidellm, "SLACK_SECONDS", 3)
     with RunningApp(Counting()) as serving:
-        for name, then, told in (
+        for name, then, expected in (
             ("a", "sys.exit('it broke')", "exited with 1; its last output: it broke"),
             ("b", "import time; time.sleep(60)", "still running 3 s after its time limit"),
             ("c", "sys.exit(0)", "exited with 0; its last output: nothing"),
         ):
             (tmp_path / name).mkdir()
             program, _ = fake(tmp_path / name, then)
-            found = run(serving.url, "--guidellm", program, "--seconds", "1")
-            assert found.exit_code == 1 and told in found.output
+            result = run(serving.url, "--guidellm", program, "--seconds", "1")
+            assert result.exit_code == 1 and expected in result.output
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "expected"),
     [
         (["localhost:8000"], 2, "expected http://HOST:PORT/v1"),
         (["http://127.0.0.1:9/v1"], 1, "expected an OpenAI-compatible server, found none"),
@@ -256,13 +256,15 @@ def test_failing_or_hanging_guidellm_is_reported(
     ],
 )
 def test_invalid_options_are_rejected(
-    words: list[str], code: int, told: str, tmp_path: Path
+    words: list[str], code: int, expected: str, tmp_path: Path
 ) -> None:
     program, _ = fake(tmp_path)
     (tmp_path / "empty").mkdir()
     words = [str(tmp_path / "empty") if word == "EMPTY" else word for word in words]
-    found = run(*words, *([] if "--guidellm" in words else ["--guidellm", program]))
-    assert found.exit_code == code and told in found.output and "Traceback" not in found.output
+    result = run(*words, *([] if "--guidellm" in words else ["--guidellm", program]))
+    assert (
+        result.exit_code == code and expected in result.output and "Traceback" not in result.output
+    )
 
 
 class Refusing(StubEngine):
@@ -283,11 +285,11 @@ def test_server_error_is_reported_before_guidellm_starts(
 ) -> None:
     program, log = fake(tmp_path)
     with RunningApp(Refusing()) as serving:
-        found = run(serving.url, "--guidellm", program, "--model", "foo", *words)
-    assert found.exit_code == 1 and not log.exists()
+        result = run(serving.url, "--guidellm", program, "--model", "foo", *words)
+    assert result.exit_code == 1 and not log.exists()
     assert (
         f"expected status 200, found 400: no {path} of 'foo'; request a model that it serves (stub)"
-        in found.output
+        in result.output
     )
     assert (
         engine.extract_message("<html>\nno") == "<html> no"
@@ -315,13 +317,13 @@ def test_prompts_are_read_from_files(tmp_path: Path) -> None:
     ]
     (tmp_path / "p.txt").write_text("x y\nz\n")
     assert read_prompts(str(tmp_path / "p.txt")).texts == ("x y", "z")
-    for text, told in (
+    for text, expected in (
         ("", "expected prompts, found none"),
         ('{"a": 1}', ":1: expected a text under"),
         ("[", ":1: "),
     ):
         file.write_text(text)
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=expected):
             read_prompts(str(file))
     file.write_bytes(b"\xff")
     with pytest.raises(UsageError, match="expected UTF-8"):
@@ -371,27 +373,27 @@ def test_diff_compares_load_tests_with_the_same_settings(artifact: Path, tmp_pat
     (other / FILE).write_text(
         first.model_copy(update={"levels": (slow,), "note": "2 x A100"}).model_dump_json()
     )
-    found = CliRunner().invoke(main, ["diff", str(artifact), str(other), "--json"])
-    assert found.exit_code == 0, found.output
-    told = json.loads(found.stdout)
-    rows = {(row["at_once"], row["figure"]): (row["a"], row["b"]) for row in told["load"]}
+    result = CliRunner().invoke(main, ["diff", str(artifact), str(other), "--json"])
+    assert result.exit_code == 0, result.output
+    diff = json.loads(result.stdout)
+    rows = {(row["at_once"], row["figure"]): (row["a"], row["b"]) for row in diff["load"]}
     assert {at for at, _ in rows} == {4}
     a, b = rows[4, "output tokens/s"]
     assert b == pytest.approx(a / 2) and any(
-        "Servers: A: not noted, B: 2 x A100." in note for note in told["notes"]
+        "Servers: A: not noted, B: 2 x A100." in note for note in diff["notes"]
     )
-    for words, said in (
+    for words, text in (
         ([], "-50.0%"),
         (["--markdown"], "Load test"),
         (["--html"], 'id="t-load"'),
     ):
-        assert said in CliRunner().invoke(main, ["diff", str(artifact), str(other), *words]).stdout
+        assert text in CliRunner().invoke(main, ["diff", str(artifact), str(other), *words]).stdout
     (other / FILE).write_text(first.model_copy(update={"max_tokens": 9}).model_dump_json())
-    found = CliRunner().invoke(main, ["diff", str(artifact), str(other)])
+    result = CliRunner().invoke(main, ["diff", str(artifact), str(other)])
     assert (
         "The load tests have different settings (max_tokens: 8 and 9)"
-        in " ".join(found.stdout.split())
-        and "-50.0%" not in found.stdout
+        in " ".join(result.stdout.split())
+        and "-50.0%" not in result.stdout
     )
 
 
@@ -401,18 +403,18 @@ def test_verify_rejects_damaged_result_and_diff_shows_the_rest(
     other = Path(shutil.copytree(artifact, tmp_path / "other"))
     (artifact / FILE).write_text(make_load_test().model_dump_json())
     assert verify_artifact(artifact).unsealed == (FILE,)
-    for text, told in (
+    for text, expected in (
         ("{", "expected JSON, found an error"),
         ('{"evil": 1}', r"tool: Field required; run the load test again"),
     ):
         (other / FILE).write_text(text)
-        with pytest.raises(ArtifactError, match=rf"{FILE}: .*{told}"):
+        with pytest.raises(ArtifactError, match=rf"{FILE}: .*{expected}"):
             verify_artifact(other)
-        found = CliRunner().invoke(main, ["diff", str(artifact), str(other)])
-        said = " ".join(found.stdout.split())
-        assert found.exit_code == 0 and "The load test is left out:" in said and "KL" in said, (
-            found.output
-        )
+        result = CliRunner().invoke(main, ["diff", str(artifact), str(other)])
+        output = " ".join(result.stdout.split())
+        assert (
+            result.exit_code == 0 and "The load test is left out:" in output and "KL" in output
+        ), result.output
 
 
 def test_damaged_result_is_reported_by_key() -> None:

@@ -50,9 +50,9 @@ def serve(*words: str) -> Any:
 
 
 def dry(*words: str) -> dict[str, Any]:
-    found = serve(*words, "--dry-run", "--json")
-    assert found.exit_code == 0, found.output
-    return dict(json.loads(found.output))
+    result = serve(*words, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.output))
 
 
 def shell(text: str) -> list[str]:
@@ -63,12 +63,12 @@ def shell(text: str) -> list[str]:
 
 def values(words: list[str]) -> dict[str, str]:
     """Return flag -> value, "" for a switch."""
-    found = {}
+    result = {}
     for place, word in enumerate(words):
         if word.startswith("--"):
             following = words[place + 1 : place + 2]
-            found[word] = following[0] if following and not following[0].startswith("--") else ""
-    return found
+            result[word] = following[0] if following and not following[0].startswith("--") else ""
+    return result
 
 
 # -------------------------------------------------------------------------------------- commands
@@ -103,7 +103,7 @@ def test_sglang_gets_equivalent_flags() -> None:
         "--users",
         "4",
     )
-    found = values(plan["commands"][0])
+    result = values(plan["commands"][0])
     assert plan["commands"][0][:5] == ["python", "-m", "sglang.launch_server", "--model-path", V3]
     expected = {
         "--context-length": "65536", "--tp-size": "8", "--kv-cache-dtype": "fp8_e4m3",
@@ -111,8 +111,8 @@ def test_sglang_gets_equivalent_flags() -> None:
         "--enable-priority-scheduling": "", "--schedule-low-priority-values-first": "",
         "--default-priority-value": "0",
     }  # fmt: skip
-    assert {name: found.get(name) for name in expected} == expected
-    assert plan["nodes"] == 1 and "--disable-shared-experts-fusion" not in found  # FP8 throughout
+    assert {name: result.get(name) for name in expected} == expected
+    assert plan["nodes"] == 1 and "--disable-shared-experts-fusion" not in result  # FP8 throughout
 
 
 def test_separate_shared_experts_are_not_fused(built: Path) -> None:
@@ -124,11 +124,11 @@ def test_separate_shared_experts_are_not_fused(built: Path) -> None:
         "--disable-shared-experts-fusion"
         not in dry(str(built), "--gpu", "h100", "--engine", "vllm")["commands"][0]
     )
-    told = json.loads((built / "quantkit" / "fidelity.json").read_text())["artifact"]
-    commands = {entry["engine"]: entry["command"] for entry in told["serving"]}
+    report = json.loads((built / "quantkit" / "fidelity.json").read_text())["artifact"]
+    commands = {entry["engine"]: entry["command"] for entry in report["serving"]}
     assert commands["SGLang"].endswith(" --disable-shared-experts-fusion")
     assert "--disable" not in commands["vLLM"]
-    assert any("--disable-shared-experts-fusion" in note for note in told["notes"])
+    assert any("--disable-shared-experts-fusion" in note for note in report["notes"])
     routed = ["m.0.mlp.experts.0.up_proj.qweight", "m.0.mlp.experts.0.up_proj.scales"]
     shared = ["m.0.mlp.shared_experts.up_proj.qweight", "m.0.mlp.shared_experts.up_proj.scales"]
     assert (
@@ -199,14 +199,16 @@ def test_dry_run_of_v3_takes_two_seconds_without_torch() -> None:
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
         "import resource; sys.stderr.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_utime))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert found.returncode == 0, found.stderr
-    assert float(found.stderr) < 2  # of CPU: the machine may be busy
-    assert found.stdout.count("vllm serve") == 2
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(result.stderr) < 2  # of CPU: the machine may be busy
+    assert result.stdout.count("vllm serve") == 2
 
 
 def test_extra_arguments_reach_the_engine_and_reasons_are_comments(built: Path) -> None:
-    found = serve(
+    result = serve(
         str(built),
         "--dry-run",
         "--gpu",
@@ -218,13 +220,13 @@ def test_extra_arguments_reach_the_engine_and_reasons_are_comments(built: Path) 
         "--seed",
         "3",
     )
-    assert found.exit_code == 0
-    command = shell(found.output)
+    assert result.exit_code == 0
+    command = shell(result.output)
     assert (
         command[-3:] == ["--enforce-eager", "--seed", "3"]
         and values(command)["--served-model-name"] == "tiny"
     )
-    assert "no chat template" in found.output
+    assert "no chat template" in result.output
 
 
 def test_small_artifact_is_served_by_transformers_without_gpu(
@@ -237,7 +239,7 @@ def test_small_artifact_is_served_by_transformers_without_gpu(
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "expected"),
     [
         (["nowhere"], 2, "nowhere: expected an artifact"),
         ([SMALL], 2, "a config alone cannot be served"),
@@ -315,21 +317,25 @@ def test_small_artifact_is_served_by_transformers_without_gpu(
         (["http://127.0.0.1:9/v1"], 2, "the address of a server: expected --gateway"),
     ],
 )
-def test_invalid_options_are_rejected(words: list[str], code: int, told: str, built: Path) -> None:
-    found = serve(*(str(built) if word == "BUILT" else word for word in words))
-    assert found.exit_code == code and told in found.output and "Traceback" not in found.output
+def test_invalid_options_are_rejected(
+    words: list[str], code: int, expected: str, built: Path
+) -> None:
+    result = serve(*(str(built) if word == "BUILT" else word for word in words))
+    assert (
+        result.exit_code == code and expected in result.output and "Traceback" not in result.output
+    )
 
 
 def test_nf4_experts_are_served_by_transformers_only(artifact: Path) -> None:
-    """The fidelity report names the engines; here neither vLLM nor SGLang."""
-    report = artifact / "quantkit/fidelity.json"
-    told = json.loads(report.read_text())
-    told["artifact"]["serving"] = [{"engine": "transformers", "command": "x"}]
-    report.write_text(json.dumps(told))
-    found = serve(str(artifact), "--dry-run", "--gpu", "h100")
+    """The fidelity path names the engines; here neither vLLM nor SGLang."""
+    path = artifact / "quantkit/fidelity.json"
+    values = json.loads(path.read_text())
+    values["artifact"]["serving"] = [{"engine": "transformers", "command": "x"}]
+    path.write_text(json.dumps(values))
+    result = serve(str(artifact), "--dry-run", "--gpu", "h100")
     assert (
-        found.exit_code == 2
-        and "neither vLLM nor SGLang reads it; serve it with --engine transformers" in found.output
+        result.exit_code == 2
+        and "neither vLLM nor SGLang reads it; serve it with --engine transformers" in result.output
     )
 
 
@@ -338,16 +344,16 @@ def test_damaged_artifact_is_not_served(artifact: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    found = serve(
+    result = serve(
         str(artifact), "--engine", "transformers", "--port", str(engine_process.find_free_port())
     )
-    assert found.exit_code == 1 and "expected sha256" in found.output
+    assert result.exit_code == 1 and "expected sha256" in result.output
 
 
 def test_occupied_port_is_reported_before_loading(built: Path) -> None:
     with RunningApp(lambda *_: None) as other:
-        found = serve(str(built), "--engine", "transformers", "--port", str(other.port))
-        assert found.exit_code == 2 and "expected a free port" in found.output
+        result = serve(str(built), "--engine", "transformers", "--port", str(other.port))
+        assert result.exit_code == 2 and "expected a free port" in result.output
 
 
 def test_dry_run_before_a_server_prints_the_gateway_only(tmp_path: Path) -> None:
@@ -364,7 +370,7 @@ def test_dry_run_before_a_server_prints_the_gateway_only(tmp_path: Path) -> None
         ]
         words += ["--keys", str(keys), "--fallback", "http://other/v1=big"]
         plan = dry(*words)["gateway"]
-        found = serve(*words, "--dry-run")
+        result = serve(*words, "--dry-run")
     assert (plan["url"], plan["keys"], plan["limits"]["deadline"]) == (
         f"http://127.0.0.1:{taken.port}/v1",
         1,
@@ -374,9 +380,10 @@ def test_dry_run_before_a_server_prints_the_gateway_only(tmp_path: Path) -> None
         ("http://127.0.0.1:9/v1", ""),
         ("http://other/v1", "big"),
     ]
-    assert found.exit_code == 0 and plan["url"] in found.output and "1 keys" in found.output
+    assert result.exit_code == 0 and plan["url"] in result.output and "1 keys" in result.output
     assert (
-        "fallback-1: http://other/v1, model big" in found.output and "deadline=8, " in found.output
+        "fallback-1: http://other/v1, model big" in result.output
+        and "deadline=8, " in result.output
     )
 
 
@@ -399,11 +406,11 @@ def test_dry_run_prints_the_gateway_and_its_engine(built: Path) -> None:
         assert plan["gateway"]["upstreams"][0]["priorities"] is priorities
     plan = dry(*words, "--engine", "transformers", "--limit", "running=3")
     assert plan["gateway"]["limits"]["running"] == 3
-    found = serve(*words, "--engine", "vllm", "--dry-run")
-    assert values(shell(found.output))["--host"] == "127.0.0.1"
+    result = serve(*words, "--engine", "vllm", "--dry-run")
+    assert values(shell(result.output))["--host"] == "127.0.0.1"
     assert (
         "# gateway on http://0.0.0.0:9000/v1, 10 concurrent requests, 7 waiting, no keys"
-        in found.output
+        in result.output
     )
     assert "gateway" not in dry(str(built), "--engine", "vllm")
 
@@ -432,11 +439,11 @@ def test_reasons_are_comments_that_fit_the_terminal(
     columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    found = serve(SMALL, "--dry-run", "--gpu", "h100", "--gateway")
-    comments = [line for line in found.output.splitlines() if line.startswith("#")]
+    result = serve(SMALL, "--dry-run", "--gpu", "h100", "--gateway")
+    comments = [line for line in result.output.splitlines() if line.startswith("#")]
     assert max(map(len, comments)) <= columns
-    assert "body_bytes=8000000" in found.output and "the rest becomes" in found.output
-    assert shell(found.output)[:3] == ["vllm", "serve", SMALL]
+    assert "body_bytes=8000000" in result.output and "the rest becomes" in result.output
+    assert shell(result.output)[:3] == ["vllm", "serve", SMALL]
 
 
 def test_ipv6_addresses_are_supported() -> None:
@@ -444,10 +451,10 @@ def test_ipv6_addresses_are_supported() -> None:
         here = tried.connect_ex(("::1", 9)) != errno.EADDRNOTAVAIL
     if here:  # a machine may have switched it off
         engine_process.check_port("::1", engine_process.find_free_port())
-    found = serve(
+    result = serve(
         "http://127.0.0.1:9/v1", "--gateway", "--dry-run", "--host", "::1", "--port", "9000"
     )
-    assert "gateway on http://[::1]:9000/v1" in found.output
+    assert "gateway on http://[::1]:9000/v1" in result.output
     with pytest.raises(UsageError, match="expected a free port on no.invalid"):
         engine_process.check_port("no.invalid", 9000)
 
@@ -456,8 +463,8 @@ def test_ipv6_addresses_are_supported() -> None:
 
 
 def test_docker_runs_the_command_on_mounted_weights(built: Path) -> None:
-    found = serve(str(built), "--docker", "--gpu", "rtx4090", "--port", "9000")
-    words = shell(found.output)
+    result = serve(str(built), "--docker", "--gpu", "rtx4090", "--port", "9000")
+    words = shell(result.output)
     place = words.index("--entrypoint")
     assert words[:2] == ["docker", "run"] and f"{built}:/model:ro" in words
     assert words[words.index("-p") + 1] == "127.0.0.1:9000:9000", (
@@ -504,11 +511,11 @@ def test_containers_get_the_chat_template(tmp_path: Path) -> None:
 
 
 def test_kubernetes_deploys_one_node(built: Path) -> None:
-    found = serve(
+    result = serve(
         str(built), "--kubernetes", "--gpu", "rtx4090", "--engine", "sglang", "--name", "tiny"
     )
-    assert "&id" not in found.output and "Kubernetes 1.28" not in found.output
-    service, deployment = YAML(typ="safe", pure=True).load_all(found.output)
+    assert "&id" not in result.output and "Kubernetes 1.28" not in result.output
+    service, deployment = YAML(typ="safe", pure=True).load_all(result.output)
     pod = deployment["spec"]["template"]["spec"]
     engine = pod["containers"][0]
     assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
@@ -524,7 +531,7 @@ def test_kubernetes_deploys_one_node(built: Path) -> None:
         volume["name"] for volume in pod["volumes"]
     }
     claim = pod["volumes"][0]["persistentVolumeClaim"]["claimName"]
-    assert found.output.startswith(f"# The claim {claim} must exist")
+    assert result.output.startswith(f"# The claim {claim} must exist")
     assert engine["readinessProbe"]["httpGet"] == {"path": "/health", "port": 8000}
     assert pod["enableServiceLinks"] is False, "a Service called vllm would set VLLM_PORT"
     assert all(
@@ -535,10 +542,10 @@ def test_kubernetes_deploys_one_node(built: Path) -> None:
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_kubernetes_deploys_two_nodes(engine: str) -> None:
     """One pod per node; the shell inserts its index into the command, as the shell here does."""
-    found = serve(V3, "--kubernetes", "--gpu", "h100", "--engine", engine)
-    documents = list(YAML(typ="safe", pure=True).load_all(found.output))
+    result = serve(V3, "--kubernetes", "--gpu", "h100", "--engine", engine)
+    documents = list(YAML(typ="safe", pure=True).load_all(result.output))
     stateful = documents[-1]
-    assert "# Several nodes need Kubernetes 1.28" in found.output and "&id" not in found.output
+    assert "# Several nodes need Kubernetes 1.28" in result.output and "&id" not in result.output
     assert [document["kind"] for document in documents] == ["Service", "Service", "StatefulSet"]
     assert (
         stateful["spec"]["replicas"] == 2 and stateful["spec"]["podManagementPolicy"] == "Parallel"
@@ -582,7 +589,7 @@ def test_label_begins_with_a_letter(name: str, label: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "expected"),
     [
         ({"model": "other", "prompt": "x"}, "model: expected 'm', found 'other'"),
         ({"prompt": "x", "logprobs": 3}, "logprobs: not supported by this engine"),
@@ -603,8 +610,8 @@ def test_label_begins_with_a_letter(name: str, label: str) -> None:
         ({}, "prompt: expected a text"),
     ],
 )
-def test_unsupported_parameter_is_rejected_by_name(asked: dict[str, Any], told: str) -> None:
-    with pytest.raises(BadRequest, match=told):
+def test_unsupported_parameter_is_rejected_by_name(asked: dict[str, Any], expected: str) -> None:
+    with pytest.raises(BadRequest, match=expected):
         parse_request(asked, "text", "m")
 
 
@@ -650,16 +657,16 @@ class StubTokenizer:
 
 @given(st.text("ab", max_size=30), st.text("ab", min_size=1, max_size=4), st.data())
 def test_streamer_stops_before_the_stop_string(text: str, stop: str, data: Any) -> None:
-    told: list[str] = []
-    writer = TextStreamer(StubTokenizer(), [stop], told.append)
+    pieces: list[str] = []
+    writer = TextStreamer(StubTokenizer(), [stop], pieces.append)
     rest = text
     while rest and not writer.is_stopped:
         size = data.draw(st.integers(1, 3))
         writer._add_text(rest[:size])
         rest = rest[size:]
-        assert text.split(stop)[0].startswith("".join(told))
+        assert text.split(stop)[0].startswith("".join(pieces))
     writer.end()
-    assert "".join(told) == text.split(stop)[0]
+    assert "".join(pieces) == text.split(stop)[0]
     assert writer.is_stopped == (stop in text)
 
 
@@ -752,16 +759,16 @@ def test_malformed_bodies_are_rejected(api: openai.OpenAI) -> None:
     """Broken JSON, deep nesting, and a body that would fill the memory."""
     bodies = {b"[": 400, b"[" * 100_000: 400, b"\xff": 400, b"7": 400, b" " * (BODY_BYTES + 1): 413}
     for body, status in bodies.items():
-        found = httpx2.post(f"{api.base_url}completions", content=body)
-        assert (found.status_code, found.json()["error"]["code"]) == (status, status)
-        assert found.json()["error"]["message"].startswith("body: expected ")
+        result = httpx2.post(f"{api.base_url}completions", content=body)
+        assert (result.status_code, result.json()["error"]["code"]) == (status, status)
+        assert result.json()["error"]["message"].startswith("body: expected ")
     for method, path, status in (("POST", "embeddings", 404), ("GET", "completions", 405)):
-        found = httpx2.request(method, f"{api.base_url}{path}")
-        assert (found.status_code, found.json()["error"]["code"]) == (status, status)
-    found = httpx2.post(
+        result = httpx2.request(method, f"{api.base_url}{path}")
+        assert (result.status_code, result.json()["error"]["code"]) == (status, status)
+    result = httpx2.post(
         f"{api.base_url}completions", content=b'{"\\ud800": 1}'
     )  # quoted in what is told
-    assert found.status_code == 400 and "unknown" in found.json()["error"]["message"]
+    assert result.status_code == 400 and "unknown" in result.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
@@ -771,10 +778,10 @@ def test_half_of_a_surrogate_pair_is_rejected(api: openai.OpenAI, path: str) -> 
         if path == "completions"
         else {"messages": [{"role": "user", "content": "a\ud800"}]}
     )
-    found = httpx2.post(f"{api.base_url}{path}", content=json.dumps(body))
+    result = httpx2.post(f"{api.base_url}{path}", content=json.dumps(body))
     assert (
-        found.status_code == 400
-        and "half of a surrogate pair at 1" in found.json()["error"]["message"]
+        result.status_code == 400
+        and "half of a surrogate pair at 1" in result.json()["error"]["message"]
     )
 
 

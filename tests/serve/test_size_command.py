@@ -23,15 +23,15 @@ def run(*arguments: str) -> Result:
 
 
 def test_size_reads_deepseek_v3_from_its_config() -> None:
-    found = run("deepseek-ai/DeepSeek-V3")
-    assert found.exit_code == 0
-    for told in ("671.03 B parameters", "673.15 GB (626.92 "
+    result = run("deepseek-ai/DeepSeek-V3")
+    assert result.exit_code == 0
+    for expected in ("671.03 B parameters", "673.15 GB (626.92 "
                                         "GiB)", "70,272 B per token x 32,768 tokens x 10 users",
                  "Cheapest in one node: 8 x", "H100 SXM 80 GB", "TP8 x PP2", "Computed upper "
                                                                              "bounds",
                  "2026-11-23"):  # fmt: skip
-        assert told in found.stdout, told
-    assert max(map(len, found.stdout.splitlines())) <= 100
+        assert expected in result.stdout, expected
+    assert max(map(len, result.stdout.splitlines())) <= 100
 
 
 def test_size_imports_neither_torch_nor_transformers() -> None:
@@ -42,15 +42,15 @@ def test_size_imports_neither_torch_nor_transformers() -> None:
         "file=sys.stderr)"
     )
     for target in ("deepseek-ai/DeepSeek-V3", "v3-awq4"):
-        found = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-c", code, target], capture_output=True, text=True, check=True
         )
-        assert found.stderr.strip() == "[]"
-        assert json.loads(found.stdout)["model"]["parameters"] == 671_026_404_352
+        assert result.stderr.strip() == "[]"
+        assert json.loads(result.stdout)["model"]["parameters"] == 671_026_404_352
 
 
 def test_json_matches_the_tables() -> None:
-    found = run(
+    result = run(
         "v3-gptq4-fp8",
         "--gpu",
         "l40s",
@@ -62,9 +62,9 @@ def test_json_matches_the_tables() -> None:
         "fp8",
         "--json",
     )
-    told = json.loads(found.stdout)
-    assert told["needs"]["kv_bytes"] == 61 * 576 * 4096 * 3
-    (card,) = told["cards"]
+    values = json.loads(result.stdout)
+    assert values["needs"]["kv_bytes"] == 61 * 576 * 4096 * 3
+    (card,) = values["cards"]
     assert (card["cards"], card["tensor_parallel"], card["pipeline_parallel"], card["nodes"]) == (
         16,
         8,
@@ -82,8 +82,8 @@ def test_json_matches_the_tables() -> None:
 
 
 def test_cheapest_gpus_are_supported_by_an_engine() -> None:
-    found = run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B")
-    said = " ".join(found.stdout.split())
+    result = run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B")
+    said = " ".join(result.stdout.split())
     assert re.search(r"Cheapest in one node: \d x (?!Mac)", said) and "Mac Studio 512 GB **" in said
     assert said.endswith("** not supported by vLLM or SGLang.")
     assert "**" not in run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "--gpu", "h100").stdout
@@ -92,8 +92,8 @@ def test_cheapest_gpus_are_supported_by_an_engine() -> None:
 def test_size_prints_the_longest_context_on_one_gpu() -> None:
     """The default needs two GPUs. Nothing is printed if one is enough or cannot hold the model."""
     words = ("--gpu", "rtx4090", "--users", "1")
-    found = run("r1-distill-qwen-32b-awq4", *words)
-    assert "On one GPU: at most 5,877 tokens for 1 user (--context 5877)." in found.stdout
+    result = run("r1-distill-qwen-32b-awq4", *words)
+    assert "On one GPU: at most 5,877 tokens for 1 user (--context 5877)." in result.stdout
     assert "On one GPU" not in run("r1-distill-qwen-32b-awq4", *words, "--context", "5877").stdout
     assert "On one GPU" not in run("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", *words).stdout
 
@@ -105,13 +105,13 @@ def test_tables_explain_the_context_of_speeds() -> None:
         "first tokens; all t/s: "
     )
     for words in (["Qwen/Qwen3-30B-A3B", "--gpu", "h100"], ["--compare", "Qwen/Qwen3-30B-A3B"]):
-        found = run(*words, "--users", "1", "--context", "4096")
-        said = " ".join(found.stdout.split())
+        result = run(*words, "--users", "1", "--context", "4096")
+        said = " ".join(result.stdout.split())
         assert note + "1 user at 4,096 tokens." in said and "1 users" not in said
 
 
 def test_size_handles_each_format_of_a_recipe() -> None:
-    found = run(
+    result = run(
         "smollm2-135m-gptq4",
         "--set",
         "format=[gptq, compressed_tensors]",
@@ -119,25 +119,25 @@ def test_size_handles_each_format_of_a_recipe() -> None:
         "512",
         "--json",
     )
-    assert found.exit_code == 0, found.output
-    assert [each["model"]["scheme"] for each in json.loads(found.stdout)] == [
+    assert result.exit_code == 0, result.output
+    assert [each["model"]["scheme"] for each in json.loads(result.stdout)] == [
         "gptq, 4 bits g64", "compressed_tensors, 4 bits g64",
     ]  # fmt: skip
 
 
 def test_single_gpu_output_has_sources_and_tokens_per_step() -> None:
-    found = run("v3-gptq4-fp8", "--gpu", "H100")
-    assert found.exit_code == 0
+    result = run("v3-gptq4-fp8", "--gpu", "H100")
+    assert result.exit_code == 0
     for text in ("driver reports", "80 GB = 74.5 GiB", "Tokens per step", "Batches",
                  "Tensor parallelism", "of 256",
                  "The interconnect is not the limit of prefill"):  # fmt: skip
-        assert text in found.stdout, text
+        assert text in result.stdout, text
 
 
 def test_compare_includes_the_report_of_an_artifact(sealed: Path) -> None:
-    found = run("--compare", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", str(sealed), "--json")
-    assert found.exit_code == 0, found.output
-    first, second = json.loads(found.stdout)
+    result = run("--compare", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", str(sealed), "--json")
+    assert result.exit_code == 0, result.output
+    first, second = json.loads(result.stdout)
     assert first["fidelity"] is None and second["fidelity"]["benchmarks"] is not None
     assert (
         first["needs"]["context"] == second["needs"]["context"] == 512
@@ -188,10 +188,10 @@ def sealed(tmp_path: Path) -> Path:
 def test_invalid_input_prints_one_sentence_and_exits_2(
     arguments: tuple[str, ...], sentence: str
 ) -> None:
-    found = run(*arguments)
-    assert found.exit_code == 2
-    assert sentence in found.stderr and found.stderr.startswith("error: ")
-    assert "Traceback" not in found.output
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert sentence in result.stderr and result.stderr.startswith("error: ")
+    assert "Traceback" not in result.output
 
 
 def test_damaged_config_prints_one_sentence(tmp_path: Path) -> None:
@@ -203,6 +203,6 @@ def test_damaged_config_prints_one_sentence(tmp_path: Path) -> None:
         ('{"model_type": "nobody_knows_this"}', "nobody_knows_this"),
     ):
         path.write_text(text)
-        found = run(str(path))
-        assert found.exit_code == 2
-        assert sentence in found.stderr and len(found.stderr.splitlines()) == 1, found.stderr
+        result = run(str(path))
+        assert result.exit_code == 2
+        assert sentence in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr

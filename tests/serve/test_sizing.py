@@ -50,7 +50,7 @@ MISTRAL_7B = {
 
 
 @pytest.fixture(scope="module")
-def cards() -> GpuCatalog:
+def catalog() -> GpuCatalog:
     return read_gpus()
 
 
@@ -62,8 +62,8 @@ def v3() -> Model:
 @cache
 def recipe_model(name: str) -> Model:
     text = (locate_folder("recipes") / f"{name}.yaml").read_text()
-    (found,) = plan_recipe_models(parse_recipe(text, name))
-    return found
+    (model,) = plan_recipe_models(parse_recipe(text, name))
+    return model
 
 
 def written(path: Path, values: dict[str, object]) -> Path:
@@ -81,15 +81,15 @@ def test_v3_kv_cache_is_70_272_bytes_per_token(v3: Model) -> None:
     assert dense_formula / v3.compute_kv_bytes_per_token("bf16") > 50
 
 
-def test_v3_needs_671_gb_and_two_nodes_of_eight_gpus(v3: Model, cards: GpuCatalog) -> None:
+def test_v3_needs_671_gb_and_two_nodes_of_eight_gpus(v3: Model, catalog: GpuCatalog) -> None:
     assert v3.weights.parameters / 1e9 == pytest.approx(671, abs=0.5)
     plain = read_model(V3, "fp8")
     assert plain.weights.n_bytes / GB == pytest.approx(671, abs=0.5)
     assert plain.weights.n_bytes / (80 * GB) == pytest.approx(8.4, abs=0.05)
     for model in (plain, v3):
-        found = fit_model(estimate_memory(model), cards.gpus["h100"])
-        assert found.placement is not None
-        assert (found.placement.nodes, found.placement.gpus) == (2, 16)
+        fit = fit_model(estimate_memory(model), catalog.gpus["h100"])
+        assert fit.placement is not None
+        assert (fit.placement.nodes, fit.placement.gpus) == (2, 16)
 
 
 def test_v3_in_fp8_includes_block_scales_and_bf16_layers(v3: Model) -> None:
@@ -112,7 +112,7 @@ def test_a_7b_model_in_fp16_is_14_gb(tmp_path: Path) -> None:
     assert model.weights.n_bytes / GB == pytest.approx(14, abs=0.5)
 
 
-def test_32b_at_4_bits_has_16_to_18_gb_and_its_context_on_24_gb(cards: GpuCatalog) -> None:
+def test_32b_at_4_bits_has_16_to_18_gb_and_its_context_on_24_gb(catalog: GpuCatalog) -> None:
     rule = read_model(QWEN_32B, "int4")
     assert 16 <= rule.weights.n_bytes / GB <= 18
     artifact = recipe_model("r1-distill-qwen-32b-awq4")
@@ -123,19 +123,17 @@ def test_32b_at_4_bits_has_16_to_18_gb_and_its_context_on_24_gb(cards: GpuCatalo
     )
     per_token = 64 * 2 * 8 * 128 * 2
     assert artifact.compute_kv_bytes_per_token("bf16") == per_token == 262_144
-    found = fit_model(estimate_memory(artifact, 2048, 1), cards.gpus["rtx4090"])
-    assert found.fits_single_gpu
-    assert (
-        found.max_context == int((24 * GB / 1.15 - artifact.weights.n_bytes) / per_token) == 5_877
-    )
+    fit = fit_model(estimate_memory(artifact, 2048, 1), catalog.gpus["rtx4090"])
+    assert fit.fits_single_gpu
+    assert fit.max_context == int((24 * GB / 1.15 - artifact.weights.n_bytes) / per_token) == 5_877
 
 
-def test_gb_and_gib_are_distinguished(cards: GpuCatalog) -> None:
+def test_gb_and_gib_are_distinguished(catalog: GpuCatalog) -> None:
     assert GB == 10**9 and GIB == 2**30
-    card = cards.gpus["h100"]
-    assert card.memory_bytes == 80 * GB < 80 * GIB
-    assert card.reported_mib is not None
-    assert card.memory_bytes < card.reported_mib.value * 2**20 < 80 * GIB
+    gpu = catalog.gpus["h100"]
+    assert gpu.memory_bytes == 80 * GB < 80 * GIB
+    assert gpu.reported_mib is not None
+    assert gpu.memory_bytes < gpu.reported_mib.value * 2**20 < 80 * GIB
 
 
 # --------------------------------------------------------------------------- transformers as oracle
@@ -353,51 +351,47 @@ def test_pipeline_stages_hold_everything_once(v3: Model) -> None:
     )
 
 
-def test_max_users_and_max_context_are_exact(v3: Model, cards: GpuCatalog) -> None:
-    card, asked = cards.gpus["h200"], estimate_memory(v3, 8192, 4)
-    found = fit_model(asked, card)
-    assert (
-        found.placement is not None
-        and found.max_users is not None
-        and found.max_context is not None
-    )
-    tp, pp = found.placement.tp, found.placement.pp
-    assert is_placeable(asked, card, tp, pp, 8192, found.max_users)
-    assert not is_placeable(asked, card, tp, pp, 8192, found.max_users + 1)
-    assert is_placeable(asked, card, tp, pp, found.max_context, 4)
-    assert not is_placeable(asked, card, tp, pp, found.max_context + 1, 4)
+def test_max_users_and_max_context_are_exact(v3: Model, catalog: GpuCatalog) -> None:
+    gpu, asked = catalog.gpus["h200"], estimate_memory(v3, 8192, 4)
+    fit = fit_model(asked, gpu)
+    assert fit.placement is not None and fit.max_users is not None and fit.max_context is not None
+    tp, pp = fit.placement.tp, fit.placement.pp
+    assert is_placeable(asked, gpu, tp, pp, 8192, fit.max_users)
+    assert not is_placeable(asked, gpu, tp, pp, 8192, fit.max_users + 1)
+    assert is_placeable(asked, gpu, tp, pp, fit.max_context, 4)
+    assert not is_placeable(asked, gpu, tp, pp, fit.max_context + 1, 4)
 
 
 def test_stages_fill_nodes_and_shortfall_names_alternatives(
-    cards: GpuCatalog,
+    catalog: GpuCatalog,
 ) -> None:
     """v3-awq4 once got seven of eight GPUs in seven stages.
 
     TP8 misses little, since every rank holds MLA's whole cache.
     """
-    model, card = recipe_model("v3-awq4"), cards.gpus["h100"]
-    found = fit_model(estimate_memory(model), card)
-    assert found.placement is not None and (found.placement.tp, found.placement.pp) == (4, 2)
-    miss = find_shortfall(found)
+    model, gpu = recipe_model("v3-awq4"), catalog.gpus["h100"]
+    fit = fit_model(estimate_memory(model), gpu)
+    assert fit.placement is not None and (fit.placement.tp, fit.placement.pp) == (4, 2)
+    miss = find_shortfall(fit)
     held = sum(compute_fullest_gpu(estimate_memory(model), 8, 1, 32_768, 10)) * 1.15
     assert miss == TensorParallelShortfall(
         tp=8, missing_bytes=round(held - 80 * GB), fits_fp8_cache=True, max_users=9, is_latent=True
     )
     for mended in (estimate_memory(model, users=9), estimate_memory(model, kv="fp8")):
-        alone = fit_model(mended, card)
+        alone = fit_model(mended, gpu)
         assert (
             alone.placement is not None
             and alone.placement.tp == 8
             and find_shortfall(alone) is None
         )
-    more = fit_model(estimate_memory(model, users=10**5), card)
+    more = fit_model(estimate_memory(model, users=10**5), gpu)
     assert more.placement is None and find_shortfall(more) is None
-    for name in cards.gpus:
+    for name in catalog.gpus:
         for users in (1, 10, 30, 64):
-            placed = fit_model(estimate_memory(model, users=users), cards.gpus[name]).placement
-            assert placed is None or cards.gpus[name].per_node % placed.gpus in (
+            placed = fit_model(estimate_memory(model, users=users), catalog.gpus[name]).placement
+            assert placed is None or catalog.gpus[name].per_node % placed.gpus in (
                 0,
-                cards.gpus[name].per_node,
+                catalog.gpus[name].per_node,
             )
 
 
@@ -426,25 +420,27 @@ def test_error_messages_state_the_fix(v3: Model, tmp_path: Path) -> None:
         read_attention(Config(values={**MISTRAL_7B, "num_key_value_heads": 0}))
 
 
-def test_gpu_without_link_is_used_alone(v3: Model, cards: GpuCatalog) -> None:
-    assert fit_model(estimate_memory(v3), cards.gpus["mac-studio"]).placement is None
+def test_gpu_without_link_is_used_alone(v3: Model, catalog: GpuCatalog) -> None:
+    assert fit_model(estimate_memory(v3), catalog.gpus["mac-studio"]).placement is None
     assert fit_model(
-        estimate_memory(read_model(QWEN_32B)), cards.gpus["mac-studio"]
+        estimate_memory(read_model(QWEN_32B)), catalog.gpus["mac-studio"]
     ).fits_single_gpu
 
 
-def test_gpu_is_selected_by_key_or_name(cards: GpuCatalog) -> None:
-    assert cards.get_gpu("H-100") is cards.get_gpu("nvidia h100 sxm 80 gb") is cards.gpus["h100"]
+def test_gpu_is_selected_by_key_or_name(catalog: GpuCatalog) -> None:
+    assert (
+        catalog.get_gpu("H-100") is catalog.get_gpu("nvidia h100 sxm 80 gb") is catalog.gpus["h100"]
+    )
     for name in ("H100 80", "h100-80gb", "H100 SXM 80 GB"):
-        assert cards.get_gpu(name) is cards.gpus["h100"], name
-    for key, card in cards.gpus.items():
-        assert cards.get_gpu(card.short) is card, key
+        assert catalog.get_gpu(name) is catalog.gpus["h100"], name
+    for key, gpu in catalog.gpus.items():
+        assert catalog.get_gpu(gpu.short) is gpu, key
     with pytest.raises(UsageError, match="no GPU named 'h10'. Did you mean 'h100'"):
-        cards.get_gpu("h10")
+        catalog.get_gpu("h10")
 
 
 @pytest.mark.parametrize(
-    ("groups", "told"),
+    ("groups", "expected"),
     [
         ({"g": {"weights": {"num_bits": 4, "group_size": 64}}}, "compressed-tensors, 4 bits g64"),
         (
@@ -458,13 +454,13 @@ def test_gpu_is_selected_by_key_or_name(cards: GpuCatalog) -> None:
         ("broken", "compressed-tensors"),
     ],
 )
-def test_scheme_of_compressed_tensors_has_its_bits(groups: object, told: str) -> None:
+def test_scheme_of_compressed_tensors_has_its_bits(groups: object, expected: str) -> None:
     entry = {"quant_method": "compressed-tensors", "config_groups": groups}
-    assert describe_scheme(Config(values={"quantization_config": entry}), {}) == told
+    assert describe_scheme(Config(values={"quantization_config": entry}), {}) == expected
 
 
 @pytest.mark.parametrize(
-    ("dynamic", "told"),
+    ("dynamic", "expected"),
     [
         ({}, "gptq, 4 bits g128"),
         ({"+:.*shared.*": {"bits": 8, "group_size": -1}, "-:.*gate": {}}, "gptq, 4/8 bits g128"),
@@ -472,6 +468,6 @@ def test_scheme_of_compressed_tensors_has_its_bits(groups: object, told: str) ->
         (None, "gptq, 4 bits g128"),
     ],
 )
-def test_scheme_of_gptq_has_dynamic_exceptions(dynamic: object, told: str) -> None:
+def test_scheme_of_gptq_has_dynamic_exceptions(dynamic: object, expected: str) -> None:
     entry = {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": dynamic}
-    assert describe_scheme(Config(values={"quantization_config": entry}), {}) == told
+    assert describe_scheme(Config(values={"quantization_config": entry}), {}) == expected

@@ -30,6 +30,6 @@ def build_all(folder: Path, output: Path, **keys: str) -> tuple[pipeline.BuildRe
         text,
         overwrite=False,
         evaluate=False,
-        planned=ignore_progress,
-        tell=ignore_progress,
+        on_plan=ignore_progress,
+        on_progress=ignore_progress,
     )

@@ -1,7 +1,7 @@
-"""Processes that are made to die: builds whose calls of the operating system fail, kill them or cut the power.
+"""Fault injection: builds in processes whose system calls fail, kill them or lose unsynced writes.
 
-A server imports quantkit once and forks for each build, so that a build takes a second and not six. It reads one JSON
-object per line (`Order`) and answers with one: how the process ended, and how many calls it had made.
+A server imports quantkit once and forks for each build, so that a build takes one second instead of
+six. It reads one JSON object per line (`Order`) and answers with one (`End`).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ CALLS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """A command line in a folder, and what ends it.
+    """A command line in a folder, and its fault.
 
-    `seconds`: SIGKILL after so long; `step`: `number` is sent when so many steps of a build loop are done; `call`: the
-    call of the operating system at which `fault` happens: "kill", "power" or the name of an error, "ENOSPC"; `wave`:
-    memory holds so many experts, and every wave of them is made sure of.
+    `seconds`: SIGKILL after that time; `step`: signal `number` is sent when so many steps of a
+    build loop are done; `call`: the system call at which `fault` happens: "kill", "power" or the
+    name of an error, "ENOSPC"; `wave`: memory holds so many experts, and every wave is saved.
     """
 
     place: str
@@ -56,7 +56,7 @@ class Order:
 
 @dataclass(frozen=True, kw_only=True)
 class End:
-    """Exit code, or minus the signal; the calls made in front of the end; standard error."""
+    """Exit code, or minus the signal; the number of system calls; standard error."""
 
     code: int
     calls: int
@@ -64,13 +64,13 @@ class End:
 
 
 class Server:
-    """Starts processes that die."""
+    """A process that forks one process per order."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
     def run(self, order: Order) -> End:
-        """What became of an order."""
+        """Run an order; return how it ended."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps(asdict(order)) + "\n")
         self._process.stdin.flush()
@@ -79,7 +79,7 @@ class Server:
 
 @contextmanager
 def server() -> Iterator[Server]:
-    """A server, which ends with the block."""
+    """Start a server, and stop it at the end of the block."""
     command = [sys.executable, __file__]
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "QUANTKIT_CACHE": cache}
@@ -93,19 +93,19 @@ def server() -> Iterator[Server]:
                 found.stdin.close()
 
 
-# --------------------------------------------------------------------------------------------------- inside the server
+# -------------------------------------------------------------------------------- inside the server
 
 
 @dataclass
 class Undo:
-    """How to take back what a power cut would lose: `file` says whose sync makes it last."""
+    """How to undo a write that a power cut would lose, until `file` is synced."""
 
     file: tuple[int, int]
     act: Callable[[], None]
 
 
 class Faults:
-    """Counts the calls of the operating system below a folder, and lets one of them go wrong."""
+    """Counts system calls, and makes one of them fail."""
 
     def __init__(self, order: Order, counted: Path) -> None:
         self.order, self.counted, self.calls = order, counted, 0
@@ -114,12 +114,12 @@ class Faults:
         self.lock = threading.RLock()
 
     def install(self) -> None:
-        """Stand between the program and its operating system."""
+        """Replace the functions of `os`."""
         for name in CALLS:
             setattr(os, name, self.watched(name))
 
     def watched(self, name: str) -> Callable[..., object]:
-        """A call that is counted, and remembered until it is synced."""
+        """Return a function that counts calls and remembers writes until they are synced."""
 
         def call(*args: object, **more: object) -> object:
             changing = name != "open" or bool(int(args[1]) & os.O_CREAT)  # type: ignore[call-overload]
@@ -140,7 +140,7 @@ class Faults:
         return call
 
     def strike(self) -> None:
-        """The fault itself."""
+        """Raise the error, or end the process."""
         if self.order.fault in ("kill", "power"):
             for undo in reversed(self.undo):
                 undo.act()
@@ -150,11 +150,11 @@ class Faults:
         raise OSError(number, os.strerror(number))
 
     def note(self) -> None:
-        """Leave the number of calls where the server finds it."""
+        """Write the number of calls for the server."""
         self.counted.write_text(str(self.calls))
 
     def remember(self, name: str, args: tuple[object, ...]) -> None:
-        """Note how to take a call back, or that earlier ones now last."""
+        """Remember how to undo a call; an fsync makes earlier calls permanent."""
         if name == "fsync":
             state = os.fstat(args[0])  # type: ignore[arg-type]
             self.undo = [undo for undo in self.undo if undo.file != (state.st_dev, state.st_ino)]
@@ -164,7 +164,7 @@ class Faults:
             self.moved(Path(str(args[0])), Path(str(args[1])))
 
     def written(self, descriptor: int, offset: int | None, name: str) -> None:
-        """Bytes that may not reach the disk: the file's old content comes back."""
+        """Remember a file's old content, which comes back at a power cut."""
         state, path = os.fstat(descriptor), os.readlink(f"/proc/self/fd/{descriptor}")
         if any(
             undo.file == (state.st_dev, state.st_ino) and undo.act.__name__ == "back"
@@ -174,7 +174,7 @@ class Faults:
         content = Path(path).read_bytes() if os.path.exists(path) else b""
 
         def back() -> None:
-            if not os.path.exists(path):  # removed since
+            if not os.path.exists(path):  # removed later
                 return
             again = self.real["open"](path, os.O_RDWR)
             os.truncate(path, len(content))
@@ -183,7 +183,7 @@ class Faults:
         self.undo.append(Undo((state.st_dev, state.st_ino), back))
 
     def moved(self, old: Path, new: Path) -> None:
-        """A name that may not reach the disk: file and folder have their old names again."""
+        """Remember a file's old name, which comes back at a power cut."""
         folder = new.parent.stat()
         kept = new.read_bytes() if new.is_file() else None
 
@@ -196,7 +196,7 @@ class Faults:
         self.undo.append(Undo((folder.st_dev, folder.st_ino), back_again))
 
     def born(self, path: object, descriptor: object) -> None:
-        """A file that may not be there: nobody synced its folder."""
+        """Remember a new file, which disappears at a power cut unless its folder is synced."""
         where, state = Path(str(path)), os.fstat(descriptor)  # type: ignore[arg-type]
         folder = where.parent.stat()
         if state.st_size == 0:
@@ -205,7 +205,7 @@ class Faults:
 
 
 def child(order: Order, counted: Path) -> int:
-    """Run an order in this process; its exit code."""
+    """Run an order in this process; return its exit code."""
     from quantkit.build.progress_log import BuildProgress
     from quantkit.cli.main import main
 
@@ -216,7 +216,7 @@ def child(order: Order, counted: Path) -> int:
     if order.wave:
         in_waves(order.wave)
     if order.step:
-        commit, done = BuildProgress.commit, list[int]()
+        commit, done = BuildProgress.commit_step, list[int]()
 
         def dying(self: BuildProgress, *args: object) -> None:
             commit(self, *args)  # type: ignore[arg-type]
@@ -224,7 +224,7 @@ def child(order: Order, counted: Path) -> int:
             if len(done) == order.step:
                 os.kill(os.getpid(), order.number)
 
-        BuildProgress.commit = dying  # type: ignore[assignment,method-assign]
+        BuildProgress.commit_step = dying  # type: ignore[assignment,method-assign]
     try:
         main([*order.arguments])
     except SystemExit as end:
@@ -235,8 +235,8 @@ def child(order: Order, counted: Path) -> int:
 
 
 def in_waves(size: int) -> None:
-    """Let builds hold so many experts at a time, and make sure of every wave."""
-    from quantkit.build import wave_checkpoint
+    """Hold so many experts at once, and save every wave."""
+    from quantkit.build import progress_log
     from quantkit.plan import plan
 
     real = plan.plan_memory
@@ -245,11 +245,11 @@ def in_waves(size: int) -> None:
         return replace(real(*args, **kwargs), wave_experts=size)  # type: ignore[arg-type]
 
     plan.plan_memory = fewer  # type: ignore[assignment]
-    wave_checkpoint.SECONDS, wave_checkpoint.SHARE = 0.0, 0
+    progress_log.MIN_SECONDS, progress_log.MIN_COST_RATIO = 0.0, 0
 
 
 def fork(order: Order) -> End:
-    """Run an order in a process of its own."""
+    """Run an order in a forked process."""
     place = Path(order.place)
     counted, told = place.with_suffix(".calls"), place.with_suffix(".stderr")
     counted.write_text("0")
@@ -277,7 +277,7 @@ def fork(order: Order) -> End:
 
 
 def serve() -> None:
-    """Answer orders until there are none."""
+    """Answer orders until standard input ends."""
     from quantkit.library_settings import REPRODUCIBLE
 
     os.environ.update(REPRODUCIBLE)
@@ -287,7 +287,8 @@ def serve() -> None:
     from quantkit.report import html_page, terminal
 
     assert pipeline and terminal  # what a build imports, but for what it uses once
-    html_page.load_vega_bundle()  # made by the first build and found by others: each shall make the same calls
+    # made by the first build and found by others: each shall make the same calls
+    html_page.load_vega_bundle()
     torch.set_num_threads(1)
     for line in sys.stdin:
         sys.stdout.write(json.dumps(asdict(fork(Order(**json.loads(line))))) + "\n")

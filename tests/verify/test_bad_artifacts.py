@@ -118,8 +118,8 @@ def build_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
                 text,
                 overwrite=False,
                 evaluate=False,
-                planned=ignore_progress,
-                tell=ignore_progress,
+                on_plan=ignore_progress,
+                on_progress=ignore_progress,
             )
         return output
 

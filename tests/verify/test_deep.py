@@ -113,8 +113,8 @@ def build_artifact(tmp_path_factory: pytest.TempPathFactory) -> BuildArtifact:
                 text,
                 overwrite=False,
                 evaluate=False,
-                planned=ignore_progress,
-                tell=ignore_progress,
+                on_plan=ignore_progress,
+                on_progress=ignore_progress,
             )
         return output
 

@@ -66,12 +66,12 @@ def command(
             text,
             overwrite=overwrite,
             evaluate=not skip_evaluation,
-            planned=lambda plans: (
+            on_plan=lambda plans: (
                 None if json_out else show(render_plans([summarize_plan(plan) for plan in plans]))
             ),
-            tell=progress_bar.update,
+            on_progress=progress_bar.update,
             restart=restart,
-            say=lambda message: click.echo(message, err=True),
+            on_message=lambda message: click.echo(message, err=True),
         )
     if junit:
         write_output(junit, junit_bytes([result.fidelity for result in results]))

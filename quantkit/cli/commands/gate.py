@@ -58,11 +58,12 @@ def command(artifact: Path, gates_file: Path | None, junit: Path | None, json_ou
         })
     else:
         show(terminal.render_table(tables.make_gate_table(judged)))
-        kept, missed, open_ = (
+        passed, failed, unmeasured = (
             sum(gate.ok is outcome for gate in judged.gates) for outcome in (True, False, None)
         )
         counts = (
-            f"{kept} of {len(judged.gates)} gates kept, {missed} missed, {open_} without a figure"
+            f"{passed} of {len(judged.gates)} gates passed, {failed} failed, "
+            f"{unmeasured} without a figure"
         )
         click.echo(f"{artifact}: {judged.status}: {counts} (when built: {built.status})")
     check_gates(judged)

@@ -58,7 +58,8 @@ def command(
         return
     action = "would fetch" if dry_run else "verified; fetched"
     click.echo(
-        f"{folder}: {action} {len(done.files)} files, {format_bytes(done.n_bytes)}; {done.n_present} "
+        f"{folder}: {action} {len(done.files)} files, {format_bytes(done.n_bytes)}; "
+        f"{done.n_present} "
         f"files, {format_bytes(done.present_bytes)} were there ({done.status})"
     )
     for name in done.files if dry_run else ():

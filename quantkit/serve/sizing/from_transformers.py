@@ -88,15 +88,9 @@ def size_with_transformers(
         measure_attention(plain, kind, n, parameters)
         for n, kind in enumerate(read_attention(plain))
     )
-    if specs is None:
-        is_multimodal = any(map(OTHER_MODALITY.search, config.values))
-        scheme += " (language model only)" if is_multimodal else ""
-        stored = [
-            TensorSpec(name=label, dtype="BF16", shape=tuple(shape))
-            for label, shape in parameters.items()
-        ]
-    else:
-        stored = list(specs)
+    if specs is None and any(map(OTHER_MODALITY.search, config.values)):
+        scheme += " (language model only)"
+    stored = make_specs(parameters) if specs is None else list(specs)
     sums = sum_weights(parameters, stored, len(attention))
     num_moe_layers = sum((layer, True) in sums for layer in range(len(attention)))
     moe = read_moe_config(hf_config, num_moe_layers)
@@ -126,6 +120,14 @@ def size_with_transformers(
         if plain.has("max_position_embeddings")
         else None,
     )
+
+
+def make_specs(parameters: Mapping[str, Sequence[int]]) -> list[TensorSpec]:
+    """Return the tensors that transformers would create, in BF16."""
+    return [
+        TensorSpec(name=name, dtype="BF16", shape=tuple(shape))
+        for name, shape in parameters.items()
+    ]
 
 
 def make_meta_model(config: Config) -> tuple[Any, Any]:

@@ -37,8 +37,8 @@ def main() -> None:
             text,
             overwrite=True,
             evaluate=False,
-            planned=ignore_progress,
-            tell=ignore_progress,
+            on_plan=ignore_progress,
+            on_progress=ignore_progress,
         )
 
 

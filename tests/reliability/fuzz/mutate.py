@@ -1,6 +1,7 @@
-"""Damage that keeps an input near to a good one: a value, a key or a line is changed, all else stays.
+"""Mutations that keep an input close to a valid one: a value, key or line changes, the rest stays.
 
-Bytes thrown at random end at the first brace; what a parser believes of its own structure needs an input that has it.
+Random bytes fail at the first brace; assumptions about structure are only tested by inputs that
+have it.
 """
 
 from __future__ import annotations
@@ -12,30 +13,130 @@ from collections.abc import Callable, Sequence
 Mutation = Callable[[bytes, random.Random], bytes]
 
 HOSTILE: tuple[object, ...] = (
-    None, True, False, 0, -1, 1, 2, 3, 7, 128, 10**6, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 0.0, 0.5,
-    -1.5, 1e308, 5e-324, "", " ", "a", "\x00", "\x1b[2J\x1b]0;x\x07", "\n", "\u202e", "\ud800", "é", "../x",
-    "/etc/passwd", "..", ".", "C:\\x", "a/../../b", "A" * 1000, "NaN", "1e999", "none", "null", "true", "0",
-    "%s%n", "{{7*7}}", [], {}, [[]], [{}], {"": ""}, [0], [-1, 2**63], [1, 2, 3], ["a"], {"a": 1},
-)  # fmt: skip
-"""Values that somebody once forgot to expect."""
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    128,
+    10**6,
+    2**31,
+    2**63 - 1,
+    2**63,
+    2**64,
+    -(2**63),
+    10**30,
+    0.0,
+    0.5,
+    -1.5,
+    1e308,
+    5e-324,
+    "",
+    " ",
+    "a",
+    "\x00",
+    "\x1b[2J\x1b]0;x\x07",
+    "\n",
+    "\u202e",
+    "\ud800",
+    "é",
+    "../x",
+    "/etc/passwd",
+    "..",
+    ".",
+    "C:\\x",
+    "a/../../b",
+    "A" * 1000,
+    "NaN",
+    "1e999",
+    "none",
+    "null",
+    "true",
+    "0",
+    "%s%n",
+    "{{7*7}}",
+    [],
+    {},
+    [[]],
+    [{}],
+    {"": ""},
+    [0],
+    [-1, 2**63],
+    [1, 2, 3],
+    ["a"],
+    {"a": 1},
+)
+"""Values that parsers often fail to handle."""
 
 RAW: tuple[bytes, ...] = (
-    b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-0", b"9" * 5000, b"0x10", b"[" * 3000, b'{"a":' * 2000, b"'a'",
-    b'"\\ud800"', b'"\\u0000"', b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\x00", b"\x85", b"// x",
-    b",", b"}", b"]", b'"', b"\x1b[31m",
-)  # fmt: skip
-"""What is no value of JSON, or one that readers dispute."""
+    b"NaN",
+    b"Infinity",
+    b"-Infinity",
+    b"1e999",
+    b"-0",
+    b"9" * 5000,
+    b"0x10",
+    b"[" * 3000,
+    b'{"a":' * 2000,
+    b"'a'",
+    b'"\\ud800"',
+    b'"\\u0000"',
+    b"\xff",
+    b"\xed\xa0\x80",
+    b"\xef\xbb\xbf",
+    b"\r\n",
+    b"\r",
+    b"\x00",
+    b"\x85",
+    b"// x",
+    b",",
+    b"}",
+    b"]",
+    b'"',
+    b"\x1b[31m",
+)
+"""Text that is not JSON, or that readers interpret differently."""
 
 YAML_RAW: tuple[bytes, ...] = (
-    b"&a [*a]", b"*a", b"!!python/object:os.system x", b"!!binary aGk=", b"!<tag:yaml.org,2002:str> x", b"<<: *a",
-    b"? [a]", b"%YAML 1.1\n---", b"---", b"...", b"|", b">-", b"\t", b"- - - -", b"{a: b", b"[a, b", b"2001-01-01",
-    b"0o17", b"0b1", b"1_000", b"12:30:45", b".inf", b".nan", b"~", b"yes", b'"\\U00110000"', b'"\\ud800"', b"'",
-    b"a: b: c", b"#",
-)  # fmt: skip
+    b"&a [*a]",
+    b"*a",
+    b"!!python/object:os.system x",
+    b"!!binary aGk=",
+    b"!<tag:yaml.org,2002:str> x",
+    b"<<: *a",
+    b"? [a]",
+    b"%YAML 1.1\n---",
+    b"---",
+    b"...",
+    b"|",
+    b">-",
+    b"\t",
+    b"- - - -",
+    b"{a: b",
+    b"[a, b",
+    b"2001-01-01",
+    b"0o17",
+    b"0b1",
+    b"1_000",
+    b"12:30:45",
+    b".inf",
+    b".nan",
+    b"~",
+    b"yes",
+    b'"\\U00110000"',
+    b'"\\ud800"',
+    b"'",
+    b"a: b: c",
+    b"#",
+)
 
 
 def mutate_json(data: bytes, rng: random.Random) -> bytes:
-    """One to three changes of a JSON text's values, keys or bytes."""
+    """Change one to three values, keys or bytes of a JSON text."""
     for _ in range(rng.randint(1, 3)):
         data = rng.choice((
             _replace_value,
@@ -49,7 +150,7 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_lines(data: bytes, rng: random.Random) -> bytes:
-    """The same for a file with one JSON text a line."""
+    """Change, drop or repeat a line of a file with one JSON text per line."""
     lines = data.split(b"\n")
     at = rng.randrange(len(lines))
     kind = rng.randrange(6)
@@ -65,7 +166,7 @@ def mutate_lines(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_yaml(data: bytes, rng: random.Random) -> bytes:
-    """One to three changes of a YAML text's lines, values or bytes."""
+    """Change one to three lines, values or bytes of a YAML text."""
     for _ in range(rng.randint(1, 3)):
         data = rng.choice((
             _change_line,
@@ -78,14 +179,14 @@ def mutate_yaml(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
-    """One to three changes of bytes that are no text."""
+    """Change one to three places of a binary input."""
     for _ in range(rng.randint(1, 3)):
         data = rng.choice((_flip_byte, _cut_bytes, _insert_raw))(data, rng)
     return data
 
 
 def _replace_value(data: bytes, rng: random.Random) -> bytes:
-    """A value anywhere in the tree becomes another, is dropped or is given twice."""
+    """Replace, drop or repeat a value anywhere in the tree."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):
@@ -106,15 +207,16 @@ def _replace_value(data: bytes, rng: random.Random) -> bytes:
         parent[key] = rng.choice(HOSTILE)  # type: ignore[index,call-overload]
     try:
         return json.dumps(tree).encode()
-    except (ValueError, RecursionError):  # a value was put into itself
+    except (ValueError, RecursionError):  # a value contains itself
         return data
 
 
 def _list_places(tree: object, limit: int = 3000) -> list[tuple[object, object]]:
-    found: list[tuple[object, object]] = []
-    waiting = [tree]
-    while waiting and len(found) < limit:
-        node = waiting.pop()
+    """List (parent, key) of up to about `limit` values in a JSON tree."""
+    places: list[tuple[object, object]] = []
+    pending = [tree]
+    while pending and len(places) < limit:
+        node = pending.pop()
         items = (
             node.items()
             if isinstance(node, dict)
@@ -123,13 +225,13 @@ def _list_places(tree: object, limit: int = 3000) -> list[tuple[object, object]]
             else ()
         )
         for key, value in items:
-            found.append((node, key))
-            waiting.append(value)
-    return found
+            places.append((node, key))
+            pending.append(value)
+    return places
 
 
 def _change_key(data: bytes, rng: random.Random) -> bytes:
-    """A key is given another name, or a second time."""
+    """Rename or duplicate a key."""
     marks = [at for at in range(len(data)) if data.startswith(b'":', at)]
     if not marks:
         return _insert_raw(data, rng)
@@ -152,9 +254,9 @@ def _insert_raw_yaml(data: bytes, rng: random.Random) -> bytes:
     return _insert_bytes(data, rng, rng.choice((*RAW, *YAML_RAW)))
 
 
-def _insert_bytes(data: bytes, rng: random.Random, what: bytes) -> bytes:
+def _insert_bytes(data: bytes, rng: random.Random, insert: bytes) -> bytes:
     at = rng.randint(0, len(data))
-    return data[:at] + what + data[at + rng.choice((0, 0, 1, len(what))) :]
+    return data[:at] + insert + data[at + rng.choice((0, 0, 1, len(insert))) :]
 
 
 def _cut_bytes(data: bytes, rng: random.Random) -> bytes:
@@ -185,12 +287,12 @@ def _change_line(data: bytes, rng: random.Random) -> bytes:
 
 
 def _replace_yaml_value(data: bytes, rng: random.Random) -> bytes:
-    """The value behind a key becomes another."""
+    """Replace the value after a colon."""
     lines: Sequence[bytes] = data.split(b"\n")
-    keyed = [at for at, line in enumerate(lines) if b":" in line]
-    if not keyed:
+    candidates = [at for at, line in enumerate(lines) if b":" in line]
+    if not candidates:
         return _insert_raw_yaml(data, rng)
-    at = rng.choice(keyed)
+    at = rng.choice(candidates)
     values = [json.dumps(value).encode() for value in HOSTILE] + [*YAML_RAW, *RAW]
     changed = lines[at].split(b":", 1)[0] + b": " + rng.choice(values)
     return b"\n".join([*lines[:at], changed, *lines[at + 1 :]])

@@ -1,8 +1,11 @@
-"""One parser under atheris: `python -m reliability.fuzz.run NAME INPUTS SEED RESULT`, in a process that may use so much memory.
+"""Fuzzing of one parser with atheris, in a process with limited memory.
 
-libFuzzer keeps what reaches new lines of quantkit and changes it further; two of three changes are those of `mutate`.
-An input that takes too long ends the process, and so does one that kills it; any other that is not answered as it
-should be is noted, and the next is tried. RESULT is a JSON file of what was tried.
+    python -m reliability.fuzz.run NAME INPUTS SEED RESULT
+
+libFuzzer keeps inputs that reach new lines of quantkit and mutates them further; two of three
+mutations are those of `mutate`. An input that exceeds the time limit or crashes the process ends
+it. Other failures are recorded and fuzzing continues. RESULT is a JSON file with the counts and
+tracebacks.
 """
 
 from __future__ import annotations
@@ -20,88 +23,93 @@ import atheris
 from reliability.fuzz import targets
 
 SECONDS = 30
-"""Per input; the slowest takes one where nothing else runs."""
+"""Limit per input; the slowest input takes one second on an idle machine."""
 
 MEMORY_BYTES = 1_500_000_000
-"""Beyond what the imports take."""
+"""Limit in addition to the memory of the imports."""
 
-SHOWN = 5
+MAX_TRACEBACKS = 5
 
 
 class FuzzRun:
     """Counts and failures of one parser."""
 
-    def __init__(self, chosen: targets.Target, wanted: int, result: Path, folder: Path) -> None:
-        self.chosen, self.wanted, self.result, self.folder = chosen, wanted, result, folder
-        self.tried = self.accepted = self.refused = self.n_tracebacks = 0
+    def __init__(self, target: targets.Target, n_inputs: int, result: Path, folder: Path) -> None:
+        self.target, self.n_inputs, self.result, self.folder = target, n_inputs, result, folder
+        self.tried = self.accepted = self.rejected = self.n_tracebacks = 0
         self.tracebacks: list[str] = []
         self.slowest = 0.0
 
-    def one(self, data: bytes) -> None:
-        """libFuzzer's callback."""
-        began = time.perf_counter()
+    def run_input(self, data: bytes) -> None:
+        """Run one input; libFuzzer's callback."""
+        start = time.perf_counter()
         try:
-            told = targets.run_target(self.chosen, self.folder, data)
-            self.accepted += told is None
-            self.refused += told is not None
-        except Exception:  # noqa: BLE001  # whatever it is, it is what the run looks for
+            message = targets.run_target(self.target, self.folder, data)
+            self.accepted += message is None
+            self.rejected += message is not None
+        except Exception:  # noqa: BLE001  # any other exception is a defect
             self.n_tracebacks += 1
-            if len(self.tracebacks) < SHOWN:
+            if len(self.tracebacks) < MAX_TRACEBACKS:
                 self.tracebacks.append(f"{data[:2000]!r}\n{traceback.format_exc()[-2000:]}")
-        self.slowest = max(self.slowest, time.perf_counter() - began)
+        self.slowest = max(self.slowest, time.perf_counter() - start)
         self.tried += 1
-        if self.tried == self.wanted:
-            self.write()
+        if self.tried == self.n_inputs:
+            self.write_result()
 
-    def write(self) -> None:
-        """What was tried so far."""
-        told = {
+    def write_result(self) -> None:
+        """Write the counts so far."""
+        counts = {
             name: getattr(self, name)
-            for name in ("tried", "accepted", "refused", "n_tracebacks", "tracebacks")
+            for name in ("tried", "accepted", "rejected", "n_tracebacks", "tracebacks")
         }
-        told |= {
+        counts |= {
             "slowest_seconds": self.slowest,
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
         }
-        self.result.write_text(json.dumps({"parser": self.chosen.name, **told}))
+        self.result.write_text(json.dumps({"parser": self.target.name, **counts}))
 
-    def mutated(self, data: bytes, most: int, seed: int) -> bytes:
-        """libFuzzer's mutator: its own, ours, or ours from a good input, without which all would drift into rubbish."""
+    def mutate(self, data: bytes, max_size: int, seed: int) -> bytes:
+        """Mutate an input: libFuzzer's mutation, ours, or ours of a seed, so that inputs stay near
+        valid.
+        """
         rng = random.Random(seed)
         kind = rng.randrange(3)
         if kind == 0:
-            return bytes(atheris.Mutate(data, most))
-        return self.chosen.mutate(data if kind == 1 else rng.choice(self.chosen.seeds), rng)[:most]
+            return bytes(atheris.Mutate(data, max_size))
+        base = data if kind == 1 else rng.choice(self.target.seeds)
+        return self.target.mutate(base, rng)[:max_size]
 
 
 def read_address_space() -> int:
-    """Bytes that this process has mapped."""
+    """Return the bytes mapped by this process."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
-def main(name: str, wanted: int, seed: int, result: str) -> None:
-    """Fuzz; ends the process."""
-    chosen = targets.TARGETS[name]
+def main(name: str, n_inputs: int, seed: int, result: str) -> None:
+    """Fuzz one parser; ends the process."""
+    target = targets.TARGETS[name]
     folder = Path(tempfile.mkdtemp())
     corpus = Path(tempfile.mkdtemp())
-    targets.prepare_folder(chosen, folder)
-    with atheris.instrument_imports(include=["quantkit"]):  # which a target does when it is run
-        for number, data in enumerate(chosen.seeds):
+    targets.prepare_folder(target, folder)
+    with atheris.instrument_imports(include=["quantkit"]):  # targets import when they run
+        for number, data in enumerate(target.seeds):
             (corpus / str(number)).write_bytes(data)
-            targets.run_target(chosen, folder, data)
-    fuzzed = FuzzRun(chosen, wanted, Path(result), folder)
+            targets.run_target(target, folder, data)
+    fuzz_run = FuzzRun(target, n_inputs, Path(result), folder)
     limit = read_address_space() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    longest = 4 * max(map(len, chosen.seeds)) + 8000
+    longest = 4 * max(map(len, target.seeds)) + 8000
     options = [
-        f"-runs={wanted + 100}",
+        f"-runs={n_inputs + 100}",
         f"-seed={seed}",
         f"-timeout={SECONDS}",
         f"-max_len={longest}",
         "-verbosity=0",
     ]
     options.append(f"-artifact_prefix={folder}/")
-    atheris.Setup([sys.argv[0], *options, str(corpus)], fuzzed.one, custom_mutator=fuzzed.mutated)
+    atheris.Setup(
+        [sys.argv[0], *options, str(corpus)], fuzz_run.run_input, custom_mutator=fuzz_run.mutate
+    )
     atheris.Fuzz()
 
 

@@ -1,7 +1,8 @@
-"""The parsers of everything that quantkit reads and did not write a moment ago, each as one function of bytes.
+"""Fuzz targets: each parser of external input as one function of bytes.
 
-A target writes the bytes where the product would find them and calls what the product calls. QuantkitError is an
-answer; anything else that comes out is a defect, and so is a message that a terminal would obey or could not show.
+A target writes the bytes where the product expects them and calls the product's parser.
+QuantkitError is a valid result; any other exception is a defect, and so is a message with
+unprintable characters.
 """
 
 from __future__ import annotations
@@ -39,12 +40,25 @@ HEADER = {
     "c.weight_scale_inv": {"dtype": "F32", "shape": [1, 1], "data_offsets": [48, 52]},
 }
 LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 128, "head_dim": 16, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "rope_theta": 10000.0, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "head_dim": 16,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-}  # fmt: skip
+}
 RECIPE = """\
 version: 1
 source: {model: builtin:tiny-v3, revision: null}
@@ -90,58 +104,95 @@ quantkit:
   code: {source: "{{completion}}", tests: "{{test}}", cut: none, seconds: 10}
 """
 TOKENIZER = {
-    "version": "1.0", "truncation": None, "padding": None,
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
     "added_tokens": [
-        {"id": 0, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": True}
+        {
+            "id": 0,
+            "content": "<s>",
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
     ],
     "normalizer": {"type": "NFC"},
-    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-    "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
-    "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-    "model": {
-        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-        "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3}, "merges": [["a", "b"]],
+    "pre_tokenizer": {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
     },
-}  # fmt: skip
+    "post_processor": {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": False,
+        "use_regex": True,
+    },
+    "decoder": {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": True,
+        "use_regex": True,
+    },
+    "model": {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3},
+        "merges": [["a", "b"]],
+    },
+}
 TOKENIZER_CONFIG = {
-    "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<s>", "model_max_length": 512,
-    "added_tokens_decoder": {"0": {"content": "<s>", "lstrip": False, "special": True}}, "chat_template": "{{ x }}",
-    "clean_up_tokenization_spaces": False, "padding_side": "left", "add_bos_token": True,
-}  # fmt: skip
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<s>",
+    "eos_token": "<s>",
+    "model_max_length": 512,
+    "added_tokens_decoder": {"0": {"content": "<s>", "lstrip": False, "special": True}},
+    "chat_template": "{{ x }}",
+    "clean_up_tokenization_spaces": False,
+    "padding_side": "left",
+    "add_bos_token": True,
+}
 CARD = "---\nlicense: mit\nlicense_link: x\ntags: [a, b]\n---\n# A model\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A parser. `read` takes a folder that `file` was written into; `mutate` damages a good input."""
+    """A parser. `read` takes a folder that contains `file`; `mutate` damages a valid input."""
 
     name: str
     file: str
     read: Callable[[Path], object]
-    made: Callable[[], tuple[bytes, ...]]
+    make_seeds: Callable[[], tuple[bytes, ...]]
     mutate: Mutation
-    beside: Callable[[], Mapping[str, bytes]]
+    make_companions: Callable[[], Mapping[str, bytes]]
 
     @cached_property
     def seeds(self) -> tuple[bytes, ...]:
-        """Good inputs."""
-        return self.made()
+        """Valid inputs."""
+        return self.make_seeds()
 
 
 def encode_json(value: object) -> bytes:
-    """JSON."""
+    """Encode a value as JSON."""
     return json.dumps(value, indent=1).encode()
 
 
 def join_shard(header: bytes, data: bytes) -> bytes:
-    """A safetensors file."""
+    """Join header and data to a safetensors file."""
     return len(header).to_bytes(8, "little") + header + data
 
 
 def mutate_shard(data: bytes, rng: random.Random) -> bytes:
-    """A damaged header, most times behind the length that it has."""
+    """Damage the header of a shard, mostly with the correct header length."""
     length = int.from_bytes(data[:8], "little")
     if rng.random() < 0.2 or length > len(data):
         return mutate_bytes(data, rng)
@@ -160,25 +211,30 @@ def register_target(
     file: str,
     seeds: Callable[[], tuple[bytes, ...]],
     mutate: Mutation,
-    beside: Callable[[], Mapping[str, bytes]] = dict,
+    companions: Callable[[], Mapping[str, bytes]] = dict,
 ) -> Callable[[Callable[[Path], object]], Callable[[Path], object]]:
-    """Note the decorated function as the parser `name`."""
+    """Register the decorated function as the target `name`."""
 
-    def note(read: Callable[[Path], object]) -> Callable[[Path], object]:
+    def register(read: Callable[[Path], object]) -> Callable[[Path], object]:
         TARGETS[name] = Target(
-            name=name, file=file, read=read, made=seeds, mutate=mutate, beside=beside
+            name=name,
+            file=file,
+            read=read,
+            make_seeds=seeds,
+            mutate=mutate,
+            make_companions=companions,
         )
         return read
 
-    return note
+    return register
 
 
-# ------------------------------------------------------------------------------------------------------------ recipes
+# ------------------------------------------------------------------------------------------ recipes
 
 
 @register_target("recipe", "recipe.yaml", lambda: (RECIPE.encode(),), mutate_yaml)
-def recipe(folder: Path) -> object:
-    """A recipe file."""
+def fuzz_recipe(folder: Path) -> object:
+    """Parse a recipe file."""
     from quantkit.recipe.recipe_file import read_recipe
 
     return read_recipe(str(folder / "recipe.yaml"), {})[1].hash
@@ -190,8 +246,8 @@ def recipe(folder: Path) -> object:
     lambda: (b"quantize.bits=3\noutput.path=x\nrules=[{match: a, keep: bf16}]",),
     mutate_yaml,
 )
-def override(folder: Path) -> object:
-    """--set KEY=VALUE, one a line; what is set is written into the text too."""
+def fuzz_override(folder: Path) -> object:
+    """Parse --set KEY=VALUE, one per line, and apply the overrides to the recipe's text."""
     from quantkit.recipe.parse import apply_overrides, parse_recipe
 
     text = (folder / "overrides").read_bytes().decode("utf-8", errors="surrogateescape")
@@ -207,31 +263,31 @@ def override(folder: Path) -> object:
     ),
     mutate_yaml,
 )
-def gates(folder: Path) -> object:
-    """A file of gates."""
+def fuzz_gates(folder: Path) -> object:
+    """Parse a gates file."""
     from quantkit.recipe.parse import parse_gates
     from quantkit.recipe.recipe_file import read_text_file
 
     return parse_gates(read_text_file(folder / "gates.yaml"), "gates.yaml", ["mine"])
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 @register_target("config", "config.json", lambda: make_configs(), mutate_json)
-def config(folder: Path) -> object:
-    """config.json as a plan reads it, of a family with a table: layout, decisions, shards, memory."""
+def fuzz_config(folder: Path) -> object:
+    """Plan from config.json, for a family with a table: layout, decisions, shards, memory."""
     from quantkit import registry
     from quantkit.checkpoint.checkpoint import read_config
     from quantkit.plan import sources
     from quantkit.plan.plan import SourceFacts
 
-    found = read_config(folder)
+    config = read_config(folder)
     registry.get_architecture(
-        found.text("model_type")
-    )  # others are derived from transformers in seconds, not read
+        config.text("model_type")
+    )  # other families are derived from transformers, which takes seconds
     facts = SourceFacts(
-        model="m", revision=None, config=found, specs=None, fingerprint=None, where="m"
+        model="m", revision=None, config=config, specs=None, fingerprint=None, where="m"
     )
     return [
         plan.hash
@@ -241,10 +297,11 @@ def config(folder: Path) -> object:
 
 @cache
 def make_recipe() -> Recipe:
-    """A recipe that fits every family."""
+    """Return a recipe that is valid for every family."""
     from quantkit.recipe.parse import parse_recipe
 
-    text = "{version: 1, source: {model: m}, fidelity: none, output: {path: out}, memory: 64GB, format: dense, "
+    text = "{version: 1, source: {model: m}, fidelity: none, output: {path: out}, memory: 64GB, "
+    text += "format: dense, "
     text += "calibration: {set: tiny-v3, sequences: 2, length: 8}, "
     return parse_recipe(
         text + "quantize: {method: gptq, group_size: 32}, compute: {device: cpu}}", "r"
@@ -253,7 +310,7 @@ def make_recipe() -> Recipe:
 
 @cache
 def make_configs() -> tuple[bytes, ...]:
-    """The tiny config of every family with a table."""
+    """Return the tiny config of every family with a table."""
     from quantkit import registry
 
     names = registry.list_names("architectures")
@@ -265,11 +322,16 @@ def make_configs() -> tuple[bytes, ...]:
 
 @register_target(
     "index", "model.safetensors.index.json",
-    lambda: (encode_json({"metadata": {"total_size": 52}, "weight_map": dict.fromkeys(list(HEADER)[1:], SHARD_NAME)}),),
+    lambda: (
+        encode_json({
+            "metadata": {"total_size": 52},
+            "weight_map": dict.fromkeys(list(HEADER)[1:], SHARD_NAME),
+        }),
+    ),
     mutate_json, lambda: {SHARD_NAME: SHARD},
 )  # fmt: skip
-def index(folder: Path) -> object:
-    """The index of a sharded checkpoint."""
+def fuzz_index(folder: Path) -> object:
+    """Read the index of a sharded checkpoint."""
     from quantkit.checkpoint.shards import open_shards
 
     return open_shards(folder).compute_fingerprint()
@@ -278,8 +340,8 @@ def index(folder: Path) -> object:
 @register_target(
     "header", "model.safetensors", lambda: (SHARD, join_shard(b"{}", b"")), mutate_shard
 )
-def header(folder: Path) -> object:
-    """A safetensors header."""
+def fuzz_header(folder: Path) -> object:
+    """Read a safetensors header."""
     from quantkit.checkpoint.header import read_header
 
     return read_header(folder / "model.safetensors")
@@ -292,18 +354,18 @@ def header(folder: Path) -> object:
     mutate_shard,
     lambda: {"config.json": encode_json(LLAMA)},
 )
-def checkpoint(folder: Path) -> object:
-    """A whole checkpoint, every tensor read."""
+def fuzz_checkpoint(folder: Path) -> object:
+    """Read every tensor of a checkpoint."""
     from quantkit.checkpoint.checkpoint import Checkpoint
 
-    opened = Checkpoint.open(folder)
-    opened.compute_fingerprint()
-    return opened.read(opened.specs)
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.compute_fingerprint()
+    return checkpoint.read(checkpoint.specs)
 
 
 @register_target("model card", "README.md", lambda: (CARD.encode(),), mutate_yaml)
-def model_card(folder: Path) -> object:
-    """The front matter of a source's card."""
+def fuzz_model_card(folder: Path) -> object:
+    """Read the front matter of a source's model card."""
     from quantkit.artifact.front_matter import read_front_matter
 
     return read_front_matter(folder)
@@ -319,8 +381,8 @@ def model_card(folder: Path) -> object:
         "config.json": encode_json(LLAMA),
     },
 )
-def tokenizer(folder: Path) -> object:
-    """tokenizer.json, and a text tokenized with what it says."""
+def fuzz_tokenizer(folder: Path) -> object:
+    """Load tokenizer.json and tokenize a text."""
     from quantkit.texts.corpora import load_tokenizer
 
     return load_tokenizer(folder)(["abba"], add_special_tokens=True, verbose=False)
@@ -333,12 +395,12 @@ def tokenizer(folder: Path) -> object:
     mutate_json,
     lambda: {"tokenizer.json": encode_json(TOKENIZER), "config.json": encode_json(LLAMA)},
 )
-def tokenizer_config(folder: Path) -> object:
-    """tokenizer_config.json."""
-    return tokenizer(folder)
+def fuzz_tokenizer_config(folder: Path) -> object:
+    """Load tokenizer_config.json and tokenize a text."""
+    return fuzz_tokenizer(folder)
 
 
-# -------------------------------------------------------------------------------------------------------------- texts
+# -------------------------------------------------------------------------------------------- texts
 
 
 @register_target(
@@ -348,16 +410,16 @@ def tokenizer_config(folder: Path) -> object:
     mutate_yaml,
     lambda: {"mine.jsonl": ROWS},
 )
-def calibration_spec(folder: Path) -> object:
-    """The spec of a calibration or fidelity set."""
+def fuzz_calibration_spec(folder: Path) -> object:
+    """Load the spec of a calibration or fidelity set."""
     from quantkit.texts.corpora import load_set
 
     return load_set(str(folder / "mine.yaml"), folder)
 
 
 @register_target("calibration rows", "mine.jsonl", lambda: (ROWS,), mutate_lines)
-def calibration_rows(folder: Path) -> object:
-    """The rows of a set, behind a spec that states their hash."""
+def fuzz_calibration_rows(folder: Path) -> object:
+    """Load the rows of a set whose spec has the matching hash."""
     from quantkit.texts.corpora import load_set
 
     digest = hashlib.sha256((folder / "mine.jsonl").read_bytes()).hexdigest()
@@ -372,13 +434,13 @@ def calibration_rows(folder: Path) -> object:
     mutate_yaml,
     lambda: {"mine.jsonl": b'{"question": "1"}\n' * 2},
 )
-def evaluation_task(folder: Path) -> object:
-    """A benchmark's file, and what is made of it for lm-eval."""
+def fuzz_evaluation_task(folder: Path) -> object:
+    """Load a task file and render it for lm-eval."""
     from quantkit.evaluate.tasks import load_tasks, render_tasks
 
-    found = load_tasks([str(folder / "mine.yaml")], folder)
-    with render_tasks(found):
-        return found
+    tasks = load_tasks([str(folder / "mine.yaml")], folder)
+    with render_tasks(tasks):
+        return tasks
 
 
 @register_target(
@@ -387,19 +449,19 @@ def evaluation_task(folder: Path) -> object:
     lambda: (b'{"question": "1 + 1", "answer": "2"}\n' * 3,),
     mutate_lines,
 )
-def evaluation_rows(folder: Path) -> object:
-    """The rows of a benchmark."""
+def fuzz_evaluation_rows(folder: Path) -> object:
+    """Read the rows of a benchmark."""
     from quantkit.texts.task_files import read_first_rows, read_row_range
 
     read_row_range(folder / "mine.jsonl", 0, 2)
     return read_first_rows(folder / "mine.jsonl", (0, 3), 2)
 
 
-# ---------------------------------------------------------------------------------------------------------- artifacts
+# ---------------------------------------------------------------------------------------- artifacts
 
 
-def example() -> dict[str, object]:
-    """A report as builds write it: a figure that is not finite is null."""
+def make_report() -> dict[str, object]:
+    """Return a report as builds write it: non-finite figures are null."""
     from support.report_example import FIDELITY
 
     from quantkit.artifact.fidelity_schema import Fidelity
@@ -409,38 +471,51 @@ def example() -> dict[str, object]:
 
 @cache
 def make_artifact_files() -> dict[str, bytes]:
-    """The files of a small artifact with evidence."""
-    kept = {"figure": "kl_mean", "bound": "<= 1", "value": 0.1, "ok": True, "reason": ""}
-    fidelity = encode_json({**example(), "status": "accepted", "gates": [kept], "modules": []})
+    """Return the files of a small artifact with its report."""
+    gate = {"figure": "kl_mean", "bound": "<= 1", "value": 0.1, "ok": True, "reason": ""}
+    fidelity = encode_json({**make_report(), "status": "accepted", "gates": [gate], "modules": []})
     plan = encode_json({
-        "hash": "00", "recipe": {"version": 1, "gates": {"kl_mean": {"max": 1}}, "evaluation": {"tasks": []}},
+        "hash": "00",
+        "recipe": {"version": 1, "gates": {"kl_mean": {"max": 1}}, "evaluation": {"tasks": []}},
         "summary": {"rules": [], "totals": {"tensors": 5}, "warnings": [], "shards": [{}]},
-        "decisions": {"a": ["awq int4 g128", "rules[0]"]}, "dropped": [],
-    })  # fmt: skip
+        "decisions": {"a": ["awq int4 g128", "rules[0]"]},
+        "dropped": [],
+    })
     files = {
-        "model.safetensors": join_shard(encode_json(PLAIN), bytes(32)), "config.json": encode_json({"model_type": "mine"}),
+        "model.safetensors": join_shard(encode_json(PLAIN), bytes(32)),
+        "config.json": encode_json({"model_type": "mine"}),
         "quantkit/fidelity.json": fidelity,
         "quantkit/plan.json": plan,
-    }  # fmt: skip
+    }
     return files | {"quantkit/manifest.json": make_manifest(files)}
 
 
 def make_manifest(files: Mapping[str, bytes]) -> bytes:
-    """The manifest that agrees with these files."""
+    """Return a manifest that matches these files."""
     return encode_json({
-        "schema_version": 1, "status": "accepted", "plan": "00", "unhashed": ["quantkit/timings.json"],
+        "schema_version": 1,
+        "status": "accepted",
+        "plan": "00",
+        "unhashed": ["quantkit/timings.json"],
         "files": {
-            name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()
+            name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+            for name, data in files.items()
         },
-        "tensors": {name: [row["dtype"], row["shape"]] for name, row in PLAIN.items() if "dtype" in row},
+        "tensors": {
+            name: [row["dtype"], row["shape"]] for name, row in PLAIN.items() if "dtype" in row
+        },
         "quantization_config": None,
         "source": {"model": "x", "files": {"m": "00"}, "revision": None},
-        "versions": {"torch": "1"}, "environment": {"device": "cpu"}, "modules": {}, "blocks": {}, "seeds": {},
-    })  # fmt: skip
+        "versions": {"torch": "1"},
+        "environment": {"device": "cpu"},
+        "modules": {},
+        "blocks": {},
+        "seeds": {},
+    })
 
 
-def reseal(folder: Path) -> None:
-    """Make the manifest agree with the files, as somebody who forges an artifact would."""
+def reseal_artifact(folder: Path) -> None:
+    """Update the manifest to match the files, as a forger would."""
     names = [name for name in make_artifact_files() if name != "quantkit/manifest.json"]
     (folder / "quantkit/manifest.json").write_bytes(
         make_manifest({name: (folder / name).read_bytes() for name in names})
@@ -454,8 +529,8 @@ def reseal(folder: Path) -> None:
     mutate_json,
     lambda: make_artifact_files(),
 )
-def manifest(folder: Path) -> object:
-    """The manifest as verify and diff read it."""
+def fuzz_manifest(folder: Path) -> object:
+    """Read the manifest with verify and diff."""
     from quantkit.diff.sides import read_sides
 
     faults = call_checked(lambda: read_sides(str(folder), str(folder)))
@@ -472,14 +547,14 @@ def manifest(folder: Path) -> object:
     mutate_json,
     lambda: make_artifact_files(),
 )
-def plan_json(folder: Path) -> object:
-    """plan.json under a manifest that agrees, as diff and gate read it."""
+def fuzz_plan_json(folder: Path) -> object:
+    """Read plan.json, with a matching manifest, with diff and gate."""
     from quantkit.artifact.read_report import read_sealed_report
     from quantkit.cli.commands.gate import read_gates
     from quantkit.diff.compare import compare_sides
     from quantkit.diff.sides import read_sides
 
-    reseal(folder)
+    reseal_artifact(folder)
     report, _ = read_sealed_report(folder)
     call_checked(lambda: read_gates(None, folder, report))
     return compare_sides(*read_sides(str(folder), str(folder)), partial=True)
@@ -492,27 +567,27 @@ def plan_json(folder: Path) -> object:
     mutate_json,
     lambda: make_artifact_files(),
 )
-def fidelity_json(folder: Path) -> object:
-    """fidelity.json as report, runs and gate read it."""
+def fuzz_fidelity_json(folder: Path) -> object:
+    """Read fidelity.json with report, runs and gate."""
     from quantkit.artifact.read_report import read_report
     from quantkit.recipe.parse import parse_gates
     from quantkit.report import gates as judge
 
-    found = judge.apply_gates(
+    verdicts = judge.apply_gates(
         parse_gates("gates: {kl_mean: {max: 1}, size: {max: 1}}", "g", []), read_report(folder)
     )
-    check_rendering(found)
-    return found
+    check_rendering(verdicts)
+    return verdicts
 
 
 @cache
 def make_reports() -> tuple[bytes, ...]:
-    """Reports with and without modules."""
-    return encode_json(example()), make_artifact_files()["quantkit/fidelity.json"]
+    """Return reports with and without modules."""
+    return encode_json(make_report()), make_artifact_files()["quantkit/fidelity.json"]
 
 
 def check_rendering(report: object) -> None:
-    """What `quantkit report` prints of it, as bytes for a terminal."""
+    """Check that `quantkit report` prints no control characters."""
     import io
 
     from rich.console import Console
@@ -525,20 +600,20 @@ def check_rendering(report: object) -> None:
     out.flush()
     raw: bytes = out.buffer.getvalue()  # type: ignore[attr-defined]
     assert not any(character < 32 and character != 10 for character in raw), (
-        "a control character reaches the terminal"
+        "expected no control characters in the output"
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------------- resume
 
 
 @cache
 def make_journal() -> tuple[bytes, ...]:
-    """A journal of two entries."""
+    """Return a journal of three entries."""
     from quantkit.io.journal import _format_line
 
-    of = {"source": {"files": {"m": "0" * 64}, "other files": "0"}, "recipe": {"version": 1}}
-    first, digest = _format_line("", {"kind": "began", "stamps": {"m": [1, 2]}, "of": of})
+    inputs = {"source": {"files": {"m": "0" * 64}, "other files": "0"}, "recipe": {"version": 1}}
+    first, digest = _format_line("", {"kind": "began", "stamps": {"m": [1, 2]}, "of": inputs})
     step = {"loop": 0, "record": None, "states": {"calibration": "x"}, "stored": []}
     second, digest = _format_line(digest, {"kind": "step", "step": step})
     third, _ = _format_line(digest, {"kind": "ready", "loop": 0, "manifests": {"awq": "0" * 64}})
@@ -546,38 +621,38 @@ def make_journal() -> tuple[bytes, ...]:
 
 
 @register_target("journal", "journal.jsonl", lambda: make_journal(), mutate_lines)
-def journal(folder: Path) -> object:
-    """The journal of an interrupted build."""
+def fuzz_journal(folder: Path) -> object:
+    """Open the journal of an interrupted build."""
     from quantkit.io.journal import Journal
 
     return Journal.open(folder / "journal.jsonl")
 
 
 @register_target("answers", "answers.sqlite", lambda: make_answers_file(), mutate_bytes)
-def answers(folder: Path) -> object:
-    """The answers of an interrupted evaluation."""
+def fuzz_answers(folder: Path) -> object:
+    """Open, read and extend the answers of an interrupted evaluation."""
     from quantkit.evaluate.answer_store import AnswerKey, open_answer_store
 
     for left in folder.glob("answers.sqlite-*"):
         left.unlink()
     question = AnswerKey("task", "doc", "prompt", "settings", "model", 0)
-    with open_answer_store(folder / "answers.sqlite") as found:
-        told = found.get(question), len(found)
-        found.put([(question, ["x"])])
-        return told
+    with open_answer_store(folder / "answers.sqlite") as store:
+        stored = store.get(question), len(store)
+        store.put([(question, ["x"])])
+        return stored
 
 
 @cache
 def make_answers_file() -> tuple[bytes, ...]:
-    """A file of answers as quantkit writes it."""
+    """Return an answer store written by quantkit."""
     import tempfile
 
     from quantkit.evaluate.answer_store import AnswerKey, open_answer_store
 
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "answers.sqlite"
-        with open_answer_store(path) as found:
-            found.put([
+        with open_answer_store(path) as store:
+            store.put([
                 (AnswerKey("task", "doc", "prompt", "settings", "model", turn), ["yes", 1])
                 for turn in range(3)
             ])
@@ -587,8 +662,8 @@ def make_answers_file() -> tuple[bytes, ...]:
 @register_target(
     "samples", "quantkit/samples/tokens.parquet", lambda: make_samples_file(), mutate_bytes
 )
-def samples(folder: Path) -> object:
-    """Parquet samples of an artifact."""
+def fuzz_samples(folder: Path) -> object:
+    """Read the Parquet samples of an artifact."""
     from quantkit.diff.sides import read_tokens
     from quantkit.report.samples import read_samples
 
@@ -598,7 +673,7 @@ def samples(folder: Path) -> object:
 
 @cache
 def make_samples_file() -> tuple[bytes, ...]:
-    """tokens.parquet of three tokens."""
+    """Return tokens.parquet with three tokens."""
     import io
 
     import pyarrow as arrow
@@ -606,8 +681,12 @@ def make_samples_file() -> tuple[bytes, ...]:
 
     floats = arrow.array([0.1, 0.2, 0.3])
     table = arrow.table({
-        "domain": ["math"] * 3, "kl": floats, "nll_source": floats, "nll_artifact": floats, "same_top": [True] * 3,
-    })  # fmt: skip
+        "domain": ["math"] * 3,
+        "kl": floats,
+        "nll_source": floats,
+        "nll_artifact": floats,
+        "same_top": [True] * 3,
+    })
     buffer = io.BytesIO()
     parquet.write_table(table, buffer)
     return (buffer.getvalue(),)
@@ -619,8 +698,8 @@ def make_samples_file() -> tuple[bytes, ...]:
     lambda: (b'{"host": "a", "pid": 1, "ticks": 2, "since": "now"}',),
     mutate_json,
 )
-def lock(folder: Path) -> object:
-    """The file that says whose a build folder is, left by a process that is gone, and held by one that is not."""
+def fuzz_lock(folder: Path) -> object:
+    """Read a lock file, first held by a running process, then left by an ended one."""
     import fcntl
     import os
 
@@ -630,22 +709,22 @@ def lock(folder: Path) -> object:
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
 
-        def again() -> None:
+        def lock_again() -> None:
             with hold_lock(folder / "x.lock"):
-                raise AssertionError("two hold the lock")
+                raise AssertionError("expected one holder of the lock, found two")
 
-        call_checked(again)
+        call_checked(lock_again)
     finally:
         os.close(holder)
     with hold_lock(folder / "x.lock"):
         return None
 
 
-# ------------------------------------------------------------------------------------------------------------ running
+# ------------------------------------------------------------------------------------------ running
 
 
 def call_checked(action: Callable[[], object]) -> str | None:
-    """What quantkit answers to a refused input, checked; None for an accepted one."""
+    """Return quantkit's checked error message for a rejected input, None for an accepted one."""
     try:
         action()
     except errors.QuantkitError as error:
@@ -655,27 +734,33 @@ def call_checked(action: Callable[[], object]) -> str | None:
 
 
 def check_message(message: str) -> None:
-    """A sentence, or a few of them line by line, as the command line shows them."""
+    """Check an error message as the command line prints it: not empty, printable, of limited
+    length.
+    """
     from quantkit.cli.console import format_message
 
     message = format_message(message)
-    assert message.strip(), "an error without words"
+    assert message.strip(), "expected an error message, found an empty one"
     message.encode()
     lines = message.split("\n")
-    assert len(lines) <= MESSAGE_LINES, f"a message of {len(lines)} lines"
-    unfit = [line for line in lines if not line.isprintable()]
-    assert not unfit, f"not printable: {unfit[0]!r:.200}"
+    assert len(lines) <= MESSAGE_LINES, (
+        f"expected at most {MESSAGE_LINES} lines, found {len(lines)}"
+    )
+    unprintable = [line for line in lines if not line.isprintable()]
+    assert not unprintable, f"not printable: {unprintable[0]!r:.200}"
 
 
-def prepare_folder(chosen: Target, folder: Path) -> None:
-    """Put what lies beside the file of a target."""
-    for name, data in {**chosen.beside(), chosen.file: b""}.items():
+def prepare_folder(target: Target, folder: Path) -> None:
+    """Write the companion files of a target."""
+    for name, data in {**target.make_companions(), target.file: b""}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
 
 
-def run_target(chosen: Target, folder: Path, data: bytes) -> str | None:
-    """One input; what quantkit answers when it refuses it."""
-    (folder / chosen.file).unlink(missing_ok=True)  # what still holds the old file holds another
-    (folder / chosen.file).write_bytes(data)
-    return call_checked(lambda: chosen.read(folder))
+def run_target(target: Target, folder: Path, data: bytes) -> str | None:
+    """Run one input. Return quantkit's message if it is rejected, None if accepted."""
+    (folder / target.file).unlink(
+        missing_ok=True
+    )  # a new inode, so that open handles keep the old file
+    (folder / target.file).write_bytes(data)
+    return call_checked(lambda: target.read(folder))

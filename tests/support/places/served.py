@@ -97,7 +97,9 @@ class HttpServer:
 
 
 def make_body_reader(handler: BaseHTTPRequestHandler) -> Callable[[], bytes]:
-    """Return a reader of the body by length or chunks; it returns b"" at the end or on disconnect."""
+    """Return a reader of the body by length or chunks; it returns b"" at the end or on
+    disconnect.
+    """
     left = int(handler.headers.get("Content-Length") or 0)
     chunked = "chunked" in handler.headers.get("Transfer-Encoding", "")
 

@@ -1,0 +1,1 @@
+"""Executors: where the pure functions on slices of experts run."""
