@@ -84,6 +84,7 @@ def test_threads_change_no_byte_of_error_feedback(tmp_path: Path) -> None:
     assert [name for name in one if one[name] != two[name]] == []
 
 
+@pytest.mark.slow
 def test_shard_size_changes_no_tensor(tmp_path: Path) -> None:
     """Many shards and an index hold the tensors of one file."""
     one = build(tmp_path, "one", 2, "--set", "rules=all-linear")

@@ -220,9 +220,9 @@ GPTQ = SYMMETRIC.replace(
 @pytest.mark.parametrize(
     ("propagate", "quantize"),
     [
-        ("quantized", SYMMETRIC),
+        pytest.param("quantized", SYMMETRIC, marks=pytest.mark.slow),
         ("both", SYMMETRIC),
-        ("original", SYMMETRIC),
+        pytest.param("original", SYMMETRIC, marks=pytest.mark.slow),
         ("quantized", GPTQ),
         ("original", GPTQ),
     ],
