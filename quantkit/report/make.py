@@ -138,8 +138,7 @@ def make_fp8_notes(plan: Plan) -> tuple[str, ...]:
         return ()
     return (
         "Engines run layers kept in FP8 like the FP8 source, with inputs rounded to FP8 "
-        "(natively on "
-        "Ada, Hopper and newer GPUs); the figures here cover the weights only.",
+        "(natively on Ada, Hopper and newer GPUs); the figures here cover the weights only.",
     )
 
 

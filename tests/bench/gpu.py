@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from quantkit import registry
-from quantkit.build.expert_ops import ExpertSlice, SliceStats, collect_stats
+from quantkit.build.expert_ops import ExpertSlice, RoutedStream, SliceStats, collect_stats
 from quantkit.build.hidden_states import Routing
 from quantkit.build.quantize_linear import select_expert_stats
 from quantkit.build.spool import Spool
@@ -155,7 +155,8 @@ def run_slice(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases)
     hidden, width, n = shape.hidden, shape.intermediate, len(wave)
     pairs = shape.tokens * shape.top_k * n / shape.experts  # tokens routed to this slice
     with phases.timed("calibrate", pairs * (2 * hidden**2 + 2 * width**2 + 4 * hidden * width)):
-        stats = collect_stats(wave, routing, silu, frozenset())
+        tokens = RoutedStream(routing=routing, device=wave.gate.device)
+        (stats,) = collect_stats([wave], tokens, silu, frozenset())
     judged = min(awq_scales.SAMPLED_ROWS, width)
     with phases.timed("search", 20 * 2 * n * judged * 2 * hidden**2):
         tried = awq.METHOD.rescale

@@ -229,7 +229,7 @@ def test_changed_source_is_detected(
             changed.append(True)
             CHANGES[name](source)
 
-    with pytest.raises(CheckpointError, match="expected files that stay as they are"):
+    with pytest.raises(CheckpointError, match="expected the files that the build began with"):
         pipeline.build_artifacts(
             parse_recipe(text, "r.yaml"),
             text,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantkit import pipeline, registry
 from quantkit.artifact import load_model
-from quantkit.build import context
+from quantkit.build import block_plan
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Config
 from quantkit.errors import NumericsError, RecipeError
@@ -118,9 +118,7 @@ def test_kept_bytes_equal_source(
     assert stored["mlp"] == "F8_E4M3 128x128"
     assert stored["attention"] == ("F8_E4M3 128x128, BF16" if bf16 else "F8_E4M3 128x128")
     assert result.fidelity.fallbacks == ()
-    assert any(
-        "inputs rounded to FP8 on the way" in note for note in result.fidelity.artifact.notes
-    )
+    assert any("inputs rounded to FP8" in note for note in result.fidelity.artifact.notes)
 
 
 @pytest.mark.parametrize("rules", ["experts-only", LATENT], ids=["A", "B"])
@@ -272,7 +270,7 @@ def test_scaling_fp8_weights_raises(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FP8 bytes are copied only if they still represent the measured weight."""
-    monkeypatch.setattr(context, "is_unscaled_for_fp8", lambda block, group, decisions: False)
+    monkeypatch.setattr(block_plan, "is_unscaled_for_fp8", lambda block, group, decisions: False)
     with pytest.raises(
         NumericsError,
         match="expected the source's values, as its FP8 blocks are kept, found others",
@@ -355,8 +353,8 @@ def test_plan_rejects_fused_rows_of_partial_blocks(tmp_path: Path) -> None:
     rules = '[{match: "*.mlp.*", quantize: default}, {match: "*", keep: source}]'
     (fault,) = list_plan_faults(folder, rules=rules)
     assert (
-        "vLLM and SGLang merge this linear with others when loading, which its 64 rows in FP8 "
-        "blocks" in fault
+        "vLLM and SGLang merge this linear with others when loading; expected a multiple of 128 "
+        "rows (the FP8 block), found 64" in fault
     )
     keep = (
         '[{match: "*.mlp.*", quantize: default}, {match: "re:.*[qkv]_proj", keep: bf16}, '

@@ -173,7 +173,7 @@ def test_new_rounding_is_one_file(
         rounding="downward",
         scheme=make_scheme(),
     )
-    assert decision.feeds_back == needs_stats
+    assert decision.has_error_feedback == needs_stats
     requests = [
         QuantizeRequest(
             decision=decision, weight=weight, stats=s, tokens=7, rescaled=False, fallbacks=()
