@@ -198,18 +198,19 @@ def build_artifacts(
                         on_progress=on_progress,
                     )
                 for plan in group:
-                    path = Path(plan.path)
-                    rename_into_place(
-                        get_staging_path(path),
-                        path,
-                        build.sealed_manifests(loop)[plan.format_name],
-                    )
+                    rename_sealed(plan, build.sealed_manifests(loop)[plan.format_name])
             if message := build.remove_scratch():
                 on_message(message)
         except BaseException as error:
             build.add_resume_note(error)
             raise
     return tuple(read_result(plan) for plan in plans)
+
+
+def rename_sealed(plan: Plan, manifest_sha256: str) -> None:
+    """Rename a sealed artifact from its staging folder to its final name."""
+    path = Path(plan.path)
+    rename_into_place(get_staging_path(path), path, manifest_sha256)
 
 
 def read_result(plan: Plan) -> BuildResult:
@@ -254,15 +255,14 @@ def build_group(
     built, written, figures = quantize_and_measure(
         artifacts, source, texts, text, on_progress, timer, build.prepare_states(loop), progress
     )
-    compute, kept = sources.resolve_compute(plan.recipe), build.answers_folder(loop)
     compared = compare_with_source(
         plan,
         source,
         folder,
-        compute,
+        sources.resolve_compute(plan.recipe),
         evaluate=evaluate,
         on_progress=on_progress,
-        answers_folder=kept,
+        answers_folder=build.answers_folder(loop),
     )
     timer.lap("benchmarks")
     license = evidence.parse_license(read_front_matter(source.folder))
@@ -272,20 +272,15 @@ def build_group(
     session.check_source(build.journal, source)
     sealed = dict[str, str]()
     for artifact, files in zip(artifacts, written, strict=True):
+        plan = artifact.plan
         report = evidence.make_report(
-            artifact.plan,
-            built.blocks,
-            figures.tokens,
-            texts.descriptions,
-            likely,
-            compared.rows,
-            license,
+            plan, built.blocks, figures.tokens, texts.descriptions, likely, compared.rows, license
         )
-        report = gates.apply_gates(artifact.plan.recipe.gates, report)
-        write_evidence(artifact.plan, artifact.folder, report, figures, compared)
+        report = gates.apply_gates(plan.recipe.gates, report)
+        write_evidence(plan, artifact.folder, report, figures, compared)
         write_timings(artifact.folder, built, timer)
-        manifest = make_manifest(artifact.plan, source, report, built.blocks)
-        sealed[artifact.plan.format_name] = seal_artifact(artifact.folder, manifest, files)
+        manifest = make_manifest(plan, source, report, built.blocks)
+        sealed[plan.format_name] = seal_artifact(artifact.folder, manifest, files)
     build.mark_sealed(loop, sealed)
 
 

@@ -12,7 +12,7 @@ LINE = re.compile(
 )
 
 
-def drawn() -> dict[str, tuple[str | None, int]]:
+def read_documented_tree() -> dict[str, tuple[str | None, int]]:
     """Return class -> (base, exit code) from the docstring."""
     tree: dict[str, tuple[str | None, int]] = {}
     above: list[str] = []
@@ -36,14 +36,14 @@ def real(
 
 
 def test_docstring_tree_equals_classes() -> None:
-    assert drawn() == real()
-    assert list(drawn()) == list(real())
+    assert read_documented_tree() == real()
+    assert list(read_documented_tree()) == list(real())
     defined = {
         name
         for name, value in vars(errors).items()
         if getattr(value, "__module__", "") == errors.__name__
     }
-    assert set(drawn()) == defined
+    assert set(read_documented_tree()) == defined
 
 
 def test_exit_codes_equal_those_of_the_command_line() -> None:

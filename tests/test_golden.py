@@ -63,12 +63,12 @@ def test_a_changed_byte_is_reported(built: Path, artifact: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    found = {"tiny": hash_artifact(artifact), "other": hash_artifact(built)}
-    assert compare_hashes(recorded, found) == [f"tiny: {shard.name} has other bytes than recorded"]
+    actual = {"tiny": hash_artifact(artifact), "other": hash_artifact(built)}
+    assert compare_hashes(recorded, actual) == [f"tiny: {shard.name} has other bytes than recorded"]
     shard.unlink()
-    found = {"tiny": hash_artifact(artifact), "other": hash_artifact(built)}
-    assert compare_hashes(recorded, found) == [f"tiny: {shard.name} is recorded and was not built"]
-    assert compare_hashes(found, recorded) == [f"tiny: {shard.name} was built and is not recorded"]
+    actual = {"tiny": hash_artifact(artifact), "other": hash_artifact(built)}
+    assert compare_hashes(recorded, actual) == [f"tiny: {shard.name} is recorded and was not built"]
+    assert compare_hashes(actual, recorded) == [f"tiny: {shard.name} was built and is not recorded"]
 
 
 def test_a_record_replaces_that_of_its_machine_kind_alone(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ ROWS = (
 """A file imports only from rows above its own."""
 
 PLUGINS = ("methods/", "roundings/", "formats/", "architectures/")
-"""Plug-ins do not import each other. They share what is in the subpackages of their folder."""
+"""Plug-ins do not import each other. They share the subpackages of their folder."""
 
 FILE_PACKAGES = ("io/", "checkpoint/", "texts/", "publish/")
 """Packages whose purpose is to read and write files or to use the network."""
@@ -60,7 +60,7 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
         "mkdir",
         "rmtree",
         "unlink",
-    }),  # the scratch folder, and what an interrupted build left
+    }),  # the scratch folder of an interrupted build
     "evaluate/results.py": frozenset({"mkdir"}),  # the folder of an evaluation
     "evaluate/token_fidelity.py": frozenset({"write_table"}),  # pyarrow writes its own files
     "evaluate/solution_likelihood.py": frozenset({"write_table"}),  # the same
@@ -80,7 +80,7 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "evaluate/sandbox/limits.py": frozenset({"read_text"}),  # what /proc says of a jail
     "serve/gateway/relay.py": frozenset({"httpx2"}),  # what becomes of its connections
     "serve/gateway/upstreams.py": frozenset({"httpx2"}),  # to the engines; no file
-    "serve/loadtest/engine.py": frozenset({"httpx2"}),  # what a server tells of itself
+    "serve/loadtest/engine.py": frozenset({"httpx2"}),  # a server's metrics
     "serve/loadtest/prompts.py": frozenset({"read_bytes"}),  # a data set, as storage reads files
     "serve/loadtest/guidellm.py": frozenset({
         "open",

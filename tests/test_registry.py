@@ -1,4 +1,4 @@
-"""The registry finds plug-ins by file name and names what is missing."""
+"""The registry finds plug-ins by file name and names missing packages."""
 
 from __future__ import annotations
 

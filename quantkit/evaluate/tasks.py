@@ -296,6 +296,12 @@ def _parse_document(text: str, path: Path) -> YamlDocument:
         raise EvaluationError(
             f"{path}: expected finite numbers, found: {error}; correct the file"
         ) from None
+    for key in document.values:
+        if not key.isidentifier():  # lm-eval takes the other keys as names of fields
+            raise EvaluationError(
+                f"{document.where((key,))}: expected a key of lm-eval's tasks, found {key[:40]!r}; "
+                "remove it"
+            )
     return document
 
 

@@ -58,8 +58,7 @@ def pull_artifact(
         if content is None:
             raise TransferError(
                 f"{remote.where}: no {MANIFEST}: not an artifact of quantkit, or its publication "
-                "did not finish; "
-                "publish it again"
+                "did not finish; publish it again"
             )
         expected, status = list_expected_files(remote, content, options.retry_policy)
         total = sum(entry.n_bytes for entry in expected) + len(content)
@@ -84,18 +83,10 @@ def pull_artifact(
                 return unchanged
             existing = fetch_files(remote, staging, expected, options, tell)
             staging.put(MANIFEST, content)
-            try:
-                verify_artifact(staging.folder)
-            except ArtifactError as fault:
-                raise TransferError(
-                    f"{remote.where}: the files that arrived do not match the manifest; they are "
-                    f"in {staging.folder}: {fault}"
-                ) from fault
+            verify_received(staging, remote.where)
             staging.rename_into_place()
-    new, before = (
-        tuple(name for name in done.files if name not in existing.complete),
-        sum(existing.n_bytes.values()),
-    )
+    new = tuple(name for name in done.files if name not in existing.complete)
+    before = sum(existing.n_bytes.values())
     return replace(
         done,
         files=new,
@@ -103,6 +94,17 @@ def pull_artifact(
         n_present=len(existing.complete),
         present_bytes=before,
     )
+
+
+def verify_received(staging: StagingDir, where: str) -> None:
+    """Verify the staging folder; raises TransferError if the files do not match the manifest."""
+    try:
+        verify_artifact(staging.folder)
+    except ArtifactError as fault:
+        raise TransferError(
+            f"{where}: the files that arrived do not match the manifest; they are in "
+            f"{staging.folder}: {fault}"
+        ) from fault
 
 
 def list_expected_files(

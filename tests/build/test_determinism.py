@@ -41,13 +41,13 @@ def build(place: Path, name: str, threads: int, *more: str) -> Path:
 
 def files(folder: Path) -> dict[str, bytes]:
     """Every hashed file and the manifest itself."""
-    found = {
+    actual = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
         if path.is_file()
     }
-    del found["quantkit/timings.json"]
-    return found
+    del actual["quantkit/timings.json"]
+    return actual
 
 
 def test_threads_and_memory_change_no_byte(tmp_path: Path) -> None:
@@ -84,6 +84,7 @@ def test_threads_change_no_byte_of_error_feedback(tmp_path: Path) -> None:
     assert [name for name in one if one[name] != two[name]] == []
 
 
+@pytest.mark.slow
 def test_shard_size_changes_no_tensor(tmp_path: Path) -> None:
     """Many shards and an index hold the tensors of one file."""
     one = build(tmp_path, "one", 2, "--set", "rules=all-linear")
@@ -101,7 +102,7 @@ def test_shard_size_changes_no_tensor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_command_line_makes_library_sums_reproducible(threads: int) -> None:
-    """A product of few rows depends on the number of threads unless MKL is told otherwise before it
+    """A product of few rows depends on the number of threads unless MKL is configured before it
     loads.
     """
     code = (

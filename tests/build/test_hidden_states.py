@@ -33,7 +33,7 @@ def test_the_announced_request_is_loaded_in_the_background_once() -> None:
 
     with ReadAhead(load) as ahead:
         assert ahead.take("a", "b") == "aa"
-        assert started.wait(10)  # "b" is being read while nobody waits for it
+        assert started.wait(10)  # "b" is being read in the background
         release.set()
         assert ahead.take("b", None) == "bb"
         assert ahead.take("c") == "cc"
@@ -59,7 +59,7 @@ def test_an_error_surfaces_at_the_take_that_asks_for_it() -> None:
         with pytest.raises(CheckpointError, match="two"):
             ahead.take(2, 3)
         assert ahead.take(3, 2) == 3
-        assert ahead.take(4) == 4  # nobody asked for the failed one
+        assert ahead.take(4) == 4  # the failed read was not taken
     with pytest.raises(RuntimeError):
         ahead.take(1)
     assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())

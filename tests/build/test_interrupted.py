@@ -28,8 +28,8 @@ BUILD = ("build", "r.yaml", "--skip-evaluation")
 
 @pytest.fixture(scope="module")
 def mortals() -> Iterator[Server]:
-    with server() as found:
-        yield found
+    with server() as actual:
+        yield actual
 
 
 def recipe(place: Path, source: Path, **keys: str) -> Path:
@@ -39,7 +39,7 @@ def recipe(place: Path, source: Path, **keys: str) -> Path:
     return place
 
 
-def finished(mortals: Server, place: Path) -> dict[str, bytes]:
+def finish_build(mortals: Server, place: Path) -> dict[str, bytes]:
     """Run a build to its end; return the bytes of its files."""
     end = mortals.run(Order(place=str(place), arguments=BUILD))
     assert end.code == 0, end.stderr
@@ -68,7 +68,7 @@ def whole(
     mortals: Server, source: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, bytes]:
     """The files of an uninterrupted build."""
-    return finished(mortals, recipe(tmp_path_factory.mktemp("whole") / "place", source))
+    return finish_build(mortals, recipe(tmp_path_factory.mktemp("whole") / "place", source))
 
 
 def test_signals_report_how_far_the_build_is(
@@ -93,7 +93,7 @@ def test_signals_report_how_far_the_build_is(
             assert f"continuing: {stands.format(done - 1)}" in end.stderr
             assert end.stderr.endswith(f"{says}\n{stands.format(done)}starts over\n")
     assert (place / "x.building.scratch").is_dir() and not (place / "x").exists()
-    assert differing(finished(mortals, place), whole) == []
+    assert differing(finish_build(mortals, place), whole) == []
     assert sorted(path.name for path in place.iterdir()) == ["r.yaml", "x"]
 
 
@@ -107,7 +107,7 @@ def test_full_disk_is_one_sentence_and_no_loss(
         assert end.code == 1 and "error: " in end.stderr and "Traceback" not in end.stderr, (
             end.stderr
         )
-    assert differing(finished(mortals, place), whole) == []
+    assert differing(finish_build(mortals, place), whole) == []
 
 
 # ----------------------------------------------------------------------------------------- the lock
@@ -245,7 +245,7 @@ def test_killed_at_random(
         write_checkpoint(tmp_path / "source", make_tiny_config(family), fp8=fp8),
         random.Random(name),
     )
-    whole = finished(mortals, recipe(tmp_path / "whole", source, **keys))
+    whole = finish_build(mortals, recipe(tmp_path / "whole", source, **keys))
     kills, builds, resumed = 0, 0, 0
     while kills < KILLS:
         place = recipe(tmp_path / f"{builds}", source, **keys)
@@ -262,7 +262,7 @@ def test_killed_at_random(
             assert end.code in (0, -signal.SIGKILL), end.stderr
             sealed, kills = end.code == 0, kills + (end.code != 0)
             resumed += "continuing: " in end.stderr
-        assert differing(files(place) if sealed else finished(mortals, place), whole) == []
+        assert differing(files(place) if sealed else finish_build(mortals, place), whole) == []
     assert resumed > KILLS // 4
     record_property("faults", kills)
 
@@ -280,7 +280,7 @@ def test_power_loss_at_every_call(
         write_checkpoint(tmp_path / "source", make_tiny_config(family, num_hidden_layers=1)),
         FEW,
     )
-    whole, calls = finished(mortals, recipe(tmp_path / "whole", source, **keys)), 0
+    whole, calls = finish_build(mortals, recipe(tmp_path / "whole", source, **keys)), 0
     for call in range(1, 1000):
         place = recipe(tmp_path / f"{call}", source, **keys)
         end = mortals.run(
@@ -290,7 +290,7 @@ def test_power_loss_at_every_call(
             break
         assert end.code == -signal.SIGKILL, end.stderr
         complete = (place / "x").exists() and not (place / "x.building.scratch").exists()
-        assert differing(left(place) if complete else finished(mortals, place), whole) == []
+        assert differing(left(place) if complete else finish_build(mortals, place), whole) == []
         shutil.rmtree(place)
         calls += 1
     assert 100 < calls < 999
@@ -307,7 +307,7 @@ def test_disk_error_at_every_call(
         write_checkpoint(tmp_path / "source", make_tiny_config("qwen3_moe", num_hidden_layers=1)),
         0,
     )
-    whole = finished(mortals, recipe(tmp_path / "whole", source, **FEW))
+    whole = finish_build(mortals, recipe(tmp_path / "whole", source, **FEW))
     artifact = files(tmp_path / "whole" / "x")
     for call in range(1, 1000):
         place = recipe(tmp_path / f"{call}", source, **FEW)
@@ -328,7 +328,9 @@ def test_disk_error_at_every_call(
             call,
             end.stderr,
         )
-        assert differing(left(place) if end.code == 0 else finished(mortals, place), whole) == []
+        assert (
+            differing(left(place) if end.code == 0 else finish_build(mortals, place), whole) == []
+        )
         shutil.rmtree(place)
         calls += 1
     assert 100 < calls < 999

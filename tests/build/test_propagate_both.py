@@ -57,13 +57,13 @@ def test_crosses_of_experts_are_sums_over_their_tokens(
     cpu = torch.device("cpu")
     stream = RoutedStream(routing=routing, device=cpu)
     both = RoutedStream(routing=routing, device=cpu, original=spool(tmp_path / "o", original))
-    (found,) = collect_stats([wave], both, silu, everyone, has_original=True)
+    (actual,) = collect_stats([wave], both, silu, everyone, has_original=True)
     (plain,) = collect_stats([wave], stream, silu, everyone)
     assert plain.into.cross is None and plain.inner.cross is None
-    assert torch.equal(plain.into.gram, found.into.gram) and torch.equal(
-        plain.inner.gram, found.inner.gram
+    assert torch.equal(plain.into.gram, actual.into.gram) and torch.equal(
+        plain.inner.gram, actual.inner.gram
     )
-    assert found.into.cross is not None and found.inner.cross is not None
+    assert actual.into.cross is not None and actual.inner.cross is not None
     for e in range(EXPERTS):
         mine = (
             torch.arange(TOKENS)
@@ -74,10 +74,10 @@ def test_crosses_of_experts_are_sums_over_their_tokens(
         inner, meant = (
             silu(t @ gate[e].double().T) * (t @ up[e].double().T) for t in (now, before)
         )
-        into = found.into.cross[0 if len(everyone) == EXPERTS else e]
+        into = actual.into.cross[0 if len(everyone) == EXPERTS else e]
         assert torch.allclose(into.double(), (before - now).T @ now, rtol=1e-3, atol=1e-3)
         assert torch.allclose(
-            found.inner.cross[e].double(), (meant - inner).T @ inner, rtol=1e-3, atol=1e-3
+            actual.inner.cross[e].double(), (meant - inner).T @ inner, rtol=1e-3, atol=1e-3
         )
 
 
@@ -88,10 +88,10 @@ def test_residual_gap_is_summed_where_a_linear_adds_to_the_stream() -> None:
     for part in range(0, 70, 32):
         here = slice(part, part + 32)
         total.add(x[here], original[here], gap[here])
-    found = total.stats()
-    assert found.residual is not None and found.cross is not None
+    actual = total.stats()
+    assert actual.residual is not None and actual.cross is not None
     assert torch.allclose(
-        found.residual.double(), gap.double().T @ x.double(), rtol=1e-4, atol=1e-4
+        actual.residual.double(), gap.double().T @ x.double(), rtol=1e-4, atol=1e-4
     )
     assert GramAccumulator(16, x.device, stream=24).stats().residual is None
 
@@ -103,12 +103,12 @@ def test_only_blocks_after_an_error_are_corrected(
     """In the first block both streams are equal, so its tensors are; those of the next block
     differ, experts included.
     """
-    found = []
+    actual = []
     for way in ("quantized", "both"):
         quantize = f"{{method: {method}, rounding: gptq, bits: 4, group_size: 32}}"
         build(source, tmp_path / way, propagate=way, rules="all-linear", quantize=quantize)
-        found.append(load_file(tmp_path / way / "model.safetensors"))
-    one, two = found
+        actual.append(load_file(tmp_path / way / "model.safetensors"))
+    one, two = actual
     assert one.keys() == two.keys()
     changed = {name for name in one if not one[name].equal(two[name])}
     assert not any(name.startswith("model.layers.0.") for name in changed)

@@ -45,12 +45,12 @@ class Killed(BaseException):
 
 
 def build(
-    source: Path, told: list[str] | None = None, *, restart: bool = False, **keys: str
+    source: Path, output: list[str] | None = None, *, restart: bool = False, **keys: str
 ) -> list[str]:
     """Build a small recipe into `x` of the current folder; return the messages."""
-    text, told = (
+    text, output = (
         make_recipe_text(source, Path("x"), **{**SMALL, **keys}),
-        [] if told is None else told,
+        [] if output is None else output,
     )
     pipeline.build_artifacts(
         parse_recipe(text, "r.yaml"),
@@ -59,22 +59,22 @@ def build(
         evaluate=False,
         on_plan=lambda _: None,
         on_progress=lambda _: None,
-        on_message=told.append,
+        on_message=output.append,
         restart=restart,
     )
-    return told
+    return output
 
 
 def files(place: Path) -> dict[str, bytes]:
     """Read every file below a folder, except timings."""
-    found = {
+    actual = {
         path.relative_to(place).as_posix(): path.read_bytes()
         for path in place.rglob("*")
         if path.is_file()
     }
     return {
         name: content
-        for name, content in found.items()
+        for name, content in actual.items()
         if not name.endswith("quantkit/timings.json")
     }
 
@@ -132,19 +132,19 @@ def test_resume_after_a_kill_before_and_after_every_step(
     """Each process finishes one step and dies before or after its journal entry, until the build is
     done.
     """
-    told, ends = list[str](), 0
+    output, ends = list[str](), 0
     for run in range(100):
         with monkeypatch.context() as patch:
             dying(patch, BuildProgress, "commit_step", 1, after=bool(run % 2))
             try:
-                build(source, told, **THREE)
+                build(source, output, **THREE)
             except Killed:
                 ends += 1
                 continue
         break
     steps = 1 + 2 + 1  # the embedding, two blocks, what follows them
     assert ends == 2 * 2 * steps  # of two loops
-    assert "0 of 2 blocks are done" in told[0] and "2 of 2 blocks are done" in told[-1]
+    assert "0 of 2 blocks are done" in output[0] and "2 of 2 blocks are done" in output[-1]
     assert differing(files(place), whole) == []
 
 
@@ -156,7 +156,7 @@ POINTS: Sequence[tuple[object, str, int, bool]] = (
     (ShardWriter, "flush", 1, True),
     (ShardWriter, "finish", 1, True),  # a whole file that no journal knows
     (ShardWriter, "finish", 2, False),
-    (Journal, "append", 1, True),  # states that nobody needs are not removed
+    (Journal, "append", 1, True),  # unused states are not removed
     (ArtifactWriter, "close", 1, True),
     (pipeline, "write_model_files", 1, True),
     (pipeline, "measure_text", 1, False),
@@ -220,9 +220,9 @@ GPTQ = SYMMETRIC.replace(
 @pytest.mark.parametrize(
     ("propagate", "quantize"),
     [
-        ("quantized", SYMMETRIC),
+        pytest.param("quantized", SYMMETRIC, marks=pytest.mark.slow),
         ("both", SYMMETRIC),
-        ("original", SYMMETRIC),
+        pytest.param("original", SYMMETRIC, marks=pytest.mark.slow),
         ("quantized", GPTQ),
         ("original", GPTQ),
     ],
@@ -240,21 +240,21 @@ def test_resume_after_a_kill_at_every_wave(
     whole = files(place)
     for path in [*place.iterdir()]:
         shutil.rmtree(path)
-    told, waves = list[str](), list[int]()
+    output, waves = list[str](), list[int]()
     for run in range(100):
         with monkeypatch.context() as patch:
             in_waves(patch, 3 if run % 5 else 2)  # the budget may change in between
             dying(patch, BuildProgress, "record_wave", 1, after=bool(run % 3))
             counting(patch, waves, run)
             try:
-                build(source, told, **keys)
+                build(source, output, **keys)
             except Killed:
                 continue
         break
     assert (
         max(waves.count(run) for run in range(run)) <= 3
-    )  # the wave that ended it, and those behind the last halt
-    assert any("of 2 blocks and 3 experts of the next are done" in line for line in told)
+    )  # the wave that ended it, and those after the last checkpoint
+    assert any("of 2 blocks and 3 experts of the next are done" in line for line in output)
     assert differing(files(place), whole) == []
     assert not list(place.rglob("*.building*"))
 
@@ -464,8 +464,8 @@ def test_journal_returns_its_entries(tmp_path: Path) -> None:
     journal.append({"n": 1})
     before = path.read_bytes()
     journal.append(last)
-    found = Journal.open(path)
-    assert found is not None and found.entries == [{"n": 0}, {"n": 1}, last]
+    actual = Journal.open(path)
+    assert actual is not None and actual.entries == [{"n": 0}, {"n": 1}, last]
     content = path.read_bytes()
     for cut in range(len(before), len(content)):
         path.write_bytes(content[:cut])
@@ -485,13 +485,13 @@ def test_changed_byte_of_a_journal_is_detected(tmp_path: Path) -> None:
     first = content.index(b"\n")
     for place in range(len(content)):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        found = None
+        actual = None
         with suppress(ArtifactError):
-            found = Journal.open(path)
+            actual = Journal.open(path)
         assert (
-            (found is None)
+            (actual is None)
             if place <= first
-            else (found is not None and found.entries == [{"n": 0}])
+            else (actual is not None and actual.entries == [{"n": 0}])
         )
     assert Journal.open(tmp_path / "none") is None
     assert json.loads(content.splitlines()[0])["entry"] == {"n": 0}

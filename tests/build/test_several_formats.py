@@ -65,10 +65,10 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
             encoding="utf-8"
         )
         manifest, checkpoint = read_manifest(outcome.path), Checkpoint.open(outcome.path)
-        told = read_schemes(manifest, checkpoint, outcome.path)
-        assert manifest["format"] == told[0] == outcome.format_name
+        output = read_schemes(manifest, checkpoint, outcome.path)
+        assert manifest["format"] == output[0] == outcome.format_name
         older = {key: value for key, value in manifest.items() if key != "format"}
-        assert read_schemes(older, checkpoint, outcome.path) == told
+        assert read_schemes(older, checkpoint, outcome.path) == output
     methods = [
         json.loads((o.path / "config.json").read_text())["quantization_config"]["quant_method"]
         for o in both
@@ -91,12 +91,12 @@ def test_formats_that_hold_the_same_codes_share_a_solve(
 
 def test_format_that_rounds_once_more_has_its_own_build(source: Path, tmp_path: Path) -> None:
     """`dense` stores BF16: its figures are its own, in the order of the recipe."""
-    found = build_all(source, tmp_path / "x", format="[dense, awq]")
-    assert [outcome.format_name for outcome in found] == ["dense", "awq"]
+    actual = build_all(source, tmp_path / "x", format="[dense, awq]")
+    assert [outcome.format_name for outcome in actual] == ["dense", "awq"]
     assert (
-        found[0].fidelity.modules[0].relative_error != found[1].fidelity.modules[0].relative_error
+        actual[0].fidelity.modules[0].relative_error != actual[1].fidelity.modules[0].relative_error
     )
-    assert all(verify_artifact(outcome.path) for outcome in found)
+    assert all(verify_artifact(outcome.path) for outcome in actual)
 
 
 def test_formats_that_store_different_weights_are_an_error(
@@ -175,23 +175,23 @@ def test_build_without_fidelity_text_measures_nothing(
         ),
     )
     quantize = f"{{method: {method}, bits: 4, group_size: 64}}"
-    found = build(source, tmp_path / "x", quantize=quantize, rules=rules, fidelity="none")
+    actual = build(source, tmp_path / "x", quantize=quantize, rules=rules, fidelity="none")
     assert started == ["calibration"] * reads
     assert (
-        found.fidelity.distribution == ()
-        and found.fidelity.measured_on is None
-        and not found.fidelity.blocks
+        actual.fidelity.distribution == ()
+        and actual.fidelity.measured_on is None
+        and not actual.fidelity.blocks
     )
-    assert not (found.path / "quantkit" / "samples" / "tokens.parquet").exists()
-    assert verify_artifact(found.path).status == "not judged"
+    assert not (actual.path / "quantkit" / "samples" / "tokens.parquet").exists()
+    assert verify_artifact(actual.path).status == "not judged"
     measured = build(source, tmp_path / "y", quantize=quantize, rules=rules)
-    mine, theirs = (load_file(o.path / "model.safetensors") for o in (found, measured))
+    mine, theirs = (load_file(o.path / "model.safetensors") for o in (actual, measured))
     assert mine.keys() == theirs.keys() and all(
         torch.equal(mine[name], theirs[name]) for name in mine
     )
     plan = make_plan(source, format="gptq", quantize=SYMMETRIC)
     assert (
-        Checkpoint.open(found.path).config.values["model_type"]
+        Checkpoint.open(actual.path).config.values["model_type"]
         == plan.source.config.values["model_type"]
     )
 

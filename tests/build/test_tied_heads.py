@@ -52,13 +52,13 @@ def test_transformers_leaves_a_tied_head_alone(name: str, source: object, tmp_pa
     folder = source(tmp_path / "source")  # type: ignore[operator]
     keys = {"quantize": SCHEMES[name], "format": name, "rules": "all-linear", "calibration": "null"}
     path = build(folder, tmp_path / "artifact", **keys).path
-    theirs, told = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
-    assert not any(told.values()), told
+    theirs, output = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not any(output.values()), output
     tokens = torch.randint(0, 700, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found, expected = theirs(tokens).logits, Stored.open(path).model()(tokens).logits
+        actual, expected = theirs(tokens).logits, Stored.open(path).model()(tokens).logits
     assert (
-        float((found.float() - expected).norm() / expected.norm()) < 0.04
+        float((actual.float() - expected).norm() / expected.norm()) < 0.04
     )  # they compute in bfloat16
 
 

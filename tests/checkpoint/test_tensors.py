@@ -36,11 +36,13 @@ SAMPLES = {
 }
 
 
-def are_equal(found: Tensor, expected: Tensor) -> bool:
+def are_equal(actual: Tensor, expected: Tensor) -> bool:
     return (
-        found.dtype == expected.dtype
-        and found.shape == expected.shape
-        and torch.equal(found.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
+        actual.dtype == expected.dtype
+        and actual.shape == expected.shape
+        and torch.equal(
+            actual.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8)
+        )
     )
 
 

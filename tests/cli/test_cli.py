@@ -191,9 +191,9 @@ def test_plan_prints_tables_or_json() -> None:
     assert shown.exit_code == 0 and shown.stderr == ""
     assert "builtin:tiny-v3 -> artifacts/tiny-v3-awq4" in shown.stdout
     assert "experts-only[0]" in shown.stdout and "int4" in shown.stdout
-    told = run("plan", RECIPE, "--json")
-    summary = PlanSummary.model_validate(json.loads(told.stdout))
-    assert told.exit_code == 0 and told.stderr == ""
+    output = run("plan", RECIPE, "--json")
+    summary = PlanSummary.model_validate(json.loads(output.stdout))
+    assert output.exit_code == 0 and output.stderr == ""
     assert summary.totals.modules_quantized == 3 * 3 * 16
     assert summary.source.read_from == "headers"
 
@@ -270,25 +270,26 @@ def test_report_prints_the_figures_again(built: Path) -> None:
     shown = run("report", built)
     assert shown.exit_code == 0 and shown.stderr == ""
     assert "Next-token distributions" in shown.stdout
-    told = run("report", built, "--json")
-    assert json.loads(told.stdout) == json.loads((built / "quantkit/fidelity.json").read_text())
+    output = run("report", built, "--json")
+    assert json.loads(output.stdout) == json.loads((built / "quantkit/fidelity.json").read_text())
 
 
 def test_verify_prints_its_counts(built: Path) -> None:
-    found = verify_artifact(built)
+    actual = verify_artifact(built)
     shown = run("verify", built)
     assert shown.exit_code == 0 and shown.stderr == ""
     assert shown.stdout == (
-        f"{built}: ok ({found.files} files, {found.tensors} tensors, {found.n_bytes / 1e6:.1f} MB, "
+        f"{built}: ok ({actual.files} files, {actual.tensors} tensors, {actual.n_bytes / 1e6:.1f} "
+        "MB, "
         "not judged)\n"
     )
     assert json.loads(run("verify", built, "--json").stdout) == {
         "artifact": str(built),
         "ok": True,
         "status": "not judged",
-        "files": found.files,
-        "tensors": found.tensors,
-        "bytes": found.n_bytes,
+        "files": actual.files,
+        "tensors": actual.tensors,
+        "bytes": actual.n_bytes,
         "modules": 144,
         "notes": [],
         "unsealed": [],
@@ -321,8 +322,8 @@ def test_missed_gate_exits_with_3_and_keeps_the_artifact(tmp_path: Path) -> None
     assert json.loads((output / "quantkit/manifest.json").read_text())["status"] == "rejected"
     report = Fidelity.model_validate_json((output / "quantkit/fidelity.json").read_bytes())
     assert {gate.figure: gate.ok for gate in report.gates} == {"kl_mean": False, "top1": True}
-    told = build(output, "--overwrite", "--json", gates="{kl_mean: {max: 1.0e-9}}")
-    assert told.exit_code == 3 and json.loads(told.stdout)["status"] == "rejected"
+    printed = build(output, "--overwrite", "--json", gates="{kl_mean: {max: 1.0e-9}}")
+    assert printed.exit_code == 3 and json.loads(printed.stdout)["status"] == "rejected"
 
 
 def test_kept_gates_accept_the_artifact(tmp_path: Path) -> None:
@@ -342,20 +343,20 @@ def test_interrupted_build_exits_with_130(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_help_on_a_full_device_is_one_message() -> None:
     with open("/dev/full", "w") as full:
-        told = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-m", "quantkit", "--help"],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
         )
-    assert told.returncode == 1
-    assert told.stderr.startswith(
+    assert output.returncode == 1
+    assert output.stderr.startswith(
         "error: the operating system refused: no space left on device; check "
     )
-    assert "Traceback" not in told.stderr
+    assert "Traceback" not in output.stderr
 
 
-# ---------------------------------------------------------------------------- what is there already
+# ---------------------------------------------------------------------------- existing artifacts
 
 
 def test_existing_output_is_not_changed(tmp_path: Path) -> None:
@@ -524,7 +525,7 @@ def test_damaged_checkpoint_is_one_message(
 ) -> None:
     """One message, exit 1, and nothing under the final name.
 
-    Below it how to go on, if a block was done.
+    Followed by how to resume, if a block was done.
     """
     damage(checkpoint_copy)
     message, *note = read_error(

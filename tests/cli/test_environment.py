@@ -88,7 +88,7 @@ def process(
     )
 
 
-def refused(done: subprocess.CompletedProcess[str], output: Path, *words: str) -> None:
+def check_refused(done: subprocess.CompletedProcess[str], output: Path, *words: str) -> None:
     """Check for one message with one of the words, exit code 1, and no artifact."""
     assert done.returncode == 1, done.stderr
     message = done.stderr.partition("error: ")[2]
@@ -97,7 +97,7 @@ def refused(done: subprocess.CompletedProcess[str], output: Path, *words: str) -
     assert not (output / "config.json").exists()
 
 
-def privileged(*command: str) -> tuple[str, ...]:
+def make_privileged_command(*command: str) -> tuple[str, ...]:
     """Return a shell in its own mount namespace that runs these lines, then its arguments.
 
     Skips where it cannot.
@@ -115,15 +115,15 @@ def test_full_disk_is_one_message(tmp_path: Path, record_property: Record) -> No
     place = tmp_path / "full"
     place.mkdir()
     path = recipe(small(tmp_path / "source"), place / "out", tmp_path)
-    wrapped = privileged(f"mount -t tmpfs -o size=400k tmpfs '{place}'")
-    refused(process(path, wrapped), place / "out", "no space left on device")
+    wrapped = make_privileged_command(f"mount -t tmpfs -o size=400k tmpfs '{place}'")
+    check_refused(process(path, wrapped), place / "out", "no space left on device")
     record_property("fault", "disk full")
 
 
 def test_file_size_limit_is_one_message(tmp_path: Path, record_property: Record) -> None:
     """`ulimit -f`, as batch systems set it."""
     path = recipe(small(tmp_path / "source"), tmp_path / "out", tmp_path)
-    refused(process(path, limit=100_000), tmp_path / "out", "file too large")
+    check_refused(process(path, limit=100_000), tmp_path / "out", "file too large")
     record_property("fault", "file size limited")
 
 
@@ -132,8 +132,10 @@ def test_read_only_output_is_one_message(tmp_path: Path, record_property: Record
     place = tmp_path / "fixed"
     place.mkdir()
     path = recipe(small(tmp_path / "source"), place / "out", tmp_path)
-    wrapped = privileged(f"mount --bind '{place}' '{place}'", f"mount -o remount,ro,bind '{place}'")
-    refused(process(path, wrapped), place / "out", "read-only file system")
+    wrapped = make_privileged_command(
+        f"mount --bind '{place}' '{place}'", f"mount -o remount,ro,bind '{place}'"
+    )
+    check_refused(process(path, wrapped), place / "out", "read-only file system")
     record_property("fault", "output read-only")
 
 
@@ -165,7 +167,9 @@ def test_missing_permission_is_one_message(
         done = process(path, wrapped)
     finally:
         closed.chmod(0o700)
-    refused(done, place / "out", "permission denied", "no file", "found none", "found neither")
+    check_refused(
+        done, place / "out", "permission denied", "no file", "found none", "found neither"
+    )
     record_property("fault", f"no permission: {what}")
 
 
@@ -193,7 +197,7 @@ def flip(source: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def replaced(source: Path) -> None:
+def replace_shard(source: Path) -> None:
     """Replace the shard by another with the same tensors."""
     other = write_checkpoint(
         source.parent / "other", make_tiny_config("llama", num_hidden_layers=1), seed=1
@@ -207,7 +211,7 @@ def tokenizer(source: Path) -> None:
         file.write("\n")
 
 
-CHANGES = {"a byte": flip, "a shard": replaced, "a file beside": tokenizer}
+CHANGES = {"a byte": flip, "a shard": replace_shard, "a file next to it": tokenizer}
 
 
 @pytest.mark.parametrize("stage", ["source", "blocks"])
@@ -220,7 +224,7 @@ def test_changed_source_is_detected(
     text = recipe(source, output, tmp_path).read_text(encoding="utf-8")
     changed: list[bool] = []
 
-    def tell(progress: Progress) -> None:
+    def report(progress: Progress) -> None:
         if progress.stage.startswith(stage) and progress.done == progress.total and not changed:
             changed.append(True)
             CHANGES[name](source)
@@ -232,7 +236,7 @@ def test_changed_source_is_detected(
             overwrite=False,
             evaluate=False,
             on_plan=lambda _: None,
-            on_progress=tell,
+            on_progress=report,
         )
     assert changed and not output.exists()
     record_property("fault", f"source changed, {name}, at {stage}")
@@ -243,7 +247,7 @@ def test_touched_source_with_equal_bytes_is_accepted(tmp_path: Path) -> None:
     source, output = small(tmp_path / "source"), tmp_path / "out"
     text = recipe(source, output, tmp_path).read_text(encoding="utf-8")
 
-    def tell(progress: Progress) -> None:
+    def report(progress: Progress) -> None:
         if progress.stage == "blocks":
             os.utime(source / "model.safetensors")
 
@@ -253,7 +257,7 @@ def test_touched_source_with_equal_bytes_is_accepted(tmp_path: Path) -> None:
         overwrite=False,
         evaluate=False,
         on_plan=lambda _: None,
-        on_progress=tell,
+        on_progress=report,
     )
     assert verify_artifact(output).tensors > 0
 
@@ -263,12 +267,12 @@ def test_unexpected_os_error_is_one_message(
 ) -> None:
     """An unexpected error of the operating system is one message, too."""
 
-    def broken(*_: object) -> None:
+    def raise_error(*_: object) -> None:
         raise OSError(5, "Input/output error", "/somewhere/file")
 
-    monkeypatch.setattr("quantkit.artifact.read_report.read_report", broken)
-    told = read_error(run("report", tmp_path), 1)
-    assert told.startswith(
+    monkeypatch.setattr("quantkit.artifact.read_report.read_report", raise_error)
+    output = read_error(run("report", tmp_path), 1)
+    assert output.startswith(
         "/somewhere/file: the operating system refused: input/output error; check"
     )
 

@@ -329,7 +329,7 @@ def test_different_calibration_texts_compare_weight_errors() -> None:
     assert any(note.startswith(f"{b.name} used no calibration text, so") for note in result.notes)
 
 
-# ------------------------------------------------------------------------------- what is comparable
+# ------------------------------------------------------------------------------- comparability
 
 Change = Callable[[Side], Side]
 

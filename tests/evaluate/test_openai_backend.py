@@ -129,7 +129,7 @@ def test_every_server_fault_is_retried_without_loss_or_duplicates(chat, tmp_path
     )
     assert len(rows(tmp_path / "out")) == limit
     assert {record.fault for record in server.records} == {*FAULTS, "served"}
-    assert set(server.served().values()) == {1}, "what was answered in full is never asked again"
+    assert set(server.served().values()) == {1}, "a complete answer is never requested again"
     assert len(server.served()) == limit
     hanging = sum(record.fault == "silent" for record in server.records)
     assert 1 < server.most_at_once <= 6 + hanging, (
@@ -187,7 +187,7 @@ def test_killed_evaluation_resumes_and_repeats_no_request(tmp_path):
             time.sleep(0.02)
         os.killpg(running.pid, signal.SIGKILL)
         running.wait()
-        time.sleep(0.6)  # what the server had in hand
+        time.sleep(0.6)  # requests in progress
         kept = rows(folder)
         assert 7 <= len(kept) < 20, "finished samples are stored as they come"
         first = Counter(record.prompt for record in server.records)

@@ -35,7 +35,7 @@ ITEMS = 12
 TEXT = (package_data.locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text()
 
 
-def built(place: Path, **changes: str) -> pipeline.BuildResult:
+def build_result(place: Path, **changes: str) -> pipeline.BuildResult:
     """Build a quick artifact of tiny-v3 without generated benchmarks."""
     keys = {
         "quantize.method": "rtn",
@@ -63,10 +63,10 @@ def built(place: Path, **changes: str) -> pipeline.BuildResult:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> pipeline.BuildResult:
-    return built(tmp_path_factory.mktemp("likelihood") / "a", rules="all-linear")
+    return build_result(tmp_path_factory.mktemp("likelihood") / "a", rules="all-linear")
 
 
-def scored(outcome: pipeline.BuildResult) -> list[dict]:
+def read_scores(outcome: pipeline.BuildResult) -> list[dict]:
     """Read samples/solutions.parquet."""
     return parquet.read_table(outcome.path / "quantkit/samples/solutions.parquet").to_pylist()
 
@@ -100,7 +100,7 @@ def test_likelihood_equals_whole_models(
 ) -> None:
     """One item at a time, without padding; the solution's tokens follow the prompt's last word."""
     tokenizer = AutoTokenizer.from_pretrained(package_data.locate_model("builtin:tiny-v3"))
-    solutions = [row for row in scored(outcome) if row["task"] == task]
+    solutions = [row for row in read_scores(outcome) if row["task"] == task]
     assert [row["doc_id"] for row in solutions] == list(range(ITEMS))
     for row, (prompt, solution) in zip(solutions, pairs(task), strict=True):
         ids = tokenizer(prompt + solution, return_tensors="pt").input_ids
@@ -129,13 +129,13 @@ def test_likelihood_equals_lm_eval(outcome: pipeline.BuildResult, models: dict, 
     ]
     expected = [total for total, _ in lm.loglikelihood(requests, disable_tqdm=True)]
     solutions = [
-        row[side] * row["n_tokens"] for row in scored(outcome) if row["task"] == "tiny-v3-math"
+        row[side] * row["n_tokens"] for row in read_scores(outcome) if row["task"] == "tiny-v3-math"
     ]
     assert solutions == pytest.approx(expected, rel=1e-3, abs=2e-4)
 
 
 def test_report_rows_summarize_the_items(outcome: pipeline.BuildResult) -> None:
-    table, report = scored(outcome), outcome.fidelity
+    table, report = read_scores(outcome), outcome.fidelity
     assert [row.task for row in report.likelihood] == ["tiny-v3-math", "tiny-v3-code"]
     for row in report.likelihood:
         mine = [item for item in table if item["task"] == row.task]
@@ -156,7 +156,7 @@ def test_report_rows_summarize_the_items(outcome: pipeline.BuildResult) -> None:
 
 def test_likelihood_changes_no_other_figure(outcome: pipeline.BuildResult, tmp_path: Path) -> None:
     """Without solutions after the text, the artifact's bytes and the text's figures are equal."""
-    without = built(tmp_path / "b", rules="all-linear", evaluation__likelihood="0")
+    without = build_result(tmp_path / "b", rules="all-linear", evaluation__likelihood="0")
     assert without.fidelity.likelihood == ()
     assert not (without.path / "quantkit/samples/solutions.parquet").exists()
     assert (without.path / "model.safetensors").read_bytes() == (
@@ -179,7 +179,9 @@ def test_likelihood_changes_no_other_figure(outcome: pipeline.BuildResult, tmp_p
 
 
 def test_worse_weights_lower_the_likelihood(outcome: pipeline.BuildResult, tmp_path: Path) -> None:
-    worse = built(tmp_path / "c", quantize__bits="2", rules="all-linear", format="dense").fidelity
+    worse = build_result(
+        tmp_path / "c", quantize__bits="2", rules="all-linear", format="dense"
+    ).fidelity
     for better, bad in zip(outcome.fidelity.likelihood, worse.likelihood, strict=True):
         assert bad.difference.ci[1] < better.difference.ci[0], bad.task  # type: ignore[union-attr, index]
 

@@ -172,11 +172,11 @@ def write_record(kind: Kind, artifacts: Hashes, path: Path = RECORDS) -> None:
     path.write_text(json.dumps({"records": records}, indent=1) + "\n", encoding="utf-8")
 
 
-def compare_hashes(recorded: Hashes, found: Hashes) -> list[str]:
+def compare_hashes(recorded: Hashes, actual: Hashes) -> list[str]:
     """List every file whose bytes differ, is missing or is new, one sentence each."""
     differences = []
-    for artifact in sorted(recorded.keys() | found.keys()):
-        old, new = recorded.get(artifact, {}), found.get(artifact, {})
+    for artifact in sorted(recorded.keys() | actual.keys()):
+        old, new = recorded.get(artifact, {}), actual.get(artifact, {})
         for name in sorted(old.keys() | new.keys()):
             if name not in new:
                 differences.append(f"{artifact}: {name} is recorded and was not built")
@@ -215,24 +215,24 @@ def build_recipe(text: str, name: str, overrides: Mapping[str, str]) -> Hashes:
 
 def build_artifacts(place: Path) -> Hashes:
     """Build every artifact under `place`, and hash their files."""
-    found: Hashes = {}
+    actual: Hashes = {}
     for name, (recipe_name, changes) in RECIPES.items():
         text = (locate_folder("recipes") / f"{recipe_name}.yaml").read_text(encoding="utf-8")
-        found |= build_recipe(
+        actual |= build_recipe(
             text, name, {**UNMEASURED, **changes, "output.path": str(place / name)}
         )
     for name, (architecture, fp8, keys) in TINY.items():
         source = write_checkpoint(place / "sources" / name, make_tiny_config(architecture), fp8=fp8)
         written = {key: value for key, value in keys.items() if key != "shards"}
         shards = {"output.shard_bytes": keys["shards"]} if "shards" in keys else {}
-        found |= build_recipe(
+        actual |= build_recipe(
             make_recipe_text(source, place / name, **written), name, {**UNMEASURED, **shards}
         )
-    return found
+    return actual
 
 
 def build_in_subprocess(threads: int = 2) -> Hashes:
-    """Build every artifact in a process whose libraries are told to be reproducible before
+    """Build every artifact in a process whose libraries are set to be reproducible before
     they load."""
     fixed = {
         **REPRODUCIBLE,
@@ -250,8 +250,8 @@ def build_in_subprocess(threads: int = 2) -> Hashes:
     root = os.pathsep.join(filter(None, [str(HERE.parent.parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, **fixed, "PYTHONPATH": root}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found: Hashes = json.loads(done.stdout)
-    return found
+    actual: Hashes = json.loads(done.stdout)
+    return actual
 
 
 def main() -> int:
@@ -280,16 +280,16 @@ def main() -> int:
         )
         return 1
     began = time.monotonic()
-    found = build_in_subprocess(options.threads)
-    differences = compare_hashes(record["artifacts"], found) if record else []
+    actual = build_in_subprocess(options.threads)
+    differences = compare_hashes(record["artifacts"], actual) if record else []
     for difference in differences:
         print(difference)
     if options.record:
-        write_record(kind, found)
-    files, seconds = sum(map(len, found.values())), time.monotonic() - began
+        write_record(kind, actual)
+    files, seconds = sum(map(len, actual.values())), time.monotonic() - began
     verb = "recorded" if options.record else "compared"
     print(
-        f"{len(found)} artifacts, {files} files {verb} in {seconds:.0f} s; "
+        f"{len(actual)} artifacts, {files} files {verb} in {seconds:.0f} s; "
         f"{len(differences)} differ from the record"
     )
     return 1 if differences and not options.record else 0

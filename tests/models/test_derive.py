@@ -39,18 +39,18 @@ SCALED = {
 """The first reader of each input of a block that can be scaled."""
 
 
-def derived(config: dict[str, object]) -> Architecture:
+def derive_architecture(config: dict[str, object]) -> Architecture:
     return derive.derive_architecture(Config(values=config))
 
 
 def layout_of(config: dict[str, object]) -> Layout:
-    return derived(config).layout(Config(values=config))
+    return derive_architecture(config).layout(Config(values=config))
 
 
 def reason(config: dict[str, object]) -> str:
     """Return the reason why a config is rejected."""
     with pytest.raises(CheckpointError) as caught:
-        derived(config)
+        derive_architecture(config)
     text = str(caught.value)
     start = (
         f"config.json: model_type {config['model_type']!r} has no table in quantkit, and none can "
@@ -379,7 +379,7 @@ def test_linear_that_is_not_called_once_is_rejected() -> None:
 )
 def test_type_unknown_to_transformers_is_rejected(own: dict[str, object]) -> None:
     with pytest.raises(UsageError) as caught:
-        derived({**TINY_COMMON, "model_type": "olmo9", **own})
+        derive_architecture({**TINY_COMMON, "model_type": "olmo9", **own})
     message = str(caught.value)
     assert message.startswith("no architecture named 'olmo9'. Known: deepseek_v2, ")
     assert "has no language model of that type to derive one from" in message

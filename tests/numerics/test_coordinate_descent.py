@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.gptq_cases import correlated, scheme
-from support.oracle import Array, output_error, stored
+from support.gptq_cases import make_correlated_inputs, scheme
+from support.oracle import Array, output_error, round_scale
 from torch import Tensor
 
 from quantkit.contracts import Quantized, Scheme
@@ -54,7 +54,7 @@ def improved_by_trying(
             products = x[:, list(part)] @ (codes[row, list(part)] - zero[row, index])
             others = x @ (weight[row] - result[row]) + old * products
             if products @ products > 0 and (best := products @ others / (products @ products)) > 0:
-                scale[row, index] = stored(float(best), "bfloat16")
+                scale[row, index] = round_scale(float(best), "bfloat16")
                 if error(row) >= before:
                     scale[row, index] = old
         error(row)
@@ -66,7 +66,9 @@ def improved_by_trying(
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sweep_equals_exhaustive_search(bits: int, group: int, symmetric: bool, seed: int) -> None:
-    weight, x = correlated(6, 192, seed=seed)  # a group of more columns than are done at once
+    weight, x = make_correlated_inputs(
+        6, 192, seed=seed
+    )  # a group of more columns than are done at once
     spec = scheme(bits, group, symmetric)
     start = nearest(weight, spec)
     damped_gram = coordinate_descent.add_damping(x.T @ x, DAMPING)
@@ -108,7 +110,7 @@ def test_sweep_equals_exhaustive_search(bits: int, group: int, symmetric: bool, 
 def test_sweep_never_raises_row_error(
     bits: int, symmetric: bool, tokens: int, group: int, size: float, seed: int
 ) -> None:
-    weight, x = correlated(8, 64, tokens, seed)
+    weight, x = make_correlated_inputs(8, 64, tokens, seed)
     spec = scheme(bits, group, symmetric)
     damped_gram = coordinate_descent.add_damping((size * x).T @ (size * x), DAMPING)
     steps = [nearest(weight, spec)]
@@ -126,7 +128,7 @@ def test_sweep_never_raises_row_error(
 
 
 def test_refinement_lowers_error_after_gptq() -> None:
-    weight, x = correlated(64, 256)
+    weight, x = make_correlated_inputs(64, 256)
     spec, damped_gram = scheme(4, 64), x.T @ x
     factor = cholesky.factorize_gram(damped_gram)
     fed = gptq.round_with_feedback(
@@ -143,7 +145,7 @@ def test_refinement_lowers_error_after_gptq() -> None:
 
 
 def test_scales_keep_their_stored_dtype_values() -> None:
-    weight, x = correlated(8, 64)
+    weight, x = make_correlated_inputs(8, 64)
     refined_weight = coordinate_descent.refine_codes_and_scales(
         weight,
         coordinate_descent.add_damping(x.T @ x, DAMPING),
@@ -158,7 +160,7 @@ def test_scales_keep_their_stored_dtype_values() -> None:
 
 def test_exact_weights_do_not_change() -> None:
     """Weights on the grid and groups of zeros."""
-    weight, x = correlated(8, 64)
+    weight, x = make_correlated_inputs(8, 64)
     weight[3, :32] = 0
     start = nearest(weight, scheme())
     grid = affine.dequantize(start, scheme())
@@ -171,8 +173,8 @@ def test_exact_weights_do_not_change() -> None:
 
 
 def test_batch_equals_its_matrices_and_may_share_a_gram() -> None:
-    _, x = correlated(8, 64)
-    weight = torch.stack([correlated(8, 64, seed=s)[0] for s in (1, 2)])
+    _, x = make_correlated_inputs(8, 64)
+    weight = torch.stack([make_correlated_inputs(8, 64, seed=s)[0] for s in (1, 2)])
     damped_gram, start = coordinate_descent.add_damping(x.T @ x, DAMPING), nearest(weight, scheme())
     shared = coordinate_descent.refine_codes_and_scales(weight, damped_gram, start, scheme())
     for e in range(2):

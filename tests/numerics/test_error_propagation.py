@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.gptq_cases import correlated, scheme
+from support.gptq_cases import make_correlated_inputs, scheme
 from torch import Tensor
 
 from quantkit.contracts import InputStats
@@ -16,7 +16,7 @@ from quantkit.models import scaling
 from quantkit.numerics import affine, cholesky, error_propagation, gram
 
 
-def changed(x: Tensor, size: float = 0.1, seed: int = 5) -> Tensor:
+def perturb(x: Tensor, size: float = 0.1, seed: int = 5) -> Tensor:
     """Return inputs as after quantized blocks: each token has an error correlated with others."""
     g = torch.Generator().manual_seed(seed)
     width = x.shape[1]
@@ -51,8 +51,8 @@ def output_loss(weight: Tensor, original: Tensor, stored: Tensor, x: Tensor) -> 
 
 
 def test_cross_equals_sum_over_tokens() -> None:
-    _, original = correlated(4, 48)
-    x = changed(original)
+    _, original = make_correlated_inputs(4, 48)
+    x = perturb(original)
     o, q = original.double().numpy(), x.double().numpy()
     result = stats_of(original, x).cross
     assert result is not None
@@ -63,8 +63,8 @@ def test_cross_equals_sum_over_tokens() -> None:
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_correction_equals_ridge_regression_on_changed_inputs(share: float) -> None:
-    weight, original = correlated(8, 192)  # more columns than one lazy batch
-    x = changed(original)
+    weight, original = make_correlated_inputs(8, 192)  # more columns than one lazy batch
+    x = perturb(original)
     stats = stats_of(original, x)
     assert stats.cross is not None
     result = error_propagation.correct_weight(
@@ -83,8 +83,8 @@ def test_correction_equals_ridge_regression_on_changed_inputs(share: float) -> N
 
 def test_residual_correction_equals_least_squares() -> None:
     """|W o + s - V x - r|^2 by least squares on the tokens, for any batches of the sums."""
-    weight, original = correlated(8, 192)
-    x, g = changed(original), torch.Generator().manual_seed(9)
+    weight, original = make_correlated_inputs(8, 192)
+    x, g = perturb(original), torch.Generator().manual_seed(9)
     gap = original @ torch.randn(192, 8, generator=g) * 0.05 + 0.1 * torch.randn(
         len(x), 8, generator=g
     )
@@ -109,7 +109,7 @@ def test_residual_correction_equals_least_squares() -> None:
 
 
 def test_unchanged_or_unseen_inputs_leave_the_weight_unchanged() -> None:
-    weight, x = correlated(8, 64)
+    weight, x = make_correlated_inputs(8, 64)
     stats = stats_of(x, x)
     assert stats.cross is not None
     assert torch.equal(
@@ -124,10 +124,10 @@ def test_unchanged_or_unseen_inputs_leave_the_weight_unchanged() -> None:
 
 
 def test_batch_equals_its_matrices_and_may_share_a_gram() -> None:
-    _, original = correlated(8, 64)
-    stats = stats_of(original, changed(original))
+    _, original = make_correlated_inputs(8, 64)
+    stats = stats_of(original, perturb(original))
     assert stats.cross is not None
-    weight = torch.stack([correlated(8, 64, seed=s)[0] for s in (1, 2)])
+    weight = torch.stack([make_correlated_inputs(8, 64, seed=s)[0] for s in (1, 2)])
     factor = cholesky.factorize_gram(stats.gram)
     shared = error_propagation.correct_weight(weight, stats.cross, factor)
     for e in range(2):
@@ -141,8 +141,8 @@ def test_batch_equals_its_matrices_and_may_share_a_gram() -> None:
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_gptq_with_cross_is_closer_to_original_outputs(bits: int) -> None:
-    weight, original = correlated(64, 128, tokens=1000)
-    x, spec = changed(original), scheme(bits, 64)
+    weight, original = make_correlated_inputs(64, 128, tokens=1000)
+    x, spec = perturb(original), scheme(bits, 64)
     stats = stats_of(original, x)
     blind = InputStats(gram=stats.gram, mean_abs=stats.mean_abs, n_tokens=stats.n_tokens)
     seeing, without = (affine.dequantize(gptq.solve(weight, s, spec), spec) for s in (stats, blind))
@@ -153,8 +153,8 @@ def test_gptq_with_cross_is_closer_to_original_outputs(bits: int) -> None:
 
 def test_input_scaling_and_correction_commute() -> None:
     """Except for the damping, a share of the diagonal, which scaling changes."""
-    weight, original = correlated(8, 64, tokens=2000)
-    x = changed(original)
+    weight, original = make_correlated_inputs(8, 64, tokens=2000)
+    x = perturb(original)
     scale = torch.exp2(
         torch.randint(-1, 2, (64,), generator=torch.Generator().manual_seed(0)).float()
     )
@@ -177,8 +177,8 @@ def test_input_scaling_and_correction_commute() -> None:
 
 
 def test_result_does_not_depend_on_threads() -> None:
-    weight, original = correlated(256, 512, tokens=600)
-    stats, before, result = stats_of(original, changed(original)), torch.get_num_threads(), []
+    weight, original = make_correlated_inputs(256, 512, tokens=600)
+    stats, before, result = stats_of(original, perturb(original)), torch.get_num_threads(), []
     assert stats.cross is not None
     try:
         for threads in (1, 2):
@@ -207,7 +207,7 @@ def test_massive_activations_do_not_dominate_residual_gap() -> None:
     assert torch.allclose(result[ordinary], gap[ordinary], atol=1e-5)
 
     def left(residual: Tensor) -> float:
-        """What the other tokens still lack, of what they lacked."""
+        """Return the remaining share of the gap of the other tokens."""
         factor = cholesky.factorize_gram(stats_of(x, x).gram)
         step = (
             error_propagation.correct_weight(

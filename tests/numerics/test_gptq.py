@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.gptq_cases import correlated, scheme
+from support.gptq_cases import make_correlated_inputs, scheme
 from support.oracle import Array, back, bfloat16, output_error
 
 from quantkit.contracts import InputStats
@@ -43,7 +43,7 @@ def textbook(
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_rounding_equals_textbook_gptq(bits: int, group: int, symmetric: bool, seed: int) -> None:
-    weight, x = correlated(16, 192, seed=seed)  # more columns than one lazy batch
+    weight, x = make_correlated_inputs(16, 192, seed=seed)  # more columns than one lazy batch
     spec = scheme(bits, group, symmetric)
     scale, zero = affine.compute_qparams(*affine.compute_min_max(weight, group), spec)
     factor = cholesky.factorize_gram(x.T @ x)
@@ -83,7 +83,7 @@ def test_rounding_equals_textbook_gptq(bits: int, group: int, symmetric: bool, s
 def test_gptq_is_never_worse_than_rtn(
     bits: int, symmetric: bool, tokens: int, outliers: int, size: float, seed: int
 ) -> None:
-    weight, x = correlated(8, 64, tokens, seed)
+    weight, x = make_correlated_inputs(8, 64, tokens, seed)
     weight[:, :outliers] *= 50
     gram_x = (size * x).T @ (size * x)
     spec = scheme(bits, 32, symmetric)
@@ -99,7 +99,7 @@ def test_gptq_is_never_worse_than_rtn(
 
 
 def test_gptq_has_less_than_half_the_error_of_range_search() -> None:
-    weight, x = correlated(64, 256)
+    weight, x = make_correlated_inputs(64, 256)
     spec = scheme(4, 128)
     gram_x = x.T @ x
     ranges = range_search.search_ranges(weight, gram_x, spec)
@@ -116,7 +116,7 @@ def test_gptq_has_less_than_half_the_error_of_range_search() -> None:
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_gram_of_few_tokens_has_a_factor(tokens: int) -> None:
     """Rank 1 and rank 5 of 64: damping makes them definite; outputs are almost exact."""
-    weight, x = correlated(16, 64, tokens)
+    weight, x = make_correlated_inputs(16, 64, tokens)
     ranges = affine.compute_qparams(*affine.compute_min_max(weight, 32), scheme())
     quantized = rounding.round_with_feedback(
         weight, cholesky.factorize_gram(x.T @ x), ranges, scheme()
@@ -129,7 +129,7 @@ def test_gram_of_few_tokens_has_a_factor(tokens: int) -> None:
 
 
 def test_gram_of_zeros_rounds_to_nearest() -> None:
-    weight, _ = correlated(16, 64)
+    weight, _ = make_correlated_inputs(16, 64)
     stats = InputStats(gram=torch.zeros(64, 64), mean_abs=torch.zeros(64), n_tokens=torch.tensor(0))
     assert torch.equal(
         gptq.solve(weight, stats, scheme()).codes, rtn.solve(weight, None, scheme()).codes
@@ -137,7 +137,7 @@ def test_gram_of_zeros_rounds_to_nearest() -> None:
 
 
 def test_unused_columns_round_to_nearest() -> None:
-    weight, x = correlated(16, 64)
+    weight, x = make_correlated_inputs(16, 64)
     x[:, 10:20] = 0
     ranges = affine.compute_qparams(*affine.compute_min_max(weight, 32), scheme())
     quantized = rounding.round_with_feedback(
@@ -153,7 +153,7 @@ def test_unused_columns_round_to_nearest() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_gram_that_is_not_finite_is_rejected(value: float) -> None:
-    weight, x = correlated(4, 64)
+    weight, x = make_correlated_inputs(4, 64)
     gram_x = x.T @ x
     gram_x[3, 5] = value
     with pytest.raises(NumericsError, match="Gram matrix holds NaN or infinity"):
@@ -162,7 +162,7 @@ def test_gram_that_is_not_finite_is_rejected(value: float) -> None:
 
 def test_damping_grows_only_for_the_matrix_that_needs_it() -> None:
     """An indefinite gram takes 10 % damping; its neighbor in the batch keeps 1 %."""
-    _, x = correlated(4, 32)
+    _, x = make_correlated_inputs(4, 32)
     sound = x.T @ x
     mean = sound.diagonal().mean()
     pushed = torch.diag(torch.full((32,), float(mean)))
@@ -177,8 +177,8 @@ def test_gram_far_from_definite_is_rejected() -> None:
 
 
 def test_batch_may_share_one_gram() -> None:
-    _, x = correlated(8, 64)
-    weight = torch.stack([correlated(8, 64, seed=s)[0] for s in (1, 2)])
+    _, x = make_correlated_inputs(8, 64)
+    weight = torch.stack([make_correlated_inputs(8, 64, seed=s)[0] for s in (1, 2)])
     ranges = affine.compute_qparams(*affine.compute_min_max(weight, 32), scheme())
     shared = rounding.round_with_feedback(
         weight, cholesky.factorize_gram(x.T @ x), ranges, scheme()
@@ -192,7 +192,7 @@ def test_batch_may_share_one_gram() -> None:
 @pytest.mark.parametrize("tokens", [300, 20])
 def test_own_equals_energy_unexplained_by_later_columns(tokens: int) -> None:
     """Per column: the damped input energy that no linear combination of later columns explains."""
-    _, x = correlated(4, 48, tokens)
+    _, x = make_correlated_inputs(4, 48, tokens)
     factor = cholesky.factorize_gram(x.T @ x)
     rows = x.double().numpy()
     ridge = np.sqrt(0.01 * np.square(rows).sum() / 48) * np.eye(48)
@@ -205,7 +205,7 @@ def test_own_equals_energy_unexplained_by_later_columns(tokens: int) -> None:
 
 
 def test_codes_do_not_depend_on_threads() -> None:
-    weight, x = correlated(256, 768, tokens=1000)
+    weight, x = make_correlated_inputs(256, 768, tokens=1000)
     gram_x, before, quantized = x.T @ x, torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -224,7 +224,7 @@ def test_working_memory_is_within_plan(out: int, width: int, crossed: bool) -> N
 
     from quantkit.contracts import Linear
 
-    weight, x = correlated(out, width)
+    weight, x = make_correlated_inputs(out, width)
     gram_x = x.T @ x
     cross = 0.01 * gram_x if crossed else None
     stats = InputStats(

@@ -36,7 +36,7 @@ def gram_of(x: Tensor) -> Tensor:
     return (x.double().mT @ x.double()).float()
 
 
-def stored(scale: Tensor, zero: Tensor | None, weight: Tensor, spec: Scheme) -> Tensor:
+def dequantize_stored(scale: Tensor, zero: Tensor | None, weight: Tensor, spec: Scheme) -> Tensor:
     return affine.dequantize(affine.quantize(weight, scale, zero, spec), spec)
 
 
@@ -97,7 +97,7 @@ def test_diagonal_blocks_and_rescaled_gram() -> None:
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (3, False), (2, True)])
 def test_range_search_equals_oracle(bits: int, symmetric: bool) -> None:
     weight, x, spec = weights(bits, 6, 96), tokens(bits, 120, 96), scheme(bits, 32, symmetric)
-    result = stored(*range_search.search_ranges(weight, gram_of(x), spec), weight, spec)
+    result = dequantize_stored(*range_search.search_ranges(weight, gram_of(x), spec), weight, spec)
     w, t = weight.double().numpy(), x.double().numpy()
     expected = oracle.clip_search(w, t, bits, 32, symmetric, "bfloat16")
     # a float32 tie may give one row another optimum; nearly all weights and the error agree
@@ -120,10 +120,10 @@ def test_range_search_is_never_worse_than_min_max(
 ) -> None:
     weight, x, spec = weights(seed, 4, 64), tokens(seed, 40, 64), scheme(bits, group, symmetric)
     g = gram_of(x)
-    plain = stored(
+    plain = dequantize_stored(
         *affine.compute_qparams(*affine.compute_min_max(weight, group), spec), weight, spec
     )
-    result = stored(*range_search.search_ranges(weight, g, spec), weight, spec)
+    result = dequantize_stored(*range_search.search_ranges(weight, g, spec), weight, spec)
     before, after = (
         (x @ (q - weight).T).double().square().sum(0) for q in (plain, result)
     )  # [out]
@@ -142,7 +142,9 @@ def counts(seed: int, width: int) -> Tensor:
 )
 def test_diagonal_search_equals_oracle(bits: int, symmetric: bool) -> None:
     weight, columns, spec = weights(bits, 24, 96), counts(bits, 96), scheme(bits, 32, symmetric)
-    result = stored(*range_search.search_ranges_by_diagonal(weight, columns, spec), weight, spec)
+    result = dequantize_stored(
+        *range_search.search_ranges_by_diagonal(weight, columns, spec), weight, spec
+    )
     w, c = weight.double().numpy(), columns.double().numpy()
     expected = oracle.weighted_search(w, c, bits, 32, symmetric, "bfloat16")
     # a tie in float32 may send a group to another of two equally good ranges
@@ -168,10 +170,12 @@ def test_diagonal_search_is_never_worse_than_min_max(
         counts(seed, 64).expand(2, 64),
         scheme(bits, group, symmetric),
     )
-    plain = stored(
+    plain = dequantize_stored(
         *affine.compute_qparams(*affine.compute_min_max(weight, group), spec), weight, spec
     )
-    result = stored(*range_search.search_ranges_by_diagonal(weight, columns, spec), weight, spec)
+    result = dequantize_stored(
+        *range_search.search_ranges_by_diagonal(weight, columns, spec), weight, spec
+    )
     before, after = (
         affine.split_groups((q - weight).double().square() * columns.unsqueeze(-2), group).sum(-1)
         for q in (plain, result)
@@ -187,7 +191,9 @@ def test_range_search_uses_errors_of_other_groups() -> None:
     blocks = g * torch.block_diag(torch.ones(32, 32), torch.ones(32, 32))
     with_others, blind = (
         gram.compute_error(
-            stored(*range_search.search_ranges(weight, used, spec), weight, spec) - weight, g
+            dequantize_stored(*range_search.search_ranges(weight, used, spec), weight, spec)
+            - weight,
+            g,
         )
         for used in (g, blocks)
     )
@@ -206,7 +212,7 @@ def test_range_search_keeps_groups_of_zeros() -> None:
     weight, spec = weights(4, 4, 64), scheme()
     weight[1, :32] = 0
     weight[2] = 0
-    result = stored(
+    result = dequantize_stored(
         *range_search.search_ranges(weight, gram_of(tokens(4, 50, 64)), spec), weight, spec
     )
     assert torch.equal(result[1, :32], torch.zeros(32)) and torch.equal(result[2], torch.zeros(64))
@@ -324,7 +330,7 @@ def test_awq_beats_rtn_on_outlier_channels(seed: int) -> None:
             if search
             else affine.compute_qparams(*affine.compute_min_max(wide, 64), spec)
         )
-        return float(gram.compute_error(stored(*qparams, wide, spec) / s - weight, g))
+        return float(gram.compute_error(dequantize_stored(*qparams, wide, spec) / s - weight, g))
 
     plain, scaled = loss(torch.ones(128), False), loss(scale, False)
     clipped, both = loss(torch.ones(128), True), loss(scale, True)

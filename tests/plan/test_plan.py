@@ -62,7 +62,7 @@ def faults_of(**keys: Any) -> tuple[str, ...]:
     return caught.value.faults
 
 
-def quantized(plan: Plan) -> list[str]:
+def list_quantized(plan: Plan) -> list[str]:
     """Return the names of the quantized linears."""
     return [name for name, decision in plan.decisions.items() if decision.action == "quantize"]
 
@@ -81,15 +81,15 @@ def flagship() -> Plan:
     recipe = parse_recipe(
         FLAGSHIP.read_text(encoding="utf-8"), "recipes/v3-awq4.yaml", {"compute.device": "cpu"}
     )
-    found = sources.find_published_config(recipe.source.model)
-    assert found is not None
+    actual = sources.find_published_config(recipe.source.model)
+    assert actual is not None
     facts = SourceFacts(
         model=recipe.source.model,
         revision=None,
-        config=found[1],
+        config=actual[1],
         specs=None,
         fingerprint=None,
-        where=found[0],
+        where=actual[0],
     )
     (plan,) = sources.plan_recipe(recipe, facts, sources.bound_text_tokens(recipe))
     return plan
@@ -114,13 +114,13 @@ def test_flagship_has_671_billion_parameters(flagship: Plan, flagship_summary: P
 
 def test_flagship_quantizes_routed_experts_only(flagship: Plan) -> None:
     pattern = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj")
-    found = Counter()
-    for name in quantized(flagship):
+    actual = Counter()
+    for name in list_quantized(flagship):
         match = pattern.fullmatch(name)
         assert match, name
-        found[int(match[1])] += 1
-    assert found == dict.fromkeys(range(3, 61), 256 * 3)
-    assert sum(found.values()) == EXPERTS == 44_544
+        actual[int(match[1])] += 1
+    assert actual == dict.fromkeys(range(3, 61), 256 * 3)
+    assert sum(actual.values()) == EXPERTS == 44_544
     kept = Counter(
         d.linear.role
         for d in flagship.decisions.values()
@@ -279,10 +279,13 @@ def test_default_preset_follows_the_family() -> None:
     Protected ones never.
     """
     deepseek, llama = plan_checkpoint(), plan_checkpoint("llama")
-    assert {deepseek.decisions[name].linear.role for name in quantized(deepseek)} == {
+    assert {deepseek.decisions[name].linear.role for name in list_quantized(deepseek)} == {
         "routed_expert"
     }
-    assert {llama.decisions[name].linear.role for name in quantized(llama)} == {"attention", "mlp"}
+    assert {llama.decisions[name].linear.role for name in list_quantized(llama)} == {
+        "attention",
+        "mlp",
+    }
     assert [rule.label for rule in deepseek.rules] == ["experts-only[0]", "experts-only[1]"]
     assert (
         llama.decisions["lm_head"].action == llama.decisions["model.embed_tokens"].action == "keep"
@@ -299,13 +302,15 @@ def test_default_preset_follows_the_family() -> None:
 )
 def test_named_preset_selects_roles(preset: str, roles: set[str]) -> None:
     plan = plan_checkpoint(rules=preset)
-    assert {plan.decisions[name].linear.role for name in quantized(plan)} == roles
+    assert {plan.decisions[name].linear.role for name in list_quantized(plan)} == roles
 
 
 def test_first_matching_rule_applies() -> None:
     rules = '[{match: "*.layers.0.*", keep: source}, {match: "*.mlp.*", quantize: default}]'
     plan = plan_checkpoint("llama", rules=rules)
-    assert quantized(plan) == [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert list_quantized(plan) == [
+        f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")
+    ]
     assert plan.decisions["model.layers.0.mlp.up_proj"].rule == "rules[0]"
     assert plan.decisions["model.layers.1.self_attn.q_proj"].rule == "no rule"
 
@@ -316,7 +321,7 @@ def test_router_embedding_and_head_are_matched_by_name_only() -> None:
     """
     wide = '{match: "*", quantize: default}'
     assert not {"model.embed_tokens", "lm_head"} & set(
-        quantized(plan_checkpoint("llama", rules=f"[{wide}]"))
+        list_quantized(plan_checkpoint("llama", rules=f"[{wide}]"))
     )
     for module, role in {
         "model.layers.1.mlp.gate": "router",
@@ -486,10 +491,10 @@ def test_memory_that_is_too_small_is_a_fault() -> None:
         r"memory or free some",
         fault,
     )
-    told = float(fault.partition("needs ")[2].partition(" GB")[0])
+    output = float(fault.partition("needs ")[2].partition(" GB")[0])
     assert (
-        plan_checkpoint(budget=int(told * 1e9)).memory.peak_bytes <= told * 1e9
-    )  # what is printed suffices
+        plan_checkpoint(budget=int(output * 1e9)).memory.peak_bytes <= output * 1e9
+    )  # the printed text suffices
     assert "the largest block needs" in faults_of(model_type="llama", budget=10**6)[0]
 
 
@@ -533,13 +538,13 @@ def test_all_faults_are_reported_at_once() -> None:
 
 @pytest.mark.parametrize("mtp", ["keep", "quantize", "drop"])
 def test_mtp_key_without_an_mtp_layer_is_a_warning(mtp: str) -> None:
-    told = [
+    output = [
         warning
         for warning in plan_checkpoint("llama", rules="all-linear", mtp=mtp).warnings
         if "mtp" in warning
     ]
     missing = f"mtp: {mtp}: the model has no multi-token-prediction layer; the key has no effect"
-    assert told == ([] if mtp == "keep" else [missing])
+    assert output == ([] if mtp == "keep" else [missing])
 
 
 @pytest.mark.parametrize("mtp", ["keep", "quantize", "drop"])
@@ -548,7 +553,9 @@ def test_mtp_layer_is_dropped_only_if_the_recipe_says_so(mtp: str) -> None:
     inside = {
         name: spec for name, spec in outputs(plan).items() if name.startswith("model.layers.2.")
     }
-    experts = [name for name in quantized(plan) if name.startswith("model.layers.2.mlp.experts.")]
+    experts = [
+        name for name in list_quantized(plan) if name.startswith("model.layers.2.mlp.experts.")
+    ]
     assert bool(inside) == (mtp != "drop")
     assert len(experts) == (8 * 3 if mtp == "quantize" else 0)
     assert make_config(plan)["num_nextn_predict_layers"] == (0 if mtp == "drop" else 1)

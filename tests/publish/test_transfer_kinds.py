@@ -101,9 +101,9 @@ def test_s3_reads_object_without_metadata(
         name="x", path=tmp_path / "x", n_bytes=7, sha256=hashlib.sha256(b"content").hexdigest()
     )
     remote = open_remote(there.address, RemoteOptions(writing=True))
-    for content, found in ((b"content", {"x"}), (b"contend", set())):
+    for content, actual in ((b"content", {"x"}), (b"contend", set())):
         there.write("x", content)
-        assert remote.list_remote([item], MANIFEST).present == found
+        assert remote.list_remote([item], MANIFEST).present == actual
 
 
 def test_hub_uses_branches_and_private_repositories(

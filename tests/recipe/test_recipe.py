@@ -99,11 +99,11 @@ def test_flagship_has_the_promised_settings() -> None:
     assert (recipe.memory, recipe.mtp) == (64 * 10**9, "keep")
 
 
-def commented(path: Path) -> set[str]:
+def list_commented_keys(path: Path) -> set[str]:
     """Return the keys that a recipe explains: `key: value  # type, default: meaning`, a
     commented-out key included.
     """
-    section, found = "", set()
+    section, actual = "", set()
     for line in path.read_text().splitlines():
         key = re.fullmatch(r"(#? *)(- )?([a-z][a-z_0-9]*):(.*)", line)
         if key is None:
@@ -111,12 +111,12 @@ def commented(path: Path) -> set[str]:
         top = not (key[1] or key[2])
         section = key[3] if top else section
         if "#" in key[4]:
-            found.add(key[3] if top else f"{section}.{key[3]}")
-    return found
+            actual.add(key[3] if top else f"{section}.{key[3]}")
+    return actual
 
 
 def test_flagship_comments_every_key_of_the_schema() -> None:
-    assert set(list_keys()) - commented(RECIPES / "v3-awq4.yaml") == set()
+    assert set(list_keys()) - list_commented_keys(RECIPES / "v3-awq4.yaml") == set()
 
 
 def allowed_values() -> set[str]:
@@ -130,7 +130,7 @@ def allowed_values() -> set[str]:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_only_the_flagship_states_allowed_values(path: Path) -> None:
-    """The other recipes comment what is special about them, and refer to README.md for the keys."""
+    """The other recipes comment their specifics, and refer to README.md for the keys."""
     values, text = allowed_values(), path.read_text()
     assert "auto | cpu | cuda" in values
     assert "README.md" in text
@@ -191,7 +191,7 @@ def test_values_of_a_method_may_be_omitted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "told"),
+    ("written", "printed"),
     [
         (
             "{method: nf4, bits: 3, group_size: 128}",
@@ -210,10 +210,10 @@ def test_values_of_a_method_may_be_omitted() -> None:
         ),
     ],
 )
-def test_contradiction_of_nf4_is_one_fault(written: str, told: str) -> None:
+def test_contradiction_of_nf4_is_one_fault(written: str, output: str) -> None:
     with pytest.raises(RecipeError) as refused:
         parse_recipe(SMALLEST + f"quantize: {written}\n", "x.yaml")
-    assert len(refused.value.faults) == 1 and told in refused.value.faults[0]
+    assert len(refused.value.faults) == 1 and output in refused.value.faults[0]
 
 
 def test_presets_work_alone_and_in_a_list() -> None:
@@ -313,9 +313,9 @@ memory: 64 gigabytes
 output: {path: x, shard_bytes: 0}
 fidelty: {}
 """
-    found = faults(text, {"compute.device": "tpu", "rules.0.match": "x"})
-    methods = re.sub(r".*Known: ", "", next(fault for fault in found if "method" in fault))
-    assert found == (
+    actual = faults(text, {"compute.device": "tpu", "rules.0.match": "x"})
+    methods = re.sub(r".*Known: ", "", next(fault for fault in actual if "method" in fault))
+    assert actual == (
         "override rules.0.match: rules is no mapping of keys",
         "override compute.device: compute.device: expected auto, cpu or cuda, found 'tpu'",
         "x.yaml:1: version: expected 1, found 2",
@@ -405,9 +405,9 @@ fidelty: {}
     ],
 )
 def test_invalid_yaml_is_refused(text: str, fault: str) -> None:
-    found = faults(text)
-    assert any(sentence.startswith(fault) for sentence in found), found
-    assert all("\n" not in sentence and len(sentence) < 400 for sentence in found)
+    actual = faults(text)
+    assert any(sentence.startswith(fault) for sentence in actual), actual
+    assert all("\n" not in sentence and len(sentence) < 400 for sentence in actual)
 
 
 @pytest.mark.parametrize(
@@ -550,8 +550,8 @@ def test_invalid_yaml_is_refused(text: str, fault: str) -> None:
 def test_invalid_values_are_refused(key: str, value: str, fault: str) -> None:
     kept = "".join(f"{line}\n" for line in SMALLEST.splitlines() if not line.startswith(f"{key}:"))
     tasks = "evaluation: {tasks: [gsm8k]}\n" if key == "gates" else ""
-    found = faults(f"{key}: {value}\n{kept}{tasks}")
-    assert len(found) == 1 and found[0].startswith(f"x.yaml:1: {fault}"), found
+    actual = faults(f"{key}: {value}\n{kept}{tasks}")
+    assert len(actual) == 1 and actual[0].startswith(f"x.yaml:1: {fault}"), actual
 
 
 # ---------------------------------------------------------------------------------- small questions
@@ -631,7 +631,7 @@ def test_override_with_a_lone_surrogate_is_refused() -> None:
 def test_overrides_are_written_into_the_text() -> None:
     """Comments, order and all other lines stay; a new key comes first in its section.
 
-    Place and memory are not told.
+    Path and memory are left out.
     """
     text = (RECIPES / "tiny-v3-awq4.yaml").read_text()
     changes = {
@@ -645,8 +645,8 @@ def test_overrides_are_written_into_the_text() -> None:
         "x.yaml",
         {**changes, "memory": "1GB", "output.path": "y", "quantize.double_quant": "null"},
     )
-    found = apply_overrides(text, recipe)
-    before, after = text.splitlines(), found.splitlines()
+    actual = apply_overrides(text, recipe)
+    before, after = text.splitlines(), actual.splitlines()
     assert [line for line in after if line not in before] == [
         "  revision: 'a: b'",
         "  double_quant: null",
@@ -656,7 +656,7 @@ def test_overrides_are_written_into_the_text() -> None:
         "    min: 0.9",
     ]
     assert len([line for line in before if line not in after]) == 3
-    assert parse_recipe(found, "x.yaml").hash == recipe.hash
+    assert parse_recipe(actual, "x.yaml").hash == recipe.hash
     assert (
         apply_overrides(text, parse_recipe(text, "x.yaml", {"memory": "1GB", "output.path": "y"}))
         == text
@@ -674,7 +674,7 @@ def test_overrides_are_written_into_the_text() -> None:
     ],
 )
 def test_overrides_are_written_into_any_layout(text: str) -> None:
-    """Empty values, invalid dates, JSON: a layout that ruamel would change is written anew."""
+    """Empty values, invalid dates, JSON: a layout that ruamel would change is rewritten."""
     for key, value in {
         "quantize.method": "rtn",
         "calibration.set": "true",

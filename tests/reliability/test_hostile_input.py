@@ -628,7 +628,7 @@ TASKS = {
     "billion laughs": (TASK + LAUGHS + "\n", b"{}\n", "alias"),
     "nested": (TASK + "x: " + "[" * 20_000 + "\n", b"{}\n", "nested"),
     "bytes": (TASK + "x: !!binary aGk=\n", b"{}\n", "tags"),
-    "a key that is a number": (TASK + "1: x\n", b"{}\n", "no text"),
+    "a key that is a number": (TASK + "1: x\n", b"{}\n", "expected a key of lm-eval's tasks"),
     "not a number": (TASK + "x: .nan\n", b"{}\n", "expected finite numbers"),
     "10,000 digits": (TASK + f"x: {DIGITS}\n", b"{}\n", "mine.yaml"),
     "not UTF-8": (TASK + "x: '\udcff'\n", b"{}\n", "UTF-8"),

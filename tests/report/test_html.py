@@ -460,9 +460,7 @@ def test_fold_names_examples() -> None:
     names = [f"m.{a}.e.{b}.w1" for a in (1, 2) for b in (0, 1, 2, 7)]
     assert fold_names(names) == ["m.{1-2}.e.{0-2, 7}.w1"]
     assert fold_names(["a.1.b", "lm_head", "a.3.b"]) == ["a.{1, 3}.b", "lm_head"]
-    assert fold_names([f"x.{'9' * 5_000}.y"]) == [
-        f"x.{'9' * 5_000}.y"
-    ]  # a number nobody would count with
+    assert fold_names([f"x.{'9' * 5_000}.y"]) == [f"x.{'9' * 5_000}.y"]  # an unusable number
     assert find_block_number("model.layers.12.mlp") == 12 and find_block_number("lm_head") is None
 
 

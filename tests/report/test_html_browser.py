@@ -216,7 +216,7 @@ def test_print_is_white_without_controls(browser: Any, page_file: Path, tmp_path
         assert not tab.page.locator(name).first.is_visible()
     closed = tab.all("""[...document.querySelectorAll('details:not([open])')].map(
         each => each.lastElementChild.checkVisibility({contentVisibilityAuto: true}))""")
-    assert closed and all(closed), "what is closed on a screen is there on paper"
+    assert closed and all(closed), "collapsed parts are printed"
     assert "288 more items are not printed." in tab.page.locator("#left").inner_text()
     tab.page.pdf(path=tmp_path / "page.pdf", prefer_css_page_size=True)
     pages = (tmp_path / "page.pdf").read_bytes().count(b"/Type /Page\n")

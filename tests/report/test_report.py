@@ -86,7 +86,7 @@ def test_front_matter_is_yaml_with_license_and_base_model() -> None:
 
 
 def test_model_hub_parses_the_benchmarks_of_the_card() -> None:
-    """By the hub's own parser, which knows `model-index` alone; what was not run has no
+    """By the hub's own parser, which knows `model-index` alone; tasks that were not run have no
     figure there."""
     from huggingface_hub import ModelCard
 

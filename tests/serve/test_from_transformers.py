@@ -64,14 +64,14 @@ def test_unknown_family_matches_cache_and_parameters_of_transformers(
 
 
 @pytest.mark.parametrize(
-    ("beside", "expected"), [({}, "BF16"), ({"vision_config": {}}, "BF16 (language model only)")]
+    ("extra", "expected"), [({}, "BF16"), ({"vision_config": {}}, "BF16 (language model only)")]
 )
 def test_multimodal_config_counts_the_language_model_only(
-    beside: dict[str, object], expected: str, tmp_path: Path
+    extra: dict[str, object], expected: str, tmp_path: Path
 ) -> None:
     text = {**SMALL, "model_type": "gemma3_text", "layer_types": ["full_attention"] * 4}
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": "gemma3", "text_config": text, **beside}))
+    path.write_text(json.dumps({"model_type": "gemma3", "text_config": text, **extra}))
     assert read_model(str(path)).scheme == expected
 
 

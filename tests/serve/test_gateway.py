@@ -311,7 +311,7 @@ def test_urgent_requests_run_first() -> None:
             3,
             5,
             7,
-        ]  # the engine is told too
+        ]  # the engine receives it too
 
 
 def test_deadline_returns_504_or_an_error_event() -> None:
@@ -609,7 +609,7 @@ def test_invalid_limit_is_named() -> None:
 # -------------------------------------------------------------------------------- flooding engine
 
 
-def resident(pid: int) -> int:
+def read_resident_bytes(pid: int) -> int:
     """Return the resident memory of a process in bytes."""
     line = next(
         one
@@ -629,7 +629,7 @@ def test_slow_client_applies_backpressure() -> None:
         ),
     ):
         httpx2.post(f"{url}/completions", json={"prompt": '{"tokens": 1}', "stream": True})
-        before, port = resident(pid), httpx2.URL(url).port
+        before, port = read_resident_bytes(pid), httpx2.URL(url).port
         with socket.create_connection(("127.0.0.1", port)) as raw:
             content = json.dumps({
                 "prompt": json.dumps({"flood": 4000, "size": 100_000}),
@@ -641,7 +641,7 @@ def test_slow_client_applies_backpressure() -> None:
                 + content
             )
             time.sleep(1.0)
-            held, sent = resident(pid) - before, setup.engine.sent
+            held, sent = read_resident_bytes(pid) - before, setup.engine.sent
             time.sleep(0.5)
             assert (
                 setup.engine.sent == sent and sent < 60e6
@@ -685,7 +685,7 @@ def test_memory_stays_flat_under_a_thousand_queued_requests() -> None:
                     for line in text.splitlines()
                     if line.startswith("quantkit_gateway_waiting ")
                 ]
-                waited, peak = max(waited, float(samples[0])), max(peak, resident(pid))
+                waited, peak = max(waited, float(samples[0])), max(peak, read_resident_bytes(pid))
                 for one in held:
                     answer = b""
                     while piece := one.recv(65536):
@@ -694,8 +694,8 @@ def test_memory_stays_flat_under_a_thousand_queued_requests() -> None:
 
         peak, waited = 0, 0.0
         wave()
-        first = resident(pid)
+        first = read_resident_bytes(pid)
         wave()
         assert waited > 500
-        assert resident(pid) - first < 4e6  # nothing stays of a thousand requests
+        assert read_resident_bytes(pid) - first < 4e6  # nothing stays of a thousand requests
         assert peak - first < 30e6

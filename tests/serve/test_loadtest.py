@@ -68,7 +68,7 @@ class Counting(StubEngine):
 
 def fake(folder: Path, then: str = "") -> tuple[str, Path]:
     """Return a program in place of GuideLLM, and the log of its scenarios."""
-    program, log = folder / "guidellm", folder / "told.jsonl"
+    program, log = folder / "guidellm", folder / "log.jsonl"
     program.write_text(
         FAKE.format(python=sys.executable, log=str(log), golden=str(GOLDEN_RESULTS), then=then)
     )
@@ -165,7 +165,7 @@ def test_load_test_runs_levels_reads_cache_and_stores_result(
     assert verify_artifact(artifact).unsealed == (
         FILE,
         LOADTEST_PAGE,
-    )  # what was added is known to it
+    )  # it knows the added files
     again = run(str(artifact), "--json")
     assert parse_load_test(json.loads(again.output), "again") == kept
 

@@ -42,7 +42,7 @@ def v3() -> Model:
     return model
 
 
-def placed(model: Model, gpu: Gpu, context: int = 8192, users: int = 10) -> Fit:
+def place_model(model: Model, gpu: Gpu, context: int = 8192, users: int = 10) -> Fit:
     fit = fit_model(estimate_memory(model, context, users), gpu)
     assert fit.placement is not None
     return fit
@@ -53,7 +53,7 @@ def placed(model: Model, gpu: Gpu, context: int = 8192, users: int = 10) -> Fit:
 
 def test_dense_decoding_is_bounded_by_reading_weights(catalog: GpuCatalog) -> None:
     model, gpu = read_model(QWEN_32B), catalog.gpus["h200"]
-    fit = placed(model, gpu, users=1)
+    fit = place_model(model, gpu, users=1)
     assert fit.placement is not None and fit.placement.gpus == 1
     read = model.weights.n_bytes - 152_064 * 5120 * 2  # of the embedding one row
     one = roofline.bound_decode(fit, 1, 0)
@@ -65,7 +65,7 @@ def test_dense_decoding_is_bounded_by_reading_weights(catalog: GpuCatalog) -> No
 
 def test_batched_decoding_scales_until_arithmetic_limits_it(catalog: GpuCatalog) -> None:
     model = read_model(QWEN_32B)
-    fit = placed(model, catalog.gpus["h100"], users=1)
+    fit = place_model(model, catalog.gpus["h100"], users=1)
     assert fit.placement is not None
     tp = fit.placement.tp
     few, many = roofline.bound_decode(fit, 8, 0), roofline.bound_decode(fit, 4096, 0)
@@ -77,7 +77,7 @@ def test_batched_decoding_scales_until_arithmetic_limits_it(catalog: GpuCatalog)
 
 def test_pipeline_scales_with_users_only(catalog: GpuCatalog) -> None:
     model, gpu = read_model(QWEN_32B), catalog.gpus["h200"]
-    one = placed(model, gpu, users=8)
+    one = place_model(model, gpu, users=8)
     assert one.placement is not None
     two = replace(one, placement=replace(one.placement, pp=2))
     assert roofline.bound_decode(two, 1, 0).tokens_per_s == pytest.approx(
@@ -131,7 +131,7 @@ def test_prefill_is_bounded_by_flops_of_the_stored_dtype(catalog: GpuCatalog) ->
     inside -= model.layers[0].dense.parameters
     active = inside + model.routed.parameters * 8 / 256 + model.head.parameters
     for key, fast in (("h200", True), ("a100", False)):
-        fit = placed(model, catalog.gpus[key], context=1, users=1)
+        fit = place_model(model, catalog.gpus[key], context=1, users=1)
         assert fit.placement is not None
         flops = fit.gpu.tflops.fp8 if fast else fit.gpu.tflops.bf16
         assert flops is not None
@@ -162,7 +162,7 @@ def test_link_limits_prefill_over_pcie_but_not_nvlink(v3: Model, catalog: GpuCat
     )  # two sums of a BF16 vector per layer, in a ring of eight
     notes = {}
     for key in ("l40s", "h100"):
-        fit = placed(v3, catalog.gpus[key], context=2048)
+        fit = place_model(v3, catalog.gpus[key], context=2048)
         made = roofline.compute_bounds(fit)
         assert made is not None
         notes[key] = " ".join(iterate_link_notes(fit, made))
@@ -195,7 +195,7 @@ def test_batched_tokens_fit_the_step_memory(
     v3: Model, catalog: GpuCatalog, server: GpuEngine
 ) -> None:
     for key in ("h100", "h200", "mi300x"):
-        fit = placed(v3, catalog.gpus[key])
+        fit = place_model(v3, catalog.gpus[key])
         advised = compute_max_batched_tokens(fit, server)
         assert advised is not None and fit.placement is not None
         held, memory = (
@@ -225,13 +225,15 @@ def test_batched_tokens_do_not_exceed_all_requests(catalog: GpuCatalog) -> None:
         parse_recipe((locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text(), "tiny-v3-awq4")
     )
     for server in GPU_ENGINES:
-        advised = compute_max_batched_tokens(placed(tiny, catalog.gpus["rtx4090"], 512), server)
+        advised = compute_max_batched_tokens(
+            place_model(tiny, catalog.gpus["rtx4090"], 512), server
+        )
         assert advised is not None and advised.safe == advised.even == advised.worst == 10 * 512
 
 
 def test_worst_case_routes_tokens_of_all_ranks_to_one(v3: Model, catalog: GpuCatalog) -> None:
     """Four ranks of 64 experts: one rank gets 4 x 8 copies of full width per own token."""
-    fit = placed(v3, catalog.gpus["h200"])
+    fit = place_model(v3, catalog.gpus["h200"])
     advised = compute_max_batched_tokens(fit, "vllm")
     assert advised is not None and fit.placement is not None and fit.placement.tp == 4
     plain = advised.bytes_per_token - advised.expert_bytes_per_token
@@ -241,7 +243,7 @@ def test_worst_case_routes_tokens_of_all_ranks_to_one(v3: Model, catalog: GpuCat
 
 
 def test_single_rank_has_the_same_limit_for_any_routing(v3: Model, catalog: GpuCatalog) -> None:
-    fit = placed(v3, catalog.gpus["h200"])
+    fit = place_model(v3, catalog.gpus["h200"])
     assert fit.placement is not None
     memory = fit.gpu.memory_gb.model_copy(update={"value": 4000.0})
     alone = compute_max_batched_tokens(
@@ -252,7 +254,7 @@ def test_single_rank_has_the_same_limit_for_any_routing(v3: Model, catalog: GpuC
 
 
 def test_batched_tokens_are_zero_without_free_memory(v3: Model, catalog: GpuCatalog) -> None:
-    fit = placed(v3, catalog.gpus["h200"], users=10)
+    fit = place_model(v3, catalog.gpus["h200"], users=10)
     full = replace(
         fit,
         placement=replace(fit.placement, kv_bytes=0, weights_bytes=fit.gpu.memory_bytes - 10**9),
@@ -263,7 +265,7 @@ def test_batched_tokens_are_zero_without_free_memory(v3: Model, catalog: GpuCata
 
 def test_dense_model_has_no_batched_tokens_limit(catalog: GpuCatalog) -> None:
     assert (
-        compute_max_batched_tokens(placed(read_model(QWEN_32B), catalog.gpus["h200"]), "vllm")
+        compute_max_batched_tokens(place_model(read_model(QWEN_32B), catalog.gpus["h200"]), "vllm")
         is None
     )
 

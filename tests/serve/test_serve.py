@@ -415,7 +415,7 @@ def test_dry_run_prints_the_gateway_and_its_engine(built: Path) -> None:
     assert "gateway" not in dry(str(built), "--engine", "vllm")
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a child")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux signals a child")
 def test_engine_ends_when_quantkit_is_killed() -> None:
     code = (
         "import os, sys\nfrom quantkit.serve.engines.engine_process import run_process\n"
@@ -767,7 +767,7 @@ def test_malformed_bodies_are_rejected(api: openai.OpenAI) -> None:
         assert (result.status_code, result.json()["error"]["code"]) == (status, status)
     result = httpx2.post(
         f"{api.base_url}completions", content=b'{"\\ud800": 1}'
-    )  # quoted in what is told
+    )  # quoted in the message
     assert result.status_code == 400 and "unknown" in result.json()["error"]["message"]
 
 

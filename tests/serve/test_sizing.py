@@ -66,7 +66,7 @@ def recipe_model(name: str) -> Model:
     return model
 
 
-def written(path: Path, values: dict[str, object]) -> Path:
+def write_config(path: Path, values: dict[str, object]) -> Path:
     path.write_text(json.dumps(values))
     return path
 
@@ -107,7 +107,7 @@ def test_v3_in_bf16_is_1_34_tb() -> None:
 
 
 def test_a_7b_model_in_fp16_is_14_gb(tmp_path: Path) -> None:
-    model = read_config_model(written(tmp_path / "config.json", MISTRAL_7B))
+    model = read_config_model(write_config(tmp_path / "config.json", MISTRAL_7B))
     assert model.weights.n_bytes == 7_241_732_096 * 2
     assert model.weights.n_bytes / GB == pytest.approx(14, abs=0.5)
 
@@ -153,7 +153,7 @@ def transformers_model(values: dict[str, object]) -> transformers.PreTrainedMode
 @pytest.mark.parametrize("family", registry.list_names("architectures"))
 def test_parameters_match_transformers_modules(family: str, tmp_path: Path) -> None:
     values = dict(registry.get_architecture(family).tiny)
-    model = read_config_model(written(tmp_path / "config.json", values))
+    model = read_config_model(write_config(tmp_path / "config.json", values))
     assert model.weights.parameters == sum(
         p.numel() for p in transformers_model(values).parameters()
     )
@@ -241,7 +241,7 @@ def test_layer_types_determine_windows() -> None:
 
 
 def test_window_limits_the_kv_cache(tmp_path: Path) -> None:
-    model = read_config_model(written(tmp_path / "config.json", MISTRAL_7B))
+    model = read_config_model(write_config(tmp_path / "config.json", MISTRAL_7B))
     assert (
         model.compute_kv_bytes(4096, "bf16")
         == model.compute_kv_bytes(32_768, "bf16")
@@ -312,7 +312,7 @@ def test_single_rank_is_always_allowed(family: str, tmp_path: Path) -> None:
         "num_key_value_heads": 9, "head_dim": 64,
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     }  # fmt: skip
-    model = read_config_model(written(tmp_path / "config.json", values))
+    model = read_config_model(write_config(tmp_path / "config.json", values))
     assert find_tensor_parallel_fault(model, 1) is None
     assert find_tensor_parallel_fault(model, 2) is not None
 
@@ -411,7 +411,7 @@ def test_error_messages_state_the_fix(v3: Model, tmp_path: Path) -> None:
         read_model("nobody/nothing")
     with pytest.raises(UsageError, match="whose bytes are in the headers of packed weights"):
         read_config_model(
-            written(
+            write_config(
                 tmp_path / "config.json",
                 {**MISTRAL_7B, "quantization_config": {"quant_method": "awq"}},
             )

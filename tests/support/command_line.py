@@ -1,4 +1,4 @@
-"""Runs quantkit commands in-process and reads what they print."""
+"""Runs quantkit commands in-process and reads their output."""
 
 from __future__ import annotations
 

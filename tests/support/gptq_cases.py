@@ -12,7 +12,9 @@ def scheme(bits: int = 4, group: int = 32, symmetric: bool = False) -> Scheme:
     return Scheme(bits=bits, group_size=group, symmetric=symmetric, scale_dtype="bfloat16")
 
 
-def correlated(out: int, width: int, tokens: int = 300, seed: int = 0) -> tuple[Tensor, Tensor]:
+def make_correlated_inputs(
+    out: int, width: int, tokens: int = 300, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Return weights [out, in] and inputs [tokens, in] with correlated, a few large channels."""
     g = torch.Generator().manual_seed(seed)
     x = (

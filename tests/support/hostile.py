@@ -1,7 +1,7 @@
 """Programs that try to leave the sandbox, or to pass tests that they fail.
 
 A program must not pass WRONG, and its result must contain one of `reason` (any if empty). A program
-that can report what it was refused has `tests` that check the report, and must pass them.
+that can report its refusals has `tests` that check the report, and must pass them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def fails(name: str, source: str, *reason: str, slow: bool = False) -> Hostile:
 
 
 def refused(name: str, source: str, tests: str) -> Hostile:
-    """Return a program that reports what it was refused."""
+    """Return a program that reports its refusals."""
     return Hostile(name=name, source=source, tests=tests)
 
 
@@ -156,8 +156,8 @@ home = os.path.expanduser("~")""",
     refused("/proc and /sys", """
 import os
 paths = ("/proc", "/sys", "/dev/shm", "/dev/mem", "/dev/kvm", "/dev/fuse")
-found = [path for path in paths if os.path.exists(path)]
-""", "assert not found, found"),
+existing = [path for path in paths if os.path.exists(path)]
+""", "assert not existing, existing"),
     refused("other processes", _TRY + """
 import signal
 def signals(pid): os.kill(pid, 0)
@@ -238,7 +238,7 @@ for number in range(1, 65):
     try: signal.signal(number, signal.SIG_IGN)
     except (OSError, ValueError): pass
 while True: pass""", "killed by SIGKILL", CPU),
-    fails("an alarm that starts anew", """
+    fails("an alarm that restarts", """
 import signal
 def again(*_): signal.alarm(1)
 signal.signal(signal.SIGALRM, again)
@@ -358,7 +358,7 @@ found = [text for text in texts if re.search(secret, text)]
 canary = "-".join(("quantkit", "canary"))
 seen = [canary in text for text in texts]
 """, "'quantkit-canary'\nassert not found and not any(seen), found"),
-    refused("reading what was inherited", """
+    refused("reading inherited files", """
 import os, stat
 kinds = []
 for fd in range(1024):

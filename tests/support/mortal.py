@@ -85,12 +85,12 @@ def server() -> Iterator[Server]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "QUANTKIT_CACHE": cache}
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        ) as found:
+        ) as actual:
             try:
-                yield Server(found)
+                yield Server(actual)
             finally:
-                assert found.stdin
-                found.stdin.close()
+                assert actual.stdin
+                actual.stdin.close()
 
 
 # -------------------------------------------------------------------------------- inside the server
@@ -132,10 +132,10 @@ class Faults:
                     self.strike()
                 if self.order.fault == "power" and not more:
                     self.remember(name, args)
-                found = self.real[name](*args, **more)
+                actual = self.real[name](*args, **more)
                 if name == "open" and self.order.fault == "power":
-                    self.born(args[0], found)
-            return found
+                    self.born(args[0], actual)
+            return actual
 
         return call
 
@@ -251,11 +251,11 @@ def in_waves(size: int) -> None:
 def fork(order: Order) -> End:
     """Run an order in a forked process."""
     place = Path(order.place)
-    counted, told = place.with_suffix(".calls"), place.with_suffix(".stderr")
+    counted, output = place.with_suffix(".calls"), place.with_suffix(".stderr")
     counted.write_text("0")
     pid = os.fork()
     if pid == 0:
-        for number, path in ((1, "/dev/null"), (2, told)):
+        for number, path in ((1, "/dev/null"), (2, output)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
         code = 70
         try:
@@ -272,7 +272,7 @@ def fork(order: Order) -> End:
     return End(
         code=os.waitstatus_to_exitcode(status),
         calls=int(counted.read_text() or 0),
-        stderr=told.read_text(),
+        stderr=output.read_text(),
     )
 
 
@@ -286,7 +286,7 @@ def serve() -> None:
     from quantkit import pipeline
     from quantkit.report import html_page, terminal
 
-    assert pipeline and terminal  # what a build imports, but for what it uses once
+    assert pipeline and terminal  # the imports of a build
     # made by the first build and found by others: each shall make the same calls
     html_page.load_vega_bundle()
     torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 
 Answers are a function of the prompt. Faults are a function of (prompt, how often it was asked):
 "429", "500", "drop" (no response at all), "cut" (the connection breaks inside the stream), "end"
-(the stream ends politely before its answer does), "error" (an error told inside the stream), "slow"
+(the stream ends politely before its answer does), "error" (an error inside the stream), "slow"
 (pieces with pauses), "silent" (nothing for a long time), "html" (a page of another program).
 """
 

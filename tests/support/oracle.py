@@ -18,7 +18,7 @@ def bfloat16(values: Array) -> Array:
     return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
 
 
-def stored(scale: float, dtype: str) -> float:
+def round_scale(scale: float, dtype: str) -> float:
     """Return a positive scale as it is stored."""
     if dtype == "bfloat16":
         return float(bfloat16(np.array([scale]))[0])
@@ -36,7 +36,7 @@ def scale_and_zero(weights: Array, bits: int, symmetric: bool, dtype: str) -> tu
     low, high = range_of(weights, symmetric)
     if low == high:
         return 1.0, 2 ** (bits - 1)
-    scale = stored((high - low) / (2**bits - 1), dtype)
+    scale = round_scale((high - low) / (2**bits - 1), dtype)
     return scale, 2 ** (bits - 1) if symmetric else int(
         np.clip(np.round(-low / scale), 0, 2**bits - 1)
     )
@@ -92,7 +92,7 @@ def clip_search(
                     for share in shares:
                         for shift in (0,) if symmetric else (0, -1, 1):
                             candidate = (
-                                stored(scale * share, dtype),
+                                round_scale(scale * share, dtype),
                                 int(np.clip(zero + shift, 0, 2**bits - 1)),
                             )
                             new = current.copy()
@@ -134,7 +134,7 @@ def weighted_search(
                 for share in shares:
                     for shift in (0,) if symmetric else shifts:
                         candidate = (
-                            stored(around * share, dtype),
+                            round_scale(around * share, dtype),
                             int(np.clip(middle + shift, 0, 2**bits - 1)),
                         )
                         lost = float(
@@ -170,7 +170,8 @@ def awq_error(
             values, energy = wide[row, part], np.square(x[:, part] / scale[part]).sum(0)
             first, zero = scale_and_zero(values, bits, symmetric, dtype)
             candidate = [
-                back(values, stored(first * (1 - 0.1 * i), dtype), zero, bits) for i in range(5)
+                back(values, round_scale(first * (1 - 0.1 * i), dtype), zero, bits)
+                for i in range(5)
             ]
             losses = [float(energy @ np.square(new - values)) for new in candidate]
             result[row, part] = candidate[int(np.argmin(losses))]

@@ -99,12 +99,12 @@ class FakeHub:
                 return make_json_response(409, {"error": "exists"})
             branches[rest[1]] = [branches["main"][-1]]
             return make_json_response(200, {})
-        found = self._commit(repository, rest[1] if len(rest) > 1 else "main")
-        if found is None:
+        actual = self._commit(repository, rest[1] if len(rest) > 1 else "main")
+        if actual is None:
             return make_json_response(
                 404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"}
             )
-        commit, files = found
+        commit, files = actual
         if rest[0] == "revision":
             return make_json_response(200, {"id": repository, "sha": commit, "siblings": []})
         if rest[0] == "tree":
@@ -113,7 +113,7 @@ class FakeHub:
             )
         if rest[0] == "preupload":
             asked = json.loads(request.body())["files"]
-            told = [
+            output = [
                 {
                     "path": file["path"],
                     "uploadMode": "regular" if file["size"] < SMALL_BYTES else "lfs",
@@ -122,7 +122,7 @@ class FakeHub:
                 }
                 for file in asked
             ]
-            return make_json_response(200, {"files": told})
+            return make_json_response(200, {"files": output})
         return (
             self._write(repository, rest[1], request.body())
             if rest[0] == "commit"
@@ -159,11 +159,11 @@ class FakeHub:
         )
 
     def _batch(self, asked: dict[str, list[dict[str, object]]], host: str) -> HttpResponse:
-        told = []
+        output = []
         for wanted in asked["objects"]:
             oid, n_bytes = str(wanted["oid"]), int(str(wanted["size"]))
             if oid in self.lfs:
-                told.append({"oid": oid, "size": n_bytes})
+                output.append({"oid": oid, "size": n_bytes})
                 continue
             verify = {"href": f"http://{host}/verify/{oid}"}
             if n_bytes > WHOLE_BYTES:
@@ -179,12 +179,12 @@ class FakeHub:
                 }
             else:
                 upload = {"href": f"http://{host}/cdn/put/{oid}?{SIGNATURE}"}
-            told.append({
+            output.append({
                 "oid": oid,
                 "size": n_bytes,
                 "actions": {"upload": upload, "verify": verify},
             })
-        return make_json_response(200, {"transfer": "basic", "objects": told})
+        return make_json_response(200, {"transfer": "basic", "objects": output})
 
     def _cdn(self, request: HttpRequest, rest: list[str]) -> HttpResponse:
         kind, oid = rest[0], rest[1]
@@ -204,8 +204,8 @@ class FakeHub:
             return HttpResponse(200, headers={"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
         if kind == "whole":
             held = self.parts.pop(oid, {})
-            told = json.loads(body)["parts"]
-            body = b"".join(held[part["partNumber"]] for part in told)
+            output = json.loads(body)["parts"]
+            body = b"".join(held[part["partNumber"]] for part in output)
         if hashlib.sha256(body).hexdigest() != oid:
             return HttpResponse(400, b"<Error><Code>BadDigest</Code></Error>")
         self.lfs[oid] = body
@@ -214,8 +214,8 @@ class FakeHub:
     def _resolve(
         self, request: HttpRequest, repository: str, revision: str, path: str
     ) -> HttpResponse:
-        found = self._commit(repository, revision)
-        content = found[1].get(path) if found else None
+        actual = self._commit(repository, revision)
+        content = actual[1].get(path) if actual else None
         if content is None:
             return make_json_response(
                 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"}
@@ -245,11 +245,11 @@ class FakeHub:
 def entry(name: str, content: bytes) -> dict[str, object]:
     """A line of a listing."""
     oid = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
-    told: dict[str, object] = {"type": "file", "path": name, "size": len(content), "oid": oid}
+    output: dict[str, object] = {"type": "file", "path": name, "size": len(content), "oid": oid}
     if len(content) >= SMALL_BYTES:
-        told["lfs"] = {
+        output["lfs"] = {
             "oid": hashlib.sha256(content).hexdigest(),
             "size": len(content),
             "pointerSize": 134,
         }
-    return told
+    return output

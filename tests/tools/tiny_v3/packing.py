@@ -17,7 +17,7 @@ WORDS = r"\p{N}|[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s
 PROMPT_WEIGHT = 0.2
 SHORTEST = 18  # tokens: a row with less room than this is full
 OPEN_ROWS = 12
-ENCODE_AT_ONCE = 5000  # documents: what the tokenizer returns is large
+ENCODE_AT_ONCE = 5000  # documents; the tokenizer's result is large
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
