@@ -350,7 +350,7 @@ def test_missing_shards_are_reported_at_the_start(
     shutil.rmtree(place / "x-gptq.building")
     with pytest.raises(
         ArtifactError,
-        match=r"safetensors\.part: expected the file that was begun, found none: what",
+        match=r"safetensors\.part: expected the file that the build started, found none: its",
     ):
         build(source, **{**THREE, "output": "{path: x}"})
     build(source, restart=True, **{**THREE, "output": "{path: x}"})
@@ -398,7 +398,7 @@ def test_damaged_journal_and_missing_shards_are_errors(
     content = shard.read_bytes()
     shard.unlink()
     with pytest.raises(
-        ArtifactError, match=r"safetensors: expected the \d+ bytes that were written, found no file"
+        ArtifactError, match=r"safetensors: expected \d+ bytes as written, found no file"
     ):
         build(source)
     shard.write_bytes(content)
