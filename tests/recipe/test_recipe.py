@@ -191,7 +191,7 @@ def test_values_of_a_method_may_be_omitted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "printed"),
+    ("written", "output"),
     [
         (
             "{method: nf4, bits: 3, group_size: 128}",

@@ -30,7 +30,7 @@ claimed: {owned.electricity: CLAIM}
 
 
 @pytest.fixture
-def read_shipped_assumptions() -> Assumptions:
+def shipped() -> Assumptions:
     return parse_assumptions(read_default_text(), "assumptions.yaml")
 
 
