@@ -273,7 +273,7 @@ def test_scaling_fp8_weights_raises(
     monkeypatch.setattr(block_plan, "is_unscaled_for_fp8", lambda block, group, decisions: False)
     with pytest.raises(
         NumericsError,
-        match="expected the source's values, as its FP8 blocks are kept, found others",
+        match="expected the source's values, because its FP8 blocks are kept, found others",
     ):
         build(source, tmp_path / "a", quantize=AWQ)
 
