@@ -264,27 +264,31 @@ def write_result(
 def add_expert_outputs(
     context: BlockContext, slices: Sequence[ExpertSlice], routings: Routings
 ) -> None:
-    """Add the outputs of slices to streams after the block; states that a checkpoint names stay as
-    they are.
-    """
-    build, state = context.build, context.state
+    """Add the outputs of slices to streams after the block."""
     for name, routing in routings.items():
         assert routing is not None  # only blocks with experts have slices
-        before = target = state.targets[name]
-        if name in state.saved:
-            mark = f".{slices[0].first}"
-            target = create_target(context.streams[name], context.name, mark)
-        for chunk in RoutedStream(routing=routing, device=build.device):
-            states = before.read(chunk.first, chunk.stop).to(chunk.hidden)  # [tokens, hidden]
-            outputs = partial(expert_outputs, tokens=chunk, activation=build.activation)
-            for part in build.executor.map(outputs, slices):
-                for output in part:  # in ascending order of experts
-                    states.index_add_(0, output.rows, output.values)
-            target.write(chunk.first, states)
-        if target is not before:
-            state.targets[name] = target
-            state.saved.discard(name)
-            before.close()
+        add_to_stream(context, slices, name, routing)
+
+
+def add_to_stream(
+    context: BlockContext, slices: Sequence[ExpertSlice], name: StreamName, routing: Routing
+) -> None:
+    """Add the outputs of slices to a stream; states that a checkpoint names stay as they are."""
+    build, state = context.build, context.state
+    before = target = state.targets[name]
+    if name in state.saved:
+        target = create_target(context.streams[name], context.name, f".{slices[0].first}")
+    for chunk in RoutedStream(routing=routing, device=build.device):
+        states = before.read(chunk.first, chunk.stop).to(chunk.hidden)  # [tokens, hidden]
+        outputs = partial(expert_outputs, tokens=chunk, activation=build.activation)
+        for part in build.executor.map(outputs, slices):
+            for output in part:  # in ascending order of experts
+                states.index_add_(0, output.rows, output.values)
+        target.write(chunk.first, states)
+    if target is not before:
+        state.targets[name] = target
+        state.saved.discard(name)
+        before.close()
 
 
 # -------------------------------------------------------------------------- experts with few tokens

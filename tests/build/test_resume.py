@@ -270,7 +270,7 @@ def test_saved_states_survive_a_kill_in_the_next_wave(
         shutil.rmtree(path)
     for call in (1, 2, 2, 5, 5, 3, 9, 4, 4, 7):
         with monkeypatch.context() as patch:
-            dying(patch, moe, "add_expert_outputs", call, after=bool(call % 2))
+            dying(patch, moe, "add_to_stream", call, after=bool(call % 2))
             with suppress(Killed):
                 build(source, **THREE)
     build(source, **THREE)
