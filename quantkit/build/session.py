@@ -279,8 +279,7 @@ def check_source(journal: Journal, source: Checkpoint) -> None:
     ):
         raise CheckpointError(
             f"{source.folder}: expected the files that the build began with, found changed ones; "
-            f"restore "
-            "them and resume, or start over with --restart"
+            "restore them and resume, or start over with --restart"
         )
 
 

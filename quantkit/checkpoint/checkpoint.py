@@ -192,9 +192,8 @@ class Checkpoint:
             )
             if not is_unchanged or self.read_stamps() != stamps:
                 raise CheckpointError(
-                    f"{self.folder}: expected files that stay as they are, found others than a "
-                    "moment ago; wait until "
-                    "they are complete and begin again"
+                    f"{self.folder}: expected files that stay as they are while they are hashed, "
+                    "found changed ones; wait until they are complete and run the command again"
                 )
             self._hashes.update(digests)
         return dict(self._hashes)
