@@ -35,13 +35,13 @@ MEDIUM_FILES = frozenset({
     "cli/test_environment.py",
     "diff/test_diff_command.py",
     "diff/test_diff_page.py",
-    "evaluate/test_benchmarks.py",
-    "evaluate/test_endpoint.py",
-    "evaluate/test_eval.py",
+    "evaluate/test_evaluation.py",
     "evaluate/test_fidelity_independent.py",
     "evaluate/test_hostile.py",
-    "evaluate/test_likelihood.py",
+    "evaluate/test_openai_backend.py",
     "evaluate/test_sandbox.py",
+    "evaluate/test_solution_likelihood.py",
+    "evaluate/test_task_runner.py",
     "formats/test_bitsandbytes.py",
     "formats/test_fp8_kept.py",
     "methods/test_hard_weights.py",
@@ -72,8 +72,11 @@ MEDIUM_FILES = frozenset({
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of MEDIUM_FILES."""
+    """Mark the tests of MEDIUM_FILES. Raises pytest.UsageError for a name without a file."""
     folder = Path(__file__).parent
+    missing = sorted(name for name in MEDIUM_FILES if not (folder / name).is_file())
+    if missing:
+        raise pytest.UsageError(f"tests/conftest.py: MEDIUM_FILES: no such file: {missing}")
     for item in items:
         if item.path.relative_to(folder).as_posix() in MEDIUM_FILES:
             item.add_marker(pytest.mark.medium)

@@ -67,7 +67,7 @@ ItemKey = tuple[str, str, int]  # task, filter, item
 
 
 @dataclass(frozen=True, kw_only=True)
-class ItemResult:
+class PairedItem:
     """A benchmark item with a side's answer; `source` is the answer of its source."""
 
     hashes: tuple[str, str, str]
@@ -111,7 +111,7 @@ class Side:
     files: Mapping[str, tuple[str, int]] | None = None  # of the artifact: sha256, bytes
     source_files: Mapping[str, str] | None = None  # weight file of the source -> sha256
     versions: Mapping[str, str] | None = None
-    items: Mapping[ItemKey, ItemResult] | None = None
+    items: Mapping[ItemKey, PairedItem] | None = None
     tokens: TokenFigures | None = None
     solutions: Mapping[tuple[str, int], SolutionScore] | None = None  # by task and item
     load: LoadTest | None = None
@@ -258,7 +258,7 @@ def _read_typed_columns(path: Path, types: Mapping[str, str]) -> Any:
     return table
 
 
-def _read_items(path: Path) -> dict[ItemKey, ItemResult]:
+def _read_items(path: Path) -> dict[ItemKey, PairedItem]:
     rows = _read_typed_columns(
         path,
         _ITEM
@@ -266,7 +266,7 @@ def _read_items(path: Path) -> dict[ItemKey, ItemResult]:
     )
     rows = rows.to_pylist()
     return {
-        (row["task"], row["filter"], row["doc_id"]): ItemResult(
+        (row["task"], row["filter"], row["doc_id"]): PairedItem(
             hashes=(row["doc_hash"], row["prompt_hash"], row["target_hash"]),
             prompt=row["prompt"],
             target=row["target"],

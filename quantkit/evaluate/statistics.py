@@ -15,7 +15,7 @@ from math import sqrt
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+import scipy  # scipy.stats is loaded at its first use: a second of start-up
 
 Verdict = Literal["pass", "fail", "not resolved", "floor: no information"]
 
@@ -84,7 +84,7 @@ def wilson_interval(successes: int, n: int, level: float = LEVEL) -> Interval:
     """
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"expected 0 <= successes <= n with n > 0, found {successes} of {n}")
-    limits = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
+    limits = scipy.stats.binomtest(successes, n).proportion_ci(level, method="wilson")
     return Interval(low=float(limits.low), high=float(limits.high))
 
 
@@ -100,7 +100,7 @@ def mean_interval(scores: Sequence[float], level: float = LEVEL) -> Interval:
 
 def mcnemar_p_value(lost: int, gained: int) -> float:
     """Return the exact two-sided p-value of McNemar's test (McNemar 1947)."""
-    return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+    return float(scipy.stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
 def paired_difference(
@@ -174,7 +174,7 @@ def minimum_detectable_difference(
     flips: share of items whose score changes; (z_level + z_power) sqrt(flips / n), Miller 2024, eq.
     9.
     """
-    return (_normal_quantile(level) + float(stats.norm.ppf(power))) * sqrt(flips / n)
+    return (_normal_quantile(level) + float(scipy.stats.norm.ppf(power))) * sqrt(flips / n)
 
 
 def decide_verdict(interval: Interval, margin: float) -> Verdict:
@@ -241,4 +241,4 @@ def _subtract(baseline: Sequence[float], candidate: Sequence[float]) -> list[flo
 
 def _normal_quantile(level: float) -> float:
     """Return z of a two-sided interval."""
-    return float(stats.norm.ppf((1 + level) / 2))
+    return float(scipy.stats.norm.ppf((1 + level) / 2))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -42,18 +44,20 @@ def no_hub(model: str, revision: str | None) -> hub.ModelHeaders:
     raise HubUnreachable(f"{model}@{revision}: no answer")
 
 
-def summary(path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanSummary:
+@cache
+def plan_offline(path: Path) -> PlanSummary:
     """Return the output of `quantkit plan` for a recipe without a network."""
-    monkeypatch.setattr(hub, "_fetch_headers", no_hub)
-    done = CliRunner().invoke(main, ["plan", str(path), "--json", "--set", "compute.device=cpu"])
+    command = ["plan", str(path), "--json", "--set", "compute.device=cpu"]
+    with mock.patch.object(hub, "_fetch_headers", no_hub):
+        done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
     return PlanSummary.model_validate(json.loads(done.stdout))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_planned_without_a_network(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_are_planned_without_a_network(path: Path) -> None:
     """The format accepts every quantized linear, and the memory suffices."""
-    plan = summary(path, monkeypatch)
+    plan = plan_offline(path)
     assert plan.totals.modules_quantized > 0 and plan.totals.modules_kept > 0
     assert (
         plan.totals.bytes_after < 0.65 * 2 * plan.totals.parameters
@@ -63,11 +67,9 @@ def test_recipes_are_planned_without_a_network(path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_comments_of_recipes_state_the_plans_figures(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_comments_of_recipes_state_the_plans_figures(name: str) -> None:
     [path] = (path for path in RECIPES if path.stem == name)
-    plan, text = summary(path, monkeypatch), path.read_text(encoding="utf-8")
+    plan, text = plan_offline(path), path.read_text(encoding="utf-8")
     assert round(plan.source.parameters / 1e9, 2) == CARDS[name]
     assert plan.memory.budget < 1.5 * plan.memory.peak  # enough, and not much more
     for size in (plan.totals.bytes_before, plan.totals.bytes_after):

@@ -11,7 +11,7 @@ from typing import Any
 from support.report_example import FIDELITY
 
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.diff.sides import ItemKey, ItemResult, Side, SolutionScore, TokenFigures
+from quantkit.diff.sides import ItemKey, PairedItem, Side, SolutionScore, TokenFigures
 from quantkit.report.samples import Answer
 
 N_TOKENS = 600
@@ -41,10 +41,10 @@ def make_answer(text: str, score: float) -> Answer:
 
 def make_items(
     scores: Sequence[float], source: Sequence[float], task: str = "tiny-v3-math"
-) -> dict[ItemKey, ItemResult]:
+) -> dict[ItemKey, PairedItem]:
     """Return items 0, 1, ...; a correct answer is the number itself, a wrong one the next."""
     return {
-        (task, "answer", n): ItemResult(
+        (task, "answer", n): PairedItem(
             hashes=(HASHES[0].format(n), HASHES[1].format(n), HASHES[2].format(n)),
             prompt=PROMPT.format(n),
             target=str(n),

@@ -271,6 +271,7 @@ def test_packing_keeps_documents_intact() -> None:
 # --- trainer
 
 
+@pytest.mark.slow
 def test_training_is_deterministic_and_lowers_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "BATCH_ROWS", 8)
     monkeypatch.setattr(train, "WARM_UP_STEPS", 5)

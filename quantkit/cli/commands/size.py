@@ -19,7 +19,7 @@ from quantkit.report.terminal import render_table, strip_control_characters
 from quantkit.serve.sizing import tables
 from quantkit.serve.sizing.batch import compute_max_batched_tokens
 from quantkit.serve.sizing.compare import (
-    ComparedModel,
+    SizedModel,
     find_report,
     make_fidelity_table,
     make_size_table,
@@ -201,7 +201,7 @@ def make_json(fits_by_gpu: dict[str, Fit], catalog: GpuCatalog) -> dict[str, obj
 def show_sides(models: Sequence[tuple[str, Fit]], json_out: bool) -> None:
     """Print several models side by side."""
     sides = [
-        ComparedModel(
+        SizedModel(
             name=fit.memory.model.name.rpartition("/")[2],
             fit=fit,
             bounds=compute_bounds(fit),

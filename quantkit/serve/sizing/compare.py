@@ -23,7 +23,7 @@ from quantkit.serve.sizing.tables import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparedModel:
+class SizedModel:
     """One of the compared models. fidelity: None without a report."""
 
     name: str
@@ -38,7 +38,7 @@ def find_report(target: str) -> Fidelity | None:
     return read_sealed_report(folder)[0] if (folder / MANIFEST).is_file() else None
 
 
-def make_size_table(models: Sequence[ComparedModel]) -> Table:
+def make_size_table(models: Sequence[SizedModel]) -> Table:
     """Make the table of storage and memory."""
     first = models[0].fit.memory
     rows = []
@@ -69,7 +69,7 @@ def make_size_table(models: Sequence[ComparedModel]) -> Table:
     return Table(title="Sizes", columns=columns, rows=tuple(rows), note=note)
 
 
-def make_speed_table(models: Sequence[ComparedModel]) -> Table:
+def make_speed_table(models: Sequence[SizedModel]) -> Table:
     """Make the table of the GPUs of one kind that each model needs, and of its bounds on them."""
     rows = []
     for entry in models:
@@ -102,7 +102,7 @@ def make_speed_table(models: Sequence[ComparedModel]) -> Table:
     return Table(title=f"On {fit.gpu.short}", columns=columns, rows=tuple(rows), note=note)
 
 
-def make_fidelity_table(models: Sequence[ComparedModel]) -> Table | None:
+def make_fidelity_table(models: Sequence[SizedModel]) -> Table | None:
     """Make the table of the reports' figures; None without a report."""
     reports = [entry.fidelity for entry in models if entry.fidelity]
     if not reports:
@@ -127,7 +127,7 @@ def make_fidelity_table(models: Sequence[ComparedModel]) -> Table | None:
     )
 
 
-def _make_fidelity_row(entry: ComparedModel, tasks: Sequence[str]) -> tuple[str, ...]:
+def _make_fidelity_row(entry: SizedModel, tasks: Sequence[str]) -> tuple[str, ...]:
     report = entry.fidelity
     if report is None:
         return (entry.name, "no report", *(format_numbers.MISSING,) * (3 + len(tasks)))

@@ -702,21 +702,22 @@ def fuzz_lock(folder: Path) -> object:
     """Read a lock file, first held by a running process, then left by an ended one."""
     import fcntl
     import os
+    from unittest import mock
 
-    from quantkit.io.lock import hold_lock
+    from quantkit.io import lock
 
     holder = os.open(folder / "x.lock", os.O_RDWR)
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
 
         def lock_again() -> None:
-            with hold_lock(folder / "x.lock"):
+            with mock.patch.object(lock, "_RETRY_SECONDS", 0), lock.hold_lock(folder / "x.lock"):
                 raise AssertionError("expected one holder of the lock, found two")
 
         call_checked(lock_again)
     finally:
         os.close(holder)
-    with hold_lock(folder / "x.lock"):
+    with lock.hold_lock(folder / "x.lock"):
         return None
 
 
