@@ -121,6 +121,12 @@ def parse_package() -> Tree:
     }
 
 
+@cache
+def walk_nodes(module: ast.Module) -> tuple[ast.AST, ...]:
+    """Return the nodes of a module's syntax tree; each check visits all of them."""
+    return tuple(ast.walk(module))
+
+
 def unit_of(file: str) -> str:
     """Return the name that a row uses for a file: its top folder with a slash, or its stem."""
     folder, slash, _ = file.partition("/")
@@ -134,7 +140,7 @@ def row_numbers() -> Mapping[str, int]:
 
 def imported_files(file: str, tree: Tree) -> Iterator[str]:
     """Yield the files of the package that a file imports, at module level or in functions."""
-    for node in ast.walk(tree[file]):
+    for node in walk_nodes(tree[file]):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -197,7 +203,7 @@ def file_access(tree: Tree) -> list[str]:
     for file, module in tree.items():
         if unit_of(file) in FILE_PACKAGES:
             continue
-        used = {name for node in ast.walk(module) if (name := accessed_resource(node))}
+        used = {name for node in walk_nodes(module) if (name := accessed_resource(node))}
         allowed = MAY_TOUCH_FILES.get(file, frozenset())
         faults += [f"{file}: {name}" for name in sorted(used - allowed)]
         faults += [f"{file}: {name} is allowed and not used" for name in sorted(allowed - used)]
@@ -226,7 +232,7 @@ def console_output(tree: Tree) -> list[str]:
     for file, module in tree.items():
         if unit_of(file) == "cli/":
             continue
-        for node in ast.walk(module):
+        for node in walk_nodes(module):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in calls:
                 faults.append(f"{file}:{node.lineno}: {ast.unparse(node.func)}")
             elif isinstance(node, ast.Import) and any(a.name == "click" for a in node.names):
@@ -239,7 +245,7 @@ def global_statements(tree: Tree) -> list[str]:
     return [
         f"{file}:{node.lineno}: global"
         for file, module in tree.items()
-        for node in ast.walk(module)
+        for node in walk_nodes(module)
         if isinstance(node, ast.Global)
     ]
 
@@ -261,7 +267,7 @@ def relayed_keywords(tree: Tree) -> list[str]:
 def iterate_functions(tree: Tree) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     """Yield every function and method with its file."""
     for file, module in tree.items():
-        for node in ast.walk(module):
+        for node in walk_nodes(module):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield file, node
 
@@ -284,7 +290,7 @@ def device_choices(tree: Tree) -> list[str]:
     """Choices of a device in numerics/: the caller chooses."""
     faults = []
     for file, module in tree.items():
-        for node in ast.walk(module) if unit_of(file) == "numerics/" else ():
+        for node in walk_nodes(module) if unit_of(file) == "numerics/" else ():
             moved = isinstance(node, ast.Call) and ast.unparse(node.func).endswith((
                 ".cuda",
                 ".cpu",
