@@ -42,6 +42,8 @@ MEDIUM_FILES = frozenset({
     "evaluate/test_hostile.py",
     "evaluate/test_likelihood.py",
     "evaluate/test_sandbox.py",
+    "evaluate/test_sandbox_modules.py",
+    "evaluate/test_sandbox_syscalls.py",
     "formats/test_bitsandbytes.py",
     "formats/test_fp8_kept.py",
     "methods/test_hard_weights.py",

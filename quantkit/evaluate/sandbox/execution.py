@@ -1,19 +1,12 @@
 """Run generated Python programs confined, or report why they cannot be run.
 
 The kinds of sandbox, in order of preference: bubblewrap, then a jail of Linux namespaces made with
-util-linux, then none: without a jail no generated program is run. Each program gets a jail of its
-own: no network, no file of the host but a read-only /usr, an empty environment, no capabilities, a
-private 16 MiB /tmp, a system-call filter (seccomp.py), limits on processor time, memory, processes,
-descriptors and file size, and limits over the whole jail (limits.py). Run as root, it first becomes
-`nobody`, because the kernel does not limit root's processes. The jail has no /proc: no program of a
-benchmark needs it, and many containers do not allow a second one.
+util-linux, then none: without a jail no generated program is run. Run as root, a jail first becomes
+`nobody`, because the kernel does not limit root's processes. README.md says what is promised.
 
 The tests run in a second jail, and only that one gets the sentinel that makes a pass (runner.py).
 Arguments and results are copied between the two as plain data: the tests do not see changes that a
 program makes to its arguments, and an object of a class of the program equals only itself.
-
-Known limits: programs share the host's kernel. Without privileges, memory and files of a whole jail
-are polled every 50 ms, so a program can exceed their limits for that long.
 """
 
 from __future__ import annotations
@@ -26,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluate.sandbox import commands, limits, seccomp
+from quantkit.evaluate.sandbox import commands, limits, syscalls
 from quantkit.evaluate.sandbox.jail import run_in_jails
 
 SandboxKind = Literal["bubblewrap", "namespaces"]
@@ -92,7 +85,7 @@ def probe_sandbox(
     search: the PATH on which the tools are searched (default: the process's own, then the system's
     folders); kinds: tried in this order.
     """
-    if platform.machine() not in seccomp.AUDIT_ARCHES:
+    if platform.machine() not in syscalls.AUDIT_ARCHES:
         return Sandbox(kind="none", reason=f"no system-call filter for {platform.machine()}")
     if missing := limits.find_missing_support():
         return Sandbox(kind="none", reason=missing)

@@ -8,6 +8,7 @@ privileges, so the host polls the jail twenty times a second.
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +20,8 @@ SCRATCH_BYTES = 16 << 20
 SCRATCH_FILES = 4096
 POLL_SECONDS = 0.05
 
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+# page tables: a page mapped alone in its 2 MiB takes another page of them
+_MEMORY_LINES = re.compile(r"^Vm(?:RSS|Swap|PTE):\s+\d+ kB$", re.MULTILINE)
 
 
 def find_missing_support() -> str:
@@ -45,12 +47,17 @@ def list_process_tree(pid: int) -> list[int]:
 
 
 def measure_memory(pids: list[int]) -> int:
-    """Return the resident bytes of these processes; a shared page counts for each of them."""
-    pages = 0
+    """Return the bytes of these processes: resident, swapped out, and their page tables.
+
+    A page that several of them share counts for each. Memory that no process maps is not here: the
+    system-call filter refuses what could make it.
+    """
+    kibibytes = 0
     for pid in pids:
         with suppress(OSError):
-            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * _PAGE_BYTES
+            status = Path(f"/proc/{pid}/status").read_text()
+            kibibytes += sum(int(line.split()[1]) for line in _MEMORY_LINES.findall(status))
+    return kibibytes << 10
 
 
 def count_scratch_files(pids: list[int], scratch_bytes: int) -> int:

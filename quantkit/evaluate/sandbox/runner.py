@@ -26,7 +26,7 @@ import resource
 import signal
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 PREFIX_BYTES = 10
@@ -332,12 +332,32 @@ def send_request(
     raise kind(text) if text else kind()
 
 
-def decode_namespace(items: Any, decode_object: Callable[[Any], Any]) -> dict[str, Any]:
-    """Decode names of the program's module; a module only under its own name, and imported here."""
+def find_imports(source: str) -> set[str]:
+    """Return the modules that a source binds to their own top-level names (`import os.path`)."""
+    try:
+        tree = ast.parse(source)
+    # the program's own jail reports what is wrong with it
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    aliases = [
+        alias for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    ]
+    return {alias.name.split(".")[0] for alias in aliases if alias.asname in (None, alias.name)}
+
+
+def decode_namespace(
+    items: Any, decode_object: Callable[[Any], Any], imports: Container[str]
+) -> dict[str, Any]:
+    """Decode names of the program's module.
+
+    A module is only a name here, and imported anew: one of `imports`, under its own name. What the
+    program says of its modules is not relied upon.
+    """
     namespace = {}
     for name, parts in items:
         if parts == ["module", name]:
-            namespace[name] = importlib.import_module(name)
+            if name in imports:
+                namespace[name] = importlib.import_module(name)
         elif not (isinstance(parts, list) and parts[0] == "module"):
             namespace[name] = decode_value(parts, decode_object)
     return namespace
@@ -369,7 +389,12 @@ def run_tests(channel: int, job: dict[str, Any]) -> dict[str, Any]:
         tests = ast.parse(job["tests"], "tests.py")
         names = sorted({node.id for node in ast.walk(tests) if isinstance(node, ast.Name)})
         request = {"source": job["source"], "names": names}
-        namespace = send_request(channel, request, decode_namespace)
+        imports = find_imports(job["source"]).intersection(names)
+        namespace = send_request(
+            channel,
+            request,
+            lambda items, decode_object: decode_namespace(items, decode_object, imports),
+        )
         test_globals = {"__name__": "program", **select_names(tests, namespace)}
         exec(compile(tests, "tests.py", "exec"), test_globals)
     except ProgramGone as error:
