@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.hostile_calls import REFUSALS, REFUSED_CALLS, probe_calls
+from support.hostile_calls import REFUSALS, probe_calls
 from support.paths import ROOT
 
 from quantkit.evaluate.sandbox import Program, Sandbox, run_programs, seccomp, syscalls
+from quantkit.evaluate.sandbox import jail as sandbox_jail
 
 HEADERS = {
     "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
     "aarch64": Path("/usr/include/asm-generic/unistd.h"),
 }
+REFUSED = syscalls.REFUSED_NAMES
 RECORDED = json.loads((ROOT / "tests/tools/syscalls/recorded.json").read_text())
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 ENOSYS, EPERM = ERRNO | errno.ENOSYS, ERRNO | errno.EPERM
@@ -85,8 +87,10 @@ def test_syscall_numbers_equal_the_kernel_headers(machine):
         known["newfstatat"] = known["fstatat"]
     numbers = {name: number for number, name in list_allowed(machine).items()}
     numbers |= {rule.name: number for number, rule in list_rules(machine)}
+    numbers |= {name: int(text) for text, name in syscalls.name_refused_calls(machine).items()}
     assert {name: known.get(name) for name in numbers} == numbers
-    without = {name for group in syscalls.ALLOWED_GROUPS for name in group.numbers} - set(numbers)
+    groups = [group.numbers for group in syscalls.ALLOWED_GROUPS]
+    without = {name for group in (*groups, REFUSED) for name in group} - set(numbers)
     assert not without & set(known)
 
 
@@ -163,7 +167,8 @@ def run_calls(jail: Sandbox, source: str, tests: str) -> str:
 
 
 def test_calls_off_the_list_are_refused_in_a_jail(jail, record_property):
-    calls = REFUSED_CALLS[platform.machine()]
+    numbers = syscalls.name_refused_calls(platform.machine())
+    calls = {name: int(number) for number, name in numbers.items() if name in REFUSED}
     record_property("tried", len(calls))
     source = probe_calls(calls)
     assert run_calls(jail, source, "assert not made, made\nassert len(tried) > 60") == "passed"
@@ -175,3 +180,64 @@ def test_attack_is_refused(jail, refusal, record_property):
     (result,) = run_programs([Program(source=refusal.source, tests=refusal.tests)], jail, 5)
     assert result.passed == (not refusal.reason), result.reason
     assert refusal.reason in result.reason
+
+
+@pytest.mark.parametrize(
+    ("source", "refused"),
+    [
+        ("import mmap\nmmap.mmap(-1, 4096)", "mmap"),
+        ("import socket\nsocket.socket()", "socket"),
+        ("import fcntl\nfcntl.flock(open('/usr/bin/env'), fcntl.LOCK_EX)", "flock"),
+        ("import os\ntry: os.nice(1)\nexcept OSError: pass\nwhile True: pass", "setpriority"),
+        ("import ctypes\nctypes.CDLL(None).syscall(999)\nraise ValueError", "system call 999"),
+    ],
+)
+def test_verdict_names_refused_calls(jail, source, refused):
+    (result,) = run_programs([Program(source=source, tests="pass")], jail, 1)
+    assert not result.passed
+    assert result.reason.endswith(f"(refused by the sandbox: {refused})")
+
+
+def test_verdict_names_a_bounded_number_of_calls(jail):
+    source = """
+import ctypes
+for number in range(700, 5000): ctypes.CDLL(None).syscall(number)
+raise ValueError"""
+    (result,) = run_programs([Program(source=source, tests="pass")], jail, 2)
+    assert result.reason.startswith("ValueError")
+    assert result.reason.count("system call") == 8
+
+
+def test_verdict_of_a_passing_program_names_nothing(jail):
+    source = "import socket\ntry: socket.socket()\nexcept OSError: pass"
+    (result,) = run_programs([Program(source=source, tests="pass")], jail)
+    assert result.reason == "passed"
+
+
+def test_calls_are_refused_without_their_listener(jail):
+    """A program that ends the first process of its jail gains no call."""
+    source = """
+import os, signal, socket, time
+os.kill(os.getppid(), signal.SIGKILL)
+time.sleep(0.2)
+try:
+    socket.socket()
+    made = True
+except OSError:
+    made = False"""
+    (result,) = run_programs([Program(source=source, tests="assert not made, made")], jail, 2)
+    assert "True" not in result.reason
+
+
+@pytest.mark.parametrize("missing", ["reporting_filter", "seccomp_call"])
+def test_calls_are_refused_if_the_kernel_has_no_listeners(jail, missing, monkeypatch):
+    describe = sandbox_jail.describe_limits
+    monkeypatch.setattr(
+        sandbox_jail,
+        "describe_limits",
+        lambda seconds: {**describe(seconds), missing: {"seccomp_call": 0xFFFF}.get(missing, "")},
+    )
+    (result,) = run_programs(
+        [Program(source="import socket\nsocket.socket()", tests="pass")], jail, 2
+    )
+    assert result.reason == "PermissionError: [Errno 1] Operation not permitted"

@@ -138,4 +138,7 @@ def _judge_program(program: Program, sandbox: Sandbox, seconds: int) -> ProgramR
     error = report.get("error", "") or complaint
     if error == "killed by SIGXCPU":
         error = f"used more than {seconds} s of processor time"
-    return ProgramResult(passed=False, reason=error or "ended before its tests finished")
+    error = error or "ended before its tests finished"
+    if "refused" in report:
+        error += f" (refused by the sandbox: {report['refused']})"
+    return ProgramResult(passed=False, reason=error)

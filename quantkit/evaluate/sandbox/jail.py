@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import IO
 
-from quantkit.evaluate.sandbox import limits, runner, seccomp
+from quantkit.evaluate.sandbox import limits, runner, seccomp, syscalls
 from quantkit.evaluate.sandbox.commands import SYSTEM_PATH
 
 
@@ -31,7 +31,7 @@ def run_in_jails(
     pipes: the file size limit then bounds what the host keeps.
     """
     sentinel = secrets.token_hex(16)
-    jail_limits = _describe_limits(seconds)
+    jail_limits = describe_limits(seconds)
     jobs = {
         "program": jail_limits,
         "tests": {**jail_limits, "source": source, "tests": tests, "sentinel": sentinel},
@@ -46,7 +46,8 @@ def run_in_jails(
         report = _read_report(jails["tests"].output)
         if "gone" in report and not complaint:  # the program's own jail knows why
             jails["program"].wait_briefly()
-            program_report = _read_report(jails["program"].output)
+        program_report = _read_report(jails["program"].output)
+        if "gone" in report and not complaint:
             report = {"error": program_report.get("error", report["gone"])}
         errors = (
             _read_text(jails[role].errors).strip().replace("\n", "; ")[-300:] for role in jobs
@@ -54,6 +55,8 @@ def run_in_jails(
         complaint = complaint or next(filter(None, errors), "")
     if "sentinel" in report and report["sentinel"] != sentinel:
         return {}, complaint
+    if "refused" in program_report and "python" not in report:
+        report["refused"] = program_report["refused"]
     return report, complaint
 
 
@@ -64,7 +67,7 @@ class Jail:
         self,
         command: Sequence[str],
         role: str,
-        job: dict[str, str | int],
+        job: dict[str, object],
         channel: socket.socket,
     ) -> None:
         # see __exit__
@@ -125,8 +128,9 @@ def _wait_for_tests(tests: Jail, program: Jail, seconds: float) -> str:
         os.close(end_fd)
 
 
-def _describe_limits(seconds: int) -> dict[str, str | int]:
-    """Return the limits and the filter that runner.set_limits and install_seccomp_filter apply."""
+def describe_limits(seconds: int) -> dict[str, object]:
+    """Return the limits and the filters that runner.set_limits and install_* apply."""
+    machine = platform.machine()
     return {
         "cpu_seconds": seconds,
         "AS": limits.MEMORY_BYTES,
@@ -137,7 +141,11 @@ def _describe_limits(seconds: int) -> dict[str, str | int]:
         "MSGQUEUE": 0,
         "MEMLOCK": 0,
         "SIGPENDING": 128,
-        "filter": seccomp.build_filter(platform.machine()).hex(),
+        "filter": seccomp.build_filter(machine).hex(),
+        "reporting_filter": seccomp.build_filter(machine, report=True).hex(),
+        "seccomp_call": seccomp.SECCOMP_CALL[machine],
+        "first_young": seccomp.FIRST_YOUNG_NUMBER,
+        "names": syscalls.name_refused_calls(machine),
     }
 
 
@@ -147,10 +155,14 @@ def _read_text(file: IO[bytes]) -> str:
 
 
 def _read_report(output: IO[bytes]) -> dict[str, str]:
-    try:
-        report = json.loads(_read_text(output))
-    except ValueError:  # nothing, half a line, or any bytes of a program
-        return {}
-    if not isinstance(report, dict):
-        return {}
-    return {str(key): str(value) for key, value in report.items()}
+    """Return the lines of a report as one; none if one of them is not of a report."""
+    report: dict[str, str] = {}
+    for line in _read_text(output).splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:  # half a line, or any bytes of a program
+            return {}
+        if not isinstance(values, dict):
+            return {}
+        report |= {str(key): str(value) for key, value in values.items()}
+    return report

@@ -16,23 +16,28 @@ Rule = tuple[int, int, int, int]
 """struct sock_filter: code, instructions to skip if true, if false, operand."""
 
 _EPERM, _ENOSYS = 1, 38
-_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_ALLOW, _KILL, _ERRNO, _REPORT = 0x7FFF0000, 0x80000000, 0x00050000, 0x7FC00000
 _LOAD, _AND, _RETURN = 0x20, 0x54, 0x06
 _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_SET = 0x15, 0x35, 0x45
 # offsets in struct seccomp_data; both machines are little-endian
 _NUMBER_AT, _MACHINE_AT, _ARGUMENTS_AT, _ARGUMENT_BYTES = 0, 4, 16, 8
 
+SECCOMP_CALL = {"x86_64": 317, "aarch64": 277}
+_CLONE3 = 435
+
 FIRST_YOUNG_NUMBER = 424
 """From here on, Linux 5.1 and later number calls alike on all machines. x32's are larger."""
 
 
-def build_filter(machine: str) -> bytes:
+def build_filter(machine: str, report: bool = False) -> bytes:
     """Build the filter for a machine of AUDIT_ARCHES, 8 bytes per rule.
 
+    report: refused calls go to the filter's listener, which answers them and knows their numbers.
     Calls with another machine's numbers (int 0x80 on x86_64) kill the process. clone3, whose flags
     a filter cannot read, fails with ENOSYS like every call from FIRST_YOUNG_NUMBER on that is not
     allowed; the C library then uses clone.
     """
+    eperm, enosys = (_REPORT, _REPORT) if report else (_ERRNO | _EPERM, _ERRNO | _ENOSYS)
     column = list(AUDIT_ARCHES).index(machine)
     allowed = [group.numbers[name][column] for group in ALLOWED_GROUPS for name in group.numbers]
     rules: list[Rule] = [
@@ -46,19 +51,21 @@ def build_filter(machine: str) -> bytes:
     for argument_rule in ARGUMENT_RULES:
         number = argument_rule.numbers[column]
         if number is not None:
-            checks = list(_check_argument(argument_rule))
+            checks = list(_check_argument(argument_rule, (_RETURN, 0, 0, eperm)))
             rules += [(_JUMP_EQUAL, 0, len(checks), number), *checks]
     rules += [
-        (_JUMP_AT_LEAST, 0, 1, FIRST_YOUNG_NUMBER),
+        # the C library tries it for each thread: nothing to report
+        (_JUMP_EQUAL, 0, 1, _CLONE3),
         (_RETURN, 0, 0, _ERRNO | _ENOSYS),
-        (_RETURN, 0, 0, _ERRNO | _EPERM),
+        (_JUMP_AT_LEAST, 0, 1, FIRST_YOUNG_NUMBER),
+        (_RETURN, 0, 0, enosys),
+        (_RETURN, 0, 0, eperm),
     ]
     return b"".join(struct.pack("<HBBI", *rule) for rule in rules)
 
 
-def _check_argument(rule: ArgumentRule) -> Iterator[Rule]:
+def _check_argument(rule: ArgumentRule, refuse: Rule) -> Iterator[Rule]:
     """Yield rules that allow or refuse a call by its argument; none continues after them."""
-    refuse = (_RETURN, 0, 0, _ERRNO | _EPERM)
     load = (_LOAD, 0, 0, _ARGUMENTS_AT + _ARGUMENT_BYTES * rule.argument)
     yield load
     if rule.refused_bits:

@@ -334,3 +334,53 @@ ARGUMENT_RULES = (
     ),
 )
 """`reason` is what is refused."""
+
+REFUSED_NAMES: Mapping[str, Numbers] = {
+    # memory that no limit of a process counts
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
+    "shmat": (30, 196), "remap_file_pages": (216, 234), "mlock": (149, 228),
+    "mlockall": (151, 230), "userfaultfd": (323, 282), "process_madvise": (440, 440),
+    # kernel objects of which the whole host has a fixed number
+    "io_setup": (206, 0), "io_submit": (209, 2), "inotify_init1": (294, 26),
+    "inotify_init": (253, None), "fanotify_init": (300, 262), "semget": (64, 190),
+    "msgget": (68, 186), "mq_open": (240, 180), "add_key": (248, 217), "request_key": (249, 218),
+    "keyctl": (250, 219), "timer_create": (222, 107), "timerfd_create": (283, 85),
+    "eventfd2": (290, 19), "signalfd4": (289, 74), "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "seccomp": (317, 277),
+    "landlock_create_ruleset": (444, 444), "bpf": (321, 280), "perf_event_open": (298, 241),
+    # pages and files of the host
+    "flock": (73, 32), "vmsplice": (278, 75), "splice": (275, 76), "tee": (276, 77),
+    "fallocate": (285, 47), "fadvise64": (221, 223), "readahead": (187, 213), "sync": (162, 81),
+    "syncfs": (306, 267), "setxattr": (188, 5), "mknodat": (259, 33), "fchownat": (260, 54),
+    "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "mincore": (27, 232),
+    # other processes
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "kcmp": (312, 272), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438),
+    "pidfd_send_signal": (424, 424), "rt_sigqueueinfo": (129, 138), "setpriority": (141, 140),
+    "ioprio_set": (251, 30), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
+    "sched_setattr": (314, 274), "migrate_pages": (256, 238), "move_pages": (279, 239),
+    "mbind": (237, 235), "set_mempolicy": (238, 237),
+    # namespaces, mounts, identity, machine
+    "clone3": (435, 435), "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40),
+    "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428),
+    "move_mount": (429, 429), "fsopen": (430, 430), "mount_setattr": (442, 442),
+    "setuid": (105, 146), "setgroups": (116, 159), "capset": (126, 91), "personality": (135, 92),
+    "modify_ldt": (154, None), "iopl": (172, None), "ioperm": (173, None), "uselib": (134, None),
+    "syslog": (103, 116), "acct": (163, 89), "sethostname": (170, 161), "swapon": (167, 224),
+    "quotactl": (179, 60), "pkey_alloc": (330, 289), "membarrier": (324, 283),
+    # sockets other than a pair
+    "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),
+    "accept4": (288, 242), "sendmsg": (46, 211), "recvmsg": (47, 212), "setsockopt": (54, 208),
+}  # fmt: skip
+"""Calls that are refused, so that a verdict can name them. Others are refused by their number."""
+
+
+def name_refused_calls(machine: str) -> dict[str, str]:
+    """Return the names of calls that are refused, or refused for an argument, by number."""
+    column = list(AUDIT_ARCHES).index(machine)
+    names = {rule.name: rule.numbers for rule in ARGUMENT_RULES} | dict(REFUSED_NAMES)
+    return {
+        str(number): name
+        for name, numbers in names.items()
+        if (number := numbers[column]) is not None
+    }
