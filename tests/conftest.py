@@ -42,6 +42,7 @@ MEDIUM_FILES = frozenset({
     "evaluate/test_hostile.py",
     "evaluate/test_likelihood.py",
     "evaluate/test_sandbox.py",
+    "evaluate/test_sandbox_memory.py",
     "evaluate/test_sandbox_modules.py",
     "evaluate/test_sandbox_syscalls.py",
     "formats/test_bitsandbytes.py",

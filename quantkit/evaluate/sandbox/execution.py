@@ -16,15 +16,17 @@ import platform
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluate.sandbox import commands, limits, syscalls
+from quantkit.evaluate.sandbox import cgroup, commands, limits, syscalls
 from quantkit.evaluate.sandbox.jail import run_in_jails
 
 SandboxKind = Literal["bubblewrap", "namespaces"]
 
 CONCURRENT_PROGRAMS = 2
+PROBE_SECONDS = 10  # an emulated machine needs several
 
 _PROBE = """
 import os, socket
@@ -69,12 +71,25 @@ class Sandbox:
 
     kind "none" means that no jail works on this machine, for the `reason`. `python` is the version
     of the interpreter inside the jail, which is the host's and not necessarily the one of quantkit.
+    `memory` says what limits the memory of a whole jail: "cgroup v2", a group below `group_parent`,
+    or "polled", with the reason.
     """
 
     kind: SandboxKind | Literal["none"]
     python: str = ""
     reason: str = ""
     command: tuple[str, ...] = ()
+    memory: str = ""
+    group_parent: Path | None = None
+
+    def describe(self) -> dict[str, str]:
+        """Return what a result records of the sandbox that judged it."""
+        return {
+            "kind": self.kind,
+            "python": self.python,
+            "memory": self.memory,
+            "reason": self.reason,
+        }
 
 
 def probe_sandbox(
@@ -91,6 +106,9 @@ def probe_sandbox(
         return Sandbox(kind="none", reason=missing)
     path = search if search is not None else os.environ.get("PATH", "") + ":" + commands.SYSTEM_PATH
     reasons = []
+    parent = cgroup.find_parent()
+    memory = f"polled: {parent}" if isinstance(parent, str) else "cgroup v2"
+    group_parent = None if isinstance(parent, str) else parent
     for kind in kinds:
         for python in commands.list_interpreters():
             if kind == "bubblewrap":
@@ -100,10 +118,18 @@ def probe_sandbox(
             if isinstance(command, str):
                 reasons.append(f"{kind}: {command}")
                 break
-            report, complaint = run_in_jails(command, _PROBE, _PROBE_TESTS, 2)
+            report, complaint = run_in_jails(
+                command, _PROBE, _PROBE_TESTS, PROBE_SECONDS, group_parent
+            )
             version = report.get("python")
             if isinstance(version, str):
-                return Sandbox(kind=kind, command=command, python=version)
+                return Sandbox(
+                    kind=kind,
+                    command=command,
+                    python=version,
+                    memory=memory,
+                    group_parent=group_parent,
+                )
             reasons.append(f"{kind} with {python}: {report.get('error') or complaint}")
     return Sandbox(
         kind="none", reason="; ".join(reasons) or "no Python interpreter that a jail could hold"
@@ -132,7 +158,9 @@ def _judge_program(program: Program, sandbox: Sandbox, seconds: int) -> ProgramR
 
     An exit code proves nothing (sys.exit(0)): only a report with the sentinel is a pass.
     """
-    report, complaint = run_in_jails(sandbox.command, program.source, program.tests, seconds)
+    report, complaint = run_in_jails(
+        sandbox.command, program.source, program.tests, seconds, sandbox.group_parent
+    )
     if "python" in report:
         return ProgramResult(passed=True, reason="passed")
     error = report.get("error", "") or complaint

@@ -15,16 +15,19 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import IO
 
-from quantkit.evaluate.sandbox import limits, runner, seccomp, syscalls
+from quantkit.evaluate.sandbox import cgroup, limits, runner, seccomp, syscalls
 from quantkit.evaluate.sandbox.commands import SYSTEM_PATH
 
 
 def run_in_jails(
-    command: Sequence[str], source: str, tests: str, seconds: int
+    command: Sequence[str], source: str, tests: str, seconds: int, group_parent: Path | None = None
 ) -> tuple[dict[str, str], str]:
     """Run a program and its tests; return the report of the tests' jail, and a complaint.
+
+    group_parent: where each jail gets a memory group (cgroup.py); without one its memory is polled.
 
     The complaint says why a jail was stopped, or what either jail wrote to standard error. A report
     that claims a pass without this run's sentinel is returned empty. Reports go to files, not to
@@ -40,7 +43,10 @@ def run_in_jails(
         ends = dict(zip(jobs, socket.socketpair(), strict=True))
         jails = {}
         for role, job in jobs.items():
-            jails[role] = stack.enter_context(Jail(command, role, job, ends[role]))
+            group = None
+            if group_parent is not None:
+                group = stack.enter_context(cgroup.make_group(group_parent))
+            jails[role] = stack.enter_context(Jail(command, role, job, ends[role], group))
             ends[role].close()
         complaint = _wait_for_tests(jails["tests"], jails["program"], 3 * seconds + 5)
         report = _read_report(jails["tests"].output)
@@ -69,7 +75,11 @@ class Jail:
         role: str,
         job: dict[str, object],
         channel: socket.socket,
+        group: Path | None,
     ) -> None:
+        self._group = group
+        if group is not None:
+            command = cgroup.enter_group(group, command)
         # see __exit__
         self.output, self.errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         with tempfile.TemporaryFile() as job_file:
@@ -102,6 +112,14 @@ class Jail:
         """Process id of the process that started the jail."""
         return self._process.pid
 
+    def find_exceeded_limit(self) -> str:
+        """Return the limit that the jail exceeds, in words; empty if there is none."""
+        return limits.find_exceeded_limit(self.pid, is_memory_polled=self._group is None)
+
+    def has_exceeded_memory(self) -> bool:
+        """Return whether the kernel killed the jail for the memory of its group."""
+        return self._group is not None and cgroup.was_exceeded(self._group)
+
     def wait_briefly(self) -> None:
         """Wait up to a second, for a jail whose program is gone to report why."""
         with suppress(subprocess.TimeoutExpired):
@@ -118,12 +136,10 @@ def _wait_for_tests(tests: Jail, program: Jail, seconds: float) -> str:
             if time.monotonic() > deadline:
                 return f"ran longer than {seconds:.0f} s"
             for jail in (program, tests):
-                exceeded = limits.find_exceeded_limit(
-                    jail.pid, limits.MEMORY_BYTES, limits.SCRATCH_BYTES, limits.SCRATCH_FILES
-                )
-                if exceeded:
+                if exceeded := jail.find_exceeded_limit():
                     return exceeded
-        return ""
+        is_exceeded = program.has_exceeded_memory() or tests.has_exceeded_memory()
+        return limits.describe_exceeded_memory() if is_exceeded else ""
     finally:
         os.close(end_fd)
 

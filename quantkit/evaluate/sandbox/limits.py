@@ -1,8 +1,9 @@
 """Limits of a jail, and the two that the host enforces from outside: total memory, files in /tmp.
 
 Limits of a process (setrlimit) are multiplied by the number of processes, and a tmpfs made without
-privileges takes as many empty files as there is memory. The kernel limits a whole jail only with
-privileges, so the host polls the jail twenty times a second.
+privileges takes as many empty files as there is memory. The kernel limits the memory of a whole
+jail only where a memory group can be made (cgroup.py); elsewhere the host polls the jail twenty
+times a second.
 """
 
 from __future__ import annotations
@@ -73,11 +74,16 @@ def count_scratch_files(pids: list[int], scratch_bytes: int) -> int:
     return 0
 
 
-def find_exceeded_limit(pid: int, memory_bytes: int, scratch_bytes: int, scratch_files: int) -> str:
+def describe_exceeded_memory() -> str:
+    """Return the verdict of a jail that exceeded its memory."""
+    return f"used more than {MEMORY_BYTES >> 20} MiB of memory"
+
+
+def find_exceeded_limit(pid: int, is_memory_polled: bool) -> str:
     """Return the limit that the jail started by `pid` exceeds, in words; empty if there is none."""
     pids = list_process_tree(pid)
-    if measure_memory(pids) > memory_bytes:
-        return f"used more than {memory_bytes >> 20} MiB of memory"
-    if count_scratch_files(pids, scratch_bytes) > scratch_files:
-        return f"made more than {scratch_files} files"
+    if is_memory_polled and measure_memory(pids) > MEMORY_BYTES:
+        return describe_exceeded_memory()
+    if count_scratch_files(pids, SCRATCH_BYTES) > SCRATCH_FILES:
+        return f"made more than {SCRATCH_FILES} files"
     return ""
