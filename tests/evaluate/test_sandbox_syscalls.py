@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support.hostile_calls import REFUSALS, probe_calls
 from support.paths import ROOT
+from tools.syscalls.honest import SOURCES
 
 from quantkit.evaluate.sandbox import Program, Sandbox, run_programs, seccomp, syscalls
 from quantkit.evaluate.sandbox import jail as sandbox_jail
@@ -172,6 +173,11 @@ def test_calls_off_the_list_are_refused_in_a_jail(jail, record_property):
     record_property("tried", len(calls))
     source = probe_calls(calls)
     assert run_calls(jail, source, "assert not made, made\nassert len(tried) > 60") == "passed"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_honest_program_passes(jail, name):
+    assert run_calls(jail, SOURCES[name], "assert answer") == "passed"
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=[refusal.name for refusal in REFUSALS])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.evaluate.sandbox import Program
-
-_SOURCES = {
+SOURCES = {
     "files": """
 import os, shutil, tempfile, pathlib
 with tempfile.TemporaryDirectory() as folder:
@@ -50,6 +48,15 @@ timer.start()
 items.get(timeout=5)
 event = threading.Event()
 event.wait(0.01)""",
+    "multiprocessing": """
+import multiprocessing
+left, right = multiprocessing.Pipe()
+target = lambda end, number: end.send(number * number)
+process = multiprocessing.get_context("fork").Process(target=target, args=(right, 7))
+process.start()
+answer = left.recv()
+process.join(5)
+assert process.exitcode == 0""",
     "asyncio": """
 import asyncio
 async def add(a, b):
@@ -123,6 +130,4 @@ parts = [bytearray(n) for n in range(1, 100000, 100)]
 del held, text
 answer = len(parts)""",
 }
-
-HONEST = tuple(Program(source=source, tests="assert answer") for source in _SOURCES.values())
-"""Each passes in the sandbox."""
+"""Name -> program. Each sets `answer` to something true, and must work in the sandbox."""

@@ -1,12 +1,12 @@
 """Record the system calls that honest programs make in the sandbox.
 
-    PYTHONPATH=tests python -m tools.syscalls.record --data DIR [--limit N] [--out FILE]
+    PYTHONPATH=tests python -m tools.syscalls.record --data DIR [--only SET] [--out FILE]
 
 Runs the reference solutions of HumanEval, MBPP and tiny-v3-code, and the programs of `honest.py`,
 each in the jails of quantkit.evaluate.sandbox under strace, and counts the calls that the program
 and its tests make once the system-call filter is installed. DIR holds `humaneval/` and `mbpp/`.
-For calls whose arguments the filter reads, the argument is part of the name. The table names the
-calls that the filter refuses; the exit code is 1 if a reference solution makes such a call.
+For calls whose arguments the filter reads, the argument is part of the name. The exit code is 1 if
+a program does not pass.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import re
 import shutil
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from tools.syscalls.honest import HONEST
+from tools.syscalls.honest import SOURCES
 
 from quantkit.evaluate import task_runner, tasks
 from quantkit.evaluate.sandbox import Program, Sandbox, execution, probe_sandbox
@@ -40,7 +40,6 @@ SECONDS = 120  # strace slows a program down
 _ARGUMENTS = {"mmap": 3, "madvise": 2, "fcntl": 1, "ioctl": 1, "prctl": 0, "socketpair": 0}
 _CALL = re.compile(r"^(\d+) +(\w+)\((.*)$")
 _STRACE = 'exec strace -f -qq -o "$0/$$" "$@"'  # a file for each of the two jails
-_INSTALLED = "PR_SET_SECCOMP"
 
 
 def list_programs(task: str, data: Path) -> list[Program]:
@@ -56,12 +55,12 @@ def list_programs(task: str, data: Path) -> list[Program]:
 def read_trace(lines: Iterable[str]) -> set[str]:
     """Return the calls that filtered processes made, as NAME or NAME:ARGUMENT.
 
-    A process is filtered if it installed the filter, or appeared afterwards: unfiltered processes
-    of a jail start no others by then.
+    A process is filtered if it installed the filter, or appeared afterwards, except for the thread
+    that answers refused calls.
     """
     unfiltered: set[str] = set()
     is_installed = False
-    calls: set[str] = set()
+    calls: dict[str, set[str]] = defaultdict(set)
     for line in lines:
         match = _CALL.match(line)
         if match is None:
@@ -73,11 +72,12 @@ def read_trace(lines: Iterable[str]) -> set[str]:
             arguments = rest.split(", ")
             position = _ARGUMENTS.get(name)
             is_known = position is not None and position < len(arguments)
-            calls.add(f"{name}:{_clean(arguments[position])}" if is_known else name)
-        elif _INSTALLED in rest:
+            calls[pid].add(f"{name}:{_clean(arguments[position])}" if is_known else name)
+        elif name == "seccomp" or "PR_SET_SECCOMP" in rest:
             unfiltered.discard(pid)
             is_installed = True
-    return calls
+    own = (each for each in calls.values() if not any("SECCOMP_IOCTL" in call for call in each))
+    return set[str]().union(*own)
 
 
 def _clean(argument: str) -> str:
@@ -114,21 +114,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of humaneval/ and mbpp/")
-    parser.add_argument("--limit", type=int, help="programs of each task (default: all)")
+    parser.add_argument("--only", choices=[*SOLUTIONS, "honest"], help="record this set again")
     parser.add_argument("--out", type=Path, default=RECORDED, help="file for the counts")
     options = parser.parse_args()
     sandbox = probe_sandbox()
     if sandbox.kind == "none" or shutil.which("strace") is None:
         sys.exit(f"record: expected a sandbox and strace, found neither or one ({sandbox.reason})")
     sets = {task: list_programs(task, options.data) for task in SOLUTIONS}
-    sets["honest"] = list(HONEST)
-    recorded = {}
+    sets["honest"] = [Program(source=text, tests="assert answer") for text in SOURCES.values()]
+    has_failed = False
+    recorded = json.loads(options.out.read_text()) if options.only else {}
     for name, programs in sets.items():
-        chosen = programs[: options.limit]
-        counts, failed = record(chosen, sandbox)
-        sys.stdout.write(f"{name}: {len(chosen)} programs, {len(counts)} calls, {failed}\n")
-        recorded[name] = {"programs": len(chosen), "calls": dict(sorted(counts.items()))}
+        if options.only not in (None, name):
+            continue
+        counts, failed = record(programs, sandbox)
+        sys.stdout.write(f"{name}: {len(programs)} programs, {len(counts)} calls, {failed}\n")
+        recorded[name] = {"programs": len(programs), "calls": dict(sorted(counts.items()))}
+        has_failed = has_failed or bool(failed)
     options.out.write_text(json.dumps(recorded, indent=1) + "\n")
+    sys.exit(has_failed)
 
 
 if __name__ == "__main__":
