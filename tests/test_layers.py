@@ -75,6 +75,12 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
         "openai",
         "urllib.parse",
     }),  # the official client of an API; no file
+    "evaluate/sandbox/cgroup.py": frozenset({
+        "mkdir",
+        "read_text",
+        "rmdir",
+        "write_text",
+    }),  # the kernel's files of a group
     "evaluate/sandbox/runner.py": frozenset({"os.open"}),  # /dev/null, inside the jail
     "evaluate/sandbox/jail.py": frozenset({"socket"}),  # a connected pair between two jails
     "evaluate/sandbox/limits.py": frozenset({"read_text"}),  # what /proc says of a jail

@@ -94,7 +94,11 @@ def run_evaluation(
             open_backend(target, options) as backend,
             answer_store.open_answer_store(answers_path) as answers,
         ):
-            runs, failed = run_each_task(target, loaded, options, backend, answers, on_progress)
+            has_code = any(task.code for task in loaded.tasks)
+            jail = sandbox.probe_sandbox() if has_code else None
+            runs, failed = run_each_task(
+                target, loaded, options, backend, answers, jail, on_progress
+            )
     if not runs[0]:
         raise EvaluationError("\n".join(failed.values()))
     completed = tuple(task for task in loaded.tasks if task.name not in failed)
@@ -103,6 +107,7 @@ def run_evaluation(
         items=tuple(item_results.average_runs(runs)),
         loaded=replace(loaded, tasks=completed, failed=failed),
         backend=describe_backend(target, options),
+        sandbox=None if jail is None else jail.describe(),
     )
 
 
@@ -112,6 +117,7 @@ def run_each_task(
     options: EvaluationOptions,
     backend: Backend,
     answers: answer_store.AnswerStore,
+    jail: sandbox.Sandbox | None,
     on_progress: ProgressCallback,
 ) -> tuple[list[list[ItemResult]], dict[str, str]]:
     """Run task by task.
@@ -124,8 +130,6 @@ def run_each_task(
     description.pop("endpoint", None)  # the same server may move to another address
     text = json.dumps(description, sort_keys=True, default=str)
     model_key = hashlib.sha256(text.encode()).hexdigest()
-    has_code = any(task.code for task in loaded.tasks)
-    jail = sandbox.probe_sandbox() if has_code else None
     runs: list[list[ItemResult]] = [[] for _ in range(options.seeds)]
     failed = dict(loaded.failed)
     for single in loaded.iterate_tasks():

@@ -40,13 +40,14 @@ class EvaluationRuns:
     """Answered items: one run per seed over the same items, and `items` averaged over the seeds.
 
     `loaded` has the tasks that ran and, in `failed`, those that could not; `backend` is
-    describe_backend's.
+    describe_backend's; `sandbox` is Sandbox.describe's, None if no task has code.
     """
 
     runs: tuple[tuple[ItemResult, ...], ...]
     items: tuple[ItemResult, ...]
     loaded: LoadedTasks
     backend: Mapping[str, object]
+    sandbox: Mapping[str, str] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +143,7 @@ def write_results(
         "version": 1,
         "evaluated": {"name": target.name, "kind": target.kind, "sha256": target.hash},
         "backend": dict(runs.backend),
+        "sandbox": runs.sandbox,
         "settings": describe_settings(options),
         "tasks": [task_result_to_json(row) for row in task_results],
         "not_run": dict(not_run),

@@ -155,6 +155,7 @@ def test_artifact_is_compared_with_its_source_and_baseline_is_cached(built, data
         "kind": "artifact",
         "sha256": first["backend"]["model"],
     }
+    assert set(first["sandbox"]) == {"kind", "python", "memory", "reason"}
     assert [row["task"] for row in first["comparison"]] == ["tiny-v3-math", "tiny-v3-code"]
     assert all(row["n"] == 3 for row in first["comparison"])
     for row in first["comparison"]:

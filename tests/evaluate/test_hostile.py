@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import time
 from pathlib import Path
 
 import pytest
 from support import hostile
 
-from quantkit.evaluate.sandbox import Program, probe_sandbox, run_programs, seccomp
-
-HEADERS = {
-    "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
-    "aarch64": Path("/usr/include/asm-generic/unistd.h"),
-}
-
+from quantkit.evaluate.sandbox import Program, probe_sandbox, run_programs
 
 CASES = [
     pytest.param(program, id=program.name, marks=[pytest.mark.slow] * program.slow)
@@ -36,7 +29,9 @@ def test_hostile_program_is_contained(jail, program, monkeypatch):
     assert time.monotonic() - started < 20
     assert result.passed == (program.tests is not None), result.reason
     if program.reason:
-        assert any(reason in result.reason for reason in program.reason), result.reason
+        # on a busy machine the wall clock can end what would use up its processor time
+        reasons = (*program.reason, *[hostile.WALL] * (hostile.CPU in program.reason))
+        assert any(reason in result.reason for reason in reasons), result.reason
 
 
 def test_tests_of_hostile_programs_can_pass(jail):
@@ -127,20 +122,6 @@ else:
 """
     (result,) = run_programs([Program(source=source, tests=tests)], sandbox)
     assert result.reason == "passed"
-
-
-@pytest.mark.parametrize("machine", seccomp.AUDIT_ARCHES)
-def test_syscall_numbers_equal_the_kernel_headers(machine):
-    header = HEADERS[machine]
-    if not header.is_file():
-        pytest.skip(f"{header} is not here (linux-libc-dev)")
-    text, column = header.read_text(), list(seccomp.AUDIT_ARCHES).index(machine)
-    result = {
-        name: int(number)
-        for name, number in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", text)
-    }
-    expected = {name: numbers[column] for name, numbers in seccomp.DENIED_SYSCALLS.items()}
-    assert {name: result.get(name) for name in expected} == expected
 
 
 def test_probe_refuses_a_kernel_without_pidfd_open(monkeypatch):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,27 @@ import subprocess
 subprocess.run(['mount', '-o', 'remount,rw', '/usr'], check=True, stderr=-3)
 """
     assert "CalledProcessError" in run_one(source, jail).reason
+
+
+WRITE_TO_MOUNT = """
+import sys
+from quantkit.evaluate.sandbox import Program, probe_sandbox, run_programs
+sandbox = probe_sandbox(kinds=(sys.argv[1],))
+(result,) = run_programs(
+    [Program(source="open('/usr/share/doc/planted', 'w').write('x')", tests="pass")], sandbox)
+assert "Read-only file system" in result.reason, (sandbox, result)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system below /usr")
+def test_program_cannot_write_to_a_mount_below_a_bound_folder(jail):
+    script = 'mount -t tmpfs -o mode=1777 tmpfs /usr/share/doc && exec "$@"'
+    command = ("unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-c")
+    subprocess.run(
+        [*command, WRITE_TO_MOUNT, jail.kind],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
 
 
 def test_program_cannot_see_the_host(jail, monkeypatch):

@@ -10,6 +10,8 @@ from pathlib import Path
 from quantkit.evaluate.sandbox.limits import SCRATCH_BYTES, SCRATCH_FILES
 
 NOBODY = 65534
+# not /dev/zero: a shared mapping of it is memory that no limit counts
+DEVICES = ("/dev/null", "/dev/urandom")
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 _NAMESPACES_SCRIPT = """set -eu
@@ -18,7 +20,11 @@ cd /tmp
 mkdir dev tmp
 chmod 1777 tmp
 {binds}
-for device in null zero urandom; do : >dev/$device; mount --bind /dev/$device dev/$device; done
+while read -r _ _ _ _ point _; do
+case $point in {submounts}) mount -o remount,bind,ro,nosuid,nodev "$point";; esac
+done </proc/self/mountinfo
+{hides}
+for device in {devices}; do : >.$device; mount --bind $device .$device; done
 exec chroot . {setpriv} --no-new-privs --inh-caps=-all --bounding-set=-all \
  /usr/bin/env -i PATH=/usr/bin:/bin HOME=/tmp LANG=C.UTF-8 {python} -I -S -c "$@"
 """
@@ -40,8 +46,10 @@ def build_bubblewrap_command(path: str, python: str) -> tuple[str, ...] | str:
     binds = [part for folder in _list_folders(python) for part in ("--ro-bind", folder, folder)]
     for name, target in _find_root_links().items():
         binds += ["--symlink", target, name] if target else ["--ro-bind", name, name]
+    for folder in _list_hidden_folders(python):
+        binds += ["--size", "4096", "--tmpfs", folder, "--remount-ro", folder]
     # --dev would add a /dev/shm without a size limit
-    for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
+    for device in DEVICES:
         binds += ["--dev-bind", device, device]
     environment = (
         *("--clearenv", "--setenv", "PATH", "/usr/bin:/bin"),
@@ -71,10 +79,19 @@ def build_namespaces_command(path: str, python: str) -> tuple[str, ...] | str:
         binds.append(
             f"ln -s {target} .{name}" if target else f"mkdir .{name}; {bind} {name} .{name}"
         )
+    hides = [
+        f"mount -t tmpfs -o ro,size=4k,nr_inodes=2 tmpfs .{folder}"
+        for folder in _list_hidden_folders(python)
+    ]
+    roots = [*_list_folders(python), *_find_root_links()]
     script = _NAMESPACES_SCRIPT.format(
         scratch=SCRATCH_BYTES,
         files=SCRATCH_FILES,
         binds="\n".join(binds),
+        # a recursive bind makes only its topmost mount read-only
+        submounts="|".join(f"/tmp{root}/*" for root in roots),
+        hides="\n".join(hides),
+        devices=" ".join(DEVICES),
         setpriv=tools["setpriv"],
         python=python,
     )
@@ -97,7 +114,29 @@ def _build_setpriv_prefix(path: str) -> list[str] | str:
 
 def _list_folders(python: str) -> list[str]:
     """Return the host's folders that an interpreter needs, without the links at the root."""
-    return ["/usr"] if python.startswith("/usr/") else ["/usr", sys.base_prefix]
+    if python.startswith("/usr/"):
+        return ["/usr"]
+    # a prefix may hold much else, such as the environments and packages of conda
+    parts = [str(Path(sys.base_prefix, name)) for name in ("bin", "lib", "lib64")]
+    return ["/usr", *(part for part in parts if Path(part).is_dir())]
+
+
+def _list_hidden_folders(python: str) -> list[str]:
+    """Return the folders below those that stay empty in a jail: what the host has installed.
+
+    A program sees the standard library alone, so that its verdict does not depend on the host.
+    """
+    hidden = [] if python.startswith("/usr/local/") else [Path("/usr/local")]
+    for prefix in (Path("/usr"), Path("/usr/local"), Path(sys.base_prefix)):
+        hidden += prefix.glob("lib*/python3*/*-packages")
+    bound = [Path(folder) for folder in _list_folders(python)]
+    resolved = dict.fromkeys(folder.resolve() for folder in hidden if folder.is_dir())
+    return [
+        str(folder)
+        for folder in resolved
+        if any(folder.is_relative_to(root) for root in bound)
+        and not any(other != folder and folder.is_relative_to(other) for other in resolved)
+    ]
 
 
 def _find_root_links() -> dict[str, str | None]:

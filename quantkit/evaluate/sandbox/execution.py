@@ -1,19 +1,12 @@
 """Run generated Python programs confined, or report why they cannot be run.
 
 The kinds of sandbox, in order of preference: bubblewrap, then a jail of Linux namespaces made with
-util-linux, then none: without a jail no generated program is run. Each program gets a jail of its
-own: no network, no file of the host but a read-only /usr, an empty environment, no capabilities, a
-private 16 MiB /tmp, a system-call filter (seccomp.py), limits on processor time, memory, processes,
-descriptors and file size, and limits over the whole jail (limits.py). Run as root, it first becomes
-`nobody`, because the kernel does not limit root's processes. The jail has no /proc: no program of a
-benchmark needs it, and many containers do not allow a second one.
+util-linux, then none: without a jail no generated program is run. Run as root, a jail first becomes
+`nobody`, because the kernel does not limit root's processes. README.md says what is promised.
 
 The tests run in a second jail, and only that one gets the sentinel that makes a pass (runner.py).
 Arguments and results are copied between the two as plain data: the tests do not see changes that a
 program makes to its arguments, and an object of a class of the program equals only itself.
-
-Known limits: programs share the host's kernel. Without privileges, memory and files of a whole jail
-are polled every 50 ms, so a program can exceed their limits for that long.
 """
 
 from __future__ import annotations
@@ -23,15 +16,17 @@ import platform
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluate.sandbox import commands, limits, seccomp
+from quantkit.evaluate.sandbox import cgroup, commands, limits, syscalls
 from quantkit.evaluate.sandbox.jail import run_in_jails
 
 SandboxKind = Literal["bubblewrap", "namespaces"]
 
 CONCURRENT_PROGRAMS = 2
+PROBE_SECONDS = 10  # an emulated machine needs several
 
 _PROBE = """
 import os, socket
@@ -76,12 +71,25 @@ class Sandbox:
 
     kind "none" means that no jail works on this machine, for the `reason`. `python` is the version
     of the interpreter inside the jail, which is the host's and not necessarily the one of quantkit.
+    `memory` says what limits the memory of a whole jail: "cgroup v2", a group below `group_parent`,
+    or "polled", with the reason.
     """
 
     kind: SandboxKind | Literal["none"]
     python: str = ""
     reason: str = ""
     command: tuple[str, ...] = ()
+    memory: str = ""
+    group_parent: Path | None = None
+
+    def describe(self) -> dict[str, str]:
+        """Return what a result records of the sandbox that judged it."""
+        return {
+            "kind": self.kind,
+            "python": self.python,
+            "memory": self.memory,
+            "reason": self.reason,
+        }
 
 
 def probe_sandbox(
@@ -92,12 +100,15 @@ def probe_sandbox(
     search: the PATH on which the tools are searched (default: the process's own, then the system's
     folders); kinds: tried in this order.
     """
-    if platform.machine() not in seccomp.AUDIT_ARCHES:
+    if platform.machine() not in syscalls.AUDIT_ARCHES:
         return Sandbox(kind="none", reason=f"no system-call filter for {platform.machine()}")
     if missing := limits.find_missing_support():
         return Sandbox(kind="none", reason=missing)
     path = search if search is not None else os.environ.get("PATH", "") + ":" + commands.SYSTEM_PATH
     reasons = []
+    parent = cgroup.find_parent()
+    memory = f"polled: {parent}" if isinstance(parent, str) else "cgroup v2"
+    group_parent = None if isinstance(parent, str) else parent
     for kind in kinds:
         for python in commands.list_interpreters():
             if kind == "bubblewrap":
@@ -107,10 +118,18 @@ def probe_sandbox(
             if isinstance(command, str):
                 reasons.append(f"{kind}: {command}")
                 break
-            report, complaint = run_in_jails(command, _PROBE, _PROBE_TESTS, 2)
+            report, complaint = run_in_jails(
+                command, _PROBE, _PROBE_TESTS, PROBE_SECONDS, group_parent
+            )
             version = report.get("python")
             if isinstance(version, str):
-                return Sandbox(kind=kind, command=command, python=version)
+                return Sandbox(
+                    kind=kind,
+                    command=command,
+                    python=version,
+                    memory=memory,
+                    group_parent=group_parent,
+                )
             reasons.append(f"{kind} with {python}: {report.get('error') or complaint}")
     return Sandbox(
         kind="none", reason="; ".join(reasons) or "no Python interpreter that a jail could hold"
@@ -139,10 +158,15 @@ def _judge_program(program: Program, sandbox: Sandbox, seconds: int) -> ProgramR
 
     An exit code proves nothing (sys.exit(0)): only a report with the sentinel is a pass.
     """
-    report, complaint = run_in_jails(sandbox.command, program.source, program.tests, seconds)
+    report, complaint = run_in_jails(
+        sandbox.command, program.source, program.tests, seconds, sandbox.group_parent
+    )
     if "python" in report:
         return ProgramResult(passed=True, reason="passed")
     error = report.get("error", "") or complaint
     if error == "killed by SIGXCPU":
         error = f"used more than {seconds} s of processor time"
-    return ProgramResult(passed=False, reason=error or "ended before its tests finished")
+    error = error or "ended before its tests finished"
+    if "refused" in report:
+        error += f" (refused by the sandbox: {report['refused']})"
+    return ProgramResult(passed=False, reason=error)

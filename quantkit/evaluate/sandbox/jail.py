@@ -15,23 +15,26 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import IO
 
-from quantkit.evaluate.sandbox import limits, runner, seccomp
+from quantkit.evaluate.sandbox import cgroup, limits, runner, seccomp, syscalls
 from quantkit.evaluate.sandbox.commands import SYSTEM_PATH
 
 
 def run_in_jails(
-    command: Sequence[str], source: str, tests: str, seconds: int
+    command: Sequence[str], source: str, tests: str, seconds: int, group_parent: Path | None = None
 ) -> tuple[dict[str, str], str]:
     """Run a program and its tests; return the report of the tests' jail, and a complaint.
+
+    group_parent: where each jail gets a memory group (cgroup.py); without one its memory is polled.
 
     The complaint says why a jail was stopped, or what either jail wrote to standard error. A report
     that claims a pass without this run's sentinel is returned empty. Reports go to files, not to
     pipes: the file size limit then bounds what the host keeps.
     """
     sentinel = secrets.token_hex(16)
-    jail_limits = _describe_limits(seconds)
+    jail_limits = describe_limits(seconds)
     jobs = {
         "program": jail_limits,
         "tests": {**jail_limits, "source": source, "tests": tests, "sentinel": sentinel},
@@ -40,13 +43,17 @@ def run_in_jails(
         ends = dict(zip(jobs, socket.socketpair(), strict=True))
         jails = {}
         for role, job in jobs.items():
-            jails[role] = stack.enter_context(Jail(command, role, job, ends[role]))
+            group = None
+            if group_parent is not None:
+                group = stack.enter_context(cgroup.make_group(group_parent))
+            jails[role] = stack.enter_context(Jail(command, role, job, ends[role], group))
             ends[role].close()
         complaint = _wait_for_tests(jails["tests"], jails["program"], 3 * seconds + 5)
         report = _read_report(jails["tests"].output)
         if "gone" in report and not complaint:  # the program's own jail knows why
             jails["program"].wait_briefly()
-            program_report = _read_report(jails["program"].output)
+        program_report = _read_report(jails["program"].output)
+        if "gone" in report and not complaint:
             report = {"error": program_report.get("error", report["gone"])}
         errors = (
             _read_text(jails[role].errors).strip().replace("\n", "; ")[-300:] for role in jobs
@@ -54,6 +61,8 @@ def run_in_jails(
         complaint = complaint or next(filter(None, errors), "")
     if "sentinel" in report and report["sentinel"] != sentinel:
         return {}, complaint
+    if "refused" in program_report and "python" not in report:
+        report["refused"] = program_report["refused"]
     return report, complaint
 
 
@@ -64,9 +73,13 @@ class Jail:
         self,
         command: Sequence[str],
         role: str,
-        job: dict[str, str | int],
+        job: dict[str, object],
         channel: socket.socket,
+        group: Path | None,
     ) -> None:
+        self._group = group
+        if group is not None:
+            command = cgroup.enter_group(group, command)
         # see __exit__
         self.output, self.errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         with tempfile.TemporaryFile() as job_file:
@@ -99,6 +112,14 @@ class Jail:
         """Process id of the process that started the jail."""
         return self._process.pid
 
+    def find_exceeded_limit(self) -> str:
+        """Return the limit that the jail exceeds, in words; empty if there is none."""
+        return limits.find_exceeded_limit(self.pid, is_memory_polled=self._group is None)
+
+    def has_exceeded_memory(self) -> bool:
+        """Return whether the kernel killed the jail for the memory of its group."""
+        return self._group is not None and cgroup.was_exceeded(self._group)
+
     def wait_briefly(self) -> None:
         """Wait up to a second, for a jail whose program is gone to report why."""
         with suppress(subprocess.TimeoutExpired):
@@ -115,18 +136,17 @@ def _wait_for_tests(tests: Jail, program: Jail, seconds: float) -> str:
             if time.monotonic() > deadline:
                 return f"ran longer than {seconds:.0f} s"
             for jail in (program, tests):
-                exceeded = limits.find_exceeded_limit(
-                    jail.pid, limits.MEMORY_BYTES, limits.SCRATCH_BYTES, limits.SCRATCH_FILES
-                )
-                if exceeded:
+                if exceeded := jail.find_exceeded_limit():
                     return exceeded
-        return ""
+        is_exceeded = program.has_exceeded_memory() or tests.has_exceeded_memory()
+        return limits.describe_exceeded_memory() if is_exceeded else ""
     finally:
         os.close(end_fd)
 
 
-def _describe_limits(seconds: int) -> dict[str, str | int]:
-    """Return the limits and the filter that runner.set_limits and install_seccomp_filter apply."""
+def describe_limits(seconds: int) -> dict[str, object]:
+    """Return the limits and the filters that runner.set_limits and install_* apply."""
+    machine = platform.machine()
     return {
         "cpu_seconds": seconds,
         "AS": limits.MEMORY_BYTES,
@@ -137,7 +157,11 @@ def _describe_limits(seconds: int) -> dict[str, str | int]:
         "MSGQUEUE": 0,
         "MEMLOCK": 0,
         "SIGPENDING": 128,
-        "filter": seccomp.build_filter(platform.machine()).hex(),
+        "filter": seccomp.build_filter(machine).hex(),
+        "reporting_filter": seccomp.build_filter(machine, report=True).hex(),
+        "seccomp_call": seccomp.SECCOMP_CALL[machine],
+        "first_young": seccomp.FIRST_YOUNG_NUMBER,
+        "names": syscalls.name_refused_calls(machine),
     }
 
 
@@ -147,10 +171,14 @@ def _read_text(file: IO[bytes]) -> str:
 
 
 def _read_report(output: IO[bytes]) -> dict[str, str]:
-    try:
-        report = json.loads(_read_text(output))
-    except ValueError:  # nothing, half a line, or any bytes of a program
-        return {}
-    if not isinstance(report, dict):
-        return {}
-    return {str(key): str(value) for key, value in report.items()}
+    """Return the lines of a report as one; none if one of them is not of a report."""
+    report: dict[str, str] = {}
+    for line in _read_text(output).splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:  # half a line, or any bytes of a program
+            return {}
+        if not isinstance(values, dict):
+            return {}
+        report |= {str(key): str(value) for key, value in values.items()}
+    return report

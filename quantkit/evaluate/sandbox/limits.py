@@ -1,13 +1,15 @@
 """Limits of a jail, and the two that the host enforces from outside: total memory, files in /tmp.
 
 Limits of a process (setrlimit) are multiplied by the number of processes, and a tmpfs made without
-privileges takes as many empty files as there is memory. The kernel limits a whole jail only with
-privileges, so the host polls the jail twenty times a second.
+privileges takes as many empty files as there is memory. The kernel limits the memory of a whole
+jail only where a memory group can be made (cgroup.py); elsewhere the host polls the jail twenty
+times a second.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +21,8 @@ SCRATCH_BYTES = 16 << 20
 SCRATCH_FILES = 4096
 POLL_SECONDS = 0.05
 
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+# page tables: a page mapped alone in its 2 MiB takes another page of them
+_MEMORY_LINES = re.compile(r"^Vm(?:RSS|Swap|PTE):\s+\d+ kB$", re.MULTILINE)
 
 
 def find_missing_support() -> str:
@@ -45,12 +48,17 @@ def list_process_tree(pid: int) -> list[int]:
 
 
 def measure_memory(pids: list[int]) -> int:
-    """Return the resident bytes of these processes; a shared page counts for each of them."""
-    pages = 0
+    """Return the bytes of these processes: resident, swapped out, and their page tables.
+
+    A page that several of them share counts for each. Memory that no process maps is not here: the
+    system-call filter refuses what could make it.
+    """
+    kibibytes = 0
     for pid in pids:
         with suppress(OSError):
-            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * _PAGE_BYTES
+            status = Path(f"/proc/{pid}/status").read_text()
+            kibibytes += sum(int(line.split()[1]) for line in _MEMORY_LINES.findall(status))
+    return kibibytes << 10
 
 
 def count_scratch_files(pids: list[int], scratch_bytes: int) -> int:
@@ -66,11 +74,16 @@ def count_scratch_files(pids: list[int], scratch_bytes: int) -> int:
     return 0
 
 
-def find_exceeded_limit(pid: int, memory_bytes: int, scratch_bytes: int, scratch_files: int) -> str:
+def describe_exceeded_memory() -> str:
+    """Return the verdict of a jail that exceeded its memory."""
+    return f"used more than {MEMORY_BYTES >> 20} MiB of memory"
+
+
+def find_exceeded_limit(pid: int, is_memory_polled: bool) -> str:
     """Return the limit that the jail started by `pid` exceeds, in words; empty if there is none."""
     pids = list_process_tree(pid)
-    if measure_memory(pids) > memory_bytes:
-        return f"used more than {memory_bytes >> 20} MiB of memory"
-    if count_scratch_files(pids, scratch_bytes) > scratch_files:
-        return f"made more than {scratch_files} files"
+    if is_memory_polled and measure_memory(pids) > MEMORY_BYTES:
+        return describe_exceeded_memory()
+    if count_scratch_files(pids, SCRATCH_BYTES) > SCRATCH_FILES:
+        return f"made more than {SCRATCH_FILES} files"
     return ""

@@ -13,10 +13,14 @@ Standard library only, Python 3.8 or later.
 
 from __future__ import annotations
 
+import _thread
 import ast
 import builtins
 import collections
+import ctypes
 import decimal
+import errno
+import fcntl
 import fractions
 import importlib
 import json
@@ -24,12 +28,14 @@ import operator
 import os
 import resource
 import signal
+import struct
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 PREFIX_BYTES = 10
+MAX_REFUSALS = 8  # names of refused calls in a report
 MAX_MESSAGE_BYTES = 1 << 23
 
 # tag -> type; the parts of each are an iterable of values
@@ -57,6 +63,17 @@ _OPERATIONS: dict[str, Any] = {
     "truth": bool,
     "item": operator.getitem,
 }
+
+_PIDFD_OPEN, _PIDFD_GETFD = 434, 438  # on every machine
+# SECCOMP_IOCTL_NOTIF_RECV and _SEND with struct seccomp_notif and seccomp_notif_resp
+_RECEIVE, _SEND = 0xC0502100, 0xC0182101
+_NOTIFICATION, _RESPONSE = struct.Struct("<QIIiI7Q"), struct.Struct("<QqiI")
+
+
+class SockFprog(ctypes.Structure):
+    """struct sock_fprog: instructions and their number."""
+
+    _fields_ = [("length", ctypes.c_ushort), ("rules", ctypes.c_char_p)]
 
 
 def send_message(channel: int, message: dict[str, Any]) -> None:
@@ -106,13 +123,8 @@ def encode_value(value: Any, encode_object: Callable[[Any], Any]) -> Any:
     if isinstance(value, (bytes, bytearray)):
         return ["bytes", value.hex()]
     if isinstance(value, dict):
-        return [
-            "dict",
-            *([
-                [encode_value(key, encode_object), encode_value(item, encode_object)]
-                for key, item in dict.items(value)
-            ]),
-        ]
+        items = [[encode_value(part, encode_object) for part in pair] for pair in dict.items(value)]
+        return ["dict", *items]
     for tag, kind in _SEQUENCES.items():
         if isinstance(value, kind):
             return [tag, *([encode_value(item, encode_object) for item in kind.__iter__(value)])]
@@ -158,16 +170,69 @@ def set_limits(limits: dict[str, Any]) -> None:
 
 def install_seccomp_filter(rules: bytes) -> None:
     """Install a system-call filter (struct sock_filter[]) for this process and its children."""
-    import ctypes
-
-    class SockFprog(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_ushort), ("rules", ctypes.c_char_p)]
-
     libc = ctypes.CDLL(None, use_errno=True)
     program = SockFprog(len(rules) // 8, rules)
     # PR_SET_NO_NEW_PRIVS, then PR_SET_SECCOMP with SECCOMP_MODE_FILTER
     if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(program), 0, 0):
         raise OSError(ctypes.get_errno(), "no system-call filter")
+
+
+def install_reporting_filter(job: dict[str, Any], ready: int, go: int) -> None:
+    """Install a filter whose refused calls the parent answers, or else the one without reports.
+
+    The parent takes the listener out of this process (see `take_listener`), which then closes its
+    own copy. Calls that reach no listener fail with ENOSYS.
+    """
+    rules, libc = bytes.fromhex(job["reporting_filter"]), ctypes.CDLL(None, use_errno=True)
+    program = SockFprog(len(rules) // 8, rules)
+    libc.prctl(38, 1, 0, 0, 0)
+    # SECCOMP_SET_MODE_FILTER with SECCOMP_FILTER_FLAG_NEW_LISTENER
+    listener = libc.syscall(ctypes.c_long(job["seccomp_call"]), 1, 8, ctypes.byref(program))
+    if listener < 0:  # an old kernel, or there is a listener outside the jail
+        install_seccomp_filter(bytes.fromhex(job["filter"]))
+        return
+    os.write(ready, b"%010d" % listener)
+    os.read(go, 1)
+    os.close(listener)
+
+
+def take_listener(child: int, ready: int, go: int) -> int:
+    """Take the listener of the child's filter; -1 if there is none, or the kernel refuses."""
+    try:
+        number = int(read_exactly(ready, PREFIX_BYTES))
+    except EOFError:
+        return -1
+    libc = ctypes.CDLL(None)
+    process = libc.syscall(ctypes.c_long(_PIDFD_OPEN), child, 0)
+    listener = int(libc.syscall(ctypes.c_long(_PIDFD_GETFD), process, number, 0))
+    os.write(go, b"1")
+    return listener
+
+
+def report_refusals(listener: int, job: dict[str, Any], report_fd: int) -> None:
+    """Refuse each call that reaches the listener, and report its name once."""
+    names: set[str] = set()
+    while True:
+        notification = bytearray(_NOTIFICATION.size)
+        try:
+            fcntl.ioctl(listener, _RECEIVE, notification)
+            call, _, _, number, *_ = _NOTIFICATION.unpack(notification)
+            name = job["names"].get(str(number), "system call %d" % number)  # noqa: UP031
+            if name not in names and len(names) < MAX_REFUSALS:
+                names.add(name)
+                write_report(report_fd, {"refused": ", ".join(sorted(names))})
+            error = errno.EPERM if 0 <= number < job["first_young"] else errno.ENOSYS
+            fcntl.ioctl(listener, _SEND, _RESPONSE.pack(call, 0, -error, 0))
+        except (InterruptedError, FileNotFoundError):  # a signal ended the call, or the caller
+            continue
+        except OSError:  # without a listener, calls fail instead of waiting for it
+            os.close(listener)
+            return
+
+
+def write_report(report_fd: int, report: dict[str, Any]) -> None:
+    """Write a line of the report to the host; later lines add to earlier ones."""
+    os.write(report_fd, json.dumps(report).encode() + b"\n")
 
 
 def serve_program(channel: int) -> None:
@@ -211,24 +276,33 @@ def serve_program(channel: int) -> None:
 
 
 def run_program(channel: int, job: dict[str, Any], report_fd: int) -> None:
-    """Serve in a child process, so that the first process of the jail outlives every limit."""
+    """Serve in a child process, so that the first process of the jail outlives every limit.
+
+    It also answers the calls that the filter refuses, and reports them by name.
+    """
+    ready, go = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.close(report_fd)
             set_limits(job)
-            install_seccomp_filter(bytes.fromhex(job["filter"]))
+            install_reporting_filter(job, ready[1], go[0])
+            for end in (*ready, *go):
+                os.close(end)
             serve_program(channel)
         # nothing may return into the first process's code
         except BaseException as error:  # noqa: BLE001
             send_message(channel, {"error": [type(error).__name__, str(error)[:200]]})
         finally:
             os._exit(0)
-    os.close(channel)
+    for end in (channel, ready[1], go[0]):
+        os.close(end)
+    listener = take_listener(child, ready[0], go[1])
+    if listener >= 0:
+        _thread.start_new_thread(report_refusals, (listener, job, report_fd))
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
-        report = {"error": "killed by " + signal.Signals(os.WTERMSIG(status)).name}
-        os.write(report_fd, json.dumps(report).encode())
+        write_report(report_fd, {"error": "killed by " + signal.Signals(os.WTERMSIG(status)).name})
 
 
 class ProgramGone(Exception):
@@ -332,12 +406,30 @@ def send_request(
     raise kind(text) if text else kind()
 
 
-def decode_namespace(items: Any, decode_object: Callable[[Any], Any]) -> dict[str, Any]:
-    """Decode names of the program's module; a module only under its own name, and imported here."""
+def find_imports(source: str) -> set[str]:
+    """Return the modules that a source binds to their own top-level names (`import os.path`)."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # its own jail reports it
+        return set()
+    aliases = [
+        alias for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    ]
+    return {alias.name.split(".")[0] for alias in aliases if alias.asname in (None, alias.name)}
+
+
+def decode_namespace(
+    items: Any, decode_object: Callable[[Any], Any], imports: Container[str]
+) -> dict[str, Any]:
+    """Decode names of the program's module.
+
+    A module is imported here, if it is one of `imports` under its own name.
+    """
     namespace = {}
     for name, parts in items:
         if parts == ["module", name]:
-            namespace[name] = importlib.import_module(name)
+            if name in imports:
+                namespace[name] = importlib.import_module(name)
         elif not (isinstance(parts, list) and parts[0] == "module"):
             namespace[name] = decode_value(parts, decode_object)
     return namespace
@@ -369,7 +461,12 @@ def run_tests(channel: int, job: dict[str, Any]) -> dict[str, Any]:
         tests = ast.parse(job["tests"], "tests.py")
         names = sorted({node.id for node in ast.walk(tests) if isinstance(node, ast.Name)})
         request = {"source": job["source"], "names": names}
-        namespace = send_request(channel, request, decode_namespace)
+        imports = find_imports(job["source"]).intersection(names)
+        namespace = send_request(
+            channel,
+            request,
+            lambda items, decode_object: decode_namespace(items, decode_object, imports),
+        )
         test_globals = {"__name__": "program", **select_names(tests, namespace)}
         exec(compile(tests, "tests.py", "exec"), test_globals)
     except ProgramGone as error:
@@ -395,7 +492,7 @@ def main() -> None:
     else:
         set_limits(job)
         install_seccomp_filter(bytes.fromhex(job["filter"]))
-        os.write(report_fd, json.dumps(run_tests(channel, job)).encode())
+        write_report(report_fd, run_tests(channel, job))
 
 
 if __name__ == "__main__":
