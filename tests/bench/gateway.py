@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 from support import stub_engine
 
 from quantkit.serve.gateway.app import make_app
+from quantkit.serve.gateway.connections import ConnectionTable
 from quantkit.serve.gateway.settings import GatewaySettings, Upstream
 
 REQUEST_GOAL, TOKEN_GOAL = 2e-3, 0.2e-3  # seconds, p50
@@ -154,6 +155,6 @@ def main(requests: int) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--gateway"]:
         settings = GatewaySettings(upstreams=(Upstream(name="engine", url=sys.argv[2]),))
-        stub_engine.run_forever(make_app(settings))
+        stub_engine.run_forever(make_app(settings), ConnectionTable(settings.limits).make_protocol)
     else:
         sys.exit(main(int(sys.argv[1]) if sys.argv[1:] else 500))

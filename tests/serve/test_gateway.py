@@ -23,6 +23,7 @@ from support.stub_engine import RunningApp, StubEngine, send_half_request
 from quantkit.errors import UsageError
 from quantkit.serve.gateway.api_keys import ApiKey, authenticate, create_key, parse_keys
 from quantkit.serve.gateway.app import make_app
+from quantkit.serve.gateway.connections import ConnectionTable
 from quantkit.serve.gateway.settings import GatewaySettings, Limits, Upstream, parse_limits
 
 HERE = Path(__file__).parents[1]
@@ -66,7 +67,8 @@ def gateway(
             for n, one in enumerate(serving[1:])
         ]
         settings = GatewaySettings(upstreams=(*upstreams, *local), limits=Limits(**limits))
-        front = stack.enter_context(RunningApp(make_app(settings, keys)))
+        http = ConnectionTable(settings.limits).make_protocol
+        front = stack.enter_context(RunningApp(make_app(settings, keys), http=http))
         yield Setup(stubs, [one.url for one in serving], front.url)
 
 

@@ -186,9 +186,15 @@ async def abort_connection(receive: Any) -> None:
 class RunningApp:
     """An ASGI application on its own port, in a thread of this process."""
 
-    def __init__(self, app: Any, keep_alive: float = 5) -> None:
+    def __init__(self, app: Any, keep_alive: float = 5, http: Any = "auto") -> None:
+        """http: uvicorn's protocol, as `ConnectionTable.make_protocol`."""
         config = uvicorn.Config(
-            app, port=0, log_level="critical", timeout_keep_alive=keep_alive, lifespan="auto"
+            app,
+            port=0,
+            log_level="critical",
+            timeout_keep_alive=keep_alive,
+            lifespan="auto",
+            http=http,
         )
         self.server = uvicorn.Server(config)
         self.socket = socket.socket()
@@ -236,14 +242,14 @@ def run_process(*arguments: str) -> Iterator[tuple[str, int]]:
         started.wait(20)
 
 
-def run_forever(app: Any) -> None:
-    """Print the port, then serve in this process."""
+def run_forever(app: Any, http: Any = "auto") -> None:
+    """Print the port, then serve in this process. http: uvicorn's protocol."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(2048)
     sys.stdout.write(f"{listening.getsockname()[1]}\n")
     sys.stdout.flush()
-    config = uvicorn.Config(app, log_level="critical", backlog=2048)
+    config = uvicorn.Config(app, log_level="critical", backlog=2048, http=http)
     uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.serve.gateway.settings import Limits
 
 LOOPBACK = "127.0.0.1"
 STOP_SECONDS = 60
@@ -128,15 +129,18 @@ def check_port(host: str, port: int) -> None:
         ) from fault
 
 
-def make_server(app: Any, host: str, port: int) -> Any:
-    """Make the server of an ASGI application.
+def make_server(app: Any, host: str, port: int, limits: Limits) -> Any:
+    """Make the server of an ASGI application, with the limits of connections and heads.
 
     Its `run` blocks until SIGINT, SIGTERM or `should_exit`, and completes the open responses.
     """
     import uvicorn
 
+    from quantkit.serve.gateway.connections import ConnectionTable
+
     config = uvicorn.Config(
         app,
+        http=ConnectionTable(limits).make_protocol,  # type: ignore[arg-type]
         host=host,
         port=port,
         log_level="warning",

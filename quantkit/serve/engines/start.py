@@ -47,7 +47,7 @@ class GatewayOptions:
                 "--limit, --keys, --fallback, --fallback-key: expected --gateway with them; add it"
             )
         if self.is_enabled:
-            require_packages("fastapi", "uvicorn", "httpx2", "prometheus_client")
+            require_packages("fastapi", "uvicorn", "httptools", "httpx2", "prometheus_client")
         self.parse_limits()
         self.make_fallbacks()
         self.read_keys()
@@ -204,7 +204,7 @@ def start_engine(
 
 def run_transformers(plan: LaunchPlan, log: Log) -> None:
     """Run the transformers engine in this process."""
-    require_packages("fastapi", "uvicorn")
+    require_packages("fastapi", "uvicorn", "httptools")
     from quantkit.serve.engines.decoding import Decoder  # torch
     from quantkit.serve.engines.transformers_server import make_app
 
@@ -219,7 +219,7 @@ def run_transformers(plan: LaunchPlan, log: Log) -> None:
     log(f"serving {decoder.name} on {url} ({decoder.context} tokens)")
     for note in plan.launch.notes:
         log(note)
-    engine_process.make_server(make_app(decoder), options.host, options.port).run()
+    engine_process.make_server(make_app(decoder), options.host, options.port, Limits()).run()
 
 
 def run_with_gateway(plan: LaunchPlan, gateway: GatewayOptions, seconds: float, log: Log) -> None:
@@ -280,8 +280,9 @@ def make_gateway_server(gateway: GatewayOptions, engine: Upstream, log: Log) -> 
     from quantkit.serve.gateway.app import make_app
 
     log(gateway.summarize())
-    app = make_app(gateway.make_settings(engine), gateway.read_keys())
-    return engine_process.make_server(app, gateway.host, gateway.port)
+    settings = gateway.make_settings(engine)
+    app = make_app(settings, gateway.read_keys())
+    return engine_process.make_server(app, gateway.host, gateway.port, settings.limits)
 
 
 def read_template(path: Path | None) -> str | None:

@@ -5,6 +5,7 @@ It forwards bytes and never tokenizes.
 app               the ASGI application
 settings          what an operator can set: upstreams and limits
 api_keys          hashed API keys
+connections       bounds on connections and on the heads of requests
 request           a request: bounded read, validation, rewriting for an upstream
 admission_policy  which request runs, waits or is rejected (pure)
 admission_queue   the policy for asyncio: waiting, timeouts, cancellation

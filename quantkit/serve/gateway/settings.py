@@ -61,6 +61,18 @@ class Limits(BaseModel):
     max_choices: int = Field(
         default=16, ge=1, description="most choices (n, best_of) that a request may generate"
     )
+    connections: int = Field(
+        default=4096, ge=16, description="open connections; fewer if files are limited"
+    )
+    connections_per_address: int = Field(
+        default=1024, ge=0, description="open connections of one address; 0: no limit"
+    )
+    header_bytes: int = Field(
+        default=16_384, ge=1024, description="largest head of a request, and largest trailers"
+    )
+    header_seconds: float = Field(
+        default=10, gt=0, description="longest time to receive a request's head"
+    )
     body_seconds: float = Field(
         default=60, gt=0, description="longest time to receive a request's body"
     )
