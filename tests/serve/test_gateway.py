@@ -134,8 +134,21 @@ def test_stream_is_forwarded_unchanged_and_immediately() -> None:
     ("body", "status", "expected"),
     [
         (b"{", 400, "expected JSON"),
-        (b"[" * 100_000, 400, "expected JSON"),
-        (b"[]", 400, "expected an object, found list"),
+        (b'{"a": ' + b"[" * 100_000, 400, "expected JSON"),
+        (b"[]", 400, "body: expected a JSON object, found '[]'"),
+        (b'{"n": 1, "n": 16}', 400, "body: expected every key once, found 'n' twice"),
+        (b'{"stream": false, "str\\u0065am": true}', 400, "found 'stream' twice"),
+        (b'{"prompt": "{}", "temperature": NaN}', 400, "expected JSON, a value at byte 32"),
+        (b'{"prompt": "{}", "temperature": 1e999}', 400, "expected JSON, a finite number"),
+        (b'{"prompt": "{}", "stream": 1}', 400, "stream: expected true or false, found 1"),
+        (b'{"prompt": "{}", "stream": "true"}', 400, "expected true or false, found 'true'"),
+        (b'{"prompt": "{}", "stream": [true]}', 400, "expected true or false, found [True]"),
+        (b'{"prompt": "{}", "background": true}', 400, "background: expected false, found true"),
+        (
+            b'{"prompt": [' + b'"{}",' * 20 + b'"{}"]}',
+            400,
+            "prompts: expected at most 20, found 21",
+        ),
         (
             b'{"prompt": "{}", "max_tokens": 101}',
             400,
@@ -168,7 +181,7 @@ def test_stream_is_forwarded_unchanged_and_immediately() -> None:
 def test_invalid_request_is_rejected_before_the_engine(
     body: bytes, status: int, expected: str
 ) -> None:
-    with gateway(max_tokens=100, body_bytes=150_000) as setup:
+    with gateway(max_tokens=100, body_bytes=150_000, max_prompts=20) as setup:
         answer = httpx2.post(f"{setup.url}/completions", content=body)
         assert answer.status_code == status and expected in answer.json()["error"]["message"]
         assert not setup.engine.asked
@@ -345,7 +358,7 @@ def test_client_that_never_reads_loses_its_slot_at_the_deadline(
                 "stream": True,
             }).encode()
             raw.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-request-timeout: "
+                b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nx-request-timeout: "
                 b"1\r\ncontent-length: %d\r\n\r\n" % len(content) + content
             )
             until(lambda: setup.metric("running") == 1)
@@ -397,9 +410,8 @@ def test_disconnect_cancels_running_and_waiting_requests(stream: bool) -> None:
             with socket.create_connection(("127.0.0.1", httpx2.URL(setup.url).port)) as raw:
                 content = json.dumps(body).encode()
                 raw.sendall(
-                    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
-                    % len(content)
-                    + content
+                    b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+                    b"content-length: %d\r\n\r\n" % len(content) + content
                 )
                 if name == "running":
                     until(lambda: setup.engine.order == ["running"])
@@ -638,7 +650,7 @@ def test_slow_client_applies_backpressure() -> None:
                 "stream": True,
             }).encode()
             raw.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
+                b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n"
                 % len(content)
                 + content
             )
@@ -668,8 +680,8 @@ def test_memory_stays_flat_under_a_thousand_queued_requests() -> None:
             "stream": True,
         }).encode()
         request = (
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: "
-            b"%d\r\n\r\n" % len(plan) + plan
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+            b"content-length: %d\r\n\r\n" % len(plan) + plan
         )
 
         def wave() -> None:

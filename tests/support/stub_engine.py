@@ -60,7 +60,7 @@ class StubEngine:
         values = json.loads(body)
         self.asked.append(values)
         self.headers.append({key.decode(): value.decode() for key, value in scope["headers"]})
-        plan = parse_plan(values["prompt"])
+        plan = parse_plan(values.get("prompt"))
         name = plan.get("name", "")
         self.order.append(name)
         self.at_once += 1
@@ -147,8 +147,15 @@ class StubEngine:
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
-def parse_plan(prompt: str) -> dict[str, Any]:
-    """Return the behaviour in a prompt; a prompt that is not JSON is a name."""
+def parse_plan(prompt: Any) -> dict[str, Any]:
+    """Return the behaviour in a prompt, or in the first of several.
+
+    A text that is not JSON is a name.
+    """
+    if isinstance(prompt, list) and prompt:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        return {}
     try:
         return dict(json.loads(prompt))
     except ValueError:
@@ -220,7 +227,9 @@ def send_half_request(url: str) -> bytes:
     with socket.create_connection(
         ("127.0.0.1", int(url.split(":")[2].partition("/")[0])), timeout=10
     ) as raw:
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{   ")
+        raw.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{   "
+        )
         return b"".join(iter(lambda: raw.recv(65536), b""))
 
 

@@ -15,6 +15,7 @@ from quantkit.io.files import read_bytes, read_json
 from quantkit.serve.engines import engine_process
 from quantkit.serve.engines.launch import ENGINE_NAMES
 from quantkit.serve.engines.launch_plan import LaunchPlan, is_installed
+from quantkit.serve.gateway.access import is_loopback
 from quantkit.serve.gateway.api_keys import ApiKey, parse_keys
 from quantkit.serve.gateway.settings import GatewaySettings, Limits, Upstream, parse_limits
 from quantkit.verify.shallow import verify_artifact
@@ -26,8 +27,9 @@ Log = Callable[[str], None]
 class GatewayOptions:
     """Options of the gateway.
 
-    host, port: the address for clients; of the engine itself without a gateway. running: concurrent
-    requests at the engine if no limit sets them.
+    host, port: the address for clients; of the engine itself without a gateway. allowed_hosts:
+    names that browsers may call it by if there are no keys. has_open_metrics: /metrics and /ready
+    need no key. running: concurrent turns at the engine if no limit sets them.
     """
 
     is_enabled: bool
@@ -37,14 +39,24 @@ class GatewayOptions:
     keys: Path | None
     fallbacks: Sequence[str]
     key_variable: str
+    allowed_hosts: Sequence[str]
+    has_open_metrics: bool
     running: int
 
     def check(self) -> None:
         """Check the options before anything is read or started; UsageError for invalid ones."""
-        has_options = self.limits or self.keys or self.fallbacks or self.key_variable
+        has_options = (
+            self.limits
+            or self.keys
+            or self.fallbacks
+            or self.key_variable
+            or self.allowed_hosts
+            or self.has_open_metrics
+        )
         if not self.is_enabled and has_options:
             raise UsageError(
-                "--limit, --keys, --fallback, --fallback-key: expected --gateway with them; add it"
+                "--limit, --keys, --fallback, --fallback-key, --allow-host, --open-metrics: "
+                "expected --gateway with them; add it"
             )
         if self.is_enabled:
             require_packages("fastapi", "uvicorn", "httptools", "httpx2", "prometheus_client")
@@ -92,7 +104,11 @@ class GatewayOptions:
     def make_settings(self, engine: Upstream) -> GatewaySettings:
         """Return the settings of the gateway for this engine."""
         return GatewaySettings(
-            upstreams=(engine, *self.make_fallbacks()), limits=self.parse_limits()
+            upstreams=(engine, *self.make_fallbacks()),
+            limits=self.parse_limits(),
+            host=self.host,
+            allowed_hosts=tuple(self.allowed_hosts),
+            has_open_metrics=self.has_open_metrics,
         )
 
     def summarize(self) -> str:
@@ -115,7 +131,16 @@ class GatewayOptions:
         limits = ", ".join(
             f"{name}={value:.15g}" for name, value in settings.limits.model_dump().items()
         )
-        return [self.summarize(), *upstreams, f"limits: {limits}"]
+        return [self.summarize(), *upstreams, self.describe_access(), f"limits: {limits}"]
+
+    def describe_access(self) -> str:
+        """Describe the clients that the gateway serves, and those that may read its metrics."""
+        clients = "clients: with a key"
+        if not self.keys:
+            names = ", ".join(["localhost, IP addresses", *self.allowed_hosts])
+            clients = f"clients: all; browsers by {names} (--allow-host adds names)"
+        is_open = self.has_open_metrics or is_loopback(self.host)
+        return f"{clients}; /metrics and /ready: {'without a key' if is_open else 'with a key'}"
 
     def to_json(self, engine: Upstream) -> dict[str, Any]:
         """Return the gateway as plain values for JSON, without API keys."""
@@ -125,6 +150,8 @@ class GatewayOptions:
             "upstreams": [upstream.model_dump(exclude={"key"}) for upstream in settings.upstreams],
             "limits": settings.limits.model_dump(),
             "keys": len(self.read_keys()),
+            "allowed_hosts": list(self.allowed_hosts),
+            "open_metrics": self.has_open_metrics,
         }
 
 

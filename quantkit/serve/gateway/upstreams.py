@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import httpx2
 
+from quantkit.serve.gateway.request import iterate_pieces
 from quantkit.serve.gateway.settings import Limits, Upstream
 
 KEEP_CONNECTION = 2.0
 """Seconds that an idle connection is kept: fewer than engines keep theirs (vLLM: 5), so that no
 request is sent on a connection that the engine closes."""
+
+MODELS_SECONDS = 2.0
+"""Longest time without a byte from an upstream whose models are requested."""
 
 
 @dataclass
@@ -37,6 +42,7 @@ class Upstreams:
             timeout=httpx2.Timeout(limits.silence, connect=limits.connect, pool=None),
             trust_env=False,  # no proxy between gateway and engine
         )
+        self._models: asyncio.Task[bytes | None] | None = None
         self._whole_timeout = httpx2.Timeout(limits.deadline, connect=limits.connect, pool=None)
 
     def list_by_health(self) -> list[UpstreamState]:
@@ -51,27 +57,47 @@ class Upstreams:
         state.down_until = time.monotonic() + self._limits.cool_down
 
     def build_request(
-        self, state: UpstreamState, path: str, body: bytes, *, stream: bool, request_id: str
+        self,
+        state: UpstreamState,
+        path: str,
+        body: Sequence[memoryview],
+        *,
+        stream: bool,
+        request_id: str,
     ) -> httpx2.Request:
-        """Build a POST request.
+        """Build a POST request with a body in pieces.
 
         An engine is silent until a response without a stream is complete: only the deadline limits
         it then.
         """
+        size = str(sum(map(len, body)))
         return self.client.build_request(
             "POST",
             state.upstream.url + path,
-            content=body,
-            headers=state.headers | {"x-request-id": request_id},
+            content=iterate_pieces(body),
+            headers=state.headers | {"x-request-id": request_id, "content-length": size},
             timeout=httpx2.USE_CLIENT_DEFAULT if stream else self._whole_timeout,
         )
 
     async def fetch_models(self) -> bytes | None:
-        """Return /models of the first upstream that responds; None if none does."""
+        """Return /models of the first upstream that responds; None if none does.
+
+        Callers at the same time share one request: it needs no slot, and each would open a
+        connection.
+        """
+        if self._models is None:
+            self._models = asyncio.create_task(self._fetch_models())
+            self._models.add_done_callback(self._forget_models)
+        return await asyncio.shield(self._models)
+
+    def _forget_models(self, _: asyncio.Task[bytes | None]) -> None:
+        self._models = None
+
+    async def _fetch_models(self) -> bytes | None:
         for state in self.list_by_health():
             try:
                 response = await self.client.get(
-                    f"{state.upstream.url}/models", headers=state.headers, timeout=2.0
+                    f"{state.upstream.url}/models", headers=state.headers, timeout=MODELS_SECONDS
                 )
             except httpx2.TransportError:
                 continue
