@@ -4,9 +4,9 @@ requests that count as one and are a thousand.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +22,17 @@ from support.stub_engine import RunningApp, StubEngine
 from quantkit.serve.gateway import app as gateway_app
 from quantkit.serve.gateway.access import HostPolicy
 from quantkit.serve.gateway.api_keys import ApiKey, create_key
-from quantkit.serve.gateway.bodies import SMALL_BYTES, ByteBudget, HeldBytes
+from quantkit.serve.gateway.bodies import SMALL_BYTES, ByteBudget, HeldBytes, read_body
 from quantkit.serve.gateway.connections import ConnectionTable
 from quantkit.serve.gateway.errors import BudgetExceeded, RequestRejected
 from quantkit.serve.gateway.event_stream import EventStream
-from quantkit.serve.gateway.json_scan import scan_object
+from quantkit.serve.gateway.json_scan import (
+    STEP_BYTES,
+    STEP_TOKENS,
+    scan_between_others,
+    scan_in_steps,
+    scan_object,
+)
 from quantkit.serve.gateway.request import splice_body
 from quantkit.serve.gateway.settings import GatewaySettings, Limits, Upstream
 
@@ -306,6 +312,29 @@ def test_budget_leaves_a_quarter_to_small_bodies() -> None:
     assert budget.used == used - 750_000
 
 
+def test_large_bodies_are_read_in_turns_and_small_ones_at_once() -> None:
+    async def scenario() -> None:
+        budget, order = ByteBudget(10_000_000), list[str]()
+
+        async def read(name: str, size: int) -> None:
+            parts = iter([size] * 3)
+
+            async def receive() -> Any:
+                return {"type": "http.request", "body": bytes(next(parts)), "more_body": True}
+
+            with pytest.raises(RuntimeError):  # no more parts
+                await read_body(receive, {}, 8_000_000, 60, HeldBytes(budget))
+            order.append(name)
+
+        pacer = budget.pacer
+        async with asyncio.timeout(60):
+            pacer._next = asyncio.get_running_loop().time() + 0.1
+            await asyncio.gather(*(read(*one) for one in (("large", 100_000), ("small", 1_000))))
+        assert order == ["small", "large"]
+
+    asyncio.run(scenario())
+
+
 def test_body_is_forgotten_when_its_stream_begins() -> None:
     body = {"prompt": json.dumps({"tokens": 40, "pause": 0.1}), "stream": True, "x": "y" * 100_000}
     with run_front() as front:
@@ -316,22 +345,48 @@ def test_body_is_forgotten_when_its_stream_begins() -> None:
         wait_until(lambda: front.engine.left)
 
 
-def test_large_bodies_are_parsed_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads = list[str]()
-    parse = gateway_app.parse_request
+@pytest.mark.parametrize(
+    "filling",
+    [
+        b'"' + b"word and " * 200_000 + b'"',
+        b'"' + b"\\n" * 200_000 + b'"',
+        b"[" + b"[]," * 100_000 + b"1]",
+        b"[" + b'{"a":"b"},' * 50_000 + b"1]",
+        b"[" + b"12345, " * 200_000 + b"1]",
+        b"[" + b'"a b",' * 200_000 + b"1]",
+    ],
+)
+def test_event_loop_serves_others_while_a_large_body_is_scanned(filling: bytes) -> None:
+    """A step is at most STEP_BYTES and one match, or STEP_TOKENS."""
+    text = b'{"prompt": ' + filling + b"}"
+    steps = scan_in_steps(text, frozenset())
+    n_steps = sum(1 for _ in steps)
+    n_tokens = filling.count(b"[]") + 3 * filling.count(b'"a":')
+    assert n_steps >= max(len(text) / (3 * STEP_BYTES), n_tokens / STEP_TOKENS - 1)
 
-    def record(*arguments: Any) -> Any:
-        threads.append(threading.current_thread().name)
-        return parse(*arguments)
+    async def scan() -> None:
+        turns = 0
 
-    monkeypatch.setattr(gateway_app, "parse_request", record)
+        async def count_turns() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        others = asyncio.create_task(count_turns())
+        await scan_between_others(text, frozenset())
+        others.cancel()
+        assert turns >= n_steps
+
+    asyncio.run(scan())
+
+
+def test_large_body_is_checked_like_a_small_one() -> None:
     with run_front() as front:
-        for size in (10, SMALL_BYTES):
-            assert front.post({"prompt": "{}", "x": "y" * size}).status_code == 200
-        refused = front.post(b'{"prompt": "{}", "x": "' + b"y" * SMALL_BYTES + b'", "x": 1}')
+        long = b'{"prompt": "{}", "x": "' + b"y" * SMALL_BYTES + b'"'
+        assert front.post(long + b"}").status_code == 200
+        refused = front.post(long + b', "x": 1}')
         assert refused.status_code == 400 and "found 'x' twice" in refused.text
-    assert not threads[0].startswith("parse-bodies")
-    assert all(name.startswith("parse-bodies") for name in threads[1:])
 
 
 def test_answers_beyond_their_budget_get_429() -> None:
@@ -351,7 +406,7 @@ def test_models_are_requested_once_for_many_clients() -> None:
             if scope["type"] == "http" and scope["method"] == "GET":
                 self.n_models += 1
                 while not self.released.is_set():
-                    await gateway_app.asyncio.sleep(0.01)
+                    await asyncio.sleep(0.01)
             await super().__call__(scope, receive, send)
 
     engine = Slow()

@@ -51,7 +51,7 @@ class StubEngine:
                 send, 200, {"object": "list", "data": [{"id": "stub", "object": "model"}]}
             )
             return
-        body = b""
+        body = bytearray()
         while True:
             message = await receive()
             body += message.get("body", b"")

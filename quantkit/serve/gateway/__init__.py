@@ -12,7 +12,7 @@ json_scan         a strict check of JSON that keeps offsets instead of values
 request           a request: validation, rewriting for an upstream
 admission_policy  which request runs, waits or is rejected (pure)
 admission_queue   the policy for asyncio: waiting, timeouts, cancellation
-upstreams         the engine and its fallbacks, one connection pool
+upstreams         the engine and its fallbacks, and connections to them
 relay             forwarding of a request to an upstream and of its response to the client
 response          a response: its head is sent once, errors can be reported in every state
 event_stream      where a stream of events is, and whether it is complete

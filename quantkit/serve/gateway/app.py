@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, MutableMapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from itertools import count
 from secrets import token_hex
 from typing import Any
@@ -34,6 +33,7 @@ from quantkit.serve.gateway.request import (
     ProxyRequest,
     parse_priority,
     parse_request,
+    scan_body,
 )
 from quantkit.serve.gateway.response import GatewayResponse, Send
 from quantkit.serve.gateway.settings import GatewaySettings
@@ -55,8 +55,7 @@ def make_app(settings: GatewaySettings, keys: tuple[ApiKey, ...] = ()) -> FastAP
             yield
         finally:
             heartbeats.cancel()
-            gateway.parser.shutdown(wait=False)
-            await gateway.upstreams.client.aclose()
+            await gateway.upstreams.close()
 
     app = FastAPI(
         title="quantkit gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
@@ -129,8 +128,7 @@ class Gateway:
                 aging=limits.aging_seconds,
             )
         )
-        # One thread: large bodies wait for each other, and the event loop for none of them.
-        self.parser = ThreadPoolExecutor(1, "parse-bodies")
+        self._scans = asyncio.Lock()  # one large body at a time: one step per turn of the loop
         self._streams = set[GatewayResponse]()
         self._id_prefix, self._numbers = token_hex(6), count()
 
@@ -181,12 +179,9 @@ class Gateway:
         limits = self.limits
         timeout = min(limits.body_seconds, limits.deadline)
         held.content = await read_body(receive, headers, limits.body_bytes, timeout, held)
-        if len(held.content) <= SMALL_BYTES:
-            return parse_request(path, held, headers, key, limits)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self.parser, parse_request, path, held, headers, key, limits
-        )
+        async with self._scans if len(held.content) > SMALL_BYTES else nullcontext():
+            scanned = await scan_body(held)
+        return parse_request(path, held, scanned, headers, key, limits)
 
     async def report_overload(
         self, fault: QueueFull | BudgetExceeded, response: GatewayResponse

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from ipaddress import IPv6Address, ip_address
 from typing import Any
@@ -35,6 +35,9 @@ WIRE_FACTOR = 2
 LINGER_SECONDS = 30.0
 """Time in which a client may read an early response while its body is discarded, and in which it
 must take the last bytes of a closed connection; nginx allows the same."""
+DRAIN_PAUSE = 0.01
+"""Seconds between two reads of bodies that are discarded, over all connections: 256 KiB in each
+make 26 MB/s, which takes less than a tenth of a core from the streams."""
 RESERVED_FILES = 64
 """Descriptors for listeners, logs, libraries and the models request."""
 MIN_CONNECTIONS = 16
@@ -63,6 +66,7 @@ class ConnectionTable:
         self._counts = Counter[str]()
         self._idle: dict[str, dict[ConnectionGuard, None]] = {}  # by address, the oldest first
         self._is_sweeping = False
+        self._draining = deque[ConnectionGuard]()  # paused, in the order of their next read
 
     def make_protocol(
         self, config: Any, server_state: Any, app_state: Any, _loop: Any = None
@@ -114,6 +118,23 @@ class ConnectionTable:
             if not guard.is_busy():
                 self.mark_idle(guard)
             guard.expire(now)
+
+    def pause_drain(self, guard: ConnectionGuard) -> None:
+        """Pause a connection whose body is discarded until it is its turn to be read again."""
+        guard.transport.pause_reading()
+        self._draining.append(guard)
+        if len(self._draining) == 1:
+            asyncio.get_running_loop().call_later(DRAIN_PAUSE, self._resume_drain)
+
+    def _resume_drain(self) -> None:
+        is_closed = True
+        while is_closed and self._draining:
+            guard = self._draining.popleft()
+            is_closed = guard.transport.is_closing()
+            if not is_closed:
+                guard.transport.resume_reading()
+        if self._draining:
+            asyncio.get_running_loop().call_later(DRAIN_PAUSE, self._resume_drain)
 
     def _schedule_sweep(self) -> None:
         def sweep_again() -> None:
@@ -197,6 +218,8 @@ class ConnectionGuard:
                 self._fault = (413, f"body: expected at most {self._limits.body_bytes} bytes")
             if self._fault:
                 self._refuse(*self._fault)
+        if self._is_in_body and not self.is_busy() and not self.transport.is_closing():
+            self._table.pause_drain(self)
 
     def eof_received(self) -> None:
         """Hand on the end of the client's bytes."""

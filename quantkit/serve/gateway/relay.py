@@ -125,8 +125,7 @@ class Relay:
             request_id=request_id,
         )
         try:
-            upstream_response = await self.upstreams.client.send(upstream_request, stream=True)
-            try:
+            async with self.upstreams.open_response(upstream_request) as upstream_response:
                 content_type = upstream_response.headers.get("content-type", "")
                 if (
                     request.stream
@@ -136,8 +135,6 @@ class Relay:
                     await self._forward_stream(upstream_response, request, response, arrived, name)
                     return "ok"
                 return await self._forward_whole(upstream_response, response, name, held)
-            finally:
-                await upstream_response.aclose()
         except httpx2.TransportError as fault:
             raise classify_error(fault, name) from None
 

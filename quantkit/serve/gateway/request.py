@@ -10,9 +10,15 @@ from typing import Any
 
 from quantkit.serve.gateway.admission_policy import PRIORITY_LEVELS
 from quantkit.serve.gateway.api_keys import ApiKey
-from quantkit.serve.gateway.bodies import HeldBytes
+from quantkit.serve.gateway.bodies import SMALL_BYTES, HeldBytes
 from quantkit.serve.gateway.errors import RequestRejected
-from quantkit.serve.gateway.json_scan import InvalidJson, ScannedObject, scan_object, skip_space
+from quantkit.serve.gateway.json_scan import (
+    InvalidJson,
+    ScannedObject,
+    scan_between_others,
+    scan_object,
+    skip_space,
+)
 from quantkit.serve.gateway.settings import Limits, Upstream
 
 TOKEN_LIMITS: Mapping[str, tuple[str, ...]] = {
@@ -110,14 +116,25 @@ async def iterate_pieces(pieces: Sequence[memoryview]) -> AsyncIterator[bytes]:
             yield bytes(piece[start : start + _PIECE_BYTES])
 
 
-def parse_request(
-    path: str, body: HeldBytes, headers: Mapping[bytes, bytes], key: ApiKey, limits: Limits
-) -> ProxyRequest:
-    """Validate a request; RequestRejected names the first invalid parameter."""
+async def scan_body(body: HeldBytes) -> ScannedObject:
+    """Check the JSON of a body; a large one in steps between which the event loop serves others."""
     try:
-        scanned = scan_object(body.content, _NAMES)
+        if len(body.content) <= SMALL_BYTES:
+            return scan_object(body.content, _NAMES)
+        return await scan_between_others(body.content, _NAMES)
     except InvalidJson as fault:
         raise reject_value(f"body: {fault}; repair it") from None
+
+
+def parse_request(
+    path: str,
+    body: HeldBytes,
+    scanned: ScannedObject,
+    headers: Mapping[bytes, bytes],
+    key: ApiKey,
+    limits: Limits,
+) -> ProxyRequest:
+    """Validate a request; RequestRejected names the first invalid parameter."""
     values = {name: read_value(body.content, scanned, name) for name in _VALUES}
     for name in _LIMITED:
         check_limit(values, name, limits.max_tokens)
