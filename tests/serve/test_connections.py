@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import resource
 import socket
 import time
@@ -17,6 +18,7 @@ import httpx2
 import pytest
 from support.stub_engine import RunningApp, StubEngine
 
+from quantkit.serve.engines.engine_process import LOG_LINES, LogLimit, make_server
 from quantkit.serve.gateway import connections
 from quantkit.serve.gateway.app import make_app
 from quantkit.serve.gateway.connections import ConnectionTable, group_address, reserve_files
@@ -305,3 +307,13 @@ def test_sweep_ends_with_the_last_connection() -> None:
             assert not table._is_sweeping and not table._idle and not table._counts
 
     asyncio.run(scenario())
+
+
+def test_requests_that_are_no_http_fill_no_log() -> None:
+    seconds = iter([0.0] * 100 + [1.0] * 100)
+    limit = LogLimit(lambda: next(seconds))
+    record = logging.makeLogRecord({"msg": "Invalid HTTP request received."})
+    assert sum(limit(record) for _ in range(200)) == 2 * LOG_LINES
+    make_server(lambda: None, "127.0.0.1", 0, Limits())
+    filters = logging.getLogger("uvicorn.error").filters
+    assert isinstance(filters.pop(), LogLimit)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -177,6 +178,38 @@ def test_operators_endpoints_need_a_key_beyond_loopback(path: str) -> None:
                 )
                 assert with_key.status_code == (200 if keys else status)
                 assert httpx2.get(f"{front.root}/health").status_code == 200
+
+
+def test_transformers_engine_without_a_gateway_checks_host_and_origin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server that `quantkit serve` starts, with a decoder that is never used."""
+    from quantkit.serve.engines import decoding, engine_process, start
+
+    served = list[Any]()
+    decoder = SimpleNamespace(name="a", context=1, close=lambda: None)
+    monkeypatch.setattr(decoding, "Decoder", lambda *_, **__: decoder)
+    monkeypatch.setattr(
+        engine_process,
+        "make_server",
+        lambda app, *_: SimpleNamespace(run=lambda: served.append(app)),
+    )
+    plan: Any = SimpleNamespace(
+        options=SimpleNamespace(name="", chat_template=None, host="127.0.0.1", port=1),
+        target=SimpleNamespace(path=".", name="a"),
+        memory=SimpleNamespace(context=1),
+        launch=SimpleNamespace(notes=()),
+    )
+    start.run_transformers(plan, ["box"], lambda _: None)
+    with RunningApp(served[0]) as running:
+        url = f"http://127.0.0.1:{running.port}/v1/models"
+        for headers, status in (
+            ({}, 200),
+            ({"host": "box"}, 200),
+            ({"host": "evil.example"}, 403),
+            ({"origin": "http://evil.example"}, 403),
+        ):
+            assert httpx2.get(url, headers=headers).status_code == status
 
 
 # -------------------------------------------------------------------------------------------- turns

@@ -94,7 +94,7 @@ ENGINES = ["auto", "vllm", "sglang", "transformers"]
     "--allow-host",
     multiple=True,
     metavar="NAME",
-    help="gateway without keys: a name that clients and web pages may call it by.",
+    help="without keys: a name that clients and web pages may call the server by.",
 )
 @click.option(
     "--open-metrics",

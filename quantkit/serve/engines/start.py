@@ -15,7 +15,7 @@ from quantkit.io.files import read_bytes, read_json
 from quantkit.serve.engines import engine_process
 from quantkit.serve.engines.launch import ENGINE_NAMES
 from quantkit.serve.engines.launch_plan import LaunchPlan, is_installed
-from quantkit.serve.gateway.access import is_loopback
+from quantkit.serve.gateway.access import HostPolicy, is_loopback
 from quantkit.serve.gateway.api_keys import ApiKey, parse_keys
 from quantkit.serve.gateway.settings import GatewaySettings, Limits, Upstream, parse_limits
 from quantkit.verify.shallow import verify_artifact
@@ -46,17 +46,12 @@ class GatewayOptions:
     def check(self) -> None:
         """Check the options before anything is read or started; UsageError for invalid ones."""
         has_options = (
-            self.limits
-            or self.keys
-            or self.fallbacks
-            or self.key_variable
-            or self.allowed_hosts
-            or self.has_open_metrics
+            self.limits or self.keys or self.fallbacks or self.key_variable or self.has_open_metrics
         )
         if not self.is_enabled and has_options:
             raise UsageError(
-                "--limit, --keys, --fallback, --fallback-key, --allow-host, --open-metrics: "
-                "expected --gateway with them; add it"
+                "--limit, --keys, --fallback, --fallback-key, --open-metrics: expected --gateway "
+                "with them; add it"
             )
         if self.is_enabled:
             require_packages("fastapi", "uvicorn", "httptools", "httpx2", "prometheus_client")
@@ -209,6 +204,11 @@ def start_engine(
             f"{ENGINE_NAMES[launch.engine]}: expected in this environment, found none; "
             "install it, or use --docker"
         )
+    if gateway.allowed_hosts and not gateway.is_enabled and launch.engine != "transformers":
+        raise UsageError(
+            f"--allow-host: expected --gateway or the transformers engine, found "
+            f"{ENGINE_NAMES[launch.engine]}, which serves every name; add --gateway"
+        )
     engine_process.check_port(gateway.host, gateway.port)
     if target.kind == "artifact" and not verified:
         result = verify_artifact(Path(target.path))
@@ -218,7 +218,7 @@ def start_engine(
     if gateway.is_enabled:
         run_with_gateway(plan, gateway, seconds, log)
     elif launch.engine == "transformers":
-        run_transformers(plan, log)
+        run_transformers(plan, gateway.allowed_hosts, log)
     else:
         log(launch.format_command())
         with engine_process.run_process(launch.get_command(), os.environ) as process:
@@ -229,11 +229,12 @@ def start_engine(
             )
 
 
-def run_transformers(plan: LaunchPlan, log: Log) -> None:
-    """Run the transformers engine in this process."""
+def run_transformers(plan: LaunchPlan, allowed_hosts: Sequence[str], log: Log) -> None:
+    """Run the transformers engine in this process, for clients but not for other sites' pages."""
     require_packages("fastapi", "uvicorn", "httptools")
     from quantkit.serve.engines.decoding import Decoder  # torch
     from quantkit.serve.engines.transformers_server import make_app
+    from quantkit.serve.gateway.host_check import HostCheck
 
     options = plan.options
     decoder = Decoder(
@@ -246,7 +247,9 @@ def run_transformers(plan: LaunchPlan, log: Log) -> None:
     log(f"serving {decoder.name} on {url} ({decoder.context} tokens)")
     for note in plan.launch.notes:
         log(note)
-    engine_process.make_server(make_app(decoder), options.host, options.port, Limits()).run()
+    app = make_app(decoder)
+    app.add_middleware(HostCheck, policy=HostPolicy(options.host, tuple(allowed_hosts)))
+    engine_process.make_server(app, options.host, options.port, Limits()).run()
 
 
 def run_with_gateway(plan: LaunchPlan, gateway: GatewayOptions, seconds: float, log: Log) -> None:

@@ -6,7 +6,8 @@ app               the ASGI application
 settings          what an operator can set: upstreams and limits
 api_keys          hashed API keys
 connections       bounds on connections and on the heads of requests
-access            Host and Origin without keys; the operator's endpoints
+access            names in Host and Origin that a server without keys trusts
+host_check        that check before an application
 bodies            the bounded read of a body, and the budget of all bodies
 json_scan         a strict check of JSON that keeps offsets instead of values
 request           a request: validation, rewriting for an upstream

@@ -12,7 +12,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from quantkit.serve.gateway.access import HostPolicy, RawHeaders, is_loopback
 from quantkit.serve.gateway.admission_policy import AdmissionPolicy
@@ -26,6 +25,7 @@ from quantkit.serve.gateway.errors import (
     make_error_response,
     register_error_handler,
 )
+from quantkit.serve.gateway.host_check import HostCheck
 from quantkit.serve.gateway.metrics import Metrics
 from quantkit.serve.gateway.relay import Relay
 from quantkit.serve.gateway.request import (
@@ -90,23 +90,6 @@ def make_app(settings: GatewaySettings, keys: tuple[ApiKey, ...] = ()) -> FastAP
     if not keys:
         app.add_middleware(HostCheck, policy=gateway.hosts)
     return app
-
-
-class HostCheck:
-    """Rejects requests that a browser of another site may have sent; for gateways without keys."""
-
-    def __init__(self, app: ASGIApp, policy: HostPolicy) -> None:
-        self._app, self._policy = app, policy
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            try:
-                self._policy.check(scope["headers"])
-            except RequestRejected as fault:
-                response = GatewayResponse(send, time.monotonic, ())
-                await response.send_error(fault.status, fault.kind, str(fault))
-                return
-        await self._app(scope, receive, send)
 
 
 class Gateway:

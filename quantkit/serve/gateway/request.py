@@ -10,7 +10,7 @@ from typing import Any
 
 from quantkit.serve.gateway.admission_policy import PRIORITY_LEVELS
 from quantkit.serve.gateway.api_keys import ApiKey
-from quantkit.serve.gateway.bodies import SMALL_BYTES, HeldBytes
+from quantkit.serve.gateway.bodies import HeldBytes
 from quantkit.serve.gateway.errors import RequestRejected
 from quantkit.serve.gateway.json_scan import (
     InvalidJson,
@@ -117,10 +117,8 @@ async def iterate_pieces(pieces: Sequence[memoryview]) -> AsyncIterator[bytes]:
 
 
 async def scan_body(body: HeldBytes) -> ScannedObject:
-    """Check the JSON of a body; a large one in steps between which the event loop serves others."""
+    """Check the JSON of a body, in steps between which the event loop serves others."""
     try:
-        if len(body.content) <= SMALL_BYTES:
-            return scan_object(body.content, _NAMES)
         return await scan_between_others(body.content, _NAMES)
     except InvalidJson as fault:
         raise reject_value(f"body: {fault}; repair it") from None
