@@ -73,8 +73,10 @@ class ProxyRequest:
         """Return the body for an upstream in pieces: the client's own bytes between changes."""
         changes = dict(self.changes)
         priority = (self.priority or None) if upstream.priorities else None
-        is_rejected = self.sent_priority is not None and not upstream.priorities
-        if is_rejected or priority != (self.sent_priority or None):
+        # An upstream without priorities rejects any, and vLLM rejects null.
+        is_rejected = self.sent_priority is None or not upstream.priorities
+        is_sent = b"priority" in self.scanned.members
+        if (is_sent and is_rejected) or priority != (self.sent_priority or None):
             changes[b"priority"] = None if priority is None else str(priority).encode()
         if upstream.model:
             changes[b"model"] = json.dumps(upstream.model).encode()
