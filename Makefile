@@ -9,7 +9,7 @@ WORKERS ?= 2
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-serve demo-load fast test lint types unit golden test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-gateway bench-peers bench-transfer bench-verify \
+.PHONY: help demo demo-serve demo-load fast test lint types unit golden test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-gateway bench-gateway-soak bench-peers bench-transfer bench-verify \
 	reliability real-model eval-real test-vllm wheel clean
 
 help:  ## list the targets
@@ -98,6 +98,9 @@ bench-gpu: $(VENV)/.installed  ## one MoE block of DeepSeek-V3's shape on a GPU:
 
 bench-gateway: $(VENV)/.installed  ## latency that the gateway adds per request and per streamed token, on loopback
 	PYTHONPATH=tests $(BIN)/python -m bench.gateway
+
+bench-gateway-soak: $(VENV)/.installed  ## 300 streams through a gateway that slow and large requests attack (a minute)
+	PYTHONPATH=tests $(BIN)/python -m bench.gateway_soak $(ARGS)
 
 bench-transfer: $(VENV)/.installed  ## time of `quantkit publish` and `pull` in a folder relative to cp -r, 1 GB
 	PYTHONPATH=tests $(BIN)/python -m bench.transfer

@@ -84,6 +84,7 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "evaluate/sandbox/runner.py": frozenset({"os.open"}),  # /dev/null, inside the jail
     "evaluate/sandbox/jail.py": frozenset({"socket"}),  # a connected pair between two jails
     "evaluate/sandbox/limits.py": frozenset({"read_text"}),  # what /proc says of a jail
+    "serve/gateway/access.py": frozenset({"urllib.parse"}),  # names in headers; no request
     "serve/gateway/relay.py": frozenset({"httpx2"}),  # what becomes of its connections
     "serve/gateway/upstreams.py": frozenset({"httpx2"}),  # to the engines; no file
     "serve/loadtest/engine.py": frozenset({"httpx2"}),  # a server's metrics

@@ -32,16 +32,19 @@ _RETRY_SECONDS = 0.1  # a holder that is just ending removes the file between ou
 
 @contextmanager
 def hold_lock(
-    path: Path, what: str = "build", instead: str = "another output.path"
+    path: Path,
+    what: str = "build",
+    instead: str = "another output.path",
+    seconds: float = _RETRY_SECONDS,
 ) -> Iterator[None]:
     """Hold the lock file `path`, then remove it; a file that a killed process left is taken over.
 
-    what, instead: the job under the lock and its alternative, for the message. Raises UsageError
-    that names the holder if another process holds the lock, QuantkitError if the file cannot be
-    written.
+    what, instead: the job under the lock and its alternative, for the message. seconds: time to
+    wait for another holder. Raises UsageError that names the holder if another process holds the
+    lock, QuantkitError if the file cannot be written.
     """
     try:
-        lock = _acquire(path, what, instead)
+        lock = _acquire(path, what, instead, seconds)
     except OSError as fault:
         raise make_write_error(path.with_suffix(""), fault) from fault
     try:
@@ -52,12 +55,12 @@ def hold_lock(
         lock.release()
 
 
-def _acquire(path: Path, what: str, instead: str) -> FileLock:
+def _acquire(path: Path, what: str, instead: str, seconds: float) -> FileLock:
     if path.parent.exists() and not path.parent.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     lock = FileLock(
         path,
-        timeout=_RETRY_SECONDS,
+        timeout=seconds,
         thread_local=False,
         fallback_to_soft=False,
         on_acquired=partial(_write_holder, path),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from itertools import count
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -31,25 +31,73 @@ class Machine(RuleBasedStateMachine):
         self.running: list[int] = []
         self.waiting: dict[int, tuple[float, int]] = {}  # request -> (rank, request)
         self.who: dict[int, str] = {}
+        self.turns: dict[int, int] = {}  # of running and waiting requests
+        self.entered: list[int] = []
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 3.0, 40.0]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
 
+    def count_turns(self, who: str) -> int:
+        return sum(self.turns[request] for request, owner in self.who.items() if owner == who)
+
+    def used(self) -> int:
+        return sum(min(self.turns[request], RUNNING) for request in self.running)
+
+    def fits(self, turns: int) -> bool:
+        return self.used() + min(turns, RUNNING) <= RUNNING
+
+    def start_waiting(self) -> list[int]:
+        started = []
+        while self.waiting:
+            first = min(self.waiting, key=self.waiting.__getitem__)
+            if not self.fits(self.turns[first]):
+                break
+            del self.waiting[first]
+            self.running.append(first)
+            started.append(first)
+        return started
+
+    def forget(self, request: int) -> None:
+        del self.who[request], self.turns[request]
+
+    @rule(who=st.sampled_from("ab"), most=st.sampled_from([0, 0, 4]))
+    def enter(self, who: str, most: int) -> None:
+        """The most urgent priority: rejected only if no body could help."""
+        request = next(self.numbers)
+        outcome = self.real.enter(request, 0, who, self.now, max_turns=most)
+        if most and self.count_turns(who) >= most:
+            assert outcome == "over"
+            return
+        last = max(self.waiting.values(), default=(0.0, 0))
+        if self.used() >= RUNNING and len(self.waiting) >= WAITING and self.now >= last[0]:
+            assert outcome in ("full", "entered") if self.now == last[0] else outcome == "full"
+        else:
+            assert outcome == "entered"
+        if outcome == "entered":
+            self.entered.append(request)
+            self.who[request], self.turns[request] = who, 1
+
     @rule(
         priority=st.integers(0, PRIORITY_LEVELS - 1),
         who=st.sampled_from("ab"),
         most=st.sampled_from([0, 0, 4]),
+        turns=st.sampled_from([1, 1, 1, 2, 3, 7]),
+        data=st.data(),
     )
-    def arrive(self, priority: int, who: str, most: int) -> None:
+    def arrive(self, priority: int, who: str, most: int, turns: int, data: st.DataObject) -> None:
         request = next(self.numbers)
-        mine = Counter(self.who.values())[who]
-        offer = self.real.offer(request, priority, who, self.now, max_requests=most)
+        if self.entered and data.draw(st.booleans()):
+            request = self.entered.pop(data.draw(st.integers(0, len(self.entered) - 1)))
+            who = self.who[request]
+            self.forget(request)
+        mine = self.count_turns(who)
+        offer = self.real.offer(request, priority, who, self.now, turns=turns, max_turns=most)
         rank = (self.now + priority * AGING, request)
-        if most and mine >= most:
+        if most and mine + turns > most:
             assert offer.outcome == "over"
             return
-        if len(self.running) < RUNNING:
+        if self.fits(turns) and rank < min(self.waiting.values(), default=(float("inf"), 0)):
             assert (offer.outcome, offer.displaced) == ("run", None)
             self.running.append(request)
         elif len(self.waiting) < WAITING:
@@ -61,9 +109,10 @@ class Machine(RuleBasedStateMachine):
                 assert offer.outcome == "full"
                 return
             assert (offer.outcome, offer.displaced) == ("wait", last)
-            del self.waiting[last], self.who[last]
+            del self.waiting[last]
+            self.forget(last)
             self.waiting[request] = rank
-        self.who[request] = who
+        self.who[request], self.turns[request] = who, turns
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -71,25 +120,24 @@ class Machine(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.running))
         following = self.real.release(request, self.now)
         self.running.remove(request)
-        del self.who[request]
-        if not self.waiting:
-            assert following is None
-            return
-        first = min(self.waiting, key=self.waiting.__getitem__)
-        assert following == first
-        del self.waiting[first]
-        self.running.append(first)
+        self.forget(request)
+        assert following == self.start_waiting()
 
-    @precondition(lambda self: self.waiting)
+    @precondition(lambda self: self.waiting or self.entered)
     @rule(data=st.data())
     def give_up(self, data: st.DataObject) -> None:
-        request = data.draw(st.sampled_from(sorted(self.waiting)))
-        assert self.real.release(request, self.now) is None
-        del self.waiting[request], self.who[request]
+        request = data.draw(st.sampled_from(sorted([*self.waiting, *self.entered])))
+        following = self.real.release(request, self.now)
+        if request in self.entered:
+            self.entered.remove(request)
+        else:
+            del self.waiting[request]
+        self.forget(request)
+        assert following == self.start_waiting()
 
     @rule()
     def release_twice_or_unknown(self) -> None:
-        assert self.real.release(-1, self.now) is None
+        assert self.real.release(-1, self.now) == []
 
     @invariant()
     def policy_matches_model_and_limits_hold(self) -> None:
@@ -97,10 +145,10 @@ class Machine(RuleBasedStateMachine):
         assert [request for _, request in self.real.waiting] == sorted(
             self.waiting, key=self.waiting.__getitem__
         )
-        assert len(self.running) <= RUNNING and len(self.waiting) <= WAITING
-        assert (
-            not self.waiting or len(self.running) == RUNNING
-        )  # no request waits while a slot is free
+        assert self.real.n_running == self.used() <= RUNNING and len(self.waiting) <= WAITING
+        if self.waiting:  # the first one does not fit
+            assert not self.fits(self.turns[min(self.waiting, key=self.waiting.__getitem__)])
+        assert self.real._turns == self.turns and self.real._client == self.who
         assert 1 <= self.real.retry_after() <= MAX_RETRY_AFTER
 
 
@@ -123,8 +171,8 @@ def test_policy_prevents_starvation_and_orders_by_priority(
     for request, (at, priority) in enumerate(arrivals):
         assert real.offer(request, priority, "", at).outcome == "wait"
     served, current = [], -1
-    while (following := real.release(current, 200.0)) is not None:
-        served.append(current := following)
+    while following := real.release(current, 200.0):
+        served.append(current := following[0])
     assert sorted(served) == list(range(len(arrivals)))
     for place, early in enumerate(served):
         for late in served[place + 1 :]:  # `early` was served before `late`
@@ -135,6 +183,13 @@ def test_policy_prevents_starvation_and_orders_by_priority(
 
 
 # ------------------------------------------------------------------------------------------ asyncio
+
+
+async def acquire(queue: AdmissionQueue, priority: int, client: str, **options: Any) -> int:
+    """Enter and wait; return the slot."""
+    slot = queue.enter(priority, client, max_turns=options.get("max_turns", 0))
+    await queue.acquire(slot, priority, client, **options)
+    return slot
 
 
 @settings(max_examples=60, deadline=None)
@@ -158,16 +213,20 @@ def test_queue_loses_no_slot_under_cancellation(plan: list[tuple[int, int, int]]
         async def one(priority: int, steps: int) -> str:
             nonlocal at_once, most
             try:
-                number = await queue.acquire(priority, "", timeout=30)
+                number = queue.enter(priority, "")
             except QueueFull as busy:
                 return busy.reason
-            at_once += 1
+            try:
+                await queue.acquire(number, priority, "", timeout=30, turns=1 + priority % 3)
+            except QueueFull as busy:
+                return busy.reason
+            at_once += min(2, 1 + priority % 3)
             most = max(most, at_once)
             try:
                 for _ in range(steps):
                     await asyncio.sleep(0)
             finally:
-                at_once -= 1
+                at_once -= min(2, 1 + priority % 3)
                 queue.release(number)
             return "done"
 
@@ -197,9 +256,9 @@ def test_queue_loses_no_slot_under_cancellation(plan: list[tuple[int, int, int]]
 def test_timeout_in_the_queue_reports_reason_and_retry_after() -> None:
     async def scenario() -> None:
         queue = AdmissionQueue(AdmissionPolicy(max_running=1, max_waiting=5, aging=AGING))
-        first = await queue.acquire(0, "", timeout=1)
+        first = await acquire(queue, 0, "", timeout=1)
         with pytest.raises(QueueFull, match=r"timed out in the queue; retry after \d+ s") as caught:
-            await queue.acquire(0, "", timeout=0.01)
+            await acquire(queue, 0, "", timeout=0.01)
         assert caught.value.retry_after >= 1
         assert not queue.policy.waiting
         queue.release(first)
@@ -212,12 +271,12 @@ def test_timeout_in_the_queue_reports_reason_and_retry_after() -> None:
 def test_key_limits_its_concurrent_requests() -> None:
     async def scenario() -> None:
         queue = AdmissionQueue(AdmissionPolicy(max_running=3, max_waiting=5, aging=AGING))
-        mine = [await queue.acquire(0, "a", timeout=1, max_requests=2) for _ in range(2)]
+        mine = [await acquire(queue, 0, "a", timeout=1, max_turns=2) for _ in range(2)]
         with pytest.raises(QueueFull, match="this key has too many concurrent requests"):
-            await queue.acquire(0, "a", timeout=1, max_requests=2)
-        other = await queue.acquire(0, "b", timeout=1, max_requests=2)
+            await acquire(queue, 0, "a", timeout=1, max_turns=2)
+        other = await acquire(queue, 0, "b", timeout=1, max_turns=2)
         queue.release(mine[0])
-        queue.release(await queue.acquire(0, "a", timeout=1, max_requests=2))
+        queue.release(await acquire(queue, 0, "a", timeout=1, max_turns=2))
         queue.release(other)
 
     asyncio.run(scenario())
@@ -226,12 +285,12 @@ def test_key_limits_its_concurrent_requests() -> None:
 def test_full_queue_displaces_the_least_urgent_request() -> None:
     async def scenario() -> None:
         queue = AdmissionQueue(AdmissionPolicy(max_running=1, max_waiting=1, aging=AGING))
-        first = await queue.acquire(5, "", timeout=1)
-        idle = asyncio.create_task(queue.acquire(9, "", timeout=5))
+        first = await acquire(queue, 5, "", timeout=1)
+        idle = asyncio.create_task(acquire(queue, 9, "", timeout=5))
         await asyncio.sleep(0)
         with pytest.raises(QueueFull, match="the queue is full"):
-            await queue.acquire(9, "", timeout=5)
-        urgent = asyncio.create_task(queue.acquire(0, "", timeout=5))
+            await acquire(queue, 9, "", timeout=5)
+        urgent = asyncio.create_task(acquire(queue, 0, "", timeout=5))
         with pytest.raises(QueueFull, match="a more urgent request took this place"):
             await idle
         queue.release(first)

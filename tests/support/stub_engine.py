@@ -51,7 +51,7 @@ class StubEngine:
                 send, 200, {"object": "list", "data": [{"id": "stub", "object": "model"}]}
             )
             return
-        body = b""
+        body = bytearray()
         while True:
             message = await receive()
             body += message.get("body", b"")
@@ -60,7 +60,7 @@ class StubEngine:
         values = json.loads(body)
         self.asked.append(values)
         self.headers.append({key.decode(): value.decode() for key, value in scope["headers"]})
-        plan = parse_plan(values["prompt"])
+        plan = parse_plan(values.get("prompt"))
         name = plan.get("name", "")
         self.order.append(name)
         self.at_once += 1
@@ -147,8 +147,15 @@ class StubEngine:
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
-def parse_plan(prompt: str) -> dict[str, Any]:
-    """Return the behaviour in a prompt; a prompt that is not JSON is a name."""
+def parse_plan(prompt: Any) -> dict[str, Any]:
+    """Return the behaviour in a prompt, or in the first of several.
+
+    A text that is not JSON is a name.
+    """
+    if isinstance(prompt, list) and prompt:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        return {}
     try:
         return dict(json.loads(prompt))
     except ValueError:
@@ -186,9 +193,15 @@ async def abort_connection(receive: Any) -> None:
 class RunningApp:
     """An ASGI application on its own port, in a thread of this process."""
 
-    def __init__(self, app: Any, keep_alive: float = 5) -> None:
+    def __init__(self, app: Any, keep_alive: float = 5, http: Any = "auto") -> None:
+        """http: uvicorn's protocol, as `ConnectionTable.make_protocol`."""
         config = uvicorn.Config(
-            app, port=0, log_level="critical", timeout_keep_alive=keep_alive, lifespan="auto"
+            app,
+            port=0,
+            log_level="critical",
+            timeout_keep_alive=keep_alive,
+            lifespan="auto",
+            http=http,
         )
         self.server = uvicorn.Server(config)
         self.socket = socket.socket()
@@ -214,7 +227,9 @@ def send_half_request(url: str) -> bytes:
     with socket.create_connection(
         ("127.0.0.1", int(url.split(":")[2].partition("/")[0])), timeout=10
     ) as raw:
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{   ")
+        raw.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{   "
+        )
         return b"".join(iter(lambda: raw.recv(65536), b""))
 
 
@@ -236,14 +251,14 @@ def run_process(*arguments: str) -> Iterator[tuple[str, int]]:
         started.wait(20)
 
 
-def run_forever(app: Any) -> None:
-    """Print the port, then serve in this process."""
+def run_forever(app: Any, http: Any = "auto") -> None:
+    """Print the port, then serve in this process. http: uvicorn's protocol."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(2048)
     sys.stdout.write(f"{listening.getsockname()[1]}\n")
     sys.stdout.flush()
-    config = uvicorn.Config(app, log_level="critical", backlog=2048)
+    config = uvicorn.Config(app, log_level="critical", backlog=2048, http=http)
     uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -91,6 +91,17 @@ ENGINES = ["auto", "vllm", "sglang", "transformers"]
     help="gateway in front of a URL: environment variable with that server's API key.",
 )
 @click.option(
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="without keys: a name that clients and web pages may call the server by.",
+)
+@click.option(
+    "--open-metrics",
+    is_flag=True,
+    help="gateway: serve /metrics and /ready without a key, also to other machines.",
+)
+@click.option(
     "--start-seconds",
     type=click.FloatRange(1),
     default=3600,
@@ -106,7 +117,8 @@ def command(  # noqa: PLR0913  # one parameter per option
     users: int, gpu: str | None, kv: Any, host: str, port: int, name: str,
     chat_template: Path | None, docker: bool, kubernetes: bool, gateway: bool,
     limits: tuple[str, ...], keys: Path | None, fallback: tuple[str, ...], fallback_key: str,
-    engine_key: str, start_seconds: float, no_verify: bool, json_out: bool,
+    engine_key: str, allow_host: tuple[str, ...], open_metrics: bool, start_seconds: float,
+    no_verify: bool, json_out: bool,
 ) -> None:  # fmt: skip
     """Verify an artifact, size it, and serve it.
 
@@ -124,7 +136,8 @@ def command(  # noqa: PLR0913  # one parameter per option
         )
     gateway_options = GatewayOptions(
         is_enabled=gateway, host=host, port=port, limits=limits, keys=keys, fallbacks=fallback,
-        key_variable=fallback_key, running=users,
+        key_variable=fallback_key, allowed_hosts=allow_host, has_open_metrics=open_metrics,
+        running=users,
     )  # fmt: skip
     gateway_options.check()
     if artifact.startswith(("http://", "https://")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -15,10 +16,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.serve.gateway.settings import Limits
 
 LOOPBACK = "127.0.0.1"
 STOP_SECONDS = 60
 """Seconds that an engine has to finish its responses before SIGKILL."""
+LOG_LINES = 10
+"""Lines of a server's log in a second."""
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
@@ -128,15 +132,18 @@ def check_port(host: str, port: int) -> None:
         ) from fault
 
 
-def make_server(app: Any, host: str, port: int) -> Any:
-    """Make the server of an ASGI application.
+def make_server(app: Any, host: str, port: int, limits: Limits) -> Any:
+    """Make the server of an ASGI application, with the limits of connections and heads.
 
     Its `run` blocks until SIGINT, SIGTERM or `should_exit`, and completes the open responses.
     """
     import uvicorn
 
+    from quantkit.serve.gateway.connections import ConnectionTable
+
     config = uvicorn.Config(
         app,
+        http=ConnectionTable(limits).make_protocol,  # type: ignore[arg-type]
         host=host,
         port=port,
         log_level="warning",
@@ -146,7 +153,26 @@ def make_server(app: Any, host: str, port: int) -> Any:
         timeout_keep_alive=75,  # longer than the keep-alive of load balancers
         timeout_graceful_shutdown=STOP_SECONDS,
     )
+    logging.getLogger("uvicorn.error").addFilter(LogLimit())
     return uvicorn.Server(config)
+
+
+class LogLimit:
+    """A filter of a log: at most LOG_LINES lines in a second, so that clients cannot fill a disk.
+
+    The server writes a line for each request that is no HTTP. Mutable.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._second, self._n_lines = 0, 0
+
+    def __call__(self, _: logging.LogRecord) -> bool:
+        second = int(self._clock())
+        if second != self._second:
+            self._second, self._n_lines = second, 0
+        self._n_lines += 1
+        return self._n_lines <= LOG_LINES
 
 
 def watch_process(process: subprocess.Popen[bytes], on_exit: Callable[[int], None]) -> None:

@@ -15,6 +15,7 @@ from quantkit.io.files import read_bytes, read_json
 from quantkit.serve.engines import engine_process
 from quantkit.serve.engines.launch import ENGINE_NAMES
 from quantkit.serve.engines.launch_plan import LaunchPlan, is_installed
+from quantkit.serve.gateway.access import HostPolicy, is_loopback
 from quantkit.serve.gateway.api_keys import ApiKey, parse_keys
 from quantkit.serve.gateway.settings import GatewaySettings, Limits, Upstream, parse_limits
 from quantkit.verify.shallow import verify_artifact
@@ -26,8 +27,9 @@ Log = Callable[[str], None]
 class GatewayOptions:
     """Options of the gateway.
 
-    host, port: the address for clients; of the engine itself without a gateway. running: concurrent
-    requests at the engine if no limit sets them.
+    host, port: the address for clients; of the engine itself without a gateway. allowed_hosts:
+    names that browsers may call it by if there are no keys. has_open_metrics: /metrics and /ready
+    need no key. running: concurrent turns at the engine if no limit sets them.
     """
 
     is_enabled: bool
@@ -37,17 +39,22 @@ class GatewayOptions:
     keys: Path | None
     fallbacks: Sequence[str]
     key_variable: str
+    allowed_hosts: Sequence[str]
+    has_open_metrics: bool
     running: int
 
     def check(self) -> None:
         """Check the options before anything is read or started; UsageError for invalid ones."""
-        has_options = self.limits or self.keys or self.fallbacks or self.key_variable
+        has_options = (
+            self.limits or self.keys or self.fallbacks or self.key_variable or self.has_open_metrics
+        )
         if not self.is_enabled and has_options:
             raise UsageError(
-                "--limit, --keys, --fallback, --fallback-key: expected --gateway with them; add it"
+                "--limit, --keys, --fallback, --fallback-key, --open-metrics: expected --gateway "
+                "with them; add it"
             )
         if self.is_enabled:
-            require_packages("fastapi", "uvicorn", "httpx2", "prometheus_client")
+            require_packages("fastapi", "uvicorn", "httptools", "httpx2", "prometheus_client")
         self.parse_limits()
         self.make_fallbacks()
         self.read_keys()
@@ -92,7 +99,11 @@ class GatewayOptions:
     def make_settings(self, engine: Upstream) -> GatewaySettings:
         """Return the settings of the gateway for this engine."""
         return GatewaySettings(
-            upstreams=(engine, *self.make_fallbacks()), limits=self.parse_limits()
+            upstreams=(engine, *self.make_fallbacks()),
+            limits=self.parse_limits(),
+            host=self.host,
+            allowed_hosts=tuple(self.allowed_hosts),
+            has_open_metrics=self.has_open_metrics,
         )
 
     def summarize(self) -> str:
@@ -115,7 +126,16 @@ class GatewayOptions:
         limits = ", ".join(
             f"{name}={value:.15g}" for name, value in settings.limits.model_dump().items()
         )
-        return [self.summarize(), *upstreams, f"limits: {limits}"]
+        return [self.summarize(), *upstreams, self.describe_access(), f"limits: {limits}"]
+
+    def describe_access(self) -> str:
+        """Describe the clients that the gateway serves, and those that may read its metrics."""
+        clients = "clients: with a key"
+        if not self.keys:
+            names = ", ".join(["localhost, IP addresses", *self.allowed_hosts])
+            clients = f"clients: all; browsers by {names} (--allow-host adds names)"
+        is_open = self.has_open_metrics or is_loopback(self.host)
+        return f"{clients}; /metrics and /ready: {'without a key' if is_open else 'with a key'}"
 
     def to_json(self, engine: Upstream) -> dict[str, Any]:
         """Return the gateway as plain values for JSON, without API keys."""
@@ -125,6 +145,8 @@ class GatewayOptions:
             "upstreams": [upstream.model_dump(exclude={"key"}) for upstream in settings.upstreams],
             "limits": settings.limits.model_dump(),
             "keys": len(self.read_keys()),
+            "allowed_hosts": list(self.allowed_hosts),
+            "open_metrics": self.has_open_metrics,
         }
 
 
@@ -182,6 +204,11 @@ def start_engine(
             f"{ENGINE_NAMES[launch.engine]}: expected in this environment, found none; "
             "install it, or use --docker"
         )
+    if gateway.allowed_hosts and not gateway.is_enabled and launch.engine != "transformers":
+        raise UsageError(
+            f"--allow-host: expected --gateway or the transformers engine, found "
+            f"{ENGINE_NAMES[launch.engine]}, which serves every name; add --gateway"
+        )
     engine_process.check_port(gateway.host, gateway.port)
     if target.kind == "artifact" and not verified:
         result = verify_artifact(Path(target.path))
@@ -191,7 +218,7 @@ def start_engine(
     if gateway.is_enabled:
         run_with_gateway(plan, gateway, seconds, log)
     elif launch.engine == "transformers":
-        run_transformers(plan, log)
+        run_transformers(plan, gateway.allowed_hosts, log)
     else:
         log(launch.format_command())
         with engine_process.run_process(launch.get_command(), os.environ) as process:
@@ -202,11 +229,12 @@ def start_engine(
             )
 
 
-def run_transformers(plan: LaunchPlan, log: Log) -> None:
-    """Run the transformers engine in this process."""
-    require_packages("fastapi", "uvicorn")
+def run_transformers(plan: LaunchPlan, allowed_hosts: Sequence[str], log: Log) -> None:
+    """Run the transformers engine in this process, for clients but not for other sites' pages."""
+    require_packages("fastapi", "uvicorn", "httptools")
     from quantkit.serve.engines.decoding import Decoder  # torch
     from quantkit.serve.engines.transformers_server import make_app
+    from quantkit.serve.gateway.host_check import HostCheck
 
     options = plan.options
     decoder = Decoder(
@@ -219,7 +247,9 @@ def run_transformers(plan: LaunchPlan, log: Log) -> None:
     log(f"serving {decoder.name} on {url} ({decoder.context} tokens)")
     for note in plan.launch.notes:
         log(note)
-    engine_process.make_server(make_app(decoder), options.host, options.port).run()
+    app = make_app(decoder)
+    app.add_middleware(HostCheck, policy=HostPolicy(options.host, tuple(allowed_hosts)))
+    engine_process.make_server(app, options.host, options.port, Limits()).run()
 
 
 def run_with_gateway(plan: LaunchPlan, gateway: GatewayOptions, seconds: float, log: Log) -> None:
@@ -280,8 +310,9 @@ def make_gateway_server(gateway: GatewayOptions, engine: Upstream, log: Log) -> 
     from quantkit.serve.gateway.app import make_app
 
     log(gateway.summarize())
-    app = make_app(gateway.make_settings(engine), gateway.read_keys())
-    return engine_process.make_server(app, gateway.host, gateway.port)
+    settings = gateway.make_settings(engine)
+    app = make_app(settings, gateway.read_keys())
+    return engine_process.make_server(app, gateway.host, gateway.port, settings.limits)
 
 
 def read_template(path: Path | None) -> str | None:

@@ -29,12 +29,9 @@ from quantkit.serve.engines.openai_protocol import (
     parse_request,
 )
 from quantkit.serve.gateway import errors
-from quantkit.serve.gateway.request import (
-    ClientDisconnected,
-    RequestRejected,
-    parse_object,
-    read_body,
-)
+from quantkit.serve.gateway.bodies import read_body
+from quantkit.serve.gateway.errors import ClientDisconnected, RequestRejected
+from quantkit.serve.gateway.request import parse_object
 from quantkit.serve.gateway.settings import Limits
 
 RequestKind = Literal["text", "chat"]

@@ -16,6 +16,7 @@ from quantkit.serve.gateway.admission_policy import AdmissionPolicy
 _MESSAGES = {
     "full": "the queue is full",
     "over": "this key has too many concurrent requests",
+    "bytes": "the gateway holds as many bytes of requests as it may",
     "displaced": "the queue is full and a more urgent request took this place",
     "late": "timed out in the queue",
 }
@@ -41,17 +42,37 @@ class AdmissionQueue:
         # Result of a future: True, the slot is granted; False, the place was lost.
         self._waiting: dict[int, asyncio.Future[bool]] = {}
 
+    def enter(self, priority: int, client: str, *, max_turns: int = 0) -> int:
+        """Register a request before its body is read.
+
+        priority: the most urgent one that it may have. Returns a number that `acquire` and
+        `release` take. Raises QueueFull if the request would be rejected in any case.
+        """
+        slot = next(self._numbers)
+        outcome = self.policy.enter(slot, priority, client, self._clock(), max_turns=max_turns)
+        if outcome != "entered":
+            raise QueueFull(outcome, self.policy.retry_after())
+        return slot
+
     async def acquire(
-        self, priority: int, client: str, *, timeout: float, max_requests: int = 0
-    ) -> int:
-        """Wait at most `timeout` seconds for a slot. Return its number, which `release` takes.
+        self,
+        slot: int,
+        priority: int,
+        client: str,
+        *,
+        timeout: float,
+        turns: int = 1,
+        max_turns: int = 0,
+    ) -> None:
+        """Wait at most `timeout` seconds until an entered request may run.
 
         Raises QueueFull if the request is rejected.
         """
-        slot = next(self._numbers)
-        offer = self.policy.offer(slot, priority, client, self._clock(), max_requests=max_requests)
+        offer = self.policy.offer(
+            slot, priority, client, self._clock(), turns=turns, max_turns=max_turns
+        )
         if offer.outcome == "run":
-            return slot
+            return
         if offer.outcome != "wait":
             raise QueueFull(offer.outcome, self.policy.retry_after())
         if offer.displaced is not None:
@@ -68,13 +89,11 @@ class AdmissionQueue:
             raise
         if not is_granted:
             raise QueueFull("displaced", self.policy.retry_after())
-        return slot
 
     def release(self, slot: int) -> None:
-        """Release a slot or a place in the queue."""
+        """Release a slot, a place in the queue, or an entered request. Idempotent."""
         self._waiting.pop(slot, None)
-        following = self.policy.release(slot, self._clock())
-        if following is not None:
+        for following in self.policy.release(slot, self._clock()):
             self._wake(following, True)
 
     def _wake(self, slot: int, is_granted: bool) -> None:

@@ -5,28 +5,35 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, MutableMapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from itertools import count
 from secrets import token_hex
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from starlette.routing import Route
 
+from quantkit.serve.gateway.access import HostPolicy, RawHeaders, is_loopback
 from quantkit.serve.gateway.admission_policy import AdmissionPolicy
 from quantkit.serve.gateway.admission_queue import AdmissionQueue, QueueFull
 from quantkit.serve.gateway.api_keys import ANONYMOUS, ApiKey, authenticate
-from quantkit.serve.gateway.errors import register_error_handler
+from quantkit.serve.gateway.bodies import SMALL_BYTES, ByteBudget, HeldBytes, Receive, read_body
+from quantkit.serve.gateway.errors import (
+    BudgetExceeded,
+    ClientDisconnected,
+    RequestRejected,
+    make_error_response,
+    register_error_handler,
+)
+from quantkit.serve.gateway.host_check import HostCheck
 from quantkit.serve.gateway.metrics import Metrics
 from quantkit.serve.gateway.relay import Relay
 from quantkit.serve.gateway.request import (
     TOKEN_LIMITS,
-    ClientDisconnected,
     ProxyRequest,
-    Receive,
-    RequestRejected,
+    parse_priority,
     parse_request,
-    read_body,
+    scan_body,
 )
 from quantkit.serve.gateway.response import GatewayResponse, Send
 from quantkit.serve.gateway.settings import GatewaySettings
@@ -48,7 +55,7 @@ def make_app(settings: GatewaySettings, keys: tuple[ApiKey, ...] = ()) -> FastAP
             yield
         finally:
             heartbeats.cancel()
-            await gateway.upstreams.client.aclose()
+            await gateway.upstreams.close()
 
     app = FastAPI(
         title="quantkit gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
@@ -62,18 +69,26 @@ def make_app(settings: GatewaySettings, keys: tuple[ApiKey, ...] = ()) -> FastAP
     async def get_health() -> dict[str, str]:
         return {"status": "ok"}
 
+    @app.exception_handler(RequestRejected)
+    async def report_rejection(_: Request, fault: RequestRejected) -> Response:
+        return make_error_response(fault.status, fault.kind, str(fault))
+
     @app.get("/ready")
-    async def get_readiness(response: Response) -> dict[str, str]:
+    async def get_readiness(request: Request, response: Response) -> dict[str, str]:
+        gateway.check_operator(request.headers.raw)
         if await gateway.upstreams.fetch_models() is not None:
             return {"status": "ready"}
         response.status_code = 503
         return {"status": "no upstream responds"}
 
     @app.get("/metrics")
-    async def get_metrics() -> Response:
+    async def get_metrics(request: Request) -> Response:
+        gateway.check_operator(request.headers.raw)
         return Response(gateway.format_metrics(), headers={"content-type": Metrics.content_type})
 
     app.router.routes.append(Route("/v1/models", ModelsEndpoint(gateway), methods=["GET"]))
+    if not keys:
+        app.add_middleware(HostCheck, policy=gateway.hosts)
     return app
 
 
@@ -81,17 +96,22 @@ class Gateway:
     """The endpoint of POST requests: authenticate, validate, wait for a slot, forward, count."""
 
     def __init__(self, settings: GatewaySettings, keys: tuple[ApiKey, ...]) -> None:
-        self.limits, self.keys = settings.limits, keys
+        limits = settings.limits
+        self.settings, self.limits, self.keys = settings, limits, keys
+        self.hosts = HostPolicy(settings.host, settings.allowed_hosts)
         self.metrics = Metrics()
-        self.upstreams = Upstreams(settings.upstreams, settings.limits)
-        self.relay = Relay(self.upstreams, self.metrics, settings.limits)
+        self.upstreams = Upstreams(settings.upstreams, limits)
+        self.bodies = ByteBudget(limits.all_bodies_bytes)
+        answers = ByteBudget(limits.all_answers_bytes)
+        self.relay = Relay(self.upstreams, self.metrics, limits, answers)
         self.queue = AdmissionQueue(
             AdmissionPolicy(
-                max_running=settings.limits.running,
-                max_waiting=settings.limits.waiting,
-                aging=settings.limits.aging_seconds,
+                max_running=limits.running,
+                max_waiting=limits.waiting,
+                aging=limits.aging_seconds,
             )
         )
+        self._scans = asyncio.Lock()  # one large body at a time: one step per turn of the loop
         self._streams = set[GatewayResponse]()
         self._id_prefix, self._numbers = token_hex(6), count()
 
@@ -101,34 +121,84 @@ class Gateway:
         if not request_id.isprintable() or not request_id.isascii() or not request_id:
             request_id = f"{self._id_prefix}-{next(self._numbers)}"
         response = GatewayResponse(send, time.monotonic, ((b"x-request-id", request_id.encode()),))
-        name, outcome = ANONYMOUS.name, "fault"
+        name, outcome, slot, held = ANONYMOUS.name, "fault", None, HeldBytes(self.bodies)
         try:
             key = self.authenticate(headers)
             name = key.name
-            timeout = min(self.limits.body_seconds, self.limits.deadline)
-            body = await read_body(receive, headers, self.limits.body_bytes, timeout)
+            slot = self.queue.enter(
+                find_priority(headers, key), key.name, max_turns=key.most or self.limits.per_key
+            )
             path = scope["path"].removeprefix("/v1")
-            request = parse_request(path, body, headers, key, self.limits)
+            request = await self.read_request(path, headers, receive, key, held)
             outcome = await self.serve_until_deadline(
-                request, key, response, receive, arrived, request_id
+                request, slot, key, response, receive, arrived, request_id
             )
         except RequestRejected as fault:
             outcome = "refused"
             await response.send_error(fault.status, fault.kind, str(fault))
+        except (QueueFull, BudgetExceeded) as fault:
+            outcome = await self.report_overload(fault, response)
         except ClientDisconnected:
             outcome = "left"
         except Exception:
             await response.send_error(500, "server_error", "the gateway failed; try again")
             raise  # the server logs it
         finally:
+            held.release()
+            if slot is not None:
+                self.queue.release(slot)
             self.metrics.requests.labels(name, outcome).inc()
             self.metrics.duration.labels(outcome).observe(time.monotonic() - arrived)
+
+    async def read_request(
+        self,
+        path: str,
+        headers: dict[bytes, bytes],
+        receive: Receive,
+        key: ApiKey,
+        held: HeldBytes,
+    ) -> ProxyRequest:
+        """Read and validate a request that has entered the queue."""
+        limits = self.limits
+        timeout = min(limits.body_seconds, limits.deadline)
+        held.content = await read_body(receive, headers, limits.body_bytes, timeout, held)
+        async with self._scans if len(held.content) > SMALL_BYTES else nullcontext():
+            scanned = await scan_body(held)
+        return parse_request(path, held, scanned, headers, key, limits)
+
+    async def report_overload(
+        self, fault: QueueFull | BudgetExceeded, response: GatewayResponse
+    ) -> str:
+        """Send 429 with Retry-After; return the outcome for the metrics."""
+        if isinstance(fault, BudgetExceeded):
+            fault = QueueFull("bytes", self.queue.policy.retry_after())
+        await response.send_error(
+            429, "rate_limit_error", str(fault), retry_after=fault.retry_after
+        )
+        return f"busy: {fault.reason}"
+
+    def check_operator(self, headers: RawHeaders) -> None:
+        """Raise RequestRejected unless a client may read /metrics and /ready.
+
+        With a key it may. Without, it may on this machine, or where the operator opened them.
+        """
+        if self.keys and authenticate(self.keys, read_authorization(dict(headers))):
+            return
+        if is_loopback(self.settings.host):
+            self.hosts.check(headers)
+        elif not self.settings.has_open_metrics:
+            raise RequestRejected(
+                401,
+                "authentication_error",
+                "Authorization: expected Bearer and a key of this gateway; --open-metrics opens "
+                "/metrics and /ready",
+            )
 
     def authenticate(self, headers: dict[bytes, bytes]) -> ApiKey:
         """Return the key of a request; RequestRejected if keys are required and it has none."""
         if not self.keys:
             return ANONYMOUS
-        key = authenticate(self.keys, headers.get(b"authorization", b"").decode("latin-1"))
+        key = authenticate(self.keys, read_authorization(headers))
         if key is None:
             raise RequestRejected(
                 401,
@@ -140,6 +210,7 @@ class Gateway:
     async def serve_until_deadline(
         self,
         request: ProxyRequest,
+        slot: int,
         key: ApiKey,
         response: GatewayResponse,
         receive: Receive,
@@ -166,15 +237,10 @@ class Gateway:
         watcher = asyncio.create_task(watch_client())
         try:
             async with asyncio.timeout(arrived + request.timeout - time.monotonic()):
-                return await self.serve(request, key, response, arrived, request_id)
+                return await self.serve(request, slot, key, response, arrived, request_id)
         except TimeoutError:
             await self.report_timeout(request, response)
             return "late"
-        except QueueFull as rejection:
-            await response.send_error(
-                429, "rate_limit_error", str(rejection), retry_after=rejection.retry_after
-            )
-            return f"busy: {rejection.reason}"
         except asyncio.CancelledError:
             if not has_disconnected:
                 raise
@@ -186,17 +252,20 @@ class Gateway:
     async def serve(
         self,
         request: ProxyRequest,
+        slot: int,
         key: ApiKey,
         response: GatewayResponse,
         arrived: float,
         request_id: str,
     ) -> str:
-        """Wait for a slot, then forward the request."""
-        slot = await self.queue.acquire(
+        """Wait until the request may run, then forward it."""
+        await self.queue.acquire(
+            slot,
             request.priority,
             key.name,
             timeout=self.limits.queue_seconds,
-            max_requests=key.most or self.limits.per_key,
+            turns=request.turns,
+            max_turns=key.most or self.limits.per_key,
         )
         try:
             self.metrics.queued.observe(time.monotonic() - arrived)
@@ -241,9 +310,19 @@ class Gateway:
     def format_metrics(self) -> bytes:
         """Return the metrics in Prometheus' format, with the current queue."""
         policy = self.queue.policy
-        self.metrics.running.set(len(policy.running))
+        self.metrics.running.set(policy.n_running)
         self.metrics.waiting.set(len(policy.waiting))
         return self.metrics.format_text()
+
+
+def read_authorization(headers: dict[bytes, bytes]) -> str:
+    """Return the Authorization header; "" without."""
+    return headers.get(b"authorization", b"").decode("latin-1")
+
+
+def find_priority(headers: dict[bytes, bytes], key: ApiKey) -> int:
+    """Return the most urgent priority that a request may have, before its body is read."""
+    return max(key.priority, parse_priority(headers, None) or 0)
 
 
 class ModelsEndpoint:

@@ -8,6 +8,22 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 
+class RequestRejected(Exception):
+    """A rejected request: HTTP status, error type of OpenAI's API, and message."""
+
+    def __init__(self, status: int, kind: str, message: str) -> None:
+        self.status, self.kind = status, kind
+        super().__init__(message)
+
+
+class ClientDisconnected(Exception):
+    """The client disconnected before its request was read."""
+
+
+class BudgetExceeded(Exception):
+    """Bytes do not fit into what the gateway may hold at once."""
+
+
 def format_error(status: int, kind: str, message: str) -> bytes:
     """Format an error as JSON. ASCII: a message may quote half of a surrogate pair."""
     return json.dumps({

@@ -47,7 +47,7 @@ class Metrics:
             "request", "From a request's arrival to the end of its response", ("outcome",)
         )
         self.running = Gauge(
-            f"{METRIC_PREFIX}running", "Requests at the engine", registry=self.registry
+            f"{METRIC_PREFIX}running", "Turns at the engine", registry=self.registry
         )
         self.waiting = Gauge(
             f"{METRIC_PREFIX}waiting", "Requests in the queue", registry=self.registry

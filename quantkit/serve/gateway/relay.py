@@ -8,18 +8,17 @@ closed an idle connection at that moment.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import httpx2
 
+from quantkit.serve.gateway.bodies import ByteBudget, HeldBytes
 from quantkit.serve.gateway.metrics import Metrics
 from quantkit.serve.gateway.request import ProxyRequest
 from quantkit.serve.gateway.response import GatewayResponse, Headers
 from quantkit.serve.gateway.settings import Limits
 from quantkit.serve.gateway.upstreams import Upstreams, UpstreamState
 
-END_MARK = b"[DONE]"
 RETRYABLE_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 """Statuses by which an engine reports that it cannot answer now; any other is the response."""
 FORWARDED_HEADERS = (b"content-type", b"retry-after")
@@ -38,24 +37,42 @@ class UpstreamFailed(Exception):
 
 @dataclass(frozen=True)
 class Relay:
-    """Forwards requests; has no state of its own."""
+    """Forwards requests. answers: the budget of responses that are held until they are complete."""
 
     upstreams: Upstreams
     metrics: Metrics
     limits: Limits
+    answers: ByteBudget
 
     async def forward(
         self, request: ProxyRequest, response: GatewayResponse, arrived: float, request_id: str
     ) -> str:
         """Answer a request by the first upstream that can.
 
-        Returns the outcome for the metrics: "ok", "refused" (by the engine) or "failed".
+        Returns the outcome for the metrics: "ok", "refused" (by the engine) or "failed". Raises
+        BudgetExceeded if a whole response does not fit into the budget.
         """
+        held = HeldBytes(self.answers)
+        try:
+            return await self._try_upstreams(request, response, arrived, request_id, held)
+        finally:
+            held.release()
+
+    async def _try_upstreams(
+        self,
+        request: ProxyRequest,
+        response: GatewayResponse,
+        arrived: float,
+        request_id: str,
+        held: HeldBytes,
+    ) -> str:
         faults = list[UpstreamFailed]()
         for index, state in enumerate(self.upstreams.list_by_health()):
             name = state.upstream.name
             try:
-                outcome = await self._send_with_retry(state, request, response, arrived, request_id)
+                outcome = await self._send_with_retry(
+                    state, request, response, arrived, request_id, held
+                )
             except UpstreamFailed as fault:
                 self.metrics.failures.labels(name, fault.reason).inc()
                 faults.append(fault)
@@ -81,13 +98,14 @@ class Relay:
         response: GatewayResponse,
         arrived: float,
         request_id: str,
+        held: HeldBytes,
     ) -> str:
         try:
-            return await self._send(state, request, response, arrived, request_id)
+            return await self._send(state, request, response, arrived, request_id, held)
         except UpstreamFailed as fault:
             if fault.reason != "closed" or response.has_content:
                 raise
-        return await self._send(state, request, response, arrived, request_id)
+        return await self._send(state, request, response, arrived, request_id, held)
 
     async def _send(
         self,
@@ -96,6 +114,7 @@ class Relay:
         response: GatewayResponse,
         arrived: float,
         request_id: str,
+        held: HeldBytes,
     ) -> str:
         name = state.upstream.name
         upstream_request = self.upstreams.build_request(
@@ -106,46 +125,51 @@ class Relay:
             request_id=request_id,
         )
         try:
-            upstream_response = await self.upstreams.client.send(upstream_request, stream=True)
-            try:
+            async with self.upstreams.open_response(upstream_request) as upstream_response:
                 content_type = upstream_response.headers.get("content-type", "")
                 if (
                     request.stream
                     and upstream_response.status_code == 200
                     and content_type.startswith("text/event-stream")
                 ):
-                    await self._forward_stream(
-                        upstream_response.aiter_raw(), response, arrived, name
-                    )
+                    await self._forward_stream(upstream_response, request, response, arrived, name)
                     return "ok"
-                return await self._forward_whole(upstream_response, response, name)
-            finally:
-                await upstream_response.aclose()
+                return await self._forward_whole(upstream_response, response, name, held)
         except httpx2.TransportError as fault:
             raise classify_error(fault, name) from None
 
     async def _forward_stream(
-        self, pieces: AsyncIterator[bytes], response: GatewayResponse, arrived: float, name: str
+        self,
+        upstream_response: httpx2.Response,
+        request: ProxyRequest,
+        response: GatewayResponse,
+        arrived: float,
+        name: str,
     ) -> None:
-        """Forward pieces as they arrive. A stream without its end mark was cut, even if closed
+        """Forward pieces as they arrive. A stream without the event [DONE] was cut, even if closed
         properly."""
-        metrics, previous = self.metrics, 0.0
-        async for piece in pieces:
-            now = time.monotonic()
+        metrics, previous, events = self.metrics, 0.0, response.events
+        async for piece in upstream_response.aiter_raw():
+            now, n_events = time.monotonic(), events.n_events
             if previous:
                 metrics.inter_token.observe(now - previous)
             else:
                 metrics.ttft.observe(now - arrived)
             previous = now
-            metrics.events.inc(piece.count(b"\n\n"))
             await response.send_piece(piece)
-        if END_MARK not in response.tail:
+            request.body.release()  # no other upstream will get it
+            metrics.events.inc(events.n_events - n_events)
+        if not events.may_end():
             raise UpstreamFailed("cut", f"{name}: the stream ended before its end mark; try again")
         count_tokens(metrics, response.tail)
         await response.finish()
 
     async def _forward_whole(
-        self, upstream_response: httpx2.Response, response: GatewayResponse, name: str
+        self,
+        upstream_response: httpx2.Response,
+        response: GatewayResponse,
+        name: str,
+        held: HeldBytes,
     ) -> str:
         """Forward a response that is not a stream once it is complete: until then another upstream
         can answer."""
@@ -159,6 +183,7 @@ class Relay:
                     f"{name}: expected a response of at most {self.limits.answer_bytes} bytes, "
                     "found more; request less",
                 )
+            held.take(len(part))
         content, status = b"".join(parts), upstream_response.status_code
         headers = [
             (key.lower(), value)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
+from quantkit.serve.gateway.bodies import Message
 from quantkit.serve.gateway.errors import format_error, get_close_headers
-from quantkit.serve.gateway.request import Message
+from quantkit.serve.gateway.event_stream import EventStream
 
 Send = Callable[[Message], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
@@ -21,6 +22,7 @@ _STREAM_HEADERS: Headers = (
     (b"x-accel-buffering", b"no"),  # nginx would buffer events
 )
 _TAIL_BYTES = 1024  # enough for the event with the usage and the end mark
+_PIECE_BYTES = 1 << 16  # handed to the server at a time: it waits while the client does not read
 
 
 class GatewayResponse:
@@ -34,6 +36,7 @@ class GatewayResponse:
         self.is_finished = False
         self.last_sent = clock()
         self.tail = b""
+        self.events = EventStream()
 
     async def send_whole(self, status: int, content: bytes, headers: Headers) -> None:
         """Send a complete response. After heartbeats it is an event, and its status is lost."""
@@ -48,7 +51,13 @@ class GatewayResponse:
             "status": status,
             "headers": [*headers, length, *self._id_headers],
         })
-        await self._send({"type": "http.response.body", "body": content})
+        for start in range(0, max(len(content), 1), _PIECE_BYTES):
+            end = start + _PIECE_BYTES
+            await self._send({
+                "type": "http.response.body",
+                "body": content[start:end],
+                "more_body": end < len(content),
+            })
 
     async def send_piece(self, content: bytes) -> None:
         """Send a piece of the stream; wait while the client does not read."""
@@ -57,13 +66,14 @@ class GatewayResponse:
                 await self._start_stream()
             self.has_content = True
             self.tail = (self.tail + content)[-_TAIL_BYTES:]
+            self.events.feed(content)
             await self._send({"type": "http.response.body", "body": content, "more_body": True})
             self.last_sent = self._clock()
 
     async def send_heartbeat(self) -> bool:
         """Send a comment. Return False if none can be sent: within an event, after the end, or
         while a piece waits for the client."""
-        if self._lock.locked() or self.is_finished or not self._is_between_events():
+        if self._lock.locked() or self.is_finished or not self.events.is_between_events():
             return False
         async with self._lock:
             if not self.is_started:
@@ -94,12 +104,9 @@ class GatewayResponse:
             ]
             await self.send_whole(status, content, headers)
             return
-        separator = b"" if self._is_between_events() else b"\n\n"
+        separator = b"" if self.events.is_between_events() else b"\n\n"
         await self.send_piece(separator + b"data: " + content + b"\n\n")
         await self.finish()
-
-    def _is_between_events(self) -> bool:
-        return not self.tail or self.tail.endswith((b"\n\n", b"\n\r\n"))
 
     async def _start_stream(self) -> None:
         self.is_started = True

@@ -31,7 +31,7 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    running: int = Field(default=64, ge=1, description="concurrent requests at the engine")
+    running: int = Field(default=64, ge=1, description="concurrent turns at the engine")
     waiting: int = Field(
         default=1024, ge=0, description="requests in the queue; more are rejected with 429"
     )
@@ -42,7 +42,7 @@ class Limits(BaseModel):
         default=5, gt=0, description="waiting time that counts as one priority level"
     )
     per_key: int = Field(
-        default=0, ge=0, description="running and waiting requests of one key; 0: no limit"
+        default=0, ge=0, description="running and waiting turns of one key; 0: no limit"
     )
     deadline: float = Field(default=600, gt=0, description="longest duration of a request")
     silence: float = Field(
@@ -61,22 +61,51 @@ class Limits(BaseModel):
     max_choices: int = Field(
         default=16, ge=1, description="most choices (n, best_of) that a request may generate"
     )
+    connections: int = Field(
+        default=4096, ge=16, description="open connections; fewer if files are limited"
+    )
+    connections_per_address: int = Field(
+        default=1024, ge=0, description="open connections of one address; 0: no limit"
+    )
+    header_bytes: int = Field(
+        default=16_384, ge=1024, description="largest head of a request, and largest trailers"
+    )
+    header_seconds: float = Field(
+        default=10, gt=0, description="longest time to receive a request's head"
+    )
+    max_prompts: int = Field(
+        default=2048, ge=1, description="most prompts of a request; each counts as a turn"
+    )
     body_seconds: float = Field(
         default=60, gt=0, description="longest time to receive a request's body"
     )
     body_bytes: int = Field(default=8_000_000, ge=1, description="largest request body")
+    all_bodies_bytes: int = Field(
+        default=100_000_000, ge=1, description="bytes of all request bodies held at once"
+    )
     answer_bytes: int = Field(
         default=64_000_000, ge=1, description="largest response that is not a stream"
+    )
+    all_answers_bytes: int = Field(
+        default=256_000_000, ge=1, description="bytes of all such responses held at once"
     )
 
 
 class GatewaySettings(BaseModel):
-    """Settings of a gateway. upstreams: the engine, then its fallbacks in order."""
+    """Settings of a gateway.
+
+    upstreams: the engine, then its fallbacks in order. host: the address it listens on.
+    allowed_hosts: names that Host and Origin may have if there are no keys. has_open_metrics:
+    /metrics and /ready need no key, wherever it listens.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     upstreams: tuple[Upstream, ...]
     limits: Limits = Limits()
+    host: str = "127.0.0.1"
+    allowed_hosts: tuple[str, ...] = ()
+    has_open_metrics: bool = False
 
 
 def parse_limits(values: Mapping[str, str]) -> Limits:

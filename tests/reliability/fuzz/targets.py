@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reliability.fuzz.mutate import (
     Mutation,
@@ -719,6 +719,140 @@ def fuzz_lock(folder: Path) -> object:
         os.close(holder)
     with lock.hold_lock(folder / "x.lock"):
         return None
+
+
+# ----------------------------------------------------------------------------------------- requests
+
+BODIES = (
+    b'{"model": "m", "prompt": ["a", "b"], "stream": true, "n": 2, "priority": 3}',
+    b'{"prompt": [1, 2, 3], "x": {"y": [{"z": 1.5e3}, null, "\\u00e9\\n"]}, "max_tokens": 5}',
+)
+HEADS = (
+    b"POST /v1/completions HTTP/1.1\r\nhost: a\r\nx-priority: 3\r\ncontent-length: 2\r\n\r\n{}"
+    b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+    b"2;x=y\r\n{}\r\n0\r\nx-trailer: z\r\n\r\n",
+)
+
+
+@register_target("request body", "body.json", lambda: BODIES, mutate_json)
+def fuzz_request_body(folder: Path) -> object:
+    """Validate a request's body; what is accepted is what a strict parser reads."""
+    from quantkit.serve.gateway.api_keys import ANONYMOUS
+    from quantkit.serve.gateway.bodies import ByteBudget, HeldBytes
+    from quantkit.serve.gateway.errors import RequestRejected
+    from quantkit.serve.gateway.json_scan import InvalidJson, scan_object
+    from quantkit.serve.gateway.request import _NAMES, parse_request
+    from quantkit.serve.gateway.settings import Limits, Upstream
+
+    held = HeldBytes(ByteBudget(1 << 30))
+    held.content = (folder / "body.json").read_bytes()
+    try:
+        scanned = scan_object(held.content, _NAMES)
+        request = parse_request("/completions", held, scanned, {}, ANONYMOUS, Limits())
+    except (InvalidJson, RequestRejected) as fault:
+        raise errors.QuantkitError(str(fault)) from None
+    values = json.loads(held.content)
+    sent = request.body_for(Upstream(name="a", url="http://a", model="other", priorities=True))
+    changed = json.loads(b"".join(sent))
+    assert changed.pop("model") == "other" and changed.pop("priority", 0) == request.priority
+    assert changed == {key: one for key, one in values.items() if key not in ("model", "priority")}
+    return request.turns
+
+
+@register_target("request head", "head.txt", lambda: HEADS, mutate_lines)
+def fuzz_request_head(folder: Path) -> object:
+    """Feed a connection's bytes to the guard in pieces; what it holds stays within its bounds."""
+    from quantkit.serve.gateway import connections
+
+    data = (folder / "head.txt").read_bytes()
+    table, limit = make_fuzz_table(), 1024
+    guard = table.make_protocol(make_server_config(), make_server_state(), {}, FakeLoop())
+    transport = FakeTransport()
+    guard.connection_made(transport)
+    rng = random.Random(len(data))
+    while data and not transport.closed:
+        size = rng.choice((1, 7, 100, 5000))
+        guard.data_received(data[:size])
+        data = data[size:]
+        inner = guard._inner
+        assert len(inner.pipeline) <= connections.MAX_PIPELINED
+        headers = getattr(inner, "headers", None) or []
+        held = sum(len(name) + len(value) for name, value in headers) + len(
+            getattr(inner, "url", b"")
+        )
+        assert held <= 2 * limit and len(headers) <= connections.MAX_HEADERS
+    guard.expire(0.0)
+    is_refused = transport.closed
+    guard.connection_lost(None)
+    assert not table.guards and not table._counts and not table._idle
+    if is_refused:
+        raise errors.QuantkitError(transport.written.decode("latin-1")[:20].strip() or "closed")
+    return None
+
+
+class FakeTransport:
+    """A transport without a socket."""
+
+    def __init__(self) -> None:
+        self.written, self.closed = b"", False
+
+    def get_extra_info(self, name: str) -> object:
+        return ("127.0.0.1", 1) if name in ("peername", "sockname") else None
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = close
+
+    def pause_reading(self) -> None:
+        """Do nothing: the next piece comes anyway."""
+
+    resume_reading = pause_reading
+
+
+class FakeLoop:
+    """A loop that runs no task: no response is ever sent."""
+
+    def create_task(self, work: object) -> FakeLoop:
+        work.close()  # type: ignore[attr-defined]
+        return self
+
+    def add_done_callback(self, _: object) -> None:
+        """Never done."""
+
+
+@cache
+def make_server_config() -> object:
+    """Return a loaded configuration of uvicorn."""
+    import uvicorn
+
+    config = uvicorn.Config(lambda: None, log_level="critical", lifespan="off", ws="none")
+    config.load()
+    return config
+
+
+def make_server_state() -> object:
+    """Return the state of a server without connections."""
+    from uvicorn.server import ServerState
+
+    return ServerState()
+
+
+def make_fuzz_table() -> Any:
+    """Return a table of connections without timers."""
+    from quantkit.serve.gateway.connections import ConnectionTable
+    from quantkit.serve.gateway.settings import Limits
+
+    table = ConnectionTable(Limits(header_bytes=1024), clock=lambda: 0.0)
+    table._is_sweeping = True
+    return table
 
 
 # ------------------------------------------------------------------------------------------ running
