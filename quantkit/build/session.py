@@ -28,6 +28,7 @@ from quantkit.artifact.staging import (
     check_replaced_free,
     get_staging_path,
 )
+from quantkit.build.journal_schema import open_build_journal
 from quantkit.build.progress_log import BuildProgress
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import ArtifactError, CheckpointError, UsageError
@@ -196,7 +197,7 @@ def check_folders(plans: Sequence[Plan]) -> str | None:
 def is_sealed_by_journal(folder: Path, path: Path) -> bool:
     """Return whether a journal names the manifest of the artifact in `folder`."""
     try:
-        journal = Journal.open(path) if not folder.is_symlink() else None
+        journal = open_build_journal(path) if not folder.is_symlink() else None
     except ArtifactError:  # damaged: reported when it is needed
         return False
     return journal is not None and any(
@@ -236,7 +237,7 @@ def find_interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -
     one works.
     """
     owner = check_folders(plans)
-    journal = Journal.open(scratch_folder(plans) / JOURNAL) if owner and not restart else None
+    journal = open_build_journal(scratch_folder(plans) / JOURNAL) if owner and not restart else None
     if journal is not None and not any(entry["kind"] == "step" for entry in journal.entries):
         journal = None  # it has finished nothing
     for loop, together in enumerate(group_by_solve(plans)):

@@ -38,6 +38,11 @@ from quantkit.publish.transfer import (
 )
 from quantkit.verify.shallow import verify_artifact
 
+MIN_PROGRESS_BYTES = 4096
+"""Bytes between two failures that count as progress: a server that sends a byte per connection is
+given up after `RetryPolicy.tries`, a link that breaks off often is not.
+"""
+
 
 def pull_artifact(
     src: str,
@@ -227,7 +232,13 @@ def fetch_file(
 
         where = f"{remote.where}: {expected.name}"
         for _ in range(2):
-            retry(fetch_rest, where, patience, lambda: file.n_bytes, progress.stop)
+            retry(
+                fetch_rest,
+                where,
+                patience,
+                lambda: file.n_bytes // MIN_PROGRESS_BYTES,
+                progress.stop,
+            )
             if file.finish():
                 return
             file.restart()
