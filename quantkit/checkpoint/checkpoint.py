@@ -26,6 +26,7 @@ from quantkit.checkpoint.fp8_pairs import (
     read_block_size,
     select_logical_specs,
 )
+from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.shards import Shards, leads_outside, open_shards
 from quantkit.checkpoint.tensors import read_rows, read_tensor
 from quantkit.contracts import Config, TensorSpec
@@ -155,10 +156,14 @@ class Checkpoint:
 
     @cached_property
     def sidecars(self) -> tuple[Path, ...]:
-        """Other files that an artifact carries over: tokenizer, chat template, license, code."""
+        """Other files that an artifact carries over: tokenizer, chat template, license, and the
+        code that an auto_map names.
+        """
+        code = list_code_files(self.folder)
         paths = {
             path for pattern in _SIDECARS for path in self.folder.glob(pattern) if path.is_file()
         }
+        paths = {path for path in paths if path.suffix != ".py" or path.name in code}
         outside = sorted(path.name for path in paths if leads_outside(self.folder, path))
         if outside:
             raise CheckpointError(

@@ -26,16 +26,22 @@ from urllib.parse import urlsplit
 import openai
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from quantkit.errors import EvaluationError, UnsuitedError, UsageError
 from quantkit.evaluate.lm_eval_adapter import GeneratedAnswer, GenerationParams, LogLikelihood
+from quantkit.io.bounded_http import IDENTITY, ResponseLimits, make_async_hook
+from quantkit.io.retry import ResponseRefused, TransientError
 
 Answer = TypeVar("Answer")
 
 MAX_STOP_STRINGS = 4  # OpenAI's own limit; the rest are applied to the complete answer
 INITIAL_BACKOFF = 0.5  # seconds before the second try, doubled with each further one
 MAX_BACKOFF = 60.0
+MAX_ANSWER_BYTES = 32_000_000
+"""Bytes of one answer: 100,000 tokens as a stream, or 100,000 echoed tokens with probabilities."""
+MAX_ANSWER_SILENCES = 20
+"""Longest answer in units of `seconds`, the longest silence; over three hours by default."""
 _NO_KEY = "none"  # a local server needs no key, but the client needs a string
 _RETRYABLE_STATUS = (408, 409, 425, 429)
 _UNSUITED_STATUS = (400, 413, 422)
@@ -62,11 +68,20 @@ class ServerOptions:
 
         It does not retry by itself: it would miss broken streams.
         """
+        limits = ResponseLimits(
+            n_bytes=MAX_ANSWER_BYTES,
+            seconds=MAX_ANSWER_SILENCES * self.seconds,
+            bytes_per_second=0,  # a model computes between two tokens
+        )
         return AsyncOpenAI(
             base_url=self.url,
             api_key=os.environ.get(self.key_variable) or _NO_KEY,
             max_retries=0,
             timeout=self.seconds,
+            default_headers=IDENTITY,
+            http_client=DefaultAsyncHttpxClient(
+                timeout=self.seconds, event_hooks={"response": [make_async_hook(limits)]}
+            ),
         )
 
     def redact(self, text: object) -> str:
@@ -297,9 +312,17 @@ async def _retry(server: ServerOptions, send: Callable[[], Awaitable[Answer]]) -
     """
     for attempt in range(1, server.tries + 1):
         try:
-            return await send()
-        except (openai.APIError, IncompleteStreamError, json.JSONDecodeError) as error:
-            message = server.redact(error)
+            async with asyncio.timeout(2 * MAX_ANSWER_SILENCES * server.seconds):
+                return await send()
+        except (
+            openai.APIError,
+            IncompleteStreamError,
+            json.JSONDecodeError,
+            TransientError,
+            ResponseRefused,
+            TimeoutError,
+        ) as error:
+            message = server.redact(describe_error(error))
             if _is_unsuited(error):
                 raise UnsuitedError(f"{server.url} refused a request ({message})") from None
             if not _is_retryable(error):
@@ -315,6 +338,14 @@ async def _retry(server: ServerOptions, send: Callable[[], Awaitable[Answer]]) -
     raise AssertionError("unreachable: the last try returns or raises")
 
 
+def describe_error(error: Exception) -> str:
+    """Return the message of an error, with its cause where the client hides it."""
+    if isinstance(error, TimeoutError):
+        return "no answer within the time limit"
+    refused = error.__cause__ if isinstance(error, openai.APIConnectionError) else None
+    return str(refused if isinstance(refused, TransientError | ResponseRefused) else error)
+
+
 def _is_unsuited(error: Exception) -> bool:
     """Return whether the server refuses this request (a long prompt), not the client."""
     if not isinstance(error, openai.APIStatusError) or error.status_code not in _UNSUITED_STATUS:
@@ -323,6 +354,8 @@ def _is_unsuited(error: Exception) -> bool:
 
 
 def _is_retryable(error: Exception) -> bool:
+    if isinstance(error, ResponseRefused) or isinstance(error.__cause__, ResponseRefused):
+        return False
     if isinstance(error, openai.APIStatusError):
         is_out_of_quota = getattr(error, "code", None) == "insufficient_quota"
         is_temporary = error.status_code in _RETRYABLE_STATUS or error.status_code >= 500

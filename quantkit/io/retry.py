@@ -18,6 +18,10 @@ class TransientError(Exception):
     """A broken connection or a temporary server failure, worth a retry; `str` gives the reason."""
 
 
+class ResponseRefused(Exception):
+    """An answer that breaks a limit, now and on every try; `str` says what was expected."""
+
+
 class Cancelled(Exception):
     """Another file's transfer failed or the user interrupted: this transfer ends too."""
 

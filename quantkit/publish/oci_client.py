@@ -1,7 +1,8 @@
 """Client for the OCI distribution API 1.1: blobs and manifests of artifacts.
 
 Blobs are named by their sha256: existing blobs are not sent again, and the registry refuses other
-bytes. Redirected downloads do not carry the credentials (httpx2 drops them if the host changes).
+bytes. Redirected downloads do not carry the credentials (httpx2 drops them if the host changes) and
+lead to public hosts only. Every answer is bounded (`io.bounded_http`).
 oras-py is not used: 0.2.43 does not resume, does not check digests of downloads, and reads whole
 files into memory.
 """
@@ -15,24 +16,32 @@ import re
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import httpx2
 
 from quantkit.errors import TransferError
+from quantkit.io.bounded_http import (
+    HEAD_SECONDS,
+    IDENTITY,
+    LIMITS_KEY,
+    SMALL_ANSWER,
+    ResponseLimits,
+    bound_response,
+    call_with_deadline,
+)
 from quantkit.io.files import shorten_repr
 from quantkit.io.retry import RetryPolicy, TransientError, retry
-from quantkit.publish.docker_login import find_login
+from quantkit.publish.docker_login import Login, find_login
 from quantkit.publish.hashed_upload import HashedReader
+from quantkit.publish.oci_auth import check_realm, is_public_host, parse_challenge, parse_token
 from quantkit.publish.remote import BytesCallback, UploadFile, remove_secrets, translate_errors
 
 Result = TypeVar("Result")
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-_MANIFEST_LIMIT_BYTES = 4_000_000
 _TIMEOUT = httpx2.Timeout(60.0)
-_CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 _LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 _RESTART_CODES = (
     b"DIGEST_INVALID",
@@ -40,6 +49,8 @@ _RESTART_CODES = (
     b"BLOB_UPLOAD_UNKNOWN",
     b"BLOB_UPLOAD_INVALID",
 )
+_ANSWER_SECONDS = HEAD_SECONDS + (SMALL_ANSWER.seconds or 0.0)
+"""Time of a short request with its answer."""
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -58,8 +69,14 @@ class OciClient:
         self._scheme = "http" if _LOOPBACK.fullmatch(host) else "https"
         limits = httpx2.Limits(max_connections=2 * connections)
         self._client = httpx2.Client(
-            timeout=_TIMEOUT, limits=limits, follow_redirects=False, trust_env=True
+            timeout=_TIMEOUT,
+            limits=limits,
+            follow_redirects=False,
+            trust_env=True,
+            headers=IDENTITY,
+            event_hooks={"request": [self._check_target], "response": [bound_response]},
         )
+        self._realm: str | None = None  # host of the checked realm
         self._authorization: str | None = None
         self._uploads: dict[str, str] = {}  # sha256 -> URL of an unfinished upload
         self._lock = threading.Lock()
@@ -93,11 +110,6 @@ class OciClient:
         )
         if response is None:
             return None
-        if len(response.content) > _MANIFEST_LIMIT_BYTES:
-            raise TransferError(
-                f"{self.where}: expected a manifest, found {len(response.content)} bytes; check "
-                "the tag"
-            )
         digest = (
             reference
             if reference.startswith("sha256:")
@@ -163,10 +175,14 @@ class OciClient:
         self._uploads[item.sha256] = place
         return place, sent
 
-    def blob(self, digest: str, first: int, name: str) -> Generator[bytes, None, None]:
-        """Yield the bytes of a blob from `first` on; a registry may ignore the range."""
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
-        with translate_errors(self.where), self._stream(f"blobs/{digest}", headers) as answer:
+    def blob(self, digest: str, size: int, first: int, name: str) -> Generator[bytes, None, None]:
+        """Yield the bytes of a blob of `size` bytes from `first` on; a registry may ignore the
+        range.
+        """
+        headers = {"Range": f"bytes={first}-"} if first else {}
+        limits = ResponseLimits(n_bytes=size)
+        path = f"blobs/{digest}"
+        with translate_errors(self.where), self._stream(path, headers, limits) as answer:
             if answer.status_code == 404:
                 raise TransferError(
                     f"{self.where}: {shorten_repr(name)}: expected its blob, found none; publish "
@@ -255,22 +271,30 @@ class OciClient:
         with translate_errors(self.where):
             url = httpx2.URL(self._url(path))
             url = url.copy_merge_params(dict(params)) if params else url
-            answer = self._client.request(
-                method, url, content=content, headers=self._with_login(headers)
-            )
-            if answer.status_code == 401 and isinstance(content, bytes | None):
-                self._authorize(answer)
-                answer = self._client.request(
+            is_file = not isinstance(content, bytes | None)  # its upload may take hours
+
+            def send() -> httpx2.Response:
+                return self._client.request(
                     method, url, content=content, headers=self._with_login(headers)
                 )
+
+            answer = send() if is_file else call_with_deadline(send, _ANSWER_SECONDS)
+            if answer.status_code == 401 and not is_file:
+                self._authorize(answer)
+                answer = call_with_deadline(send, _ANSWER_SECONDS)
             return self._check(answer, missing)
 
     @contextmanager
-    def _stream(self, path: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+    def _stream(
+        self, path: str, headers: Mapping[str, str], limits: ResponseLimits
+    ) -> Iterator[httpx2.Response]:
         url = self._url(path)
         for again in (True, False):
-            request = self._client.build_request("GET", url, headers=self._with_login(headers))
-            answer = self._client.send(request, stream=True, follow_redirects=True)
+            request = self._client.build_request(
+                "GET", url, headers=self._with_login(headers), extensions={LIMITS_KEY: limits}
+            )
+            send = partial(self._client.send, request, stream=True, follow_redirects=True)
+            answer = call_with_deadline(send, _ANSWER_SECONDS)
             try:
                 if answer.status_code == 401 and again:
                     self._authorize(answer)
@@ -280,6 +304,17 @@ class OciClient:
                 return
             finally:
                 answer.close()
+
+    def _check_target(self, request: httpx2.Request) -> None:
+        """Check the target of a request, redirected ones too; raises TransferError."""
+        url, own = request.url, httpx2.URL(f"{self._scheme}://{self._host}")
+        if url.host in {own.host, self._realm} and url.scheme in {"https", self._scheme}:
+            return
+        if url.scheme != "https" or not is_public_host(url.host):
+            raise TransferError(
+                f"{self.where}: expected downloads from public hosts over https, found a redirect "
+                f"to {shorten_repr(remove_secrets(f'{url.scheme}://{url.host}'))}; do not use it"
+            )
 
     def _with_login(self, headers: Mapping[str, str] | None) -> dict[str, str]:
         return dict(headers or {}) | (
@@ -316,49 +351,38 @@ class OciClient:
         """Answer a challenge: Basic, or a token of its realm; raises TransferError if that
         fails.
         """
-        challenge = answer.headers.get("WWW-Authenticate", "")
-        kind, _, rest = challenge.partition(" ")
+        kind, challenge = parse_challenge(answer.headers.get("WWW-Authenticate", ""))
         login = find_login(self._login_host)
         with self._lock:
-            if kind.lower() == "basic" and login:
+            if kind == "basic" and login:
                 self._authorization = "Basic " + base64.b64encode(":".join(login).encode()).decode()
-            elif kind.lower() == "bearer":
-                self._authorization = "Bearer " + self._token(dict(_CHALLENGE.findall(rest)), login)
+            elif kind == "bearer":
+                self._authorization = "Bearer " + self._token(challenge, login)
 
-    def _token(self, challenge: Mapping[str, str], login: tuple[str, str] | None) -> str:
-        realm = challenge.get("realm", "")
-        if urlsplit(realm).scheme != "https" and self._scheme == "https":
-            raise TransferError(
-                f"{self.where}: expected the registry to name a login over https, found "
-                f"{shorten_repr(remove_secrets(realm))}; "
-                "credentials are not sent there"
-            )
+    def _token(self, challenge: Mapping[str, str], login: Login | None) -> str:
+        realm = check_realm(challenge.get("realm", ""), self._host, self._scheme, self.where)
+        self._realm = httpx2.URL(realm).host
         params = {key: challenge[key] for key in ("service", "scope") if challenge.get(key)}
-        if login and login[0] == "<token>":
-            form = {
-                **params,
-                "grant_type": "refresh_token",
-                "client_id": "quantkit",
-                "refresh_token": login[1],
-            }
-            answer = self._client.post(realm, data=form)
-        else:
-            answer = self._client.get(realm, params=params, auth=login)
+
+        def send() -> httpx2.Response:
+            if login and login[0] == "<token>":
+                form = {
+                    **params,
+                    "grant_type": "refresh_token",
+                    "client_id": "quantkit",
+                    "refresh_token": login[1],
+                }
+                return self._client.post(realm, data=form)
+            return self._client.get(realm, params=params, auth=login)
+
+        answer = call_with_deadline(send, _ANSWER_SECONDS)
         if answer.status_code in {400, 401, 403}:
             raise TransferError(
                 f"{self.where}: expected a valid login, found {answer.status_code}; "
                 f"`docker login {self._login_host}`"
             )
         self._check(answer, missing=False)
-        values = json.loads(answer.content)
-        token = (
-            values.get("token") or values.get("access_token") if isinstance(values, dict) else None
-        )
-        if not isinstance(token, str):
-            raise TransferError(
-                f"{self.where}: expected a token from the registry's login, found none; try again"
-            )
-        return token
+        return parse_token(answer.content, self.where)
 
 
 def format_digest(content: bytes) -> str:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantkit.artifact.layout import LOADTEST, MANIFEST, SCHEMA_VERSION, SIGNATURE
+from quantkit.artifact.replace import check_replaceable
 from quantkit.errors import ArtifactError, TransferError, UsageError
 from quantkit.io.files import JSON_LIMIT_BYTES, get_free_bytes, parse_json, shorten_repr
 from quantkit.io.retry import RetryPolicy, TransientError, retry
@@ -36,6 +37,11 @@ from quantkit.publish.transfer import (
     run_in_parallel,
 )
 from quantkit.verify.shallow import verify_artifact
+
+MIN_PROGRESS_BYTES = 4096
+"""Bytes between two failures that count as progress: a server that sends a byte per connection is
+given up after `RetryPolicy.tries`, a link that breaks off often is not.
+"""
 
 
 def pull_artifact(
@@ -172,6 +178,7 @@ def is_present(path: Path, manifest: bytes, overwrite: bool) -> bool:
             f"{path}: exists and is not an artifact of quantkit; --overwrite replaces artifacts "
             "only"
         )
+    check_replaceable(path)
     return False
 
 
@@ -225,7 +232,13 @@ def fetch_file(
 
         where = f"{remote.where}: {expected.name}"
         for _ in range(2):
-            retry(fetch_rest, where, patience, lambda: file.n_bytes, progress.stop)
+            retry(
+                fetch_rest,
+                where,
+                patience,
+                lambda: file.n_bytes // MIN_PROGRESS_BYTES,
+                progress.stop,
+            )
             if file.finish():
                 return
             file.restart()

@@ -26,7 +26,7 @@ from typing import Protocol
 
 from quantkit.errors import QuantkitError, TransferError, UsageError
 from quantkit.io.files import shorten_repr
-from quantkit.io.retry import RetryPolicy, TransientError, retry
+from quantkit.io.retry import ResponseRefused, RetryPolicy, TransientError, retry
 from quantkit.publish import remotes
 
 PIECE_BYTES = 8 << 20
@@ -311,6 +311,8 @@ def translate_errors(where: str) -> Iterator[None]:
         raise TransferError(
             f"{where}: expected it to exist, found: {describe_exception(fault)}; create it first"
         ) from fault
+    except ResponseRefused as fault:
+        raise TransferError(f"{where}: {fault}; do not use this server") from fault
     except Exception as fault:
         if is_transient(fault):
             raise TransientError(f"{type(fault).__name__}: {describe_exception(fault)}") from fault

@@ -127,7 +127,8 @@ class Output(BaseModel):
         Text,
         AfterValidator(validate_folder),
         describe(
-            "Folder of the artifact. It must not exist yet, except with `--overwrite`.",
+            "Folder of the artifact. It must not exist yet, except with `--overwrite`. Outside the "
+            "working folder, and for a hidden folder, `--output` must name it.",
             "artifacts/mine",
         ),
     ]

@@ -9,13 +9,19 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import fsspec
 from fsspec.callbacks import Callback
 
 from quantkit.errors import TransferError, UsageError
+from quantkit.io.bounded_http import (
+    MIN_BYTES_PER_SECOND,
+    RATE_WINDOW_SECONDS,
+    call_with_deadline,
+)
 from quantkit.io.files import JSON_LIMIT_BYTES, shorten_repr
 from quantkit.io.retry import TransientError
 from quantkit.publish.hashed_upload import HashedReader
@@ -61,6 +67,11 @@ _UNSUPPORTED = frozenset({
 })
 """fsspec protocols that wrap others, have their own kinds of files, or cannot list files."""
 
+MAX_FILES = 100_000
+"""More files than any artifact has."""
+LISTING_SECONDS = 600.0
+"""Time of a listing; stores list 1,000 files in a second."""
+
 MIN_PIECE_BYTES = 64 << 10
 """First request size after a broken connection; it doubles after each piece."""
 
@@ -68,9 +79,20 @@ MIN_PIECE_BYTES = 64 << 10
 class FsspecRemote:
     """Files below a prefix of an fsspec file system."""
 
-    def __init__(self, files: Any, root: str, where: str) -> None:
+    def __init__(
+        self,
+        files: Any,
+        root: str,
+        where: str,
+        read_range: Callable[[str, int, int], bytes] | None = None,
+        list_files: Callable[[], dict[str, int]] | None = None,
+    ) -> None:
+        """read_range(path, first, last), list_files(): bounded ones of a scheme; default: those of
+        fsspec, which hold what the store sends.
+        """
         self.where = where
         self.files, self._root = files, root.rstrip("/")
+        self._read, self._list = read_range, list_files
         self._sizes: dict[str, int] | None = None
         self._piece_bytes = PIECE_BYTES
 
@@ -161,29 +183,62 @@ class FsspecRemote:
             last = min(first + self._piece_bytes, end)
             try:
                 with translate_errors(f"{self.where}: {shorten_repr(name)}"):
-                    piece = self.files.cat_file(self.path_of(name), start=first, end=last)
+                    piece = self._read_range(name, first, last)
             except TransientError:  # a piece arrives completely or not at all
                 self._piece_bytes = MIN_PIECE_BYTES
                 raise
             self._piece_bytes = min(2 * self._piece_bytes, PIECE_BYTES)
             if not piece:
                 return
+            if len(piece) > last - first:
+                raise TransferError(
+                    f"{self.where}: {shorten_repr(name)}: expected {last - first:,} bytes, found "
+                    f"{len(piece):,}; the store ignores ranges, or expands the file"
+                )
             first += len(piece)
             yield piece
+
+    def _read_range(self, name: str, first: int, last: int) -> bytes:
+        """Read bytes `first` to `last` - 1, at MIN_BYTES_PER_SECOND or faster."""
+        if self._read is not None:
+            return self._read(self.path_of(name), first, last)
+        read = partial(self.files.cat_file, self.path_of(name), start=first, end=last)
+        return bytes(call_with_deadline(read, compute_seconds(last - first)))
 
     def _listing(self) -> dict[str, int]:
         with translate_errors(self.where):
             self.files.invalidate_cache()
             try:
-                entries = self.files.find(self._root, detail=True)
+                entries = call_with_deadline(self._find, LISTING_SECONDS)
             except FileNotFoundError:
                 return {}
+        return check_count(entries, self.where)
+
+    def _find(self) -> dict[str, int]:
+        """Return the bytes of every file by name."""
+        if self._list is not None:
+            return self._list()
         start = len(self._root) + 1
         return {
             path[start:]: int(info["size"])
-            for path, info in entries.items()
+            for path, info in self.files.find(self._root, detail=True).items()
             if info.get("type") == "file"
         }
+
+
+def compute_seconds(n_bytes: int) -> float:
+    """Return the longest time to read some bytes."""
+    return RATE_WINDOW_SECONDS + n_bytes / MIN_BYTES_PER_SECOND
+
+
+def check_count(files: dict[str, int], where: str) -> dict[str, int]:
+    """Return a listing; raises TransferError for more than MAX_FILES files."""
+    if len(files) > MAX_FILES:
+        raise TransferError(
+            f"{where}: expected the folder of an artifact, found more than {MAX_FILES:,} files; "
+            "check the address"
+        )
+    return files
 
 
 def compute_md5(item: UploadFile) -> bytes:

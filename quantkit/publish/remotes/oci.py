@@ -110,7 +110,7 @@ class OciRemote:
                 f"{self.where}: {name}: expected at most {JSON_LIMIT_BYTES} bytes, found {size}"
             )
         content = bytearray()
-        for piece in self._client.blob(digest, 0, name):
+        for piece in self._client.blob(digest, size, 0, name):
             content += piece
             if len(content) > size:
                 break
@@ -129,7 +129,7 @@ class OciRemote:
             raise TransferError(
                 f"{self.where}: {shorten_repr(name)}: expected a blob, found none; publish it again"
             )
-        return self._client.blob(blobs[name][0], first, name)
+        return self._client.blob(*blobs[name], first, name)
 
     def close(self) -> None:
         """Close the connections."""

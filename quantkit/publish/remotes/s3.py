@@ -10,8 +10,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import Any
+
+from fsspec.asyn import sync
 
 from quantkit.errors import TransferError, UsageError
 from quantkit.io.retry import TransientError
@@ -26,11 +29,18 @@ from quantkit.publish.remote import (
     remove_secrets,
     translate_errors,
 )
-from quantkit.publish.remotes.fsspec import FsspecRemote, check_sizes, compute_md5
+from quantkit.publish.remotes.fsspec import (
+    FsspecRemote,
+    check_sizes,
+    compute_md5,
+    compute_seconds,
+)
 
 PART_BYTES = 16 << 20
 """Bytes of a part; larger if a file would have more than 10,000 parts."""
 
+MAX_PAGES = 100
+"""Pages of a listing, of 1,000 entries each."""
 _MAX_PARTS = 10_000
 _AT_ONCE = 3
 _SHA = "quantkit-sha256"
@@ -46,7 +56,9 @@ class S3Remote:
         self.where = where
         self._files = files
         self._bucket, _, self._prefix = root.strip("/").partition("/")
-        self._below = FsspecRemote(files, root, where)
+        self._below = FsspecRemote(
+            files, root, where, partial(read_range, files), self._list_objects
+        )
 
     def list_remote(self, items: Sequence[UploadFile], manifest: str) -> RemoteState:
         """Compare objects of equal size by the sha256 in their metadata, or by reading them."""
@@ -161,7 +173,7 @@ class S3Remote:
                     return None, {}
                 parts: dict[int, tuple[str, int]] = {}
                 after = 0
-                while True:
+                for _ in range(MAX_PAGES):
                     page = self._call(
                         "list_parts", name, {"UploadId": ids[-1], "PartNumberMarker": after}
                     )
@@ -173,7 +185,31 @@ class S3Remote:
                     if not page.get("IsTruncated"):
                         return ids[-1], parts
         except TransferError:
-            return None, {}
+            pass
+        return None, {}
+
+    def _list_objects(self) -> dict[str, int]:
+        """Return the bytes of every object below the prefix by name, from MAX_PAGES pages at
+        most.
+        """
+        prefix = f"{self._prefix}/" if self._prefix else ""
+        sizes, after = dict[str, int](), dict[str, str]()
+        for _ in range(MAX_PAGES):
+            page = self._files.call_s3(
+                "list_objects_v2", Bucket=self._bucket, Prefix=prefix, **after
+            )
+            sizes |= {
+                entry["Key"][len(prefix) :]: int(entry["Size"])
+                for entry in page.get("Contents", ())
+                if not entry["Key"].endswith("/")  # a folder that a console made
+            }
+            if not page.get("IsTruncated"):
+                return sizes
+            after = {"ContinuationToken": page["NextContinuationToken"]}
+        raise TransferError(
+            f"{self.where}: expected the folder of an artifact, found more than {MAX_PAGES} pages "
+            "of files; check the address"
+        )
 
     def _call(self, operation: str, name: str, values: Mapping[str, object]) -> dict[str, Any]:
         with translate_errors(self.where):
@@ -185,6 +221,29 @@ class S3Remote:
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}".lstrip("/")
+
+
+def read_range(files: Any, path: str, first: int, last: int) -> bytes:
+    """Return bytes `first` to `last` - 1 of an object, and one more if the store sends more.
+
+    s3fs holds whatever the store sends.
+    """
+    bucket, _, key = path.partition("/")
+    answer = files.call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={first}-{last - 1}")
+    body, content = answer["Body"], bytearray()
+
+    async def read() -> None:
+        while len(content) <= last - first:
+            piece = await body.read(last - first + 1 - len(content))
+            if not piece:
+                return
+            content.extend(piece)
+
+    try:
+        sync(files.loop, read, timeout=compute_seconds(last - first))
+    finally:
+        body.close()
+    return bytes(content)
 
 
 def batch_pieces(pieces: Iterable[bytes], n: int) -> Iterator[list[bytes]]:

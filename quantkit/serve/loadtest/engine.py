@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
+from functools import partial
 from typing import Any
 
 import httpx2
 
 from quantkit.artifact.loadtest_schema import CacheCounters
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.io.bounded_http import IDENTITY, ResponseLimits, bound_response, call_with_deadline
+from quantkit.io.retry import ResponseRefused, TransientError
 
 TIMEOUT_SECONDS = 10.0
 COUNTERS: Mapping[str, tuple[str, str]] = {
@@ -18,6 +21,26 @@ COUNTERS: Mapping[str, tuple[str, str]] = {
     "SGLang": ("sglang:prompt_tokens_total", "sglang:cached_tokens_total"),
 }
 """Engine -> the counters of queried tokens and of cache hits."""
+
+
+ANSWER = ResponseLimits(n_bytes=16_000_000, seconds=30.0)
+"""A list of models, an error, or metrics: vLLM's have 100 kB for each engine."""
+TRANSPORT_ERRORS = (httpx2.TransportError, TransientError, ResponseRefused)
+
+
+def make_client(timeout: httpx2.Timeout | float = TIMEOUT_SECONDS) -> httpx2.Client:
+    """Return a client whose answers are bounded."""
+    hooks: dict[str, list[Callable[..., Any]]] = {
+        "response": [partial(bound_response, default=ANSWER)]
+    }
+    return httpx2.Client(timeout=timeout, headers=IDENTITY, event_hooks=hooks)
+
+
+def fetch(url: str, headers: Mapping[str, str]) -> httpx2.Response:
+    """Return the answer to a GET request; raises one of TRANSPORT_ERRORS."""
+    with make_client() as client:
+        get = partial(client.get, url, headers=dict(headers))
+        return call_with_deadline(get, 2 * (ANSWER.seconds or TIMEOUT_SECONDS))
 
 
 def get_base_url(url: str) -> str:
@@ -30,11 +53,9 @@ def get_base_url(url: str) -> str:
 def list_models(url: str, key: str) -> list[str]:
     """Return the models of a server; QuantkitError if it does not answer."""
     try:
-        response = httpx2.get(
-            f"{get_base_url(url)}/v1/models", headers=make_headers(key), timeout=TIMEOUT_SECONDS
-        )
+        response = fetch(f"{get_base_url(url)}/v1/models", make_headers(key))
         values: Any = response.json()
-    except (httpx2.TransportError, ValueError) as fault:
+    except (*TRANSPORT_ERRORS, ValueError, RecursionError) as fault:
         raise QuantkitError(
             f"{url}: expected an OpenAI-compatible server, found none ({fault}); start it"
         ) from None
@@ -70,13 +91,18 @@ def check_endpoint(url: str, key: str, path: str, body: Mapping[str, Any], secon
     """
     timeout = httpx2.Timeout(seconds, connect=TIMEOUT_SECONDS)
     try:
-        with httpx2.stream(
-            "POST", url + path, json=dict(body), headers=make_headers(key), timeout=timeout
-        ) as response:
-            if response.status_code == 200:
-                return
-            response.read()
-    except httpx2.TransportError as fault:
+        with make_client(timeout) as client:
+            request = client.build_request(
+                "POST", url + path, json=dict(body), headers=make_headers(key)
+            )
+            response = call_with_deadline(
+                partial(client.send, request, stream=True), seconds + TIMEOUT_SECONDS
+            )
+            with closing(response):
+                if response.status_code == 200:
+                    return
+                response.read()
+    except TRANSPORT_ERRORS as fault:
         raise QuantkitError(
             f"{url}{path}: expected a response, found none ({fault}); start the server"
         ) from None
@@ -120,8 +146,8 @@ def scrape_metrics(url: str) -> str | None:
     """Return the text of a server's /metrics, or None."""
     try:
         base = url.rstrip("/").removesuffix("/metrics")
-        response = httpx2.get(f"{base}/metrics", timeout=TIMEOUT_SECONDS)
-    except httpx2.TransportError:
+        response = fetch(f"{base}/metrics", {})
+    except TRANSPORT_ERRORS:
         return None
     return response.text if response.status_code == 200 else None
 

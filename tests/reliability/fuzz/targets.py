@@ -628,6 +628,119 @@ def fuzz_journal(folder: Path) -> object:
     return Journal.open(folder / "journal.jsonl")
 
 
+@cache
+def make_entries() -> tuple[bytes, ...]:
+    """Return the entries of a build's journal, without their hashes."""
+    source = {"revision": None, "files": {"m": "0" * 64}, "other files": "0"}
+    state = {"tensors": ["a"], "files": {"m": {"sha256": "0" * 64, "n_bytes": 3}}}
+    states = {"calibration": "c-1"}
+    step = {"loop": 0, "record": None, "states": states, "stored": [state]}
+    wave = {
+        "loop": 0,
+        "steps": 1,
+        "searched": 2,
+        "quantized": 2,
+        "states": states,
+        "sums": None,
+        "modules": [],
+        "stored": [state],
+    }
+    entries: list[dict[str, object]] = [
+        {"kind": "began", "owner": "0" * 32, "stamps": {"m": [1, 2]}, "of": {"source": source}},
+        {"kind": "step", "step": step},
+        {"kind": "wave", "wave": wave},
+        {"kind": "ready", "loop": 0, "manifests": {"awq": "0" * 64}},
+        {"kind": "replaces", "format": "awq", "manifest": "link"},
+    ]
+    return (encode_json({"entries": entries}),)
+
+
+@register_target("build journal", "entries.json", lambda: make_entries(), mutate_json)
+def fuzz_build_journal(folder: Path) -> object:
+    """Read the entries of a build's journal, whose hashes are right, and its owner."""
+    from quantkit.build.journal_schema import open_build_journal
+    from quantkit.build.progress_log import BuildProgress
+    from quantkit.build.session import describe_change, flatten_json
+    from quantkit.io.journal import _format_line, read_first_entry
+    from quantkit.io.owned_dirs import parse_owner
+
+    try:
+        values = json.loads((folder / "entries.json").read_bytes())
+        entries = values["entries"]
+        digest, lines = "", b""
+        for entry in entries:
+            line, digest = _format_line(digest, entry)
+            lines += line
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None  # not what this target writes
+    path = folder / "journal.jsonl"
+    path.unlink(missing_ok=True)
+    path.write_bytes(lines)
+    owner = parse_owner(read_first_entry(path))
+    journal = open_build_journal(path)
+    if journal is None:
+        return None
+    progress = BuildProgress.read(journal, 0)
+    _ = progress.files, progress.blocks, progress.wave, progress.stored(0) if progress.steps else 0
+    changed = flatten_json(journal.entries[0]["of"])
+    return owner, [describe_change(value, None) for value in changed.values()]
+
+
+@register_target(
+    "owner marker", ".quantkit-owner", lambda: (b'{"owner": "' + b"0" * 32 + b'"}',), mutate_json
+)
+def fuzz_owner_marker(folder: Path) -> object:
+    """Read the marker of a folder, and check the folder."""
+    from quantkit.io.owned_dirs import check_owned_dir, read_marker
+
+    owner = read_marker(folder)
+    assert owner is None or len(owner) == 32
+    return check_owned_dir(folder, owner or "0" * 32, "move it away") if owner else None
+
+
+@register_target(
+    "oci login",
+    "answer",
+    lambda: (
+        b'Bearer realm="https://auth.example.com/token",service="s",scope="repository:a:pull"\n'
+        b'{"token": "abc", "access_token": "abc", "expires_in": 300}',
+    ),
+    mutate_lines,
+)
+def fuzz_oci_login(folder: Path) -> object:
+    """Read a registry's challenge and the answer of its login: the host is one of its domain, and
+    the token adds no header.
+    """
+    from urllib.parse import urlsplit
+
+    from quantkit.publish.oci_auth import check_realm, parse_challenge, parse_token
+
+    header, _, body = (folder / "answer").read_bytes().partition(b"\n")
+    _, challenge = parse_challenge(header.decode("latin-1"))
+    realm = check_realm(challenge.get("realm", ""), "registry.example.com", "https", "oci://x")
+    host = urlsplit(realm).hostname or ""
+    assert host == "example.com" or host.endswith(".example.com"), realm
+    token = parse_token(body, "oci://x")
+    assert token.isascii() and token.isprintable() and " " not in token
+    return token
+
+
+@register_target(
+    "auto_map",
+    "config.json",
+    lambda: (encode_json({"auto_map": {"AutoConfig": "own.Own", "AutoModel": [None, "b.B"]}}),),
+    mutate_json,
+    lambda: {"own.py": b"from .b import x\nimport .c\n", "b.py": b"", "usercustomize.py": b""},
+)
+def fuzz_auto_map(folder: Path) -> object:
+    """List the code that an artifact carries over."""
+    from quantkit.checkpoint.remote_code import list_code_files
+
+    names = list_code_files(folder)
+    assert set(names) <= {"own.py", "b.py"}, names
+    return names
+
+
 @register_target("answers", "answers.sqlite", lambda: make_answers_file(), mutate_bytes)
 def fuzz_answers(folder: Path) -> object:
     """Open, read and extend the answers of an interrupted evaluation."""
