@@ -435,12 +435,12 @@ def fuzz_calibration_rows(folder: Path) -> object:
     lambda: {"mine.jsonl": b'{"question": "1"}\n' * 2},
 )
 def fuzz_evaluation_task(folder: Path) -> object:
-    """Load a task file and render it for lm-eval."""
-    from quantkit.evaluate.tasks import load_tasks, render_tasks
+    """Load a task file and prepare its data for lm-eval."""
+    from quantkit.evaluate.tasks import get_lm_eval_keys, load_tasks, open_task_data
 
     tasks = load_tasks([str(folder / "mine.yaml")], folder)
-    with render_tasks(tasks):
-        return tasks
+    with open_task_data(tasks):
+        return [get_lm_eval_keys(task) for task in tasks]
 
 
 @register_target(
