@@ -36,6 +36,7 @@ from quantkit.texts import task_files
 from quantkit.texts.task_files import PythonFile
 
 KIND = "task"
+MAX_SHOWN_FAULTS = 20  # of one file: a hostile one has thousands
 _BLOCK = "quantkit"
 _UNUSED_KEYS = frozenset({_BLOCK, "task_alias", "tag", "dataset_path"})
 _DICT_KEY = "[key]"  # how pydantic names the key of a mapping in a location
@@ -268,8 +269,16 @@ def _validate(document: YamlDocument, path: Path, folders: tuple[Path, ...]) -> 
         )
         faults.append((document.line(("task",)), f"{document.where(('task',))}: task: {sentence}"))
     if faults:
-        raise EvaluationError("\n".join(text for _, text in sorted(faults)))
+        raise EvaluationError("\n".join(_list_sentences(faults)))
     return values
+
+
+def _list_sentences(faults: Sequence[tuple[int, str]]) -> list[str]:
+    """Return the sentences of the first faults by line, and how many more there are."""
+    sentences = [sentence for _, sentence in sorted(faults)]
+    more = len(sentences) - MAX_SHOWN_FAULTS
+    rest = [f"{more} more faults; correct these first"] if more > 0 else []
+    return sentences[:MAX_SHOWN_FAULTS] + rest
 
 
 def _find_template_faults(document: YamlDocument) -> list[tuple[int, str]]:
