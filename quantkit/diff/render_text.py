@@ -19,6 +19,13 @@ MAX_CHARACTERS = 60_000
 """Limit of the Markdown view; a GitHub comment takes 65,536."""
 
 TERMINAL_ROWS = 10
+_REFERENCES = re.compile(
+    r"(?<!\w)[@#](?=\w)"  # a user, an issue
+    r"|#(?=\d)|\bGH-(?=\d)"  # an issue of another repository
+    r"|[\w.+-]@(?=[\w-]+\.\w)"  # an address of mail
+    r"|\b\w+:(?=/)|\b(?:mailto|xmpp|tel|data|javascript):|\bwww(?=\.)",  # an address of the web
+    re.IGNORECASE,
+)
 _LIMITS = (
     (60, 240, 40, 1_200),
     (40, 160, 20, 700),
@@ -73,10 +80,10 @@ def _render_markdown(diff: Diff, rows: int, cell: int, items: int, answer: int) 
     environment = html_page.make_environment(
         autoescape=False
     )  # Markdown: the filters escape untrusted text
-    environment.filters["table"] = lambda table: disable_mentions(
+    environment.filters["table"] = lambda table: disable_references(
         markdown.format_table(table, rows, cell, "quantkit diff --json")
     )
-    environment.filters["cell"] = lambda text: disable_mentions(
+    environment.filters["cell"] = lambda text: disable_references(
         markdown.escape_cell(text, 4 * cell)
     )
     environment.filters["answer"] = lambda text: fence_text(text, answer)
@@ -100,9 +107,12 @@ def cut_to_difference(flip: FlippedItem, limit: int = 300) -> tuple[str, str]:
     return cut + flip.a.text[start:], cut + flip.b.text[start:]
 
 
-def disable_mentions(text: str) -> str:
-    """Break mentions and issue numbers, so that "@decorator" in an answer notifies no user."""
-    return re.sub(r"(?<![\w])([@#])(?=\w)", "\\1\u200b", text)
+def disable_references(text: str) -> str:
+    """Break mentions, issue numbers and addresses with a character of no width.
+
+    "@decorator" in an answer notifies no user, and no text of a model becomes a link.
+    """
+    return _REFERENCES.sub(lambda match: match[0] + "\u200b", text)
 
 
 def fence_text(text: str, limit: int) -> str:

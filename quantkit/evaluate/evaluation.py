@@ -87,7 +87,7 @@ def run_evaluation(
     with lm_eval_tasks.open_lm_eval_tasks(tasks, lm_eval_names) as opened:
         loaded = replace(opened, failed={**failed, **opened.failed})
         if not loaded.tasks:
-            is_known = any(lm_eval_tasks.is_known_task(name) for name in loaded.failed)
+            is_known = bool(tasks) or any(map(lm_eval_tasks.is_known_task, loaded.failed))
             message = "\n".join(loaded.failed.values()) or "--tasks: expected a task, found none"
             raise EvaluationError(message) if is_known else UsageError(message)
         with (

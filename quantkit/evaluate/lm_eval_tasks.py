@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,8 +20,10 @@ from typing import Any
 
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import tasks
-from quantkit.evaluate.tasks import DATA_VARIABLE, Task, render_tasks
+from quantkit.evaluate.task_schema import DATA_VARIABLE
+from quantkit.evaluate.tasks import Task, open_task_data
 from quantkit.io.files import is_file
+from quantkit.io.templates import TemplateWorker
 from quantkit.texts import task_files
 
 TASK_SETS: Mapping[str, tuple[str, ...]] = {
@@ -88,16 +90,22 @@ def open_lm_eval_tasks(
     """Load checked tasks (tasks.load_tasks) and lm-eval's own by name or pattern, silently.
 
     Nothing connects to a network unless data has to be fetched. lm-eval reads the data of its tasks
-    while it loads them.
+    while it loads them. Templates of task files are rendered in one process per task, which ends
+    with this context.
     """
+    from quantkit.evaluate.bounded_task import make_lm_eval_task  # imports lm-eval: seconds
+
     offline = not names and all(task.is_local for task in own_tasks)
-    with _silence(offline=offline), render_tasks(own_tasks) as folder:
+    with _silence(offline=offline), open_task_data(own_tasks) as data, ExitStack() as workers:
         described: dict[str, Task] = {}
         loaded: dict[str, Any] = {}
         failed: dict[str, str] = {}
         for task in own_tasks:
+            worker = workers.enter_context(TemplateWorker())
             try:
-                loaded |= _load_matching(_index_folder(folder), task.name)
+                loaded[task.name] = make_lm_eval_task(task, data[task.name], worker)
+            except EvaluationError as error:
+                failed[task.name] = str(error)
             # lm-eval and datasets raise a dozen unrelated types
             except Exception as error:  # noqa: BLE001
                 is_remote = not task.is_local
@@ -128,16 +136,19 @@ def open_lm_eval_tasks(
 
 
 def split_names(
-    names: Sequence[str], data_folder: Path | None = None
+    names: Sequence[str], data_folder: Path | None = None, *, trusted: Sequence[str] = ()
 ) -> tuple[list[Task], list[str], dict[str, str]]:
-    """Split names into tasks of evals/, names of lm-eval, and tasks of evals/ that fail."""
+    """Split names into tasks of evals/, names of lm-eval, and tasks of evals/ that fail.
+
+    trusted: sha256 of Python files that tasks may run.
+    """
     own_tasks, lm_eval_names, failed = list[Task](), list[str](), dict[str, str]()
     for name in expand_names(names):
         if not task_files.find_task_path(name).is_file() and not name.endswith(task_files.SUFFIX):
             lm_eval_names.append(name)
             continue
         try:
-            own_tasks += tasks.load_tasks([name], data_folder)
+            own_tasks += tasks.load_tasks([name], data_folder, trusted=trusted)
         except EvaluationError as error:
             failed[name] = str(error)
     return own_tasks, lm_eval_names, failed
@@ -150,17 +161,10 @@ def is_known_task(name: str) -> bool:
     return task_files.find_task_path(name).is_file() or bool(_index_lm_eval().match_tasks([name]))
 
 
-def _index_folder(folder: Path) -> Any:
-    """Return lm-eval's index of the tasks in a folder."""
-    from lm_eval.tasks import TaskManager  # seconds to import
-
-    return TaskManager(include_path=str(folder), include_defaults=False)
-
-
 @cache
 def _index_lm_eval() -> Any:
     """Return lm-eval's index of its own thousands of tasks; it takes seconds to build."""
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # seconds to import
 
     return TaskManager()
 

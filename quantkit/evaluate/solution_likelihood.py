@@ -13,27 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 
 from quantkit.artifact.fidelity_schema import Figure, LikelihoodResult
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import lm_eval_tasks, statistics, tasks
-from quantkit.evaluate.tasks import TEMPLATES, Task
+from quantkit.evaluate.tasks import Task, make_template_error, render_field, render_target
 from quantkit.evaluate.token_fidelity import StreamPair
+from quantkit.io.templates import TemplateFault, TemplateWorker
 from quantkit.texts import task_files
 from quantkit.texts.corpora import Tokenizer, Tokens, encode_continuation, pack_tokens
 
 ItemPrompt = tuple[int, str, dict[str, object]]
 """Number of an item, its prompt, and its columns."""
 
-_UNSUPPORTED_KEYS = frozenset({
-    "description",
-    "process_docs",
-    "doc_to_choice",
-    "use_prompt",
-    "gen_prefix",
-    "custom_dataset",
-})
+_UNSUPPORTED_KEYS = frozenset({"description", "gen_prefix"})
+_SUPPORTED_FEWSHOT_KEYS = frozenset({"sampler", "samples"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,12 +99,12 @@ def _tokenize_task(
     task: Task, gold: str, tokenizer: Tokenizer, items: int, length: int
 ) -> list[tuple[GoldSolution, list[int]]]:
     """Return one sequence per item; items whose solution alone is too long are left out."""
-    try:
-        prompts = render_prompts(task, items) or build_prompts_with_lm_eval(task, items)
-        template = TEMPLATES.from_string(gold)
-        texts = [(doc_id, prompt, template.render(row)) for doc_id, prompt, row in prompts]
-    except TemplateError as error:
-        raise EvaluationError(f"{task.name}: {error}; correct the task's file") from error
+    with TemplateWorker() as worker:
+        prompts = render_prompts(task, items, worker) or build_prompts_with_lm_eval(task, items)
+        try:
+            texts = [(doc_id, prompt, worker.render(gold, row)) for doc_id, prompt, row in prompts]
+        except TemplateFault as fault:
+            raise make_template_error(f"{task.name}: quantkit.gold", fault) from None
     sequences = []
     for doc_id, prompt, text in texts:
         ids, n_tokens = encode_continuation(tokenizer, prompt, text, length)
@@ -120,7 +114,7 @@ def _tokenize_task(
     return sequences
 
 
-def render_prompts(task: Task, items: int) -> list[ItemPrompt]:
+def render_prompts(task: Task, items: int, worker: TemplateWorker) -> list[ItemPrompt]:
     """Render the prompts that lm-eval would build of a plain task with local data.
 
     None for any other.
@@ -128,18 +122,33 @@ def render_prompts(task: Task, items: int) -> list[ItemPrompt]:
     lm-eval and its imports take 130 MB, for which the recipe's `memory` has no room.
     """
     config, rows, examples = task.config, _read_local_rows(task, items), _read_examples(task)
-    if rows is None or examples is None:
+    if rows is None or examples is None or task.python or _UNSUPPORTED_KEYS & config.keys():
         return []
-    if not isinstance(config.get("doc_to_text"), str) or _UNSUPPORTED_KEYS & config.keys():
+    if not isinstance(config.get("doc_to_text"), str):
         return []
-    prompt = TEMPLATES.from_string(str(config["doc_to_text"]))
-    target = TEMPLATES.from_string(str(config["doc_to_target"]))
     delimiter = config.get("target_delimiter", " ")
     separator = config.get("fewshot_delimiter", "\n\n")
     prefix = "".join(
-        f"{prompt.render(row)}{delimiter}{target.render(row)}{separator}" for row in examples
+        f"{_render_prompt(task, row, worker)}{delimiter}"
+        f"{_render_target(task, row, worker)}{separator}"
+        for row in examples
     )
-    return [(number, prefix + prompt.render(row), row) for number, row in enumerate(rows)]
+    return [
+        (number, prefix + _render_prompt(task, row, worker), row) for number, row in enumerate(rows)
+    ]
+
+
+def _render_prompt(task: Task, row: Mapping[str, object], worker: TemplateWorker) -> str:
+    """Return the question of a row."""
+    template = str(task.config["doc_to_text"])
+    return str(render_field(worker, f"{task.name}: doc_to_text", template, row))
+
+
+def _render_target(task: Task, row: Mapping[str, object], worker: TemplateWorker) -> str:
+    """Return the answer of a worked example; of several, the first."""
+    template = str(task.config["doc_to_target"])
+    target = render_target(worker, f"{task.name}: doc_to_target", template, row)
+    return str(target[0] if isinstance(target, list) and target else target)
 
 
 def _read_local_rows(task: Task, items: int) -> list[dict[str, object]] | None:
@@ -155,7 +164,7 @@ def _read_examples(task: Task) -> list[dict[str, object]] | None:
         return []
     if not isinstance(count, int) or not isinstance(config, dict):
         return None
-    if config.get("sampler") != "first_n":
+    if config.get("sampler") != "first_n" or config.keys() - _SUPPORTED_FEWSHOT_KEYS:
         return None
     if isinstance(samples := config.get("samples"), list):
         return samples[:count]

@@ -20,13 +20,13 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from quantkit.errors import EvaluationError, UnsuitedError
 from quantkit.evaluate import answer_store, lm_eval_tasks, sandbox
 from quantkit.evaluate.item_results import ItemResult
 from quantkit.evaluate.lm_eval_tasks import LoadedTasks
-from quantkit.evaluate.tasks import TEMPLATES, CodeRules, Task
+from quantkit.evaluate.task_schema import CodeRules
+from quantkit.evaluate.tasks import Task, make_template_error
+from quantkit.io.templates import TemplateFault, TemplateWorker
 
 if TYPE_CHECKING:
     from quantkit.evaluate.lm_eval_adapter import GeneratedAnswer, LMEvalAdapter
@@ -115,21 +115,15 @@ def run_loaded_tasks(
     """
     from lm_eval.evaluator import evaluate  # seconds to import
 
-    try:
-        results = evaluate(
-            lm=adapter,
-            task_dict={"tasks": dict(loaded.lm_eval_tasks), "groups": {}, "group_map": {}},
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=True,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
-        )
-    except TemplateError as error:
-        names = ", ".join(task.name for task in loaded.tasks)
-        raise EvaluationError(
-            f"evaluation tasks {names}: {error}; correct the task's file"
-        ) from error
+    results = evaluate(
+        lm=adapter,
+        task_dict={"tasks": dict(loaded.lm_eval_tasks), "groups": {}, "group_map": {}},
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
     items: list[ItemResult] = []
     for task in loaded.tasks:
         samples = results["samples"][task.name]
@@ -229,10 +223,11 @@ def _judge_programs(
     jail: sandbox.Sandbox,
 ) -> list[ItemResult]:
     """Return the items of a code task with their programs run, or marked as not run."""
-    programs = [
-        build_program(item.task, rules, sample["doc"], item.response)
-        for item, sample in zip(items, samples, strict=True)
-    ]
+    with TemplateWorker() as worker:
+        programs = [
+            build_program(worker, item.task, rules, sample["doc"], item.response)
+            for item, sample in zip(items, samples, strict=True)
+        ]
     if jail.kind == "none":
         results: list[sandbox.ProgramResult | None] = [None] * len(items)
     else:
@@ -247,21 +242,16 @@ def _judge_programs(
 
 
 def build_program(
-    name: str, rules: CodeRules, doc: Mapping[str, Any], completion: str
+    worker: TemplateWorker, name: str, rules: CodeRules, doc: Mapping[str, Any], completion: str
 ) -> sandbox.Program:
     """Build the program of a completion of task `name`, and its tests."""
     if rules.cut == "first_unindented_line":
         completion = cut_at_unindented_line(completion)
     values = {**doc, "completion": completion}
     try:
-        source, tests = (
-            TEMPLATES.from_string(text).render(values) for text in (rules.source, rules.tests)
-        )
-    except TemplateError as error:
-        raise EvaluationError(
-            f"{name}: quantkit.code: a template does not fit the data: {error}; "
-            "use the names of the data's columns"
-        ) from None
+        source, tests = (worker.render(text, values) for text in (rules.source, rules.tests))
+    except TemplateFault as fault:
+        raise make_template_error(f"{name}: quantkit.code", fault) from None
     return sandbox.Program(source=source, tests=tests)
 
 

@@ -1,7 +1,7 @@
 """Benchmark tasks of evals/: lm-eval tasks with a block `quantkit:` for data and code rules.
 
-`load_tasks` reads and checks task files; `render_tasks` writes them for lm-eval, with the paths of
-the data in place of the block.
+`load_tasks` reads and checks task files (task_schema.py); `open_task_data` says where lm-eval finds
+their rows. Templates of a task are rendered by `render_field` and its like, never by lm-eval.
 """
 
 from __future__ import annotations
@@ -10,151 +10,36 @@ import difflib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-from jinja2 import Environment, StrictUndefined
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
+from pydantic import ValidationError
+
+from quantkit.errors import EvaluationError, RecipeError, UnsuitedError
+from quantkit.evaluate.task_schema import (
+    DATA_VARIABLE,
+    REFUSED_KEYS,
+    CodeRules,
+    DataFolders,
+    SplitFile,
+    TaskFile,
+    list_known_keys,
 )
-
-from quantkit.errors import EvaluationError, RecipeError
 from quantkit.io import yaml_document
 from quantkit.io.files import is_file, sha256_file, shorten_repr
+from quantkit.io.templates import TemplateFault, TemplateWorker
 from quantkit.io.validation_errors import describe_fault
 from quantkit.io.yaml_document import KeyPath, YamlDocument, format_path
 from quantkit.texts import task_files
-
-DATA_VARIABLE = "QUANTKIT_DATA"
-TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-"""Renders templates as lm-eval does: they are code, not HTML."""
+from quantkit.texts.task_files import PythonFile
 
 KIND = "task"
+MAX_SHOWN_FAULTS = 20  # of one file: a hostile one has thousands
 _BLOCK = "quantkit"
-_SPLIT = re.compile(r"\w[\w.]{0,63}", re.ASCII)  # it becomes part of a file's name
+_UNUSED_KEYS = frozenset({_BLOCK, "task_alias", "tag", "dataset_path"})
 _DICT_KEY = "[key]"  # how pydantic names the key of a mapping in a location
-_FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-def _check_split(name: str) -> str:
-    if not _SPLIT.fullmatch(name):
-        raise ValueError(
-            "expected a split's name of at most 64 letters, digits and _, found "
-            f"{shorten_repr(name)}; rename it"
-        )
-    return name
-
-
-def _check_rows(value: object) -> object:
-    if isinstance(value, list) and len(value) == 2 and all(type(end) is int for end in value):
-        start, end = value
-        if 0 <= start < end:
-            return start, end
-    raise ValueError(f"expected [from, to] with 0 <= from < to, found {shorten_repr(value)}")
-
-
-def _wrap_file_name(value: object) -> object:
-    return {"file": value} if isinstance(value, str) else value
-
-
-Text = Annotated[str, Field(min_length=1)]
-Rows = Annotated[tuple[int, int], BeforeValidator(_check_rows)]
-SplitName = Annotated[str, AfterValidator(_check_split)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataFolders:
-    """Folders with local data, and whether a hub dataset can replace missing files."""
-
-    folders: tuple[Path, ...]
-    has_hub: bool
-
-
-class SplitFile(BaseModel):
-    """The key `quantkit.local.SPLIT`: a JSONL file, or the rows [from, to) of it."""
-
-    model_config = _FROZEN
-    file: Text
-    rows: Rows | None = None
-
-    @field_validator("file")
-    @classmethod
-    def _check_file(cls, name: str, info: ValidationInfo) -> str:
-        data = info.context
-        assert isinstance(data, DataFolders)
-        if not data.has_hub and task_files.find_first_file(name, data.folders) is None:
-            raise ValueError(
-                f"{name} not found in {', '.join(map(str, data.folders))}, and no hub dataset is "
-                "named; set "
-                f"{DATA_VARIABLE} to the folder that holds it"
-            )
-        return name
-
-
-class TaskDataset(BaseModel):
-    """The key `quantkit.hub`: a dataset on the hub, used if a local file is missing."""
-
-    model_config = _FROZEN
-    path: Text
-    name: Text | None = None
-
-
-class CodeRules(BaseModel):
-    """The key `quantkit.code`: program templates over the item's columns and `completion`."""
-
-    model_config = _FROZEN
-    source: Text
-    tests: Text
-    cut: Literal["none", "first_unindented_line"] = "none"
-    seconds: Annotated[int, Field(ge=1, le=600)] = 10
-
-
-class QuantkitBlock(BaseModel):
-    """The key `quantkit` of a task file."""
-
-    model_config = _FROZEN
-    domain: Text
-    hub: TaskDataset | None = None
-    local: dict[SplitName, Annotated[SplitFile, BeforeValidator(_wrap_file_name)]] | None = Field(
-        default=None, validate_default=True
-    )
-    gold: Text | None = None
-    code: CodeRules | None = None
-
-    @field_validator("local")
-    @classmethod
-    def _check_local(
-        cls, local: dict[str, SplitFile] | None, info: ValidationInfo
-    ) -> dict[str, SplitFile] | None:
-        assert isinstance(info.context, DataFolders)
-        if not local and not info.context.has_hub:
-            raise ValueError(
-                "expected local files or a hub dataset, found neither; add `local` or `hub`"
-            )
-        return local
-
-
-class TaskFile(BaseModel):
-    """A task file: the keys that quantkit reads; the others are lm-eval's."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
-    quantkit: QuantkitBlock
-    task: str
-    output_type: Literal["generate_until"]
-
-
-_SECTIONS: Mapping[str, type[BaseModel]] = {"hub": TaskDataset, "code": CodeRules}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +55,8 @@ class Task:
     """One checked task. `files` is split -> file; empty means that the data comes from `hub`.
 
     `config` is lm-eval's part of the file; `gold` a Jinja template of the solution that follows the
-    prompt; `sha256` covers the file's text and its data.
+    prompt; `python` the task's own code, which the user trusts; `sha256` covers the file's text,
+    its data and its code.
     """
 
     name: str
@@ -181,6 +67,7 @@ class Task:
     code: CodeRules | None
     sha256: str
     gold: str | None = None
+    python: PythonFile | None = None
 
     @property
     def is_local(self) -> bool:
@@ -200,16 +87,19 @@ def get_task_name(name: str) -> str:
     return task_files.find_task_path(name).stem
 
 
-def load_tasks(names: Sequence[str], data_folder: Path | None = None) -> tuple[Task, ...]:
-    """Read and check tasks by name, or by path if the name ends in .yaml.
+def load_tasks(
+    names: Sequence[str], data_folder: Path | None = None, *, trusted: Sequence[str] = ()
+) -> tuple[Task, ...]:
+    """Read and check tasks by name, or by path if the name ends in .yaml. Runs no code of theirs.
 
     Data is searched in `data_folder` (default: $QUANTKIT_DATA), then in the folder `data` next to
-    the task's file, then on the hub. Raises EvaluationError with every fault of every task.
+    the task's file, then on the hub. trusted: sha256 of Python files that tasks may run. Raises
+    EvaluationError with every fault of every task.
     """
     loaded, faults = [], []
     for name in names:
         try:
-            loaded.append(_load_task(name, data_folder))
+            loaded.append(_load_task(name, data_folder, trusted))
         except EvaluationError as error:
             faults.append(str(error))
     if faults:
@@ -217,18 +107,54 @@ def load_tasks(names: Sequence[str], data_folder: Path | None = None) -> tuple[T
     return tuple(loaded)
 
 
+def render_field(
+    worker: TemplateWorker, where: str, template: str, row: Mapping[str, object]
+) -> object:
+    """Return a column if the template is its name, else the rendered text, as lm-eval does.
+
+    where: task and key, for the message. Raises UnsuitedError if the template gives no text.
+    """
+    if template in row:
+        return row[template]
+    try:
+        return worker.render(template, row)
+    except TemplateFault as fault:
+        raise make_template_error(where, fault) from None
+
+
+def render_target(
+    worker: TemplateWorker, where: str, template: str, row: Mapping[str, object]
+) -> object:
+    """As `render_field`; a text that writes a list in Python becomes the list: several targets."""
+    if template in row:
+        return row[template]
+    try:
+        return worker.render_target(template, row)
+    except TemplateFault as fault:
+        raise make_template_error(where, fault) from None
+
+
+def make_template_error(where: str, fault: TemplateFault) -> UnsuitedError:
+    """Return the error for a template or pattern of a task that gives no text."""
+    advice = "simplify it" if fault.is_limit else "use the names of the data's columns"
+    return UnsuitedError(f"{where}: {fault}; {advice}")
+
+
 @contextmanager
-def render_tasks(tasks: Sequence[Task]) -> Iterator[Path]:
-    """Yield a temporary folder with the tasks as lm-eval reads them (JSON is YAML)."""
+def open_task_data(tasks: Sequence[Task]) -> Iterator[dict[str, dict[str, object]]]:
+    """Yield task -> the keys of lm-eval's config that name its data; selected rows are copied."""
     with task_files.make_temporary_folder() as folder:
         for task in tasks:
             for split, file in task.files.items():
                 if file.rows is not None:
                     text = task_files.read_row_range(file.path, *file.rows)
                     task_files.save_text(_get_rows_path(task, split, folder), text)
-            config = json.dumps(_make_lm_eval_config(task, folder))
-            task_files.save_text(folder / f"{task.name}.yaml", config)
-        yield folder
+        yield {task.name: _make_data_keys(task, folder) for task in tasks}
+
+
+def get_lm_eval_keys(task: Task) -> dict[str, object]:
+    """Return the keys of a task's config that lm-eval uses, as the file has them."""
+    return {key: value for key, value in task.config.items() if key not in _UNUSED_KEYS}
 
 
 def _get_rows_path(task: Task, split: str, folder: Path) -> Path:
@@ -236,22 +162,22 @@ def _get_rows_path(task: Task, split: str, folder: Path) -> Path:
     return folder / f"{task.sha256[:16]}.{split}.jsonl"
 
 
-def _make_lm_eval_config(task: Task, folder: Path) -> dict[str, object]:
+def _make_data_keys(task: Task, folder: Path) -> dict[str, object]:
     if not task.is_local:
         dataset: dict[str, object] = {"dataset_path": task.hub["path"]}
         if "name" in task.hub:
             dataset["dataset_name"] = task.hub["name"]
-        return {**task.config, **dataset}
+        return dataset
     files = {
         split: str(file.path if file.rows is None else _get_rows_path(task, split, folder))
         for split, file in task.files.items()
     }
     # without a cache folder of its own every run would add to ~/.cache
     kwargs = {"data_files": files, "cache_dir": str(folder / "cache")}
-    return {**task.config, "dataset_path": "json", "dataset_kwargs": kwargs}
+    return {"dataset_path": "json", "dataset_kwargs": kwargs}
 
 
-def _load_task(name: str, data_folder: Path | None) -> Task:
+def _load_task(name: str, data_folder: Path | None, trusted: Sequence[str]) -> Task:
     path = task_files.find_task_path(name)
     if not is_file(path):
         known = task_files.list_task_names()
@@ -263,10 +189,13 @@ def _load_task(name: str, data_folder: Path | None) -> Task:
     text = task_files.read_task_text(path)
     document = _parse_document(text, path)
     folders = _list_data_folders(path, data_folder)
-    values = _validate(document, path, folders)
-    block = values.quantkit
+    block = _validate(document, path, folders).quantkit
     files = _find_files(block.local or {}, folders)
     hub = block.hub.model_dump(exclude_none=True) if block.hub else {}
+    python = None
+    if block.python is not None:
+        python = task_files.read_python(path.parent / block.python)
+        _check_trust(python, document.where((_BLOCK, "python")), trusted)
     return Task(
         name=path.stem,
         domain=block.domain,
@@ -275,8 +204,18 @@ def _load_task(name: str, data_folder: Path | None) -> Task:
         hub=hub,
         code=block.code,
         gold=block.gold,
-        sha256=_hash_task(text, files, hub),
+        python=python,
+        sha256=_hash_task(text, files, hub, python),
     )
+
+
+def _check_trust(python: PythonFile, where: str, trusted: Sequence[str]) -> None:
+    """Raise EvaluationError unless the user trusts this very text."""
+    if python.sha256 not in trusted:
+        raise EvaluationError(
+            f"{where}: quantkit.python: {python.path} is code that would run on this machine with "
+            f"your rights; read it, and if you trust it add --trust-task-code {python.sha256}"
+        )
 
 
 def _list_data_folders(path: Path, data_folder: Path | None) -> tuple[Path, ...]:
@@ -296,12 +235,6 @@ def _parse_document(text: str, path: Path) -> YamlDocument:
         raise EvaluationError(
             f"{path}: expected finite numbers, found: {error}; correct the file"
         ) from None
-    for key in document.values:
-        if not key.isidentifier():  # lm-eval takes the other keys as names of fields
-            raise EvaluationError(
-                f"{document.where((key,))}: expected a key of lm-eval's tasks, found {key[:40]!r}; "
-                "remove it"
-            )
     return document
 
 
@@ -313,7 +246,7 @@ def _validate(document: YamlDocument, path: Path, folders: tuple[Path, ...]) -> 
     block = document.values.get(_BLOCK)
     hub = block.get("hub") if isinstance(block, dict) else None
     has_hub = isinstance(hub, dict) and "path" in hub
-    faults: list[tuple[int, str]] = []
+    faults = _find_template_faults(document)
     try:
         values = TaskFile.model_validate(
             document.values, context=DataFolders(folders=folders, has_hub=has_hub)
@@ -321,9 +254,12 @@ def _validate(document: YamlDocument, path: Path, folders: tuple[Path, ...]) -> 
     except ValidationError as error:
         for details in error.errors(include_url=False):
             key: KeyPath = tuple(details["loc"])
-            known = _list_known_keys(key)
+            known = list_known_keys(key)
             key = key[:-2] if key[-1] == _DICT_KEY else key
-            sentence = describe_fault(key, details, known)
+            advice = (
+                REFUSED_KEYS.get(str(key[-1])) if details["type"] == "extra_forbidden" else None
+            )
+            sentence = f"not supported; {advice}" if advice else describe_fault(key, details, known)
             where = document.where(key)
             faults.append((document.line(key), f"{where}: {format_path(key)}: {sentence}"))
     name = document.values.get("task")
@@ -333,17 +269,28 @@ def _validate(document: YamlDocument, path: Path, folders: tuple[Path, ...]) -> 
         )
         faults.append((document.line(("task",)), f"{document.where(('task',))}: task: {sentence}"))
     if faults:
-        raise EvaluationError("\n".join(text for _, text in sorted(faults)))
+        raise EvaluationError("\n".join(_list_sentences(faults)))
     return values
 
 
-def _list_known_keys(key: KeyPath) -> tuple[str, ...]:
-    """Return the keys allowed in the mapping that holds `key`."""
-    if len(key) < 2:
-        return tuple(TaskFile.model_fields)
-    if len(key) == 2:
-        return tuple(QuantkitBlock.model_fields)
-    return tuple(_SECTIONS.get(str(key[1]), SplitFile).model_fields)
+def _list_sentences(faults: Sequence[tuple[int, str]]) -> list[str]:
+    """Return the sentences of the first faults by line, and how many more there are."""
+    sentences = [sentence for _, sentence in sorted(faults)]
+    more = len(sentences) - MAX_SHOWN_FAULTS
+    rest = [f"{more} more faults; correct these first"] if more > 0 else []
+    return sentences[:MAX_SHOWN_FAULTS] + rest
+
+
+def _find_template_faults(document: YamlDocument) -> list[tuple[int, str]]:
+    """Return (line, sentence) for every template that a task needs and does not have."""
+    block = document.values.get(_BLOCK)
+    if isinstance(block, dict) and "python" in block:  # its functions can take the place of both
+        return []
+    return [
+        (0, f"{document.name}: {key}: missing; this key has no default")
+        for key in ("doc_to_text", "doc_to_target")
+        if key not in document.values
+    ]
 
 
 def _find_files(local: Mapping[str, SplitFile], folders: tuple[Path, ...]) -> dict[str, LocalFile]:
@@ -353,14 +300,21 @@ def _find_files(local: Mapping[str, SplitFile], folders: tuple[Path, ...]) -> di
         path = task_files.find_first_file(entry.file, folders)
         if path is None:
             return {}
+        task_files.check_rows_file(path)
         files[split] = LocalFile(path=path, rows=entry.rows)
     return files
 
 
-def _hash_task(text: str, files: Mapping[str, LocalFile], hub: Mapping[str, str]) -> str:
+def _hash_task(
+    text: str,
+    files: Mapping[str, LocalFile],
+    hub: Mapping[str, str],
+    python: PythonFile | None,
+) -> str:
     data = {
         split: [sha256_file(file.path, EvaluationError), file.rows]
         for split, file in sorted(files.items())
     }
-    content = json.dumps([text, data or dict(hub)], sort_keys=True)
+    code = [python.sha256] if python is not None else []
+    content = json.dumps([text, data or dict(hub), *code], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -6,10 +6,15 @@ Untrusted text is escaped: it can neither end a cell nor start HTML.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 from quantkit.report.tables import MORE, Table
 
+_LINK_END = re.compile(r"\](?=[(\[:])")
+"""Where the text of a link or an image ends, or the name of a link's definition."""
+_ENTITY = re.compile(r"&(?=#?\w+;)")
+"""A character by its name or number, which Markdown decodes before it looks for addresses."""
 ROWS = 100
 CELL = 240
 
@@ -36,12 +41,14 @@ def format_table(table: Table, rows: int = ROWS, cell_limit: int = CELL, more: s
 
 
 def escape_cell(text: str, limit: int = CELL) -> str:
-    """Return text as one line that neither ends a cell nor starts HTML."""
+    """Return text as one line that neither ends a cell nor starts HTML, a link or an image."""
     line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else "\ufffd" for c in line)
     line = line if len(line) <= limit else line[: limit - 1] + "…"
+    line = _ENTITY.sub("&amp;", line.replace("\\", "\\\\"))
     return (
-        line
-        .replace("\\", "\\\\")
+        _LINK_END
+        .sub(r"\\]", line)
         .replace("|", "\\|")
         .replace("<", "&lt;")
         .replace("*", "\\*")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +18,20 @@ from quantkit.io.package_data import locate_folder
 
 SUFFIX = ".yaml"
 MAX_BYTES = 1_000_000  # no task description is larger
+MAX_PYTHON_BYTES = 1_000_000  # nor is the Python of one
+PREFIX_BYTES = 4096  # blank lines in front of the first row
+SPLIT_NAME = re.compile(r"\w[\w.]{0,63}", re.ASCII)  # it becomes part of a file's name
+HUB_NAME = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+"""OWNER/NAME on the hub; one name alone could be a format of the datasets library or a folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PythonFile:
+    """A task's own Python, as it was read: `sha256` is of exactly this text."""
+
+    path: Path
+    text: str
+    sha256: str
 
 
 def list_task_names() -> tuple[str, ...]:
@@ -35,6 +52,35 @@ def read_task_text(path: Path) -> str:
         raise EvaluationError(
             f"{path}: expected UTF-8 text, found other bytes; save it as UTF-8"
         ) from None
+
+
+def read_python(path: Path) -> PythonFile:
+    """Read the Python of a task without running it; EvaluationError if it cannot be read."""
+    data = read_bytes(path, MAX_PYTHON_BYTES, EvaluationError)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise EvaluationError(
+            f"{path}: expected Python in UTF-8, found other bytes; save it as UTF-8"
+        ) from None
+    return PythonFile(path=path, text=text, sha256=hashlib.sha256(data).hexdigest())
+
+
+def check_rows_file(path: Path) -> None:
+    """Check that a file starts with a JSON object: the datasets library unpacks archives."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(PREFIX_BYTES).lstrip()
+    except OSError as fault:
+        raise EvaluationError(
+            f"{path}: expected a readable JSONL file, found: {describe_os_error(fault)}; check the "
+            "path"
+        ) from None
+    if start[:1] != b"{":
+        raise EvaluationError(
+            f"{path}: expected one JSON object per line, found another start of the file; fetch it "
+            "again, or unpack it"
+        )
 
 
 def find_first_file(name: str, places: tuple[Path, ...]) -> Path | None:

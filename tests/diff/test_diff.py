@@ -10,6 +10,7 @@ from math import exp, sqrt
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 from scipy import stats
 from support.diff_example import (
     A_SCORES,
@@ -34,6 +35,7 @@ from quantkit.diff.compare import compare_sides
 from quantkit.diff.diff_schema import Diff, TensorGroup
 from quantkit.diff.sides import Side
 from quantkit.errors import NotComparable
+from quantkit.report import markdown
 
 
 @pytest.fixture(scope="module")
@@ -565,6 +567,61 @@ def test_markdown_breaks_mentions_and_issue_links() -> None:
     assert len(fenced) == 1 and len(lines) == 4
     for line in set(lines) - set(fenced):
         assert not re.search(r"(?<!\w)[@#]\w", line) and ("kl@math" in line) == ("static" in line)
+
+
+LIVE = (
+    "[click](https://evil.example/x)",
+    "![picture](https://evil.example/x.png)",
+    "[![both](https://evil.example/x.png)](https://evil.example)",
+    "[ref][a] [a]: https://evil.example",
+    "[a]: https://evil.example [a]",
+    "<https://evil.example> <x@evil.example>",
+    "https://evil.example HTTP://EVIL.EXAMPLE ftp://evil.example file:///etc/passwd",
+    "www.evil.example WWW.evil.example",
+    "someone@evil.example mailto:x@evil.example xmpp:x@evil.example",
+    "http&#58;//evil.example &#x77;ww.evil.example www&period;evil.example &lt;b&gt;",
+    "@team @team/sub owner/repo#12 #12 GH-12 (@team)",
+    '<img src="https://evil.example/x.png" onerror=x> <a href=x>y</a> <!-- z -->',
+    "javascript:alert(1) data:text/html,x",
+    "`code` ``https://evil.example`` ```",
+    "\\[click](https://evil.example) \\\\[click](https://evil.example)",
+    "a\u202eb\u2066c\x1b[2J",
+)
+GITHUB_LINKS = re.compile(
+    r"(?i)(https?|ftp|file):/|\bwww\.|(mailto|xmpp|javascript|data):\w|[\w.+-]@[\w-]+\.\w|[@#]\w|gh-\d"
+)
+
+
+@pytest.mark.parametrize("text", LIVE, ids=range(len(LIVE)))
+def test_markdown_has_no_live_link_picture_or_html(text: str) -> None:
+    """Of answers, outcomes, names, notes and reasons, read as Markdown and with GitHub's rules."""
+    b = make_side_a()
+    key = ("tiny-v3-math", "answer", 5)
+    item = replace((b.items or {})[key], answer=replace(make_answer(text, 0.0), outcome=text))
+    side = replace(b, name=text, items={**(b.items or {}), key: replace(item, prompt=text)})
+    result = compare_sides(make_side_a(), side)
+    result = result.model_copy(update={"notes": (text,), "left_out": (text,)})
+    shown = render_text.render_markdown(result)
+    assert shown.count("evil") >= 5 or "evil" not in text
+    parsed = MarkdownIt("commonmark", {"html": True}).enable("table").parse(shown)
+    for token in [part for block in parsed for part in (block, *(block.children or ()))]:
+        assert token.type not in ("link_open", "image"), token
+        if token.type.startswith("html"):
+            assert re.fullmatch(r"(</?details>|<summary>[^<]*</summary>|\s)*", token.content), (
+                token.content
+            )
+        if token.type == "text":
+            assert not GITHUB_LINKS.search(token.content), token.content
+            assert token.content.replace("\u200b", "").isprintable()
+        if token.type == "code_inline":
+            assert text.startswith("`") is False
+
+
+def test_model_card_has_no_link_or_picture_of_a_stranger() -> None:
+    for text in LIVE:
+        tokens = MarkdownIt("commonmark").parseInline(markdown.escape_cell(text))
+        types = {child.type for token in tokens for child in token.children or ()}
+        assert not types & {"link_open", "image", "html_inline", "code_inline"}, text
 
 
 def test_kl_of_a_source_is_zero_and_its_ratio_has_no_percent() -> None:

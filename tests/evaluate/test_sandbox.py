@@ -17,6 +17,7 @@ from quantkit.evaluate import task_runner, tasks
 from quantkit.evaluate.sandbox import Program, ProgramResult, Sandbox, probe_sandbox, run_programs
 from quantkit.evaluate.sandbox.limits import PROCESSES
 from quantkit.io import package_data
+from quantkit.io.templates import TemplateWorker
 
 DATA = Path(os.environ.get("QUANTKIT_DATA", ROOT.parent / "shared" / "data"))
 
@@ -191,13 +192,17 @@ def run_reference_solutions(
     file = loaded.files["test"]
     lines = file.path.read_text(encoding="utf-8").splitlines()
     docs = [json.loads(line) for line in (lines[slice(*file.rows)] if file.rows else lines)]
-    right = [task_runner.build_program(task, loaded.code, doc, doc[solution]) for doc in docs]
-    empty = [
-        task_runner.build_program(
-            task, loaded.code, doc, "    pass\n" if "prompt" in doc else "pass"
+    with TemplateWorker() as worker:
+        right, empty = (
+            [
+                task_runner.build_program(worker, task, loaded.code, doc, completion)
+                for doc, completion in answers
+            ]
+            for answers in (
+                [(doc, doc[solution]) for doc in docs],
+                [(doc, "    pass\n" if "prompt" in doc else "pass") for doc in docs[:20]],
+            )
         )
-        for doc in docs[:20]
-    ]
     return run_programs(right, sandbox, loaded.code.seconds), run_programs(empty, sandbox, 2)
 
 

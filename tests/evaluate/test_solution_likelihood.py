@@ -25,6 +25,7 @@ from quantkit.artifact.fidelity_schema import Fidelity, Figure, LikelihoodResult
 from quantkit.errors import RecipeError
 from quantkit.evaluate import solution_likelihood, statistics, tasks
 from quantkit.io import package_data
+from quantkit.io.templates import TemplateWorker
 from quantkit.plan import sources
 from quantkit.recipe.parse import parse_recipe
 from quantkit.recipe.schema import Gate
@@ -219,19 +220,26 @@ def test_rendered_prompts_equal_lm_eval(name: str) -> None:
     if not name.startswith("tiny-v3") and not (data / name).is_dir():
         pytest.skip(f"{name} is not on this machine")
     (task,) = tasks.load_tasks([name], data)
-    ours = solution_likelihood.render_prompts(task, 5)
+    with TemplateWorker() as worker:
+        ours = solution_likelihood.render_prompts(task, 5, worker)
     assert len(ours) == 5
     assert ours == solution_likelihood.build_prompts_with_lm_eval(task, 5)
 
 
 def test_render_prompts_leaves_other_tasks_to_lm_eval() -> None:
     (task,) = tasks.load_tasks(["tiny-v3-math"])
-    for change in ({"description": "Solve."}, {"doc_to_text": None}, {"num_fewshot": 2}):
-        assert (
-            solution_likelihood.render_prompts(replace(task, config={**task.config, **change}), 3)
-            == []
-        )
-    assert solution_likelihood.render_prompts(replace(task, files={}), 3) == []
+    own_examples = {"sampler": "first_n", "samples": [{}], "doc_to_text": "{{x}}"}
+    changes: tuple[dict[str, object], ...] = (
+        {"description": "Solve."},
+        {"doc_to_text": None},
+        {"num_fewshot": 2},
+        {"num_fewshot": 1, "fewshot_config": own_examples},
+    )
+    with TemplateWorker() as worker:
+        for change in changes:
+            changed = replace(task, config={**task.config, **change})
+            assert solution_likelihood.render_prompts(changed, 3, worker) == []
+        assert solution_likelihood.render_prompts(replace(task, files={}), 3, worker) == []
 
 
 def test_build_does_not_import_lm_eval(tmp_path: Path) -> None:

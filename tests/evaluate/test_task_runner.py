@@ -24,6 +24,7 @@ from transformers import (
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import item_results, source_comparison, task_runner, tasks
 from quantkit.evaluate.sandbox import Sandbox, probe_sandbox
+from quantkit.evaluate.task_schema import DATA_VARIABLE
 from quantkit.io import package_data
 from quantkit.report import tables
 from quantkit.texts import task_files
@@ -163,7 +164,7 @@ def test_data_folder_comes_from_argument_or_environment(tmp_path, monkeypatch):
     (tmp_path / "humaneval").mkdir()
     (tmp_path / "humaneval" / "HumanEval.jsonl").write_text("{}\n")
     assert tasks.load_tasks(["humaneval"], tmp_path)[0].is_local
-    monkeypatch.setenv(tasks.DATA_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     first = tasks.load_tasks(["humaneval"])[0]
     assert first.is_local
     (tmp_path / "humaneval" / "HumanEval.jsonl").write_text('{"changed": 1}\n')
@@ -175,7 +176,7 @@ def test_rows_beyond_the_end_of_the_file_are_refused(tmp_path):
     (tmp_path / "mbpp" / "mbpp.jsonl").write_text("{}\n" * 20)
     with (
         pytest.raises(EvaluationError, match="expected rows 10 to 510, found 20 rows"),
-        tasks.render_tasks(tasks.load_tasks(["mbpp"], tmp_path)),
+        tasks.open_task_data(tasks.load_tasks(["mbpp"], tmp_path)),
     ):
         pass
 

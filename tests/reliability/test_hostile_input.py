@@ -627,15 +627,25 @@ TASK = (
     "task: mine\noutput_type: generate_until\nquantkit:\n  domain: math\n"
     "  local: {test: mine.jsonl}\n"
 )
+TEMPLATES = "test_split: test\ndoc_to_text: '{}'\ndoc_to_target: x\n"
 TASKS = {
     "billion laughs": (TASK + LAUGHS + "\n", b"{}\n", "alias"),
     "nested": (TASK + "x: " + "[" * 20_000 + "\n", b"{}\n", "nested"),
     "bytes": (TASK + "x: !!binary aGk=\n", b"{}\n", "tags"),
-    "a key that is a number": (TASK + "1: x\n", b"{}\n", "expected a key of lm-eval's tasks"),
+    "a key that is a number": (TASK + "1: x\n", b"{}\n", "1: unknown key"),
+    "code in a template": (
+        TASK + TEMPLATES.format("{{ cycler.__init__ }}"),
+        b'{"a": 1}\n',
+        "error: mine: doc_to_text",
+    ),
+    "code of lm-eval": (TASK + "process_docs: utils.f\n", b"{}\n", "not supported; prepare the"),
+    "an included file": (TASK + "include: other.yaml\n", b"{}\n", "not supported; copy the keys"),
+    "a metric of a script": (TASK + "metric_list: [{metric: ./m.py}]\n", b"{}\n", "exact_match"),
     "not a number": (TASK + "x: .nan\n", b"{}\n", "expected finite numbers"),
     "10,000 digits": (TASK + f"x: {DIGITS}\n", b"{}\n", "mine.yaml"),
     "not UTF-8": (TASK + "x: '\udcff'\n", b"{}\n", "UTF-8"),
-    "rows nested": (TASK + 'gold: "{{a}}"\n', BOMB.encode(), "mine"),
+    "rows nested": (TASK + TEMPLATES.format("x"), b'{"a": ' + BOMB.encode() + b"}", "mine"),
+    "rows of no object": (TASK + TEMPLATES.format("x"), BOMB.encode(), "one JSON object per line"),
 }
 
 
@@ -646,7 +656,8 @@ def test_hostile_task_is_rejected(
     """Task files of `quantkit eval`."""
     text, rows, words = TASKS[name]
     (tmp_path / "mine.yaml").write_bytes(text.encode(errors="surrogateescape"))
-    (tmp_path / "mine.jsonl").write_bytes(rows)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.jsonl").write_bytes(rows)
     code, printed = run_command(
         "eval",
         artifact,

@@ -19,7 +19,10 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from quantkit.artifact.load_model import load_model
+from quantkit.io.templates import TemplateFault, TemplateWorker, WorkerLimits
+from quantkit.io.yaml_document import printable
 from quantkit.serve.engines.openai_protocol import BadRequest, CompletionRequest
+from quantkit.texts.chat_templates import render_chat
 from quantkit.texts.corpora import load_tokenizer
 
 DEFAULT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -115,18 +118,16 @@ class Decoder:
         longest = int(getattr(self.model.config, "max_position_embeddings", 0)) or 2048
         self.context = min(context or longest, longest)
         own = template or getattr(self.tokenizer, "chat_template", None)
-        self.template, self.has_own_template = own or DEFAULT_TEMPLATE, own is not None
+        self.template = template or (None if own else DEFAULT_TEMPLATE)  # None: the tokenizer's
+        self.has_own_template = own is not None
+        # a server has no last request: only each single one is limited
+        self._templates = TemplateWorker(WorkerLimits(total_seconds=None, total_characters=None))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
 
     def encode_prompts(self, request: CompletionRequest) -> list[list[int]]:
         """Return the token ids of each prompt; BadRequest if one leaves no room for output."""
         if request.kind == "chat":
-            text = self.tokenizer.apply_chat_template(
-                list(request.messages),
-                chat_template=self.template,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
+            text = self._render_chat(request)
             prompts = [self._encode(text, special=not self.has_own_template)]
         else:
             prompts = [
@@ -144,6 +145,19 @@ class Decoder:
                     "shorten it or lower max_tokens"
                 )
         return prompts
+
+    def _render_chat(self, request: CompletionRequest) -> str:
+        """Return the text of a conversation; BadRequest if the chat template gives none."""
+        try:
+            return render_chat(
+                self._templates, self.tokenizer, request.messages, template=self.template
+            )
+        except (TemplateFault, ValueError) as fault:
+            sentence = printable(" ".join(str(fault).split()), 300)
+            raise BadRequest(
+                f"messages: the model's chat template gives no text for them: {sentence}; change "
+                "the messages, or serve with another --chat-template"
+            ) from None
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         """Return the token ids of a text.
@@ -171,6 +185,7 @@ class Decoder:
 
     def close(self) -> None:
         """Stop accepting requests."""
+        self._templates.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _generate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 
 Mutation = Callable[[bytes, random.Random], bytes]
@@ -101,6 +102,18 @@ RAW: tuple[bytes, ...] = (
 )
 """Text that is not JSON, or that readers interpret differently."""
 
+TEMPLATE_TOKENS: tuple[bytes, ...] = (
+    b"{{", b"}}", b"{%", b"%}", b"{#", b"#}", b"-", b"|", b".", b"[", b"]", b"(", b")", b"~", b"*",
+    b"**", b"%", b"not", b"is", b"in", b"if", b"else", b"endif", b"for", b"endfor", b"recursive",
+    b"set", b"macro", b"endmacro", b"call", b"caller()", b"filter", b"include", b"import", b"raw",
+    b"block", b"extends", b"self", b"loop", b"cycler", b"joiner", b"namespace", b"lipsum", b"range",
+    b"range(99999)", b"dict", b"__class__", b"__init__", b"__globals__", b"mro", b"attr('x')",
+    b"center(9999999)", b"indent", b"wordwrap", b"batch(3)", b"groupby", b"map('upper')", b"sum",
+    b"select", b"tojson", b"xmlattr", b"urlize", b"format", b"regex_replace('(a+)+$', '')", b"none",
+    b"question", b"choices", b"d", b"10", b"9999999999", b"'a'", b"'\\ud800'", b"\xff", b"\x00",
+)  # fmt: skip
+"""Words and marks of Jinja's language, and names that reach its objects."""
+
 YAML_RAW: tuple[bytes, ...] = (
     b"&a [*a]",
     b"*a",
@@ -176,6 +189,24 @@ def mutate_yaml(data: bytes, rng: random.Random) -> bytes:
             _cut_bytes,
         ))(data, rng)
     return data
+
+
+def mutate_template(data: bytes, rng: random.Random) -> bytes:
+    """Insert, drop or exchange a token of a Jinja template, or change a byte."""
+    tokens = re.split(rb"(\W)", data)
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(tokens))
+        kind = rng.randrange(4)
+        if kind == 0:
+            tokens[at] = rng.choice(TEMPLATE_TOKENS)
+        elif kind == 1:
+            tokens.insert(at, rng.choice(TEMPLATE_TOKENS))
+        elif kind == 2:
+            tokens[at] = rng.choice(tokens)
+        else:
+            tokens[at] = b""
+    data = b"".join(tokens)
+    return mutate_bytes(data, rng) if rng.random() < 0.2 else data
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:

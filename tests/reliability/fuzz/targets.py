@@ -21,12 +21,14 @@ from reliability.fuzz.mutate import (
     mutate_bytes,
     mutate_json,
     mutate_lines,
+    mutate_template,
     mutate_yaml,
 )
 
 from quantkit import errors
 
 if TYPE_CHECKING:
+    from quantkit.io.templates import TemplateWorker
     from quantkit.recipe.schema import Recipe
 
 MESSAGE_LINES = 41
@@ -102,6 +104,55 @@ quantkit:
   local: {test: {file: mine.jsonl, rows: [0, 2]}}
   gold: "{{answer}}"
   code: {source: "{{completion}}", tests: "{{test}}", cut: none, seconds: 10}
+"""
+FULL_TASK = """\
+task: mine
+tag: [a, b]
+output_type: generate_until
+test_split: test
+fewshot_split: test
+num_fewshot: 2
+fewshot_config:
+  sampler: first_n
+  samples: [{question: "1", answer: "2", list: [1, {a: b}]}]
+  doc_to_text: "{{question}}"
+  gen_prefix: "It is"
+description: "Add."
+doc_to_text: "Question: {{question}}"
+doc_to_target: "{{answer}}"
+target_delimiter: " "
+fewshot_delimiter: "\\n\\n"
+gen_prefix: "A"
+repeats: 3
+generation_kwargs: {until: ["\\n"], do_sample: true, temperature: 0.7, top_p: 0.9, max_gen_toks: 8}
+filter_list:
+  - name: answer
+    filter:
+      - {function: take_first_k, k: 2}
+      - {function: regex, regex_pattern: "([0-9]+)", group_select: -1, fallback: none}
+      - {function: map, mapping_dict: {a: b}, default_value: c}
+      - {function: majority_vote}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true, regexes_to_ignore: [","]}
+metadata: {version: 1.0}
+quantkit:
+  domain: math
+  hub: {path: openai/gsm8k, name: main}
+  local: {test: mine.jsonl}
+  gold: "{{answer}}"
+"""
+PYTHON = b"def doc_to_text(doc):\n    return 'x'\n"
+PYTHON_TASK = """\
+task: mine
+output_type: generate_until
+quantkit: {domain: math, local: {test: mine.jsonl}, python: helpers.py}
+"""
+TEMPLATE = """\
+{% set ns = namespace(n=0) %}{% for c in choices %}{% set ns.n = ns.n + loop.index %}
+{{- c|upper|replace("A", 'b') ~ ns.n * 2 }}{% if not loop.last %}, {% endif %}{% endfor %}
+{% macro show(x) %}{{ "%s-%d"|format(x, 3) }}{% endmacro %}{{ show(question) }}
+{{ question[:3] + choices[-1] }} {{ (1 + 2) ** 3 // 2 }} {{ [1, 2]|join('-') }} {{ d.a.b|tojson }}
+{{ cycler('a', 'b').next() }} {{ question.__class__ }}
 """
 TOKENIZER = {
     "version": "1.0",
@@ -430,17 +481,41 @@ def fuzz_calibration_rows(folder: Path) -> object:
 @register_target(
     "evaluation task",
     "mine.yaml",
-    lambda: (TASK.encode(),),
+    lambda: (TASK.encode(), FULL_TASK.encode(), PYTHON_TASK.encode()),
     mutate_yaml,
-    lambda: {"mine.jsonl": b'{"question": "1"}\n' * 2},
+    lambda: {"mine.jsonl": b'{"question": "1"}\n' * 2, "helpers.py": PYTHON},
 )
 def fuzz_evaluation_task(folder: Path) -> object:
-    """Load a task file and render it for lm-eval."""
-    from quantkit.evaluate.tasks import load_tasks, render_tasks
+    """Load a task file and prepare its data for lm-eval."""
+    from quantkit.evaluate.tasks import get_lm_eval_keys, load_tasks, open_task_data
 
-    tasks = load_tasks([str(folder / "mine.yaml")], folder)
-    with render_tasks(tasks):
-        return tasks
+    trusted = [hashlib.sha256(PYTHON).hexdigest()]
+    tasks = load_tasks([str(folder / "mine.yaml")], folder, trusted=trusted)
+    with open_task_data(tasks):
+        return [get_lm_eval_keys(task) for task in tasks]
+
+
+@cache
+def start_template_worker() -> TemplateWorker:
+    """Start the process that renders templates; it ends with this one."""
+    from quantkit.io.templates import TemplateWorker, WorkerLimits
+
+    return TemplateWorker(WorkerLimits(total_seconds=None, total_characters=None))
+
+
+@register_target(
+    "template",
+    "template.jinja",
+    lambda: (TEMPLATE.replace(" {{ question.__class__ }}", "").encode(),),
+    mutate_template,
+)
+def fuzz_template(folder: Path) -> object:
+    """Render a template of a task."""
+    from quantkit.evaluate.tasks import render_target
+
+    text = (folder / "template.jinja").read_bytes().decode("utf-8", errors="replace")
+    row = {"question": "1 + 1", "choices": ["a", "b"], "d": {"a": {"b": [1, None, 0.5]}}}
+    return render_target(start_template_worker(), "mine: doc_to_text", text, row)
 
 
 @register_target(
