@@ -19,11 +19,12 @@ from quantkit.artifact.read_report import read_artifact_report
 from quantkit.diff.compare import compare_sides
 from quantkit.diff.diff_schema import Diff
 from quantkit.diff.sides import read_sides
+from quantkit.errors import UsageError
 from quantkit.library_settings import apply_settings
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.plan.summary import summarize_plan
 from quantkit.progress import Progress
-from quantkit.recipe.recipe_file import read_recipe
+from quantkit.recipe.recipe_file import describe_stray_output, find_stray_output, read_recipe
 from quantkit.verify import shallow
 from quantkit.verify.shallow import VerifyReport
 
@@ -84,12 +85,18 @@ def build_recipe(
 
     Raises:
         RecipeError: with every fault of the recipe.
-        UsageError: if output.path exists and `overwrite` is not set.
+        UsageError: if output.path exists and `overwrite` is not set, or if a recipe file, not
+            `overrides`, names a folder outside the working folder.
     """
     apply_settings()
     from quantkit.pipeline import build_artifacts  # imports torch and transformers
 
     text, parsed = read_recipe(str(recipe), _as_text(overrides))
+    if (stray := find_stray_output(str(recipe), parsed)) is not None:
+        raise UsageError(
+            f"{describe_stray_output(str(recipe), stray)}; pass overrides={{'output.path': DIR}} "
+            "to write there"
+        )
 
     def report_plans(plans: Sequence[Plan]) -> None:
         if on_plan:

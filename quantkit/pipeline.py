@@ -198,7 +198,7 @@ def build_artifacts(
                         on_progress=on_progress,
                     )
                 for plan in group:
-                    rename_sealed(plan, build.sealed_manifests(loop)[plan.format_name])
+                    rename_sealed(build, plan, build.sealed_manifests(loop)[plan.format_name])
             if message := build.remove_scratch():
                 on_message(message)
         except BaseException as error:
@@ -207,10 +207,12 @@ def build_artifacts(
     return tuple(read_result(plan) for plan in plans)
 
 
-def rename_sealed(plan: Plan, manifest_sha256: str) -> None:
-    """Rename a sealed artifact from its staging folder to its final name."""
-    path = Path(plan.path)
-    rename_into_place(get_staging_path(path), path, manifest_sha256)
+def rename_sealed(build: BuildSession, plan: Plan, manifest: str) -> None:
+    """Rename a sealed artifact, whose manifest has this sha256, from its staging folder to its
+    final name.
+    """
+    path, replaced = Path(plan.path), build.record_replaced(plan, manifest)
+    rename_into_place(get_staging_path(path), path, manifest, replaced)
 
 
 def read_result(plan: Plan) -> BuildResult:
@@ -246,7 +248,7 @@ def build_group(
     artifacts = [
         ArtifactInProgress(
             plan=plan,
-            folder=prepare_staging(plan, progress.stored(number)),
+            folder=prepare_staging(plan, progress.stored(number), build.owner),
             stored=progress.stored(number),
         )
         for number, plan in enumerate(session.group_by_solve(build.plans)[loop])

@@ -43,10 +43,11 @@ FILE_PACKAGES = ("io/", "checkpoint/", "texts/", "publish/")
 
 MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "artifact/front_matter.py": frozenset({"read_text"}),  # the source's model card
-    "build/spool.py": frozenset({"os.open", "unlink"}),  # hidden states on disk
+    "build/spool.py": frozenset({"unlink"}),  # hidden states on disk
     "evaluate/answer_store.py": frozenset({"mkdir"}),  # the folder of its SQLite file
     "artifact/model_files.py": frozenset({"read_bytes"}),  # the source's sidecars
     "artifact/staging.py": frozenset({"rename", "unlink"}),  # the staging folder and its renaming
+    "artifact/replace.py": frozenset({"rmdir", "unlink"}),  # the files of a replaced artifact
     "recipe/recipe_file.py": frozenset({"read_text"}),  # the recipe
     "plan/published.py": frozenset({"read_text"}),  # configs, package data
     "serve/sizing/gpus.py": frozenset({"read_text"}),  # the cards, package data
@@ -64,12 +65,7 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "evaluate/results.py": frozenset({"mkdir"}),  # the folder of an evaluation
     "evaluate/token_fidelity.py": frozenset({"write_table"}),  # pyarrow writes its own files
     "evaluate/solution_likelihood.py": frozenset({"write_table"}),  # the same
-    "evaluate/item_results.py": frozenset({
-        "write_table",
-        "os.replace",
-        "unlink",
-        "mkdir",
-    }),  # and its cache
+    "evaluate/item_results.py": frozenset({"write_table", "mkdir"}),  # to memory; its cache
     "evaluate/backends.py": frozenset({"from_pretrained"}),  # transformers reads its own files
     "evaluate/openai_backend.py": frozenset({
         "openai",

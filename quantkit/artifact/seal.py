@@ -13,18 +13,19 @@ from quantkit.artifact.layout import MANIFEST, SCHEMA_VERSION, TIMINGS, find_lay
 from quantkit.checkpoint.tensors import WrittenFile
 from quantkit.errors import ArtifactError
 from quantkit.io.files import sha256_file, sync_folder, write_json
+from quantkit.io.owned_dirs import OWNER_FILE
 
 
 def hash_files(folder: Path, known: Mapping[str, WrittenFile]) -> dict[str, dict[str, object]]:
-    """Return sha256 and bytes of every file but the manifest and the timings, by relative path in
-    sorted order.
+    """Return sha256 and bytes of every file but the manifest, the timings and the marker of the
+    staging folder, by relative path in sorted order.
 
     known: files whose hash was computed while they were written.
     """
     entries: dict[str, dict[str, object]] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        if name in {MANIFEST, TIMINGS}:
+        if name in {MANIFEST, TIMINGS, OWNER_FILE}:
             continue
         written = known.get(name)
         size = written.n_bytes if written else path.stat().st_size

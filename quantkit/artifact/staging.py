@@ -3,19 +3,27 @@ final name.
 
 A folder under the final name is complete: files are written into the staging folder, sealing writes
 the manifest last, and the rename follows. An artifact that is replaced is moved to
-`<path>.replaced` until the new one has its name.
+`<path>.replaced` until the new one has its name; then the files that its manifest names are
+removed.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from quantkit.artifact.layout import MANIFEST
+from quantkit.artifact.replace import check_replaceable, iterate_files, remove_replaced
 from quantkit.artifact.seal import is_sealed
 from quantkit.artifact.writer import WrittenState
 from quantkit.errors import ArtifactError, UsageError
-from quantkit.io.files import PART, make_write_error, sync_folder
-from quantkit.io.owned_dirs import make_owned_dir, remove_owned_dir
+from quantkit.io.files import (
+    PART,
+    make_folder,
+    make_write_error,
+    sync_folder,
+)
+from quantkit.io.owned_dirs import OWNER_FILE, make_owned_dir, remove_marker
 from quantkit.plan.plan import Plan
 
 
@@ -31,28 +39,26 @@ def get_replaced_path(path: Path) -> Path:
 
 def check_output_free(path: Path, overwrite: bool) -> None:
     """Check that `path` is free or holds an artifact that may be replaced; raises UsageError."""
-    if path.exists() and not overwrite:
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
         raise UsageError(f"{path}: exists already; choose another output.path or pass --overwrite")
-    if path.exists() and not (path / MANIFEST).is_file():
-        raise UsageError(
-            f"{path}: exists and is not an artifact of quantkit; --overwrite replaces artifacts "
-            "only"
-        )
+    check_replaceable(path)
 
 
 def check_replaced_free(path: Path) -> None:
     """Check that nothing is at the path that a replaced artifact is moved to; raises UsageError."""
     old = get_replaced_path(path)
-    if old.exists() or old.is_symlink():
+    if os.path.lexists(old):
         raise UsageError(
             f"{old}: expected nothing where a replaced artifact goes, found something; move it away"
         )
 
 
-def prepare_staging(plan: Plan, stored: WrittenState) -> Path:
-    """Make the staging folder of a plan and return it.
+def prepare_staging(plan: Plan, stored: WrittenState, owner: str) -> Path:
+    """Make the staging folder of a plan, with the marker of `owner`, and return it.
 
-    Only shards with tensors in `stored` stay in it.
+    Only shards with tensors in `stored` stay in it, no link and no other file.
     """
     folder, stored_tensors = get_staging_path(Path(plan.path)), set(stored.tensors)
     started = {
@@ -60,28 +66,30 @@ def prepare_staging(plan: Plan, stored: WrittenState) -> Path:
         for shard in plan.shards
         if any(spec.name in stored_tensors for spec in shard.tensors)
     }
-    keep = {*started, *(file + PART for file in started)}
+    keep = {OWNER_FILE, *started, *(file + PART for file in started)}
+    make_owned_dir(folder, owner)
     try:
-        for path in folder.rglob("*"):
-            if path.is_file() and path.relative_to(folder).as_posix() not in keep:
-                path.unlink()
+        for name in list(iterate_files(folder)):
+            if name not in keep or (folder / name).is_symlink():
+                (folder / name).unlink()
     except OSError as fault:
         raise make_write_error(folder, fault) from fault
-    make_owned_dir(folder)
+    make_folder((folder / MANIFEST).parent)
     return folder
 
 
-def rename_into_place(folder: Path, path: Path, manifest: str) -> None:
+def rename_into_place(folder: Path, path: Path, manifest: str, replaced: str | None) -> None:
     """Rename a sealed folder to `path` unless that was done before; an artifact at `path` is
     replaced as a whole.
 
-    Raises ArtifactError when neither `folder` nor `path` holds the artifact whose manifest has this
-    sha256.
+    replaced: what `read_replaced` returned before. Raises ArtifactError when neither `folder` nor
+    `path` holds the artifact whose manifest has the sha256 `manifest`.
     """
     old = get_replaced_path(path)
     if is_sealed(folder, manifest):
         try:
-            if path.exists():
+            remove_marker(folder)
+            if os.path.lexists(path):
                 path.rename(old)
             folder.rename(path)
             sync_folder(path.parent)
@@ -91,6 +99,5 @@ def rename_into_place(folder: Path, path: Path, manifest: str) -> None:
         raise ArtifactError(
             f"{path}: expected the artifact that was built, found none; start over with --restart"
         )
-    if old.is_symlink():  # the name was a link to the artifact, which stays
-        old.unlink()
-    remove_owned_dir(old)
+    if replaced is not None:
+        remove_replaced(old, replaced)

@@ -19,7 +19,8 @@ from pydantic import TypeAdapter
 from quantkit.artifact.records import BlockRecord, ModuleRecord
 from quantkit.artifact.writer import ArtifactWriter, WrittenState
 from quantkit.build.hidden_states import Stream, StreamName
-from quantkit.io.files import remove_files, sync_folder
+from quantkit.errors import ArtifactError
+from quantkit.io.files import remove_files, shorten_repr, sync_folder
 from quantkit.io.journal import Entry, Journal
 
 STEP, WAVE = "step", "wave"
@@ -105,9 +106,22 @@ class BuildProgress:
 
     @classmethod
     def read(cls, journal: Journal, loop: int) -> BuildProgress:
-        """Read the progress of a loop from a journal."""
+        """Read the progress of a loop from a journal.
+
+        Raises ArtifactError for a file of states that is not in their folder: such files are
+        removed.
+        """
         steps = [_STEP.validate_python(e["step"]) for e in journal.entries if e["kind"] == STEP]
         waves = [_WAVE.validate_python(e["wave"]) for e in journal.entries if e["kind"] == WAVE]
+        names = {
+            *(n for s in steps for n in s.states.values()),
+            *(n for w in waves for n in w.files),
+        }
+        if wrong := next((name for name in names if Path(name).name != name), None):
+            raise ArtifactError(
+                f"{journal.path}: expected the name of a file of states, found "
+                f"{shorten_repr(wrong)}; start over with --restart"
+            )
         return cls(
             loop=loop,
             steps=[step for step in steps if step.loop == loop],

@@ -3,10 +3,12 @@
 Next to the staging folders `<path>.building` lies `<output.path>.building.scratch` with the journal
 and, while a build loop runs, the hidden states of its streams. The journal's entries, in order:
 
-    began    identity of the build: recipe, source, texts, versions, machine kind, journal format
+    began    identity of the build: recipe, source, texts, versions, machine kind, journal format;
+             and the owner id, which the marker of each of its folders holds too
     step     a finished step of a build loop (`progress_log`)
     wave     a finished wave of a block's experts
     ready    artifacts of one loop that are sealed and only need their name
+    replaces the artifact that one of them replaces, before it is moved away
 """
 
 from __future__ import annotations
@@ -19,21 +21,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.artifact.make_manifest import read_environment, read_versions
+from quantkit.artifact.replace import read_replaced
 from quantkit.artifact.seal import is_sealed
-from quantkit.artifact.staging import check_output_free, check_replaced_free, get_staging_path
+from quantkit.artifact.staging import (
+    check_output_free,
+    check_replaced_free,
+    get_staging_path,
+)
 from quantkit.build.progress_log import BuildProgress
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.errors import CheckpointError, UsageError
+from quantkit.errors import ArtifactError, CheckpointError, UsageError
 from quantkit.io import lock
 from quantkit.io.files import shorten_repr
-from quantkit.io.journal import Journal
-from quantkit.io.owned_dirs import check_owned_dir, make_owned_dir, remove_owned_dir
+from quantkit.io.journal import Journal, read_first_entry
+from quantkit.io.owned_dirs import (
+    JOURNAL,
+    OWNER_KEY,
+    check_owned_dir,
+    check_work_dir,
+    make_owned_dir,
+    make_owner_id,
+    parse_owner,
+    remove_owned_dir,
+)
 from quantkit.plan.plan import Plan
 from quantkit.progress import ProgressCallback
 
-JOURNAL = "journal.jsonl"
-JOURNAL_FORMAT = 2
+JOURNAL_FORMAT = 3
 """Version of the journal's entries: a build that another version began is not resumed."""
+REMEDY = (
+    "if nothing of yours is in it, remove it to start over, else move it away or choose another "
+    "--output"
+)
 SHA256_LENGTH = 64
 SHOWN = 4
 """Differences that are named when a build cannot be resumed; the rest is counted."""
@@ -52,13 +71,18 @@ class BuildSession:
         """The folder that is removed at the end."""
         return self.journal.path.parent
 
+    @property
+    def owner(self) -> str:
+        """The id in the marker of each folder of the build."""
+        return str(self.journal.entries[0][OWNER_KEY])
+
     def read_progress(self, loop: int) -> BuildProgress:
         """Return the progress of the build loop of that number."""
         return BuildProgress.read(self.journal, loop)
 
     def prepare_states(self, loop: int) -> Path:
         """Return the folder of a loop's hidden states, with only the files that resuming needs."""
-        folder, progress = self.scratch / f"states-{loop}", self.read_progress(loop)
+        folder, progress = self._check_folder(f"states-{loop}"), self.read_progress(loop)
         folder.mkdir(exist_ok=True)
         for path in folder.iterdir():
             if path.name not in progress.files:
@@ -67,7 +91,14 @@ class BuildSession:
 
     def answers_folder(self, loop: int) -> Path:
         """Return the folder of the models' answers when a loop's artifacts are benchmarked."""
-        return self.scratch / f"answers-{loop}"
+        return self._check_folder(f"answers-{loop}")
+
+    def _check_folder(self, name: str) -> Path:
+        """Return a folder of the scratch folder; raises UsageError for a link in its place."""
+        folder = self.scratch / name
+        if folder.is_symlink():
+            raise UsageError(f"{folder}: expected a folder, found a link; remove it")
+        return folder
 
     def sealed_manifests(self, loop: int) -> Mapping[str, str]:
         """Return the sha256 of the manifest of each artifact of a loop, by format; empty until all
@@ -82,11 +113,28 @@ class BuildSession:
         self.journal.append({"kind": "ready", "loop": loop, "manifests": manifests})
         shutil.rmtree(self.scratch / f"states-{loop}", ignore_errors=True)
 
+    def record_replaced(self, plan: Plan, manifest: str) -> str | None:
+        """Record the artifact that a sealed one replaces, before it is moved away; return what
+        identifies it, None for nothing.
+
+        manifest: sha256 of the sealed one. Raises UsageError for anything but an artifact.
+        """
+        path, before = Path(plan.path), find_replaced(self.journal, plan)
+        now = read_replaced(path) if is_sealed(get_staging_path(path), manifest) else None
+        if now is None:  # nothing is there, or an earlier process has moved it away
+            return before
+        check_replaced_free(path)
+        if now != before:
+            self.journal.append({
+                "kind": "replaces", "format": plan.format_name, "manifest": now,
+            })  # fmt: skip
+        return now
+
     def remove_scratch(self) -> str:
         """Remove what only an unfinished build needs; return a sentence if some of it could not be
         removed.
         """
-        remove_owned_dir(self.scratch)
+        remove_owned_dir(self.scratch, self.owner)
         return (
             f"{self.scratch}: the build is done, this could not be removed; remove it"
             if self.scratch.exists()
@@ -98,7 +146,7 @@ class BuildSession:
         if message := self.status_message():
             error.add_note(message)
         else:
-            discard_build(self.plans)
+            discard_build(self.plans, self.owner)
 
     def status_message(self) -> str:
         """Return how far the build is and how to resume it; empty before its first step."""
@@ -123,6 +171,52 @@ def scratch_folder(plans: Sequence[Plan]) -> Path:
     return staging.with_name(f"{staging.name}.scratch")
 
 
+def check_folders(plans: Sequence[Plan]) -> str | None:
+    """Return the owner id of an earlier build of these plans, None without one.
+
+    Raises UsageError if anything that no such build made is where this one works.
+    """
+    scratch = scratch_folder(plans)
+    staging = [get_staging_path(Path(plan.path)) for plan in plans]
+    entry = None if scratch.is_symlink() else read_first_entry(scratch / JOURNAL)
+    if entry is not None and parse_owner(entry) is None and "stamps" in entry:
+        raise UsageError(
+            f"{scratch}: expected a build that this version of quantkit began, found one of an "
+            "earlier version; resume it with that version, or remove this folder and "
+            f"{', '.join(map(str, staging))} to start over"
+        )
+    owner = check_work_dir(scratch, REMEDY)
+    for folder in staging:
+        if owner is not None and is_sealed_by_journal(folder, scratch / JOURNAL):
+            make_owned_dir(folder, owner)  # killed between the marker's removal and the renaming
+        check_owned_dir(folder, owner, REMEDY)
+    return owner
+
+
+def is_sealed_by_journal(folder: Path, path: Path) -> bool:
+    """Return whether a journal names the manifest of the artifact in `folder`."""
+    try:
+        journal = Journal.open(path) if not folder.is_symlink() else None
+    except ArtifactError:  # damaged: reported when it is needed
+        return False
+    return journal is not None and any(
+        is_sealed(folder, manifest)
+        for entry in journal.entries
+        if entry["kind"] == "ready"
+        for manifest in entry["manifests"].values()
+    )
+
+
+def find_replaced(journal: Journal, plan: Plan) -> str | None:
+    """Return what identifies the artifact that a plan's artifact replaces; None for nothing."""
+    entries = [
+        entry["manifest"]
+        for entry in journal.entries
+        if entry["kind"] == "replaces" and entry["format"] == plan.format_name
+    ]
+    return entries[-1] if entries else None
+
+
 @contextmanager
 def exclusive_lock(plans: Sequence[Plan]) -> Iterator[None]:
     """Lock the plans' folders against other builds. Raises UsageError if another build holds the
@@ -141,18 +235,14 @@ def find_interrupted(plans: Sequence[Plan], *, overwrite: bool, restart: bool) -
     Raises UsageError if an artifact exists at the output, or anything that no build made where this
     one works.
     """
-    for folder in (
-        scratch_folder(plans),
-        *(get_staging_path(Path(plan.path)) for plan in plans),
-    ):
-        check_owned_dir(folder)
-    journal = None if restart else Journal.open(scratch_folder(plans) / JOURNAL)
+    owner = check_folders(plans)
+    journal = Journal.open(scratch_folder(plans) / JOURNAL) if owner and not restart else None
     if journal is not None and not any(entry["kind"] == "step" for entry in journal.entries):
         journal = None  # it has finished nothing
     for loop, together in enumerate(group_by_solve(plans)):
         sealed = journal and sealed_manifests(journal, loop)
         for plan in together:
-            if not sealed:  # a sealed build may be replacing it
+            if not (sealed and journal and find_replaced(journal, plan)):
                 check_replaced_free(Path(plan.path))
             if not (sealed and is_sealed(Path(plan.path), sealed[plan.format_name])):
                 check_output_free(Path(plan.path), overwrite)
@@ -175,22 +265,25 @@ def begin_session(
     if journal is not None:
         check_same(journal, plans, source, texts, tell)
         return BuildSession(plans=plans, journal=journal, resumed=True)
-    discard_build(plans)
-    make_owned_dir(place)
+    discard_build(plans, check_folders(plans))
+    owner = make_owner_id()
+    make_owned_dir(place, owner)
     source.compute_hashes(tell)
     entry = {
         "kind": "began",
+        OWNER_KEY: owner,
         "stamps": source.read_stamps(),
         "of": build_identity(plans, source, texts),
     }
-    return BuildSession(plans=plans, journal=Journal.begin(place / JOURNAL, entry), resumed=False)
+    journal = Journal.begin(place / JOURNAL, entry, owner)
+    return BuildSession(plans=plans, journal=journal, resumed=False)
 
 
-def discard_build(plans: Sequence[Plan]) -> None:
-    """Remove what builds left next to the outputs of the plans."""
+def discard_build(plans: Sequence[Plan], owner: str | None) -> None:
+    """Remove what the build of that id left next to the outputs of the plans."""
     for plan in plans:
-        remove_owned_dir(get_staging_path(Path(plan.path)))
-    remove_owned_dir(scratch_folder(plans))
+        remove_owned_dir(get_staging_path(Path(plan.path)), owner)
+    remove_owned_dir(scratch_folder(plans), owner)
 
 
 def group_by_solve(plans: Sequence[Plan]) -> list[list[Plan]]:

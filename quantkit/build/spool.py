@@ -21,7 +21,12 @@ from torch import Tensor
 
 from quantkit.checkpoint.tensors import read_into, reserve_space, view_bytes, write_from
 from quantkit.errors import QuantkitError
-from quantkit.io.files import describe_os_error, make_write_error
+from quantkit.io.files import (
+    create_file,
+    describe_os_error,
+    make_write_error,
+    open_plain_file,
+)
 
 SpoolDtype = Literal["float32", "bfloat16"]
 _DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,7 +61,7 @@ class Spool:
     def create(cls, path: Path, rows: int, width: int, dtype: SpoolDtype) -> Self:
         """Create a spool of zeros and reserve its space on the disk; replaces an existing file."""
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            descriptor = create_file(path)
             try:
                 reserve_space(descriptor, rows * width * _DTYPES[dtype].itemsize)
             except OSError:
@@ -74,7 +79,7 @@ class Spool:
         """
         expected = rows * width * _DTYPES[dtype].itemsize
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = open_plain_file(path, os.O_RDWR)
         except OSError as fault:
             raise QuantkitError(
                 f"{path}: expected hidden states of an earlier run, found: "

@@ -32,6 +32,7 @@ from quantkit.checkpoint.fp8_pairs import (
     read_block_size,
     select_logical_specs,
 )
+from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.shards import Shards, leads_outside, open_shards
 from quantkit.checkpoint.tensors import read_rows, read_tensor
 from quantkit.contracts import Config, TensorSpec
@@ -143,12 +144,16 @@ class Checkpoint:
 
     @cached_property
     def sidecars(self) -> tuple[Path, ...]:
-        """Other files that an artifact carries over: tokenizer, chat template, license, code."""
+        """Other files that an artifact carries over: tokenizer, chat template, license, and the
+        code that an auto_map names.
+        """
+        code = list_code_files(self.folder)
         paths = {
             path
             for path in (*self.folder.glob("*"), *self.folder.glob(f"{CHAT_TEMPLATES}/*"))
             if is_sidecar(path.relative_to(self.folder).as_posix()) and path.is_file()
         }
+        paths = {path for path in paths if path.suffix != ".py" or path.name in code}
         outside = sorted(path for path in paths if leads_outside(self.folder, path))
         if outside:
             raise CheckpointError(

@@ -39,6 +39,7 @@ from quantkit.checkpoint.fp8_pairs import (
     select_logical_specs,
 )
 from quantkit.checkpoint.header import PREFIX_BYTES, Header, parse_header, parse_header_length
+from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.shards import check_single_set, find_index_faults, read_weight_map
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, HubUnreachable, UsageError
@@ -75,12 +76,16 @@ class ResolvedModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelHeaders:
-    """Config, logical and stored tensor specs of a model, without weights: the input of a plan."""
+    """Config, logical and stored tensor specs of a model, without weights: the input of a plan.
+
+    `code`: the Python files that an artifact carries over; None if they are not on this machine.
+    """
 
     config: Config
     specs: Mapping[str, TensorSpec]
     stored_specs: Mapping[str, TensorSpec]
     revision: str | None
+    code: tuple[str, ...] | None = None
 
 
 def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
@@ -112,6 +117,7 @@ def read_model_headers(model: str, revision: str | None = None) -> ModelHeaders:
             specs=opened.specs,
             stored_specs=opened.stored_specs,
             revision=None,
+            code=list_code_files(local),
         )
     with _translate_errors(model, revision):
         return _fetch_headers(model, revision)

@@ -21,7 +21,15 @@ from torch import Tensor
 from quantkit.checkpoint.header import Header, build_header, parse_header
 from quantkit.contracts import TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError
-from quantkit.io.files import PART, describe_os_error, make_write_error, shorten_repr, sync_folder
+from quantkit.io.files import (
+    PART,
+    create_file,
+    describe_os_error,
+    make_write_error,
+    open_plain_file,
+    shorten_repr,
+    sync_folder,
+)
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -257,7 +265,7 @@ class ShardWriter:
         self.close()
 
     def _begin(self, text: bytes) -> int:
-        descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        descriptor = create_file(self._part)
         try:
             reserve_space(descriptor, self._size)
             write_from(descriptor, memoryview(text), 0)
@@ -278,7 +286,7 @@ class ShardWriter:
             self.path.exists() and not self._part.exists()
         ):  # finished by a writer that died before it could say so
             os.replace(self.path, self._part)
-        descriptor = os.open(self._part, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = open_plain_file(self._part, os.O_RDWR)
         if os.pread(descriptor, len(text), 0) != text or os.fstat(descriptor).st_size != self._size:
             os.close(descriptor)
             raise ArtifactError(

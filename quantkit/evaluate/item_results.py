@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from quantkit.errors import EvaluationError
+from quantkit.io.files import write_atomic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -242,12 +243,6 @@ def _write_parquet(
 
     schema = arrow.schema([(name, arrow.type_for_alias(kind)) for name, kind in types.items()])
     columns = {name: [row[name] for row in rows] for name in types}
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        parquet.write_table(arrow.table(columns, schema=schema), part, compression="zstd")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise EvaluationError(
-            f"{path}: cannot be written: {error}; choose another folder"
-        ) from None
+    content = arrow.BufferOutputStream()
+    parquet.write_table(arrow.table(columns, schema=schema), content, compression="zstd")
+    write_atomic(path, content.getvalue().to_pybytes())

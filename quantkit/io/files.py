@@ -1,7 +1,8 @@
 """Plain files: strict JSON, atomic writes, hashes and free space.
 
-A reader sees the old file or the new one, never half of one: bytes go to `<name>.part`, which is
-synced and renamed; the folder is synced too, so that the name survives a power failure.
+A reader sees the old file or the new one, never half of one: bytes go to a new file of a random
+name, which is synced and renamed; the folder is synced too, so that the name survives a power
+failure. No link is followed on the way: a name that can be predicted can be planted.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 
@@ -22,6 +26,8 @@ JSON_LIMIT_BYTES = 100_000_000
 
 PART = ".part"
 """Suffix of an unfinished file."""
+
+_NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 MAX_JSON_VALUES = 5_000_000
 """Values in one file: ten for each of 500,000 tensors. More need more memory than a build has."""
@@ -172,18 +178,23 @@ def read_prefix(path: Path, n_bytes: int) -> bytes:
 
     Raises CheckpointError if the file cannot be read or is shorter.
     """
-    try:
-        with path.open("rb") as file:
-            prefix = file.read(n_bytes)
-    except OSError as fault:
-        raise CheckpointError(
-            f"{path}: expected a readable file, found: {describe_os_error(fault)}; check the path"
-        ) from None
+    prefix = read_prefix_at_most(path, n_bytes)
     if len(prefix) < n_bytes:
         raise CheckpointError(
             f"{path}: expected {n_bytes} bytes or more, found {len(prefix)}; fetch the file again"
         )
     return prefix
+
+
+def read_prefix_at_most(path: Path, n_bytes: int) -> bytes:
+    """Read the first `n_bytes` bytes of a file, fewer if it is shorter; raises CheckpointError."""
+    try:
+        with path.open("rb") as file:
+            return file.read(n_bytes)
+    except OSError as fault:
+        raise CheckpointError(
+            f"{path}: expected a readable file, found: {describe_os_error(fault)}; check the path"
+        ) from None
 
 
 def read_json(path: Path, error: type[QuantkitError] = CheckpointError) -> dict[str, object]:
@@ -221,22 +232,83 @@ def make_write_error(path: Path, fault: OSError) -> QuantkitError:
     )
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file next to its place and rename it.
+def write_atomic(path: Path, content: bytes, token: str | None = None) -> None:
+    """Write a new file next to its place and rename it; a link at `path` is replaced.
 
-    Raises QuantkitError and keeps the old file if that fails.
+    `token` names the new file, for a caller that must recognize what a killed process left; random
+    by default. Raises QuantkitError and keeps the old file if that fails.
     """
-    part = path.with_name(path.name + PART)
+    part = name_part(path.parent, token or secrets.token_hex(8))
     try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        descriptor = os.open(part, _NEW_FILE | os.O_WRONLY, 0o666)
+    except OSError as fault:
+        raise make_write_error(path, fault) from fault
+    try:
+        try:
+            write_all(descriptor, content)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         os.replace(part, path)
         sync_folder(path.parent)
+    except BaseException as fault:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(fault, OSError):
+            raise make_write_error(path, fault) from fault
+        raise
+
+
+def name_part(folder: Path, token: str) -> Path:
+    """Return the path of the unfinished file that `write_atomic` renames."""
+    return folder / f".{token}{PART}"
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write all bytes; raises OSError."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def create_file(path: Path) -> int:
+    """Return a descriptor, for reading and writing, of a new file; replaces a file or link of that
+    name.
+
+    Raises OSError.
+    """
+    path.unlink(missing_ok=True)
+    return os.open(path, _NEW_FILE | os.O_RDWR, 0o644)
+
+
+def open_plain_file(path: Path, flags: int) -> int:
+    """Return a descriptor of an existing file that has one name and is no link; raises OSError.
+
+    The names of files that a later run continues can be predicted: a link there leads to another
+    file.
+    """
+    flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe does not block
+    try:
+        descriptor = os.open(path, flags)
     except OSError as fault:
-        part.unlink(missing_ok=True)
-        raise make_write_error(path, fault) from fault
+        if fault.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "a link, expected a file", str(path)) from None
+        raise
+    state = os.fstat(descriptor)
+    if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(errno.EMLINK, "expected a file with one name", str(path))
+    return descriptor
+
+
+def open_part(part: Path) -> int:
+    """Return a descriptor, for reading and writing, of an unfinished file that is continued, or of
+    a new one; raises OSError for a link.
+    """
+    try:
+        return open_plain_file(part, os.O_RDWR)
+    except FileNotFoundError:
+        return create_file(part)
 
 
 def write_output(path: Path, content: bytes) -> None:

@@ -4,7 +4,7 @@
 
 The file is written next to its place and renamed with its first entry; later entries are appended
 and synced. A last line with a wrong hash was being written when the process ended and is dropped.
-Any other line with a wrong hash is damage.
+Any other line with a wrong hash is damage. A link in place of the file is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from quantkit.errors import ArtifactError
-from quantkit.io.files import make_write_error, write_atomic
+from quantkit.io.files import make_write_error, open_plain_file, write_all, write_atomic
 
 Entry = Mapping[str, Any]
 
@@ -34,10 +34,13 @@ class Journal:
         self._last_hash = last_hash
 
     @classmethod
-    def begin(cls, path: Path, first: Entry) -> Self:
-        """Start a new file with one entry, replacing an old file; raises QuantkitError."""
+    def begin(cls, path: Path, first: Entry, token: str | None = None) -> Self:
+        """Start a new file with one entry, replacing an old file; raises QuantkitError.
+
+        `token` names the unfinished file, as in `write_atomic`.
+        """
         line, digest = _format_line("", first)
-        write_atomic(path, line)
+        write_atomic(path, line, token)
         return cls(path, [first], digest)
 
     @classmethod
@@ -46,12 +49,9 @@ class Journal:
 
         Raises ArtifactError for a damaged file, QuantkitError if the disk refuses.
         """
-        try:
-            text = path.read_bytes()
-        except FileNotFoundError:
+        text = _read(path)
+        if text is None:
             return None
-        except OSError as fault:
-            raise make_write_error(path, fault) from fault
         entries, last_hash, n_good = list[Entry](), "", 0
         while n_good < len(text):
             end = text.find(b"\n", n_good) + 1
@@ -75,10 +75,9 @@ class Journal:
         """Store one more entry; raises QuantkitError and keeps the old ones if the disk refuses."""
         line, digest = _format_line(self._last_hash, entry)
         try:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            descriptor = open_plain_file(self.path, os.O_WRONLY | os.O_APPEND)
             try:
-                while line:
-                    line = line[os.write(descriptor, line) :]
+                write_all(descriptor, line)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -86,6 +85,27 @@ class Journal:
             raise make_write_error(self.path, fault) from fault
         self._last_hash = digest
         self.entries.append(entry)
+
+
+def read_first_entry(path: Path) -> Entry | None:
+    """Return the first entry of a journal, whatever follows it; None without a file or a good
+    first line.
+
+    Raises QuantkitError if the disk refuses.
+    """
+    text = _read(path) or b""
+    parsed = _parse_line("", text[: text.find(b"\n") + 1])
+    return parsed[0] if parsed else None
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        with open(open_plain_file(path, os.O_RDONLY), "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as fault:
+        raise make_write_error(path, fault) from fault
 
 
 def _format_line(last_hash: str, entry: Entry) -> tuple[bytes, str]:
@@ -103,13 +123,19 @@ def _parse_line(last_hash: str, line: bytes) -> tuple[Entry, str] | None:
     """Return the entry of a line and its sha256; None for an incomplete or damaged line."""
     text = line[len(_HEAD) + _HASH_LENGTH + len(_MIDDLE) : -len(_END)]
     framed, digest = _frame(last_hash, text)
-    return (json.loads(text), digest) if framed == line else None
+    if framed != line:
+        return None
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError):  # another program's line with a right hash
+        return None
+    return (entry, digest) if isinstance(entry, dict) else None
 
 
 def _truncate(path: Path, n_bytes: int) -> None:
     """Cut a file after its first `n_bytes` bytes."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        descriptor = open_plain_file(path, os.O_WRONLY)
         try:
             os.ftruncate(descriptor, n_bytes)
             os.fsync(descriptor)

@@ -1,11 +1,14 @@
-"""Checks of file names from a manifest or a listing before they become paths of this machine."""
+"""Checks of file names from a manifest or a listing before they become paths of this machine, and
+of those paths before they are written.
+"""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Iterator
-from pathlib import PureWindowsPath
+from pathlib import Path, PureWindowsPath
 
+from quantkit.errors import UsageError
 from quantkit.io.files import PART, shorten_repr
 
 _MAX_COMPONENT_BYTES = 255 - len(PART)
@@ -30,6 +33,18 @@ def find_name_faults(names: Iterable[str]) -> Iterator[str]:
         folders.update({"/".join(parts[:depth]): name for depth in range(1, len(parts))})
     for key in sorted(files.keys() & folders.keys()):
         yield f"{shorten_repr(files[key])}: a file, and the folder of {shorten_repr(folders[key])}"
+
+
+def check_no_link(root: Path, name: str) -> Path:
+    """Return the path of the file `name` below `root`; raises UsageError if it, or a folder on the
+    way, is a link: writing there would change a file elsewhere.
+    """
+    path = root
+    for part in name.split("/"):
+        path /= part
+        if path.is_symlink():
+            raise UsageError(f"{path}: expected a file or folder, found a link; remove it")
+    return path
 
 
 def fold_name(name: str) -> str:

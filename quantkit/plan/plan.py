@@ -42,7 +42,10 @@ from quantkit.recipe.schema import Recipe, Rule
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFacts:
-    """The source before weights are read. `specs` None: assumed from the published config."""
+    """The source before weights are read. `specs` None: assumed from the published config.
+
+    `code`: the Python files that the artifact carries over; None if they are not on this machine.
+    """
 
     model: str
     revision: str | None
@@ -50,6 +53,7 @@ class SourceFacts:
     specs: Mapping[str, TensorSpec] | None
     fingerprint: str | None
     where: str
+    code: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

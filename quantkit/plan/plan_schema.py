@@ -20,6 +20,7 @@ class PlanSource(BaseModel):
         None  # the number in the model's name; None without an MTP layer
     )
     bytes: int
+    code: tuple[str, ...] | None = None  # Python files carried over; None: not on this machine yet
     read_from: str  # "headers", or "the published config, offline: sizes are computed"
 
 

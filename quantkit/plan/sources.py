@@ -11,6 +11,7 @@ from typing import Literal
 from quantkit import figures
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.errors import HubUnreachable, RecipeError, UsageError
 from quantkit.io import package_data
 from quantkit.io.host import get_available_memory, has_bfloat16_instructions
@@ -98,6 +99,7 @@ def resolve_source_facts(recipe: Recipe) -> SourceFacts:
         specs=headers.specs,
         fingerprint=None,
         where=model,
+        code=headers.code,
     )
 
 
@@ -110,6 +112,7 @@ def make_source_facts(recipe: Recipe, source: Checkpoint, revision: str | None) 
         specs=source.specs,
         fingerprint=source.compute_fingerprint(),
         where=recipe.source.model,
+        code=list_code_files(source.folder),
     )
 
 

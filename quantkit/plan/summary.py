@@ -62,6 +62,7 @@ def summarize_source(plan: Plan) -> PlanSource:
         parameters=plan.parameters,
         parameters_without_mtp=count_parameters_without_mtp(plan),
         bytes=plan.source_bytes(),
+        code=plan.source.code,
         read_from="the published config; sizes are computed, no header was read"
         if plan.assumed
         else "headers",

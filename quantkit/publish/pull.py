@@ -19,6 +19,7 @@ from quantkit.artifact.layout import (
     SIGNATURE,
     find_layout_faults,
 )
+from quantkit.artifact.replace import check_replaceable
 from quantkit.errors import ArtifactError, TransferError, UsageError
 from quantkit.io.files import JSON_LIMIT_BYTES, get_free_bytes, parse_json, shorten_repr
 from quantkit.io.retry import RetryPolicy, TransientError, retry
@@ -182,6 +183,7 @@ def is_present(path: Path, manifest: bytes, overwrite: bool) -> bool:
             f"{path}: exists and is not an artifact of quantkit; --overwrite replaces artifacts "
             "only"
         )
+    check_replaceable(path)
     return False
 
 

@@ -21,6 +21,7 @@ from quantkit.artifact.layout import ADDED_LATER, MANIFEST, SIGNATURE, UNHASHED
 from quantkit.checkpoint.scan import scan_file
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
 from quantkit.io.files import read_bytes, write_atomic, write_output
+from quantkit.io.path_safety import check_no_link
 from quantkit.verify.shallow import VerifyReport, verify_artifact
 
 PASSWORD = "QUANTKIT_KEY_PASSWORD"
@@ -158,7 +159,7 @@ def sign_artifact(
 
     Raises ArtifactError if the artifact does not verify, UsageError for unusable keys and files.
     """
-    place = output or artifact / SIGNATURE
+    place = output or check_no_link(artifact, SIGNATURE)
     if place.exists() and not overwrite:
         raise UsageError(f"{place}: exists already; pass --overwrite to replace the signature")
     signing = import_library("signing")

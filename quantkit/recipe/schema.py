@@ -321,6 +321,10 @@ class Recipe(BaseModel):
         """
         return tuple(pair for pair in self._overrides if pair[0] not in {"memory", "output.path"})
 
+    def is_overridden(self, key: str) -> bool:
+        """Return whether a dotted key, e.g. "output.path", was overridden."""
+        return any(name == key for name, _ in self._overrides)
+
     def dump(self) -> dict[str, object]:
         """Return the recipe as JSON values, with all defaults and with presets resolved."""
         return self.model_dump(mode="json")

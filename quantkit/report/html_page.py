@@ -30,6 +30,7 @@ from quantkit.errors import ArtifactError
 from quantkit.figures import ALL_TEXT, FigureDefinition, list_headline_figures
 from quantkit.io import user_cache
 from quantkit.io.files import is_file, write_atomic, write_output
+from quantkit.io.path_safety import check_no_link
 from quantkit.report import card, format_numbers, module_ranges, tables
 from quantkit.report.charts import CONFIG, Plot, make_charts
 from quantkit.report.samples import Answer, ChangedItem, Samples, read_samples
@@ -80,7 +81,7 @@ def rebuild_page(artifact: Path, output: Path | None = None) -> Path:
     """Rebuild the page of an artifact, inside the artifact unless `output` names another file.
 
     Raises ArtifactError if a file of the report does not match the manifest, and if the page inside
-    the artifact would get other bytes than the manifest names.
+    the artifact would get other bytes than the manifest names; UsageError for a link in its place.
     """
     files: Mapping[str, object] = {}
     if output is None or is_file(artifact / MANIFEST):
@@ -100,8 +101,9 @@ def rebuild_page(artifact: Path, output: Path | None = None) -> Path:
                 f"make, found another "
                 "or none (made with other versions?); write it elsewhere with --output FILE"
             )
-        write_atomic(artifact / PAGE, content)
-        return artifact / PAGE
+        page = check_no_link(artifact, PAGE)
+        write_atomic(page, content)
+        return page
     write_output(output, content)
     return output
 

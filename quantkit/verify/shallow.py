@@ -37,6 +37,7 @@ from quantkit.checkpoint.folder_rules import (
     find_tokenizer_redirects,
 )
 from quantkit.checkpoint.header import Header, read_header
+from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.scan import read_small_tensor, scan_file
 from quantkit.contracts import TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError
@@ -106,6 +107,7 @@ def verify_artifact(path: Path) -> VerifyReport:
     faults = [
         *find_listing_faults(files, manifest, present),
         *find_layout_faults([*files, MANIFEST]),
+        *find_code_faults(path, present_files),
         *find_hash_faults(path, files, present, scans),
         *damaged,
         *(fault for scan in scans.values() for fault in scan.faults),
@@ -198,6 +200,19 @@ def find_listing_faults(
     for name in sorted(files):
         if name in {MANIFEST, SIGNATURE, *ADDED_LATER, *UNHASHED}:
             yield f"{MANIFEST}: files: {name}: expected without a hash, found one"
+
+
+def find_code_faults(path: Path, files: Mapping[str, object]) -> Iterator[str]:
+    """Yield Python files that no auto_map names: Python or an engine may import them by name."""
+    modules = [name for name in sorted(files) if name.endswith(".py")]
+    try:
+        named = list_code_files(path) if modules else ()
+    except CheckpointError as fault:
+        yield str(fault).removeprefix(f"{path}/")
+        return
+    for name in modules:
+        if name not in named:
+            yield f"{name}: code that no auto_map of the artifact names; an artifact holds none"
 
 
 def find_added_faults(path: Path, added: Sequence[str]) -> Iterator[str]:

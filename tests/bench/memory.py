@@ -46,7 +46,10 @@ def measure_peak(place: Path, blocks: int) -> tuple[int, int, int]:
         [*quantkit, "plan", str(recipe), "--json"], check=True, capture_output=True, text=True
     )
     subprocess.run(
-        [*quantkit, "build", str(recipe), "--skip-evaluation"],
+        [
+            *(*quantkit, "build", str(recipe), "--skip-evaluation"),
+            *("--output", str(place / f"artifact{blocks}")),
+        ],
         check=True,
         stdout=subprocess.DEVNULL,
     )

@@ -368,7 +368,7 @@ def test_unreadable_generation_config_is_rejected(tmp_path: Path) -> None:
 
 
 def test_sidecars_are_the_files_that_an_artifact_carries_over(tmp_path: Path) -> None:
-    folder = save(tmp_path, A)
+    folder = save(tmp_path, A, config={"auto_map": {"AutoConfig": "modeling_x.Config"}})
     kept = [
         "LICENSE",
         "chat_template.jinja",
@@ -383,6 +383,7 @@ def test_sidecars_are_the_files_that_an_artifact_carries_over(tmp_path: Path) ->
     for name in (
         *kept,
         "README.md",
+        "unnamed.py",
         "pytorch_model.bin",
         "x.pt",
         "adapter.safetensors",

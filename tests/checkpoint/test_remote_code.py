@@ -14,6 +14,10 @@ import pytest
 from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from support.command_line import read_error, run
 
+from quantkit.checkpoint import remote_code
+from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.checkpoint.remote_code import list_code_files
+from quantkit.errors import CheckpointError
 from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.shallow import verify_artifact
 
@@ -42,8 +46,9 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 @pytest.fixture(autouse=True)
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers copies a model's modules before it imports them; keep them out of the user's
-    cache.
+    cache. Recipes write into the working folder.
     """
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
     )
@@ -105,13 +110,16 @@ def test_code_is_carried_over_and_never_run(
     """
     from quantkit.artifact.load_model import load_model
 
+    names = ["modeling_own.py"]
     if tokenizer:
         maps = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
         edit_json(snapshot / "tokenizer_config.json", auto_map=maps)
+        names.append("tokenization_own.py")
     result = run(*write_build_recipe(snapshot, tmp_path), "--skip-evaluation")
     assert result.exit_code == 0, result.output
     output = tmp_path / "out"
-    for name in ("modeling_own.py", "tokenization_own.py"):
+    assert sorted(path.name for path in output.glob("*.py")) == names
+    for name in names:
         assert (output / name).read_bytes() == (snapshot / name).read_bytes()
     assert (
         json.loads((output / "config.json").read_text())["auto_map"]["AutoConfig"]
@@ -211,3 +219,80 @@ def test_recipe_hash_is_unchanged_without_the_key(tmp_path: Path) -> None:
         == plain.hash
         != trusting.hash
     )
+
+
+# ------------------------------------------------------------------------ code that is carried over
+
+
+PLANTED = (
+    "usercustomize.py", "sitecustomize.py", "conftest.py", "setup.py", "__init__.py", "test_own.py",
+    "unnamed.py", "json.py",
+)  # fmt: skip
+
+
+def test_only_code_that_an_auto_map_names_is_carried_over(snapshot: Path) -> None:
+    """And the modules next to it that it imports relatively, and those that these import."""
+    for name in PLANTED:
+        (snapshot / name).write_text("raise SystemExit")
+    (snapshot / "modeling_own.py").write_text(
+        "from .blocks import Block\nimport json\n  from .warnings import (\n    a,\n)\n"
+        "from .. import outside\nfrom .absent import a\nfrom .usercustomize import a\n"
+        "x = 'from .json import a'\n"
+    )
+    (snapshot / "blocks.py").write_text("import .norm\nfrom .modeling_own import OwnModel\n")
+    for name in ("norm.py", "warnings.py", "image_own.py"):
+        (snapshot / name).write_text("")
+    (snapshot / "preprocessor_config.json").write_text(
+        json.dumps({"auto_map": {"AutoImageProcessor": "image_own.Own"}})
+    )
+    named = ("blocks.py", "image_own.py", "modeling_own.py", "norm.py", "warnings.py")
+    assert list_code_files(snapshot) == named
+    carried = [path.name for path in Checkpoint.open(snapshot).sidecars]
+    assert tuple(name for name in carried if name.endswith(".py")) == named
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_module_that_tools_run_by_its_name_is_never_carried_over(
+    name: str, snapshot: Path, record_property: Record
+) -> None:
+    """Also if an auto_map names it."""
+    module = name.removesuffix(".py")
+    edit_json(snapshot / "config.json", auto_map={"AutoConfig": f"{module}.Own"})
+    (snapshot / name).write_text("raise SystemExit")
+    expected = (name,) if module in {"unnamed", "json"} else ()  # names that models may have
+    assert list_code_files(snapshot) == expected
+    record_property("input", f"an auto_map names {name}")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "../own.Own",
+        "sub/own.Own",
+        "org/other--modeling_own.Own",
+        "own",
+        ".own.Own",
+        "a.b.C",
+        7,
+        None,
+    ],
+)
+def test_auto_map_of_another_form_names_no_file(value: object, snapshot: Path) -> None:
+    edit_json(snapshot / "config.json", auto_map={"AutoConfig": value, "AutoModel": [value]})
+    assert list_code_files(snapshot) == ()
+
+
+def test_number_of_code_files_is_bounded(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_code, "MAX_CODE_FILES", 3)
+    for number in range(4):
+        (snapshot / f"m{number}.py").write_text(f"from .m{number + 1} import a\n")
+    (snapshot / "modeling_own.py").write_text("from .m0 import a\n")
+    with pytest.raises(CheckpointError, match="auto_map: expected at most 3 files of code"):
+        list_code_files(snapshot)
+
+
+def test_plan_lists_the_code(snapshot: Path, tmp_path: Path) -> None:
+    (snapshot / "usercustomize.py").write_text("")
+    _, path = write_build_recipe(snapshot, tmp_path)
+    assert "code carried over, not run: modeling_own.py\n" in run("plan", path).stdout
+    assert json.loads(run("plan", path, "--json").stdout)["source"]["code"] == ["modeling_own.py"]

@@ -47,6 +47,12 @@ def recipe(source: Path, output: Path, place: Path, name: str = "r.yaml") -> Pat
     return place / name
 
 
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes write into the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("name", ODD)
 def test_commands_accept_unusual_names(name: str, tmp_path: Path, record_property: Record) -> None:
     """Build, verify, report, compare and list with such names of source, output and recipe."""

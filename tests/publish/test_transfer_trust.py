@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from quantkit.io.retry import RetryPolicy
 from quantkit.publish.hashed_upload import HashedReader
 from quantkit.publish.pull import pull_artifact
 from quantkit.publish.remote import RemoteOptions, UploadFile, parse_address, remove_secrets
+from quantkit.publish.staging_dir import open_staging_dir
 
 # -------------------------------------------------------------------------------------------- names
 
@@ -202,41 +204,71 @@ def test_links_are_not_followed(built: Path, tmp_path: Path, record_property: Re
     publish_to(built, str(tmp_path / "there"))
     victim = tmp_path / "victim"
     victim.mkdir()
-    (tmp_path / "got.pulling/quantkit").mkdir(parents=True, exist_ok=True)
-    (tmp_path / "got.pulling/quantkit/samples").symlink_to(victim)
-    (tmp_path / "got.pulling/config.json.part").symlink_to(victim / "new")
+    with open_staging_dir(tmp_path / "got") as staging:  # of an earlier pull, which kept a file
+        (staging.folder / "config.json").write_bytes(b"{}")
+    (staging.folder / "quantkit").mkdir()
+    (staging.folder / "quantkit/samples").symlink_to(victim)
+    (staging.folder / "config.json.part").symlink_to(victim / "new")
     pull_from(str(tmp_path / "there"), tmp_path / "got")
     assert not list(victim.iterdir())
     assert read_files(tmp_path / "got") == read_files(built)
     (tmp_path / "more.pulling").symlink_to(victim)
-    with pytest.raises(UsageError, match="found a link; move it away"):
+    with pytest.raises(UsageError, match="found a link; if nothing of yours is in it, remove it"):
         pull_from(str(tmp_path / "there"), tmp_path / "more")
-    (tmp_path / "most.pulling").mkdir()
-    (tmp_path / "most.pulling/quantkit").symlink_to(victim)
-    with pytest.raises(UsageError, match=r"most\.pulling: .* found another folder; move it away"):
+    with open_staging_dir(tmp_path / "most") as staging:
+        (staging.folder / "config.json").write_bytes(b"{}")
+    shutil.rmtree(staging.folder)
+    staging.folder.symlink_to(victim)
+    with pytest.raises(UsageError, match=r"most\.pulling/artifact: .* found a link; remove it"):
         pull_from(str(tmp_path / "there"), tmp_path / "most")
     assert not list(victim.iterdir())
     record_property("fault", "links at the source and in the staging folder")
 
 
+@pytest.mark.parametrize("inside", [".", "quantkit"])
 @pytest.mark.parametrize("name", ["got.pulling", "got.pulling.replaced"])
-def test_pull_keeps_foreign_folder(built: Path, name: str, tmp_path: Path) -> None:
+def test_pull_keeps_foreign_folder(built: Path, name: str, inside: str, tmp_path: Path) -> None:
+    """A folder that contains one named quantkit is a user's as well."""
     publish_to(built, str(tmp_path / "there"))
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "thesis.txt").write_text("years of work")
-    with pytest.raises(
-        UsageError, match=rf"{name}: expected nothing, or .*, found another folder; move it away"
-    ):
+    (tmp_path / name / inside).mkdir(parents=True)
+    (tmp_path / name / inside / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match=rf"{name}: expected nothing.*move it away"):
         pull_from(str(tmp_path / "there"), tmp_path / "got")
-    assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / name / inside / "thesis.txt").read_text() == "years of work"
     assert {path.name for path in tmp_path.iterdir()} == {"there", name}
+
+
+def test_pull_with_overwrite_keeps_other_files(built: Path, tmp_path: Path) -> None:
+    publish_to(built, str(tmp_path / "there"))
+    got = Path(shutil.copytree(built, tmp_path / "got"))
+    (got / "README.md").write_text("changed")
+    (got / "notes.txt").write_text("years of work")
+    with pytest.raises(UsageError, match=r"found 'notes\.txt', which its manifest does not name"):
+        pull_from(str(tmp_path / "there"), got, overwrite=True)
+    assert (got / "notes.txt").read_text() == "years of work"
+    (got / "notes.txt").unlink()
+    pull_from(str(tmp_path / "there"), got, overwrite=True)
+    assert read_files(got) == read_files(built)
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "got"}
+
+
+def test_publish_refuses_folder_that_is_a_link(built: Path, tmp_path: Path) -> None:
+    """Its files would be written, and replaced ones removed, where the link leads."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "manifest.json").write_text("{}")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/quantkit").symlink_to(victim)
+    with pytest.raises((TransferError, UsageError), match="there"):
+        publish_to(built, str(tmp_path / "there"), overwrite=True)
+    assert {path.name: path.read_text() for path in victim.iterdir()} == {"manifest.json": "{}"}
 
 
 def test_publish_refuses_link(built: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "victim").write_bytes(b"mine")
     (tmp_path / "there/config.json").symlink_to(tmp_path / "victim")
-    with pytest.raises(TransferError, match="expected a file or none, found a link"):
+    with pytest.raises(UsageError, match="expected a file or folder, found a link"):
         publish_to(built, str(tmp_path / "there"))
     assert (tmp_path / "victim").read_bytes() == b"mine"
 

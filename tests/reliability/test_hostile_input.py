@@ -83,8 +83,11 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def source(good: Path, tmp_path: Path) -> Path:
-    """Copy the checkpoint so that a test can damage it."""
+def source(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy the checkpoint so that a test can damage it; recipes write next to it, in the working
+    folder.
+    """
+    monkeypatch.chdir(tmp_path)
     return Path(shutil.copytree(good, tmp_path / "source"))
 
 

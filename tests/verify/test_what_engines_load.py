@@ -274,6 +274,8 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a license that is weights": (write_weights("LICENSE.safetensors"), SECOND),
     "a compiled module": (write("modeling_x.pyc"), OTHER),
     "a library": (write("modeling_x.so"), OTHER),
+    "a module that Python runs": (write("usercustomize.py"), "code that no auto_map"),
+    "a module that hides a library": (write("torch.py"), "code that no auto_map"),
     "a module in a folder": (write("custom_generate/generate.py"), OTHER),
     # ----------------------------------------------------------------- files that engines look for
     "ModelOpt's quantization": (write("hf_quant_config.json"), OTHER),
@@ -297,6 +299,11 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "vLLM's speculators": (set_config(speculators_config={"a": 1}), "serve another model"),
     "a kernel": (set_config(_attn_implementation="org/kernel"), "code of another repository"),
     "nested": (set_config(text_config={"compression_config": {"a": 1}}), "text_config.compression"),
+    "another class than model_type's": (
+        set_config(architectures=["LlamaForSequenceClassification"]),
+        "architectures: expected the causal language model of qwen3_moe, found",
+    ),
+    "a head that transformers ties": (set_config(tie_word_embeddings=True), "lm_head.weight"),
     "a vocabulary elsewhere": (
         write("tokenizer_config.json", '{"vocab_file": "/etc/passwd"}'),
         "vocab_file: expected a file of this folder, found '/etc/passwd'",

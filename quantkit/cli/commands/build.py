@@ -8,19 +8,25 @@ from typing import TYPE_CHECKING
 
 import click
 
-from quantkit.cli.console import handle_errors, print_json_list
+from quantkit.cli.console import escape_controls, handle_errors, print_json_list
 from quantkit.cli.options import JSON, JUNIT, SET, parse_overrides
-from quantkit.errors import GateMissed
+from quantkit.errors import GateMissed, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quantkit.pipeline import BuildResult
+    from quantkit.recipe.schema import Recipe
 
 
 @click.command()
 @click.argument("recipe")
 @SET
+@click.option(
+    "--output",
+    metavar="DIR",
+    help="Folder of the artifact, in place of output.path; needed outside the working folder.",
+)
 @click.option(
     "--overwrite",
     is_flag=True,
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
 def command(
     recipe: str,
     overrides: tuple[str, ...],
+    output: str | None,
     overwrite: bool,
     restart: bool,
     skip_evaluation: bool,
@@ -46,7 +53,8 @@ def command(
 
     RECIPE is a file or the name of a recipe that ships with quantkit. The artifact contains the
     fidelity report. If a build is interrupted, the same command resumes after the last finished
-    block; the bytes are the same. Exits with 3 if a gate is missed.
+    block; the bytes are the same. Exits with 3 if a gate is missed. A recipe file that writes
+    outside the working folder needs --output or a confirmation.
 
     Example: quantkit build tiny-v3-awq4
     """
@@ -59,7 +67,9 @@ def command(
     from quantkit.report.junit import format_junit as junit_bytes
     from quantkit.report.terminal import render_plans, render_reports
 
-    text, parsed = read_recipe(recipe, parse_overrides(overrides))
+    values = parse_overrides(overrides) | ({} if output is None else {"output.path": output})
+    text, parsed = read_recipe(recipe, values)
+    confirm_output(recipe, parsed)
     with ProgressBar(sys.stderr.isatty() and not json_out) as progress_bar:
         results = build_artifacts(
             parsed,
@@ -82,6 +92,23 @@ def command(
         for result in results:
             click.echo(format_result(result))
     check_gates(results)
+
+
+def confirm_output(name: str, recipe: Recipe) -> None:
+    """Ask before a recipe file writes outside the working folder; raises UsageError without a
+    terminal and without consent.
+    """
+    from quantkit.recipe.recipe_file import describe_stray_output, find_stray_output
+
+    path = find_stray_output(name, recipe)
+    if path is None:
+        return
+    message = describe_stray_output(name, path)
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        click.echo(escape_controls(message), err=True)
+        if click.confirm("Write there?", default=False, err=True):
+            return
+    raise UsageError(f"{message}; pass --output DIR, or --set output.path=DIR, to write there")
 
 
 def format_result(result: BuildResult) -> str:

@@ -16,6 +16,7 @@ from quantkit.cli.options import JSON
 from quantkit.cli.rich_output import show
 from quantkit.errors import UsageError
 from quantkit.io.files import encode_json, write_output
+from quantkit.io.path_safety import check_no_link
 from quantkit.report.terminal import render_table
 from quantkit.serve.loadtest import engine
 from quantkit.serve.loadtest import guidellm as guidellm_tool
@@ -134,7 +135,8 @@ def command(  # noqa: PLR0913  # one parameter per option
         )
         run = run.model_copy(update={"note": note})
         if artifact is not None:
-            write_run(run, artifact / LOADTEST, None)  # a page there could not be checked
+            # a page there could not be checked
+            write_run(run, check_no_link(artifact, LOADTEST), None)
     write_run(run, output, html)
     if json_out:
         print_json(run.model_dump(mode="json"))

@@ -132,6 +132,8 @@ def command(  # noqa: PLR0913  # one parameter per option
             "leave it out, and run `quantkit serve http://HOST:PORT/v1 --gateway` in front of the "
             "engine's container"
         )
+    if private_copy and (dry_run or docker or kubernetes or artifact.startswith("http")):
+        raise UsageError("--private-copy: expected an artifact to be started; leave it out")
     gateway_options = GatewayOptions(
         is_enabled=gateway, host=host, port=port, limits=limits, keys=keys, fallbacks=fallback,
         key_variable=fallback_key, running=users,
@@ -170,7 +172,11 @@ def start_plan(
     no_verify: bool,
     seconds: float,
 ) -> None:
-    """Start an engine with the artifact of a plan, or with a private copy of it."""
+    """Start an engine with the artifact of a plan, or with a private copy of it.
+
+    The engine gets a path without links, which could lead elsewhere when it opens the files.
+    """
+    folder = Path(plan.target.path).resolve()
     with ExitStack() as stack:
         if private_copy is not None:
             if no_verify or plan.target.kind != "artifact":
@@ -178,9 +184,10 @@ def start_plan(
                     "--private-copy: expected an artifact that is verified; leave it out for "
                     "other models, and leave out --no-verify"
                 )
-            print_status(f"copying {plan.target.path} into {private_copy}")
-            copy = stack.enter_context(make_private_copy(Path(plan.target.path), private_copy))
-            plan = launch_plan.plan_launch(replace(plan.options, artifact=str(copy)))
+            print_status(f"copying {folder} into {private_copy}")
+            folder = stack.enter_context(make_private_copy(folder, private_copy))
+        if plan.target.kind == "artifact" and str(folder) != plan.target.path:
+            plan = launch_plan.plan_launch(replace(plan.options, artifact=str(folder)))
         start.start_engine(
             plan,
             gateway.adapt_to(plan),

@@ -17,12 +17,14 @@ from quantkit.io.files import (
     describe_os_error,
     make_folder,
     make_write_error,
+    open_part,
     read_bytes,
     sha256_file,
     shorten_repr,
     sync_folder,
 )
 from quantkit.io.lock import hold_lock
+from quantkit.io.path_safety import check_no_link
 from quantkit.publish.hashed_upload import HashedReader
 from quantkit.publish.remote import (
     PIECE_BYTES,
@@ -79,19 +81,18 @@ class FolderRemote:
         make_folder(self._path)
         try:
             for name in gone:
-                (self._path / name).unlink(missing_ok=True)
+                check_no_link(self._path, name).unlink(missing_ok=True)
                 sync_folder((self._path / name).parent)
         except OSError as fault:
             raise make_write_error(self._path, fault) from fault
 
     def send(self, item: UploadFile, report_bytes: BytesCallback) -> None:
         """Write a part and rename it; an earlier part is compared with the file and continued."""
-        target, part = self._path / item.name, self._path / (item.name + PART)
+        target = check_no_link(self._path, item.name)
+        part = target.with_name(target.name + PART)
         make_folder(target.parent)
-        if target.is_symlink() or part.is_symlink():
-            raise TransferError(f"{target}: expected a file or none, found a link; remove it")
         try:
-            with HashedReader(item) as pieces, part.open("r+b" if part.exists() else "w+b") as file:
+            with HashedReader(item) as pieces, open(open_part(part), "r+b") as file:
                 for piece in pieces:
                     if file.read(len(piece)) != piece:
                         file.seek(pieces.sent - len(piece))

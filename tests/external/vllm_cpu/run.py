@@ -56,7 +56,8 @@ def build_case(case: Case, folder: Path) -> Path:
     place = REAL_FOLDER if case.model == REAL else STUDENT_FOLDER
     place.mkdir(parents=True, exist_ok=True)
     recipe.write_text(case.make_recipe(place.resolve(), folder / case.name), encoding="utf-8")
-    run_command([sys.executable, "-m", "quantkit", "build", str(recipe), "--skip-evaluation"])
+    quantkit, output = [sys.executable, "-m", "quantkit"], str(folder / case.name)
+    run_command([*quantkit, "build", str(recipe), "--output", output, "--skip-evaluation"])
     print_line(f"{case.name}: built in {time.monotonic() - start:.0f} s")
     return folder / case.name
 
