@@ -27,7 +27,7 @@ _SIDECARS = re.compile(
         r"additional_chat_templates/\w[\w.-]*\.jinja",
         r"([a-z]+_)*(preprocessor|processor)_config\.json",
         r"[A-Za-z_]\w*\.py",
-        r"(LICEN[CS]E|NOTICE)([-_.][A-Z0-9][A-Z0-9_.-]*)?(\.(txt|md|rst|pdf|html))?",
+        r"(LICEN[CS]E|NOTICE)([-_.][A-Z0-9]+([-_][A-Z0-9]+|\.\d+)*)?(\.(txt|md|rst|pdf|html))?",
     )),
     re.ASCII,
 )
