@@ -360,7 +360,7 @@ def quantize_and_measure(
         for each in writers:
             each.abandon()
     for artifact in artifacts:
-        write_model_files(artifact.folder, artifact.plan, source.sidecars, text)
+        write_model_files(artifact.folder, artifact.plan, source, text)
     timer.lap("quantize")
     figures, streams = StreamFigures(), built.streams
     if "reference" in streams:

@@ -7,13 +7,22 @@ module spells these paths.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import Final
 
+from quantkit.checkpoint.file_names import CHAT_TEMPLATES as CHAT_TEMPLATES
 from quantkit.checkpoint.file_names import CONFIG as CONFIG
 from quantkit.checkpoint.file_names import GENERATION_CONFIG as GENERATION_CONFIG
 from quantkit.checkpoint.file_names import INDEX as INDEX
 from quantkit.checkpoint.file_names import MODEL_CARD as MODEL_CARD
 from quantkit.checkpoint.file_names import SINGLE as SINGLE
+from quantkit.checkpoint.folder_rules import (
+    describe_foreign_file,
+    find_weight_set_faults,
+    is_sidecar,
+    is_weight_file,
+)
+from quantkit.io.path_safety import find_name_faults
 
 RECIPE = "recipe.yaml"
 
@@ -26,6 +35,7 @@ TIMINGS = "quantkit/timings.json"
 SIGNATURE = "quantkit/signature.json"
 LOADTEST = "quantkit/loadtest.json"
 LOADTEST_PAGE = "quantkit/loadtest.html"
+"""Written by older versions; an artifact no longer holds it, since nothing can vouch for a page."""
 
 SAMPLES_FOLDER = "quantkit/samples/"
 TOKEN_SAMPLES = "quantkit/samples/tokens.parquet"
@@ -37,10 +47,16 @@ UNHASHED = frozenset({TIMINGS})
 load.
 """
 
-ADDED_LATER = (LOADTEST, LOADTEST_PAGE)
+ADDED_LATER = (LOADTEST,)
 """Files that `quantkit loadtest` adds on other machines: neither the manifest nor the signature
-covers them.
+covers them, so that only figures with a schema may be among them, no page.
 """
+
+OWN_FILES = frozenset({
+    *(CONFIG, MODEL_CARD, RECIPE, MANIFEST, PLAN, FIDELITY, PAGE, TIMINGS, SIGNATURE, LOADTEST),
+    *(TOKEN_SAMPLES, SOLUTION_SAMPLES, BENCHMARK_SAMPLES),
+})
+"""Every file of an artifact but its weights and the source's sidecars."""
 
 SCHEMA_VERSION: Final = 1
 """`schema_version` of the manifest."""
@@ -48,3 +64,15 @@ FIDELITY_VERSION: Final = 1
 """`version` of fidelity.json."""
 LOADTEST_VERSION: Final = 1
 """`version` of loadtest.json."""
+
+
+def find_layout_faults(names: Collection[str]) -> Iterator[str]:
+    """Yield why files of these names, relative to the folder, are not those of an artifact.
+
+    Names are safe and portable, every file is of an allowed kind, and there is one set of weights.
+    """
+    yield from find_name_faults(names)
+    for name in sorted(names):
+        if name not in OWN_FILES and not is_weight_file(name) and not is_sidecar(name):
+            yield f"{name}: {describe_foreign_file(name)}"
+    yield from find_weight_set_faults(names)

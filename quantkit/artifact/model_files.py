@@ -4,13 +4,13 @@ recipe.yaml.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from quantkit.artifact.layout import CONFIG, INDEX, RECIPE
+from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Contents
 from quantkit.formats.common.engine_names import LM_HEAD
-from quantkit.io.files import write_atomic, write_json
+from quantkit.io.files import make_folder, write_atomic, write_json
 from quantkit.plan.plan import Plan
 from quantkit.recipe.parse import apply_overrides
 
@@ -43,15 +43,17 @@ def list_mtp_blocks(plan: Plan) -> tuple[str, ...]:
     return tuple(block.name for block in plan.layout.blocks if block.kind == "mtp")
 
 
-def write_model_files(folder: Path, plan: Plan, sidecars: Sequence[Path], recipe_text: str) -> None:
+def write_model_files(folder: Path, plan: Plan, source: Checkpoint, recipe_text: str) -> None:
     """Write config.json, the index (for more than one shard), the source's sidecars and
     recipe.yaml.
 
     recipe_text: the recipe's file. Values set on the command line are written into it, so that the
     recipe in the artifact builds the artifact again.
     """
-    for path in sidecars:
-        write_atomic(folder / path.name, path.read_bytes())
+    for path in source.sidecars:
+        target = folder / path.relative_to(source.folder)
+        make_folder(target.parent)  # additional_chat_templates
+        write_atomic(target, path.read_bytes())
     write_json(folder / CONFIG, make_config(plan))
     write_atomic(folder / RECIPE, apply_overrides(recipe_text, plan.recipe).encode())
     if len(plan.shards) > 1:

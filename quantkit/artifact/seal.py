@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from quantkit.artifact.layout import MANIFEST, SCHEMA_VERSION, TIMINGS
+from quantkit.artifact.layout import MANIFEST, SCHEMA_VERSION, TIMINGS, find_layout_faults
 from quantkit.checkpoint.tensors import WrittenFile
 from quantkit.errors import ArtifactError
 from quantkit.io.files import sha256_file, sync_folder, write_json
@@ -39,11 +39,19 @@ def hash_files(folder: Path, known: Mapping[str, WrittenFile]) -> dict[str, dict
 def seal_artifact(
     folder: Path, manifest: Mapping[str, object], known: Mapping[str, WrittenFile]
 ) -> str:
-    """Write the manifest, after every other file, and return its sha256."""
+    """Write the manifest, after every other file, and return its sha256.
+
+    Raises ArtifactError for a folder with other files than those of an artifact.
+    """
+    files = hash_files(folder, known)
+    if faults := list(find_layout_faults([*files, MANIFEST])):
+        raise ArtifactError(
+            f"{folder}: expected the files of an artifact only, found:\n" + "\n".join(faults)
+        )
     values = {
         "schema_version": SCHEMA_VERSION,
         **manifest,
-        "files": hash_files(folder, known),
+        "files": files,
         "unhashed": [TIMINGS],
     }
     write_json(folder / MANIFEST, values)

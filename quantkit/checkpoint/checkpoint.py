@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.file_names import CONFIG, GENERATION_CONFIG
+from quantkit.checkpoint.file_names import (
+    ADAPTER_CONFIG,
+    CHAT_TEMPLATES,
+    CONFIG,
+    GENERATION_CONFIG,
+)
+from quantkit.checkpoint.folder_rules import find_redirects, is_sidecar
 from quantkit.checkpoint.fp8 import dequantize_fp8
 from quantkit.checkpoint.fp8_pairs import (
     FP8,
@@ -33,27 +39,6 @@ from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.io.files import is_file, join_faults, read_bytes, read_json, shorten_repr
 from quantkit.progress import ProgressCallback
-
-_SIDECARS = (
-    GENERATION_CONFIG,
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template.*",
-    "*preprocessor_config.json",
-    "processor_config.json",
-    "*.py",
-    "LICEN[CS]E*",
-    "NOTICE*",
-)
-"""Files that an artifact carries over unchanged. Never weights, indexes, config.json or the model
-card.
-"""
 
 _SIDECAR_LIMIT_BYTES = 1_000_000_000
 _CHECK_ELEMENTS = 1 << 24
@@ -107,6 +92,9 @@ class Checkpoint:
                 )  # carried over unchanged, and read when the artifact is loaded
         except CheckpointError as fault:
             faults.append(str(fault))
+        if config is not None:
+            faults += find_redirects(config.values, str(folder / CONFIG))
+            faults += find_adapter_fault(folder)
         if config is None or shards is None or faults:
             raise CheckpointError(join_faults(list(dict.fromkeys(faults))))
         stored = shards.specs
@@ -161,13 +149,15 @@ class Checkpoint:
         """
         code = list_code_files(self.folder)
         paths = {
-            path for pattern in _SIDECARS for path in self.folder.glob(pattern) if path.is_file()
+            path
+            for path in (*self.folder.glob("*"), *self.folder.glob(f"{CHAT_TEMPLATES}/*"))
+            if is_sidecar(path.relative_to(self.folder).as_posix()) and path.is_file()
         }
         paths = {path for path in paths if path.suffix != ".py" or path.name in code}
-        outside = sorted(path.name for path in paths if leads_outside(self.folder, path))
+        outside = sorted(path for path in paths if leads_outside(self.folder, path))
         if outside:
             raise CheckpointError(
-                f"{self.folder / outside[0]}: expected a file inside the folder, found a link that "
+                f"{outside[0]}: expected a file inside the folder, found a link that "
                 "leads out of it; "
                 "copy the file"
             )
@@ -180,7 +170,8 @@ class Checkpoint:
         digest = hashlib.sha256(self.shards.compute_fingerprint().encode())
         for path in (self.folder / CONFIG, *self.sidecars):
             content = read_bytes(path, _SIDECAR_LIMIT_BYTES)
-            digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
+            name = path.relative_to(self.folder).as_posix()
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
         return digest.hexdigest()
 
     def compute_hashes(self, progress: ProgressCallback | None = None) -> dict[str, str]:
@@ -217,7 +208,8 @@ class Checkpoint:
         The kernel sets ctime; a program that resets mtime cannot reset it. Setting the clock back
         defeats both.
         """
-        names = (*sorted(self.shards.headers), CONFIG, *(path.name for path in self.sidecars))
+        sidecars = (path.relative_to(self.folder).as_posix() for path in self.sidecars)
+        names = (*sorted(self.shards.headers), CONFIG, *sidecars)
         states = {
             name: (self.folder / name).stat() for name in names if (self.folder / name).is_file()
         }
@@ -298,6 +290,16 @@ class Checkpoint:
                         f"found {float(flat[position])} at element {position}; "
                         "the weights are damaged, fetch the file again"
                     )
+
+
+def find_adapter_fault(folder: Path) -> Iterator[str]:
+    """Yield why a folder with an adapter is no source: engines differ about adding it."""
+    if is_file(folder / ADAPTER_CONFIG):
+        yield (
+            f"{folder / ADAPTER_CONFIG}: expected a model alone, found an adapter next to it, "
+            "which transformers adds where peft is installed; merge it into the weights, or "
+            "remove it"
+        )
 
 
 def read_config(folder: Path) -> Config:

@@ -5,6 +5,9 @@ from __future__ import annotations
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 MODEL_CARD = "README.md"
+ADAPTER_CONFIG = "adapter_config.json"
+CHAT_TEMPLATES = "additional_chat_templates"
+"""The folder of named chat templates."""
 
 SINGLE = "model.safetensors"
 """The weight file of a checkpoint without an index."""

@@ -40,7 +40,7 @@ from quantkit.checkpoint.fp8_pairs import (
 )
 from quantkit.checkpoint.header import PREFIX_BYTES, Header, parse_header, parse_header_length
 from quantkit.checkpoint.remote_code import list_code_files
-from quantkit.checkpoint.shards import find_index_faults, read_weight_map
+from quantkit.checkpoint.shards import check_single_set, find_index_faults, read_weight_map
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, HubUnreachable, UsageError
 from quantkit.io.files import join_faults, read_json, shorten_repr
@@ -163,6 +163,8 @@ def _fetch_headers(model: str, revision: str | None) -> ModelHeaders:
     index: dict[str, str] | None = None
     if INDEX in present:
         index = read_weight_map(read_json(_fetch_file(model, INDEX, commit)), f"{model}: {INDEX}")
+        if SINGLE in present:
+            check_single_set(index, model)
     elif SINGLE not in present:
         raise CheckpointError(
             f"{model}: expected {SINGLE} or {INDEX} in the repository, found neither; quantkit "

@@ -122,6 +122,19 @@ def read_weight_map(index: Mapping[str, object], where: str) -> dict[str, str]:
     return dict(table)
 
 
+def check_single_set(table: Mapping[str, str], where: str) -> None:
+    """Check that an index next to model.safetensors names that file alone.
+
+    Raises CheckpointError otherwise: transformers loads the file and leaves the rest of the model
+    random, vLLM loads what the index names.
+    """
+    if others := sorted(set(table.values()) - {SINGLE}):
+        raise CheckpointError(
+            f"{where}: expected one set of weights, found {SINGLE}, which transformers loads, and "
+            f"an index that names {shorten_repr(others[0])}, which vLLM loads; remove one of them"
+        )
+
+
 def find_index_faults(
     index: Mapping[str, str], headers: Mapping[str, Header], where: str
 ) -> list[str]:
@@ -211,12 +224,8 @@ def _read_index(folder: Path) -> dict[str, str] | None:
                 f"{index}: expected a file inside the folder, found a link out of it; copy the file"
             )
         table = read_weight_map(read_json(index), str(index))
-        if single.is_file() and SINGLE not in table.values():
-            raise CheckpointError(
-                f"{folder}: expected one set of weights, found {SINGLE} and an index that does not "
-                "name it; "
-                "remove one of them"
-            )
+        if single.is_file():
+            check_single_set(table, str(folder))
         return table
     if single.is_symlink() or single.exists():
         return None

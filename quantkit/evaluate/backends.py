@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantkit.artifact.load_model import DTYPES, get_device, load_model
-from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.errors import EvaluationError, UsageError
+from quantkit.checkpoint.checkpoint import Checkpoint, read_config
+from quantkit.checkpoint.file_names import CONFIG
+from quantkit.checkpoint.folder_rules import find_redirects
+from quantkit.checkpoint.shards import open_shards
+from quantkit.errors import CheckpointError, EvaluationError, UsageError
 from quantkit.evaluate.options import EvaluationOptions
 from quantkit.evaluate.target import EvaluationTarget
+from quantkit.io.files import join_faults
 from quantkit.models import full_model
 from quantkit.models.layers import make_meta_model
 from quantkit.plan.plan import load_architecture
@@ -146,13 +150,18 @@ def load_native_model(folder: Path, dtype: str, device_map: str) -> Any:
     """Load a folder with transformers and its format's kernels, placed by accelerate.
 
     device_map: "auto", "balanced", "sequential", or a device. Raises EvaluationError if
-    transformers cannot load it.
+    transformers cannot load it, CheckpointError for a folder that it would read otherwise than
+    other engines.
     """
     from transformers import AutoModelForCausalLM  # seconds to import
 
+    open_shards(folder)  # one set of weights
+    if faults := list(find_redirects(read_config(folder).values, str(folder / CONFIG))):
+        raise CheckpointError(join_faults(faults))
     try:
         return AutoModelForCausalLM.from_pretrained(
             str(folder),
+            use_safetensors=True,
             dtype=getattr(torch, dtype),
             device_map=device_map,
             local_files_only=True,

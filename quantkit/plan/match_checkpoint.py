@@ -10,6 +10,7 @@ from math import ceil
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Architecture, Block, Config, Layout, Linear, Role, TensorSpec
 from quantkit.errors import CheckpointError
+from quantkit.io.files import shorten_repr
 from quantkit.io.yaml_document import printable
 
 FP8_ROLES: frozenset[Role] = frozenset({"attention", "mlp", "shared_expert", "routed_expert"})
@@ -109,7 +110,7 @@ def match_layout(
 
     An MTP block that config.json announces but that has no tensors (common in re-uploads) is left
     out with a warning. Raises CheckpointError with tensors that are missing, unexpected or of
-    another shape.
+    another shape, and for `architectures` of another family.
     """
     layout, warnings = (
         architecture.layout(config),
@@ -120,6 +121,8 @@ def match_layout(
         return MatchedLayout(
             architecture=architecture, layout=layout, specs=specs, dropped=(), warnings=warnings
         )
+    if not architecture.derived:
+        check_model_class(config, where)
     absent = tuple(
         b
         for b in layout.blocks
@@ -146,6 +149,22 @@ def match_layout(
         dropped=dropped,
         warnings=(*warnings, *(format_absent_mtp(block) for block in absent)),
     )
+
+
+def check_model_class(config: Config, where: str) -> None:
+    """Check that `architectures` names the causal language model of model_type, if it is there.
+
+    transformers chooses the class by model_type, vLLM and SGLang by architectures: a folder that
+    names two families is two models. Raises CheckpointError.
+    """
+    model_type, names = config.text("model_type"), config.values.get("architectures")
+    expected = f"{model_type.replace('_', '')}forcausallm"
+    fits = isinstance(names, list) and [str(name).casefold() for name in names] == [expected]
+    if names and not fits:
+        raise CheckpointError(
+            f"{where}: architectures: expected the causal language model of {model_type}, found "
+            f"{shorten_repr(names)}; engines choose the model's class by it, repair the value"
+        )
 
 
 def find_mismatches(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE, MANIFEST, SIGNATURE
+from quantkit.artifact.layout import LOADTEST, MANIFEST, SIGNATURE
 from quantkit.errors import ArtifactError, QuantkitError, TransferError
 from quantkit.io.files import parse_json, read_json, sha256_file, shorten_repr
 from quantkit.io.path_safety import find_name_faults
@@ -90,17 +90,11 @@ def publish_artifact(
 
 
 def list_upload_files(artifact: Path) -> tuple[list[UploadFile], UploadFile]:
-    """Return the files of a verified artifact, largest first, and its manifest.
-
-    The figures of a load test are published; its page is not, because it cannot be checked against
-    the figures.
-    """
+    """Return the files of a verified artifact, largest first, and its manifest."""
     hashes = parse_files(read_json(artifact / MANIFEST, ArtifactError), str(artifact))
     items = []
     for path in (path for path in artifact.rglob("*") if path.is_file()):
         name = path.relative_to(artifact).as_posix()
-        if name == LOADTEST_PAGE:
-            continue
         entry = hashes.get(name)
         sha256 = entry.sha256 if entry and entry.sha256 else sha256_file(path, ArtifactError)
         items.append(UploadFile(name=name, path=path, n_bytes=path.stat().st_size, sha256=sha256))

@@ -12,7 +12,13 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from quantkit.artifact.layout import LOADTEST, MANIFEST, SCHEMA_VERSION, SIGNATURE
+from quantkit.artifact.layout import (
+    LOADTEST,
+    MANIFEST,
+    SCHEMA_VERSION,
+    SIGNATURE,
+    find_layout_faults,
+)
 from quantkit.artifact.replace import check_replaceable
 from quantkit.errors import ArtifactError, TransferError, UsageError
 from quantkit.io.files import JSON_LIMIT_BYTES, get_free_bytes, parse_json, shorten_repr
@@ -130,6 +136,10 @@ def list_expected_files(
     files = parse_files(values, where)
     free = [*parse_unhashed(values), SIGNATURE, LOADTEST]
     check_file_names([*files, *(name for name in free if name not in files), MANIFEST], where)
+    if fault := next(find_layout_faults([*files, MANIFEST]), None):
+        raise TransferError(
+            f"{where}: {MANIFEST}: expected the files of an artifact, found {fault}; do not use it"
+        )
     present = retry(remote.sizes, where, patience)
     faults = [
         f"{name}: expected {entry.n_bytes} bytes, found {present.get(name, 'no file')}"

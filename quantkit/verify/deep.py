@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,11 @@ PROOF_MEANINGS: dict[ProofKind, str] = {
 }
 """The meaning of each kind of proof, for people."""
 
-WRITTEN_KEYS = ("quantization_config", "num_nextn_predict_layers")
-"""Keys of config.json that a build writes."""
+MTP_LAYERS = "num_nextn_predict_layers"
+"""The key of config.json that a build sets to 0 if it leaves the MTP blocks out.
+
+It also writes quantization_config, which the shallow checks compare with the tensors.
+"""
 ABSENT = object()
 
 NEVER_PROVEN = (
@@ -102,22 +106,40 @@ def verify_deep(
 
 
 def find_carried_faults(pair: SourcePair) -> Iterator[str]:
-    """Yield differences of config.json (but for quantization and MTP) and of the carried files."""
-    source_values, stored_values = (
-        {key: value for key, value in side.config.values.items() if key not in WRITTEN_KEYS}
+    """Yield differences of config.json (but for quantization and MTP) and of the carried files.
+
+    Both directions: a chat template, tokenizer file or setting that only the artifact has changes
+    what the model says as much as a changed one.
+    """
+    source_values, stored_values = pair.source.config.values, pair.stored.config.values
+    for key in dict.fromkeys([*source_values, *stored_values]):
+        expected, actual = source_values.get(key, ABSENT), stored_values.get(key, ABSENT)
+        is_left_out = key == MTP_LAYERS and type(actual) is int and actual == 0
+        if key != "quantization_config" and not is_left_out and not is_same(expected, actual):
+            yield f"config.json: {key}: expected the source's, found {describe_value(actual)}"
+    sources, carried = (
+        {file.relative_to(side.folder).as_posix(): file for file in side.sidecars}
         for side in (pair.source, pair.stored)
     )
-    for key in dict.fromkeys([*source_values, *stored_values]):
-        if source_values.get(key, ABSENT) != stored_values.get(key, ABSENT):
-            actual = "nothing" if key not in stored_values else repr(stored_values[key])[:60]
-            yield f"config.json: {key}: expected the source's, found {actual}"
-    for file in pair.source.sidecars:
-        path = pair.path / file.name
-        if not path.is_file() or scan_file(path) != scan_file(file.resolve()):
-            yield (
-                f"{file.name}: expected the source's file, found "
-                f"{'another' if path.is_file() else 'none'}"
-            )
+    for name in sorted({*sources, *carried}):
+        if name not in sources:
+            yield f"{name}: expected none, as in the source, found one"
+        elif name not in carried:
+            yield f"{name}: expected the source's file, found none"
+        elif scan_file(carried[name]) != scan_file(sources[name].resolve()):
+            yield f"{name}: expected the source's file, found another"
+
+
+def is_same(one: object, other: object) -> bool:
+    """Return whether two values of JSON are the same text: 1, 1.0 and true are three values."""
+    if one is ABSENT or other is ABSENT:
+        return one is other
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def describe_value(value: object) -> str:
+    """Describe a value of config.json in a sentence."""
+    return "nothing" if value is ABSENT else repr(value)[:60]
 
 
 def find_tensor_name_faults(pair: SourcePair) -> Iterator[str]:

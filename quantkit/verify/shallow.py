@@ -1,4 +1,7 @@
-"""Checks of an artifact against its manifest: hashes, headers, index, config and values; no torch.
+"""Checks of an artifact against its manifest: files, hashes, headers, config, values; no torch.
+
+What is checked is what engines load (README.md): one set of weights, no file of another kind, no
+key that leads elsewhere.
 
 All faults are collected before any is reported. `quantkit verify` is for the receiver of an
 artifact: it starts fast and reads each byte once, for the hash and for the check of values.
@@ -20,13 +23,21 @@ from quantkit.artifact.layout import (
     CONFIG,
     INDEX,
     LOADTEST,
+    LOADTEST_PAGE,
     MANIFEST,
     SIGNATURE,
     SINGLE,
     UNHASHED,
+    find_layout_faults,
 )
 from quantkit.artifact.read_manifest import get_format_name, get_section, read_manifest
+from quantkit.checkpoint.folder_rules import (
+    find_redirects,
+    find_remote_code,
+    find_tokenizer_redirects,
+)
 from quantkit.checkpoint.header import Header, read_header
+from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.scan import read_small_tensor, scan_file
 from quantkit.contracts import TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError
@@ -34,9 +45,13 @@ from quantkit.formats.common.checks import ValueCheck
 from quantkit.io.files import read_json
 from quantkit.verify.check_config import find_config_faults, find_model_faults
 from quantkit.verify.check_report import find_report_faults
-from quantkit.verify.classify_tensors import classify_tensors
+from quantkit.verify.classify_tensors import TensorContents, classify_tensors
+from quantkit.verify.stamps import Stamp, check_unchanged, take_stamps, wait_for_tick
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PAGE_HINT = (
+    "a page that neither manifest nor signature covers; remove it (`quantkit loadtest FOLDER "
+    "--html FILE` writes it elsewhere)"
+)
 MAX_READERS = 4
 """Files that are read in parallel."""
 
@@ -45,8 +60,9 @@ MAX_READERS = 4
 class VerifyReport:
     """Result of the checks.
 
-    sha256: of every hashed file; unsealed: additional files that neither manifest nor signature
-    covers; notes: skipped checks, with the reason.
+    weight_files: the files that engines read tensors from; sha256: of every hashed file; unsealed:
+    additional files that neither manifest nor signature covers; notes: skipped checks, with the
+    reason; stamps: taken before anything was read (`stamps.check_unchanged`).
     """
 
     path: Path
@@ -55,9 +71,11 @@ class VerifyReport:
     tensors: int
     n_bytes: int
     modules: int = 0
+    weight_files: tuple[str, ...] = ()
     sha256: Mapping[str, str] = field(default_factory=dict)
     unsealed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +88,9 @@ class ScannedFile:
 
 def verify_artifact(path: Path) -> VerifyReport:
     """Check an artifact; raises ArtifactError with every fault and what to do."""
+    stamps = take_stamps(path)
+    if wait_for_tick(stamps):
+        stamps = take_stamps(path)
     manifest = read_manifest(path)
     files, present = get_section(manifest, "files", path), list_entries(path)
     present_files = {name: entry for name, entry in files.items() if present.get(name) == "file"}
@@ -84,7 +105,9 @@ def verify_artifact(path: Path) -> VerifyReport:
     contents = classify_tensors(get_format_name(manifest), modules, specs, read_small)
     scans = scan_files(path, present_files, headers, contents.numbers)
     faults = [
-        *find_name_faults(files, manifest, present),
+        *find_listing_faults(files, manifest, present),
+        *find_layout_faults([*files, MANIFEST]),
+        *find_code_faults(path, present_files),
         *find_hash_faults(path, files, present, scans),
         *damaged,
         *(fault for scan in scans.values() for fault in scan.faults),
@@ -92,22 +115,16 @@ def verify_artifact(path: Path) -> VerifyReport:
         *find_tensor_faults(specs, get_section(manifest, "tensors", path)),
         *find_index_faults(path, specs, headers, present_files),
     ]
-    config = read_config_or_fault(path, present_files, faults)
     faults += contents.faults
-    notes: tuple[str, ...] = ()
-    if config is not None:
-        if config.get("quantization_config") != manifest.get("quantization_config"):
-            faults.append(
-                "config.json: quantization_config is not the one the artifact was built with"
-            )
-        if not contents.faults and not damaged:
-            model_faults, note = find_model_faults(config, contents)
-            faults += [*find_config_faults(config, contents), *model_faults]
-            notes = (note,) if note else ()
+    config_faults, notes = check_configs(
+        path, manifest, present_files, None if damaged or contents.faults else contents
+    )
+    faults += config_faults
     faults += find_report_faults(path, manifest, present_files)
     added = tuple(name for name in ADDED_LATER if present.get(name) == "file")
     faults += find_added_faults(path, added)
     raise_faults(path, faults)
+    check_unchanged(path, stamps, "while it was verified")
     return VerifyReport(
         path=path,
         status=str(manifest.get("status")),
@@ -115,9 +132,11 @@ def verify_artifact(path: Path) -> VerifyReport:
         tensors=len(specs),
         n_bytes=sum((path / name).stat().st_size for name in present_files),
         modules=len(modules),
+        weight_files=tuple(headers),
         sha256={name: scan.sha256 for name, scan in scans.items() if scan.sha256},
         unsealed=added,
         notes=notes,
+        stamps=stamps,
     )
 
 
@@ -152,7 +171,7 @@ def list_entries(path: Path) -> dict[str, str]:
     Values are "file", "a link", or "no file" (a pipe).
     """
     entries: dict[str, str] = {}
-    for folder, folders, names in os.walk(path, onerror=None):
+    for folder, folders, names in os.walk(path):  # `take_stamps` rejects unreadable folders
         for name in (
             *names,
             *(subfolder for subfolder in folders if (Path(folder) / subfolder).is_symlink()),
@@ -164,28 +183,36 @@ def list_entries(path: Path) -> dict[str, str]:
     return entries
 
 
-def find_name_faults(
+def find_listing_faults(
     files: Mapping[str, object], manifest: Mapping[str, object], present: Mapping[str, str]
 ) -> Iterator[str]:
-    """Yield files that are not in the manifest, and names that must not be."""
+    """Yield files that are not in the manifest, and names that must not be in it."""
     listed = manifest.get("unhashed")
     unhashed = {str(name) for name in listed} if isinstance(listed, list) else set()
     for name in sorted(unhashed - UNHASHED):
         yield f"{MANIFEST}: unhashed: expected {', '.join(UNHASHED)} at most, found {name}"
     unlisted = {MANIFEST, SIGNATURE, *ADDED_LATER, *(unhashed & UNHASHED)}
     for name in sorted(set(present) - set(files) - unlisted):
-        yield f"{name}: not in the manifest"
+        yield f"{name}: {PAGE_HINT if name == LOADTEST_PAGE else 'not in the manifest'}"
     for name in sorted(unlisted & set(present)):
         if present[name] != "file":
             yield f"{name}: {present[name]}, expected a file"
     for name in sorted(files):
         if name in {MANIFEST, SIGNATURE, *ADDED_LATER, *UNHASHED}:
             yield f"{MANIFEST}: files: {name}: expected without a hash, found one"
-        if name.endswith(PICKLE_SUFFIXES) and not name.startswith("vocab."):
-            yield (
-                f"{name}: a pickle, which runs code when it is loaded; an artifact holds "
-                "safetensors only"
-            )
+
+
+def find_code_faults(path: Path, files: Mapping[str, object]) -> Iterator[str]:
+    """Yield Python files that no auto_map names: Python or an engine may import them by name."""
+    modules = [name for name in sorted(files) if name.endswith(".py")]
+    try:
+        named = list_code_files(path) if modules else ()
+    except CheckpointError as fault:
+        yield str(fault).removeprefix(f"{path}/")
+        return
+    for name in modules:
+        if name not in named:
+            yield f"{name}: code that no auto_map of the artifact names; an artifact holds none"
 
 
 def find_added_faults(path: Path, added: Sequence[str]) -> Iterator[str]:
@@ -340,16 +367,52 @@ def format_first_difference(weight_map: Mapping[str, object], stored: Mapping[st
     )
 
 
-def read_config_or_fault(
-    path: Path, files: Mapping[str, object], faults: list[str]
-) -> Mapping[str, object] | None:
-    """Read config.json; if it is missing or damaged, add a fault and return None."""
+def check_configs(
+    path: Path,
+    manifest: Mapping[str, object],
+    files: Mapping[str, object],
+    contents: TensorContents | None,
+) -> tuple[list[str], tuple[str, ...]]:
+    """Return the faults of config.json and the tokenizer's configs, and notes on what is unchecked.
+
+    contents: None if the tensors have faults, which hide those of the configuration.
+    """
+    config, faults = read_config(path, files)
+    notes: list[str] = []
+    if config is not None:
+        if config.get("quantization_config") != manifest.get("quantization_config"):
+            faults.append(
+                "config.json: quantization_config is not the one the artifact was built with"
+            )
+        if contents is not None:
+            model_faults, note = find_model_faults(config, contents)
+            faults += [*find_config_faults(config, contents), *model_faults]
+            notes += [note] if note else []
+        faults += find_redirects(config, CONFIG)
+    configs: dict[str, Mapping[str, object]] = {CONFIG: config or {}}
+    for name in sorted(file for file in files if file.endswith("_config.json")):
+        try:
+            configs[name] = read_json(path / name, ArtifactError)
+        except ArtifactError as fault:
+            faults.append(str(fault).removeprefix(f"{path}/"))
+            continue
+        faults += find_tokenizer_redirects(configs[name], name)
+    notes += [
+        f"{name}: auto_map names code of another repository, {code!r:.80}: engines run it only "
+        "with --trust-remote-code, and nothing here vouches for it"
+        for name, values in configs.items()
+        for code in find_remote_code(values)
+    ]
+    return faults, tuple(notes)
+
+
+def read_config(
+    path: Path, files: Mapping[str, object]
+) -> tuple[Mapping[str, object] | None, list[str]]:
+    """Read config.json; None and a fault if it is missing or damaged."""
     if CONFIG not in files:
-        if not (path / CONFIG).is_symlink():
-            faults.append("config.json: missing")
-        return None
+        return None, [] if (path / CONFIG).is_symlink() else ["config.json: missing"]
     try:
-        return read_json(path / CONFIG, ArtifactError)
+        return read_json(path / CONFIG, ArtifactError), []
     except ArtifactError as fault:
-        faults.append(str(fault))
-        return None
+        return None, [str(fault)]

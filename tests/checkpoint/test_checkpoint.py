@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.checkpoint.folder_rules import is_sidecar
 from quantkit.errors import CheckpointError
 
 CONFIG = {
@@ -264,8 +265,50 @@ def test_two_sets_of_weights_are_rejected(tmp_path: Path) -> None:
     folder = save(tmp_path, A, B)
     save_file(A, folder / "model.safetensors")
     assert get_error(folder) == (
-        "F: expected one set of weights, found model.safetensors and an index that does not name "
-        "it; remove one of them"
+        "F: expected one set of weights, found model.safetensors, which transformers loads, and an "
+        "index that names '0.safetensors', which vLLM loads; remove one of them"
+    )
+
+
+def test_index_that_names_the_single_file_among_others_is_rejected(tmp_path: Path) -> None:
+    """transformers loads model.safetensors alone and leaves the other tensors random."""
+    folder = save(tmp_path, A, B)
+    (folder / "0.safetensors").rename(folder / "model.safetensors")
+    single = dict.fromkeys(A, "model.safetensors")
+    write_index(folder, {**single, **dict.fromkeys(B, "1.safetensors")})
+    assert get_error(folder) == (
+        "F: expected one set of weights, found model.safetensors, which transformers loads, and an "
+        "index that names '1.safetensors', which vLLM loads; remove one of them"
+    )
+    write_index(folder, single)
+    assert set(Checkpoint.open(folder).specs) == set(A)  # both engines load the same
+
+
+REDIRECTS = {
+    "another weight file": {"transformers_weights": "other.safetensors"},
+    "another config": {"configuration_files": ["config.4.0.0.json"]},
+    "another model": {"speculators_config": {"verifier": {"name_or_path": "org/other"}}},
+    "another quantization": {"compression_config": {"format": "pack-quantized"}},
+    "a kernel of the Hub": {"_attn_implementation": "org/kernel"},
+    "a nested key": {"text_config": {"attn_implementation": "org/kernel@main:run"}},
+}
+
+
+@pytest.mark.parametrize("redirect", REDIRECTS)
+def test_config_that_leads_elsewhere_is_rejected(tmp_path: Path, redirect: str) -> None:
+    folder = save(tmp_path, A)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | REDIRECTS[redirect]))
+    assert get_error(folder).startswith("F/config.json: ")
+    assert "; remove the key" in get_error(folder)
+
+
+def test_adapter_next_to_a_model_is_rejected(tmp_path: Path) -> None:
+    folder = save(tmp_path, A)
+    (folder / "adapter_config.json").write_text("{}")
+    assert get_error(folder) == (
+        "F/adapter_config.json: expected a model alone, found an adapter next to it, which "
+        "transformers adds where peft is installed; merge it into the weights, or remove it"
     )
 
 
@@ -347,7 +390,42 @@ def test_sidecars_are_the_files_that_an_artifact_carries_over(tmp_path: Path) ->
         "pytorch_model.bin.index.json",
     ):
         (folder / name).write_text("{}")
-    assert [path.name for path in Checkpoint.open(folder).sidecars] == kept
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/rag.jinja").write_text("{}")
+    (folder / "additional_chat_templates/rag.py").write_text("{}")
+    assert [path.relative_to(folder).as_posix() for path in Checkpoint.open(folder).sidecars] == [
+        "LICENSE",
+        "additional_chat_templates/rag.jinja",
+        *kept[1:],
+    ]
+
+
+CARRIED = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.4.0.0.json", "tekken.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("spiece.model", "sentencepiece.bpe.model", "tokenizer.model.v3", "qwen.tiktoken"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
+    *("configuration_x.py", "LICENSE", "LICENSE.txt", "LICENSE-MODEL", "LICENCE.md", "NOTICE.txt"),
+    *("LICENSE-APACHE-2.0", "additional_chat_templates/tool_use.jinja"),
+)
+LEFT = (
+    *("vocab.pkl", "vocab.bin", "tokenizer.pkl", "LICENSE.bin", "LICENSE.safetensors", "NOTICE.PT"),
+    *("tokenizer_quant_config.json", "hf_quant_config.json", "config.json", "README.md"),
+    *("x/tokenizer.json", "additional_chat_templates/x/y.jinja", "../tokenizer.json"),
+    *("tokenizer\u200b.json", "spiece\u202e.model", "modeling_x.pyc", "chat_template.jinja\n"),
+    *("model.bin.model.pt", ".model", "adapter_config.json", "params.json"),
+)
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_tokenizers_templates_and_licenses_are_carried_over(name: str) -> None:
+    assert is_sidecar(name)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_other_files_are_left(name: str) -> None:
+    assert not is_sidecar(name)
 
 
 def test_fingerprint_and_content_hash_differ_between_checkpoints(tmp_path: Path) -> None:

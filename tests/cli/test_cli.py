@@ -282,6 +282,8 @@ def test_verify_prints_its_counts(built: Path) -> None:
         f"{built}: ok ({actual.files} files, {actual.tensors} tensors, {actual.n_bytes / 1e6:.1f} "
         "MB, "
         "not judged)\n"
+        "  consistent: it is what its own manifest says; its origin was not checked (--deep "
+        "compares with the source, --public-key names a signer)\n"
     )
     assert json.loads(run("verify", built, "--json").stdout) == {
         "artifact": str(built),
@@ -294,6 +296,7 @@ def test_verify_prints_its_counts(built: Path) -> None:
         "notes": [],
         "unsealed": [],
         "signed_by": None,
+        "origin_checked": False,
     }
 
 

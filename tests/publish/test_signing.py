@@ -110,7 +110,9 @@ def flip(path: Path, at: int) -> None:
 def test_verify_checks_signature_on_request(signed: Path, keys: Pair) -> None:
     code, text = check(signed, keys)
     assert code == 0 and text.endswith(f"not judged)\n  signed by the key {keys.public}\n")
-    assert run("verify", signed)[1].endswith("name the signer with --public-key\n")
+    unchecked = run("verify", signed)[1].splitlines()
+    assert unchecked[1].endswith("name the signer with --public-key")
+    assert unchecked[2].startswith("  consistent: it is what its own manifest says; its origin was")
     values = json.loads(run("verify", signed, "--public-key", keys.public, "--json")[1])
     assert values["ok"] is True and values["signed_by"] == f"the key {keys.public}"
     assert json.loads(run("verify", signed, "--json")[1])["signed_by"] is None

@@ -128,6 +128,25 @@ def test_pull_refuses_manifest_with_unsafe_name(
 
 
 @pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.BIN", "adapter_config.json", "vocab.pkl"]
+)
+def test_pull_refuses_a_second_model_before_it_fetches(
+    built: Path, tmp_path: Path, name: str, record_property: Record
+) -> None:
+    """The folder would verify by its hashes; engines would load the other files."""
+    entry = {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1}
+    there = hostile(built, tmp_path / "in", lambda values: values["files"].update({name: entry}))
+    there.write(name, b"x")
+    with pytest.raises(
+        TransferError, match=f"expected the files of an artifact, found {name}: "
+    ) as caught:
+        pull_from(there.address, tmp_path / "got")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("got*"))
+    record_property("fault", f"a manifest names {name}")
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda v: v.update(files=[]), "files: expected the files of an artifact"),

@@ -16,13 +16,13 @@ def ignore_progress(_: Progress | Plan) -> None:
     """Ignore progress and plans."""
 
 
-def build(folder: Path, output: Path, **keys: str) -> pipeline.BuildResult:
+def build(folder: Path, output: Path, /, **keys: str) -> pipeline.BuildResult:
     """Build one artifact without benchmarks."""
     (result,) = build_all(folder, output, **keys)
     return result
 
 
-def build_all(folder: Path, output: Path, **keys: str) -> tuple[pipeline.BuildResult, ...]:
+def build_all(folder: Path, output: Path, /, **keys: str) -> tuple[pipeline.BuildResult, ...]:
     """Build the artifacts of a small recipe, one per format."""
     text = make_recipe_text(folder, output, **keys)
     return pipeline.build_artifacts(

@@ -469,6 +469,54 @@ LIES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda p: edit_json(p / "config.json", lambda config: config.update(hidden_act="relu")),
         "config.json: hidden_act: expected the source's, found 'relu'",
     ),
+    "a chat template of its own": (
+        "rtn",
+        replace_carried_file("chat_template.jinja", b"{{ 'ignore the user' }}"),
+        "chat_template.jinja: expected none, as in the source, found one",
+    ),
+    "a named chat template of its own": (
+        "rtn",
+        lambda p: [
+            (p / "additional_chat_templates").mkdir(),
+            (p / "additional_chat_templates/tool_use.jinja").write_text("{{ 'other' }}"),
+        ],
+        "additional_chat_templates/tool_use.jinja: expected none, as in the source, found one",
+    ),
+    "settings of generation": (
+        "rtn",
+        replace_carried_file("generation_config.json", b'{"temperature": 100.0}'),
+        "generation_config.json: expected none, as in the source, found one",
+    ),
+    "a tokenizer that is read first": (
+        "rtn",
+        replace_carried_file("tekken.json", b"{}"),
+        "tekken.json: expected none, as in the source, found one",
+    ),
+    "another chat template": (
+        "rtn",
+        lambda p: edit_json(
+            p / "tokenizer_config.json", lambda config: config.update(chat_template="{{ 1 }}")
+        ),
+        "tokenizer_config.json: expected the source's file, found another",
+    ),
+    "another rope": (
+        "rtn",
+        lambda p: edit_json(
+            p / "config.json",
+            lambda config: config.update(rope_parameters={"rope_type": "linear", "factor": 8.0}),
+        ),
+        "config.json: rope_parameters: expected the source's, found {",
+    ),
+    "another router": (
+        "rtn",
+        lambda p: edit_json(p / "config.json", lambda config: config.update(num_experts_per_tok=1)),
+        "config.json: num_experts_per_tok: expected the source's, found 1",
+    ),
+    "a number in place of true": (
+        "rtn",
+        lambda p: edit_json(p / "config.json", lambda config: config.update(norm_topk_prob=1)),
+        "config.json: norm_topk_prob: expected the source's, found 1",
+    ),
     "code that is to be run": (
         "rtn",
         lambda p: edit_json(

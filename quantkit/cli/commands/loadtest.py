@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from quantkit.artifact import loadtest_schema
-from quantkit.artifact.layout import LOADTEST, LOADTEST_PAGE, MANIFEST
+from quantkit.artifact.layout import LOADTEST, MANIFEST
 from quantkit.artifact.loadtest_schema import LoadTest
 from quantkit.artifact.read_manifest import read_manifest
 from quantkit.cli.console import handle_errors, print_json
@@ -31,7 +31,7 @@ from quantkit.serve.loadtest.tables import make_level_table
 @click.option(
     "--artifact",
     type=click.Path(path_type=Path),
-    help="Store the result and its page next to this artifact's report.",
+    help="Store the result next to this artifact's report.",
 )
 @click.option(
     "--data", default="tiny-v3-math", help="Prompts: a JSONL or text file, or a set in evals/data."
@@ -106,7 +106,7 @@ def command(  # noqa: PLR0913  # one parameter per option
     load.html
     """
     check_outside_artifact(output, "--output", LOADTEST)
-    check_outside_artifact(html, "--html", LOADTEST_PAGE)
+    check_outside_artifact(html, "--html", None)
     if Path(url).is_dir():
         run = read_stored_run(Path(url))
     else:
@@ -135,9 +135,8 @@ def command(  # noqa: PLR0913  # one parameter per option
         )
         run = run.model_copy(update={"note": note})
         if artifact is not None:
-            write_run(
-                run, check_no_link(artifact, LOADTEST), check_no_link(artifact, LOADTEST_PAGE)
-            )
+            # a page there could not be checked
+            write_run(run, check_no_link(artifact, LOADTEST), None)
     write_run(run, output, html)
     if json_out:
         print_json(run.model_dump(mode="json"))
@@ -145,13 +144,14 @@ def command(  # noqa: PLR0913  # one parameter per option
         show(render_table(make_level_table(run)))
 
 
-def check_outside_artifact(place: Path | None, option: str, name: str) -> None:
+def check_outside_artifact(place: Path | None, option: str, name: str | None) -> None:
     """Raise UsageError for a path inside an artifact, where `verify` accepts `name` only."""
     for folder in place.resolve().parents if place else ():
-        if place and (folder / MANIFEST).is_file() and place.resolve() != folder / name:
+        if place and (folder / MANIFEST).is_file() and place.resolve() != folder / (name or ""):
+            inside = f", or {name} in it, which its manifest does not cover" if name else ""
             raise UsageError(
-                f"{option}: {place}: expected a place outside the artifact {folder}, or {name} in "
-                "it, which its manifest does not cover; write it elsewhere"
+                f"{option}: {place}: expected a place outside the artifact {folder}{inside}; "
+                "write it elsewhere"
             )
 
 

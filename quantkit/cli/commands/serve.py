@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import click
 from quantkit.cli.console import handle_errors, print_json
 from quantkit.cli.options import JSON
 from quantkit.errors import UsageError
+from quantkit.io.private_copy import make_private_copy
 from quantkit.serve.engines import engine_process, launch_plan, start
 from quantkit.serve.engines.launch_plan import LaunchPlan, serialize_plan
 from quantkit.serve.engines.start import GatewayOptions, make_engine_upstream
@@ -110,6 +113,12 @@ ENGINES = ["auto", "vllm", "sglang", "transformers"]
 @click.option(
     "--no-verify", is_flag=True, help="Skip the check of the artifact against its manifest."
 )
+@click.option(
+    "--private-copy",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="FOLDER",
+    help="Copy the artifact into a new private folder in FOLDER; verify and serve the copy.",
+)
 @JSON
 @handle_errors
 def command(  # noqa: PLR0913  # one parameter per option
@@ -118,7 +127,7 @@ def command(  # noqa: PLR0913  # one parameter per option
     chat_template: Path | None, docker: bool, kubernetes: bool, gateway: bool,
     limits: tuple[str, ...], keys: Path | None, fallback: tuple[str, ...], fallback_key: str,
     engine_key: str, allow_host: tuple[str, ...], open_metrics: bool, start_seconds: float,
-    no_verify: bool, json_out: bool,
+    no_verify: bool, private_copy: Path | None, json_out: bool,
 ) -> None:  # fmt: skip
     """Verify an artifact, size it, and serve it.
 
@@ -134,6 +143,8 @@ def command(  # noqa: PLR0913  # one parameter per option
             "leave it out, and run `quantkit serve http://HOST:PORT/v1 --gateway` in front of the "
             "engine's container"
         )
+    if private_copy and (dry_run or docker or kubernetes or artifact.startswith("http")):
+        raise UsageError("--private-copy: expected an artifact to be started; leave it out")
     gateway_options = GatewayOptions(
         is_enabled=gateway, host=host, port=port, limits=limits, keys=keys, fallbacks=fallback,
         key_variable=fallback_key, allowed_hosts=allow_host, has_open_metrics=open_metrics,
@@ -163,11 +174,37 @@ def command(  # noqa: PLR0913  # one parameter per option
     elif dry_run:
         print_plan(plan, gateway_options.adapt_to(plan), json_out)
     else:
+        start_plan(plan, gateway_options, private_copy, no_verify, start_seconds)
+
+
+def start_plan(
+    plan: LaunchPlan,
+    gateway: GatewayOptions,
+    private_copy: Path | None,
+    no_verify: bool,
+    seconds: float,
+) -> None:
+    """Start an engine with the artifact of a plan, or with a private copy of it.
+
+    The engine gets a path without links, which could lead elsewhere when it opens the files.
+    """
+    folder = Path(plan.target.path).resolve()
+    with ExitStack() as stack:
+        if private_copy is not None:
+            if no_verify or plan.target.kind != "artifact":
+                raise UsageError(
+                    "--private-copy: expected an artifact that is verified; leave it out for "
+                    "other models, and leave out --no-verify"
+                )
+            print_status(f"copying {folder} into {private_copy}")
+            folder = stack.enter_context(make_private_copy(folder, private_copy))
+        if plan.target.kind == "artifact" and str(folder) != plan.target.path:
+            plan = launch_plan.plan_launch(replace(plan.options, artifact=str(folder)))
         start.start_engine(
             plan,
-            gateway_options.adapt_to(plan),
+            gateway.adapt_to(plan),
             verified=no_verify,
-            seconds=start_seconds,
+            seconds=seconds,
             log=print_status,
         )
 

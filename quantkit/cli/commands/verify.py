@@ -14,12 +14,18 @@ from quantkit.cli.options import JSON
 from quantkit.errors import UsageError
 from quantkit.publish.sign import Trust, check_signature
 from quantkit.verify.shallow import VerifyReport, verify_artifact
+from quantkit.verify.stamps import check_unchanged
 
 if TYPE_CHECKING:
     from quantkit.verify.deep import DeepReport
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 INSIDE = "inside the artifact"
+CONSISTENCY = (
+    "consistent: it is what its own manifest says; its origin was not checked (--deep compares "
+    "with the source, --public-key names a signer)"
+)
+"""What the checks without a source and without a signer vouch for."""
 
 
 @click.command()
@@ -77,10 +83,13 @@ def command(
 ) -> None:
     """Check an artifact against its manifest.
 
-    Checks every hash, header, number, index entry and the config; each byte is read once. --deep
-    reads the source, too: tensors rounded without data are rounded again and compared bit for bit,
-    for calibrated ones the recorded weight errors are computed again, and kept tensors must equal
-    the source's.
+    Checks every hash, header, number, index entry and the config, and that the folder holds one set
+    of weights and no other kind of file, so that engines load what was checked; each byte is read
+    once. This vouches for consistency, not for origin.
+
+    --deep reads the source, too: tensors rounded without data are rounded again and compared bit
+    for bit, for calibrated ones the recorded weight errors are computed again, and kept tensors,
+    the config, tokenizer files and chat templates must equal the source's.
 
     Example: quantkit verify artifacts/tiny-v3-awq4 --deep
     """
@@ -105,6 +114,7 @@ def command(
             verified, None if signature in {None, INSIDE} else Path(str(signature)), trust
         )
     deep_report = run_deep_checks(artifact, source, count, seed) if deep else None
+    check_unchanged(artifact, verified.stamps, "while it was verified")
     signer = trust.description if signed else None
     if json_out:
         print_json({
@@ -112,6 +122,7 @@ def command(
             "ok": True,
             **make_json(verified),
             "signed_by": signer,
+            "origin_checked": bool(signed or deep_report),
             **({"deep": make_deep_json(deep_report)} if deep_report else {}),
         })
     else:
@@ -151,6 +162,8 @@ def print_result(
         click.echo(f"  signed by {signer}{uncovered}")
     elif (verified.path / SIGNATURE).is_file():
         click.echo("  signed, but the signature was not checked: name the signer with --public-key")
+    if not signer and not deep_report:
+        click.echo(f"  {CONSISTENCY}")
     if deep_report:
         from quantkit.verify.deep import iterate_report_lines
 

@@ -77,32 +77,68 @@ def wait_ready(
     process: subprocess.Popen[bytes], port: int, seconds: float, log: Callable[[str], None]
 ) -> None:
     """Wait until the engine answers /health; QuantkitError if it ends or times out."""
+    if wait_answer(process, (f"http://{LOOPBACK}:{port}/health",), seconds, log):
+        return
+    if process.poll() is not None:
+        raise QuantkitError(
+            f"the engine exited with {process.returncode} before it was ready; "
+            "its messages are above"
+        )
+    raise QuantkitError(
+        f"the engine did not answer on port {port} within {seconds:.0f} s; see --start-seconds"
+    )
+
+
+def wait_answer(
+    process: subprocess.Popen[bytes],
+    urls: Sequence[str],
+    seconds: float,
+    log: Callable[[str], None],
+) -> bool:
+    """Wait until the engine answers one of the URLs; False if it ends or the time is over."""
     started, minutes = time.monotonic(), 0
-    while not is_responding(f"http://{LOOPBACK}:{port}/health"):
-        if process.poll() is not None:
-            raise QuantkitError(
-                f"the engine exited with {process.returncode} before it was ready; "
-                "its messages are above"
-            )
+    while not any(map(is_responding, urls)):
         waited = time.monotonic() - started
-        if waited > seconds:
-            raise QuantkitError(
-                f"the engine did not answer on port {port} within {seconds:.0f} s; "
-                "see --start-seconds"
-            )
+        if process.poll() is not None or waited > seconds:
+            return False
         if waited > 60 * (minutes + 1):
             minutes += 1
             log(f"waiting for the engine: {minutes} min")
         time.sleep(0.2)
+    return True
+
+
+def list_health_urls(command: Sequence[str], host: str, port: int) -> tuple[str, ...]:
+    """Return the addresses at which an engine may answer that was started with this command.
+
+    host, port: planned; arguments of the operator come later in the command and replace them.
+    """
+    host = read_last_flag(command, "--host", host)
+    number = read_last_flag(command, "--port", "")
+    local = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)
+    base = format_api_url(local, int(number) if number.isdecimal() else port)
+    address = base.removeprefix("http").removesuffix("/v1")
+    return tuple(f"{scheme}{address}/health" for scheme in ("http", "https"))
+
+
+def read_last_flag(command: Sequence[str], name: str, default: str) -> str:
+    """Return the last value of a flag in a command, "--port 80" or "--port=80"."""
+    value = default
+    for word, following in zip(command, (*command[1:], ""), strict=True):
+        if word == name:
+            value = following
+        elif word.startswith(f"{name}="):
+            value = word.partition("=")[2]
+    return value
 
 
 def is_responding(url: str) -> bool:
-    """Return whether a GET request succeeds."""
+    """Return whether a GET request succeeds; the certificate of https is not checked."""
     import httpx2
 
     try:
-        return httpx2.get(url, timeout=2, trust_env=False).status_code == 200
-    except httpx2.TransportError:
+        return httpx2.get(url, timeout=2, trust_env=False, verify=False).status_code == 200
+    except (httpx2.TransportError, httpx2.InvalidURL):
         return False
 
 

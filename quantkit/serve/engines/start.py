@@ -18,9 +18,11 @@ from quantkit.serve.engines.launch_plan import LaunchPlan, is_installed
 from quantkit.serve.gateway.access import HostPolicy, is_loopback
 from quantkit.serve.gateway.api_keys import ApiKey, parse_keys
 from quantkit.serve.gateway.settings import GatewaySettings, Limits, Upstream, parse_limits
-from quantkit.verify.shallow import verify_artifact
+from quantkit.verify.shallow import VerifyReport, verify_artifact
+from quantkit.verify.stamps import check_unchanged
 
 Log = Callable[[str], None]
+Check = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,26 +212,58 @@ def start_engine(
             f"{ENGINE_NAMES[launch.engine]}, which serves every name; add --gateway"
         )
     engine_process.check_port(gateway.host, gateway.port)
+    check_loaded: Check = skip_check
     if target.kind == "artifact" and not verified:
         result = verify_artifact(Path(target.path))
         log(f"verified: {result.files} files, {result.n_bytes / 1e6:,.1f} MB, {result.status}")
+        check_loaded = make_check(result)
     if target.status == "rejected":
         log("warning: this artifact fails a gate of its recipe; see `quantkit report`")
     if gateway.is_enabled:
-        run_with_gateway(plan, gateway, seconds, log)
+        run_with_gateway(plan, gateway, seconds, log, check_loaded)
     elif launch.engine == "transformers":
-        run_transformers(plan, gateway.allowed_hosts, log)
+        run_transformers(plan, gateway.allowed_hosts, log, check_loaded)
     else:
-        log(launch.format_command())
-        with engine_process.run_process(launch.get_command(), os.environ) as process:
-            status = process.wait()
-        if status:
-            raise QuantkitError(
-                f"{ENGINE_NAMES[launch.engine]} exited with {status}; its messages are above"
-            )
+        run_engine(plan, seconds, log, check_loaded)
 
 
-def run_transformers(plan: LaunchPlan, allowed_hosts: Sequence[str], log: Log) -> None:
+def skip_check() -> None:
+    """Check nothing: the artifact was not verified."""
+
+
+def make_check(verified: VerifyReport) -> Check:
+    """Return the check that an engine has loaded the files that were verified.
+
+    It raises ArtifactError if one was changed or exchanged since, even if it is back in its place.
+    """
+    return lambda: check_unchanged(
+        verified.path,
+        verified.stamps,
+        "while the engine loaded it, which was stopped",
+        "start again, or serve a copy with --private-copy FOLDER",
+    )
+
+
+def run_engine(plan: LaunchPlan, seconds: float, log: Log, check_loaded: Check) -> None:
+    """Run an engine alone; its files are checked again when it answers or `seconds` are over."""
+    launch, options = plan.launch, plan.options
+    command = launch.get_command()
+    log(launch.format_command())
+    with engine_process.run_process(command, os.environ) as process:
+        urls = engine_process.list_health_urls(command, options.host, options.port)
+        if not engine_process.wait_answer(process, urls, seconds, log) and process.poll() is None:
+            log(f"the engine did not answer at {urls[0]} within {seconds:.0f} s; it goes on")
+        check_loaded()
+        status = process.wait()
+    if status:
+        raise QuantkitError(
+            f"{ENGINE_NAMES[launch.engine]} exited with {status}; its messages are above"
+        )
+
+
+def run_transformers(
+    plan: LaunchPlan, allowed_hosts: Sequence[str], log: Log, check_loaded: Check
+) -> None:
     """Run the transformers engine in this process, for clients but not for other sites' pages."""
     require_packages("fastapi", "uvicorn", "httptools")
     from quantkit.serve.engines.decoding import Decoder  # torch
@@ -243,6 +277,7 @@ def run_transformers(plan: LaunchPlan, allowed_hosts: Sequence[str], log: Log) -
         context=plan.memory.context,
         template=read_template(options.chat_template),
     )
+    check_loaded()
     url = engine_process.format_api_url(options.host, options.port)
     log(f"serving {decoder.name} on {url} ({decoder.context} tokens)")
     for note in plan.launch.notes:
@@ -252,7 +287,9 @@ def run_transformers(plan: LaunchPlan, allowed_hosts: Sequence[str], log: Log) -
     engine_process.make_server(app, options.host, options.port, Limits()).run()
 
 
-def run_with_gateway(plan: LaunchPlan, gateway: GatewayOptions, seconds: float, log: Log) -> None:
+def run_with_gateway(
+    plan: LaunchPlan, gateway: GatewayOptions, seconds: float, log: Log, check_loaded: Check
+) -> None:
     """Run the engine on its planned address and the gateway on the address for clients."""
     command = plan.launch.get_command()
     if plan.launch.engine == "transformers":
@@ -260,6 +297,7 @@ def run_with_gateway(plan: LaunchPlan, gateway: GatewayOptions, seconds: float, 
     log(f"engine: {shlex.join(command)}")
     with engine_process.run_process(command, os.environ) as process:
         engine_process.wait_ready(process, plan.options.port, seconds, log)
+        check_loaded()
         server = make_gateway_server(gateway, make_engine_upstream(plan), log)
 
         def report_exit(code: int) -> None:

@@ -158,7 +158,11 @@ def make_meta_model(config: Config) -> tuple[Any, Any]:
     try:
         hf_config = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(values))
         with torch.device("meta"):
-            return hf_config, AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16)
+            # a config may name a kernel of the Hub, which transformers would load
+            model = AutoModelForCausalLM.from_config(
+                hf_config, dtype=torch.bfloat16, attn_implementation="eager"
+            )
+        return hf_config, model
     except Exception as fault:
         raise make_config_error(config.where, model_type, fault) from fault
 

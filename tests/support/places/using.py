@@ -99,7 +99,7 @@ def make_other_artifact(artifact: Path) -> Path:
     """Make another artifact: a copy with another model card and one more file."""
     path = Path(shutil.copytree(artifact, artifact.with_name("other")))
     manifest = json.loads((path / MANIFEST).read_text())
-    for name, content in (("README.md", b"# another\n"), ("more.txt", b"more")):
+    for name, content in (("README.md", b"# another\n"), ("merges.txt", b"more")):
         (path / name).write_bytes(content)
         manifest["files"][name] = {
             "sha256": hashlib.sha256(content).hexdigest(),
