@@ -178,6 +178,8 @@ def read_shift(report: Any, _part: str) -> Reading:
     over.
     """
     kinds, seen = list_kinds(report), list_seen_kinds(report)
+    if not kinds:
+        return Reading(value=None, reason=NOT_MEASURED)
     if seen is None:
         return Reading(value=None, reason=f"{NOT_MEASURED}: the kinds calibrated on are unknown")
     groups = {

@@ -334,7 +334,7 @@ def make_part_table(fidelity: Fidelity) -> Table:
     rows = tuple(
         (
             use,
-            f"{part.name}: {part.description}",
+            f"{part.name}: {part.description}" if part.description else part.name,
             part.kind,
             part.language,
             f"{part.sequences:,}",
