@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -230,3 +231,12 @@ def test_part_of_a_mixture_is_no_mixture(tmp_path: Path) -> None:
 
 def test_doubled_braces_are_braces() -> None:
     assert list_template_columns("{{}} {a} {b}") == ("a", "b")
+
+
+def test_documented_mixture_is_valid(tmp_path: Path) -> None:
+    page = (SETS / "README.md").read_text(encoding="utf-8")
+    example = page.split("A spec of version 2 mixes parts:\n\n")[1].split("\n\n| key")[0]
+    (tmp_path / "everyday.yaml").write_text(textwrap.dedent(example), encoding="utf-8")
+    spec = read_spec(str(tmp_path / "everyday.yaml"), SETS)
+    assert spec.domains == ("docs", "math", "web-zh", "prose")
+    assert [round(part.share, 3) for part in spec.parts] == [0.286, 0.143, 0.286, 0.286]
