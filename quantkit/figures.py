@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import exp
+from math import exp, hypot
+from statistics import fmean
 from typing import Any, Literal
 
 NOT_MEASURED = "not measured"
@@ -28,7 +29,7 @@ class Reading:
     """A figure as read from a report.
 
     value None: `reason` says why ("not measured ..." or "not finite"). With a value, `reason` says
-    which part of the artifact it does not cover.
+    which part of the artifact or of the text it covers.
     """
 
     value: float | None
@@ -128,6 +129,72 @@ def read_extreme(values: Sequence[float | None], *, largest: bool) -> Reading:
     return Reading(value=max(finite) if largest else min(finite))
 
 
+def list_kinds(report: Any, key: str = "kl_mean") -> dict[str, Reading]:
+    """Return a figure of every kind of text that the report measured, without the pooled row."""
+    labels = [row.domain for row in report.distribution if row.domain != ALL_TEXT]
+    return {label: read_distribution(key, report, label) for label in labels}
+
+
+def list_seen_kinds(report: Any) -> frozenset[str] | None:
+    """Return the kinds of text that the artifact was calibrated on; None if the report has none.
+
+    An artifact without calibration has seen no kind, and a report of an earlier version does not
+    say.
+    """
+    if report.calibration is None or not report.calibration.kinds:
+        return None
+    return frozenset(report.calibration.kinds)
+
+
+def read_worst_kind(report: Any, _part: str) -> Reading:
+    """Read the largest mean KL of a kind of text; `reason` names the kind."""
+    kinds = list_kinds(report)
+    reading = read_extreme([kind.value for kind in kinds.values()], largest=True)
+    if reading.value is None:
+        return reading
+    label = max(kinds, key=lambda label: kinds[label].value or 0.0)
+    return Reading(value=reading.value, se=kinds[label].se, reason=label)
+
+
+def read_mean_over_kinds(report: Any, _part: str) -> Reading:
+    """Read the mean of the kinds' mean KL: kinds count equally, whatever tokens they have."""
+    return mean_reading(list(list_kinds(report).values()))
+
+
+def mean_reading(readings: Sequence[Reading]) -> Reading:
+    """Return the mean of independent readings, with its standard error if each has one."""
+    values = [reading.value for reading in readings if reading.value is not None]
+    if len(values) < len(readings):
+        return Reading(value=None, reason=NOT_FINITE)
+    if not values:
+        return Reading(value=None, reason=NOT_MEASURED)
+    errors = [reading.se for reading in readings if reading.se is not None]
+    known = len(errors) == len(readings)
+    return Reading(value=fmean(values), se=hypot(*errors) / len(errors) if known else None)
+
+
+def read_shift(report: Any, _part: str) -> Reading:
+    """Read the mean KL of unseen kinds over that of seen kinds; 1 is calibration that carries
+    over.
+    """
+    kinds, seen = list_kinds(report), list_seen_kinds(report)
+    if not kinds:
+        return Reading(value=None, reason=NOT_MEASURED)
+    if seen is None:
+        return Reading(value=None, reason=f"{NOT_MEASURED}: the kinds calibrated on are unknown")
+    groups = {
+        "seen": [reading for label, reading in kinds.items() if label in seen],
+        "unseen": [reading for label, reading in kinds.items() if label not in seen],
+    }
+    absent = [name for name, readings in groups.items() if not readings]
+    if absent:
+        return Reading(value=None, reason=f"{NOT_MEASURED}: the text has no {absent[0]} kind")
+    below, above = mean_reading(groups["seen"]), mean_reading(groups["unseen"])
+    if above.value is None or not below.value:
+        return Reading(value=None, reason=NOT_FINITE)
+    return Reading(value=above.value / below.value)
+
+
 def read_likelihood(report: Any, task: str) -> Reading:
     """Read the change of a task's gold solutions, or the lowest of all tasks."""
     rows = [row for row in report.likelihood if task in ("", row.task)]
@@ -201,6 +268,25 @@ def read_size(report: Any, _part: str) -> Reading:
 
 
 FIGURES: tuple[FigureDefinition, ...] = (
+    FigureDefinition(
+        key="kl_worst_kind", label="KL mean, worst kind [nats/token]", style="nats",
+        direction="lower", unit="nats/token", scope="artifact", reader=read_worst_kind,
+        meaning="Mean KL of the kind of text that loses most.",
+        tile="Mean KL, worst kind", tile_note="nats per token", run_column="kl_worst",
+        run_heading="KL worst",
+    ),
+    FigureDefinition(
+        key="kl_mean_kinds", label="KL mean over kinds [nats/token]", style="nats",
+        direction="lower", unit="nats/token", scope="artifact", reader=read_mean_over_kinds,
+        meaning="Mean over the kinds of text of their mean KL: kinds count equally, not tokens.",
+        tile="Mean KL over kinds", tile_note="nats per token",
+    ),
+    FigureDefinition(
+        key="shift", label="KL unseen / KL seen", style="ratio", direction="lower",
+        scope="artifact", reader=read_shift,
+        meaning="Mean KL of the kinds not calibrated on over that of the kinds calibrated on.",
+        tile="Unseen / seen KL", tile_note="kinds of text",
+    ),
     FigureDefinition(
         key="kl_mean", label="KL mean [nats/token]", style="nats", direction="lower",
         unit="nats/token", at_source=0.0,

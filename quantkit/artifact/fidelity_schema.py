@@ -106,8 +106,27 @@ class SourceModel(BaseModel):
     pipeline_tag: str = "text-generation"
 
 
+class TextPart(BaseModel):
+    """A part of a mixture: the tokens that it contributed; `skipped` counts rows without text."""
+
+    model_config = FROZEN
+    name: str
+    kind: str
+    language: str
+    license: str
+    sha256: str
+    sequences: int
+    tokens: int
+    skipped: int = 0
+    description: str = ""
+
+
 class TextSet(BaseModel):
-    """A text set that was used for calibration or measurement."""
+    """A text set that was used for calibration or measurement.
+
+    kinds: tokens per kind of text; the kinds are the domains of `DistributionResult`. Empty in
+    reports of earlier versions. parts: empty for a set that is no mixture.
+    """
 
     model_config = FROZEN
     set: str
@@ -118,6 +137,8 @@ class TextSet(BaseModel):
     tokens: int
     seed: int | None = None
     description: str = ""
+    kinds: dict[str, int] = {}
+    parts: tuple[TextPart, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------ figures

@@ -25,6 +25,8 @@ EXPECTED: Mapping[str, str] = {
 PATTERNS: Mapping[str, str] = {
     "^[0-9a-f]{40}$": "the 40 hexadecimal digits of a commit (a branch or a tag can be moved)",
     "^[0-9a-f]{64}$": "64 hexadecimal digits",
+    "^[a-z][a-z0-9_]{0,31}$": "a name of lower-case letters, digits and _",
+    "^[a-z]{2,3}(-[A-Za-z0-9]{2,8}){0,3}$": "a language tag such as en, zh or pt-BR",
 }
 
 

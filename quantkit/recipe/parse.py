@@ -6,6 +6,7 @@ and line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -37,7 +38,7 @@ from quantkit.recipe.schema import (
     Rule,
     RuleEntry,
 )
-from quantkit.texts.corpus_spec import DOMAINS
+from quantkit.texts.mixture_spec import LABEL_PATTERN
 
 _RULE_SHAPE = (
     "a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, "
@@ -226,12 +227,10 @@ class _Check:
         for figure, bounds in gates.items() if isinstance(gates, dict) else ():
             path = ("gates", figure)
             base, _, domain = str(figure).partition("@")
-            is_partial = domain in (
-                DOMAINS
+            is_partial = (
+                re.fullmatch(LABEL_PATTERN, domain) is not None
                 if figures.is_per_domain(base)
-                else tasks
-                if figures.is_per_task(base)
-                else ()
+                else figures.is_per_task(base) and domain in tasks
             )
             if figure not in (*figures.list_keys(), *tasks) and not is_partial:
                 self.fault(path, _describe_unknown_figure(str(figure), tasks))
@@ -283,11 +282,14 @@ def _describe_unknown_figure(figure: str, tasks: Sequence[str]) -> str:
     """Return the message for an unknown figure, with a suggestion."""
     base, at, domain = figure.partition("@")
     if at and figures.is_per_domain(base):
-        return format_unknown_name("domain", printable(domain), DOMAINS)
+        return (
+            f"expected a kind of the fidelity text after @, such as math or web-zh, found "
+            f"'{printable(domain)}'."
+        )
     sentence = format_unknown_name(
         "figure or task of evaluation.tasks", printable(figure), (*figures.list_keys(), *tasks)
     )
-    return f"{sentence} Of one domain: kl_mean@{DOMAINS[-1]}."
+    return f"{sentence} Of one kind of text: kl_mean@code."
 
 
 def _with_overrides(

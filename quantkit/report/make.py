@@ -6,6 +6,7 @@ Nothing is recomputed and nothing is rounded here.
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Literal
@@ -247,6 +248,35 @@ def summarize_text(
         tokens=tokens.n_tokens,
         seed=seed,
         description=corpus.origin,
+        kinds=count_tokens(tokens, tokens.domains),
+        parts=summarize_parts(corpus, tokens),
+    )
+
+
+def count_tokens(tokens: Tokens, labels: Sequence[str]) -> dict[str, int]:
+    """Return the tokens per label; `labels` has one per sequence."""
+    counts = Counter[str]()
+    for label, length in zip(labels, tokens.lengths, strict=True):
+        counts[label] += length
+    return dict(sorted(counts.items()))
+
+
+def summarize_parts(corpus: CorpusSet, tokens: Tokens) -> tuple[fidelity_schema.TextPart, ...]:
+    """Summarize what each part of a mixture contributed."""
+    counts = count_tokens(tokens, tokens.parts) if corpus.parts else {}
+    return tuple(
+        fidelity_schema.TextPart(
+            name=part.spec.name,
+            kind=part.spec.kind,
+            language=part.spec.language,
+            license=part.spec.license,
+            sha256=part.sha256,
+            sequences=tokens.parts.count(part.spec.name),
+            tokens=counts[part.spec.name],
+            skipped=part.skipped,
+            description=part.spec.origin,
+        )
+        for part in corpus.parts
     )
 
 

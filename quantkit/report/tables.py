@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import inf
 from statistics import median
 
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, ModuleResult
 from quantkit.artifact.layout import FIDELITY
-from quantkit.figures import NOT_FINITE, is_size, list_figures
+from quantkit.figures import (
+    ALL_TEXT,
+    NOT_FINITE,
+    find_figure,
+    is_size,
+    list_figures,
+    list_seen_kinds,
+)
 from quantkit.report import format_numbers
 
 WORST = 10
@@ -83,6 +90,9 @@ def make_distribution_table(fidelity: Fidelity) -> Table:
         if domains
         else []
     )
+    seen = list_seen_kinds(fidelity)
+    if seen is not None and domains:
+        rows.append(("calibrated on", *(_describe_exposure(row.domain, seen) for row in domains)))
     for figure in list_figures():
         readings = [figure.read(fidelity, row.domain) for row in domains]
         if figure.scope == "domain" and any(reading.is_measured for reading in readings):
@@ -92,8 +102,31 @@ def make_distribution_table(fidelity: Fidelity) -> Table:
         title="Next-token distributions",
         columns=("figure", *(f">{row.domain}" for row in domains)),
         rows=tuple(rows),
-        note=f"Against {fidelity.source.baseline}; ± is one standard error." if rows else "",
+        note=f"Against {fidelity.source.baseline}; ± is one standard error."
+        f"{_format_kinds(fidelity)}"
+        if rows
+        else "",
     )
+
+
+def _describe_exposure(label: str, seen: Collection[str]) -> str:
+    """Return whether calibration had text of a kind."""
+    if label == ALL_TEXT:
+        return format_numbers.MISSING
+    return "seen" if label in seen else "unseen"
+
+
+def _format_kinds(fidelity: Fidelity) -> str:
+    """Return sentences with the worst kind, the mean over kinds and the shift, if measured."""
+    sentences = ""
+    for key in ("kl_worst_kind", "kl_mean_kinds", "shift"):
+        figure = find_figure(key)
+        reading = figure.read(fidelity) if figure else None
+        if figure and reading and reading.value is not None:
+            kind = f" ({reading.reason})" if reading.reason else ""
+            value = format_numbers.format_reading(figure, reading)
+            sentences += f" {figure.label}: {value}{kind}."
+    return sentences
 
 
 def make_likelihood_table(fidelity: Fidelity) -> Table:
@@ -295,6 +328,28 @@ def make_text_table(fidelity: Fidelity) -> Table:
     return Table(title="Texts", columns=columns, rows=rows)
 
 
+def make_part_table(fidelity: Fidelity) -> Table:
+    """Return the parts of mixtures: what each contributed to calibration and fidelity text."""
+    pairs = (("calibration", fidelity.calibration), ("fidelity", fidelity.measured_on))
+    rows = tuple(
+        (
+            use,
+            f"{part.name}: {part.description}" if part.description else part.name,
+            part.kind,
+            part.language,
+            f"{part.sequences:,}",
+            format_numbers.format_count(part.tokens),
+            part.license,
+            part.sha256[:12],
+        )
+        for use, text in pairs
+        if text is not None
+        for part in text.parts
+    )
+    columns = ("use", "part", "kind", "language", ">sequences", ">tokens", "license", "sha256")
+    return Table(title="Parts of the texts", columns=columns, rows=rows)
+
+
 def make_origin_table(fidelity: Fidelity) -> Table:
     """Return versions, seeds and hashes: the conditions for the same bytes."""
     pairs = [
@@ -355,6 +410,7 @@ def make_tables(fidelity: Fidelity) -> Sequence[Table]:
         make_gate_table(fidelity),
         make_role_table(fidelity),
         make_text_table(fidelity),
+        make_part_table(fidelity),
         make_module_table(fidelity),
         make_block_table(fidelity),
         make_router_table(fidelity),

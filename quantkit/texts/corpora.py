@@ -14,20 +14,16 @@ import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from quantkit.checkpoint.remote_code import format_trust_hint, read_tokenizer_map
 from quantkit.checkpoint.tokenizer_files import check_tokenizer_files
 from quantkit.errors import CheckpointError, UsageError
-from quantkit.texts.corpus_files import (
-    TextDocument,
-    read_documents,
-    read_hub_dataset,
-    read_local_text,
-)
-from quantkit.texts.corpus_spec import Packing, get_first_line, read_spec
+from quantkit.texts.corpus_files import CorpusPart, TextDocument, read_parts, read_set
+from quantkit.texts.corpus_spec import get_first_line, read_spec
+from quantkit.texts.mixture_spec import Packing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +46,7 @@ class CorpusSet:
     end_of_document: bool  # documents end with the tokenizer's EOS
     sha256: str
     documents: tuple[TextDocument, ...]
+    parts: tuple[CorpusPart, ...] = ()  # of a mixture, which has no documents of its own
 
 
 class Tokenizer(Protocol):
@@ -70,7 +67,8 @@ class Tokenizer(Protocol):
 class Tokens:
     """Ragged token sequences: ids [n_tokens] int32; sequence i is ids[starts[i] : starts[i + 1]].
 
-    domains: one per sequence; hash: sha256 of the ids (int32) and the starts (int64), both
+    domains: one per sequence; parts: the part of a mixture that a sequence comes from, one per
+    sequence, or none; hash: sha256 of the ids (int32) and the starts (int64), both
     little-endian.
     """
 
@@ -78,6 +76,7 @@ class Tokens:
     starts: tuple[int, ...]
     domains: tuple[str, ...]
     hash: str
+    parts: tuple[str, ...] = ()
 
     @property
     def n_sequences(self) -> int:
@@ -106,12 +105,13 @@ def load_set(name_or_path: str, folder: Path) -> CorpusSet:
     from its spec.
     """
     spec = read_spec(name_or_path, folder)
-    if spec.file is not None:
-        documents, sha256 = read_documents(spec)
-    elif spec.local is not None and spec.local.path is not None:
-        documents, sha256 = read_local_text(spec)
+    documents: tuple[TextDocument, ...] = ()
+    parts = read_parts(spec, folder)
+    if parts:
+        names = [f"{part.spec.name} {part.sha256}" for part in parts]
+        sha256 = hashlib.sha256("\n".join(names).encode()).hexdigest()
     else:
-        documents, sha256 = read_hub_dataset(spec)
+        documents, sha256 = read_set(spec)
     return CorpusSet(
         name=spec.name,
         where=str(spec.where),
@@ -122,6 +122,7 @@ def load_set(name_or_path: str, folder: Path) -> CorpusSet:
         end_of_document=spec.end_of_document,
         sha256=sha256,
         documents=documents,
+        parts=parts,
     )
 
 
@@ -188,13 +189,16 @@ def sample_sequences(
     by EOS if the set asks for it. packing windows: the documents of a domain are joined and cut
     into windows of exactly `length` tokens that do not overlap. Every sequence starts with exactly
     one BOS if the tokenizer adds one. The domains keep their proportion, and each has at least one
-    sequence if there is room. Raises UsageError if the set has too few sequences.
+    sequence if there is room. A part of a mixture has its share of `sequences * length` tokens; its
+    last document may exceed it. Raises UsageError if the set has too few sequences.
     """
     if length < 2 or (sequences is not None and sequences < 1):
         raise UsageError(
             f"{corpus.where}: expected at least 1 sequence of at least 2 tokens, "
             f"found {sequences} of {length}. Raise `sequences` or `length` in the recipe"
         )
+    if corpus.parts:
+        return _sample_parts(corpus, tokenizer, sequences, length, seed)
     candidates = {
         domain: _list_candidates(corpus, domain, tokenizer, length) for domain in corpus.domains
     }
@@ -241,19 +245,78 @@ def encode_continuation(
     return [*bos, *context_ids, *text_ids], len(text_ids)
 
 
+def _sample_parts(
+    corpus: CorpusSet, tokenizer: Tokenizer, sequences: int | None, length: int, seed: int
+) -> Tokens:
+    """Sample each part's share of `sequences * length` tokens; None: as many as every part has."""
+    candidates = dict[str, list[list[int]]]()
+    for part in corpus.parts:
+        spec = part.spec
+        rows = _cut_sequences(part.texts, spec.packing, spec.end_of_document, tokenizer, length)
+        candidates[spec.name] = [row for row in rows if len(row) > 1]  # one token predicts none
+    available = {name: sum(map(len, rows)) for name, rows in candidates.items()}
+    if sequences is None:
+        total = min(available[part.spec.name] / part.spec.share for part in corpus.parts)
+        sequences = max(1, int(total / length))
+    counts = _split_by_share({part.spec.name: part.spec.share for part in corpus.parts}, sequences)
+    picks: list[tuple[str, str, list[int]]] = []
+    for part in corpus.parts:
+        name, budget = part.spec.name, counts[part.spec.name] * length
+        if available[name] < budget:
+            raise UsageError(
+                f"{corpus.where}: part {name}: expected {budget:,} tokens, its share of "
+                f"{sequences} sequences of {length}, found {available[name]:,}. Lower `share` or "
+                "`sequences`, or add text"
+            )
+        rows = candidates[name]
+        random.Random(f"{seed} {name}").shuffle(rows)
+        while budget > 0:
+            row = rows.pop()
+            budget -= len(row)
+            picks.append((name, part.spec.label, row))
+    random.Random(seed).shuffle(picks)  # any prefix of the sequences is then a mixture of parts
+    tokens = pack_tokens([(label, row) for _, label, row in picks])
+    return replace(tokens, parts=tuple(name for name, _, _ in picks))
+
+
+def _split_by_share(shares: Mapping[str, float], total: int) -> dict[str, int]:
+    """Split `total` sequences by shares that add up to 1: largest remainders, at least one each."""
+    if total < len(shares):
+        raise UsageError(
+            f"expected at least {len(shares)} sequences, one of each part, found {total}. Raise "
+            "`sequences`"
+        )
+    counts = {name: max(1, int(total * share)) for name, share in shares.items()}
+    while (rest := total - sum(counts.values())) != 0:
+        step = 1 if rest > 0 else -1
+        name = max(
+            (name for name in counts if counts[name] + step >= 1),
+            key=lambda name: step * (total * shares[name] - counts[name]),
+        )
+        counts[name] += step
+    return counts
+
+
 def _list_candidates(
     corpus: CorpusSet, domain: str, tokenizer: Tokenizer, length: int
 ) -> list[list[int]]:
     """Return all sequences of the documents of a domain."""
     texts = [document.text for document in corpus.documents if document.domain == domain]
+    return _cut_sequences(texts, corpus.packing, corpus.end_of_document, tokenizer, length)
+
+
+def _cut_sequences(
+    texts: Sequence[str], packing: Packing, end_of_document: bool, tokenizer: Tokenizer, length: int
+) -> list[list[int]]:
+    """Return all sequences of texts: one per document, or windows of exactly `length` tokens."""
     bos = _find_bos(tokenizer)
-    if corpus.packing == "documents":
+    if packing == "documents":
         eos = (
             [tokenizer.eos_token_id]
-            if corpus.end_of_document and tokenizer.eos_token_id is not None
+            if end_of_document and tokenizer.eos_token_id is not None
             else []
         )
-        return [[*bos, *ids, *eos][:length] for ids in _encode(tokenizer, texts)]
+        return [[*bos, *ids, *eos][:length] for ids in _encode(tokenizer, list(texts))]
     stream = _encode(tokenizer, [WINDOW_JOIN.join(texts)])[0]
     room = length - len(bos)
     return [

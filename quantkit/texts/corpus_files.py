@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,10 @@ from quantkit.texts.corpus_spec import (
     LocalText,
     get_first_line,
     raise_faults,
+    read_spec,
 )
+from quantkit.texts.mixture_spec import HubRows, PartSpec
+from quantkit.texts.text_rows import TextRows, fill_template, read_text_rows
 
 MAX_BYTES = 1_000_000_000
 """Size limit of a set's file; calibration uses thousands of times less text."""
@@ -37,6 +41,95 @@ class TextDocument:
 
     domain: str
     text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusPart:
+    """A part of a mixture with its documents; `skipped` counts its rows without text."""
+
+    spec: PartSpec
+    texts: tuple[str, ...]
+    skipped: int
+    sha256: str
+
+
+def read_set(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
+    """Read the documents of a set that is no mixture, and their sha256."""
+    if spec.file is not None:
+        return read_documents(spec)
+    if spec.local is not None and spec.local.path is not None:
+        return read_local_text(spec)
+    return read_hub_dataset(spec)
+
+
+def read_parts(spec: CorpusSpec, folder: Path) -> tuple[CorpusPart, ...]:
+    """Read every part of a mixture; `folder` holds the sets that parts name.
+
+    Raises CalibrationError with spec, part and what to do.
+    """
+    return tuple(_read_part(spec, part, folder) for part in spec.parts)
+
+
+def _read_part(spec: CorpusSpec, part: PartSpec, folder: Path) -> CorpusPart:
+    where = f"{spec.where}: part {part.name}"
+    if part.set is not None:
+        return _read_part_of_set(where, part, folder)
+    path = part.file or (part.local if part.local is not None and part.local.exists() else None)
+    if path is not None:
+        rows = read_text_rows(path, part.template, part.rows)
+        if part.sha256 is not None and rows.sha256 != part.sha256:
+            raise CalibrationError(
+                f"{path}: expected sha256 {part.sha256} ({where}), found {rows.sha256}. Restore "
+                "the file, or state the new hash if you changed it on purpose"
+            )
+    else:
+        rows = read_hub_rows(where, part)
+    if not rows.texts:
+        raise CalibrationError(
+            f"{where}: expected text, found {rows.skipped:,} rows without any. Correct `template`"
+        )
+    return CorpusPart(spec=part, texts=rows.texts, skipped=rows.skipped, sha256=rows.sha256)
+
+
+def _read_part_of_set(where: str, part: PartSpec, folder: Path) -> CorpusPart:
+    other = read_spec(str(part.set), folder)
+    if other.parts:
+        raise CalibrationError(
+            f"{where}: set: expected a set without parts, found the mixture {other.name}. List its "
+            "parts here"
+        )
+    if part.domain is not None and part.domain not in other.domains:
+        raise CalibrationError(
+            f"{where}: domain: expected {' or '.join(other.domains)}, the domains of {other.name}, "
+            f"found {shorten_repr(part.domain)}"
+        )
+    documents, sha256 = read_set(other)
+    texts = tuple(row.text for row in documents if part.domain in (None, row.domain))
+    return CorpusPart(spec=part, texts=texts, skipped=0, sha256=sha256)
+
+
+def read_hub_rows(where: str, part: PartSpec) -> TextRows:
+    """Read the first rows of a part's data set on the hub, as a stream.
+
+    Raises CalibrationError if the data set is neither reachable nor cached.
+    """
+    import datasets
+
+    hub = cast(HubRows, part.hub)
+    load = cast(Callable[..., Any], datasets.load_dataset)
+    try:
+        stream = load(hub.path, hub.name, split=hub.split, revision=hub.revision, streaming=True)
+        texts, skipped = fill_template(islice(stream, part.rows), part.template, where, part.rows)
+    except CalibrationError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CalibrationError(
+            f"{where}: datasets: expected {hub.path} {hub.name or ''} {hub.split} at "
+            f"{hub.revision[:12]} from the hub, found: {get_first_line(error):.300}. Connect to "
+            f"the hub, add `local` and set {DATA_VARIABLE}, or remove the part"
+        ) from error
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    return TextRows(texts=tuple(texts), skipped=skipped, sha256=digest)
 
 
 def read_documents(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,7 +13,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
@@ -27,9 +26,16 @@ from quantkit.io.files import is_file, read_bytes
 from quantkit.io.files import shorten_repr as shorten_repr
 from quantkit.io.validation_errors import describe_fault
 from quantkit.io.yaml_document import KeyPath, YamlDocument, format_path
+from quantkit.texts.mixture_spec import (
+    FROZEN,
+    MIXTURE_SECTIONS,
+    MixtureFile,
+    Packing,
+    PartSpec,
+    make_parts,
+)
 
 Domain = Literal["prose", "math", "code"]
-Packing = Literal["documents", "windows"]
 
 DOMAINS: tuple[Domain, ...] = ("prose", "math", "code")
 DATA_VARIABLE = "QUANTKIT_DATA"
@@ -48,8 +54,6 @@ def _check_distinct(domains: tuple[Domain, ...]) -> tuple[Domain, ...]:
 def _lower_text(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
-
-FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
 Sha256 = Annotated[str, BeforeValidator(_lower_text), Field(pattern="^[0-9a-f]{64}$")]
@@ -93,6 +97,13 @@ class SpecFile(BaseModel):
     local: LocalTextFile | None = None
     file: Text | None = Field(default=None, validate_default=True)
     sha256: Sha256 | None = Field(default=None, validate_default=True)
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _check_version(cls, version: object) -> object:
+        if version != 1:
+            raise ValueError(f"expected 1, or 2 for a mixture, found {shorten_repr(version)}")
+        return version
 
     @field_validator("end")
     @classmethod
@@ -144,7 +155,9 @@ class LocalText:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusSpec:
-    """A checked spec with resolved paths: `file` with `sha256`, or `hub` and optionally `local`."""
+    """A checked spec with resolved paths: `file` with `sha256`, `hub` and optionally `local`, or
+    the `parts` of a mixture, which have packing, end and text of their own.
+    """
 
     where: Path
     name: str
@@ -157,6 +170,7 @@ class CorpusSpec:
     sha256: str
     hub: HubDataset | None
     local: LocalText | None
+    parts: tuple[PartSpec, ...] = ()
 
 
 def read_spec(name_or_path: str, folder: Path) -> CorpusSpec:
@@ -165,7 +179,10 @@ def read_spec(name_or_path: str, folder: Path) -> CorpusSpec:
     Raises UsageError if there is no such spec, CalibrationError with every fault and its line.
     """
     where = _find_spec(name_or_path, folder)
-    values = _parse_spec(_read_document(where))
+    document = _read_document(where)
+    if document.values.get("version") == 2:
+        return _make_mixture(where, _parse_mixture(document))
+    values = _parse_spec(document)
     return CorpusSpec(
         where=where,
         name=values.name,
@@ -178,6 +195,25 @@ def read_spec(name_or_path: str, folder: Path) -> CorpusSpec:
         sha256=values.sha256 or "",
         hub=values.datasets,
         local=None if values.local is None else _resolve_local(values.local),
+    )
+
+
+def _make_mixture(where: Path, values: MixtureFile) -> CorpusSpec:
+    data = os.environ.get(DATA_VARIABLE)
+    parts = make_parts(values, where.parent, Path(data) if data else None)
+    return CorpusSpec(
+        where=where,
+        name=values.name,
+        license=" AND ".join(dict.fromkeys(part.license for part in parts)),
+        origin=", ".join(dict.fromkeys(part.origin for part in parts)),
+        domains=tuple(dict.fromkeys(part.label for part in parts)),
+        packing="windows",
+        end_of_document=False,
+        file=None,
+        sha256="",
+        hub=None,
+        local=None,
+        parts=parts,
     )
 
 
@@ -228,11 +264,19 @@ def _read_document(path: Path) -> YamlDocument:
         raise
 
 
+def _parse_mixture(document: YamlDocument) -> MixtureFile:
+    try:
+        return MixtureFile.model_validate(document.values)
+    except ValidationError as error:
+        raise_faults(_list_faults(document, error, MixtureFile, MIXTURE_SECTIONS))
+        raise
+
+
 def _parse_spec(document: YamlDocument) -> SpecFile:
     try:
         values = SpecFile.model_validate(document.values)
     except ValidationError as error:
-        raise_faults(_list_faults(document, error))
+        raise_faults(_list_faults(document, error, SpecFile, SECTIONS))
         raise
     if values.datasets is not None and values.domains != (values.datasets.domain,):
         domain = values.datasets.domain
@@ -244,17 +288,22 @@ def _parse_spec(document: YamlDocument) -> SpecFile:
     return values
 
 
-def _list_faults(document: YamlDocument, error: ValidationError) -> list[str]:
+def _list_faults(
+    document: YamlDocument,
+    error: ValidationError,
+    top: type[BaseModel],
+    sections: Mapping[str, type[BaseModel]],
+) -> list[str]:
     """Return one sentence per fault, in the order of their lines."""
     faults: list[tuple[int, str]] = []
     for details in error.errors(include_url=False):
         path: KeyPath = tuple(details["loc"])
+        outer = [sections[key] for key in path[:-1] if isinstance(key, str) and key in sections]
         if details["type"] == "model_type":
-            keys = ", ".join(_list_keys(SECTIONS[str(path[0])]))
+            keys = ", ".join(_list_keys(sections[str(path[0])]))
             sentence = f"expected the keys {keys}, found {shorten_repr(details['input'])}"
         else:
-            section = SECTIONS.get(str(path[0]), SpecFile) if len(path) > 1 else SpecFile
-            sentence = describe_fault(path, details, _list_keys(section))
+            sentence = describe_fault(path, details, _list_keys(outer[-1] if outer else top))
         faults.append((
             document.line(path),
             f"{document.where(path)}: {format_path(path)}: {sentence}",

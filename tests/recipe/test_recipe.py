@@ -345,12 +345,13 @@ fidelty: {}
         "x.yaml:13: gates.top1: expected a mapping of keys, found 5",
         "x.yaml:13: gates.kl_maen: no figure or task of evaluation.tasks named 'kl_maen'. Did you "
         "mean 'kl_mean'? "
-        "Known: kl_mean, kl_median, kl_p99, kl_p999, kl_max, ppl_source, ppl_artifact, ppl_ratio, "
+        "Known: kl_worst_kind, kl_mean_kinds, shift, "
+        "kl_mean, kl_median, kl_p99, kl_p999, kl_max, ppl_source, ppl_artifact, ppl_ratio, "
         "top1, mean_delta_p, "
         "rms_delta_p, router_agreement, block_error, module_error, module_output_error, "
         "experts_uncalibrated, "
-        "fallbacks, lost_items, size, bits_per_weight, likelihood, gsm8k. Of one domain: "
-        "kl_mean@code.",
+        "fallbacks, lost_items, size, bits_per_weight, likelihood, gsm8k. Of one kind "
+        "of text: kl_mean@code.",
         "x.yaml:13: gates.gsm8k: expected {min_recovery: NUMBER} or {margin_pp: NUMBER} or "
         "{max_lost: NUMBER} or "
         "{min_score: NUMBER} or {max_truncated_pp: NUMBER} or {max_unparsed_pp: NUMBER}",
@@ -457,8 +458,9 @@ def test_invalid_yaml_is_refused(text: str, fault: str) -> None:
         ),
         (
             "gates",
-            "{kl_mean@maths: {max: 1}}",
-            "gates.kl_mean@maths: no domain named 'maths'. Did you mean 'math'? ",
+            "{kl_mean@Maths: {max: 1}}",
+            "gates.kl_mean@Maths: expected a kind of the fidelity text after @, such as math or "
+            "web-zh, found 'Maths'",
         ),
         (
             "gates",

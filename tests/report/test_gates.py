@@ -71,8 +71,15 @@ def test_every_figure_has_a_value_in_a_full_report() -> None:
         "ppl_source": {"value": 3.1},
         "ppl_artifact": {"value": 3.2},
     }  # type: ignore[index]
+    kinds = [{"domain": name, "tokens": 1, "kl_mean": {"value": 0.1}} for name in ("a", "b")]
+    calibration = {**dict(FIDELITY["calibration"]), "kinds": {"a": 10}}  # type: ignore[arg-type]
     gold = {"task": "t", "n": 9, "source": -0.5, "artifact": -0.6, "difference": {"value": -0.1}}
-    report = make_example({"distribution": [pooled], "benchmarks": [TASK], "likelihood": [gold]})
+    report = make_example({
+        "calibration": calibration,
+        "distribution": [pooled, *kinds],
+        "benchmarks": [TASK],
+        "likelihood": [gold],
+    })
     values = {figure: judge_one(figure, Gate(max=1e12), report)[0] for figure in list_keys()}
     assert [figure for figure, value in values.items() if value is None] == []
     assert values["lost_items"] == 5
@@ -244,6 +251,11 @@ def test_plan_rejects_gates_on_domains_that_the_text_set_lacks(tmp_path: Path) -
         f"output: {{path: {tmp_path / 'x'}}}\n"
     )
     assert run("plan", tmp_path / "x.yaml").exit_code == 0
+    misspelled = (tmp_path / "x.yaml").read_text().replace("kl_mean@math", "kl_mean@maths")
+    (tmp_path / "z.yaml").write_text(misspelled)
+    message = read_error(run("plan", tmp_path / "z.yaml"), 2)
+    assert "gates.kl_mean@maths: no domain of tiny-v3-heldout named 'maths'." in message
+    assert "Did you mean 'math'?" in message
     wrong = (
         (tmp_path / "x.yaml").read_text().replace("tiny-v3-heldout", str(write_prose_set(tmp_path)))
     )

@@ -52,6 +52,18 @@ FIDELITY: dict[str, object] = {
         "tokens": 32_768,
         "seed": 0,
         "description": "word problems and code",
+        "kinds": {"code": 12_768, "math": 20_000},
+        "parts": [
+            {
+                "name": "problems",
+                "kind": "math",
+                "language": "en",
+                "license": "Apache-2.0",
+                "sha256": "ef" * 32,
+                "sequences": 40,
+                "tokens": 20_000,
+            }
+        ],
     },
     "measured_on": {
         "set": "tiny-v3-heldout",

@@ -16,6 +16,11 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from support.paths import ROOT
+from support.word_tokenizer import (
+    WordTokenizer,
+    WordTokenizerWithoutBos,
+    WordTokenizerWithUnusedBos,
+)
 from tools.calibration_sets import __main__ as tool
 from tools.calibration_sets import exercises, general, word_problems
 
@@ -47,30 +52,6 @@ packing: documents
 end: eos
 """
 ROWS = b'{"domain": "prose", "text": "one two"}\n{"domain": "math", "text": "1 + 1 = 2"}\n'
-
-
-class WordTokenizer:
-    """A tokenizer of words: BOS 1, EOS 2, the id of a word is its length + 10."""
-
-    bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
-
-    adds_bos = True
-
-    def __call__(
-        self, text: list[str], *, add_special_tokens: bool, verbose: bool
-    ) -> dict[str, list[list[int]]]:
-        front = [1] if add_special_tokens and self.adds_bos else []
-        return {"input_ids": [front + [len(word) + 10 for word in line.split()] for line in text]}
-
-
-class WordTokenizerWithoutBos(WordTokenizer):
-    bos_token_id = None
-    adds_bos = False
-
-
-class WordTokenizerWithUnusedBos(WordTokenizer):
-    adds_bos = False
 
 
 def write_set(folder: Path, rows: bytes = ROWS, spec: str = SPEC) -> Path:
@@ -383,7 +364,11 @@ def test_unknown_set_names_raise(tmp_path: Path) -> None:
             "mine.yaml:3: license: unknown key. Did you mean 'licence'?",
         ),
         ("licence: MIT\n", "", "mine.yaml:1: licence: missing; this key has no default"),
-        ("version: 1", "version: 2", "mine.yaml:1: version: expected 1, found 2"),
+        (
+            "version: 1",
+            "version: 3",
+            "mine.yaml:1: version: expected 1, or 2 for a mixture, found 3",
+        ),
         (
             "[prose, math]",
             "[prose, poetry]",

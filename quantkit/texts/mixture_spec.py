@@ -1,0 +1,228 @@
+"""The YAML spec of a mixture, version 2 of a set: parts with a share of the tokens, a kind and a
+language each.
+
+A part takes its text from one place: another set (`set`), a file or a folder (`file`), or a data
+set of the hub (`datasets`).
+"""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+)
+
+Packing = Literal["documents", "windows"]
+FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+MAX_PARTS = 64
+DEFAULT_ROWS = 20_000
+MAX_ROWS = 5_000_000
+ENGLISH = "en"
+KIND_PATTERN = "[a-z][a-z0-9_]{0,31}"
+LANGUAGE_PATTERN = "[a-z]{2,3}(-[A-Za-z0-9]{2,8}){0,3}"
+LABEL_PATTERN = f"{KIND_PATTERN}(-{LANGUAGE_PATTERN})?"
+"""What `make_label` returns."""
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Kind = Annotated[str, Field(pattern=f"^{KIND_PATTERN}$")]
+Language = Annotated[str, Field(pattern=f"^{LANGUAGE_PATTERN}$")]
+Share = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False, strict=False)]
+Rows = Annotated[int, Field(ge=1, le=MAX_ROWS)]
+
+
+def _check_template(template: str) -> str:
+    list_template_columns(template)
+    return template
+
+
+Template = Annotated[Text, AfterValidator(_check_template)]
+
+
+def list_template_columns(template: str) -> tuple[str, ...]:
+    """Return the columns that a template such as "{question}\\n{answer}" names.
+
+    A template holds text and column names in braces; `{{` and `}}` are braces. Raises ValueError
+    for anything else that `str.format` knows: attributes, indices, conversions, format specs.
+    """
+    columns = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if spec or conversion or not name.isidentifier():
+            raise ValueError(
+                "expected text with names of columns in braces, such as {question}, found "
+                f"{name or 'empty braces'!r}. Name a column, or double the braces"
+            )
+        columns.append(name)
+    if not columns:
+        raise ValueError("expected the name of a column in braces, such as {text}, found none")
+    return tuple(columns)
+
+
+class HubRows(BaseModel):
+    """The first `rows` rows of a data set on the hub at a fixed revision, read as a stream."""
+
+    model_config = FROZEN
+    path: Text
+    name: Text | None = None
+    split: Text
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
+
+
+class LocalRows(BaseModel):
+    """A file with the rows of `datasets`, by its path below QUANTKIT_DATA."""
+
+    model_config = FROZEN
+    file: Text
+    sha256: Sha256 | None = None
+
+
+class PartFile(BaseModel):
+    """The keys of a part. Exactly one of `set`, `file` and `datasets` names its text."""
+
+    model_config = FROZEN
+    name: Kind
+    kind: Kind
+    language: Language = ENGLISH
+    share: Share = 1.0
+    license: Text = Field(alias="licence")
+    origin: Text | None = None
+    packing: Packing = "windows"
+    end: Literal["eos", "none"] = "none"
+    rows: Rows = DEFAULT_ROWS
+    template: Template = "{text}"
+    file: Text | None = None
+    sha256: Sha256 | None = None
+    domain: Text | None = None
+    datasets: HubRows | None = None
+    local: LocalRows | None = None
+    set: Text | None = Field(default=None, validate_default=True)
+
+    @field_validator("end")
+    @classmethod
+    def _check_end(cls, end: str, info: ValidationInfo) -> str:
+        if end == "eos" and info.data.get("packing") == "windows":
+            raise ValueError("expected none with `packing: windows`, found eos. Remove the key")
+        return end
+
+    @field_validator("set")
+    @classmethod
+    def _check_text(cls, name: str | None, info: ValidationInfo) -> str | None:
+        data = info.data
+        if not {"file", "datasets", "domain", "local", "sha256"} <= data.keys():
+            return name  # these keys have faults of their own
+        places = [key for key in ("file", "datasets") if data[key] is not None]
+        places += ["set"] if name is not None else []
+        if len(places) != 1:
+            found = " and ".join(places) or "none of them"
+            raise ValueError(f"expected one of `set`, `file` and `datasets`, found {found}")
+        needs = {"domain": "set", "local": "datasets", "sha256": "file"}
+        for key, place in needs.items():
+            if data[key] is not None and place not in places:
+                raise ValueError(f"`{key}` belongs to `{place}`, found it with `{places[0]}`")
+        return name
+
+
+def _check_names(parts: tuple[PartFile, ...]) -> tuple[PartFile, ...]:
+    names = [part.name for part in parts]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)}: two parts of one name; rename one")
+    return parts
+
+
+class MixtureFile(BaseModel):
+    """The keys of a mixture."""
+
+    model_config = FROZEN
+    version: Literal[2]
+    name: Text
+    parts: Annotated[
+        tuple[PartFile, ...],
+        Field(strict=False, min_length=1, max_length=MAX_PARTS),
+        AfterValidator(_check_names),
+    ]
+
+
+MIXTURE_SECTIONS: dict[str, type[BaseModel]] = {
+    "parts": PartFile,
+    "datasets": HubRows,
+    "local": LocalRows,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartSpec:
+    """A checked part: `share` is of the tokens, and the shares of a set add up to 1.
+
+    Exactly one of `set`, `file` and `hub` is not None; `local` replaces `hub` if it is there.
+    """
+
+    name: str
+    kind: str
+    language: str
+    share: float
+    license: str
+    origin: str
+    packing: Packing
+    end_of_document: bool
+    rows: int
+    template: str
+    set: str | None
+    domain: str | None
+    file: Path | None
+    sha256: str | None
+    hub: HubRows | None
+    local: Path | None
+
+    @property
+    def label(self) -> str:
+        """The name under which scores are reported: "web", or "web-zh" in another language."""
+        return make_label(self.kind, self.language)
+
+
+def make_label(kind: str, language: str) -> str:
+    """Return the label of a kind of text in a language; English is not named."""
+    return kind if language == ENGLISH else f"{kind}-{language}"
+
+
+def make_parts(values: MixtureFile, folder: Path, data: Path | None) -> tuple[PartSpec, ...]:
+    """Resolve the parts of a mixture: paths relative to `folder`, `local` below `data`."""
+    total = sum(part.share for part in values.parts)
+    return tuple(
+        PartSpec(
+            name=part.name,
+            kind=part.kind,
+            language=part.language,
+            share=part.share / total,
+            license=part.license,
+            origin=part.origin
+            or part.file
+            or part.set
+            or (part.datasets and part.datasets.path)
+            or "",
+            packing=part.packing,
+            end_of_document=part.end == "eos",
+            rows=part.rows,
+            template=part.template,
+            set=part.set,
+            domain=part.domain,
+            file=None if part.file is None else folder / part.file,
+            sha256=part.sha256 if part.local is None else part.local.sha256,
+            hub=part.datasets,
+            local=None if part.local is None or data is None else data / part.local.file,
+        )
+        for part in values.parts
+    )

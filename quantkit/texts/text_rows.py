@@ -1,0 +1,159 @@
+"""Documents from rows of text files: `.jsonl`, `.txt`, `.parquet`, or a folder of them.
+
+A row is a mapping of columns; a template such as "{question}\\n{answer}" makes a document of it.
+Cells that are empty or null are skipped and counted, cells of another type are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import CalibrationError
+from quantkit.io.files import is_encodable, is_file, read_bytes, shorten_repr
+from quantkit.texts.mixture_spec import list_template_columns
+
+MAX_BYTES = 1_000_000_000
+"""Size limit of a file; calibration uses thousands of times less text."""
+
+MAX_FOLDER_FILES = 10_000
+SUFFIXES = (".jsonl", ".parquet", ".txt")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextRows:
+    """Documents, the number of rows without text, and the sha256 of the bytes or rows read."""
+
+    texts: tuple[str, ...]
+    skipped: int
+    sha256: str
+
+
+def read_text_rows(path: Path, template: str, limit: int) -> TextRows:
+    """Read at most `limit` documents of a file or of a folder's files in the order of their names.
+
+    A `.txt` file has one column, `text`, and a document per paragraph (separated by blank lines).
+    Raises CalibrationError with file and row.
+    """
+    files = list_text_files(path)
+    digest, texts, skipped = hashlib.sha256(), list[str](), 0
+    for file in files:
+        data = read_bytes(file, MAX_BYTES, CalibrationError)
+        digest.update(data if len(files) == 1 else hashlib.sha256(data).digest())
+        remaining = limit - len(texts)
+        documents, empty = fill_template(iterate_rows(file, data), template, str(file), remaining)
+        texts += documents
+        skipped += empty
+        if len(texts) >= limit:
+            break
+    return TextRows(texts=tuple(texts), skipped=skipped, sha256=digest.hexdigest())
+
+
+def list_text_files(path: Path) -> list[Path]:
+    """Return the file itself, or the text files of a folder and its subfolders, sorted."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        if not files or len(files) > MAX_FOLDER_FILES:
+            raise CalibrationError(
+                f"{path}: expected 1 to {MAX_FOLDER_FILES:,} files that end in "
+                f"{', '.join(SUFFIXES)}, found {len(files):,}"
+            )
+        return files
+    if not is_file(path) or path.suffix not in SUFFIXES:
+        found = "no such file" if not is_file(path) else f"a file that ends in {path.suffix!r}"
+        raise CalibrationError(
+            f"{path}: expected a folder or a file that ends in {', '.join(SUFFIXES)}, found "
+            f"{found}. Correct the path"
+        )
+    return [path]
+
+
+def iterate_rows(file: Path, data: bytes) -> Iterator[Mapping[str, object]]:
+    """Yield the rows of a file as mappings of columns."""
+    if file.suffix == ".parquet":
+        yield from _iterate_parquet(file, data)
+        return
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{file}: expected UTF-8, found byte {data[error.start]:#04x} at offset {error.start}. "
+            "Convert the file"
+        ) from None
+    if file.suffix == ".txt":
+        for paragraph in text.replace("\r\n", "\n").split("\n\n"):
+            yield {"text": paragraph.strip("\n")}
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CalibrationError(
+                f"{file}:{number}: expected a JSON object per line, found: {str(error):.100}. "
+                "Correct the line"
+            ) from None
+        if not isinstance(row, dict):
+            raise CalibrationError(
+                f"{file}:{number}: expected a JSON object per line, found {shorten_repr(row)}"
+            )
+        yield row
+
+
+def _iterate_parquet(file: Path, data: bytes) -> Iterator[Mapping[str, object]]:
+    import pyarrow as arrow  # noqa: PLC0415  # a heavy library that only Parquet files need
+    import pyarrow.parquet as parquet  # noqa: PLC0415
+
+    try:
+        table = parquet.ParquetFile(arrow.BufferReader(data))
+        for batch in table.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        raise CalibrationError(
+            f"{file}: expected a Parquet file, found: {str(error):.200}. Replace the file"
+        ) from None
+
+
+def fill_template(
+    rows: Iterable[Mapping[str, Any]], template: str, where: str, limit: int
+) -> tuple[list[str], int]:
+    """Return at most `limit` documents made of rows, and the number of rows without text.
+
+    A row with an empty or null cell is skipped. Raises CalibrationError for a column that is
+    missing, and for a cell that is not text.
+    """
+    columns, texts, skipped = list_template_columns(template), list[str](), 0
+    for number, row in enumerate(rows, start=1):
+        if len(texts) >= limit:
+            break
+        cells = {column: row[column] for column in columns if column in row}
+        missing = [column for column in columns if column not in cells]
+        if missing:
+            known = ", ".join(islice((shorten_repr(str(name)) for name in row), 12))
+            raise CalibrationError(
+                f"{where}: row {number}: expected the column {missing[0]!r} of `template`, found "
+                f"{known or 'none'}. Name columns of the file in `template`"
+            )
+        for column, cell in cells.items():
+            if cell is not None and not isinstance(cell, str):
+                raise CalibrationError(
+                    f"{where}: row {number}: {column}: expected text, found "
+                    f"{shorten_repr(cell)}. Name another column in `template`"
+                )
+        if any(cell is None or not cell.strip() for cell in cells.values()):
+            skipped += 1
+            continue
+        text = template.format(**cells)
+        if not is_encodable(text):
+            raise CalibrationError(
+                f"{where}: row {number}: expected text, found half a surrogate pair (\\ud800 to "
+                "\\udfff). Correct the row"
+            )
+        texts.append(text)
+    return texts, skipped
