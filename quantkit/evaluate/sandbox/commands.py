@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -74,16 +75,17 @@ def build_namespaces_command(path: str, python: str) -> tuple[str, ...] | str:
     if isinstance(prefix, str):
         return prefix
     bind = "mount --rbind -o ro,nosuid,nodev"
-    binds = [f"mkdir -p .{folder}; {bind} {folder} .{folder}" for folder in _list_folders(python)]
+    folders = [shlex.quote(folder) for folder in _list_folders(python)]
+    binds = [f"mkdir -p .{folder}; {bind} {folder} .{folder}" for folder in folders]
     for name, target in _find_root_links().items():
         binds.append(
             f"ln -s {target} .{name}" if target else f"mkdir .{name}; {bind} {name} .{name}"
         )
     hides = [
-        f"mount -t tmpfs -o ro,size=4k,nr_inodes=2 tmpfs .{folder}"
+        f"mount -t tmpfs -o ro,size=4k,nr_inodes=2 tmpfs .{shlex.quote(folder)}"
         for folder in _list_hidden_folders(python)
     ]
-    roots = [*_list_folders(python), *_find_root_links()]
+    roots = [*folders, *_find_root_links()]
     script = _NAMESPACES_SCRIPT.format(
         scratch=SCRATCH_BYTES,
         files=SCRATCH_FILES,
@@ -92,8 +94,8 @@ def build_namespaces_command(path: str, python: str) -> tuple[str, ...] | str:
         submounts="|".join(f"/tmp{root}/*" for root in roots),
         hides="\n".join(hides),
         devices=" ".join(DEVICES),
-        setpriv=tools["setpriv"],
-        python=python,
+        setpriv=shlex.quote(str(tools["setpriv"])),
+        python=shlex.quote(python),
     )
     return (
         *(*prefix, str(tools["unshare"]), "--user", "--map-root-user", "--net", "--mount", "--pid"),
