@@ -303,8 +303,11 @@ class ConnectionGuard:
                 self._refuse(408, f"headers: expected their end within {seconds:g} s")
 
     def _refuse(self, status: int, message: str) -> None:
-        """Send an error and close; only close within another response, or if nothing was sent."""
-        if self.is_busy() or (status == 408 and not self._n_silent):
+        """Send an error and close.
+
+        Only close within another response, after the response of a body, or if nothing was sent.
+        """
+        if self.is_busy() or self._is_in_body or (status == 408 and not self._n_silent):
             self.transport.abort()
             return
         content = format_error(status, "invalid_request_error", message)

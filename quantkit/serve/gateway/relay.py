@@ -185,6 +185,7 @@ class Relay:
                 )
             held.take(len(part))
         content, status = b"".join(parts), upstream_response.status_code
+        parts.clear()  # the client may read slowly
         headers = [
             (key.lower(), value)
             for key, value in upstream_response.headers.raw
