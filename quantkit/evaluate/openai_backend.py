@@ -30,7 +30,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from quantkit.errors import EvaluationError, UnsuitedError, UsageError
 from quantkit.evaluate.lm_eval_adapter import GeneratedAnswer, GenerationParams, LogLikelihood
-from quantkit.io.bounded_http import IDENTITY, ResponseLimits, make_async_hook
+from quantkit.io.bounded_http import IDENTITY, MAX_VALUES, ResponseLimits, make_async_hook
 from quantkit.io.retry import ResponseRefused, TransientError
 
 Answer = TypeVar("Answer")
@@ -38,8 +38,8 @@ Answer = TypeVar("Answer")
 MAX_STOP_STRINGS = 4  # OpenAI's own limit; the rest are applied to the complete answer
 INITIAL_BACKOFF = 0.5  # seconds before the second try, doubled with each further one
 MAX_BACKOFF = 60.0
-MAX_ANSWER_BYTES = 32_000_000
-"""Bytes of one answer: 100,000 tokens as a stream, or 100,000 echoed tokens with probabilities."""
+MAX_ANSWER_BYTES = 16_000_000
+"""Bytes of one answer: 64,000 tokens as a stream, or 100,000 echoed tokens with probabilities."""
 MAX_ANSWER_SILENCES = 20
 """Longest answer in units of `seconds`, the longest silence; over three hours by default."""
 _NO_KEY = "none"  # a local server needs no key, but the client needs a string
@@ -70,6 +70,7 @@ class ServerOptions:
         """
         limits = ResponseLimits(
             n_bytes=MAX_ANSWER_BYTES,
+            n_values=MAX_VALUES,
             seconds=MAX_ANSWER_SILENCES * self.seconds,
             bytes_per_second=0,  # a model computes between two tokens
         )

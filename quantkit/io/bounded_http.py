@@ -43,16 +43,22 @@ Result = TypeVar("Result")
 class ResponseLimits:
     """Limits of one answer.
 
-    n_bytes: of the body; seconds: for the whole body, None where the rate bounds it;
-    bytes_per_second: least mean rate over RATE_WINDOW_SECONDS, 0 for a server that computes.
+    n_bytes: of the body; n_values: of its JSON, counted as bytes that begin one, None for a file;
+    seconds: for the whole body, None where the rate bounds it; bytes_per_second: least mean rate
+    over RATE_WINDOW_SECONDS, 0 for a server that computes.
     """
 
     n_bytes: int
+    n_values: int | None = None
     seconds: float | None = None
     bytes_per_second: int = MIN_BYTES_PER_SECOND
 
 
-SMALL_ANSWER = ResponseLimits(n_bytes=4_000_000, seconds=60.0)
+MAX_VALUES = 1_000_000
+"""Values of an answer in JSON; each takes 60 to 100 bytes of memory, and 3 on the wire. A stream of
+64,000 tokens has 800,000.
+"""
+SMALL_ANSWER = ResponseLimits(n_bytes=4_000_000, n_values=MAX_VALUES, seconds=60.0)
 """JSON and errors: registries bound their manifests by 4 MiB."""
 
 
@@ -63,6 +69,7 @@ class BodyMeter:
     limits: ResponseLimits
     clock: Callable[[], float] = time.monotonic
     n_bytes: int = 0
+    n_values: int = 0
     _began: float = field(init=False)
     _window: float = field(init=False)
     _before: int = 0  # bytes at the start of the window
@@ -70,13 +77,17 @@ class BodyMeter:
     def __post_init__(self) -> None:
         self._began = self._window = self.clock()
 
-    def count(self, n_bytes: int) -> None:
+    def count(self, piece: bytes) -> None:
         """Count received bytes.
 
         Raises ResponseRefused for too many, TransientError if they come too slowly.
         """
-        self.n_bytes += n_bytes
+        self.n_bytes += len(piece)
         limits, now = self.limits, self.clock()
+        if limits.n_values is not None:
+            self.n_values += sum(map(piece.count, (b",", b"[", b"{")))
+            if self.n_values > limits.n_values:
+                raise ResponseRefused(f"expected at most {limits.n_values:,} values, found more")
         if self.n_bytes > limits.n_bytes:
             raise ResponseRefused(f"expected at most {limits.n_bytes:,} bytes, found more")
         if limits.seconds is not None and now - self._began > limits.seconds:
@@ -98,7 +109,7 @@ class BoundedStream(httpx2.SyncByteStream):
 
     def __iter__(self) -> Iterator[bytes]:
         for piece in self._stream:
-            self._meter.count(len(piece))
+            self._meter.count(piece)
             yield piece
 
     def close(self) -> None:
@@ -114,7 +125,7 @@ class BoundedAsyncStream(httpx2.AsyncByteStream):
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for piece in self._stream:
-            self._meter.count(len(piece))
+            self._meter.count(piece)
             yield piece
 
     async def aclose(self) -> None:

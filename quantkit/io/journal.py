@@ -21,6 +21,11 @@ from quantkit.io.files import make_write_error, open_plain_file, write_all, writ
 
 Entry = Mapping[str, Any]
 
+MAX_BYTES = 4 << 30
+"""Largest journal: records of DeepSeek-V3's 45,000 modules, several times over, have 300 MB."""
+MAX_FIRST_BYTES = 16 << 20
+"""Largest first line: it names a few hundred files and packages."""
+
 _HEAD, _MIDDLE, _END = b'{"sha256":"', b'","entry":', b"}\n"
 _HASH_LENGTH = 64  # characters of a sha256
 
@@ -49,9 +54,14 @@ class Journal:
 
         Raises ArtifactError for a damaged file, QuantkitError if the disk refuses.
         """
-        text = _read(path)
+        text = _read(path, MAX_BYTES + 1)
         if text is None:
             return None
+        if len(text) > MAX_BYTES:
+            raise ArtifactError(
+                f"{path}: expected at most {MAX_BYTES} bytes, found more; the journal is damaged, "
+                "start over with --restart"
+            )
         entries, last_hash, n_good = list[Entry](), "", 0
         while n_good < len(text):
             end = text.find(b"\n", n_good) + 1
@@ -93,15 +103,16 @@ def read_first_entry(path: Path) -> Entry | None:
 
     Raises QuantkitError if the disk refuses.
     """
-    text = _read(path) or b""
+    text = _read(path, MAX_FIRST_BYTES) or b""
     parsed = _parse_line("", text[: text.find(b"\n") + 1])
     return parsed[0] if parsed else None
 
 
-def _read(path: Path) -> bytes | None:
+def _read(path: Path, n_bytes: int) -> bytes | None:
+    """Return at most `n_bytes` bytes of a file; None without one."""
     try:
         with open(open_plain_file(path, os.O_RDONLY), "rb") as file:
-            return file.read()
+            return file.read(min(n_bytes, os.fstat(file.fileno()).st_size))
     except FileNotFoundError:
         return None
     except OSError as fault:

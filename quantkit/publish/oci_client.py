@@ -181,13 +181,10 @@ class OciClient:
         """
         headers = {"Range": f"bytes={first}-"} if first else {}
         limits = ResponseLimits(n_bytes=size)
-        path = f"blobs/{digest}"
-        with translate_errors(self.where), self._stream(path, headers, limits) as answer:
+        path, where = f"blobs/{digest}", f"{self.where}: {shorten_repr(name)}"
+        with translate_errors(where), self._stream(path, headers, limits) as answer:
             if answer.status_code == 404:
-                raise TransferError(
-                    f"{self.where}: {shorten_repr(name)}: expected its blob, found none; publish "
-                    "it again"
-                )
+                raise TransferError(f"{where}: expected its blob, found none; publish it again")
             skip = first if answer.status_code == 200 else 0
             for piece in answer.iter_raw():
                 if len(piece) > skip:

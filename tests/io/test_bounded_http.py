@@ -85,9 +85,9 @@ def test_endless_answer_is_refused_after_its_bytes(
     counted: list[int] = []
     real = BodyMeter.count
 
-    def count(meter: BodyMeter, n_bytes: int) -> None:
-        counted.append(n_bytes)
-        real(meter, n_bytes)
+    def count(meter: BodyMeter, piece: bytes) -> None:
+        counted.append(len(piece))
+        real(meter, piece)
 
     monkeypatch.setattr(BodyMeter, "count", count)
     server = serve(lambda *_: endless(status=status, Location="/x"))
@@ -126,6 +126,20 @@ def test_limits_of_a_request_replace_those_of_the_client(serve: Serve) -> None:
             client.send(request)
 
 
+@pytest.mark.parametrize("piece", [b"[],", b"{},", b"1,"])
+def test_values_of_an_answer_are_counted(piece: bytes, serve: Serve) -> None:
+    """A megabyte of empty lists takes thirty in memory."""
+    limits = ResponseLimits(n_bytes=10**8, n_values=10_000)
+    server = serve(lambda *_: [make_head(), piece * 10_001])
+    with (
+        make_client(limits) as client,
+        pytest.raises(ResponseRefused, match="expected at most 10,000 values, found more"),
+    ):
+        client.get(server.url)
+    meter = BodyMeter(limits=ResponseLimits(n_bytes=10**8))
+    meter.count(piece * 100_000)  # a file
+
+
 def test_endless_head_is_refused(serve: Serve) -> None:
     def answer(*_: str) -> Iterator[bytes]:
         yield b"HTTP/1.1 200 OK\r\n"
@@ -141,7 +155,7 @@ def count_at(meter: BodyMeter, times: list[float], n_bytes: int, clock: list[flo
     """Count bytes at each of these times."""
     for moment in times:
         clock[0] = moment
-        meter.count(n_bytes)
+        meter.count(bytes(n_bytes))
 
 
 def test_one_byte_per_second_is_given_up() -> None:
@@ -149,10 +163,10 @@ def test_one_byte_per_second_is_given_up() -> None:
     clock = [0.0]
     limits = ResponseLimits(n_bytes=10**12)
     meter = BodyMeter(limits=limits, clock=lambda: clock[0])
-    meter.count(10**9)
+    meter.count(bytes(10**6))
     with pytest.raises(TransientError, match="less than 1,000 bytes per second"):
         count_at(meter, [float(second) for second in range(1, 100)], 1, clock)
-    assert clock[0] == 60.0  # the first window had a gigabyte
+    assert clock[0] == 60.0  # the first window had a megabyte
 
 
 def test_slow_but_steady_answer_is_read() -> None:

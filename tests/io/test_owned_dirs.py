@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.errors import QuantkitError, UsageError
-from quantkit.io import files
-from quantkit.io.journal import Journal
+from quantkit.errors import ArtifactError, QuantkitError, UsageError
+from quantkit.io import files, journal
+from quantkit.io.journal import Journal, read_first_entry
 from quantkit.io.lock import hold_lock
 from quantkit.io.owned_dirs import (
     JOURNAL,
@@ -167,6 +167,19 @@ def test_journal_that_is_a_link_is_neither_read_nor_cut(tmp_path: Path) -> None:
         with pytest.raises(QuantkitError, match=rf"{name}: cannot be written: .*expected a file"):
             Journal.open(tmp_path / name)
     assert (tmp_path / "real").read_bytes() == before
+
+
+def test_journal_of_terabytes_is_not_read(tmp_path: Path) -> None:
+    """A file with holes takes no disk."""
+    path = tmp_path / "journal.jsonl"
+    Journal.begin(path, {"n": 0})
+    with path.open("r+b") as file:
+        file.truncate(1 << 42)
+    assert read_first_entry(path) == {"n": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal, "MAX_BYTES", 1 << 20)
+        with pytest.raises(ArtifactError, match="expected at most 1048576 bytes, found more"):
+            Journal.open(path)
 
 
 def test_write_atomic_follows_no_planted_link(

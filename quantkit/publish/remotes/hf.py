@@ -45,6 +45,7 @@ from quantkit.errors import TransferError, UsageError
 from quantkit.io.bounded_http import (
     IDENTITY,
     LIMITS_KEY,
+    MAX_VALUES,
     ResponseLimits,
     bound_response,
     call_with_deadline,
@@ -72,8 +73,8 @@ _REPOSITORY_FILES = re.compile(
 _MAIN = "main"
 MAX_PAGES = 1000
 """Pages of a listing: the Hub sends 1,000 entries in each."""
-API_ANSWER = ResponseLimits(n_bytes=32_000_000, seconds=120.0)
-"""An answer of the Hub's API; that of a repository of 100,000 files has 10 MB."""
+API_ANSWER = ResponseLimits(n_bytes=8_000_000, n_values=MAX_VALUES, seconds=120.0)
+"""An answer of the Hub's API; that of a repository of 100,000 files has 5 MB."""
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 

@@ -12,7 +12,13 @@ import httpx2
 
 from quantkit.artifact.loadtest_schema import CacheCounters
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.io.bounded_http import IDENTITY, ResponseLimits, bound_response, call_with_deadline
+from quantkit.io.bounded_http import (
+    IDENTITY,
+    MAX_VALUES,
+    ResponseLimits,
+    bound_response,
+    call_with_deadline,
+)
 from quantkit.io.retry import ResponseRefused, TransientError
 
 TIMEOUT_SECONDS = 10.0
@@ -23,7 +29,7 @@ COUNTERS: Mapping[str, tuple[str, str]] = {
 """Engine -> the counters of queried tokens and of cache hits."""
 
 
-ANSWER = ResponseLimits(n_bytes=16_000_000, seconds=30.0)
+ANSWER = ResponseLimits(n_bytes=4_000_000, n_values=MAX_VALUES, seconds=30.0)
 """A list of models, an error, or metrics: vLLM's have 100 kB for each engine."""
 TRANSPORT_ERRORS = (httpx2.TransportError, TransientError, ResponseRefused)
 
