@@ -63,6 +63,7 @@ def build_recipe(
     overwrite: bool = False,
     restart: bool = False,
     evaluate: bool = True,
+    trusted_code: Sequence[str] = (),
     on_plan: Callable[[tuple[PlanSummary, ...]], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_message: Callable[[str], None] | None = None,
@@ -79,6 +80,7 @@ def build_recipe(
         overwrite: replace the artifact at output.path once the new one is complete.
         restart: discard the progress of an interrupted build.
         evaluate: run the benchmarks of the recipe.
+        trusted_code: sha256 of Python files that the recipe's tasks may run.
         on_plan: called with the plans before anything is written.
         on_progress: called with the progress of long steps.
         on_message: called with messages, e.g. that an interrupted build is resumed.
@@ -107,6 +109,7 @@ def build_recipe(
         text,
         overwrite=overwrite,
         evaluate=evaluate,
+        trusted_code=trusted_code,
         on_plan=report_plans,
         on_progress=on_progress or _ignore,
         restart=restart,

@@ -42,6 +42,7 @@ from quantkit.evaluate import solution_likelihood
 from quantkit.evaluate.item_results import write_pairs
 from quantkit.evaluate.solution_likelihood import GoldSolutions, ScoredSolution
 from quantkit.evaluate.source_comparison import SourceComparison, compare_with_source
+from quantkit.evaluate.tasks import check_trust
 from quantkit.evaluate.token_fidelity import (
     TextFidelity,
     load_stream_pair,
@@ -154,15 +155,14 @@ def build_artifacts(
     on_plan: Callable[[Sequence[Plan]], None],
     on_progress: ProgressCallback,
     restart: bool = False,
+    trusted_code: Sequence[str] = (),
     on_message: Callable[[str], None] = lambda _: None,
 ) -> tuple[BuildResult, ...]:
-    """Build the artifacts of `recipe` (`text` is its file), one per format, and seal them under
-    their names.
+    """Build the artifacts of `recipe` (`text` is its file) and seal them under their names.
 
-    `on_plan` receives the plans before the build, `on_progress` each step, `on_message` where a
-    build resumes and what could not be removed. A failure leaves the unfinished artifact in
-    `<path>.building`, never under its final name, and adds a note to the exception that says how to
-    resume. The next run resumes, unless `restart` discards it. Raises QuantkitError.
+    `on_message` receives where a build resumes and what could not be removed. A failure leaves the
+    unfinished artifact in `<path>.building` and adds a note to the exception. The next run resumes,
+    unless `restart` discards it. trusted_code: see tokenize. Raises QuantkitError.
     """
     return_freed_memory()
     for format_name in recipe.format:
@@ -170,7 +170,7 @@ def build_artifacts(
     timer = StepTimer()
     located = hub.resolve_model(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
-    texts = tokenize(recipe, located.folder)
+    texts = tokenize(recipe, located.folder, trusted_code)
     plans = sources.plan_recipe(
         recipe, sources.make_source_facts(recipe, source, located.revision), texts.counts()
     )
@@ -195,6 +195,7 @@ def build_artifacts(
                         text,
                         timer,
                         evaluate=evaluate,
+                        trusted_code=trusted_code,
                         on_progress=on_progress,
                     )
                 for plan in group:
@@ -237,6 +238,7 @@ def build_group(
     timer: StepTimer,
     *,
     evaluate: bool,
+    trusted_code: Sequence[str],
     on_progress: ProgressCallback,
 ) -> None:
     """Build the artifacts of one solve and seal them; they get their names later.
@@ -263,6 +265,7 @@ def build_group(
         folder,
         sources.resolve_compute(plan.recipe),
         evaluate=evaluate,
+        trusted_code=trusted_code,
         on_progress=on_progress,
         answers_folder=build.answers_folder(loop),
     )
@@ -286,8 +289,12 @@ def build_group(
     build.mark_sealed(loop, sealed)
 
 
-def tokenize(recipe: Recipe, folder: Path) -> TokenizedTexts:
-    """Load the recipe's text sets and cut them into token sequences with the source's tokenizer."""
+def tokenize(recipe: Recipe, folder: Path, trusted_code: Sequence[str] = ()) -> TokenizedTexts:
+    """Load the recipe's text sets and cut them into token sequences with the source's tokenizer.
+
+    trusted_code: sha256 of Python files that tasks may run; raises UntrustedCode for others.
+    """
+    check_trust(recipe.evaluation.tasks, trusted_code)
     is_code_allowed = allows_remote_code(recipe.source.trust_remote_code, folder)
     tokenizer, sets = (
         corpora.load_tokenizer(folder, is_code_allowed),
@@ -315,7 +322,7 @@ def tokenize(recipe: Recipe, folder: Path) -> TokenizedTexts:
     solutions = solution_likelihood.make_empty_solutions()
     if fidelity:
         solutions = solution_likelihood.tokenize_solutions(
-            tasks, tokenizer, items=items, length=fidelity.length
+            tasks, tokenizer, items=items, length=fidelity.length, trusted_code=trusted_code
         )
     return TokenizedTexts(
         tokens={"calibration": nothing, "fidelity": nothing, **tokens},

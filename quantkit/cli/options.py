@@ -24,6 +24,13 @@ TRIES = click.option(
 DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="Transfer nothing; print the files and their total size."
 )
+TRUST_TASK_CODE = click.option(
+    "--trust-task-code",
+    "trusted_code",
+    multiple=True,
+    metavar="SHA256",
+    help="Run a task's own Python if its file has this hash; the refusal prints it.",
+)
 JUNIT = click.option(
     "--junit", type=click.Path(path_type=Path), help="Write the gates as JUnit XML, for CI systems."
 )

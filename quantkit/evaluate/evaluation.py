@@ -83,7 +83,7 @@ def run_evaluation(
     can run at all, UsageError if no task of these names exists.
     """
     options.check()
-    tasks, lm_eval_names, failed = lm_eval_tasks.split_names(names)
+    tasks, lm_eval_names, failed = lm_eval_tasks.split_names(names, trusted=options.trusted_code)
     with lm_eval_tasks.open_lm_eval_tasks(tasks, lm_eval_names) as opened:
         loaded = replace(opened, failed={**failed, **opened.failed})
         if not loaded.tasks:
@@ -183,7 +183,7 @@ def run_source(
 
     The answers of a run are stored in the cache as well, in a file of their own.
     """
-    tasks, lm_eval_names, failed = lm_eval_tasks.split_names(names)
+    tasks, lm_eval_names, failed = lm_eval_tasks.split_names(names, trusted=options.trusted_code)
     is_cacheable = (
         options.decoding == Decoding()
         and options.seeds == 1

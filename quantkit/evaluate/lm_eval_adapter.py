@@ -17,6 +17,7 @@ from lm_eval.utils import handle_non_serializable, hash_string
 
 from quantkit.errors import UnsuitedError, UsageError
 from quantkit.evaluate.answer_store import AnswerKey, AnswerStore, StoredValue
+from quantkit.io.templates import TemplateFault
 
 AnswerCallback = Callable[[int, int], None]
 """Called with the number of complete answers and the number of all answers."""
@@ -191,6 +192,11 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm-eval is untyped
         """Apply the backend's chat template."""
         try:
             return self._backend.apply_chat_template(chat_history, add_generation_prompt)
+        except TemplateFault as fault:
+            advice = "leave out --chat-template"
+            raise UsageError(
+                f"the model's chat template gives no text: {fault}; {advice}"
+            ) from None
         except ValueError as error:
             message = " ".join(str(error).split())[:120]
             raise UsageError(

@@ -51,7 +51,8 @@ class Decoding:
 class EvaluationOptions:
     """Options of one evaluation. device_map, dtype: "" selects them.
 
-    Engine: arguments of vLLM; server: for openai.
+    Engine: arguments of vLLM; server: for openai. trusted_code: sha256 of Python files that tasks
+    may run.
     """
 
     backend: BackendName = "transformers"
@@ -64,6 +65,7 @@ class EvaluationOptions:
     native: bool = False
     engine: Mapping[str, object] = field(default_factory=dict)
     server: ServerOptions | None = None
+    trusted_code: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise UsageError if options contradict each other."""

@@ -196,7 +196,7 @@ def read_baseline(
                 "with the same settings"
             )
     items = item_results.read_items(folder / ITEMS_FILE)
-    tasks, lm_eval_names, _ = lm_eval_tasks.split_names(names)
+    tasks, lm_eval_names, _ = lm_eval_tasks.split_names(names, trusted=options.trusted_code)
     baseline_tasks = dict.fromkeys(item.task for item in items)
     if tasks and not lm_eval_names and not {task.name for task in tasks} & baseline_tasks.keys():
         raise EvaluationError(

@@ -67,7 +67,12 @@ def make_empty_solutions() -> GoldSolutions:
 
 
 def tokenize_solutions(
-    names: Sequence[str], tokenizer: Tokenizer, *, items: int, length: int
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    items: int,
+    length: int,
+    trusted_code: Sequence[str] = (),
 ) -> GoldSolutions:
     """Tokenize prompt and gold solution of the first `items` of each task with gold.
 
@@ -78,7 +83,7 @@ def tokenize_solutions(
     hashes, failed = dict[str, str](), dict[str, str]()
     for name in names if items else ():
         try:
-            (task,) = tasks.load_tasks([name])
+            (task,) = tasks.load_tasks([name], trusted=trusted_code)
             if task.gold is None:
                 continue
             sequences += _tokenize_task(task, task.gold, tokenizer, items, length)

@@ -74,12 +74,14 @@ def compare_with_source(
     evaluate: bool,
     on_progress: ProgressCallback,
     answers_folder: Path | None = None,
+    trusted_code: Sequence[str] = (),
 ) -> SourceComparison:
     """Run the recipe's tasks on both models.
 
     A task that cannot run gets status "not run" and a reason.
 
-    Answers are stored in `answers_folder`, from which an interrupted run continues.
+    Answers are stored in `answers_folder`, from which an interrupted run continues. trusted_code:
+    sha256 of Python files that tasks may run.
     """
     names = plan.recipe.evaluation.tasks
     if not names or not evaluate:
@@ -93,7 +95,7 @@ def compare_with_source(
             f"{plan.memory.budget_bytes / 1e9:.0f} GB",
         )
     try:
-        loaded = tasks.load_tasks(names)
+        loaded = tasks.load_tasks(names, trusted=trusted_code)
         context = ComparisonContext(
             plan=plan,
             compute=compute,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -25,6 +25,7 @@ from pydantic import (
 from quantkit.io.files import shorten_repr
 from quantkit.io.yaml_document import KeyPath
 from quantkit.texts import task_files
+from quantkit.texts.data_names import check_dataset_name, check_inner_path
 
 DATA_VARIABLE = "QUANTKIT_DATA"
 MAX_EXAMPLES = 1000
@@ -81,26 +82,6 @@ def _check_rows(value: object) -> object:
     raise ValueError(f"expected [from, to] with 0 <= from < to, found {shorten_repr(value)}")
 
 
-def _check_dataset(path: str) -> str:
-    if not task_files.HUB_NAME.fullmatch(path) or Path(path).exists():
-        raise ValueError(
-            f"expected OWNER/NAME of a dataset on the hub, found {shorten_repr(path)}; for a file "
-            "on this machine use quantkit.local"
-        )
-    return path
-
-
-def _check_inside(name: str) -> str:
-    """Check that a path stays inside its folder."""
-    parts = PurePosixPath(name).parts
-    if name.startswith("/") or ".." in parts or PureWindowsPath(name).drive or "\\" in name:
-        raise ValueError(
-            f"expected a path below the data folder, found {shorten_repr(name)}; set "
-            f"{DATA_VARIABLE} to the folder that holds the file"
-        )
-    return name
-
-
 def _wrap_file_name(value: object) -> object:
     return {"file": value} if isinstance(value, str) else value
 
@@ -108,7 +89,7 @@ def _wrap_file_name(value: object) -> object:
 Text = Annotated[str, Field(min_length=1)]
 Rows = Annotated[tuple[int, int], BeforeValidator(_check_rows)]
 SplitName = Annotated[str, AfterValidator(_check_split)]
-InnerPath = Annotated[Text, AfterValidator(_check_inside)]
+InnerPath = Annotated[Text, AfterValidator(check_inner_path)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +124,7 @@ class TaskDataset(BaseModel):
     """The key `quantkit.hub`: a dataset on the hub, used if a local file is missing."""
 
     model_config = _FROZEN
-    path: Annotated[Text, AfterValidator(_check_dataset)]
+    path: Annotated[Text, AfterValidator(check_dataset_name)]
     name: Text | None = None
 
 

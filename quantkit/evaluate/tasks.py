@@ -42,6 +42,10 @@ _UNUSED_KEYS = frozenset({_BLOCK, "task_alias", "tag", "dataset_path"})
 _DICT_KEY = "[key]"  # how pydantic names the key of a mapping in a location
 
 
+class UntrustedCode(EvaluationError):
+    """A task has Python of its own that the user does not trust."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalFile:
     """A JSONL file on this machine, or the rows [from, to) of it."""
@@ -105,6 +109,21 @@ def load_tasks(
     if faults:
         raise EvaluationError("\n".join(faults))
     return tuple(loaded)
+
+
+def check_trust(names: Sequence[str], trusted: Sequence[str]) -> None:
+    """Raise UntrustedCode if a task has Python of its own that the user does not trust.
+
+    Any other fault of a task is left to `load_tasks`: it does not stop a build.
+    """
+    for name in names:
+        if name.endswith(task_files.SUFFIX):  # the shipped tasks have none
+            try:
+                _load_task(name, None, trusted)
+            except UntrustedCode:
+                raise
+            except EvaluationError:
+                continue
 
 
 def render_field(
@@ -210,9 +229,9 @@ def _load_task(name: str, data_folder: Path | None, trusted: Sequence[str]) -> T
 
 
 def _check_trust(python: PythonFile, where: str, trusted: Sequence[str]) -> None:
-    """Raise EvaluationError unless the user trusts this very text."""
+    """Raise UntrustedCode unless the user trusts this very text."""
     if python.sha256 not in trusted:
-        raise EvaluationError(
+        raise UntrustedCode(
             f"{where}: quantkit.python: {python.path} is code that would run on this machine with "
             f"your rights; read it, and if you trust it add --trust-task-code {python.sha256}"
         )

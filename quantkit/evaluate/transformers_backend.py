@@ -24,6 +24,8 @@ from transformers.cache_utils import DynamicLayer
 
 from quantkit.errors import UnsuitedError
 from quantkit.evaluate.lm_eval_adapter import GeneratedAnswer, GenerationParams, LogLikelihood
+from quantkit.io.templates import TemplateWorker
+from quantkit.texts.chat_templates import render_prompt
 
 _MIN_SHARED_TOKENS = 16  # a second call of the model costs as much as reading a few tokens
 TokenSelector = Callable[[Tensor, Sequence[int]], Tensor]
@@ -62,6 +64,7 @@ class TransformersBackend(HFLM):  # type: ignore[misc]  # lm-eval is untyped
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self._templates = TemplateWorker()
 
     def generate(
         self,
@@ -99,6 +102,14 @@ class TransformersBackend(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
             on_answers([*enumerate(self.loglikelihood(batch, disable_tqdm=True), start)])
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Apply the tokenizer's chat template, with limits."""
+        return render_prompt(
+            self._templates, self.tokenizer, chat_history, is_finished=add_generation_prompt
+        )
 
     def _generate_batch(
         self, prompts: Sequence[Sequence[int]], params: GenerationParams

@@ -13,6 +13,8 @@ from typing import Any
 
 from quantkit.errors import EvaluationError, UsageError
 from quantkit.evaluate.lm_eval_adapter import GeneratedAnswer, GenerationParams, LogLikelihood
+from quantkit.io.templates import TemplateWorker
+from quantkit.texts.chat_templates import render_prompt
 
 CHUNK_SIZE = 256
 """Requests per call; answers are stored between calls."""
@@ -47,6 +49,7 @@ class VllmBackend:
             raise EvaluationError(
                 f"{folder}: vLLM {version('vllm')} cannot serve it ({message}); see --engine"
             ) from None
+        self._templates = TemplateWorker()
 
     def generate(
         self,
@@ -75,8 +78,18 @@ class VllmBackend:
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Apply the tokenizer's chat template."""
-        return str(self._engine.apply_chat_template(chat_history, add_generation_prompt))
+        """Apply the tokenizer's chat template, with limits."""
+        return render_prompt(
+            self._templates,
+            self._engine.tokenizer,
+            chat_history,
+            is_finished=add_generation_prompt,
+            template=self._engine.hf_chat_template,
+            settings={
+                "enable_thinking": self._engine.enable_thinking,
+                **self._engine.chat_template_args,
+            },
+        )
 
     def _make_answer(self, request: Any, text: str) -> GeneratedAnswer:
         limit = GenerationParams.from_kwargs(request.args[1], request.task_name).max_tokens

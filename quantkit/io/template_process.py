@@ -237,7 +237,8 @@ def limit_processor_time(seconds: int) -> None:
     """Let the kernel end this process after `seconds` more seconds of processor time."""
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     soft = int(time.process_time()) + 1 + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+    lowest = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (lowest, hard))
 
 
 def limit_process(memory_bytes: int) -> None:
@@ -252,7 +253,9 @@ def limit_process(memory_bytes: int) -> None:
         (resource.RLIMIT_NPROC, 0),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(limit, (value, value))
+        _, hard = resource.getrlimit(limit)
+        lowest = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (lowest, lowest))
 
 
 def read_exactly(n_bytes: int) -> bytes:

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,6 +43,7 @@ TOTAL_SECONDS = 600
 """Processor time of all requests of one worker: 10,000 items at 60 ms."""
 
 _WALL_SECONDS = 300  # a machine can be busy; only processor time decides otherwise
+_END_SECONDS = 1  # of a process without input
 _HEADER = struct.Struct(">Q")
 _SCRIPT = Path(__file__).with_name("template_process.py")
 _LIMITS = {
@@ -74,12 +76,12 @@ class TemplateWorker:
     """A process that renders templates. Starts on first use, again after a limit ended it.
 
     Mutable; its methods may be called from several threads, which take turns. Use as a context
-    manager, or call `close`.
+    manager, or call `close`; the process also ends with this object.
     """
 
     def __init__(self, limits: WorkerLimits | None = None) -> None:
-        self._limits = limits or WorkerLimits()
         self._process: subprocess.Popen[bytes] | None = None
+        self._limits = limits or WorkerLimits()
         self._lock = threading.Lock()
         self._seconds, self._process_seconds, self._characters = 0.0, 0.0, 0
 
@@ -88,6 +90,9 @@ class TemplateWorker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        self._stop()
 
     def close(self) -> None:
         """End the process."""
@@ -236,16 +241,12 @@ class TemplateWorker:
             return None
         assert process.stdin is not None
         assert process.stdout is not None
-        try:
-            # an ended process is reaped within milliseconds of the end of its output
-            code: int | None = process.wait(timeout=0.5)
-        except subprocess.TimeoutExpired:
-            code = None
+        with suppress(OSError):  # of bytes that were not sent yet
+            process.stdin.close()
+        code: int | None = None
+        with suppress(subprocess.TimeoutExpired):  # an idle process ends with its input
+            code = process.wait(timeout=_END_SECONDS)
         process.kill()
-        for stream in (process.stdin, process.stdout):
-            try:
-                stream.close()
-            except OSError:  # what was not sent yet
-                continue
+        process.stdout.close()
         process.wait()
         return code

@@ -49,6 +49,7 @@ def render_unfinished_chat(
     tokenizer: ChatTokenizer,
     messages: Sequence[Message],
     *,
+    template: str | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> str:
     """Return a conversation as text whose last message stays open: the model continues it.
@@ -56,7 +57,7 @@ def render_unfinished_chat(
     Raises ValueError if there is no template, TemplateFault if it gives no text or drops the last
     message.
     """
-    text = tokenizer.get_chat_template(None)
+    text = tokenizer.get_chat_template(template)
     content = str(messages[-1].get("content", ""))
     tagged = [*messages[:-1], {**messages[-1], "content": content + _CONTINUE_TAG}]
     values = _make_values(tokenizer, tagged, settings or {})
@@ -66,6 +67,30 @@ def render_unfinished_chat(
         raise TemplateFault("expected the last message in its text, found none", is_limit=False)
     # a template that strips messages also strips the end of an open one
     return before if after.startswith(" ") else before.rstrip()
+
+
+def render_prompt(
+    worker: TemplateWorker,
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    *,
+    is_finished: bool,
+    template: str | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> str:
+    """Return a benchmark's conversation as text, as lm-eval asks transformers for it.
+
+    is_finished: the assistant's message begins after the text; otherwise it continues the last
+    message. A template that refuses system messages gets the others. Raises as `render_chat`.
+    """
+    render = render_chat if is_finished else render_unfinished_chat
+    try:
+        return render(worker, tokenizer, messages, template=template, settings=settings)
+    except TemplateFault as fault:
+        others = [message for message in messages if message["role"] != "system"]
+        if fault.is_limit or len(others) == len(messages):
+            raise
+        return render(worker, tokenizer, others, template=template, settings=settings)
 
 
 def _make_values(

@@ -277,7 +277,7 @@ def read_hub_dataset(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
     load = cast(Callable[..., Any], datasets.load_dataset)
     try:
         rows = load(hub.path, hub.name, split=hub.split, revision=hub.revision)
-        texts = [str(text) for text in rows[hub.column]]
+        texts = _collect_texts(rows, spec, hub)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         local = spec.local
         advice = f", set {DATA_VARIABLE} to a folder that holds {local.file}" if local else ""
@@ -288,6 +288,20 @@ def read_hub_dataset(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
             f"it is cached{advice}, or choose a set that is a file"
         ) from error
     return _make_hub_documents(texts, hub)
+
+
+def _collect_texts(rows: Any, spec: CorpusSpec, hub: HubDataset) -> list[str]:
+    """Return the texts of the column, at most MAX_BYTES of them."""
+    texts, n_characters = list[str](), 0
+    for text in rows[hub.column]:
+        texts.append(str(text))
+        n_characters += len(texts[-1])
+        if n_characters > MAX_BYTES:
+            raise CalibrationError(
+                f"{spec.where}: datasets: expected at most {MAX_BYTES:,} characters of text in "
+                f"{hub.path}, found more. Choose a smaller split"
+            )
+    return texts
 
 
 def _make_hub_documents(rows: list[str], hub: HubDataset) -> tuple[tuple[TextDocument, ...], str]:

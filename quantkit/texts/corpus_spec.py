@@ -26,6 +26,7 @@ from quantkit.io.files import is_file, read_bytes
 from quantkit.io.files import shorten_repr as shorten_repr
 from quantkit.io.validation_errors import describe_fault
 from quantkit.io.yaml_document import KeyPath, YamlDocument, format_path
+from quantkit.texts.data_names import check_dataset_name, check_inner_path
 from quantkit.texts.mixture_spec import (
     FROZEN,
     MIXTURE_SECTIONS,
@@ -57,6 +58,7 @@ def _lower_text(value: object) -> object:
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
 Sha256 = Annotated[str, BeforeValidator(_lower_text), Field(pattern="^[0-9a-f]{64}$")]
+InnerPath = Annotated[Text, AfterValidator(check_inner_path)]
 Domains = Annotated[
     tuple[Domain, ...], Field(strict=False, min_length=1), AfterValidator(_check_distinct)
 ]
@@ -66,7 +68,7 @@ class HubDataset(BaseModel):
     """A text column of a data set on the hub, at a fixed revision."""
 
     model_config = FROZEN
-    path: Text
+    path: Annotated[Text, AfterValidator(check_dataset_name)]
     name: Text
     split: Text
     revision: Text
@@ -78,7 +80,7 @@ class LocalTextFile(BaseModel):
     """The text of `datasets` as one file, by its path below QUANTKIT_DATA."""
 
     model_config = FROZEN
-    file: Text
+    file: InnerPath
     sha256: Sha256
 
 
@@ -95,7 +97,7 @@ class SpecFile(BaseModel):
     end: Literal["eos", "none"] = "none"
     datasets: HubDataset | None = None
     local: LocalTextFile | None = None
-    file: Text | None = Field(default=None, validate_default=True)
+    file: InnerPath | None = Field(default=None, validate_default=True)
     sha256: Sha256 | None = Field(default=None, validate_default=True)
 
     @field_validator("version", mode="before")

@@ -22,6 +22,8 @@ from pydantic import (
     field_validator,
 )
 
+from quantkit.texts.data_names import check_dataset_name, check_inner_path
+
 Packing = Literal["documents", "windows"]
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -36,6 +38,7 @@ LABEL_PATTERN = f"{KIND_PATTERN}(-{LANGUAGE_PATTERN})?"
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+InnerPath = Annotated[Text, AfterValidator(check_inner_path)]
 Kind = Annotated[str, Field(pattern=f"^{KIND_PATTERN}$")]
 Language = Annotated[str, Field(pattern=f"^{LANGUAGE_PATTERN}$")]
 Share = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False, strict=False)]
@@ -75,7 +78,7 @@ class HubRows(BaseModel):
     """The first `rows` rows of a data set on the hub at a fixed revision, read as a stream."""
 
     model_config = FROZEN
-    path: Text
+    path: Annotated[Text, AfterValidator(check_dataset_name)]
     name: Text | None = None
     split: Text
     revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
@@ -85,7 +88,7 @@ class LocalRows(BaseModel):
     """A file with the rows of `datasets`, by its path below QUANTKIT_DATA."""
 
     model_config = FROZEN
-    file: Text
+    file: InnerPath
     sha256: Sha256 | None = None
 
 
@@ -103,7 +106,7 @@ class PartFile(BaseModel):
     end: Literal["eos", "none"] = "none"
     rows: Rows = DEFAULT_ROWS
     template: Template = "{text}"
-    file: Text | None = None
+    file: InnerPath | None = None
     sha256: Sha256 | None = None
     domain: Text | None = None
     datasets: HubRows | None = None

@@ -21,8 +21,6 @@ MAX_BYTES = 1_000_000  # no task description is larger
 MAX_PYTHON_BYTES = 1_000_000  # nor is the Python of one
 PREFIX_BYTES = 4096  # blank lines in front of the first row
 SPLIT_NAME = re.compile(r"\w[\w.]{0,63}", re.ASCII)  # it becomes part of a file's name
-HUB_NAME = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
-"""OWNER/NAME on the hub; one name alone could be a format of the datasets library or a folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

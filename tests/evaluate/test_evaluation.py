@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -494,3 +495,49 @@ def test_average_runs_averages_items_over_seeds(folder):
     assert item_results.average_runs([[item], [replace(other, score=None)]])[0].score is None
     assert item_results.average_runs([[item]]) == [item]
     assert source_comparison.DEFAULT_RECOVERY < 1
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{{ raise_exception('\x1b[31mroles must alternate') }}", "roles must alternate"),
+        ("{{ cycler.__init__.__globals__ }}", "is unsafe"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "of processor time, found more",
+        ),
+    ],
+    ids=["raises", "code", "loop"],
+)
+def test_hostile_chat_template_is_one_sentence(folder, data, template, sentence, monkeypatch):
+    monkeypatch.setattr("quantkit.io.templates.RENDER_SECONDS", 1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(shutil.copytree(folder, data / "chatty"))
+    chat = ("--limit", "1", "--max-tokens", "5", "--chat-template")
+    message = run("chatty", "--tasks", "tiny-v3-math", *chat, "--output", "o", code=2)
+    assert "the model's chat template gives no text: " in message
+    assert sentence in message
+    assert message.strip().isprintable()
+
+
+def test_own_python_of_a_task_needs_its_hash(folder, data):
+    python = "def doc_to_text(doc):\n    return 'Q: ' + doc['question']\n"
+    (data / "helpers.py").write_text(python)
+    (data / "data").mkdir()
+    (data / "data" / "mine.jsonl").write_text('{"question": "1 + 1", "answer": "2"}\n' * 2)
+    (data / "mine.yaml").write_text(
+        "task: mine\noutput_type: generate_until\ntest_split: test\ndoc_to_target: '{{answer}}'\n"
+        "generation_kwargs: {until: ['x'], max_gen_toks: 3}\n"
+        "quantkit: {domain: math, local: {test: mine.jsonl}, python: helpers.py}\n"
+    )
+    tasks = ("--tasks", "mine.yaml", "--output", "o")
+    message = run(str(folder), *tasks, code=1)
+    sha256 = hashlib.sha256(python.encode()).hexdigest()
+    assert "helpers.py is code that would run on this machine with your rights" in message
+    assert f"add --trust-task-code {sha256}" in message
+    assert f"add --trust-task-code {sha256}" in run(
+        str(folder), *tasks, "--trust-task-code", "0" * 64, code=1
+    )
+    run(str(folder), *tasks, "--trust-task-code", sha256)
+    assert [item.prompt for item in read_items(data / "o" / "items.parquet")] == ["Q: 1 + 1"] * 2

@@ -233,9 +233,9 @@ REFUSED: dict[str, tuple[str, object, str]] = {
     "hub builder": ("quantkit.hub", {"path": "json"}, "expected OWNER/NAME of a dataset"),
     "hub url": ("quantkit.hub", {"path": "http://x/y"}, "expected OWNER/NAME of a dataset"),
     "hub script": ("quantkit.hub", {"path": "a/b", "trust_remote_code": True}, "unknown key"),
-    "absolute path": ("quantkit.local.test", "/etc/passwd", "a path below the data folder"),
-    "path outside": ("quantkit.local.test", "../../x.jsonl", "a path below the data folder"),
-    "python outside": ("quantkit.python", "../x.py", "a path below the data folder"),
+    "absolute path": ("quantkit.local.test", "/etc/passwd", "a path below the folder of the data"),
+    "path outside": ("quantkit.local.test", "../../x.jsonl", "a path below the folder of the data"),
+    "python outside": ("quantkit.python", "../x.py", "a path below the folder of the data"),
     "template that is a list": ("doc_to_text", ["x"], "expected text"),
 }
 
@@ -252,7 +252,7 @@ def test_key_that_could_run_code_is_refused_with_advice(place, name):
 def test_local_folder_with_the_name_of_a_dataset_is_refused(place):
     (place / "a" / "b").mkdir(parents=True)
     task = change(TASK, "quantkit.hub", {"path": "a/b"})
-    with pytest.raises(EvaluationError, match="for a file on this machine use quantkit.local"):
+    with pytest.raises(EvaluationError, match="name a file on this machine as a local"):
         tasks.load_tasks([write_task(place, task)])
 
 

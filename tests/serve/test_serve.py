@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shlex
 import shutil
 import socket
@@ -816,6 +817,82 @@ def test_disconnect_frees_the_engine(api: openai.OpenAI, decoder: Decoder, strea
     began = time.monotonic()
     api.completions.create(model="tiny", prompt="a", max_tokens=1)
     assert time.monotonic() - began < max(1.5, 1.5 * whole)  # three whole answers are twice that
+
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "a b"}], "max_tokens": 2}
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+HOSTILE_TEMPLATES = {
+    "raises": ("{{ raise_exception('\x1b[31mroles must \\n alternate') }}", "roles must alternate"),
+    "code": ("{{ cycler.__init__.__globals__.os.system('touch OWNED') }}", "is unsafe"),
+    "loop": (LOOP, "expected at most 1 s of processor time, found more"),
+    "memory": ("{{ 'a' * 10**10 }}", "MiB of memory, found more"),
+    "output": ("{% for a in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "characters, found more"),
+    "error": ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    "syntax": ("{% for", "unexpected .end of template."),
+    "type": ("{{ messages + 1 }}", "TypeError"),
+}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
+def test_hostile_chat_template_is_a_400(
+    api: openai.OpenAI,
+    decoder: Decoder,
+    name: str,
+    stream: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """The sentence of the template is in the response and nowhere else; the engine serves on."""
+    template, sentence = HOSTILE_TEMPLATES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("quantkit.io.templates.RENDER_SECONDS", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(decoder, "template", template)
+        url = f"{api.base_url}chat/completions"
+        result = httpx2.post(url, json={**CHAT, "stream": stream}, timeout=300)
+        completion = api.completions.create(model="tiny", prompt="a", max_tokens=1)
+    assert result.status_code == 400
+    message = result.json()["error"]["message"]
+    assert message.startswith("messages: the model's chat template gives no text for them: ")
+    assert re.search(sentence, message) and message.isprintable() and len(message) < 500
+    assert completion.choices
+    assert api.chat.completions.create(**CHAT).choices
+    assert "Traceback" not in "".join(capfd.readouterr()) + caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_chat_template_of_the_tokenizer_is_applied(
+    api: openai.OpenAI, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% for m in messages %}{{ bos_token }}{{ m.role }}{{ m.content }}{% endfor %}:"
+    monkeypatch.setattr(decoder, "template", None)
+    monkeypatch.setattr(decoder, "has_own_template", True)
+    monkeypatch.setattr(decoder.tokenizer, "chat_template", template)
+    request = parse_request(CHAT, "chat", "tiny")
+    expected = decoder.tokenizer.apply_chat_template(
+        CHAT["messages"], add_generation_prompt=True, tokenize=False
+    )
+    ids = decoder.tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert decoder.encode_prompts(request) == [ids]
+
+
+def test_tokenizer_that_fails_is_a_400(
+    api: openai.OpenAI, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PanicException(BaseException):
+        """Rust's panic, as the tokenizers library raises it."""
+
+    class FailingTokenizer:
+        def __call__(self, *_: object, **__: object) -> object:
+            raise PanicException("\x1b[31mno such token\nbacktrace")
+
+    monkeypatch.setattr(decoder, "tokenizer", FailingTokenizer())
+    with pytest.raises(openai.BadRequestError, match="cannot encode it") as caught:
+        api.completions.create(model="tiny", prompt="a", max_tokens=1)
+    assert "\x1b" not in str(caught.value) and "backtrace" not in str(caught.value)
 
 
 @pytest.mark.slow

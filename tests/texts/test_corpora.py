@@ -400,14 +400,21 @@ def test_unknown_set_names_raise(tmp_path: Path) -> None:
         ("origin: written", "origin: " + "x" * 2000, "origin: expected text of at most 2,000"),
         (
             "end: eos",
-            "datasets: {{path: a, name: b, split: c, revision: d, column: e, domain: code}}",
+            "datasets: {{path: a/b, name: b, split: c, revision: d, column: e, domain: code}}",
             "mine.yaml:5: file: expected either `file` or `datasets`, found both",
         ),
         (
             "file: mine.jsonl\nsha256: {sha256}",
-            "datasets: {{path: a, name: b, split: c, revision: d, column: e, domain: code}}",
+            "datasets: {{path: a/b, name: b, split: c, revision: d, column: e, domain: code}}",
             "mine.yaml:5: datasets.domain: expected the one domain of the set, found 'code'",
         ),
+        (
+            "file: mine.jsonl\nsha256: {sha256}",
+            "datasets: {{path: json, name: b, split: c, revision: d, column: e, domain: prose}}",
+            "mine.yaml:5: datasets.path: expected OWNER/NAME of a dataset on the hub",
+        ),
+        ("file: mine.jsonl", "file: /etc/passwd", "file: expected a path below the folder"),
+        ("file: mine.jsonl", "file: ../mine.jsonl", "file: expected a path below the folder"),
         ("end: eos", "datasets: 3", "mine.yaml:9: datasets: expected the keys path, name"),
         ("[prose, math]", "[prose, math, code]", "found none of code"),
         ("[prose, math]", "[prose", "mine.yaml:8: not valid YAML: "),
@@ -567,3 +574,18 @@ def test_wikitext_loads_from_local_file(monkeypatch: pytest.MonkeyPatch) -> None
     corpus = load_set("wikitext", SETS)
     assert len(corpus.documents) == 4358
     assert corpus.license == "CC-BY-SA-3.0"
+
+
+def test_hub_dataset_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(path: str, name: str, split: str, revision: str) -> object:
+        return {"text": iter(["a" * 100] * 1000)}
+
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("quantkit.texts.corpus_files.MAX_BYTES", 1000)
+    with pytest.raises(
+        CalibrationError, match="expected at most 1,000 characters of text in Sales"
+    ):
+        load_set("wikitext", SETS)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quantkit.cli.console import escape_controls, handle_errors, print_json_list
-from quantkit.cli.options import JSON, JUNIT, SET, parse_overrides
+from quantkit.cli.options import JSON, JUNIT, SET, TRUST_TASK_CODE, parse_overrides
 from quantkit.errors import GateMissed, UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     "--restart", is_flag=True, help="Discard the progress of an interrupted build and start over."
 )
 @click.option("--skip-evaluation", is_flag=True, help="Skip the benchmarks; the report says so.")
+@TRUST_TASK_CODE
 @JUNIT
 @JSON
 @handle_errors
@@ -46,6 +47,7 @@ def command(
     overwrite: bool,
     restart: bool,
     skip_evaluation: bool,
+    trusted_code: tuple[str, ...],
     junit: Path | None,
     json_out: bool,
 ) -> None:
@@ -76,6 +78,7 @@ def command(
             text,
             overwrite=overwrite,
             evaluate=not skip_evaluation,
+            trusted_code=trusted_code,
             on_plan=lambda plans: (
                 None if json_out else show(render_plans([summarize_plan(plan) for plan in plans]))
             ),

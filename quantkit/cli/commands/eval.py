@@ -11,7 +11,7 @@ import click
 from ruamel.yaml import YAML
 
 from quantkit.cli.console import handle_errors, print_json
-from quantkit.cli.options import JSON
+from quantkit.cli.options import JSON, TRUST_TASK_CODE
 from quantkit.cli.rich_output import ProgressBar, show
 from quantkit.errors import EvaluationError, UsageError
 from quantkit.report.terminal import render_table
@@ -119,6 +119,7 @@ if TYPE_CHECKING:
 @click.option(
     "--resume", is_flag=True, help="Continue an interrupted evaluation; stored answers are reused."
 )
+@TRUST_TASK_CODE
 @JSON
 @handle_errors
 def command(  # noqa: PLR0913  # one parameter per option
@@ -127,7 +128,7 @@ def command(  # noqa: PLR0913  # one parameter per option
     native: bool, device_map: str, dtype: str, batch_size: int, limit: int | None,
     chat_template: bool, seeds: int, temperature: float, top_p: float, max_tokens: int | None,
     think_end: str, source: str | None, baseline: Path | None, output: Path | None, resume: bool,
-    json_out: bool,
+    trusted_code: tuple[str, ...], json_out: bool,
 ) -> None:  # fmt: skip
     """Run benchmarks on an artifact, a model or a server.
 
@@ -155,6 +156,7 @@ def command(  # noqa: PLR0913  # one parameter per option
     setup = EvaluationOptions(
         backend=backend, limit=limit, seeds=seeds, decoding=decoding, batch_size=batch_size,
         device_map=device_map, dtype=dtype, native=native, engine=parse_engine_arguments(engine),
+        trusted_code=trusted_code,
     )  # fmt: skip
     if endpoint is not None:
         server = connect_server(

@@ -23,7 +23,8 @@ from quantkit.io.templates import TemplateFault, TemplateWorker, WorkerLimits
 from quantkit.io.yaml_document import printable
 from quantkit.serve.engines.openai_protocol import BadRequest, CompletionRequest
 from quantkit.texts.chat_templates import render_chat
-from quantkit.texts.corpora import load_tokenizer
+from quantkit.texts.corpora import RUST_PANIC, load_tokenizer
+from quantkit.texts.corpus_spec import get_first_line
 
 DEFAULT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 """The chat template of models without one: the model continues the text of the messages."""
@@ -162,7 +163,8 @@ class Decoder:
     def _encode(self, text: str, *, special: bool) -> list[int]:
         """Return the token ids of a text.
 
-        Raises BadRequest for half of a surrogate pair, which JSON can contain.
+        Raises BadRequest for half of a surrogate pair, which JSON can contain, and for a text on
+        which the model's tokenizer fails.
         """
         try:
             text.encode()
@@ -170,7 +172,16 @@ class Decoder:
             raise BadRequest(
                 f"prompt: expected text, found half of a surrogate pair at {fault.start}; fix it"
             ) from None
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        try:
+            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        # the tokenizers library raises bare Exception, and Rust panics, which are no Exception
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != RUST_PANIC:
+                raise
+            sentence = printable(get_first_line(error), 300)
+            raise BadRequest(
+                f"prompt: the model's tokenizer cannot encode it: {sentence}; change the text"
+            ) from None
 
     def submit(
         self,
