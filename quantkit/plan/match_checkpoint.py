@@ -121,8 +121,6 @@ def match_layout(
         return MatchedLayout(
             architecture=architecture, layout=layout, specs=specs, dropped=(), warnings=warnings
         )
-    if not architecture.derived:
-        check_model_class(config, where)
     absent = tuple(
         b
         for b in layout.blocks
@@ -142,6 +140,8 @@ def match_layout(
             + "; ".join(faults[:SHOWN_FAULTS])
             + f"{more}; check that config.json and weights belong together"
         )
+    if not architecture.derived:
+        check_model_class(config, where)
     return MatchedLayout(
         architecture=architecture,
         layout=layout,

@@ -57,8 +57,8 @@ def read_text_rows(path: Path, template: str, limit: int) -> TextRows:
 def list_text_files(path: Path) -> list[Path]:
     """Return the file itself, or the text files of a folder and its subfolders, sorted."""
     if path.is_dir():
-        found = (file for file in path.rglob("*") if not file.is_symlink())
-        files = sorted(file for file in found if file.suffix in SUFFIXES)
+        entries = (file for file in path.rglob("*") if not file.is_symlink())
+        files = sorted(file for file in entries if file.suffix in SUFFIXES)
         if not files or len(files) > MAX_FOLDER_FILES:
             raise CalibrationError(
                 f"{path}: expected 1 to {MAX_FOLDER_FILES:,} files that end in "

@@ -1,8 +1,9 @@
 """Stamps of an artifact's files: whether a file was exchanged or changed after its stamp was taken.
 
-A stamp has what the kernel changes with every write, rename and link: device, inode, size, mtime
-and ctime. A program can reset mtime and cannot reset ctime. Folders have stamps too, because a
-file that is renamed away and back leaves its folder changed.
+A stamp has what the kernel changes with every write, rename and link: size, mtime and ctime. A
+program can reset mtime and cannot reset ctime, so another file has another ctime. Inode numbers are
+left out: on overlay and FUSE file systems they change by themselves. Folders have stamps too,
+because a file that is renamed away and back leaves its folder changed.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from stat import S_IFMT
 
 from quantkit.artifact.layout import ADDED_LATER, CHAT_TEMPLATES, SIGNATURE, UNHASHED
 from quantkit.errors import ArtifactError
 from quantkit.io.files import describe_os_error
 
 Stamp = tuple[int, ...]
-"""Device, inode, size, mtime_ns and ctime_ns."""
+"""Kind of file, size, mtime_ns and ctime_ns."""
 
 READ_BY_ENGINES = (".", CHAT_TEMPLATES)
 """Folders with a stamp. `quantkit loadtest` writes into quantkit/, which no engine reads."""
@@ -92,7 +94,7 @@ def check_unchanged(
 def _read_stamp(path: Path) -> Stamp:
     """Return the stamp of a file or folder; links are not followed."""
     state = path.lstat()
-    return (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    return (S_IFMT(state.st_mode), state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 def _raise(fault: OSError) -> None:

@@ -274,7 +274,7 @@ def swap(path: Path) -> None:
 
 def add(path: Path) -> None:
     """A file that the manifest then lists."""
-    (path / "modeling_x.py").write_text("import os")
+    (path / "merges.txt").write_text("a b")
 
 
 def better(path: Path) -> None:
@@ -311,7 +311,7 @@ CHANGED: dict[str, tuple[Callable[[Path], object], str]] = {
         "tokenizer.json was changed",
     ),
     "swapped shards": (swap, "model-00001-of-00003.safetensors was changed"),
-    "an added file": (add, "modeling_x.py was added"),
+    "an added file": (add, "merges.txt was added"),
     "a removed file": (
         lambda path: (path / "tokenizer_config.json").unlink(),
         "tokenizer_config.json is missing",

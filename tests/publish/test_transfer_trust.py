@@ -165,7 +165,7 @@ def test_pull_refuses_a_second_model_before_it_fetches(
             "files: 'x': expected sha256 and bytes",
         ),
         (
-            lambda v: v["files"].update(x={"sha256": "0" * 64, "bytes": 10**30}),
+            lambda v: v["files"].update({"merges.txt": {"sha256": "0" * 64, "bytes": 10**30}}),
             "1 missing or changed",
         ),
         (

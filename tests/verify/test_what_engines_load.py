@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from support.builds import build
 from support.checkpoints import make_tiny_config, write_checkpoint
 from support.damage import edit_json, rehash
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from quantkit.artifact.layout import INDEX, MANIFEST, SINGLE
@@ -53,6 +53,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         source, output = place / f"source-{family}", place / name
         if not source.exists():
             write_checkpoint(source, make_tiny_config(family))
+            (source / "chat_template.jinja").write_text("{{ messages }}")
+            (source / "additional_chat_templates").mkdir()
+            (source / "additional_chat_templates/rag.jinja").write_text("{{ documents }}")
         if not output.exists():
             size = "200KB" if name in SHARDED else "5GB"
             build(
@@ -155,6 +158,15 @@ def load_with_transformers(path: Path) -> tuple[Any, Mapping[str, Any]]:
         path, dtype="auto", device_map="cpu", output_loading_info=True
     )
     return model, info
+
+
+def test_chat_templates_of_the_source_travel(built: Callable[[str], Path]) -> None:
+    path = built("dense")
+    assert AutoTokenizer.from_pretrained(path).chat_template == {
+        "default": "{{ messages }}",
+        "rag": "{{ documents }}",
+    }
+    assert "additional_chat_templates/rag.jinja" in verify_artifact(path).sha256
 
 
 # --------------------------------------------------------------------------- two models in a folder
@@ -419,5 +431,5 @@ def test_change_during_the_check_is_rejected(
 
 def test_manifest_is_part_of_the_report(sharded: Path) -> None:
     report: VerifyReport = verify_artifact(sharded)
-    assert MANIFEST in report.stamps and "./" in report.stamps
-    assert set(report.sha256) | {MANIFEST, "./"} == set(report.stamps)
+    folders = {"./", "additional_chat_templates/"}
+    assert set(report.sha256) | {MANIFEST} | folders == set(report.stamps)
