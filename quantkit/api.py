@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def plan_recipe(
     recipe: str | Path, *, overrides: Mapping[str, object] | None = None
 ) -> tuple[PlanSummary, ...]:
-    """Return what a build would do, one plan per format of the recipe; reads headers, no weights.
+    """Return the plan of a build, one per format of the recipe; reads headers, no weights.
 
     Args:
         recipe: a recipe file, or the name of a recipe that ships with quantkit.

@@ -1,4 +1,4 @@
-"""What a build does with each block, decided before it starts; pure and printable.
+"""The steps of a build for each block, decided before it starts; pure and printable.
 
 The build loop follows a `BlockPlan` and decides nothing again: which groups are quantized together,
 whether their input is scaled, which fallbacks are known in advance, how routed experts are cut into

@@ -1,5 +1,5 @@
-"""What the steps of the build loop share: the build, the block in progress, and the state that
-changes on the way.
+"""Values that the steps of the build loop share: the build, the block in progress, and the state
+that changes on the way.
 """
 
 from __future__ import annotations

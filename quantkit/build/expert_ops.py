@@ -227,7 +227,7 @@ def expert_outputs(
 
 
 def sum_outputs(experts: ExpertSlice, tokens: RouterOutput, activation: Activation) -> Tensor:
-    """Return what a slice adds to each token: [tokens, hidden]."""
+    """Return the output of a slice for each token: [tokens, hidden]."""
     total = torch.zeros_like(tokens.hidden)
     for output in expert_outputs(experts, tokens, activation):
         total.index_add_(0, output.rows, output.values)

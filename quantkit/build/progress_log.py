@@ -156,7 +156,7 @@ class BuildProgress:
         return last | (self.wave.files if self.wave else frozenset())
 
     def stored(self, writer: int) -> WrittenState:
-        """Return what the writer of that number has on disk."""
+        """Return the tensors of the writer of that number on disk."""
         parts = [step.stored[writer] for step in self.steps]
         parts += [wave.stored[writer] for wave in self.waves]
         tensors = tuple(name for part in parts for name in part.tensors)

@@ -63,7 +63,7 @@ class ExpertResult:
 
 @dataclass(kw_only=True)
 class _Collected:
-    """What the experts of a slice gave so far: mutable."""
+    """Results of the experts of a slice so far: mutable."""
 
     tensors: tuple[dict[str, Tensor], ...]
     kept: dict[str, Tensor] = field(default_factory=dict)

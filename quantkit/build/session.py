@@ -255,7 +255,7 @@ def begin_session(
     journal: Journal | None,
     source: Checkpoint,
     texts: Mapping[str, str],
-    tell: ProgressCallback,
+    on_progress: ProgressCallback,
 ) -> BuildSession:
     """Resume the build of a journal, or begin a new one, which reads and hashes every file of the
     source.
@@ -264,12 +264,12 @@ def begin_session(
     """
     place = scratch_folder(plans)
     if journal is not None:
-        check_same(journal, plans, source, texts, tell)
+        check_same(journal, plans, source, texts, on_progress)
         return BuildSession(plans=plans, journal=journal, resumed=True)
     discard_build(plans, check_folders(plans))
     owner = make_owner_id()
     make_owned_dir(place, owner)
-    source.compute_hashes(tell)
+    source.compute_hashes(on_progress)
     entry = {
         "kind": "began",
         OWNER_KEY: owner,
@@ -281,7 +281,7 @@ def begin_session(
 
 
 def discard_build(plans: Sequence[Plan], owner: str | None) -> None:
-    """Remove what the build of that id left next to the outputs of the plans."""
+    """Remove the leftovers of the build of that id next to the outputs of the plans."""
     for plan in plans:
         remove_owned_dir(get_staging_path(Path(plan.path)), owner)
     remove_owned_dir(scratch_folder(plans), owner)
@@ -338,13 +338,13 @@ def check_same(
     plans: Sequence[Plan],
     source: Checkpoint,
     texts: Mapping[str, str],
-    tell: ProgressCallback,
+    on_progress: ProgressCallback,
 ) -> None:
     """Check that a journal is of this build. Raises UsageError with the differences."""
     began = journal.entries[0]
     if began["stamps"] == source.read_stamps():  # the files are unchanged since they were hashed
         source.trust_hashes(began["of"]["source"]["files"])
-    source.compute_hashes(tell)
+    source.compute_hashes(on_progress)
     before, now = flatten_json(began["of"]), flatten_json(build_identity(plans, source, texts))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     changed = [

@@ -79,7 +79,7 @@ def find_weight_set_faults(names: Collection[str]) -> Iterator[str]:
         if other := next((name for name in (INDEX, *shards) if name in names), None):
             yield (
                 f"{SINGLE}: expected one set of weights, found {other} too: transformers loads "
-                f"{SINGLE} alone, vLLM what the index names"
+                f"{SINGLE} alone, vLLM the files of the index"
             )
         return
     if INDEX in names and not shards:

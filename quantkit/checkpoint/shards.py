@@ -126,7 +126,7 @@ def check_single_set(table: Mapping[str, str], where: str) -> None:
     """Check that an index next to model.safetensors names that file alone.
 
     Raises CheckpointError otherwise: transformers loads the file and leaves the rest of the model
-    random, vLLM loads what the index names.
+    random, vLLM loads the files of the index.
     """
     if others := sorted(set(table.values()) - {SINGLE}):
         raise CheckpointError(

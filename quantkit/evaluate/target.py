@@ -1,4 +1,4 @@
-"""The model under evaluation: an artifact, an ordinary model, or a model behind a server."""
+"""The model under evaluation: an artifact, an ordinary model, or the model of a server."""
 
 from __future__ import annotations
 

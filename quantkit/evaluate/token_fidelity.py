@@ -1,6 +1,6 @@
 """Next-token distributions of source and artifact on the fidelity text.
 
-The blocks have run during the build; what is left after the last block is the final norm and the
+The blocks have run during the build; after the last block come only the final norm and the
 language-model head, applied in chunks, so that the figures exist for a model that no machine could
 hold whole. The artifact's side is read back from its files.
 """

@@ -7,8 +7,8 @@ journal; other folders of the same job have the marker only.
     <folder>/.quantkit-owner     {"owner": "<32 hexadecimal digits>"}
     <folder>/journal.jsonl       its first entry has the same "owner"
 
-What a killed process leaves of a folder that was being made or removed holds no other file: nothing
-is lost with it.
+The rest that a killed process leaves of a folder that was being made or removed holds no other
+file: nothing is lost with it.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def check_owned_dir(folder: Path, owner: str | None, remedy: str) -> None:
             return
         kind = "a folder that no journal of this version knows"
     raise UsageError(
-        f"{folder}: expected nothing, or what an interrupted run of quantkit left, found {kind}; "
+        f"{folder}: expected nothing, or the files of an interrupted run of quantkit, found "
+        f"{kind}; "
         f"{remedy}"
     )
 

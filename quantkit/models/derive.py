@@ -2,7 +2,7 @@
 
 Slower than a table by seconds, and limited to dense blocks of `nn.Linear` with rotary position
 embeddings. A layout that fails a check is rejected in one sentence. The plan, plan.json and the
-model card say what was checked.
+model card list the checks.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ ACCEPTED = "accepted"
 
 
 def publish_artifact(
-    artifact: Path, dest: str, options: RemoteOptions, tell: ProgressCallback, *,
+    artifact: Path, dest: str, options: RemoteOptions, on_progress: ProgressCallback, *,
     force: bool = False, overwrite: bool = False, dry_run: bool = False,
 ) -> Transfer:  # fmt: skip
     """Publish an artifact to the address `dest`.
@@ -65,7 +65,7 @@ def publish_artifact(
         location = remote.where
         if names and not dry_run:
             retry(lambda: remote.begin_upload(gone), remote.where, options.retry_policy)
-            progress = TransferProgress("publish", moved, tell)
+            progress = TransferProgress("publish", moved, on_progress)
             run_in_parallel(
                 new,
                 lambda item: send_file(remote, item, progress, options.retry_policy),

@@ -54,7 +54,7 @@ def pull_artifact(
     src: str,
     path: Path,
     options: RemoteOptions,
-    tell: ProgressCallback,
+    on_progress: ProgressCallback,
     *,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -93,7 +93,7 @@ def pull_artifact(
         with open_staging_dir(path) as staging:
             if is_present(path, content, overwrite):  # another pull finished first
                 return unchanged
-            existing = fetch_files(remote, staging, expected, options, tell)
+            existing = fetch_files(remote, staging, expected, options, on_progress)
             staging.put(MANIFEST, content)
             verify_received(staging, remote.where)
             staging.rename_into_place()
@@ -197,7 +197,7 @@ def fetch_files(
     staging: StagingDir,
     expected: Sequence[ExpectedFile],
     options: RemoteOptions,
-    tell: ProgressCallback,
+    on_progress: ProgressCallback,
 ) -> ExistingFiles:
     """Fetch every file that is not complete; return the files that existed before."""
     existing = staging.prepare(expected)
@@ -209,7 +209,7 @@ def fetch_files(
             f"{format_bytes(room)}; free some space or choose another "
             "folder"
         )
-    progress = TransferProgress("pull", sum(entry.n_bytes for entry in new), tell)
+    progress = TransferProgress("pull", sum(entry.n_bytes for entry in new), on_progress)
     run_in_parallel(
         new,
         lambda entry: fetch_file(remote, staging, entry, progress, options.retry_policy),

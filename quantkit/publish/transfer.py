@@ -60,7 +60,7 @@ class TransferProgress:
 
     stage: str
     total: int
-    tell: ProgressCallback
+    on_progress: ProgressCallback
     stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _done: dict[str, int] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class TransferProgress:
             if now < self._next and done < self.total:
                 return
             self._next = now + _SECONDS_BETWEEN
-            self.tell(
+            self.on_progress(
                 Progress(stage=self.stage, done=done, total=self.total, note=self._note(done))
             )
 

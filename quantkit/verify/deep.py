@@ -65,12 +65,12 @@ class DeepReport:
 
 
 def verify_deep(
-    path: Path, source: str | None, sample: int | None, seed: int, tell: Callable[[str], None]
+    path: Path, source: str | None, sample: int | None, seed: int, on_tensor: Callable[[str], None]
 ) -> DeepReport:
     """Prove `sample` modules and as many kept tensors; all of them if sample is None.
 
-    tell: called with each name beforehand. Raises ArtifactError with all contradictions, and for a
-    source that changed.
+    on_tensor: called with each name beforehand. Raises ArtifactError with all contradictions, and
+    for a source that changed.
     """
     pair = open_pair(path, source)
     source_hashes = get_section(get_section(read_manifest(path), "source", path), "files", path)
@@ -82,7 +82,7 @@ def verify_deep(
     for name, prove in [(name, prove_linear) for name in modules] + [
         (name, prove_kept) for name in tensors
     ]:
-        tell(name)
+        on_tensor(name)
         proofs.append(prove(pair, name))
     faults = [
         *find_carried_faults(pair),

@@ -1,7 +1,7 @@
 """Checks of an artifact against its manifest: files, hashes, headers, config, values; no torch.
 
-What is checked is what engines load (README.md): one set of weights, no file of another kind, no
-key that leads elsewhere.
+The checks cover the files that engines load (README.md): one set of weights, no file of another
+kind, no key that leads elsewhere.
 
 All faults are collected before any is reported. `quantkit verify` is for the receiver of an
 artifact: it starts fast and reads each byte once, for the hash and for the check of values.
@@ -373,7 +373,7 @@ def check_configs(
     files: Mapping[str, object],
     contents: TensorContents | None,
 ) -> tuple[list[str], tuple[str, ...]]:
-    """Return the faults of config.json and the tokenizer's configs, and notes on what is unchecked.
+    """Return the faults of config.json and the tokenizer's configs, and notes on unchecked parts.
 
     contents: None if the tensors have faults, which hide those of the configuration.
     """

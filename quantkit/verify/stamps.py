@@ -1,9 +1,9 @@
 """Stamps of an artifact's files: whether a file was exchanged or changed after its stamp was taken.
 
-A stamp has what the kernel changes with every write, rename and link: size, mtime and ctime. A
-program can reset mtime and cannot reset ctime, so another file has another ctime. Inode numbers are
-left out: on overlay and FUSE file systems they change by themselves. Folders have stamps too,
-because a file that is renamed away and back leaves its folder changed.
+A stamp has the values that the kernel changes with every write, rename and link: size, mtime and
+ctime. A program can reset mtime and cannot reset ctime, so another file has another ctime. Inode
+numbers are left out: on overlay and FUSE file systems they change by themselves. Folders have
+stamps too, because a file that is renamed away and back leaves its folder changed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`quantkit plan`: show what a build would do."""
+"""`quantkit plan`: show the plan of a build."""
 
 from __future__ import annotations
 

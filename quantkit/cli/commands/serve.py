@@ -20,7 +20,7 @@ from quantkit.serve.engines.launch_plan import LaunchPlan, serialize_plan
 from quantkit.serve.engines.start import GatewayOptions, make_engine_upstream
 from quantkit.serve.gateway.settings import Upstream
 
-ENGINE_NOTE = "the engine behind it, on a port that is free now; a start takes another"
+ENGINE_NOTE = "the gateway's engine, on a port that is free now; a start takes another"
 ENGINES = ["auto", "vllm", "sglang", "transformers"]
 
 
@@ -158,7 +158,7 @@ def command(  # noqa: PLR0913  # one parameter per option
         raise UsageError(
             "--engine-key: expected the address of a server as ARTIFACT; leave the option out"
         )
-    # an engine behind a gateway is reachable from this machine only
+    # the engine of a gateway is reachable from this machine only
     engine_host, engine_port = (
         (engine_process.LOOPBACK, engine_process.find_free_port()) if gateway else (host, port)
     )

@@ -25,7 +25,7 @@ CONSISTENCY = (
     "consistent: it is what its own manifest says; its origin was not checked (--deep compares "
     "with the source, --public-key names a signer)"
 )
-"""What the checks without a source and without a signer vouch for."""
+"""Scope of the checks without a source and without a signature."""
 
 
 @click.command()
@@ -84,7 +84,7 @@ def command(
     """Check an artifact against its manifest.
 
     Checks every hash, header, number, index entry and the config, and that the folder holds one set
-    of weights and no other kind of file, so that engines load what was checked; each byte is read
+    of weights and no other kind of file, so that engines load the checked files; each byte is read
     once. This vouches for consistency, not for origin.
 
     --deep reads the source, too: tensors rounded without data are rounded again and compared bit

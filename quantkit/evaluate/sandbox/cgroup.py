@@ -61,7 +61,7 @@ def enter_group(group: Path, command: Sequence[str]) -> tuple[str, ...]:
 
 @contextmanager
 def make_group(parent: Path) -> Iterator[Path]:
-    """Make a group with the limits of a jail; on exit, kill what is in it and remove it.
+    """Make a group with the limits of a jail; on exit, kill its processes and remove it.
 
     Raises OSError if the group cannot be made.
     """

@@ -1,4 +1,4 @@
-"""Start the two jails of one program, watch them, and read what they report."""
+"""Start the two jails of one program, watch them, and read their reports."""
 
 from __future__ import annotations
 

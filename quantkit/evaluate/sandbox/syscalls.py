@@ -218,7 +218,7 @@ ALLOWED_GROUPS = (
     ),
     SyscallGroup(
         name="identity",
-        reason="What a process may know of itself and of the machine.",
+        reason="Facts about the process and the machine.",
         numbers={
             "getpid": (39, 172),
             "getppid": (110, 173),
@@ -333,7 +333,7 @@ ARGUMENT_RULES = (
         values=(0,),
     ),
 )
-"""`reason` is what is refused."""
+"""`reason` names the refused use."""
 
 REFUSED_NAMES: Mapping[str, Numbers] = {
     # memory that no limit of a process counts

@@ -252,7 +252,7 @@ def run_engine(plan: LaunchPlan, seconds: float, log: Log, check_loaded: Check) 
     with engine_process.run_process(command, os.environ) as process:
         urls = engine_process.list_health_urls(command, options.host, options.port)
         if not engine_process.wait_answer(process, urls, seconds, log) and process.poll() is None:
-            log(f"the engine did not answer at {urls[0]} within {seconds:.0f} s; it goes on")
+            log(f"the engine did not answer at {urls[0]} within {seconds:.0f} s; it keeps running")
         check_loaded()
         status = process.wait()
     if status:

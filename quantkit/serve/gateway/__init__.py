@@ -3,7 +3,7 @@
 It forwards bytes and never tokenizes.
 
 app               the ASGI application
-settings          what an operator can set: upstreams and limits
+settings          settings of the operator: upstreams and limits
 api_keys          hashed API keys
 connections       bounds on connections and on the heads of requests
 access            names in Host and Origin that a server without keys trusts

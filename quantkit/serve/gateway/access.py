@@ -1,9 +1,9 @@
 """Checks of a request before its body: browsers of other sites, and the operator's endpoints.
 
-A gateway without keys trusts everybody that can reach its address. A browser can be made to reach
-it by any web page: with a request across sites (the Origin header names the page's site), or with
-DNS rebinding (the page's own host name resolves to this machine, and the Host header names it). IP
-addresses in Host cannot be rebound.
+A gateway without keys trusts every client that can reach its address. A browser can be made to
+reach it by any web page: with a request across sites (the Origin header names the page's site), or
+with DNS rebinding (the page's own host name resolves to this machine, and the Host header names
+it). IP addresses in Host cannot be rebound.
 """
 
 from __future__ import annotations

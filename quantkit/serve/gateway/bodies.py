@@ -3,7 +3,7 @@
 A body is held from its first byte until its upstream has begun to answer. The budget counts bytes
 that arrived, not those that a Content-Length promises: a promise takes no memory. It never waits: a
 body that does not fit is rejected, and its client tries again. A quarter is left to small bodies,
-so that a few large ones, which may be sent slowly on purpose, do not keep out everybody else.
+so that a few large ones, which may be sent slowly on purpose, do not keep out the others.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class ConnectionTable:
 
     A connection is idle if no request of it is in progress. At a bound, a new connection replaces
     the oldest idle one: clients repeat a request whose idle connection was closed, so that
-    half-sent requests keep nobody out.
+    half-sent requests keep no client out.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:

@@ -21,7 +21,7 @@ class ClientDisconnected(Exception):
 
 
 class BudgetExceeded(Exception):
-    """Bytes do not fit into what the gateway may hold at once."""
+    """Bytes exceed the budget of all requests in progress."""
 
 
 def format_error(status: int, kind: str, message: str) -> bytes:

@@ -96,7 +96,7 @@ def scan_object(text: bytes, names: frozenset[bytes]) -> ScannedObject:
 
 
 async def scan_between_others(text: bytes, names: frozenset[bytes]) -> ScannedObject:
-    """As `scan_object`, while the event loop goes on to serve others."""
+    """As `scan_object`, while the event loop serves others."""
     scan = scan_in_steps(text, names)
     while True:
         try:
