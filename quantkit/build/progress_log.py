@@ -156,9 +156,17 @@ class BuildProgress:
         return last | (self.wave.files if self.wave else frozenset())
 
     def stored(self, writer: int) -> WrittenState:
-        """Return the tensors of the writer of that number on disk."""
-        parts = [step.stored[writer] for step in self.steps]
-        parts += [wave.stored[writer] for wave in self.waves]
+        """Return the tensors of the writer of that number on disk; raises ArtifactError for an
+        entry without them.
+        """
+        entries = [step.stored for step in self.steps]
+        entries += [wave.stored for wave in self.waves]
+        if self.journal is not None and any(len(stored) <= writer for stored in entries):
+            raise ArtifactError(
+                f"{self.journal.path}: expected what each of {writer + 1} writers stored, found "
+                "less; the journal is damaged, start over with --restart"
+            )
+        parts = [stored[writer] for stored in entries]
         tensors = tuple(name for part in parts for name in part.tensors)
         files = {name: written for part in parts for name, written in part.files.items()}
         return WrittenState(tensors=tensors, files=files)

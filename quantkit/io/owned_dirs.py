@@ -89,14 +89,15 @@ def parse_owner(values: object) -> str | None:
 def check_work_dir(folder: Path, remedy: str) -> str | None:
     """Return the id of a working folder; None for an absent one and for remains without a journal.
 
+    A journal that is alone is what a process left that was removing its folder.
+
     remedy: the step to take, for the message. Raises UsageError for any other folder, a file or a
     link.
     """
-    marker = None if folder.is_symlink() else read_marker(folder)
-    if marker is not None:
-        entry = read_first_entry(folder / JOURNAL)
-        if parse_owner(entry) == marker:
-            return marker
+    if folder.is_dir() and not folder.is_symlink():
+        owner = parse_owner(read_first_entry(folder / JOURNAL))
+        if owner is not None and (read_marker(folder) == owner or _holds_only_journal(folder)):
+            return owner
     check_owned_dir(folder, None, remedy)
     return None
 
@@ -157,9 +158,8 @@ def remove_owned_dir(folder: Path, owner: str | None) -> None:
             if owner is None or read_marker(folder) != owner:
                 return
             _remove_content(folder)
-        # The journal goes before the marker, both after everything else: what is left by a process
-        # that is killed in between is recognized.
-        for name in (JOURNAL, *_list_parts(folder), OWNER_FILE):
+        # The journal is last: a process that is killed before can be resumed by it.
+        for name in (*_list_parts(folder), OWNER_FILE, JOURNAL):
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
 
@@ -175,15 +175,24 @@ def _remove_content(folder: Path) -> None:
 
 
 def _is_remains(folder: Path) -> bool:
-    """Return whether a folder holds nothing but a marker and the unfinished journal that it names;
-    raises QuantkitError if it cannot be read.
+    """Return whether a folder holds nothing but a journal, or a marker and the unfinished journal
+    that it names; raises QuantkitError if it cannot be read.
     """
     try:
         names = {path.name for path in folder.iterdir()}
+        if names == {JOURNAL}:
+            return parse_owner(read_first_entry(folder / JOURNAL)) is not None
         if not names <= {OWNER_FILE, *_list_parts(folder)}:
             return False
         marker = folder / OWNER_FILE
         return not names or (marker.is_file() and marker.lstat().st_size <= _MARKER_BYTES)
+    except OSError as fault:
+        raise make_write_error(folder, fault) from fault
+
+
+def _holds_only_journal(folder: Path) -> bool:
+    try:
+        return {path.name for path in folder.iterdir()} == {JOURNAL}
     except OSError as fault:
         raise make_write_error(folder, fault) from fault
 

@@ -135,6 +135,11 @@ def test_remains_of_a_killed_process_are_accepted(tmp_path: Path) -> None:
     assert check_work_dir(folder, "") is None
     remove_owned_dir(folder, None)
     assert not folder.exists()
+    owner = make_work_dir(folder)
+    (folder / OWNER_FILE).unlink()  # removed before the journal, which is last
+    assert check_work_dir(folder, "") == owner
+    remove_owned_dir(folder, owner)
+    assert not folder.exists()
 
 
 def test_links_are_removed_and_not_followed(tmp_path: Path) -> None:
