@@ -57,15 +57,59 @@ SUITES = (
             "tests/verify/test_bad_artifacts.py",
             "tests/publish/test_signing.py",
             "tests/verify/test_deep.py",
+            "tests/verify/test_what_engines_load.py",
+            "tests/checkpoint/test_folder_rules.py",
         ),
     ),
     Suite(
-        name="hostile programs in the sandbox",
+        name="hostile programs in the sandbox: shared memory, kernel objects, system calls, modules",
         asserts="contained, and none passes its test",
-        tests=("tests/evaluate/test_hostile.py",),
+        tests=(
+            "tests/evaluate/test_hostile.py",
+            "tests/evaluate/test_sandbox_memory.py",
+            "tests/evaluate/test_sandbox_modules.py",
+            "tests/evaluate/test_sandbox_syscalls.py",
+        ),
     ),
     Suite(
-        name="damaged inputs to 21 parsers",
+        name="hostile task files and templates",
+        asserts="no code runs, no time and memory beyond the limits, one sentence",
+        tests=(
+            "tests/evaluate/test_hostile_tasks.py",
+            "tests/io/test_templates.py",
+            "tests/texts/test_chat_templates.py",
+        ),
+    ),
+    Suite(
+        name="hostile clients of the gateway: heads, bodies, connections, hosts",
+        asserts="refused or cut within bounds, the other requests are served",
+        tests=tuple(
+            f"tests/serve/test_{part}.py"
+            for part in ("connections", "gateway_bodies", "gateway_trust", "json_scan")
+        ),
+    ),
+    Suite(
+        name="hostile servers: endless, compressed, slow and paged answers, other addresses",
+        asserts="cut at a bound of bytes, pages or seconds; no login leaves the registry's domain",
+        tests=(
+            "tests/io/test_bounded_http.py",
+            "tests/publish/test_hostile_registry.py",
+            "tests/evaluate/test_openai_answers.py",
+            "tests/serve/test_loadtest_answers.py",
+        ),
+    ),
+    Suite(
+        name="folders and links planted where a build or a pull writes, files exchanged in use",
+        asserts="kept and named in one sentence; an engine with other files is stopped",
+        tests=(
+            "tests/build/test_ownership.py",
+            "tests/io/test_owned_dirs.py",
+            "tests/recipe/test_output_path.py",
+            "tests/serve/test_exchange.py",
+        ),
+    ),
+    Suite(
+        name="damaged inputs to 30 parsers",
         asserts="an answer or one sentence: no traceback, no hang, no memory beyond the budget",
         tests=("tests/reliability/test_fuzz.py",),
     ),

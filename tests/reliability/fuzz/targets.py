@@ -79,6 +79,14 @@ output: {path: out, shard_bytes: 5GB}
 memory: 4GB
 compute: {device: cpu}
 """
+MIXTURE = """\
+version: 2
+name: mixed
+parts:
+  - {name: a, kind: web, language: zh, share: 2, licence: MIT, file: text.txt}
+  - {name: b, kind: math, licence: MIT, file: rows.jsonl, template: "{q} {a}", packing: documents}
+  - {name: c, kind: prose, licence: MIT, set: mine, domain: prose, rows: 5}
+"""
 SPEC = """\
 version: 1
 name: mine
@@ -466,6 +474,38 @@ def fuzz_calibration_spec(folder: Path) -> object:
     from quantkit.texts.corpora import load_set
 
     return load_set(str(folder / "mine.yaml"), folder)
+
+
+@register_target(
+    "mixture spec",
+    "mixed.yaml",
+    lambda: (MIXTURE.encode(),),
+    mutate_yaml,
+    lambda: {
+        "mine.jsonl": ROWS,
+        "mine.yaml": SPEC.format(sha256=hashlib.sha256(ROWS).hexdigest()).encode(),
+        "rows.jsonl": b'{"q": "one", "a": "two"}\n' * 3,
+        "text.txt": b"one\n\ntwo",
+    },
+)
+def fuzz_mixture_spec(folder: Path) -> object:
+    """Load a mixture of files and another set."""
+    from quantkit.texts.corpora import load_set
+
+    return load_set(str(folder / "mixed.yaml"), folder)
+
+
+@register_target(
+    "mixture rows",
+    "rows.jsonl",
+    lambda: (b'{"q": "one", "a": "two"}\n' * 3,),
+    mutate_lines,
+)
+def fuzz_mixture_rows(folder: Path) -> object:
+    """Read the rows of a mixture's part."""
+    from quantkit.texts.text_rows import read_text_rows
+
+    return read_text_rows(folder / "rows.jsonl", "{q} {a}", 100)
 
 
 @register_target("calibration rows", "mine.jsonl", lambda: (ROWS,), mutate_lines)
