@@ -2,7 +2,7 @@
 
 The kinds of sandbox, in order of preference: bubblewrap, then a jail of Linux namespaces made with
 util-linux, then none: without a jail no generated program is run. Run as root, a jail first becomes
-`nobody`, because the kernel does not limit root's processes. README.md says what is promised.
+`nobody`, because the kernel does not limit root's processes. README.md lists the promises.
 
 The tests run in a second jail, and only that one gets the sentinel that makes a pass (runner.py).
 Arguments and results are copied between the two as plain data: the tests do not see changes that a
@@ -83,7 +83,7 @@ class Sandbox:
     group_parent: Path | None = None
 
     def describe(self) -> dict[str, str]:
-        """Return what a result records of the sandbox that judged it."""
+        """Return the part of a result that describes its sandbox."""
         return {
             "kind": self.kind,
             "python": self.python,
