@@ -102,7 +102,7 @@ held += glob.glob("/usr/local/*")
 
 
 def test_isolated_interpreter_has_no_site():
-    """What the sandbox relies on: -I and -S leave the standard library on the path."""
+    """The sandbox relies on it: -I and -S leave the standard library on the path."""
     command = [sys.executable, "-I", "-S", "-c", "import sys; print(*sys.path, sep='\\n')"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert lines

@@ -42,13 +42,13 @@ class Refusal:
     reason: str = ""
 
 
-def refused(name: str, source: str, tests: str = "assert refused, refused") -> Refusal:
+def make_refusal(name: str, source: str, tests: str = "assert refused, refused") -> Refusal:
     """Return a program whose variable `refused` is true if its attack is."""
     return Refusal(name=name, source=_CALL + source, tests=tests)
 
 
 REFUSALS = (
-    refused("shared anonymous memory", """
+    make_refusal("shared anonymous memory", """
 import mmap
 refused = is_error(mmap.mmap, -1, 400 << 20)
 failed = ctypes.c_void_p(-1).value
@@ -56,7 +56,7 @@ for flags in (0x21, 0x23, 0x21 | 0x8000, 0x21 | 0x4000):
     refused &= libc.mmap(None, 1 << 20, 3, flags, -1, 0) == failed
 private = libc.mmap(None, 1 << 20, 3, 0x22, -1, 0) != failed
 """, "assert refused and private"),
-    refused("shared anonymous memory that is no longer mapped", """
+    make_refusal("shared anonymous memory that is no longer mapped", """
 import mmap
 def hold():
     held = []
@@ -66,7 +66,7 @@ def hold():
         part.madvise(mmap.MADV_DONTNEED)
         held.append(part)
 refused = is_error(hold)"""),
-    refused("a shared mapping of a device", """
+    make_refusal("a shared mapping of a device", """
 import mmap
 refused = True
 for name in os.listdir("/dev"):
@@ -76,19 +76,19 @@ for name in os.listdir("/dev"):
         refused = False
     except OSError: pass
 listed = sorted(os.listdir("/dev"))""", "assert refused and listed == ['null', 'urandom'], listed"),
-    refused("huge pages of the host", """
+    make_refusal("huge pages of the host", """
 failed = ctypes.c_void_p(-1).value
 refused = libc.mmap(None, 2 << 20, 3, 0x22 | 0x40000, -1, 0) == failed"""),
-    refused("memory pushed to swap", """
+    make_refusal("memory pushed to swap", """
 part = libc.mmap(None, 1 << 20, 3, 0x22, -1, 0)
 madvise = 28 if x86 else 233
 advice = {"mergeable": 12, "cold": 20, "pageout": 21, "hwpoison": 100}
 refused = all(is_refused(madvise, part, 1 << 20, value) for value in advice.values())
 kept = not is_refused(madvise, part, 1 << 20, 4)""", "assert refused and kept"),
-    refused("memory files", """
+    make_refusal("memory files", """
 refused = is_refused(319 if x86 else 279, 0, 0)
 if hasattr(os, "memfd_create"): refused &= is_error(os.memfd_create, "x")"""),
-    refused("POSIX shared memory", """
+    make_refusal("POSIX shared memory", """
 def share():
     from multiprocessing.shared_memory import SharedMemory
     SharedMemory(create=True, size=1 << 20)
@@ -97,13 +97,13 @@ try:
     refused = False
 except OSError: refused = True
 refused &= not os.path.exists("/dev/shm")"""),
-    refused("every AIO context of the host", """
+    make_refusal("every AIO context of the host", """
 context = ctypes.c_ulong(0)
 number = 206 if x86 else 0
 refused = all(
     is_refused(number, 65536, ctypes.addressof(context)) for _ in range(64)
 )"""),
-    refused("locks on the host's binaries", """
+    make_refusal("locks on the host's binaries", """
 import fcntl, struct
 with open(os.path.realpath("/usr/bin/env"), "rb") as binary:
     refused = is_error(fcntl.flock, binary, fcntl.LOCK_SH)
@@ -113,25 +113,25 @@ with open(os.path.realpath("/usr/bin/env"), "rb") as binary:
     refused &= is_error(fcntl.fcntl, binary, fcntl.F_SETLEASE, fcntl.F_RDLCK)
 folder = os.open("/usr", os.O_RDONLY)
 refused &= is_error(fcntl.fcntl, folder, fcntl.F_NOTIFY, 2)"""),
-    refused("larger pipes", """
+    make_refusal("larger pipes", """
 import fcntl
 read, write = os.pipe()
 refused = is_error(fcntl.fcntl, write, 1031, 1 << 20)"""),
-    refused("typing into a terminal", """
+    make_refusal("typing into a terminal", """
 import fcntl
 fd = os.open("/dev/null", os.O_RDWR)
 requests = (0x5412, 0x541C, 0x40049409, 0x40086602, 0xC0045878)
 refused = all(is_error(fcntl.ioctl, fd, request, b"x" * 8) for request in requests)"""),
-    refused("options of a process", """
+    make_refusal("options of a process", """
 prctl = 157 if x86 else 167
 options = (2, 4, 8, 22, 24, 28, 31, 35, 36, 38, 47, 54, 62, 0x59616D61)
 refused = all(is_refused(prctl, option, 0, 0, 0, 0) for option in options)"""),
-    refused("limits of another process", """
+    make_refusal("limits of another process", """
 import resource
 old = resource.getrlimit(resource.RLIMIT_CPU)
 refused = is_error(resource.prlimit, os.getppid(), resource.RLIMIT_CPU, (1, 1))
 own = resource.prlimit(0, resource.RLIMIT_CPU) == old""", "assert refused and own"),
-    refused("raised limits", """
+    make_refusal("raised limits", """
 import resource
 def exceed(kind): resource.setrlimit(getattr(resource, "RLIMIT_" + kind), (1 << 40, 1 << 40))
 raised = []
@@ -141,31 +141,31 @@ for kind in ("AS", "NPROC", "FSIZE", "NOFILE", "CPU", "MEMLOCK", "MSGQUEUE"):
         raised.append(kind)
     except (OSError, ValueError): pass
 refused = not raised"""),
-    refused("priorities and affinity", """
+    make_refusal("priorities and affinity", """
 refused = is_error(os.nice, 1) and is_error(os.sched_setaffinity, 0, {0})
 refused &= is_error(os.sched_setscheduler, 0, os.SCHED_BATCH, os.sched_param(0))
 refused &= is_error(os.setpriority, os.PRIO_PROCESS, 0, 5)"""),
-    refused("namespaces by clone", """
+    make_refusal("namespaces by clone", """
 clone = 56 if x86 else 220
 flags = (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000, 0x80)
 refused = all(is_refused(clone, flag | 17, 0, 0, 0, 0) for flag in flags)"""),
-    refused("numbers of the x32 ABI", """
+    make_refusal("numbers of the x32 ABI", """
 numbers = [0x40000000 | number for number in (0, 9, 39, 57, 512)]
 refused = all(is_refused(number, 0, 0, 0, 0, 0, 0) for number in numbers)"""),
-    refused("datagrams to an address", """
+    make_refusal("datagrams to an address", """
 import socket
 left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 refused = is_error(left.sendto, b"x", "/tmp/somewhere")
 left.send(b"x")
 works = right.recv(9) == b"x"
 refused &= is_error(socket.socketpair, socket.AF_INET)""", "assert refused and works"),
-    refused("descriptors in flight", """
+    make_refusal("descriptors in flight", """
 import array, socket
 left, right = socket.socketpair()
 parts = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0]))]
 refused = is_error(left.sendmsg, [b"x"], parts)
 refused &= is_error(left.setsockopt, socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 30)"""),
-    refused("space that no limit counts", """
+    make_refusal("space that no limit counts", """
 fd = os.open("/tmp/sparse", os.O_CREAT | os.O_RDWR)
 refused = is_error(os.posix_fallocate, fd, 0, 1 << 19)
 import resource, signal
@@ -176,7 +176,7 @@ for act in (lambda: os.ftruncate(fd, 1 << 40), lambda: os.truncate("/tmp/sparse"
         act()
         refused = False
     except OSError as error: refused &= error.errno == errno.EFBIG"""),
-    refused("processes outside the jail", """
+    make_refusal("processes outside the jail", """
 import signal
 def reaches(pid):
     try: os.kill(pid, 0)

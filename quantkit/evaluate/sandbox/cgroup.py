@@ -1,10 +1,10 @@
 """Memory groups (cgroup v2): the kernel's own limit on all memory of a jail.
 
-A group counts what no other limit does: kernel memory (socket buffers, mappings, names of files)
-and what a jail could take between two looks at it. Making one needs a group above this process that
-gives its children a memory controller, and the right to move processes into them: root has it, as
-has a process that a user's systemd started (`systemd-run --user --scope`). Without it, the limits
-of processes and the host's looks at the jail remain, and `Sandbox.memory` says so.
+A group also counts kernel memory (socket buffers, mappings, names of files), and leaves no time
+between two measurements. Making one needs a group above this process that gives its children a
+memory controller, and the right to move processes into them: root has it, as has a process that a
+user's systemd started (`systemd-run --user --scope`). Without it, the limits of processes and the
+host's measurements of the jail remain, and `Sandbox.memory` says so.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def _list_folders(python: str) -> list[str]:
 
 
 def _list_hidden_folders(python: str) -> list[str]:
-    """Return the folders below those that stay empty in a jail: packages of the host.
+    """Return the folders below those that stay empty in a jail: software of the host.
 
     A program sees the standard library alone, so that its verdict does not depend on the host.
     """

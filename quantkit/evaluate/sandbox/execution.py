@@ -83,7 +83,7 @@ class Sandbox:
     group_parent: Path | None = None
 
     def describe(self) -> dict[str, str]:
-        """Return the record of the sandbox for a result."""
+        """Return the part of a result that describes its sandbox."""
         return {
             "kind": self.kind,
             "python": self.python,

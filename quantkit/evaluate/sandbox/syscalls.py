@@ -4,7 +4,7 @@ Everything else is refused: calls older than Linux 5.1 with EPERM, younger ones 
 the C library and CPython take for an older kernel and work around.
 
 `tests/tools/syscalls` records what programs call. The reference solutions of HumanEval, MBPP and
-tiny-v3-code make 16 calls; the rest are what the standard library makes for files in /tmp, threads,
+tiny-v3-code make 16 calls; the rest are calls of the standard library for files in /tmp, threads,
 subprocesses, asyncio and timers, on CPython 3.8 to 3.14 with glibc 2.31 to 2.42 or musl. Not on the
 list although honest programs may use them: sockets other than a connected pair, file locks (they
 would lock the host's files, which are mounted read-only), POSIX and System V shared memory and
@@ -218,7 +218,7 @@ ALLOWED_GROUPS = (
     ),
     SyscallGroup(
         name="identity",
-        reason="Facts about the process and the machine.",
+        reason="Ids, limits and times of the process, and the name of the machine.",
         numbers={
             "getpid": (39, 172),
             "getppid": (110, 173),
@@ -333,7 +333,7 @@ ARGUMENT_RULES = (
         values=(0,),
     ),
 )
-"""`reason` names the refused use."""
+"""`reason` names the refused uses."""
 
 REFUSED_NAMES: Mapping[str, Numbers] = {
     # memory that no limit of a process counts
