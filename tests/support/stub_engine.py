@@ -258,7 +258,7 @@ def run_forever(app: Any, http: Any = "auto") -> None:
     listening.listen(2048)
     sys.stdout.write(f"{listening.getsockname()[1]}\n")
     sys.stdout.flush()
-    config = uvicorn.Config(app, log_level="critical", backlog=2048, http=http)
+    config = uvicorn.Config(app, log_level="critical", backlog=2048, http=http, loop="asyncio")
     uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -180,6 +180,9 @@ def make_server(app: Any, host: str, port: int, limits: Limits) -> Any:
     config = uvicorn.Config(
         app,
         http=ConnectionTable(limits).make_protocol,  # type: ignore[arg-type]
+        # uvloop accepts one connection per turn of the loop: clients that reconnect all the time
+        # made a health check wait for 15 s. asyncio accepts all that wait.
+        loop="asyncio",
         host=host,
         port=port,
         log_level="warning",
