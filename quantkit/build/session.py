@@ -179,7 +179,8 @@ def check_folders(plans: Sequence[Plan]) -> str | None:
     """
     scratch = scratch_folder(plans)
     staging = [get_staging_path(Path(plan.path)) for plan in plans]
-    entry = None if scratch.is_symlink() else read_first_entry(scratch / JOURNAL)
+    is_folder = scratch.is_dir() and not scratch.is_symlink()
+    entry = read_first_entry(scratch / JOURNAL) if is_folder else None
     if entry is not None and parse_owner(entry) is None and "stamps" in entry:
         raise UsageError(
             f"{scratch}: expected a build that this version of quantkit began, found one of an "

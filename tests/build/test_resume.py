@@ -45,13 +45,11 @@ class Killed(BaseException):
 
 
 def build(
-    source: Path, output: list[str] | None = None, *, restart: bool = False, **keys: str
+    source: Path, messages: list[str] | None = None, *, restart: bool = False, **keys: str
 ) -> list[str]:
     """Build a small recipe into `x` of the current folder; return the messages."""
-    text, output = (
-        make_recipe_text(source, Path("x"), **{**SMALL, **keys}),
-        [] if output is None else output,
-    )
+    text = make_recipe_text(source, Path("x"), **{**SMALL, **keys})
+    said = [] if messages is None else messages
     pipeline.build_artifacts(
         parse_recipe(text, "r.yaml"),
         text,
@@ -59,10 +57,10 @@ def build(
         evaluate=False,
         on_plan=lambda _: None,
         on_progress=lambda _: None,
-        on_message=output.append,
+        on_message=said.append,
         restart=restart,
     )
-    return output
+    return said
 
 
 def files(place: Path) -> dict[str, bytes]:
@@ -431,16 +429,16 @@ def test_files_of_the_user_are_refused_and_kept(
     if not name.endswith("lock"):
         theirs.mkdir()
         (theirs / "thesis.txt").write_text("years of work")
-        with pytest.raises(UsageError, match=rf"{theirs.name}: expected nothing.*; move it away"):
+        with pytest.raises(UsageError, match=rf"{theirs.name}: expected nothing.*move it away"):
             build(source, restart=restart, **keys)
         theirs.rename(place / "elsewhere")
         theirs.symlink_to("elsewhere")
-        with pytest.raises(UsageError, match=rf"{theirs.name}: expected nothing.*; move it away"):
+        with pytest.raises(UsageError, match=rf"{theirs.name}: expected nothing.*move it away"):
             build(source, restart=restart, **keys)
         assert (theirs / "thesis.txt").read_text() == "years of work" and theirs.is_symlink()
         theirs.unlink()
     theirs.write_text("years of work")
-    with pytest.raises(UsageError, match=rf"{theirs.name}: expected .*; move it away"):
+    with pytest.raises(UsageError, match=rf"{theirs.name}: expected .*move it away"):
         build(source, restart=restart, **keys)
     assert theirs.read_text() == "years of work"
     assert not (place / "x").exists()
