@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from support.paths import ROOT
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from quantkit import pipeline
 from quantkit.errors import EvaluationError, UnsuitedError
 from quantkit.evaluate import lm_eval_tasks, solution_likelihood, task_runner, tasks
 from quantkit.evaluate.bounded_task import make_lm_eval_task
@@ -23,6 +24,7 @@ from quantkit.evaluate.sandbox import Sandbox
 from quantkit.evaluate.task_schema import DATA_VARIABLE
 from quantkit.io import package_data, templates
 from quantkit.io.templates import TemplateWorker
+from quantkit.recipe.parse import parse_recipe
 from quantkit.texts import task_files
 
 NO_SANDBOX = Sandbox(kind="none", reason="a test said so")
@@ -316,6 +318,21 @@ def test_changed_python_is_not_trusted(place, own_python):
     with tasks.open_task_data([loaded]) as data, TemplateWorker() as worker:
         make_lm_eval_task(loaded, data["mine"], worker)
     assert not (place / "OWNED").exists()
+
+
+def test_build_stops_before_it_starts_if_a_task_is_not_trusted(place, own_python):
+    """A missing or faulty task is a row of the report instead, as ever."""
+    name, sha256 = own_python
+    faulty = write_task(place, change(TASK, "task", "faulty") | {"x": 1})
+    recipe = parse_recipe(
+        "version: 1\nsource: {model: 'builtin:tiny-v3'}\nquantize: {method: rtn, bits: 8}\n"
+        "format: dense\nfidelity: none\noutput: {path: x}\n"
+        f"evaluation: {{tasks: ['{faulty}', '{name}']}}\n",
+        "recipe.yaml",
+    )
+    with pytest.raises(tasks.UntrustedCode, match=f"add --trust-task-code {sha256}"):
+        pipeline.tokenize(recipe, package_data.locate_model("builtin:tiny-v3"))
+    tasks.check_trust([faulty, name, "absent.yaml", "gsm8k"], [sha256])
 
 
 @pytest.mark.parametrize(
