@@ -137,9 +137,11 @@ def test_body_is_forgotten_when_its_stream_begins() -> None:
     body = {"prompt": json.dumps(plan), "stream": True, "x": "y" * 100_000}
     with run_front() as front:
         with httpx2.stream("POST", f"{front.root}/v1/completions", json=body) as answer:
-            next(answer.iter_raw())
+            pieces = answer.iter_raw()  # its end closes the connection
+            next(pieces)
             wait_until(lambda: front.gateway.bodies.used == 0)
             assert front.gateway.queue.policy.n_running == 1
+            assert next(pieces)
         wait_until(lambda: front.engine.left)
 
 

@@ -202,6 +202,7 @@ class RunningApp:
             timeout_keep_alive=keep_alive,
             lifespan="auto",
             http=http,
+            loop="asyncio",  # as the product
         )
         self.server = uvicorn.Server(config)
         self.socket = socket.socket()
