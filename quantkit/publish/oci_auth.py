@@ -22,7 +22,9 @@ AUTH_HOSTS_VARIABLE = "QUANTKIT_OCI_AUTH_HOSTS"
 MAX_TOKEN_CHARACTERS = 32_000
 """Longest token: servers refuse heads of more than 8 to 64 kB; those of Azure have 4 kB."""
 
-_CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
+MAX_CHALLENGE_CHARACTERS = 8_000
+"""Longest challenge that is read: those of registries have 200 characters."""
+_CHALLENGE = re.compile(r'(?<!\w)(\w{1,32})="([^"]*)"')  # linear in the length of a name
 _TOKEN = re.compile(r"[\x21-\x7e]+")  # no space and no line end, which would add a header
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,62})"
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})+")
@@ -33,7 +35,7 @@ _LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".lan", ".home.arpa", ".
 
 def parse_challenge(header: str) -> tuple[str, dict[str, str]]:
     """Return the kind ("basic", "bearer") and the parameters of a WWW-Authenticate header."""
-    kind, _, rest = header.partition(" ")
+    kind, _, rest = header[:MAX_CHALLENGE_CHARACTERS].partition(" ")
     return kind.lower(), dict(_CHALLENGE.findall(rest))
 
 

@@ -272,6 +272,7 @@ def test_challenge_is_parsed_without_its_order() -> None:
         {"service": "s", "realm": "https://x/y", "scope": "repository:a:pull,push"},
     )
     assert parse_challenge("") == ("", {})
+    assert parse_challenge("Bearer " + "a" * 100_000 + '="x"') == ("bearer", {})  # in no time
     assert parse_token(b'{"access_token": "a.b-c_d~+/="}', "x") == "a.b-c_d~+/="
 
 
