@@ -8,7 +8,8 @@
     ├── CalibrationError         1   calibration or evaluation text cannot be used
     ├── NumericsError            1   a computation left the range of a reliable result
     ├── EvaluationError          1   a benchmark could not be run
-    │   └── UnsuitedError        1   a task that does not suit this model; others may
+    │   ├── UnsuitedError        1   a task that does not suit this model; others may
+    │   └── UntrustedCode        1   Python of a task that the user has not trusted by its hash
     ├── ArtifactError            1   an artifact is missing, damaged or differs from its manifest
     ├── TransferError            1   an artifact could not be published or pulled
     ├── NotComparable            1   two artifacts have different sources, texts or prompts
@@ -65,6 +66,10 @@ class EvaluationError(QuantkitError):
 
 class UnsuitedError(EvaluationError):
     """A task does not suit this model or this backend; other tasks may."""
+
+
+class UntrustedCode(EvaluationError):
+    """A task has Python of its own that the user does not trust."""
 
 
 class ArtifactError(QuantkitError):

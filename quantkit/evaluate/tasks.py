@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from quantkit.errors import EvaluationError, RecipeError, UnsuitedError
+from quantkit.errors import EvaluationError, RecipeError, UnsuitedError, UntrustedCode
 from quantkit.evaluate.task_schema import (
     DATA_VARIABLE,
     REFUSED_KEYS,
@@ -40,10 +40,6 @@ MAX_SHOWN_FAULTS = 20  # of one file: a hostile one has thousands
 _BLOCK = "quantkit"
 _UNUSED_KEYS = frozenset({_BLOCK, "task_alias", "tag", "dataset_path"})
 _DICT_KEY = "[key]"  # how pydantic names the key of a mapping in a location
-
-
-class UntrustedCode(EvaluationError):
-    """A task has Python of its own that the user does not trust."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

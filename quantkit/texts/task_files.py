@@ -19,6 +19,10 @@ from quantkit.io.package_data import locate_folder
 SUFFIX = ".yaml"
 MAX_BYTES = 1_000_000  # no task description is larger
 MAX_PYTHON_BYTES = 1_000_000  # nor is the Python of one
+MAX_ROW_BYTES = 64 << 20
+MAX_NESTING = 100
+"""Real rows have two or three levels; pyarrow overflows the stack at some thousands."""
+_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 PREFIX_BYTES = 4096  # blank lines in front of the first row
 SPLIT_NAME = re.compile(r"\w[\w.]{0,63}", re.ASCII)  # it becomes part of a file's name
 
@@ -65,13 +69,19 @@ def read_python(path: Path) -> PythonFile:
 
 
 def check_rows_file(path: Path) -> None:
-    """Check that a file starts with a JSON object: the datasets library unpacks archives."""
+    """Check a JSONL file for the datasets library, which unpacks archives and ends the process at
+    deeply nested rows. Raises EvaluationError.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(PREFIX_BYTES).lstrip()
-    except OSError as fault:
+            file.seek(0)
+            rows = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
+            faults = (_find_row_fault(number, row) for number, row in enumerate(rows, start=1))
+            fault = next(filter(None, faults), None)
+    except OSError as error:
         raise EvaluationError(
-            f"{path}: expected a readable JSONL file, found: {describe_os_error(fault)}; check the "
+            f"{path}: expected a readable JSONL file, found: {describe_os_error(error)}; check the "
             "path"
         ) from None
     if start[:1] != b"{":
@@ -79,6 +89,22 @@ def check_rows_file(path: Path) -> None:
             f"{path}: expected one JSON object per line, found another start of the file; fetch it "
             "again, or unpack it"
         )
+    if fault is not None:
+        raise EvaluationError(f"{path}:{fault}; correct the row")
+
+
+def _find_row_fault(number: int, row: bytes) -> str | None:
+    """Return the fault of a row that is too long or too deeply nested."""
+    if len(row) > MAX_ROW_BYTES:
+        return f"{number}: expected at most {MAX_ROW_BYTES:,} bytes in a row, found more"
+    if row.count(b"[") + row.count(b"{") <= MAX_NESTING:  # true of almost every row, and quick
+        return None
+    depth = 0
+    for token in _TOKENS.finditer(row):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+        if depth > MAX_NESTING:
+            return f"{number}: expected at most {MAX_NESTING} nested lists and objects, found more"
+    return None
 
 
 def find_first_file(name: str, places: tuple[Path, ...]) -> Path | None:

@@ -330,7 +330,7 @@ def test_build_stops_before_it_starts_if_a_task_is_not_trusted(place, own_python
         f"evaluation: {{tasks: ['{faulty}', '{name}']}}\n",
         "recipe.yaml",
     )
-    with pytest.raises(tasks.UntrustedCode, match=f"add --trust-task-code {sha256}"):
+    with pytest.raises(UntrustedCode, match=f"add --trust-task-code {sha256}"):
         pipeline.tokenize(recipe, package_data.locate_model("builtin:tiny-v3"))
     tasks.check_trust([faulty, name, "absent.yaml", "gsm8k"], [sha256])
 

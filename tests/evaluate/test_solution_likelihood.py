@@ -357,7 +357,7 @@ def test_likelihood_gate_must_name_a_task_of_the_recipe() -> None:
     assert sources.find_gate_faults(ok) == []
     for wrong, fault in (
         ("likelihood@gsm8k", "no figure or task"),
-        ("kl_mean@tiny-v3-math", "no domain named"),
+        ("kl_mean@tiny-v3-math", "expected a kind of the fidelity text after @"),
     ):
         with pytest.raises(RecipeError, match=fault):
             parse_recipe(TEXT, "x.yaml", {"gates": f"{{{wrong}: {{min: 0}}}}"})

@@ -132,7 +132,7 @@ def test_transformers_engine_without_a_gateway_checks_host_and_origin(
         memory=SimpleNamespace(context=1),
         launch=SimpleNamespace(notes=()),
     )
-    start.run_transformers(plan, ["box"], lambda _: None)
+    start.run_transformers(plan, ["box"], lambda _: None, start.skip_check)
     with RunningApp(served[0]) as running:
         url = f"http://127.0.0.1:{running.port}/v1/models"
         for headers, status in (
