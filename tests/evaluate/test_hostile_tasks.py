@@ -17,7 +17,7 @@ from support.paths import ROOT
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from quantkit import pipeline
-from quantkit.errors import EvaluationError, UnsuitedError
+from quantkit.errors import EvaluationError, UnsuitedError, UntrustedCode
 from quantkit.evaluate import lm_eval_tasks, solution_likelihood, task_runner, tasks
 from quantkit.evaluate.bounded_task import make_lm_eval_task
 from quantkit.evaluate.sandbox import Sandbox
