@@ -91,8 +91,7 @@ def read_generation_config(path: Path) -> Any:
     ) as fault:  # transformers raises the first error that a wrong value causes
         raise ArtifactError(
             f"{path}: expected settings that transformers takes, found: "
-            f"{' '.join(str(fault).split()):.300}; repair "
-            "the value, or remove the file"
+            f"{' '.join(str(fault).split()):.300}; repair the value, or remove the file"
         ) from fault
 
 

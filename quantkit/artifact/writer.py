@@ -136,6 +136,5 @@ def _check_started(path: Path) -> None:
     if not part.is_file() and not path.is_file():
         raise ArtifactError(
             f"{part}: expected the file that the build started, found none: its tensors are lost; "
-            "start over with "
-            "--restart"
+            "start over with --restart"
         )

@@ -35,10 +35,8 @@ def check_finite(block: str, stream: StreamName, states: Spool) -> None:
     if not states.finite:
         raise NumericsError(
             f"{block}: expected finite hidden states after it, found NaN or infinity in the "
-            f"{stream} stream; "
-            "look for huge values among its weights and those before it, and at rms_norm_eps, "
-            "rope_theta and "
-            "rope_scaling in config.json"
+            f"{stream} stream; look for huge values among its weights and those before it, and at "
+            "rms_norm_eps, rope_theta and rope_scaling in config.json"
         )
 
 

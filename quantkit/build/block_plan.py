@@ -181,8 +181,7 @@ class BlockPlan:
             passes = "twice" if plan.needs_search and not plan.is_one_wave else "once"
             lines.append(
                 f"  experts {plan.experts.module}: {sum(sizes)} in {len(sizes)} slices of "
-                f"{max(sizes)}, "
-                f"{plan.slices_at_once} slices in memory at once, read {passes}"
+                f"{max(sizes)}, {plan.slices_at_once} slices in memory at once, read {passes}"
             )
         for name, linear in self.linears.items():
             if linear.fallbacks:

@@ -80,8 +80,8 @@ class BuildContext:
         if not torch.equal(blocks.values.to(tensor), tensor):
             raise NumericsError(
                 f"{name}: expected the source's values, because its FP8 blocks are kept, found "
-                f"others: its input or "
-                "its rows were rescaled; plan.decisions.touches_fp8 lacks a group"
+                "others: its input or its rows were rescaled; plan.decisions.touches_fp8 lacks a "
+                "group"
             )
         scale_name = f"{name.removesuffix('weight')}{output.fp8_scale}"
         writer.write({name: blocks.codes, scale_name: blocks.scale.float()})

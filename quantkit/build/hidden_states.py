@@ -147,9 +147,8 @@ def open_stream(
     if len(ids) and int(ids.max()) >= len(embedding):
         raise CheckpointError(
             f"tokenizer: expected token ids below {len(embedding)}, the rows of the embedding, "
-            f"found {int(ids.max())}; "
-            "the tokenizer belongs to another model; copy this model's tokenizer files into the "
-            "folder"
+            f"found {int(ids.max())}; the tokenizer belongs to another model; copy this model's "
+            "tokenizer files into the folder"
         )
     hidden = Spool.create(folder / f"{name}.0", len(ids), width, dtype)
     for first, stop in iterate_chunks(len(ids)):

@@ -171,8 +171,7 @@ def pack_and_measure(
     if isnan(sqnr_db) or not isfinite(output_error or 0.0):
         raise NumericsError(
             f"{decision.linear.name}: expected a finite error, found NaN or infinity; look for "
-            f"huge values among its "
-            "weights and inputs"
+            "huge values among its weights and inputs"
         )
     record = ModuleRecord(
         module=decision.linear.name,

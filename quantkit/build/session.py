@@ -159,8 +159,7 @@ class BuildSession:
         more = f" and {wave.quantized} experts of the next" if wave and wave.quantized else ""
         return (
             f"{get_staging_path(Path(self.plans[0].path))}: {done} of {len(blocks)} blocks{more} "
-            f"are done and kept; "
-            "the same command resumes from there, --restart starts over"
+            "are done and kept; the same command resumes from there, --restart starts over"
         )
 
 

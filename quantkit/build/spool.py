@@ -90,8 +90,7 @@ class Spool:
             os.close(descriptor)
             raise QuantkitError(
                 f"{path}: expected {expected} bytes of hidden states [{rows}, {width}] {dtype}, "
-                f"found {found}; "
-                "start over with --restart"
+                f"found {found}; start over with --restart"
             )
         return cls(path, rows, width, dtype, descriptor)
 

@@ -157,9 +157,8 @@ class Checkpoint:
         outside = sorted(path for path in paths if leads_outside(self.folder, path))
         if outside:
             raise CheckpointError(
-                f"{outside[0]}: expected a file inside the folder, found a link that "
-                "leads out of it; "
-                "copy the file"
+                f"{outside[0]}: expected a file inside the folder, found a link that leads out of "
+                "it; copy the file"
             )
         return tuple(sorted(paths))
 
@@ -286,9 +285,8 @@ class Checkpoint:
                     position = first + int((~torch.isfinite(piece.to(torch.float32))).nonzero()[0])
                     raise CheckpointError(
                         f"{self.shards.locate(name)[0]}: tensor {shorten_repr(name)}: expected "
-                        "finite values, "
-                        f"found {float(flat[position])} at element {position}; "
-                        "the weights are damaged, fetch the file again"
+                        f"finite values, found {float(flat[position])} at element {position}; the "
+                        "weights are damaged, fetch the file again"
                     )
 
 

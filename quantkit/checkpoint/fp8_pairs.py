@@ -114,8 +114,7 @@ def _find_weight_fault(
     if scale.shape != expected:
         return (
             f"expected a scale of shape {list(expected)} for {list(weight.shape)} in blocks of "
-            f"{list(block)}, "
-            f"found {list(scale.shape)}; {_FETCH_AGAIN}"
+            f"{list(block)}, found {list(scale.shape)}; {_FETCH_AGAIN}"
         )
     if scale.dtype not in _SCALE_DTYPES:
         return (

@@ -159,8 +159,7 @@ def parse_header_length(prefix: bytes, n_file_bytes: int, where: str) -> int:
     if length > n_file_bytes - PREFIX_BYTES:
         raise CheckpointError(
             f"{where}: header length: expected at most {n_file_bytes - PREFIX_BYTES} (the rest of "
-            "the file), "
-            f"found {length}; {_DAMAGED}"
+            f"the file), found {length}; {_DAMAGED}"
         )
     return length
 
@@ -195,8 +194,7 @@ def _check_dtype(name: str, dtype: object, where: str) -> str:
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(
             f"{where}: tensor {shorten_repr(name)}: dtype: expected one of "
-            f"{', '.join(DTYPE_BYTES)}, found {shorten_repr(dtype)}; "
-            "convert the tensor"
+            f"{', '.join(DTYPE_BYTES)}, found {shorten_repr(dtype)}; convert the tensor"
         )
     return dtype
 
@@ -209,8 +207,7 @@ def _parse_entry(name: str, entry: object, where: str) -> tuple[TensorSpec, tupl
         content = sorted(entry) if isinstance(entry, dict) else entry
         raise CheckpointError(
             f"{at}: expected an object of dtype, shape, data_offsets, found "
-            f"{shorten_repr(content)}; "
-            f"{_DAMAGED}"
+            f"{shorten_repr(content)}; {_DAMAGED}"
         )
     dtype = _check_dtype(name, entry["dtype"], where)
     shape = _parse_integers(entry["shape"], f"{at}: shape")
@@ -237,8 +234,7 @@ def _parse_entry(name: str, entry: object, where: str) -> tuple[TensorSpec, tupl
     if spec.n_bytes != end - begin:
         raise CheckpointError(
             f"{at}: expected {shorten_repr(spec.n_bytes)} bytes for {dtype} "
-            f"{shorten_repr(list(shape))}, "
-            f"found data_offsets of {end - begin} bytes; {_DAMAGED}"
+            f"{shorten_repr(list(shape))}, found data_offsets of {end - begin} bytes; {_DAMAGED}"
         )
     return spec, (begin, end)
 
@@ -265,8 +261,7 @@ def _check_cover(offsets: Mapping[str, tuple[int, int]], where: str, n_data_byte
             )
             raise CheckpointError(
                 f"{where}: tensor {shorten_repr(name)}: data_offsets: expected to begin at "
-                f"{expected}, found {begin}, "
-                f"which {kind}; {_DAMAGED}"
+                f"{expected}, found {begin}, which {kind}; {_DAMAGED}"
             )
         expected = end
     if expected != n_data_bytes:

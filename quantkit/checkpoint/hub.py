@@ -137,8 +137,7 @@ def _locate_local(model: str, revision: str | None) -> Path | None:
     elif model.startswith(("/", "./", "../", "~")) or not _HUB_ID.fullmatch(model):
         raise CheckpointError(
             f"source.model: expected a folder, {BUILTIN_PREFIX}<name> or a Hub id like org/name, "
-            f"found {shorten_repr(model)}, "
-            "which is none of these; check the path"
+            f"found {shorten_repr(model)}, which is none of these; check the path"
         )
     else:
         return None
@@ -174,9 +173,8 @@ def _fetch_headers(model: str, revision: str | None) -> ModelHeaders:
     if missing := [file for file in files if file not in present]:
         raise CheckpointError(
             f"{model}: {INDEX}: expected the repository to hold every file, found {len(missing)} "
-            "missing, "
-            f"the first {shorten_repr(missing[0])}; the upload is not complete, use another "
-            "revision"
+            f"missing, the first {shorten_repr(missing[0])}; the upload is not complete, use "
+            "another revision"
         )
 
     def header(file: str) -> Header:
@@ -233,8 +231,7 @@ def _fetch_range(url: str, first: int, n_bytes: int, where: str) -> tuple[bytes,
         if response.status_code != 206:
             raise CheckpointError(
                 f"{where}: expected the server to send a part of the file (206), found "
-                f"{response.status_code}; "
-                "download the model and give its folder as source.model"
+                f"{response.status_code}; download the model and give its folder as source.model"
             )
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
         if not total.isdecimal():

@@ -49,16 +49,14 @@ def allows_remote_code(allowed: str | None, folder: Path) -> bool:
         actual = f"commit {commit}" if commit else f"{folder}, a folder of no known commit"
         raise UsageError(
             f"{KEY}: expected the files of commit {allowed}, found {actual}; set source.revision "
-            "to "
-            "the commit whose "
-            "code you have read, or remove the key"
+            "to the commit whose code you have read, or remove the key"
         )
     for file, name in _iterate_tokenizer_classes(folder):
         if "--" in name:
             raise CheckpointError(
                 f"{folder / file}: auto_map: expected code in this model's own files, found "
-                f"{shorten_repr(name)} of another "
-                "repository, which no commit of this one vouches for; do without it"
+                f"{shorten_repr(name)} of another repository, which no commit of this one vouches "
+                "for; do without it"
             )
     return True
 

@@ -116,8 +116,7 @@ def read_weight_map(index: Mapping[str, object], where: str) -> dict[str, str]:
     ):
         raise CheckpointError(
             f"{where}: weight_map: expected an object of tensor names and file names, found "
-            f"{shorten_repr(table)}; "
-            "fetch the index again"
+            f"{shorten_repr(table)}; fetch the index again"
         )
     return dict(table)
 
@@ -149,14 +148,12 @@ def find_index_faults(
             if name in owner:
                 faults.append(
                     f"{where}: tensor {shorten_repr(name)}: expected in one file, found in "
-                    f"{owner[name]} and {file}; "
-                    "fetch the checkpoint again"
+                    f"{owner[name]} and {file}; fetch the checkpoint again"
                 )
             elif name not in index:
                 faults.append(
                     f"{where}: tensor {shorten_repr(name)} of {file}: expected in weight_map, "
-                    "found no entry; "
-                    "add it to the index or it would be lost"
+                    "found no entry; add it to the index or it would be lost"
                 )
             owner.setdefault(name, file)
     for name, file in index.items():

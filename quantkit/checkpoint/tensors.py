@@ -190,8 +190,8 @@ class ShardWriter:
         if actual != (spec.dtype, spec.shape):
             raise ArtifactError(
                 f"{self.path}: tensor {shorten_repr(name)}: expected {spec.dtype} "
-                f"{list(spec.shape)}, "
-                f"found {actual[0]} {list(actual[1])}; the plan and the format's pack disagree"
+                f"{list(spec.shape)}, found {actual[0]} {list(actual[1])}; the plan and the "
+                "format's pack disagree"
             )
         view = view_bytes(tensor.detach().to("cpu").contiguous())
         offset = self._header.data_start + self._header.offsets[name][0]
@@ -229,8 +229,7 @@ class ShardWriter:
         if missing:
             raise ArtifactError(
                 f"{self.path}: expected {len(self._header.specs)} tensors, found {len(missing)} "
-                "not written, "
-                f"the first {shorten_repr(missing[0])}"
+                f"not written, the first {shorten_repr(missing[0])}"
             )
         try:
             digest = self._digest()

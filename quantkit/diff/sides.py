@@ -362,10 +362,9 @@ def _read_local_source(text: str, artifact: Side) -> Tensors:
     opened = Checkpoint.open(folder)
     if opened.compute_fingerprint() != source.hash:
         raise UsageError(
-            f"{text}: expected {artifact.name}'s source {source.model} "
-            f"({source.hash[:12]}), found another model "
-            f"({opened.compute_fingerprint()[:12]}); only its own source can be compared with an "
-            "artifact"
+            f"{text}: expected {artifact.name}'s source {source.model} ({source.hash[:12]}), found "
+            f"another model ({opened.compute_fingerprint()[:12]}); only its own source can be "
+            "compared with an artifact"
         )
     return _convert_specs(opened.stored_specs)
 

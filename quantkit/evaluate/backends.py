@@ -171,8 +171,7 @@ def load_native_model(folder: Path, dtype: str, device_map: str) -> Any:
         message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise EvaluationError(
             f"{folder}: transformers cannot load it ({message}); install the library of its "
-            "format, or leave out "
-            "--native"
+            "format, or leave out --native"
         ) from None
 
 

@@ -104,8 +104,7 @@ def pair_items(baseline: Sequence[ItemResult], candidate: Sequence[ItemResult]) 
         task, filter_name, doc_id = min(baselines.keys() ^ candidates.keys())
         raise EvaluationError(
             f"{task}: item {doc_id} ({filter_name}) was answered by one model only; run both with "
-            "the "
-            "same tasks and limit"
+            "the same tasks and limit"
         )
     pairs = [ItemPair(baseline=item, candidate=candidates[key]) for key, item in baselines.items()]
     for pair in pairs:
@@ -113,8 +112,7 @@ def pair_items(baseline: Sequence[ItemResult], candidate: Sequence[ItemResult]) 
             if getattr(pair.baseline, name) != getattr(pair.candidate, name):
                 raise EvaluationError(
                     f"{pair.baseline.task}: item {pair.baseline.doc_id}: {name} differs between "
-                    "the two "
-                    "models; run both with the same task, data and chat template"
+                    "the two models; run both with the same task, data and chat template"
                 )
     return pairs
 

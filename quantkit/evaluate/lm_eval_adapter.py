@@ -70,8 +70,7 @@ class GenerationParams:
         if not isinstance(temperature, int | float) or temperature <= 0:
             raise UnsuitedError(
                 f"{task}: generation_kwargs.temperature: expected more than 0 with do_sample, "
-                "found "
-                f"{temperature!r}; set a temperature"
+                f"found {temperature!r}; set a temperature"
             )
         return cls(
             task=task,
@@ -182,8 +181,7 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm-eval is untyped
         """Refuse tasks that measure the perplexity of whole texts."""
         raise UnsuitedError(
             f"{requests[0].task_name}: it measures perplexity, which has no score per item; see "
-            "the "
-            "fidelity report for perplexity"
+            "the fidelity report for perplexity"
         )
 
     def apply_chat_template(

@@ -174,8 +174,7 @@ class OpenAIBackend:
         if self._tokenizer is None:
             raise UnsuitedError(
                 f"{requests[0].task_name}: it compares likelihoods, which needs the model's "
-                "tokenizer; "
-                "name the folder of the artifact"
+                "tokenizer; name the folder of the artifact"
             )
         asyncio.run(
             _run_requests(
@@ -246,8 +245,7 @@ class OpenAIBackend:
         if token_count != n_tokens or top_count != n_tokens:
             raise UnsuitedError(
                 f"{self._server.url}: expected log probabilities of {n_tokens - 1} echoed tokens "
-                "and "
-                f"one more, found {token_count}; this server cannot score likelihoods"
+                f"and one more, found {token_count}; this server cannot score likelihoods"
             )
         likelihood: LogLikelihood = LocalCompletionsAPI.parse_logprobs(
             [response.model_dump()], ctxlens=[len(context)]

@@ -74,8 +74,7 @@ class EvaluationOptions:
         if self.seeds > 1 and not self.decoding.temperature:
             raise UsageError(
                 "--seeds: expected --temperature above 0, found greedy decoding, which has one "
-                "answer; "
-                "set a temperature"
+                "answer; set a temperature"
             )
         if (self.backend == "openai") != (self.server is not None):
             raise UsageError(

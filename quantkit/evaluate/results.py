@@ -192,8 +192,7 @@ def read_baseline(
         if value != settings[name]:
             raise EvaluationError(
                 f"{folder}: {name}: expected {settings[name]!r} as in this evaluation, found "
-                f"{value!r}; evaluate both "
-                "with the same settings"
+                f"{value!r}; evaluate both with the same settings"
             )
     items = item_results.read_items(folder / ITEMS_FILE)
     tasks, lm_eval_names, _ = lm_eval_tasks.split_names(names, trusted=options.trusted_code)

@@ -88,8 +88,7 @@ def resolve_source(target: EvaluationTarget, name: str) -> EvaluationTarget:
         raise EvaluationError(
             f"{source_name}: not the model that {target.name} was made from: fingerprint "
             f"{source.compute_fingerprint()[:12]}, the manifest has "
-            f"{str(recorded.get('fingerprint'))[:12]}; name its folder "
-            "with --source"
+            f"{str(recorded.get('fingerprint'))[:12]}; name its folder with --source"
         )
     path = Path(source_name)
     return EvaluationTarget(

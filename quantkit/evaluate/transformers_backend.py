@@ -118,9 +118,8 @@ class TransformersBackend(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         if longest + params.max_tokens > self.max_length:
             raise UnsuitedError(
                 f"{params.task}: a prompt of {longest} tokens and {params.max_tokens} new ones do "
-                "not "
-                f"fit into the model's context of {self.max_length}; use fewer examples or a model "
-                "with more context"
+                f"not fit into the model's context of {self.max_length}; use fewer examples or a "
+                "model with more context"
             )
         stop = StopCondition(
             tokenizer=self.tokenizer, eos=self._collect_eos(), strings=params.until

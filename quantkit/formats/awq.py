@@ -116,8 +116,7 @@ def find_linear_fault(scheme: Scheme, linear: Linear) -> str | None:
         return "vLLM divides experts by the AWQ group size and fails on -1; use 128, 64 or 32"
     if linear.in_features % scheme.group_size:
         return (
-            f"no engine loads AWQ with group_size {scheme.group_size} over "
-            f"{linear.in_features} "
+            f"no engine loads AWQ with group_size {scheme.group_size} over {linear.in_features} "
             "input features"
         )
     return None

@@ -73,8 +73,7 @@ def find_rejection(scheme: Scheme, linear: Linear) -> str | None:
         )
     if linear.in_features % BLOCK:
         return (
-            f"blocks of {BLOCK} weights would cross the rows of {linear.in_features}; keep "
-            "this "
+            f"blocks of {BLOCK} weights would cross the rows of {linear.in_features}; keep this "
             "linear"
         )
     return None

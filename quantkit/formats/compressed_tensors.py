@@ -198,8 +198,8 @@ def find_fp8_rejection(linear: Linear, block: int) -> str | None:
     """
     if block != FP8_BLOCK:
         return (
-            "vLLM and SGLang read FP8 in blocks of 128 x 128, "
-            f"found {block} x {block}; use keep: bf16"
+            f"vLLM and SGLang read FP8 in blocks of 128 x 128, found {block} x {block}; use keep: "
+            "bf16"
         )
     if linear.role == "routed_expert":
         return (

@@ -119,8 +119,7 @@ def check_owned_dir(folder: Path, owner: str | None, remedy: str) -> None:
         kind = "a folder that no journal of this version knows"
     raise UsageError(
         f"{folder}: expected nothing, or the files of an interrupted run of quantkit, found "
-        f"{kind}; "
-        f"{remedy}"
+        f"{kind}; {remedy}"
     )
 
 

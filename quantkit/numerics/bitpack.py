@@ -51,8 +51,8 @@ def resolve_slot_order(bits: int, order: Sequence[int] | None) -> tuple[int, ...
     slots = tuple(order)
     if sorted(slots) != list(range(count_codes_per_word(bits))):
         raise NumericsError(
-            f"slot order {list(slots)} is not a permutation of "
-            f"0 .. {count_codes_per_word(bits) - 1}"
+            f"slot order {list(slots)} is not a permutation of 0 .. "
+            f"{count_codes_per_word(bits) - 1}"
         )
     return slots
 

@@ -242,8 +242,7 @@ class OciClient:
         if (place.scheme, place.netloc) != (answer.url.scheme, answer.url.netloc):
             raise TransferError(
                 f"{self.where}: expected uploads to stay at the registry, found "
-                f"{shorten_repr(remove_secrets(str(place)))}; "
-                "publish to that registry itself"
+                f"{shorten_repr(remove_secrets(str(place)))}; publish to that registry itself"
             )
         return str(place)
 
@@ -330,9 +329,8 @@ class OciClient:
             raise TransientError(f"the registry answered {status}")
         if status in {401, 403}:
             raise TransferError(
-                f"{self.where}: expected access, found {status}; `docker login "
-                f"{self._login_host}` with a user "
-                "that has this permission"
+                f"{self.where}: expected access, found {status}; `docker login {self._login_host}` "
+                "with a user that has this permission"
             )
         lost = status == 416 and answer.request.method != "GET"
         if lost or any(code in answer.content for code in _RESTART_CODES):

@@ -45,9 +45,8 @@ def publish_artifact(
         status = verify_artifact(artifact).status
         if status != ACCEPTED and not force:
             raise ArtifactError(
-                f"{artifact}: expected an accepted artifact, found one that is {status}; build "
-                "one that meets the "
-                "gates of its recipe, or pass --force"
+                f"{artifact}: expected an accepted artifact, found one that is {status}; build one "
+                "that meets the gates of its recipe, or pass --force"
             )
         items, manifest = list_upload_files(artifact)
         state = retry(
@@ -129,8 +128,8 @@ def find_replaced_files(
     if unknown and not overwrite:
         raise TransferError(
             f"{where}: expected an empty remote or this artifact, found {len(unknown)} other "
-            "files, the first "
-            f"{shorten_repr(unknown[0])}; choose another address, or pass --overwrite"
+            f"files, the first {shorten_repr(unknown[0])}; choose another address, or pass "
+            "--overwrite"
         )
     if same:  # a signature that the local copy lacks is kept
         return (MANIFEST,) if any(item.name not in state.present for item in items) else ()

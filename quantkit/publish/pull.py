@@ -149,8 +149,7 @@ def list_expected_files(
     if faults:
         raise TransferError(
             f"{where}: expected the {len(files)} files that its manifest names, found "
-            f"{len(faults)} missing or "
-            f"changed, the first {faults[0]}; publish it again"
+            f"{len(faults)} missing or changed, the first {faults[0]}; publish it again"
         )
     extra = {
         name: ExpectedFile(name=name, n_bytes=present[name], sha256=None)
@@ -206,8 +205,7 @@ def fetch_files(
     if missing > (room := get_free_bytes(staging.folder)):
         raise TransferError(
             f"{staging.folder}: expected free space for {format_bytes(missing)}, found "
-            f"{format_bytes(room)}; free some space or choose another "
-            "folder"
+            f"{format_bytes(room)}; free some space or choose another folder"
         )
     progress = TransferProgress("pull", sum(entry.n_bytes for entry in new), on_progress)
     run_in_parallel(
@@ -253,7 +251,6 @@ def fetch_file(
                 return
             file.restart()
         raise TransferError(
-            f"{where}: expected the file that its manifest names (sha256 {expected.sha256}), "
-            "found another, twice; it "
-            "was changed after publication or is damaged: publish it again"
+            f"{where}: expected the file that its manifest names (sha256 {expected.sha256}), found "
+            "another, twice; it was changed after publication or is damaged: publish it again"
         )

@@ -171,8 +171,7 @@ def parse_address(text: str) -> tuple[str, str]:
         if ":" in authority.rpartition("@")[0]:
             raise UsageError(
                 f"{remove_secrets(text)}: expected no password in an address, found one; use the "
-                "login of the service "
-                "(`hf auth login`, AWS profiles, `docker login`)"
+                "login of the service (`hf auth login`, AWS profiles, `docker login`)"
             )
         return _ALIASES.get(scheme, scheme), rest
     if "::" in text:
@@ -185,8 +184,7 @@ def parse_address(text: str) -> tuple[str, str]:
     if Path(text).parent.is_dir():
         raise UsageError(
             f"{text}: expected a folder or a repository of the Hugging Face Hub, and it could be "
-            "either; "
-            f"write ./{text} or hf://{text}"
+            f"either; write ./{text} or hf://{text}"
         )
     return "hf", text
 

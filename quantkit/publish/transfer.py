@@ -120,8 +120,7 @@ def parse_files(values: Mapping[str, object], where: str) -> dict[str, ExpectedF
         if not isinstance(sha256, str) or not good or type(n_bytes) is not int or n_bytes < 0:
             raise TransferError(
                 f"{where}: {MANIFEST}: files: {shorten_repr(name)}: expected sha256 and bytes, "
-                f"found {shorten_repr(entry)}; publish "
-                "it again"
+                f"found {shorten_repr(entry)}; publish it again"
             )
         expected[name] = ExpectedFile(name=name, n_bytes=n_bytes, sha256=sha256)
     if not expected:

@@ -97,9 +97,8 @@ def rebuild_page(artifact: Path, output: Path | None = None) -> Path:
             or entry.get("sha256") != hashlib.sha256(content).hexdigest()
         ):
             raise ArtifactError(
-                f"{artifact / MANIFEST}: {PAGE}: expected the page that these files "
-                f"make, found another "
-                "or none (made with other versions?); write it elsewhere with --output FILE"
+                f"{artifact / MANIFEST}: {PAGE}: expected the page that these files make, found "
+                "another or none (made with other versions?); write it elsewhere with --output FILE"
             )
         page = check_no_link(artifact, PAGE)
         write_atomic(page, content)
@@ -292,10 +291,9 @@ def draw_intervals(differences: Sequence[Figure | None]) -> dict[int, Markup]:
 def _draw_interval(low: float, middle: float, high: float) -> Markup:
     side = "ci-bad" if high < 60 else "ci-good" if low > 60 else "ci-open"
     return Markup(
-        '<svg class="ci {}" viewBox="0 0 120 16" width="120" height="16" '
-        'aria-hidden="true"><line class="zero" x1="60" '
-        'x2="60" y1="0" y2="16"/><line x1="{:.1f}" x2="{:.1f}" y1="8" y2="8"/><circle '
-        'cx="{:.1f}" cy="8" r="3"/></svg>'
+        '<svg class="ci {}" viewBox="0 0 120 16" width="120" height="16" aria-hidden="true"><line '
+        'class="zero" x1="60" x2="60" y1="0" y2="16"/><line x1="{:.1f}" x2="{:.1f}" y1="8" '
+        'y2="8"/><circle cx="{:.1f}" cy="8" r="3"/></svg>'
     ).format(side, low, high, middle)
 
 

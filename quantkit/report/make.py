@@ -205,7 +205,7 @@ def explain_unpacked_fp8(plan: Plan, kept: Sequence[Decision]) -> str:
         return ""
     holds = plan.format.fp8_scale is not None
     return (
-        f"; BF16 because "
+        "; BF16 because "
         f"{'nothing is quantized' if holds else f'format {plan.format_name} cannot hold FP8'}"
     )
 

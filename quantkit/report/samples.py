@@ -198,8 +198,7 @@ def read_columns(path: Path, columns: Sequence[str]) -> Any:
     except (OSError, KeyError, ValueError, arrow.ArrowException) as fault:
         raise ArtifactError(
             f"{path}: expected samples with the columns {', '.join(columns)}, found: "
-            f"{str(fault)[:200]}; "
-            "pull or build the artifact again"
+            f"{str(fault)[:200]}; pull or build the artifact again"
         ) from None
 
 

@@ -199,9 +199,8 @@ def render_plan(plan: PlanSummary) -> Group:
     )
     lines = Text(
         f"memory: {format_numbers.format_size(memory.peak)} of "
-        f"{format_numbers.format_size(memory.budget)}{waves}"
-        f"{f' ({parts})' if parts else ''}; scratch disk "
-        f"{format_numbers.format_size(memory.scratch_disk)}",
+        f"{format_numbers.format_size(memory.budget)}{waves}{f' ({parts})' if parts else ''}; "
+        f"scratch disk {format_numbers.format_size(memory.scratch_disk)}",
         style="" if fits else "bold red",
     )
     warnings = [
@@ -224,8 +223,8 @@ def render_plans(plans: Sequence[PlanSummary]) -> Group:
     first, lines = plans[0], list[Text]()
     for plan in plans[1:]:
         summary = (
-            f"and {plan.output}: "
-            f"{format_numbers.format_size(plan.totals.bytes_after)} in {len(plan.shards)} files"
+            f"and {plan.output}: {format_numbers.format_size(plan.totals.bytes_after)} in "
+            f"{len(plan.shards)} files"
         )
         lines.append(Text(strip_control_characters(summary), style="bold"))
         new = [warning for warning in plan.warnings if warning not in first.warnings]

@@ -154,8 +154,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
         raise CheckpointError(
             f"{folder}: expected a tokenizer that transformers loads without code of its own, "
             f"found: {get_first_line(error):.300}. Copy tokenizer.json and tokenizer_config.json "
-            "of "
-            f"the model there{format_trust_hint(folder)}"
+            f"of the model there{format_trust_hint(folder)}"
         ) from error
     return tokenizer
 
@@ -356,8 +355,7 @@ def _choose_sequences(
         unit = "documents" if corpus.packing == "documents" else f"windows of {length} tokens"
         raise UsageError(
             f"{corpus.where}: expected {sequences or 1} sequences, found {total} {unit} "
-            f"({counts}). "
-            f"{advice}, lower `length`, or use a larger set"
+            f"({counts}). {advice}, lower `length`, or use a larger set"
         )
     if sequences is None:
         return [(domain, index) for domain, count in available.items() for index in range(count)]

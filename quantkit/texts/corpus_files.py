@@ -203,8 +203,7 @@ def _parse_row(line: bytes, domains: tuple[str, ...]) -> TextDocument | str:
         )
     except json.JSONDecodeError as error:
         return (
-            f"expected one JSON object, found: {error.msg} at column {error.colno}. Correct "
-            "the "
+            f"expected one JSON object, found: {error.msg} at column {error.colno}. Correct the "
             "line"
         )
     except DuplicateKey as error:
@@ -284,8 +283,7 @@ def read_hub_dataset(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
         raise CalibrationError(
             f"{spec.where}: datasets: expected {hub.path} {hub.name} {hub.split} at "
             f"{hub.revision[:12]} from the hub, found: {get_first_line(error)}. Connect once so "
-            "that "
-            f"it is cached{advice}, or choose a set that is a file"
+            f"that it is cached{advice}, or choose a set that is a file"
         ) from error
     return _make_hub_documents(texts, hub)
 

@@ -284,8 +284,7 @@ def _parse_spec(document: YamlDocument) -> SpecFile:
         domain = values.datasets.domain
         raise CalibrationError(
             f"{document.where(('datasets', 'domain'))}: datasets.domain: expected the one domain "
-            "of "
-            f"the set, found {domain!r} and {list(values.domains)}. Correct `domains`"
+            f"of the set, found {domain!r} and {list(values.domains)}. Correct `domains`"
         )
     return values
 

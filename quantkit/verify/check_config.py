@@ -91,9 +91,7 @@ def format_misread(
         stored, read = f"of {stored_as}", f"of {read_as}"
     return (
         f"config.json: quantization_config: {', '.join(names[:MAX_SHOWN])}{more} {verb} {stored} "
-        "in the "
-        f"tensors, but {read} "
-        f"to {engines}"
+        f"in the tensors, but {read} to {engines}"
     )
 
 

@@ -200,8 +200,7 @@ def iterate_report_lines(deep: DeepReport) -> Iterator[str]:
     """Yield the lines of a report for people."""
     yield (
         f"source {deep.source}: names, headers, config and tokenizer unchanged, {deep.files[0]} of "
-        f"{deep.files[1]} "
-        "weight files hashed"
+        f"{deep.files[1]} weight files hashed"
     )
     yield f"config.json but for quantization, and {deep.carried} other files: equal to the source's"
     parts: tuple[tuple[str, tuple[int, int], Sequence[ProofKind]], ...] = (

@@ -301,8 +301,8 @@ def find_uncancelled(
     product = float(factor[channel] * inverse[index[channel]])
     return (
         f"expected the scale of input channel {channel} to be taken back by row "
-        f"{int(index[channel])} of {producer}, "
-        f"found {product:.4f} of the source in all ({len(wrong)} of {len(factor)} channels)"
+        f"{int(index[channel])} of {producer}, found {product:.4f} of the source in all "
+        f"({len(wrong)} of {len(factor)} channels)"
     )
 
 

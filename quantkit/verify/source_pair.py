@@ -165,8 +165,7 @@ def make_changed_error(path: Path, named: str, what: str) -> ArtifactError:
     """Return the error for a source that changed."""
     return ArtifactError(
         f"{named}: not the source that {path} was made of: {what}; --deep needs the source as it "
-        "was, name its place "
-        "with --source"
+        "was, name its place with --source"
     )
 
 

@@ -107,8 +107,7 @@ def format_task(reports: dict[str, Fidelity], task: str) -> str:
         kl.append(pooled.value or 0.0)
         lines.append(
             f"| {name} | {kl[-1]:.5f} | {gold.artifact:.5f} | {likely[-1]:+.5f} | "
-            f"{100 * (row.artifact or 0):.1f} % "
-            f"| {scores[-1]:+.1f} |"
+            f"{100 * (row.artifact or 0):.1f} % | {scores[-1]:+.1f} |"
         )
     lines.append("")
     if len(set(scores)) > 1:

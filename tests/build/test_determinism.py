@@ -107,10 +107,9 @@ def test_command_line_makes_library_sums_reproducible(threads: int) -> None:
     """
     code = (
         "import os, hashlib; from quantkit.library_settings import REPRODUCIBLE; "
-        "os.environ.update(REPRODUCIBLE); import torch;"
-        "g = torch.Generator().manual_seed(0); x = torch.randn(7, 256, generator=g);"
-        "w = torch.randn(512, 256, generator=g); print(hashlib.sha256((x @ "
-        "w.T).numpy().tobytes()).hexdigest())"
+        "os.environ.update(REPRODUCIBLE); import torch;g = torch.Generator().manual_seed(0); x = "
+        "torch.randn(7, 256, generator=g);w = torch.randn(512, 256, generator=g); "
+        "print(hashlib.sha256((x @ w.T).numpy().tobytes()).hexdigest())"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(

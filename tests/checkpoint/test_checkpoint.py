@@ -84,8 +84,7 @@ def test_read_rejects_nan_and_infinity_anywhere(
         opened.read(["w"])
     assert str(caught.value) == (
         f"{tmp_path}/model.safetensors: tensor 'w': expected finite values, found {value} at "
-        "element 25; "
-        "the weights are damaged, fetch the file again"
+        "element 25; the weights are damaged, fetch the file again"
     )
 
 
@@ -174,20 +173,17 @@ def test_sharded_checkpoint_reads_as_one(tmp_path: Path) -> None:
         (
             {"a": "/etc/x.safetensors"},
             "F/model.safetensors.index.json: file '/etc/x.safetensors': expected a path inside the "
-            "folder, "
-            "found one that leads elsewhere; do not use this checkpoint",
+            "folder, found one that leads elsewhere; do not use this checkpoint",
         ),
         (
             {"a": "../0.safetensors"},
             "F/model.safetensors.index.json: file '../0.safetensors': expected a path inside the "
-            "folder, "
-            "found one that leads elsewhere; do not use this checkpoint",
+            "folder, found one that leads elsewhere; do not use this checkpoint",
         ),
         (
             {"a": "0.bin"},
             "F/model.safetensors.index.json: file '0.bin': expected a .safetensors file, found "
-            "'.bin'; "
-            "convert the checkpoint",
+            "'.bin'; convert the checkpoint",
         ),
         (
             {"a": "0.safetensors", "b": "9.safetensors"},
@@ -197,29 +193,24 @@ def test_sharded_checkpoint_reads_as_one(tmp_path: Path) -> None:
         (
             {"a": "0.safetensors", "b": "1.safetensors", "c": "1.safetensors"},
             "F/model.safetensors.index.json: tensor 'c': expected in 1.safetensors, found no such "
-            "tensor there; "
-            "fetch the file again",
+            "tensor there; fetch the file again",
         ),
         (
             {"a": "0.safetensors", "x": "1.safetensors"},
             "F/model.safetensors.index.json: tensor 'b' of 1.safetensors: expected in weight_map, "
-            "found no entry; "
-            "add it to the index or it would be lost\n"
+            "found no entry; add it to the index or it would be lost\n"
             "F/model.safetensors.index.json: tensor 'x': expected in 1.safetensors, found no such "
-            "tensor there; "
-            "fetch the file again",
+            "tensor there; fetch the file again",
         ),
         (
             {},
             "F/model.safetensors.index.json: weight_map: expected an object of tensor names and "
-            "file names, found {}; "
-            "fetch the index again",
+            "file names, found {}; fetch the index again",
         ),
         (
             {"a": 1},
             "F/model.safetensors.index.json: weight_map: expected an object of tensor names and "
-            "file names, "
-            "found {'a': 1}; fetch the index again",
+            "file names, found {'a': 1}; fetch the index again",
         ),
     ],
 )
@@ -233,8 +224,7 @@ def test_tensor_in_two_shards_is_rejected(tmp_path: Path) -> None:
     )
     assert get_error(folder) == (
         "F/model.safetensors.index.json: tensor 'a': expected in one file, found in 0.safetensors "
-        "and 1.safetensors; "
-        "fetch the checkpoint again"
+        "and 1.safetensors; fetch the checkpoint again"
     )
 
 

@@ -180,15 +180,13 @@ def test_tiny_model_in_fp8_is_close_to_its_bf16_twin(where: str) -> None:
             {"a.weight": WEIGHT},
             CONFIG,
             "F: tensor 'a.weight': expected its scale 'a.weight_scale_inv', found none in any "
-            "file; "
-            "fetch the checkpoint again",
+            "file; fetch the checkpoint again",
         ),
         (
             {"a.weight": WEIGHT, "a.weight_scale_inv": torch.ones(1, 2)},
             CONFIG,
             "F: tensor 'a.weight': expected a scale of shape [2, 2] for [3, 3] in blocks of [2, "
-            "2], found [1, 2]; "
-            "fetch the checkpoint again",
+            "2], found [1, 2]; fetch the checkpoint again",
         ),
         (
             {"a.weight": WEIGHT, "a.weight_scale_inv": SCALE.to(torch.int32)},
@@ -200,15 +198,13 @@ def test_tiny_model_in_fp8_is_close_to_its_bf16_twin(where: str) -> None:
             {"a.weight_scale_inv": SCALE},
             CONFIG,
             "F: tensor 'a.weight_scale_inv': expected the weight 'a.weight' of this scale, found "
-            "none in any file; "
-            "fetch the checkpoint again",
+            "none in any file; fetch the checkpoint again",
         ),
         (
             {"a.weight": torch.ones(3, 3), "a.weight_scale_inv": SCALE},
             CONFIG,
             "F: tensor 'a.weight_scale_inv': expected 'a.weight' of this scale as F8_E4M3, found "
-            "F32; "
-            "fetch the checkpoint again",
+            "F32; fetch the checkpoint again",
         ),
         (
             {"a.weight": WEIGHT[0]},

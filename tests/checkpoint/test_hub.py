@@ -192,8 +192,7 @@ def test_incomplete_repositories_are_rejected(fake_hub: FakeHub) -> None:
         hub.read_model_headers("org/tiny")
     assert str(caught.value) == (
         "org/tiny: model.safetensors.index.json: expected the repository to hold every file, found "
-        "1 missing, "
-        "the first 'a.safetensors'; the upload is not complete, use another revision"
+        "1 missing, the first 'a.safetensors'; the upload is not complete, use another revision"
     )
     del fake_hub.files["model.safetensors.index.json"]
     with pytest.raises(
@@ -256,8 +255,8 @@ def test_missing_network_and_offline_mode_are_reported(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert get_error("org/tiny") == (
         "org/tiny: expected to reach http://127.0.0.1:9 or find the model in the local cache, "
-        "found offline mode (HF_HUB_OFFLINE); "
-        "connect, or download the model elsewhere and give its folder as source.model"
+        "found offline mode (HF_HUB_OFFLINE); connect, or download the model elsewhere and give "
+        "its folder as source.model"
     )
 
 
@@ -277,8 +276,7 @@ def test_local_models_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     assert get_error("./absent") == (
         "source.model: expected a folder, builtin:<name> or a Hub id like org/name, found "
-        "'./absent', "
-        "which is none of these; check the path"
+        "'./absent', which is none of these; check the path"
     )
     assert get_error("builtin:absent").startswith(
         "source.model: no built-in model 'builtin:absent'; known: "

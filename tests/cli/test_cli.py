@@ -280,8 +280,7 @@ def test_verify_prints_its_counts(built: Path) -> None:
     assert shown.exit_code == 0 and shown.stderr == ""
     assert shown.stdout == (
         f"{built}: ok ({actual.files} files, {actual.tensors} tensors, {actual.n_bytes / 1e6:.1f} "
-        "MB, "
-        "not judged)\n"
+        "MB, not judged)\n"
         "  consistent: it is what its own manifest says; its origin was not checked (--deep "
         "compares with the source, --public-key names a signer)\n"
     )

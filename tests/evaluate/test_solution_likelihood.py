@@ -245,12 +245,11 @@ def test_render_prompts_leaves_other_tasks_to_lm_eval() -> None:
 def test_build_does_not_import_lm_eval(tmp_path: Path) -> None:
     """The import would take 130 MB of the recipe's memory."""
     code = (
-        "import sys; from quantkit import pipeline; from quantkit.recipe.parse import parse_recipe;"
-        "from quantkit.io import package_data; text = open(sys.argv[1]).read();"
-        "folder = package_data.locate_model('builtin:tiny-v3');"
-        "found = pipeline.tokenize(parse_recipe(text, 'x'), folder);"
-        "assert len(found.solutions.items) == 128; assert not {'lm_eval', 'datasets'} & "
-        "sys.modules.keys()"
+        "import sys; from quantkit import pipeline; from quantkit.recipe.parse import "
+        "parse_recipe;from quantkit.io import package_data; text = open(sys.argv[1]).read();folder "
+        "= package_data.locate_model('builtin:tiny-v3');found = "
+        "pipeline.tokenize(parse_recipe(text, 'x'), folder);assert len(found.solutions.items) == "
+        "128; assert not {'lm_eval', 'datasets'} & sys.modules.keys()"
     )
     recipe = package_data.locate_folder("recipes") / "tiny-v3-awq4.yaml"
     subprocess.run([sys.executable, "-c", code, str(recipe)], check=True, cwd=tmp_path)

@@ -110,8 +110,7 @@ def test_load_tasks_reports_every_fault(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
         "quantkit:\n  domian: math\n  local: {test: {file: none.jsonl, rows: [5, 2]}}\n  code: "
-        "{source: x, cut: half, "
-        "seconds: 0}\ntask: other\noutput_type: loglikelihood\n"
+        "{source: x, cut: half, seconds: 0}\ntask: other\noutput_type: loglikelihood\n"
     )
     with pytest.raises(EvaluationError) as caught:
         tasks.load_tasks([str(path)])

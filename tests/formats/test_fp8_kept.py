@@ -329,17 +329,14 @@ def test_format_without_fp8_keeps_bf16_with_warning(source: Path) -> None:
         (
             '[{match: "*.shared_experts.*", quantize: default}, {match: "*", keep: source}]',
             "rules[1]: transformers multiplies an expert's FP8 weight by its block scales as if "
-            "there were one per "
-            "weight; quantize the routed experts, or use keep: bf16 "
+            "there were one per weight; quantize the routed experts, or use keep: bf16 "
             "(model.layers.1.mlp.experts.0.gate_proj and 23 more)",
         ),
         (
             f'[{EXPERTS}, {{match: "*.q_a_proj", keep: bf16}}, {{match: "*", keep: source}}]',
             "model.layers.0: vLLM and SGLang merge these linears when loading, so they need one "
-            "decision, found 2: "
-            "model.layers.0.self_attn.q_a_proj (rules[1]: keep), "
-            "model.layers.0.self_attn.kv_a_proj_with_mqa "
-            "(rules[2]: keep in FP8)",
+            "decision, found 2: model.layers.0.self_attn.q_a_proj (rules[1]: keep), "
+            "model.layers.0.self_attn.kv_a_proj_with_mqa (rules[2]: keep in FP8)",
         ),
     ],
 )

@@ -78,8 +78,8 @@ def test_second_process_uses_the_cached_bundle(tmp_path, monkeypatch):
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
     code = (
         "import hashlib, sys; from quantkit.report import html_page as html; text = "
-        "html.load_vega_bundle();"
-        "print(hashlib.sha256(text.encode()).hexdigest(), 'vl_convert' in sys.modules)"
+        "html.load_vega_bundle();print(hashlib.sha256(text.encode()).hexdigest(), 'vl_convert' in "
+        "sys.modules)"
     )
     outputs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

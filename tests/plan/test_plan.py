@@ -229,8 +229,8 @@ def test_flagship_is_planned_without_a_network(environment: dict[str, str], tmp_
 
 def test_hub_model_without_a_published_config_needs_the_hub(tmp_path: Path) -> None:
     program = (
-        "from quantkit.cli.main import main; "
-        f"main(['plan', {str(FLAGSHIP)!r}, '--set', 'source.model=org/other'])"
+        f"from quantkit.cli.main import main; main(['plan', {str(FLAGSHIP)!r}, '--set', "
+        "'source.model=org/other'])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -372,8 +372,7 @@ def test_rule_that_matches_nothing_is_a_fault() -> None:
     text = '\n  - {match: "*.mlp.exprts.*", quantize: default}\n  - {match: "*", keep: source}'
     assert faults_of(rules=text) == (
         "r.yaml:9: rules[0]: '*.mlp.exprts.*' matches no linear of this model; expected a glob or "
-        "re:regex over names "
-        "like 'model.layers.0.self_attn.q_a_proj'",
+        "re:regex over names like 'model.layers.0.self_attn.q_a_proj'",
     )
 
 
@@ -398,8 +397,7 @@ def test_fused_linears_with_two_decisions_are_a_fault() -> None:
     faults = faults_of(model_type="llama", rules=rules)
     assert faults == tuple(
         f"r.yaml: model.layers.{layer}: vLLM and SGLang merge these linears when loading, so they "
-        "need one decision, "
-        f"found 2: model.layers.{layer}.self_attn.q_proj (rules[0]: keep), "
+        f"need one decision, found 2: model.layers.{layer}.self_attn.q_proj (rules[0]: keep), "
         f"model.layers.{layer}.self_attn.k_proj (rules[1]: quantize)"
         for layer in range(2)
     )
@@ -407,8 +405,8 @@ def test_fused_linears_with_two_decisions_are_a_fault() -> None:
 
 def test_experts_of_one_layer_are_one_fused_group() -> None:
     rules = (
-        '[{match: "*.experts.3.down_proj", keep: source}, '
-        '{match: "*.experts.*", quantize: default}]'
+        '[{match: "*.experts.3.down_proj", keep: source}, {match: "*.experts.*", quantize: '
+        "default}]"
     )
     [fault] = faults_of(rules=rules)
     assert fault.startswith(
@@ -421,10 +419,8 @@ def test_two_schemes_in_a_format_for_one_are_a_fault() -> None:
     [fault] = faults_of(model_type="llama", rules=rules)
     assert fault == (
         "r.yaml: format awq holds one scheme per artifact, found 2: "
-        "model.layers.0.self_attn.q_proj (group_size: "
-        "64), model.layers.0.mlp.down_proj (group_size: 32); use one for all rules, or format "
-        "compressed_tensors or "
-        "gptq"
+        "model.layers.0.self_attn.q_proj (group_size: 64), model.layers.0.mlp.down_proj "
+        "(group_size: 32); use one for all rules, or format compressed_tensors or gptq"
     )
 
 
@@ -619,10 +615,9 @@ def test_missing_unexpected_and_misshaped_tensors_are_reported_together() -> Non
         plan_checkpoint("llama", specs=specs)
     assert str(caught.value) == (
         "org/name: the tensors do not fit model_type llama with this config.json: missing: "
-        "model.norm.weight [128]; "
-        "not claimed by the architecture: model.layers.9.extra; lm_head.weight: expected shape "
-        "[768, 128], found "
-        "[700, 128]; check that config.json and weights belong together"
+        "model.norm.weight [128]; not claimed by the architecture: model.layers.9.extra; "
+        "lm_head.weight: expected shape [768, 128], found [700, 128]; check that config.json and "
+        "weights belong together"
     )
 
 

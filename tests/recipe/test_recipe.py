@@ -196,8 +196,8 @@ def test_values_of_a_method_may_be_omitted() -> None:
         (
             "{method: nf4, bits: 3, group_size: 128}",
             "method nf4 is rounding: nearest, bits: 4, group_size: 64, symmetric: true, "
-            "scale_dtype: auto, "
-            "found bits: 3, group_size: 128; leave that out, or choose another method",
+            "scale_dtype: auto, found bits: 3, group_size: 128; leave that out, or choose another "
+            "method",
         ),
         ("{method: nf4, rounding: gptq}", "found rounding: gptq; leave that out"),
         (
@@ -333,35 +333,30 @@ fidelty: {}
         "x.yaml:7: rules[2].keep: expected source or bf16, found 'sorce'",
         "x.yaml:8: rules[3].quantize.bits: expected at most 8, found 17",
         "x.yaml:8: rules[3].quantize.bitts: unknown key. Did you mean 'bits'? Known: method, "
-        "rounding, bits, "
-        "group_size, symmetric, scale_dtype, double_quant.",
+        "rounding, bits, group_size, symmetric, scale_dtype, double_quant.",
         "x.yaml:9: rules[4]: a rule is {match: PATTERN, quantize: default} or {match: PATTERN, "
-        "keep: source}, "
-        "or {preset: NAME}",
+        "keep: source}, or {preset: NAME}",
         "x.yaml:10: rules[5].preset: no preset named 'expert-only'. Did you mean 'experts-only'? "
         "Known: experts-only, all-linear, attention-source.",
         "x.yaml:11: rules[6]: expected a mapping of keys, found 'hello'",
         "x.yaml:12: evaluation.tasks[1]: expected text, found 3 (quote it to make it text)",
         "x.yaml:13: gates.top1: expected a mapping of keys, found 5",
         "x.yaml:13: gates.kl_maen: no figure or task of evaluation.tasks named 'kl_maen'. Did you "
-        "mean 'kl_mean'? "
-        "Known: kl_worst_kind, kl_mean_kinds, shift, "
-        "kl_mean, kl_median, kl_p99, kl_p999, kl_max, ppl_source, ppl_artifact, ppl_ratio, "
-        "top1, mean_delta_p, "
-        "rms_delta_p, router_agreement, block_error, module_error, module_output_error, "
-        "experts_uncalibrated, "
-        "fallbacks, lost_items, size, bits_per_weight, likelihood, gsm8k. Of one kind "
-        "of text: kl_mean@code.",
+        "mean 'kl_mean'? Known: kl_worst_kind, kl_mean_kinds, shift, kl_mean, kl_median, kl_p99, "
+        "kl_p999, kl_max, ppl_source, ppl_artifact, ppl_ratio, top1, mean_delta_p, rms_delta_p, "
+        "router_agreement, block_error, module_error, module_output_error, experts_uncalibrated, "
+        "fallbacks, lost_items, size, bits_per_weight, likelihood, gsm8k. Of one kind of text: "
+        "kl_mean@code.",
         "x.yaml:13: gates.gsm8k: expected {min_recovery: NUMBER} or {margin_pp: NUMBER} or "
-        "{max_lost: NUMBER} or "
-        "{min_score: NUMBER} or {max_truncated_pp: NUMBER} or {max_unparsed_pp: NUMBER}",
+        "{max_lost: NUMBER} or {min_score: NUMBER} or {max_truncated_pp: NUMBER} or "
+        "{max_unparsed_pp: NUMBER}",
         "x.yaml:13: gates.kl_mean: expected {max: NUMBER} or {min: NUMBER}",
         "x.yaml:14: memory: expected a size such as 64GB, 512MiB or a number of bytes, found '64 "
         "gigabytes'",
         "x.yaml:15: output.shard_bytes: expected a size above 0 and below 8 EiB, found '0'",
         "x.yaml:16: fidelty: unknown key. Did you mean 'fidelity'? Known: version, source, "
-        "quantize, format, rules, "
-        "calibration, fidelity, evaluation, gates, output, memory, mtp, propagate, compute.",
+        "quantize, format, rules, calibration, fidelity, evaluation, gates, output, memory, mtp, "
+        "propagate, compute.",
     )
 
 

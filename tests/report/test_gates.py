@@ -210,9 +210,8 @@ def test_parse_gates_reads_gate_files_and_recipes() -> None:
         ),
         (
             "gates: {kl_maen: {max: 2}}",
-            "g.yaml:1: gates.kl_maen: no figure or task of "
-            "evaluation.tasks named "
-            "'kl_maen'. Did you mean 'kl_mean'?",
+            "g.yaml:1: gates.kl_maen: no figure or task of evaluation.tasks named 'kl_maen'. Did "
+            "you mean 'kl_mean'?",
         ),
         (
             "gate: {kl_mean: {max: 2}}",

@@ -54,8 +54,7 @@ def test_claim_of_8400_for_800_w_over_three_years_is_wrong() -> None:
     assert not claim.is_correct
     assert claim.message == (
         "owned.electricity: claimed 8,400, computed 2,522.88 USD (0.8 kW x 26,280 h x 0.12): "
-        "wrong, "
-        "3.33 times too high"
+        "wrong, 3.33 times too high"
     )
 
 

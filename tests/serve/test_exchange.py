@@ -70,9 +70,9 @@ PLANTS = {
     "exchanged": "cp config.json x && echo ' ' >> x && mv x config.json",
     "exchanged for the same bytes": "cp -p config.json x && mv x config.json",
     "written in place, with its old mtime": (
-        "cp -p model-00001-of-00003.safetensors ../t && "
-        "printf '\\001' | dd of=model-00001-of-00003.safetensors bs=1 seek=9000 conv=notrunc && "
-        "touch -r ../t model-00001-of-00003.safetensors"
+        "cp -p model-00001-of-00003.safetensors ../t && printf '\\001' | dd "
+        "of=model-00001-of-00003.safetensors bs=1 seek=9000 conv=notrunc && touch -r ../t "
+        "model-00001-of-00003.safetensors"
     ),
     "renamed away and back": "mv tokenizer.json x && cp x tokenizer.json && mv x tokenizer.json",
     "a template that is added": "echo '{{ 1 }}' > chat_template.jinja",

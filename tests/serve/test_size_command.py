@@ -36,10 +36,9 @@ def test_size_reads_deepseek_v3_from_its_config() -> None:
 
 def test_size_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from quantkit.cli.main import main; "
-        "main(['size', sys.argv[1], '--json'], standalone_mode=False); "
-        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)), "
-        "file=sys.stderr)"
+        "import sys; from quantkit.cli.main import main; main(['size', sys.argv[1], '--json'], "
+        "standalone_mode=False); print(sorted({'torch', 'transformers', 'huggingface_hub'} & "
+        "set(sys.modules)), file=sys.stderr)"
     )
     for target in ("deepseek-ai/DeepSeek-V3", "v3-awq4"):
         result = subprocess.run(

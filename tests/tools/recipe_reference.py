@@ -69,11 +69,10 @@ NOTES = {
     "rules": "Presets:\n\n{presets}",
     "gates": (
         "A gate is `figure: {{max: NUMBER}}`, `figure: {{min: NUMBER}}`, or `task: {{...}}` with "
-        "the other keys; "
-        "`kl_mean.max: 0.05` is short for `kl_mean: {{max: 0.05}}`.\n\n"
+        "the other keys; `kl_mean.max: 0.05` is short for `kl_mean: {{max: 0.05}}`.\n\n"
         "Figures of the fidelity text: {pooled}. Each of them can be bounded on one domain, e.g. "
-        "`kl_mean@{domain}` "
-        "(domains: {domains}).\n\nOther figures: {others}. `likelihood@TASK` bounds one task."
+        "`kl_mean@{domain}` (domains: {domains}).\n\nOther figures: {others}. `likelihood@TASK` "
+        "bounds one task."
     ),
 }
 """Text after the table of a section."""

@@ -501,8 +501,7 @@ CONTENT: dict[str, tuple[str, Damage, str]] = {
         "gptq-several",
         lambda path: edit_quantization_config(path, lambda v: v["dynamic"].popitem()),
         "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj are of 8 bits, group 64, "
-        "symmetric in the tensors, "
-        "but of 4 bits, group 64, symmetric to SGLang and GPTQModel",
+        "symmetric in the tensors, but of 4 bits, group 64, symmetric to SGLang and GPTQModel",
     ),
     "compressed_tensors: a module in the other group": (
         "several",

@@ -587,8 +587,7 @@ def test_changed_source_is_reported(
     )
     assert str(caught.value) == (
         f"{source}: not the source that {path} was made of: {what}; --deep needs the source as it "
-        "was, name its place "
-        "with --source"
+        "was, name its place with --source"
     )
 
 

@@ -67,9 +67,8 @@ def command(  # noqa: PLR0913  # one parameter per option
         return
     click.echo(
         f"{done.location}: {'would send' if dry_run else 'sent'} {len(done.files)} files, "
-        f"{format_bytes(done.n_bytes)}; {done.n_present} files, "
-        f"{format_bytes(done.present_bytes)} were "
-        "there"
+        f"{format_bytes(done.n_bytes)}; {done.n_present} files, {format_bytes(done.present_bytes)} "
+        "were there"
     )
     for name in done.files if dry_run else ():
         click.echo(f"  {name}")

@@ -59,8 +59,7 @@ def command(
     action = "would fetch" if dry_run else "verified; fetched"
     click.echo(
         f"{folder}: {action} {len(done.files)} files, {format_bytes(done.n_bytes)}; "
-        f"{done.n_present} "
-        f"files, {format_bytes(done.present_bytes)} were there ({done.status})"
+        f"{done.n_present} files, {format_bytes(done.present_bytes)} were there ({done.status})"
     )
     for name in done.files if dry_run else ():
         click.echo(f"  {name}")

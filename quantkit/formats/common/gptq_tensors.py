@@ -244,8 +244,7 @@ def classify_by_rules(entry: Mapping[str, object]) -> Callable[[str], Treatment]
         else:
             raise ArtifactError(
                 "config.json: quantization_config.dynamic: expected '-:pattern' with {} or "
-                "'+:pattern' with bits, "
-                f"group_size and sym, found {key!r:.60}"
+                f"'+:pattern' with bits, group_size and sym, found {key!r:.60}"
             )
     compiled = [(compile_any(tuple(patterns)), treatment) for treatment, patterns in rules.items()]
     return lambda module: next(

@@ -114,8 +114,7 @@ class FolderRemote:
             if present.get(item.name) != item.n_bytes:
                 raise TransferError(
                     f"{self.where}: {shorten_repr(item.name)}: expected the {item.n_bytes} bytes "
-                    "that were written, found "
-                    f"{present.get(item.name, 'no file')}; publish again"
+                    f"that were written, found {present.get(item.name, 'no file')}; publish again"
                 )
         self.send(manifest, lambda _: None)
         return self.where

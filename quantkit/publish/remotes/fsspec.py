@@ -256,8 +256,7 @@ def check_sizes(where: str, items: Sequence[UploadFile], found: Mapping[str, int
     if missing:
         raise TransferError(
             f"{where}: {shorten_repr(missing[0].name)}: expected the {missing[0].n_bytes} bytes "
-            "that were sent, found "
-            f"{found.get(missing[0].name, 'no file')}; publish again"
+            f"that were sent, found {found.get(missing[0].name, 'no file')}; publish again"
         )
 
 
@@ -267,8 +266,7 @@ def open_fsspec(rest: str, text: str, options: RemoteOptions) -> FsspecRemote:
     if scheme not in fsspec.available_protocols() or scheme in _UNSUPPORTED:
         raise UsageError(
             f"{remove_secrets(text)}: expected a file store, and {scheme}:// is none; use hf://, "
-            "oci://, s3://, "
-            "gs:// or a folder"
+            "oci://, s3://, gs:// or a folder"
         )
     where = remove_secrets(text).rstrip("/")
     if not rest.strip("/"):
@@ -280,9 +278,8 @@ def open_fsspec(rest: str, text: str, options: RemoteOptions) -> FsspecRemote:
             files, root = fsspec.core.url_to_fs(text)
         except ImportError as fault:
             raise UsageError(
-                f"{scheme}:// needs a package that is not installed "
-                f"({describe_exception(fault)}); install it, e.g. "
-                "pip install 'quantkit[gcs]' for gs://"
+                f"{scheme}:// needs a package that is not installed ({describe_exception(fault)}); "
+                "install it, e.g. pip install 'quantkit[gcs]' for gs://"
             ) from fault
     return FsspecRemote(files, root, where)
 

@@ -173,8 +173,7 @@ class HubRemote:
         if lost:
             raise TransferError(
                 f"{self.where}: {shorten_repr(lost[0])}: expected the file that was committed, "
-                "found another or none "
-                "(does the repository's .gitignore name it?); publish again"
+                "found another or none (does the repository's .gitignore name it?); publish again"
             )
         return f"hf://{self._repository}@{done.oid}"
 

@@ -175,8 +175,7 @@ def open_oci(rest: str, text: str, options: RemoteOptions) -> OciRemote:
     if match is None or (options.writing and match["digest"]):
         raise UsageError(
             f"{remove_secrets(text)}: expected oci://host/name:tag with a name in small letters, "
-            "found something else; "
-            "check the address"
+            "found something else; check the address"
         )
     tag = match["tag"] or "latest"
     where = f"oci://{match['host']}/{match['name']}:{tag}" + (

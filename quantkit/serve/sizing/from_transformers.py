@@ -144,8 +144,7 @@ def make_meta_model(config: Config) -> tuple[Any, Any]:
     if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         families = registry.list_names("architectures")
         raise UsageError(
-            f"{config.where}: model_type: "
-            f"{format_unknown_name('family', model_type, families)} "
+            f"{config.where}: model_type: {format_unknown_name('family', model_type, families)} "
             "transformers has no language model of that type either"
         )
     for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):

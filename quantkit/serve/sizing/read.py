@@ -61,9 +61,8 @@ def read_model(target: str, width: Width | None = None) -> Model:
     else:
         raise UsageError(
             f"{target}: expected an artifact, a recipe, a config.json or a hub id whose config "
-            f"ships with quantkit ({', '.join(published.list_published_models()[:3])}, ...), "
-            "found none of them; "
-            "check the path, or download its config.json"
+            f"ships with quantkit ({', '.join(published.list_published_models()[:3])}, ...), found "
+            "none of them; check the path, or download its config.json"
         )
     return model if width is None else assume_width(model, width)
 

@@ -228,8 +228,7 @@ def main() -> None:
     rows, reached = compare_with_peers(results, others)
     print_table(
         "quantkit / best peer: KL relative to the best with the same kind of codes, CPU to the "
-        "fastest, "
-        "memory to the smallest",
+        "fastest, memory to the smallest",
         ("quantkit", "KL", "CPU", "memory", "goals"),
         rows,
     )

@@ -74,8 +74,8 @@ def time_copy(source: Path, folder: Path) -> Cost:
     scratch = folder.with_name(f"{folder.name}.copy")
     scratch.mkdir(exist_ok=True)
     command = (
-        f"cat {source}/*.safetensors > /dev/null; "
-        f"cp {folder}/*.safetensors {scratch}/; sync {scratch}/*"
+        f"cat {source}/*.safetensors > /dev/null; cp {folder}/*.safetensors {scratch}/; sync "
+        f"{scratch}/*"
     )
     times = []
     for _ in range(REPEATS):

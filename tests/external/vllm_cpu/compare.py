@@ -105,25 +105,22 @@ class Comparison:
         """Reasons why vLLM's answers do not match the dequantized model; empty if they match."""
         faults = [
             f"{d.task_id}: {d.place} is no near-tie (margin {format_margin(d.margin)}, expected "
-            f"below {NEAR_TIE_NATS} nats): "
-            f"expected {d.expected!r}, found {d.actual!r}"
+            f"below {NEAR_TIE_NATS} nats): expected {d.expected!r}, found {d.actual!r}"
             for d in self.differences
             if not d.is_near_tie
         ]
         clear = [d for d in self.differences if d.margin is None or d.margin > self.close]
         if len(clear) > MAX_DIFFERENT * self.answers:
             faults.append(
-                f"{len(clear)} of {self.answers} answers differ at a margin above "
-                f"{self.close:.2g} nats, expected at "
-                f"most {MAX_DIFFERENT:.0%}"
+                f"{len(clear)} of {self.answers} answers differ at a margin above {self.close:.2g} "
+                f"nats, expected at most {MAX_DIFFERENT:.0%}"
             )
         if not self.margins:
             faults.append("expected undecided steps, found none; use more prompts")
         elif median(self.margins) > MARGIN_NATS:
             faults.append(
-                f"margins moved by {median(self.margins):.3f} nats in the median, expected at "
-                f"most {MARGIN_NATS}: "
-                "a change this large means other weights, not other arithmetic"
+                f"margins moved by {median(self.margins):.3f} nats in the median, expected at most "
+                f"{MARGIN_NATS}: a change this large means other weights, not other arithmetic"
             )
         return faults
 
@@ -137,8 +134,8 @@ class Comparison:
         ties = [d for d in self.differences if d.is_near_tie]
         lines = [
             f"{self.answers} prompts: {self.answers - len(self.differences)} answers equal token "
-            "by token, "
-            f"{len(ties)} near-ties, {len(self.differences) - len(ties)} other differences"
+            f"by token, {len(ties)} near-ties, {len(self.differences) - len(ties)} other "
+            "differences"
         ]
         lines += [
             f"near-tie: {d.task_id}, {d.place}, margin {format_margin(d.margin)} nats" for d in ties

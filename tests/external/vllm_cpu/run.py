@@ -75,8 +75,7 @@ def check_artifact(vllm_python: str, artifact: Path, prompts: int, folder: Path)
     seconds = time.monotonic() - start
     print_line(
         f"dequantized model, transformers in float32: {prompts} answers in {seconds:.0f} s; "
-        "bfloat16 alone moves 95 % "
-        f"of its undecided margins by less than {rounding:.3f} nats"
+        f"bfloat16 alone moves 95 % of its undecided margins by less than {rounding:.3f} nats"
     )
     start = time.monotonic()
     log = run_command([

@@ -48,10 +48,9 @@ def make_fraction_sum(rng: random.Random) -> Problem:
     question = f"Compute ${format_latex(first)} {sign} {format_latex(second)}$ and simplify."
     solution = (
         f"The least common denominator is {common}. We have ${format_latex(first)} = "
-        f"{left}/{common}$ and "
-        f"${format_latex(second)} = {right}/{common}$, so the result is ${raw}/{common} = "
-        f"{format_latex(result)}$. "
-        f"The answer is $\\boxed{{{format_latex(result)}}}$."
+        f"{left}/{common}$ and ${format_latex(second)} = {right}/{common}$, so the result is "
+        f"${raw}/{common} = {format_latex(result)}$. The answer is "
+        f"$\\boxed{{{format_latex(result)}}}$."
     )
     return question, solution
 
@@ -64,11 +63,10 @@ def make_linear_equation(rng: random.Random) -> Problem:
     question = f"Solve for x: {left}x {format_signed(shift)} = {right}x {format_signed(other)}."
     solution = (
         f"Subtract {right}x from both sides: {left - right}x {format_signed(shift)} = {other}. "
-        f"Then {left - right}x = {other} "
-        f"{format_signed(-shift)} = {other - shift}. Divide by {left - right}: x = {root}. Check: "
-        f"{left} × ({root}) "
-        f"{format_signed(shift)} = {left * root + shift} and {right} × ({root}) "
-        f"{format_signed(other)} = {right * root + other}."
+        f"Then {left - right}x = {other} {format_signed(-shift)} = {other - shift}. Divide by "
+        f"{left - right}: x = {root}. Check: {left} × ({root}) {format_signed(shift)} = "
+        f"{left * root + shift} and {right} × ({root}) {format_signed(other)} = "
+        f"{right * root + other}."
     )
     return question, solution
 
@@ -87,11 +85,9 @@ def make_quadratic(rng: random.Random) -> Problem:
     )
     solution = (
         f"The discriminant is $b^2 - 4ac = {linear * linear} {format_signed(-4 * constant)} = "
-        f"{inside}$, whose square root is "
-        f"{math.isqrt(inside)}. So $x = \\frac{{{-linear} \\pm {math.isqrt(inside)}}}{{2}}$, that "
-        f"is {roots}. "
-        f"Indeed $(x {format_signed(-first)})(x {format_signed(-second)}) = x^2{middle} "
-        f"{format_signed(constant)}$."
+        f"{inside}$, whose square root is {math.isqrt(inside)}. So $x = \\frac{{{-linear} \\pm "
+        f"{math.isqrt(inside)}}}{{2}}$, that is {roots}. Indeed $(x {format_signed(-first)})(x "
+        f"{format_signed(-second)}) = x^2{middle} {format_signed(constant)}$."
     )
     return question, solution
 
@@ -109,9 +105,8 @@ def make_two_equations(rng: random.Random) -> Problem:
     )
     solution = (
         f"From the second equation y = {second} - {c}x. Put this into the first: {a}x "
-        f"{format_signed(b)}({second} - {c}x) = "
-        f"{first}, so {a}x {format_signed(b * second)} {format_signed(-b * c, 'x')} = {first}. "
-        f"Collecting terms, {slope}x = "
+        f"{format_signed(b)}({second} - {c}x) = {first}, so {a}x {format_signed(b * second)} "
+        f"{format_signed(-b * c, 'x')} = {first}. Collecting terms, {slope}x = "
         f"{first - b * second}, so x = {x}. Then y = {second} - {c} × ({x}) = {y}. The solution is "
         f"(x, y) = ({x}, {y})."
     )
@@ -130,15 +125,12 @@ def make_percent_change(rng: random.Random) -> Problem:
     change = (end - start) * 100 / start
     question = (
         f"A quantity of {start} rises by {up}% and then falls by {down}%. What is its final value, "
-        "and what is the "
-        f"change in percent from the start?"
+        "and what is the change in percent from the start?"
     )
     solution = (
         f"After the rise it is {start} × {1 + up / 100:g} = {float(high):g}. After the fall it is "
-        f"{float(high):g} × "
-        f"{1 - down / 100:g} = {float(end):g}. The ratio to the start is {float(end):g} / {start} "
-        "= "
-        f"{float(end / start):g}, a change of {float(change):+g}%."
+        f"{float(high):g} × {1 - down / 100:g} = {float(end):g}. The ratio to the start is "
+        f"{float(end):g} / {start} = {float(end / start):g}, a change of {float(change):+g}%."
     )
     return question, solution
 
@@ -150,13 +142,12 @@ def make_progression(rng: random.Random) -> Problem:
     total = count * (first + last) // 2
     question = (
         f"An arithmetic progression starts {first}, {first + step}, {first + 2 * step}, ... Find "
-        "its term number "
-        f"{count} and the sum of its first {count} terms."
+        f"its term number {count} and the sum of its first {count} terms."
     )
     solution = (
         f"The common difference is {step}. Term number {count} is {first} + {count - 1} × ({step}) "
-        f"= {last}. The sum "
-        f"is {count} × ({first} + ({last})) / 2 = {count} × {first + last} / 2 = {total}."
+        f"= {last}. The sum is {count} × ({first} + ({last})) / 2 = {count} × {first + last} / 2 = "
+        f"{total}."
     )
     return question, solution
 
@@ -169,17 +160,13 @@ def make_rectangle(rng: random.Random) -> Problem:
     around = 2 * (width + height + 4 * border)
     question = (
         f"A garden of {width} m by {height} m is surrounded by a path {100 * border} cm wide. Find "
-        "the area of the "
-        f"path in square metres and the length of a fence around the outside."
+        "the area of the path in square metres and the length of a fence around the outside."
     )
     solution = (
         f"{100 * border} cm are {border} m. With the path the rectangle is {width + 2 * border} m "
-        "by "
-        f"{height + 2 * border} m, an area of {outer} m². The garden has {width} × {height} = "
-        f"{width * height} m². The "
-        f"path has {outer} - {width * height} = {area} m². The fence is 2 × ({width + 2 * border} "
-        "+ "
-        f"{height + 2 * border}) = {around} m long."
+        f"by {height + 2 * border} m, an area of {outer} m². The garden has {width} × {height} = "
+        f"{width * height} m². The path has {outer} - {width * height} = {area} m². The fence is 2 "
+        f"× ({width + 2 * border} + {height + 2 * border}) = {around} m long."
     )
     return question, solution
 
@@ -193,16 +180,14 @@ def make_right_triangle(rng: random.Random) -> Problem:
     hypotenuse = scale * (larger**2 + smaller**2)
     question = (
         f"The legs of a right triangle are {legs[0]} and {legs[1]}. Find the hypotenuse, the area "
-        "and the height over "
-        f"the hypotenuse."
+        "and the height over the hypotenuse."
     )
     area = Fraction(legs[0] * legs[1], 2)
     solution = (
         f"By Pythagoras, $c^2 = {legs[0]}^2 + {legs[1]}^2 = {legs[0] ** 2} + {legs[1] ** 2} = "
-        f"{hypotenuse**2}$, so "
-        f"$c = {hypotenuse}$. The area is ${legs[0]} \\cdot {legs[1]} / 2 = {area}$. The area is "
-        "also $c h / 2$, so "
-        f"$h = 2 \\cdot {area} / {hypotenuse} = {format_latex(2 * area / hypotenuse)}$."
+        f"{hypotenuse**2}$, so $c = {hypotenuse}$. The area is ${legs[0]} \\cdot {legs[1]} / 2 = "
+        f"{area}$. The area is also $c h / 2$, so $h = 2 \\cdot {area} / {hypotenuse} = "
+        f"{format_latex(2 * area / hypotenuse)}$."
     )
     return question, solution
 
@@ -220,9 +205,8 @@ def make_common_divisor(rng: random.Random) -> Problem:
     )
     solution = (
         f"Euclid's algorithm: {'; '.join(steps)}. The last remainder that is not zero is {a}, so "
-        "the greatest common "
-        f"divisor is {a}. The least common multiple is {larger} × {smaller} / {a} = "
-        f"{larger * smaller // a}."
+        f"the greatest common divisor is {a}. The least common multiple is {larger} × {smaller} / "
+        f"{a} = {larger * smaller // a}."
     )
     return question, solution
 
@@ -234,15 +218,13 @@ def make_chance(rng: random.Random) -> Problem:
     same = Fraction(red * (red - 1) + blue * (blue - 1), total * (total - 1))
     question = (
         f"An urn holds {red} red and {blue} blue balls. Two are drawn without putting the first "
-        "one back. What is the "
-        f"probability that they have the same colour?"
+        "one back. What is the probability that they have the same colour?"
     )
     solution = (
         f"Both red: {red}/{total} × {red - 1}/{total - 1} = "
-        f"{Fraction(red * (red - 1), total * (total - 1))}. Both "
-        f"blue: {blue}/{total} × {blue - 1}/{total - 1} = "
-        f"{Fraction(blue * (blue - 1), total * (total - 1))}. Added, "
-        f"the probability is {same}, about {float(same):.3f}."
+        f"{Fraction(red * (red - 1), total * (total - 1))}. Both blue: {blue}/{total} × "
+        f"{blue - 1}/{total - 1} = {Fraction(blue * (blue - 1), total * (total - 1))}. Added, the "
+        f"probability is {same}, about {float(same):.3f}."
     )
     return question, solution
 
@@ -255,11 +237,9 @@ def make_mean_and_median(rng: random.Random) -> Problem:
     mean = Fraction(sum(values), len(values))
     solution = (
         f"Sorted: {', '.join(map(str, ordered))}. The sum is {sum(values)}, so the mean is "
-        f"{sum(values)} / "
-        f"{len(values)} = {float(mean):.4g}. The value in the middle, number "
-        f"{len(values) // 2 + 1} of {len(values)}, "
-        f"is {ordered[len(values) // 2]}. The range is {ordered[-1]} - {ordered[0]} = "
-        f"{ordered[-1] - ordered[0]}."
+        f"{sum(values)} / {len(values)} = {float(mean):.4g}. The value in the middle, number "
+        f"{len(values) // 2 + 1} of {len(values)}, is {ordered[len(values) // 2]}. The range is "
+        f"{ordered[-1]} - {ordered[0]} = {ordered[-1] - ordered[0]}."
     )
     return question, solution
 
@@ -279,9 +259,8 @@ def make_derivative(rng: random.Random) -> Problem:
     )
     solution = (
         f"$f'(x) = {3 * a}x^2 {format_signed(2 * b, 'x')} {format_signed(c)}$, so $f'({at}) = "
-        f"{slope}$. Also $f({at}) = {value}$. "
-        f"The tangent is $y = {slope}(x {format_signed(-at)}) {format_signed(value)}$, that is "
-        f"$y = {slope}x {format_signed(value - slope * at)}$."
+        f"{slope}$. Also $f({at}) = {value}$. The tangent is $y = {slope}(x {format_signed(-at)}) "
+        f"{format_signed(value)}$, that is $y = {slope}x {format_signed(value - slope * at)}$."
     )
     return question, solution
 

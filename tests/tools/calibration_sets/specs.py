@@ -42,8 +42,7 @@ TINY_HELD_OUT = SetText(
 )
 GENERAL_ORIGIN = (
     f"CPython {platform.python_version()}, standard library: pydoc topics and docstrings (prose), "
-    "modules (code); "
-    "math from tools.calibration_sets, seed {seed}"
+    "modules (code); math from tools.calibration_sets, seed {seed}"
 )
 GENERAL = SetText(
     name="general-math-code",

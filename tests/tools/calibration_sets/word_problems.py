@@ -54,18 +54,15 @@ def make_shopping(rng: random.Random) -> Problem:
     paid = (int(due) // 50 + 1) * 50
     question = (
         f"{name} buys {count} {many} at {format_money(price)} each and {second} {others} at "
-        f"{format_money(cost)} each. The shop "
-        f"takes {percent}% off the total. {name} pays with {format_money(paid)}. How much change "
-        f"should {name} receive?"
+        f"{format_money(cost)} each. The shop takes {percent}% off the total. {name} pays with "
+        f"{format_money(paid)}. How much change should {name} receive?"
     )
     solution = (
         f"The {many} cost {count} × {format_money(price)} = {format_money(count * price)}. The "
-        f"{others} cost {second} × "
-        f"{format_money(cost)} = {format_money(second * cost)}. Together that is "
-        f"{format_money(total)}. "
-        f"A discount of {percent}% is {format_money(off)}, so the price is {format_money(total)} - "
-        f"{format_money(off)} = {format_money(due)}. "
-        f"The change is {format_money(paid)} - {format_money(due)} = {format_money(paid - due)}."
+        f"{others} cost {second} × {format_money(cost)} = {format_money(second * cost)}. Together "
+        f"that is {format_money(total)}. A discount of {percent}% is {format_money(off)}, so the "
+        f"price is {format_money(total)} - {format_money(off)} = {format_money(due)}. The change "
+        f"is {format_money(paid)} - {format_money(due)} = {format_money(paid - due)}."
     )
     return question, solution
 
@@ -81,18 +78,14 @@ def make_travel(rng: random.Random) -> Problem:
     clock = f"{(leave * 60 + total) // 60}:{(leave * 60 + total) % 60:02d}"
     question = (
         f"A bus leaves {start} for {end} at {leave}:00. It drives for {hours} hours at {speed} "
-        f"km/h, stops for {rest} "
-        f"minutes, and then drives for {minutes} minutes at {slower} km/h. How far does it travel, "
-        "and when does it "
-        f"arrive?"
+        f"km/h, stops for {rest} minutes, and then drives for {minutes} minutes at {slower} km/h. "
+        "How far does it travel, and when does it arrive?"
     )
     solution = (
         f"In the first part it covers {hours} × {speed} = {first} km. In the second part it covers "
         f"{slower} × {minutes}/60 = {second} km. The distance is {first} + {second} = "
-        f"{first + second} km. The trip "
-        f"takes {hours * 60} + {rest} + {minutes} = {total} minutes, that is {total // 60} h "
-        f"{total % 60} min, so the "
-        f"bus arrives at {clock}."
+        f"{first + second} km. The trip takes {hours * 60} + {rest} + {minutes} = {total} minutes, "
+        f"that is {total // 60} h {total % 60} min, so the bus arrives at {clock}."
     )
     return question, solution
 
@@ -111,15 +104,13 @@ def make_workers(rng: random.Random) -> Problem:
     remaining = rng.choice([count for count in range(2, people) if left % count == 0])
     question = (
         f"{people} workers can finish a wall in {days} days, all at the same pace. After {worked} "
-        "days "
-        f"{people - remaining} of them are called away. How many more days do the others need?"
+        f"days {people - remaining} of them are called away. How many more days do the others need?"
     )
     solution = (
         f"The whole wall takes {people} × {days} = {work} worker-days. In {worked} days "
-        f"{people * worked} of them are "
-        f"done, so {work} - {people * worked} = {left} worker-days remain. There are {remaining} "
-        "workers left, and "
-        f"{left} / {remaining} = {left // remaining}. They need {left // remaining} more days."
+        f"{people * worked} of them are done, so {work} - {people * worked} = {left} worker-days "
+        f"remain. There are {remaining} workers left, and {left} / {remaining} = "
+        f"{left // remaining}. They need {left // remaining} more days."
     )
     return question, solution
 
@@ -136,17 +127,14 @@ def make_harvest(rng: random.Random) -> Problem:
     full, loose = divmod(rest, size)
     question = (
         f"{name} harvests {left} kg of {crop}. One part in {below} is lost to frost. Of what "
-        f"remains, 1/{next_below} "
-        f"is sold at the market, and the rest is packed into boxes of {size} kg. How many full "
-        "boxes are there, and "
-        f"how many kilograms are left over?"
+        f"remains, 1/{next_below} is sold at the market, and the rest is packed into boxes of "
+        f"{size} kg. How many full boxes are there, and how many kilograms are left over?"
     )
     solution = (
         f"The frost takes {left} / {below} = {left // below} kg, which leaves {kept} kg. The "
-        "market takes "
-        f"{kept} / {next_below} = {sold} kg, which leaves {kept} - {sold} = {rest} kg. Dividing by "
-        f"{size}, "
-        f"{rest} = {full} × {size} + {loose}. There are {full} full boxes and {loose} kg left over."
+        f"market takes {kept} / {next_below} = {sold} kg, which leaves {kept} - {sold} = {rest} "
+        f"kg. Dividing by {size}, {rest} = {full} × {size} + {loose}. There are {full} full boxes "
+        f"and {loose} kg left over."
     )
     return question, solution
 
@@ -160,18 +148,15 @@ def make_interest(rng: random.Random) -> Problem:
     total = principal + first + second
     question = (
         f"{name} puts {format_money(principal)} into an account that pays {percent}% interest at "
-        "the end of each year. "
-        "Nothing is withdrawn. How much is in the account after two years, and how much of it is "
-        "interest?"
+        "the end of each year. Nothing is withdrawn. How much is in the account after two years, "
+        "and how much of it is interest?"
     )
     solution = (
         f"After one year the interest is {percent}% of {format_money(principal)}, which is "
-        f"{format_money(first)}, so the balance is "
-        f"{format_money(principal + first)}. After the second year the interest is {percent}% of "
-        f"{format_money(principal + first)}, "
-        f"which is {format_money(second)}. The balance is {format_money(total)}, and "
-        f"{format_money(total)} - {format_money(principal)} = "
-        f"{format_money(first + second)} of it is interest."
+        f"{format_money(first)}, so the balance is {format_money(principal + first)}. After the "
+        f"second year the interest is {percent}% of {format_money(principal + first)}, which is "
+        f"{format_money(second)}. The balance is {format_money(total)}, and {format_money(total)} "
+        f"- {format_money(principal)} = {format_money(first + second)} of it is interest."
     )
     return question, solution
 
@@ -184,15 +169,12 @@ def make_mixture(rng: random.Random) -> Problem:
     strength = Fraction(100 * (salt + more), first + second)
     question = (
         f"A chemist mixes {first} ml of a {low}% salt solution with {second} ml of a {high}% salt "
-        "solution. What is "
-        f"the concentration of the mixture, to two decimals at most?"
+        "solution. What is the concentration of the mixture, to two decimals at most?"
     )
     solution = (
         f"The first contains {low}% of {first} = {salt} ml of salt and the second {high}% of "
-        f"{second} = {more} ml. "
-        f"Together there are {salt + more} ml of salt in {first + second} ml. {salt + more} / "
-        f"{first + second} = "
-        f"{format_decimal(strength)}%."
+        f"{second} = {more} ml. Together there are {salt + more} ml of salt in {first + second} "
+        f"ml. {salt + more} / {first + second} = {format_decimal(strength)}%."
     )
     return question, solution
 
@@ -204,16 +186,13 @@ def make_ages(rng: random.Random) -> Problem:
     years = age * (times - 2)
     question = (
         f"{older} is {times} times as old as {younger}. In {years} years {older} will be twice as "
-        f"old as {younger}. "
-        f"How old are they now?"
+        f"old as {younger}. How old are they now?"
     )
     solution = (
         f"Let {younger} be x years old, so that {older} is {times}x. In {years} years: {times}x + "
-        f"{years} = "
-        f"2(x + {years}), which gives {times}x - 2x = {2 * years} - {years}, so {times - 2}x = "
-        f"{years} and x = {age}. "
-        f"{younger} is {age} and {older} is {times * age}. Check: {times * age + years} = 2 × "
-        f"{age + years}."
+        f"{years} = 2(x + {years}), which gives {times}x - 2x = {2 * years} - {years}, so "
+        f"{times - 2}x = {years} and x = {age}. {younger} is {age} and {older} is {times * age}. "
+        f"Check: {times * age + years} = 2 × {age + years}."
     )
     return question, solution
 
@@ -228,16 +207,14 @@ def make_units(rng: random.Random) -> Problem:
     seconds = round((rest - int(rest)) * 60)
     question = (
         f"A tank of {litres / 1000:g} cubic metres is filled at {per_minute} litres a minute while "
-        f"{leak * 60} litres "
-        "an hour leak out of it. How long does it take to fill the empty tank? Give hours, "
-        "minutes and seconds."
+        f"{leak * 60} litres an hour leak out of it. How long does it take to fill the empty tank? "
+        "Give hours, minutes and seconds."
     )
     solution = (
         f"{litres / 1000:g} cubic metres are {litres} litres. The leak is {leak * 60} / 60 = "
-        f"{leak} litres a minute, "
-        f"so the tank gains {per_minute} - {leak} = {gain} litres a minute. It takes {litres} / "
-        f"{gain} minutes, which "
-        f"is {hours} h {int(rest)} min {seconds} s."
+        f"{leak} litres a minute, so the tank gains {per_minute} - {leak} = {gain} litres a "
+        f"minute. It takes {litres} / {gain} minutes, which is {hours} h {int(rest)} min {seconds} "
+        "s."
     )
     return question, solution
 
@@ -250,17 +227,16 @@ def make_recipe(rng: random.Random) -> Problem:
     factor = Fraction(guests, people)
     question = (
         f"A cake for {people} people needs {flour} g of flour and {sugar} g of sugar. {name} bakes "
-        f"for {guests} people "
-        f"and has 1.5 kg of flour. How much flour and sugar are needed, and is the flour enough?"
+        f"for {guests} people and has 1.5 kg of flour. How much flour and sugar are needed, and is "
+        "the flour enough?"
     )
     need, sweet = flour * factor, sugar * factor
     verdict = "is enough" if need <= 1500 else "is not enough"
     gap = f"{format_decimal(abs(1500 - need))} g {'are left' if need <= 1500 else 'are missing'}"
     solution = (
         f"The factor is {guests}/{people} = {factor}. Flour: {flour} × {factor} = "
-        f"{format_decimal(need)} g. Sugar: "
-        f"{sugar} × {factor} = {format_decimal(sweet)} g. 1.5 kg are 1500 g, so the flour "
-        f"{verdict}: {gap}."
+        f"{format_decimal(need)} g. Sugar: {sugar} × {factor} = {format_decimal(sweet)} g. 1.5 kg "
+        f"are 1500 g, so the flour {verdict}: {gap}."
     )
     return question, solution
 
@@ -273,17 +249,15 @@ def make_survey(rng: random.Random) -> Problem:
     neither = 100 - (tea + coffee - both)
     question = (
         f"Of {people} people asked, {tea}% drink tea, {coffee}% drink coffee and {both}% drink "
-        "both. How many people "
-        f"drink exactly one of the two, and how many drink neither?"
+        "both. How many people drink exactly one of the two, and how many drink neither?"
     )
     only_tea, only_coffee = tea - both, coffee - both
     one = only_tea + only_coffee
     solution = (
         f"Only tea: {tea}% - {both}% = {only_tea}%. Only coffee: {coffee}% - {both}% = "
-        f"{only_coffee}%. Exactly one: "
-        f"{one}% of {people} = {one * people // 100} people. At least one: {tea}% + {coffee}% - "
-        f"{both}% = "
-        f"{100 - neither}%. Neither: {neither}% of {people} = {neither * people // 100} people."
+        f"{only_coffee}%. Exactly one: {one}% of {people} = {one * people // 100} people. At least "
+        f"one: {tea}% + {coffee}% - {both}% = {100 - neither}%. Neither: {neither}% of {people} = "
+        f"{neither * people // 100} people."
     )
     return question, solution
 
