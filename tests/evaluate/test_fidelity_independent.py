@@ -23,9 +23,8 @@ from quantkit.texts import corpora
 AGREEMENT = 0.01
 
 
-@pytest.mark.parametrize(
-    "rules", ["experts-only", pytest.param("all-linear", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rules", ["experts-only", "all-linear"])
 def test_streaming_figures_equal_whole_models(rules: str, tmp_path: Path) -> None:
     """KL, perplexity ratio, top-1 and delta-p of the demo's recipe, on all of its held-out text."""
     text = (package_data.locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text()

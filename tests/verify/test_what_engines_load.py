@@ -187,7 +187,7 @@ def test_small_file_next_to_an_index_is_another_model_to_transformers(sharded: P
     rehash(sharded)
     assert (
         f"{SINGLE}: expected one set of weights, found {INDEX} too: transformers loads {SINGLE} "
-        "alone, vLLM what the index names"
+        "alone, vLLM the files of the index"
     ) in get_error(sharded)
 
 

@@ -930,8 +930,6 @@ def fuzz_lock(folder: Path) -> object:
     """Read a lock file, first held by a running process, then left by an ended one."""
     import fcntl
     import os
-    from unittest import mock
-
     from quantkit.io import lock
 
     holder = os.open(folder / "x.lock", os.O_RDWR)
@@ -939,7 +937,7 @@ def fuzz_lock(folder: Path) -> object:
         fcntl.flock(holder, fcntl.LOCK_EX)
 
         def lock_again() -> None:
-            with mock.patch.object(lock, "_RETRY_SECONDS", 0), lock.hold_lock(folder / "x.lock"):
+            with lock.hold_lock(folder / "x.lock", seconds=0):
                 raise AssertionError("expected one holder of the lock, found two")
 
         call_checked(lock_again)
