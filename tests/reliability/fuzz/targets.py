@@ -930,6 +930,7 @@ def fuzz_lock(folder: Path) -> object:
     """Read a lock file, first held by a running process, then left by an ended one."""
     import fcntl
     import os
+
     from quantkit.io import lock
 
     holder = os.open(folder / "x.lock", os.O_RDWR)
