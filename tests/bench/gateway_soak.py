@@ -65,7 +65,7 @@ async def repeat(counts: Counter[str], name: str, action: Callable[[], Awaitable
 
 
 async def read_stream(url: str, seconds: float, delay: float) -> str:
-    """Read one stream; return "ok", or what is wrong with it."""
+    """Read one stream; return "ok", or its fault."""
     await asyncio.sleep(delay)
     n_tokens = round(seconds / TOKEN_PAUSE)
     plan = {"tokens": n_tokens, "pause": TOKEN_PAUSE}

@@ -46,8 +46,8 @@ def test_keys_created_at_the_same_time_are_all_in_the_file(tmp_path: Path) -> No
         [(0, "")] * PROCESSES
     )
     keys = parse_keys(json.loads(file.read_text()), "keys.json")
-    found = [authenticate(keys, f"Bearer {text.strip()}") for text, _ in outputs]
-    assert [key and key.name for key in found] == [f"team-{n}" for n in range(PROCESSES)]
+    known = [authenticate(keys, f"Bearer {text.strip()}") for text, _ in outputs]
+    assert [key and key.name for key in known] == [f"team-{n}" for n in range(PROCESSES)]
     assert [path.name for path in tmp_path.iterdir()] == ["keys.json"]
 
 

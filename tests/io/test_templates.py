@@ -232,8 +232,8 @@ def test_find_matches_equals_lm_eval(
     worker: TemplateWorker, pattern: str, texts: list[str], group: int
 ) -> None:
     reference = RegexFilter(regex_pattern=pattern, group_select=group)
-    found = worker.find_matches(pattern, texts, group=group, fallback="[invalid]")
-    assert [found] == list(reference.apply([texts], []))
+    answers = worker.find_matches(pattern, texts, group=group, fallback="[invalid]")
+    assert [answers] == list(reference.apply([texts], []))
 
 
 def test_patterns_are_limited(worker: TemplateWorker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ HEAD = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
 
 
 def read_end(raw: socket.socket) -> bytes:
-    """Return what a connection receives until it is closed or reset."""
+    """Return the bytes that a connection receives until it is closed or reset."""
     content = b""
     try:
         while piece := raw.recv(65536):

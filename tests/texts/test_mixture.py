@@ -22,13 +22,15 @@ from quantkit.texts.mixture_spec import list_template_columns
 from quantkit.texts.text_rows import read_text_rows
 
 SETS = ROOT / "calibration"
+LICENSE = "licence:"
 REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 
 
 def write_mixture(folder: Path, *parts: str) -> Path:
-    """Write a mixture with parts as flow mappings."""
+    """Write a mixture with parts as flow mappings; a part without a license gets MIT's."""
     path = folder / "mixed.yaml"
-    path.write_text("version: 2\nname: mixed\nparts:\n" + "".join(f"  - {{{p}}}\n" for p in parts))
+    lines = [part if LICENSE in part else f"{part}, {LICENSE} MIT" for part in parts]
+    path.write_text("version: 2\nname: mixed\nparts:\n" + "".join(f"  - {{{p}}}\n" for p in lines))
     return path
 
 
@@ -46,9 +48,9 @@ def mixed(tmp_path: Path) -> CorpusSet:
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
     path = write_mixture(
         tmp_path,
-        "name: a, kind: prose, share: 2, licence: MIT, file: a.txt",
+        "name: a, kind: prose, share: 2, file: a.txt",
         "name: b, kind: web, language: zh, licence: CC0-1.0, file: bb.txt",
-        'name: c, kind: math, licence: MIT, file: c.jsonl, template: "{q}{a}", packing: documents',
+        'name: c, kind: math, file: c.jsonl, template: "{q}{a}", packing: documents',
     )
     return load_set(str(path), SETS)
 
@@ -156,7 +158,7 @@ def test_hub_rows_are_streamed_and_limited(tmp_path: Path, monkeypatch: pytest.M
     hub = f"datasets: {{path: o/d, split: train, revision: {REVISION}}}"
     path = write_mixture(
         tmp_path,
-        f'name: a, kind: chat, licence: MIT, rows: 5, template: "{{question}} {{answer}}", {hub}',
+        f'name: a, kind: chat, rows: 5, template: "{{question}} {{answer}}", {hub}',
     )
     [part] = load_set(str(path), SETS).parts
     assert part.texts == ("q0 a",) * 5
@@ -173,8 +175,7 @@ def test_local_file_replaces_hub_rows(tmp_path: Path, monkeypatch: pytest.Monkey
     for sha256 in (digest, "0" * 64):
         path = write_mixture(
             tmp_path,
-            f"name: a, kind: web, licence: MIT, {hub}, local: {{file: rows.jsonl, sha256: "
-            f"'{sha256}'}}",
+            f"name: a, kind: web, {hub}, local: {{file: rows.jsonl, sha256: '{sha256}'}}",
         )
         if sha256 == digest:
             assert load_set(str(path), SETS).parts[0].texts == ("one",)
@@ -186,23 +187,23 @@ def test_local_file_replaces_hub_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("name: a, kind: web, licence: MIT", "one of `set`, `file` and `datasets`, found none"),
-        ("name: a, kind: web, licence: MIT, file: x.txt, set: y", "found file and set"),
-        ("name: a, kind: web, licence: MIT, file: x.txt, domain: y", "`domain` belongs to `set`"),
-        ("name: a, kind: Web, licence: MIT, file: x.txt", "a name of lower-case letters"),
-        ("name: a, kind: web, licence: MIT, file: x.txt, language: Chinese", "a language tag"),
-        ("name: a, kind: web, licence: MIT, file: x.txt, share: 0", "expected more than 0"),
-        ("name: a, kind: web, licence: MIT, file: x.txt, shares: 1", "Did you mean 'share'"),
-        ("name: a, kind: web, file: x.txt", r"parts\[0\]\.licence: missing"),
+        ("name: a, kind: web", "one of `set`, `file` and `datasets`, found none"),
+        ("name: a, kind: web, file: x.txt, set: y", "found file and set"),
+        ("name: a, kind: web, file: x.txt, domain: y", "`domain` belongs to `set`"),
+        ("name: a, kind: Web, file: x.txt", "a name of lower-case letters"),
+        ("name: a, kind: web, file: x.txt, language: Chinese", "a language tag"),
+        ("name: a, kind: web, file: x.txt, share: 0", "expected more than 0"),
+        ("name: a, kind: web, file: x.txt, shares: 1", "Did you mean 'share'"),
+        ("name: a, kind: web, file: x.txt # licence:\n    ", r"parts\[0\]\.licence: missing"),
         (
-            'name: a, kind: web, licence: MIT, file: x.txt, template: "{a.__class__}"',
+            'name: a, kind: web, file: x.txt, template: "{a.__class__}"',
             "names of columns in braces",
         ),
         (
-            'name: a, kind: web, licence: MIT, file: x.txt, template: "{a:>9999999999}"',
+            'name: a, kind: web, file: x.txt, template: "{a:>9999999999}"',
             "names of columns in braces",
         ),
-        ("name: a, kind: web, licence: MIT, file: x.txt, end: eos", "expected none with `packing"),
+        ("name: a, kind: web, file: x.txt, end: eos", "expected none with `packing"),
     ],
 )
 def test_spec_faults_name_line_and_key(tmp_path: Path, part: str, message: str) -> None:
@@ -213,18 +214,16 @@ def test_spec_faults_name_line_and_key(tmp_path: Path, part: str, message: str) 
 
 
 def test_two_parts_of_one_name_raise(tmp_path: Path) -> None:
-    part = "name: a, kind: web, licence: MIT, file: x.txt"
+    part = "name: a, kind: web, file: x.txt"
     with pytest.raises(CalibrationError, match="a: two parts of one name"):
         read_spec(str(write_mixture(tmp_path, part, part)), SETS)
 
 
 def test_part_of_a_mixture_is_no_mixture(tmp_path: Path) -> None:
     write_words(tmp_path / "a.txt", "a", 10)
-    inner = write_mixture(tmp_path, "name: a, kind: web, licence: MIT, file: a.txt")
+    inner = write_mixture(tmp_path, "name: a, kind: web, file: a.txt")
     inner.rename(tmp_path / "inner.yaml")
-    path = write_mixture(
-        tmp_path, f"name: b, kind: web, licence: MIT, set: {tmp_path / 'inner.yaml'}"
-    )
+    path = write_mixture(tmp_path, f"name: b, kind: web, set: {tmp_path / 'inner.yaml'}")
     with pytest.raises(CalibrationError, match="expected a set without parts"):
         load_set(str(path), SETS)
 

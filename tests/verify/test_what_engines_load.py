@@ -153,7 +153,7 @@ def test_transformers_loads_the_tensors_that_verify_names(
 
 
 def load_with_transformers(path: Path) -> tuple[Any, Mapping[str, Any]]:
-    """Load an artifact as stored, and return transformers' record of what it loaded."""
+    """Load an artifact as stored, and return transformers' record of the load."""
     model, info = AutoModelForCausalLM.from_pretrained(
         path, dtype="auto", device_map="cpu", output_loading_info=True
     )
@@ -321,7 +321,7 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
         "vocab_file: expected a file of this folder, found '/etc/passwd'",
     ),
 }
-"""Fault -> what is planted and sealed, and part of the message."""
+"""Fault -> the planted files, and part of the message."""
 
 
 @pytest.mark.parametrize("fault", PLANTED)

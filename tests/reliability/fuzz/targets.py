@@ -964,7 +964,7 @@ HEADS = (
 
 @register_target("request body", "body.json", lambda: BODIES, mutate_json)
 def fuzz_request_body(folder: Path) -> object:
-    """Validate a request's body; what is accepted is what a strict parser reads."""
+    """Validate a request's body; accepted bodies equal those of a strict parser."""
     from quantkit.serve.gateway.api_keys import ANONYMOUS
     from quantkit.serve.gateway.bodies import ByteBudget, HeldBytes
     from quantkit.serve.gateway.errors import RequestRejected
@@ -989,7 +989,7 @@ def fuzz_request_body(folder: Path) -> object:
 
 @register_target("request head", "head.txt", lambda: HEADS, mutate_lines)
 def fuzz_request_head(folder: Path) -> object:
-    """Feed a connection's bytes to the guard in pieces; what it holds stays within its bounds."""
+    """Feed a connection's bytes to the guard in pieces; its memory stays within its bounds."""
     from quantkit.serve.gateway import connections
 
     data = (folder / "head.txt").read_bytes()

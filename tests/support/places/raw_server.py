@@ -1,4 +1,4 @@
-"""A server that sends raw bytes: whatever a hostile one could send, and counts of what it sent."""
+"""A server that sends raw bytes, as a hostile one could, and counts them."""
 
 from __future__ import annotations
 
