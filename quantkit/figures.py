@@ -129,10 +129,10 @@ def read_extreme(values: Sequence[float | None], *, largest: bool) -> Reading:
     return Reading(value=max(finite) if largest else min(finite))
 
 
-def list_kinds(report: Any, key: str = "kl_mean") -> dict[str, Reading]:
-    """Return a figure of every kind of text that the report measured, without the pooled row."""
+def list_kinds(report: Any) -> dict[str, Reading]:
+    """Return the mean KL of every kind of text that the report measured, without the pooled row."""
     labels = [row.domain for row in report.distribution if row.domain != ALL_TEXT]
-    return {label: read_distribution(key, report, label) for label in labels}
+    return {label: read_distribution("kl_mean", report, label) for label in labels}
 
 
 def list_seen_kinds(report: Any) -> frozenset[str] | None:
@@ -158,10 +158,10 @@ def read_worst_kind(report: Any, _part: str) -> Reading:
 
 def read_mean_over_kinds(report: Any, _part: str) -> Reading:
     """Read the mean of the kinds' mean KL: kinds count equally, whatever tokens they have."""
-    return mean_reading(list(list_kinds(report).values()))
+    return average_readings(list(list_kinds(report).values()))
 
 
-def mean_reading(readings: Sequence[Reading]) -> Reading:
+def average_readings(readings: Sequence[Reading]) -> Reading:
     """Return the mean of independent readings, with its standard error if each has one."""
     values = [reading.value for reading in readings if reading.value is not None]
     if len(values) < len(readings):
@@ -189,7 +189,7 @@ def read_shift(report: Any, _part: str) -> Reading:
     absent = [name for name, readings in groups.items() if not readings]
     if absent:
         return Reading(value=None, reason=f"{NOT_MEASURED}: the text has no {absent[0]} kind")
-    below, above = mean_reading(groups["seen"]), mean_reading(groups["unseen"])
+    below, above = average_readings(groups["seen"]), average_readings(groups["unseen"])
     if above.value is None or not below.value:
         return Reading(value=None, reason=NOT_FINITE)
     return Reading(value=above.value / below.value)

@@ -17,6 +17,7 @@ from quantkit.io.package_data import locate_folder
 
 if TYPE_CHECKING:
     from support.places.here import RemoteFixture
+    from support.places.raw_server import Answer, RawServer, Serve
 
 # A shell ignores SIGINT in background jobs, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -180,3 +181,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             )
             terminalreporter.section("artifacts not compared", sep="=", red=True, bold=True)
             terminalreporter.line(reason)
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Start servers of raw bytes, which end with the test."""
+    from support.places.raw_server import RawServer
+
+    with ExitStack() as servers:
+
+        def start(answer: Answer) -> RawServer:
+            server = RawServer(answer)
+            servers.callback(server.close)
+            return server
+
+        yield start

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 RUST_PANIC = "PanicException"  # pyo3's; a BaseException that no module exports
 
+SHARE_UNITS = 1_000_000_000  # a share as an integer, so that rounding never decides
 WINDOW_JOIN = "\n\n"  # between documents of a window; the usual choice for wikitext's perplexity
 
 
@@ -255,9 +256,18 @@ def _sample_parts(
         candidates[spec.name] = [row for row in rows if len(row) > 1]  # one token predicts none
     available = {name: sum(map(len, rows)) for name, rows in candidates.items()}
     if sequences is None:
-        total = min(available[part.spec.name] / part.spec.share for part in corpus.parts)
-        sequences = max(1, int(total / length))
-    counts = _split_by_share({part.spec.name: part.spec.share for part in corpus.parts}, sequences)
+        # whole sequences of each part, so that no share is rounded up beyond what a part has
+        whole = {name: count // length for name, count in available.items()}
+        sequences = int(min(whole[part.spec.name] / part.spec.share for part in corpus.parts))
+    if sequences < len(corpus.parts):
+        raise UsageError(
+            f"{corpus.where}: expected at least {len(corpus.parts)} sequences, one of each part, "
+            f"found {sequences}. Raise `sequences`"
+        )
+    weights = {
+        part.spec.name: max(1, round(part.spec.share * SHARE_UNITS)) for part in corpus.parts
+    }
+    counts = split_proportionally(weights, sequences)
     picks: list[tuple[str, str, list[int]]] = []
     for part in corpus.parts:
         name, budget = part.spec.name, counts[part.spec.name] * length
@@ -276,24 +286,6 @@ def _sample_parts(
     random.Random(seed).shuffle(picks)  # any prefix of the sequences is then a mixture of parts
     tokens = pack_tokens([(label, row) for _, label, row in picks])
     return replace(tokens, parts=tuple(name for name, _, _ in picks))
-
-
-def _split_by_share(shares: Mapping[str, float], total: int) -> dict[str, int]:
-    """Split `total` sequences by shares that add up to 1: largest remainders, at least one each."""
-    if total < len(shares):
-        raise UsageError(
-            f"expected at least {len(shares)} sequences, one of each part, found {total}. Raise "
-            "`sequences`"
-        )
-    counts = {name: max(1, int(total * share)) for name, share in shares.items()}
-    while (rest := total - sum(counts.values())) != 0:
-        step = 1 if rest > 0 else -1
-        name = max(
-            (name for name in counts if counts[name] + step >= 1),
-            key=lambda name: step * (total * shares[name] - counts[name]),
-        )
-        counts[name] += step
-    return counts
 
 
 def _list_candidates(

@@ -29,10 +29,7 @@ from quantkit.texts.corpus_spec import (
     read_spec,
 )
 from quantkit.texts.mixture_spec import HubRows, PartSpec
-from quantkit.texts.text_rows import TextRows, fill_template, read_text_rows
-
-MAX_BYTES = 1_000_000_000
-"""Size limit of a set's file; calibration uses thousands of times less text."""
+from quantkit.texts.text_rows import MAX_BYTES, TextRows, fill_template, read_text_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

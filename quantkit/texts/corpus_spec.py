@@ -14,7 +14,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
-    StringConstraints,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -26,13 +25,16 @@ from quantkit.io.files import is_file, read_bytes
 from quantkit.io.files import shorten_repr as shorten_repr
 from quantkit.io.validation_errors import describe_fault
 from quantkit.io.yaml_document import KeyPath, YamlDocument, format_path
-from quantkit.texts.data_names import check_dataset_name, check_inner_path
+from quantkit.texts.data_names import check_dataset_name
 from quantkit.texts.mixture_spec import (
     FROZEN,
     MIXTURE_SECTIONS,
+    InnerPath,
     MixtureFile,
     Packing,
     PartSpec,
+    Text,
+    check_end,
     make_parts,
 )
 
@@ -56,9 +58,7 @@ def _lower_text(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
 Sha256 = Annotated[str, BeforeValidator(_lower_text), Field(pattern="^[0-9a-f]{64}$")]
-InnerPath = Annotated[Text, AfterValidator(check_inner_path)]
 Domains = Annotated[
     tuple[Domain, ...], Field(strict=False, min_length=1), AfterValidator(_check_distinct)
 ]
@@ -107,12 +107,7 @@ class SpecFile(BaseModel):
             raise ValueError(f"expected 1, or 2 for a mixture, found {shorten_repr(version)}")
         return version
 
-    @field_validator("end")
-    @classmethod
-    def _check_end(cls, end: str, info: ValidationInfo) -> str:
-        if end == "eos" and info.data.get("packing") == "windows":
-            raise ValueError("expected none with `packing: windows`, found eos. Remove the key")
-        return end
+    _check_end = field_validator("end")(check_end)
 
     @field_validator("local")
     @classmethod

@@ -74,6 +74,13 @@ def list_template_columns(template: str) -> tuple[str, ...]:
     return tuple(columns)
 
 
+def check_end(end: str, info: ValidationInfo) -> str:
+    """Return the end of a document, after the field `packing`; windows have none."""
+    if end == "eos" and info.data.get("packing") == "windows":
+        raise ValueError("expected none with `packing: windows`, found eos. Remove the key")
+    return end
+
+
 class HubRows(BaseModel):
     """The first `rows` rows of a data set on the hub at a fixed revision, read as a stream."""
 
@@ -113,12 +120,7 @@ class PartFile(BaseModel):
     local: LocalRows | None = None
     set: Text | None = Field(default=None, validate_default=True)
 
-    @field_validator("end")
-    @classmethod
-    def _check_end(cls, end: str, info: ValidationInfo) -> str:
-        if end == "eos" and info.data.get("packing") == "windows":
-            raise ValueError("expected none with `packing: windows`, found eos. Remove the key")
-        return end
+    _check_end = field_validator("end")(check_end)
 
     @field_validator("set")
     @classmethod

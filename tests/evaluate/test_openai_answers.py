@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 import pytest
-from support.places.raw_server import RawServer, endless, make_head, repeat
+from support.places.raw_server import Answer, RawServer, endless, make_head, repeat
 
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import openai_backend
@@ -17,7 +17,6 @@ EVENT = (
     b'data: {"id": "x", "object": "text_completion", "created": 1, "model": "m", "choices": '
     b'[{"index": 0, "text": "a", "finish_reason": null}]}\n\n'
 )
-Answer = Callable[[str, str], Iterable[bytes]]
 
 
 class Request:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import gzip
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import httpx2
 import pytest
-from support.places.raw_server import RawServer, endless, make_head, repeat
+from support.places.raw_server import Serve, endless, make_head, repeat
 
 from quantkit.io import bounded_http
 from quantkit.io.bounded_http import (
@@ -28,21 +28,6 @@ LIMIT = 200_000
 BUFFERS = 16_000_000
 """Bytes that the sockets of both sides may hold; an endless answer sends gigabytes."""
 LIMITS = ResponseLimits(n_bytes=LIMIT, seconds=60.0)
-Answer = Callable[[str, str], Iterable[bytes]]
-Serve = Callable[[Answer], RawServer]
-
-
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    servers: list[RawServer] = []
-
-    def start(answer: Answer) -> RawServer:
-        servers.append(RawServer(answer))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 def make_client(limits: ResponseLimits = LIMITS) -> httpx2.Client:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from support.places.raw_server import RawServer, endless, make_head
+from support.places.raw_server import Answer, RawServer, Serve, endless, make_head
 from support.places.using import Record, pull_from
 
 from quantkit.errors import QuantkitError, TransferError
@@ -31,21 +31,6 @@ BUFFERS = 40_000_000
 """Bytes of a pull with the socket buffers of all its connections; unbounded ones take gigabytes."""
 ONCE = RetryPolicy(tries=2, first_wait=0.01)
 DIGEST = "sha256:" + "0" * 64
-Answer = Callable[[str, str], Iterable[bytes]]
-Serve = Callable[[Answer], RawServer]
-
-
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    servers: list[RawServer] = []
-
-    def start(answer: Answer) -> RawServer:
-        servers.append(RawServer(answer))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 def pull(server: RawServer, tmp_path: Path) -> str:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Iterable
 
 import pytest
-from support.places.raw_server import RawServer, endless, make_head
+from support.places.raw_server import Answer, RawServer, endless, make_head
 
 from quantkit.errors import QuantkitError
 from quantkit.serve.loadtest import engine
 
 BUFFERS = 60_000_000
 BOMB = gzip.compress(bytes(10_000_000))
-Answer = Callable[[str, str], Iterable[bytes]]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,17 @@ def test_null_takes_what_every_share_allows(mixed: CorpusSet) -> None:
     assert counts["prose"] == 2 * counts["web-zh"] > 0
 
 
+def test_null_rounds_no_share_beyond_a_part(tmp_path: Path) -> None:
+    """A third of 8 sequences is 3 or 2; the first part has tokens for 2.94."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a b c d e f"}\n' * 21)
+    write_words(tmp_path / "b.txt", "b", 4000)
+    parts = [f"name: {name}, kind: web, file: b.txt" for name in ("b", "c")]
+    path = write_mixture(tmp_path, "name: a, kind: web, file: a.jsonl, packing: documents", *parts)
+    tokens = sample_sequences(load_set(str(path), SETS), WordTokenizer(), None, 50, 0)
+    assert tokens.parts.count("b") == tokens.parts.count("c") == 2
+    assert 100 <= 7 * tokens.parts.count("a") < 107
+
+
 def test_part_without_enough_text_raises(mixed: CorpusSet) -> None:
     with pytest.raises(UsageError, match=r"part c: expected 2,000 tokens, its share of 160 .* 1,4"):
         sample_sequences(mixed, WordTokenizer(), 160, 50, 0)

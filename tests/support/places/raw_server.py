@@ -7,6 +7,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
+Answer = Callable[[str, str], Iterable[bytes]]
+"""(method, path) -> the pieces of a response."""
+
 
 class RawServer:
     """Answers each request with the pieces of `answer(method, path)` until the client leaves.
@@ -15,7 +18,7 @@ class RawServer:
     lies in socket buffers.
     """
 
-    def __init__(self, answer: Callable[[str, str], Iterable[bytes]]) -> None:
+    def __init__(self, answer: Answer) -> None:
         self.answer, self.sent = answer, 0
         self.requests: list[str] = []
         self.heads: list[bytes] = []
@@ -72,3 +75,7 @@ def endless(**headers: str) -> Iterator[bytes]:
     """Yield a head and a body that does not end."""
     yield make_head(**headers)
     yield from repeat()
+
+
+Serve = Callable[[Answer], RawServer]
+"""The fixture `serve`."""
