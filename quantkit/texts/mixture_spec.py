@@ -131,8 +131,8 @@ class PartFile(BaseModel):
         places = [key for key in ("file", "datasets") if data[key] is not None]
         places += ["set"] if name is not None else []
         if len(places) != 1:
-            found = " and ".join(places) or "none of them"
-            raise ValueError(f"expected one of `set`, `file` and `datasets`, found {found}")
+            named = " and ".join(places) or "none of them"
+            raise ValueError(f"expected one of `set`, `file` and `datasets`, found {named}")
         needs = {"domain": "set", "local": "datasets", "sha256": "file"}
         for key, place in needs.items():
             if data[key] is not None and place not in places:

@@ -66,10 +66,10 @@ def list_text_files(path: Path) -> list[Path]:
             )
         return files
     if not is_file(path) or path.suffix not in SUFFIXES:
-        found = "no such file" if not is_file(path) else f"a file that ends in {path.suffix!r}"
+        actual = "no such file" if not is_file(path) else f"a file that ends in {path.suffix!r}"
         raise CalibrationError(
             f"{path}: expected a folder or a file that ends in {', '.join(SUFFIXES)}, found "
-            f"{found}. Correct the path"
+            f"{actual}. Correct the path"
         )
     return [path]
 
