@@ -1,4 +1,4 @@
-"""Documents from rows of text files: `.jsonl`, `.txt`, `.parquet`, or a folder of them.
+"""Documents from rows of text files: `.jsonl`, `.parquet`, plain text, or a folder of them.
 
 A row is a mapping of columns; a template such as "{question}\\n{answer}" makes a document of it.
 Cells that are empty or null are skipped and counted, cells of another type are refused.
@@ -22,7 +22,8 @@ MAX_BYTES = 1_000_000_000
 """Size limit of a file; calibration uses thousands of times less text."""
 
 MAX_FOLDER_FILES = 10_000
-SUFFIXES = (".jsonl", ".parquet", ".txt")
+PLAIN_SUFFIXES = (".md", ".raw", ".txt")  # wikitext's files end in .raw
+SUFFIXES = (".jsonl", ".parquet", *PLAIN_SUFFIXES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +38,8 @@ class TextRows:
 def read_text_rows(path: Path, template: str, limit: int) -> TextRows:
     """Read at most `limit` documents of a file or of a folder's files in the order of their names.
 
-    A `.txt` file has one column, `text`, and a document per paragraph (separated by blank lines).
+    A file of plain text has one column, `text`, and a document per paragraph (separated by blank
+    lines).
     Raises CalibrationError with file and row.
     """
     files = list_text_files(path)
@@ -86,7 +88,7 @@ def iterate_rows(file: Path, data: bytes) -> Iterator[Mapping[str, object]]:
             f"{file}: expected UTF-8, found byte {data[error.start]:#04x} at offset {error.start}. "
             "Convert the file"
         ) from None
-    if file.suffix == ".txt":
+    if file.suffix in PLAIN_SUFFIXES:
         for paragraph in text.replace("\r\n", "\n").split("\n\n"):
             yield {"text": paragraph.strip("\n")}
         return
