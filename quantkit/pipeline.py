@@ -61,7 +61,8 @@ from quantkit.report import card, gates, html_page
 from quantkit.report import make as evidence
 from quantkit.report.make import TextName
 from quantkit.texts import corpora
-from quantkit.texts.corpora import Tokens
+from quantkit.texts.chats import has_chat_template
+from quantkit.texts.tokens import Tokens, pack_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,8 +317,10 @@ def tokenize(recipe: Recipe, folder: Path, trusted_code: Sequence[str] = ()) -> 
     for name, set_name, sequences, length, seed in selected:
         corpus = corpora.load_set(set_name, sets)
         tokens[name] = corpora.sample_sequences(corpus, tokenizer, sequences, length, seed)
-        descriptions[name] = evidence.summarize_text(corpus, tokens[name], length, seed)
-    nothing = corpora.pack_tokens([])
+        descriptions[name] = evidence.summarize_text(
+            corpus, tokens[name], length, seed, has_template=has_chat_template(tokenizer)
+        )
+    nothing = pack_tokens([])
     tasks, items = recipe.evaluation.tasks, recipe.evaluation.likelihood
     solutions = solution_likelihood.make_empty_solutions()
     if fidelity:

@@ -107,7 +107,10 @@ class SourceModel(BaseModel):
 
 
 class TextPart(BaseModel):
-    """A part of a mixture: the tokens that it contributed; `skipped` counts rows without text."""
+    """A part of a mixture: the tokens that it contributed; `skipped` counts rows without text.
+
+    answers: those of the tokens that are an assistant's; None for text that is no chat.
+    """
 
     model_config = FROZEN
     name: str
@@ -117,6 +120,7 @@ class TextPart(BaseModel):
     sha256: str
     sequences: int
     tokens: int
+    answers: int | None = None
     skipped: int = 0
     description: str = ""
 

@@ -338,7 +338,12 @@ def make_part_table(fidelity: Fidelity) -> Table:
             part.kind,
             part.language,
             f"{part.sequences:,}",
-            format_numbers.format_count(part.tokens),
+            format_numbers.format_count(part.tokens)
+            + (
+                f" ({format_numbers.format_count(part.answers)} of answers)"
+                if part.answers is not None
+                else ""
+            ),
             part.license,
             part.sha256[:12],
         )

@@ -19,6 +19,7 @@ from quantkit.io.files import (
     reject_duplicate_keys,
     shorten_repr,
 )
+from quantkit.texts.chats import Chat
 from quantkit.texts.corpus_spec import (
     DATA_VARIABLE,
     CorpusSpec,
@@ -29,7 +30,7 @@ from quantkit.texts.corpus_spec import (
     read_spec,
 )
 from quantkit.texts.mixture_spec import HubRows, PartSpec
-from quantkit.texts.text_rows import MAX_BYTES, TextRows, fill_template, read_text_rows
+from quantkit.texts.text_rows import MAX_BYTES, RowReader, TextRows, read_text_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,10 +43,11 @@ class TextDocument:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusPart:
-    """A part of a mixture with its documents; `skipped` counts its rows without text."""
+    """A part of a mixture with its documents or chats; `skipped` counts its rows without any."""
 
     spec: PartSpec
     texts: tuple[str, ...]
+    chats: tuple[Chat, ...]
     skipped: int
     sha256: str
 
@@ -73,7 +75,8 @@ def _read_part(spec: CorpusSpec, part: PartSpec, folder: Path) -> CorpusPart:
         return _read_part_of_set(where, part, folder)
     path = part.file or (part.local if part.local is not None and part.local.exists() else None)
     if path is not None:
-        rows = read_text_rows(path, part.template, part.rows)
+        reader = RowReader(template=part.template, messages=part.messages)
+        rows = read_text_rows(path, reader, part.rows)
         if part.sha256 is not None and rows.sha256 != part.sha256:
             raise CalibrationError(
                 f"{path}: expected sha256 {part.sha256} ({where}), found {rows.sha256}. Restore "
@@ -81,11 +84,15 @@ def _read_part(spec: CorpusSpec, part: PartSpec, folder: Path) -> CorpusPart:
             )
     else:
         rows = read_hub_rows(where, part)
-    if not rows.texts:
+    if not rows.texts and not rows.chats:
+        expected, key = ("text", "template") if part.messages is None else ("answers", "messages")
         raise CalibrationError(
-            f"{where}: expected text, found {rows.skipped:,} rows without any. Correct `template`"
+            f"{where}: expected {expected}, found {rows.skipped:,} rows without any. Correct "
+            f"`{key}`"
         )
-    return CorpusPart(spec=part, texts=rows.texts, skipped=rows.skipped, sha256=rows.sha256)
+    return CorpusPart(
+        spec=part, texts=rows.texts, chats=rows.chats, skipped=rows.skipped, sha256=rows.sha256
+    )
 
 
 def _read_part_of_set(where: str, part: PartSpec, folder: Path) -> CorpusPart:
@@ -102,7 +109,7 @@ def _read_part_of_set(where: str, part: PartSpec, folder: Path) -> CorpusPart:
         )
     documents, sha256 = read_set(other)
     texts = tuple(row.text for row in documents if part.domain in (None, row.domain))
-    return CorpusPart(spec=part, texts=texts, skipped=0, sha256=sha256)
+    return CorpusPart(spec=part, texts=texts, chats=(), skipped=0, sha256=sha256)
 
 
 def read_hub_rows(where: str, part: PartSpec) -> TextRows:
@@ -116,7 +123,8 @@ def read_hub_rows(where: str, part: PartSpec) -> TextRows:
     load = cast(Callable[..., Any], datasets.load_dataset)
     try:
         stream = load(hub.path, hub.name, split=hub.split, revision=hub.revision, streaming=True)
-        texts, skipped = fill_template(islice(stream, part.rows), part.template, where, part.rows)
+        reader = RowReader(template=part.template, messages=part.messages)
+        texts, chats, skipped = reader.read(islice(stream, part.rows), where, part.rows)
     except CalibrationError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -125,8 +133,9 @@ def read_hub_rows(where: str, part: PartSpec) -> TextRows:
             f"{hub.revision[:12]} from the hub, found: {get_first_line(error):.300}. Connect to "
             f"the hub, add `local` and set {DATA_VARIABLE}, or remove the part"
         ) from error
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    return TextRows(texts=tuple(texts), skipped=skipped, sha256=digest)
+    content = "\0".join(texts) if texts else json.dumps(chats)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return TextRows(texts=tuple(texts), chats=tuple(chats), skipped=skipped, sha256=digest)
 
 
 def read_documents(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:

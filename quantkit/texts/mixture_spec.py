@@ -25,6 +25,7 @@ from pydantic import (
 from quantkit.texts.data_names import check_dataset_name, check_inner_path
 
 Packing = Literal["documents", "windows"]
+PartPacking = Literal["documents", "windows", "chats"]
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 MAX_PARTS = 64
@@ -75,9 +76,10 @@ def list_template_columns(template: str) -> tuple[str, ...]:
 
 
 def check_end(end: str, info: ValidationInfo) -> str:
-    """Return the end of a document, after the field `packing`; windows have none."""
-    if end == "eos" and info.data.get("packing") == "windows":
-        raise ValueError("expected none with `packing: windows`, found eos. Remove the key")
+    """Return the end of a document, after the field `packing`; windows and chats have none."""
+    packing = info.data.get("packing")
+    if end == "eos" and packing in {"windows", "chats"}:
+        raise ValueError(f"expected none with `packing: {packing}`, found eos. Remove the key")
     return end
 
 
@@ -109,10 +111,11 @@ class PartFile(BaseModel):
     share: Share = 1.0
     license: Text = Field(alias="licence")
     origin: Text | None = None
-    packing: Packing = "windows"
+    packing: PartPacking = "windows"
     end: Literal["eos", "none"] = "none"
     rows: Rows = DEFAULT_ROWS
     template: Template = "{text}"
+    messages: Text | None = Field(default=None, validate_default=True)
     file: InnerPath | None = None
     sha256: Sha256 | None = None
     domain: Text | None = None
@@ -121,6 +124,18 @@ class PartFile(BaseModel):
     set: Text | None = Field(default=None, validate_default=True)
 
     _check_end = field_validator("end")(check_end)
+
+    @field_validator("messages")
+    @classmethod
+    def _check_messages(cls, column: str | None, info: ValidationInfo) -> str | None:
+        packing = info.data.get("packing", "chats" if column else "windows")
+        if (column is not None) != (packing == "chats"):
+            actual = "no `messages`" if column is None else f"`packing: {packing}`"
+            raise ValueError(
+                "expected the column with the messages together with `packing: chats`, found "
+                f"{actual}. Add or remove one of both keys"
+            )
+        return column
 
     @field_validator("set")
     @classmethod
@@ -133,6 +148,8 @@ class PartFile(BaseModel):
         if len(places) != 1:
             named = " and ".join(places) or "none of them"
             raise ValueError(f"expected one of `set`, `file` and `datasets`, found {named}")
+        if data.get("messages") is not None and name is not None:
+            raise ValueError("`messages` belongs to `file` or `datasets`, found it with `set`")
         needs = {"domain": "set", "local": "datasets", "sha256": "file"}
         for key, place in needs.items():
             if data[key] is not None and place not in places:
@@ -181,10 +198,11 @@ class PartSpec:
     share: float
     license: str
     origin: str
-    packing: Packing
+    packing: PartPacking
     end_of_document: bool
     rows: int
     template: str
+    messages: str | None
     set: str | None
     domain: str | None
     file: Path | None
@@ -222,6 +240,7 @@ def make_parts(values: MixtureFile, folder: Path, data: Path | None) -> tuple[Pa
             end_of_document=part.end == "eos",
             rows=part.rows,
             template=part.template,
+            messages=part.messages,
             set=part.set,
             domain=part.domain,
             file=None if part.file is None else folder / part.file,

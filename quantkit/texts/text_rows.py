@@ -16,6 +16,7 @@ from typing import Any
 
 from quantkit.errors import CalibrationError
 from quantkit.io.files import is_encodable, is_file, read_bytes, shorten_repr
+from quantkit.texts.chats import Chat, read_chats
 from quantkit.texts.mixture_spec import list_template_columns
 
 MAX_BYTES = 1_000_000_000
@@ -28,32 +29,58 @@ SUFFIXES = (".jsonl", ".parquet", *PLAIN_SUFFIXES)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextRows:
-    """Documents, the number of rows without text, and the sha256 of the bytes or rows read."""
+    """Documents or chats, the number of rows without any, and the sha256 of the bytes or rows read.
 
-    texts: tuple[str, ...]
+    One of `texts` and `chats` is empty.
+    """
+
+    texts: tuple[str, ...] = ()
+    chats: tuple[Chat, ...] = ()
     skipped: int
     sha256: str
 
 
-def read_text_rows(path: Path, template: str, limit: int) -> TextRows:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowReader:
+    """What becomes of rows: chats of the column `messages`, or documents of a template."""
+
+    template: str = "{text}"
+    messages: str | None = None
+
+    def read(
+        self, rows: Iterable[Mapping[str, Any]], where: str, limit: int
+    ) -> tuple[list[str], list[Chat], int]:
+        """Return at most `limit` documents or chats, and the number of rows without any."""
+        if self.messages is not None:
+            chats, skipped = read_chats(rows, self.messages, where, limit)
+            return [], chats, skipped
+        texts, skipped = fill_template(rows, self.template, where, limit)
+        return texts, [], skipped
+
+
+def read_text_rows(path: Path, reader: RowReader, limit: int) -> TextRows:
     """Read at most `limit` documents of a file or of a folder's files in the order of their names.
 
     A file of plain text has one column, `text`, and a document per paragraph (separated by blank
-    lines).
-    Raises CalibrationError with file and row.
+    lines). Raises CalibrationError with file and row.
     """
     files = list_text_files(path)
-    digest, texts, skipped = hashlib.sha256(), list[str](), 0
+    digest, texts, chats, skipped = hashlib.sha256(), list[str](), list[Chat](), 0
     for file in files:
         data = read_bytes(file, MAX_BYTES, CalibrationError)
         digest.update(data if len(files) == 1 else hashlib.sha256(data).digest())
-        remaining = limit - len(texts)
-        documents, empty = fill_template(iterate_rows(file, data), template, str(file), remaining)
+        remaining = limit - len(texts) - len(chats)
+        documents, conversations, empty = reader.read(
+            iterate_rows(file, data), str(file), remaining
+        )
         texts += documents
+        chats += conversations
         skipped += empty
-        if len(texts) >= limit:
+        if len(texts) + len(chats) >= limit:
             break
-    return TextRows(texts=tuple(texts), skipped=skipped, sha256=digest.hexdigest())
+    return TextRows(
+        texts=tuple(texts), chats=tuple(chats), skipped=skipped, sha256=digest.hexdigest()
+    )
 
 
 def list_text_files(path: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from quantkit.report.make import summarize_text
 from quantkit.texts.corpora import CorpusSet, load_set, sample_sequences
 from quantkit.texts.corpus_spec import DATA_VARIABLE, read_spec
 from quantkit.texts.mixture_spec import list_template_columns
-from quantkit.texts.text_rows import read_text_rows
+from quantkit.texts.text_rows import RowReader, read_text_rows
 
 SETS = ROOT / "calibration"
 LICENSE = "licence:"
@@ -120,15 +120,15 @@ def test_folder_and_parquet_and_bom_are_read(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.txt").write_text("\ufeffone\r\n\r\ntwo", encoding="utf-8")
     parquet.write_table(arrow.table({"text": ["three", None, " "]}), tmp_path / "sub/b.parquet")
-    (tmp_path / "ignored.md").write_text("no")
-    rows = read_text_rows(tmp_path, "{text}", 100)
+    (tmp_path / "ignored.html").write_text("no")
+    rows = read_text_rows(tmp_path, RowReader(), 100)
     assert rows.texts == ("one", "two", "three") and rows.skipped == 2
-    assert read_text_rows(tmp_path, "{text}", 2).texts == ("one", "two")
+    assert read_text_rows(tmp_path, RowReader(), 2).texts == ("one", "two")
 
 
 def test_line_separator_inside_json_is_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two"}\n', encoding="utf-8")
-    assert read_text_rows(tmp_path / "a.jsonl", "{text}", 9).texts == ("one\u2028two",)
+    assert read_text_rows(tmp_path / "a.jsonl", RowReader(), 9).texts == ("one\u2028two",)
 
 
 @pytest.mark.parametrize(
@@ -145,14 +145,14 @@ def test_line_separator_inside_json_is_text(tmp_path: Path) -> None:
 def test_row_faults_name_file_and_row(tmp_path: Path, row: str, message: str) -> None:
     (tmp_path / "a.jsonl").write_text(row)
     with pytest.raises(CalibrationError, match=message):
-        read_text_rows(tmp_path / "a.jsonl", "{text}", 9)
+        read_text_rows(tmp_path / "a.jsonl", RowReader(), 9)
 
 
 @pytest.mark.parametrize("name", ["a.bin", "missing.txt", "."])
 def test_unreadable_paths_raise(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.bin").write_text("x")
     with pytest.raises(CalibrationError, match="expected"):
-        read_text_rows(tmp_path / name, "{text}", 9)
+        read_text_rows(tmp_path / name, RowReader(), 9)
 
 
 def test_hub_rows_are_streamed_and_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quantkit.texts import corpora
+from quantkit.texts.tokens import Tokens
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).resolve().parent
@@ -60,7 +61,7 @@ class Bench:
     tokens: Path  # JSON token ids of the calibration text, the input of the other tools
     place: Path
 
-    def load_text(self) -> corpora.Tokens:
+    def load_text(self) -> Tokens:
         """Load the windows on which source and artifacts are compared."""
         tokenizer, corpus = (
             corpora.load_tokenizer(self.model),

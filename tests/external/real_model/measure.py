@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.numerics import fidelity
 from quantkit.numerics.fidelity import Estimate
-from quantkit.texts.corpora import Tokens
+from quantkit.texts.tokens import Tokens
 
 
 class ModelComparer:

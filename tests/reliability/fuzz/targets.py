@@ -503,9 +503,9 @@ def fuzz_mixture_spec(folder: Path) -> object:
 )
 def fuzz_mixture_rows(folder: Path) -> object:
     """Read the rows of a mixture's part."""
-    from quantkit.texts.text_rows import read_text_rows
+    from quantkit.texts.text_rows import RowReader, read_text_rows
 
-    return read_text_rows(folder / "rows.jsonl", "{q} {a}", 100)
+    return read_text_rows(folder / "rows.jsonl", RowReader(template="{q} {a}"), 100)
 
 
 @register_target("calibration rows", "mine.jsonl", lambda: (ROWS,), mutate_lines)
