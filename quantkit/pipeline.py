@@ -316,7 +316,10 @@ def tokenize(recipe: Recipe, folder: Path, trusted_code: Sequence[str] = ()) -> 
     tokens, descriptions = dict[TextName, Tokens](), dict[TextName, TextSet]()
     for name, set_name, sequences, length, seed in selected:
         corpus = corpora.load_set(set_name, sets)
-        tokens[name] = corpora.sample_sequences(corpus, tokenizer, sequences, length, seed)
+        calibrated = tokens["calibration"].domains if "calibration" in tokens else ()
+        tokens[name] = corpora.sample_sequences(
+            corpus, tokenizer, sequences, length, seed, set(calibrated)
+        )
         descriptions[name] = evidence.summarize_text(
             corpus, tokens[name], length, seed, has_template=has_chat_template(tokenizer)
         )

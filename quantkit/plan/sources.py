@@ -5,7 +5,7 @@ the text.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from quantkit import figures
@@ -17,6 +17,7 @@ from quantkit.io import package_data
 from quantkit.io.host import get_available_memory, has_bfloat16_instructions
 from quantkit.io.suggestions import format_unknown_name
 from quantkit.plan.plan import Plan, SourceFacts, make_plan, match_source
+from quantkit.plan.plan_texts import find_text_warnings, plan_texts
 from quantkit.plan.published import find_published_config
 from quantkit.recipe.schema import Recipe
 from quantkit.texts import task_files
@@ -174,6 +175,8 @@ def plan_recipe(
         resolve_memory_budget(recipe),
         resolve_compute(recipe).hidden_bytes,
     )
+    texts = plan_texts(recipe)
+    warnings = find_text_warnings(texts)
     for name in recipe.format:
         try:
             plan = make_plan(
@@ -188,7 +191,7 @@ def plan_recipe(
         except RecipeError as error:
             faults += error.faults
         else:
-            plans.append(plan)
+            plans.append(replace(plan, texts=texts, warnings=(*plan.warnings, *warnings)))
     faults += find_text_faults(recipe) + find_task_faults(recipe) + find_gate_faults(recipe)
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)))

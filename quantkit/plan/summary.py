@@ -48,6 +48,7 @@ def summarize_plan(plan: Plan) -> PlanSummary:
         shards=tuple(
             PlanShard(file=s.file, tensors=len(s.tensors), bytes=s.n_bytes) for s in plan.shards
         ),
+        texts=plan.texts,
         warnings=plan.warnings,
     )
 

@@ -18,6 +18,7 @@ from quantkit.figures import (
     list_seen_kinds,
 )
 from quantkit.report import format_numbers
+from quantkit.texts.exposure import describe_exposure, describe_narrowness
 
 WORST = 10
 EXAMPLES = 3
@@ -107,6 +108,17 @@ def make_distribution_table(fidelity: Fidelity) -> Table:
         if rows
         else "",
     )
+
+
+def list_text_notes(fidelity: Fidelity) -> list[str]:
+    """Return sentences on a narrow calibration, and on fidelity text of calibrated kinds alone.
+
+    A report of an earlier version does not say which kinds were calibrated on, and has no notes.
+    """
+    seen = list_seen_kinds(fidelity) or ()
+    measured = fidelity.measured_on.kinds if fidelity.measured_on else {}
+    notes = [describe_narrowness(seen), describe_exposure(measured, seen) if measured else ""]
+    return [f"{note[0].upper()}{note[1:]}." for note in notes if note]
 
 
 def _describe_exposure(label: str, seen: Collection[str]) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +24,7 @@ from quantkit.errors import CheckpointError, UsageError
 from quantkit.texts.chats import cut_chats
 from quantkit.texts.corpus_files import CorpusPart, TextDocument, read_parts, read_set
 from quantkit.texts.corpus_spec import get_first_line, read_spec
+from quantkit.texts.exposure import raise_unseen_share
 from quantkit.texts.mixture_spec import Packing, PartPacking
 from quantkit.texts.tokens import Tokens, TokenSequence, pack_tokens
 
@@ -146,7 +147,12 @@ def silence_output() -> Iterator[None]:
 
 
 def sample_sequences(
-    corpus: CorpusSet, tokenizer: Tokenizer, sequences: int | None, length: int, seed: int
+    corpus: CorpusSet,
+    tokenizer: Tokenizer,
+    sequences: int | None,
+    length: int,
+    seed: int,
+    calibrated: Collection[str] = (),
 ) -> Tokens:
     """Sample `sequences` token sequences of at most `length` tokens by `seed`.
 
@@ -155,8 +161,10 @@ def sample_sequences(
     into windows of exactly `length` tokens that do not overlap. Every sequence starts with exactly
     one BOS if the tokenizer adds one. The domains keep their proportion, and each has at least one
     sequence if there is room. A part of a mixture has its share of `sequences * length` tokens,
-    which its last document may exceed; of chats only the answers count. Raises UsageError if the
-    set has too few sequences.
+    which its last document may exceed; of chats only the answers count.
+
+    calibrated: for fidelity text, the labels of the calibration set; parts of other kinds then have
+    at least half. Raises UsageError if the set has too few sequences.
     """
     if length < 2 or (sequences is not None and sequences < 1):
         raise UsageError(
@@ -164,7 +172,12 @@ def sample_sequences(
             f"found {sequences} of {length}. Raise `sequences` or `length` in the recipe"
         )
     if corpus.parts:
-        return _sample_parts(corpus, tokenizer, sequences, length, seed)
+        shares = raise_unseen_share(
+            {part.spec.name: part.spec.share for part in corpus.parts},
+            {part.spec.name: part.spec.label for part in corpus.parts},
+            calibrated,
+        )
+        return _sample_parts(corpus, shares, tokenizer, sequences, length, seed)
     candidates = {
         domain: _list_candidates(corpus, domain, tokenizer, length) for domain in corpus.domains
     }
@@ -195,7 +208,12 @@ def encode_continuation(
 
 
 def _sample_parts(
-    corpus: CorpusSet, tokenizer: Tokenizer, sequences: int | None, length: int, seed: int
+    corpus: CorpusSet,
+    shares: Mapping[str, float],
+    tokenizer: Tokenizer,
+    sequences: int | None,
+    length: int,
+    seed: int,
 ) -> Tokens:
     """Sample each part's share of `sequences * length` tokens; None: as many as every part has."""
     if sequences is None:
@@ -204,15 +222,13 @@ def _sample_parts(
             part.spec.name: _count_tokens(_cut_part(part, tokenizer, length)) // length
             for part in corpus.parts
         }
-        sequences = int(min(whole[part.spec.name] / part.spec.share for part in corpus.parts))
+        sequences = int(min(whole[name] / share for name, share in shares.items()))
     if sequences < len(corpus.parts):
         raise UsageError(
             f"{corpus.where}: expected at least {len(corpus.parts)} sequences, one of each part, "
             f"found {sequences}. Raise `sequences`"
         )
-    weights = {
-        part.spec.name: max(1, round(part.spec.share * SHARE_UNITS)) for part in corpus.parts
-    }
+    weights = {name: max(1, round(share * SHARE_UNITS)) for name, share in shares.items()}
     counts = split_proportionally(weights, sequences)
     picks = list[TokenSequence]()
     for part in corpus.parts:
