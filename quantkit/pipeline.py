@@ -40,6 +40,7 @@ from quantkit.checkpoint.tensors import WrittenFile
 from quantkit.errors import ArtifactError
 from quantkit.evaluate import solution_likelihood
 from quantkit.evaluate.item_results import write_pairs
+from quantkit.evaluate.prompt_overlap import check_overlaps
 from quantkit.evaluate.solution_likelihood import GoldSolutions, ScoredSolution
 from quantkit.evaluate.source_comparison import SourceComparison, compare_with_source
 from quantkit.evaluate.tasks import check_trust
@@ -323,6 +324,11 @@ def tokenize(recipe: Recipe, folder: Path, trusted_code: Sequence[str] = ()) -> 
         descriptions[name] = evidence.summarize_text(
             corpus, tokens[name], length, seed, has_template=has_chat_template(tokenizer)
         )
+    if "calibration" in tokens:
+        texts = decode_sequences(tokenizer, tokens["calibration"])
+        overlaps = check_overlaps(recipe.evaluation.tasks, texts, trusted_code)
+        described = descriptions["calibration"].model_copy(update={"overlaps": overlaps})
+        descriptions["calibration"] = described
     nothing = pack_tokens([])
     tasks, items = recipe.evaluation.tasks, recipe.evaluation.likelihood
     solutions = solution_likelihood.make_empty_solutions()
@@ -335,6 +341,11 @@ def tokenize(recipe: Recipe, folder: Path, trusted_code: Sequence[str] = ()) -> 
         descriptions=descriptions,
         solutions=solutions,
     )
+
+
+def decode_sequences(tokenizer: corpora.Tokenizer, tokens: Tokens) -> list[str]:
+    """Return the text of every sequence."""
+    return [tokenizer.decode(row.ids) for row in tokens.select(range(tokens.n_sequences))]
 
 
 def quantize_and_measure(

@@ -125,6 +125,19 @@ class TextPart(BaseModel):
     description: str = ""
 
 
+class TaskOverlap(BaseModel):
+    """Prompts of a benchmark that appear in the calibration text (texts/overlap.py).
+
+    reason: why the task was not checked; `items` is then 0.
+    """
+
+    model_config = FROZEN
+    task: str
+    items: int = 0
+    overlapping: int = 0
+    reason: str = ""
+
+
 class TextSet(BaseModel):
     """A text set that was used for calibration or measurement.
 
@@ -143,6 +156,7 @@ class TextSet(BaseModel):
     description: str = ""
     kinds: dict[str, int] = {}
     parts: tuple[TextPart, ...] = ()
+    overlaps: tuple[TaskOverlap, ...] = ()  # of a calibration text
 
 
 # ------------------------------------------------------------------------------------------ figures

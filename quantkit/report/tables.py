@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import inf
 from statistics import median
 
-from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, ModuleResult
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, ModuleResult, TaskOverlap
 from quantkit.artifact.layout import FIDELITY
 from quantkit.figures import (
     ALL_TEXT,
@@ -118,6 +118,13 @@ def list_text_notes(fidelity: Fidelity) -> list[str]:
     seen = list_seen_kinds(fidelity) or ()
     measured = fidelity.measured_on.kinds if fidelity.measured_on else {}
     notes = [describe_narrowness(seen), describe_exposure(measured, seen) if measured else ""]
+    overlaps = fidelity.calibration.overlaps if fidelity.calibration else ()
+    notes += [
+        f"{row.task}: {row.overlapping:,} of {row.items:,} prompts appear in the calibration text; "
+        "its score flatters. Remove them from the calibration set"
+        for row in overlaps
+        if row.overlapping
+    ]
     return [f"{note[0].upper()}{note[1:]}." for note in notes if note]
 
 
@@ -337,7 +344,19 @@ def make_text_table(fidelity: Fidelity) -> Table:
         if text is not None
     )
     columns = ("use", "set", ">sequences", ">tokens", "license", "sha256")
-    return Table(title="Texts", columns=columns, rows=rows)
+    note = _format_overlaps(fidelity.calibration.overlaps) if fidelity.calibration else ""
+    return Table(title="Texts", columns=columns, rows=rows, note=note)
+
+
+def _format_overlaps(overlaps: Sequence[TaskOverlap]) -> str:
+    """Return a sentence on the benchmark prompts in the calibration text."""
+    checked = [f"{row.task} {row.overlapping:,} of {row.items:,}" for row in overlaps if row.items]
+    missing = [f"{row.task} ({row.reason})" for row in overlaps if not row.items]
+    sentences = [
+        f"Benchmark prompts in the calibration text: {', '.join(checked)}." if checked else "",
+        f"Not checked: {', '.join(missing)}." if missing else "",
+    ]
+    return " ".join(filter(None, sentences))
 
 
 def make_part_table(fidelity: Fidelity) -> Table:
