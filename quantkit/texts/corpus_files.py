@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from quantkit.io.files import (
     reject_duplicate_keys,
     shorten_repr,
 )
+from quantkit.texts.builtin_text import read_builtin
 from quantkit.texts.corpus_spec import (
     DATA_VARIABLE,
     CorpusSpec,
@@ -71,6 +72,10 @@ def _read_part(spec: CorpusSpec, part: PartSpec, folder: Path) -> CorpusPart:
     where = f"{spec.where}: part {part.name}"
     if part.set is not None:
         return _read_part_of_set(where, part, folder)
+    if part.builtin is not None and part.draw is not None:
+        documents = read_builtin(part.builtin, part.draw, where)
+        rows = make_rows([{"text": text} for text in documents], part, where)
+        return CorpusPart(spec=part, texts=rows.texts, skipped=0, sha256=rows.sha256)
     path = part.file or (part.local if part.local is not None and part.local.exists() else None)
     if path is not None:
         rows = read_text_rows(path, part.template, part.rows)
@@ -116,7 +121,7 @@ def read_hub_rows(where: str, part: PartSpec) -> TextRows:
     load = cast(Callable[..., Any], datasets.load_dataset)
     try:
         stream = load(hub.path, hub.name, split=hub.split, revision=hub.revision, streaming=True)
-        texts, skipped = fill_template(islice(stream, part.rows), part.template, where, part.rows)
+        return make_rows(islice(stream, part.rows), part, where)
     except CalibrationError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -125,6 +130,11 @@ def read_hub_rows(where: str, part: PartSpec) -> TextRows:
             f"{hub.revision[:12]} from the hub, found: {get_first_line(error):.300}. Connect to "
             f"the hub, add `local` and set {DATA_VARIABLE}, or remove the part"
         ) from error
+
+
+def make_rows(rows: Iterable[Mapping[str, Any]], part: PartSpec, where: str) -> TextRows:
+    """Return the documents that a part's template makes of rows, and their sha256."""
+    texts, skipped = fill_template(rows, part.template, where, part.rows)
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     return TextRows(texts=tuple(texts), skipped=skipped, sha256=digest)
 

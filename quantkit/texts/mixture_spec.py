@@ -1,8 +1,8 @@
 """The YAML spec of a mixture, version 2 of a set: parts with a share of the tokens, a kind and a
 language each.
 
-A part takes its text from one place: another set (`set`), a file or a folder (`file`), or a data
-set of the hub (`datasets`).
+A part takes its text from one place: another set (`set`), a file or a folder (`file`), a data set
+of the hub (`datasets`), or text that quantkit makes or reads itself (`builtin`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from pydantic import (
     field_validator,
 )
 
+from quantkit.texts.builtin_text import BuiltinName, describe_builtin
 from quantkit.texts.data_names import check_dataset_name, check_inner_path
+from quantkit.texts.interpreter_text import Draw
 
 Packing = Literal["documents", "windows"]
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -99,8 +101,13 @@ class LocalRows(BaseModel):
     sha256: Sha256 | None = None
 
 
+PLACES = ("set", "file", "datasets", "builtin")
+NEEDS = {"domain": "set", "local": "datasets", "sha256": "file", "draw": "builtin"}
+"""Keys that belong to a place."""
+
+
 class PartFile(BaseModel):
-    """The keys of a part. Exactly one of `set`, `file` and `datasets` names its text."""
+    """The keys of a part. Exactly one of the PLACES names its text."""
 
     model_config = FROZEN
     name: Kind
@@ -118,6 +125,8 @@ class PartFile(BaseModel):
     domain: Text | None = None
     datasets: HubRows | None = None
     local: LocalRows | None = None
+    builtin: BuiltinName | None = None
+    draw: Draw | None = None
     set: Text | None = Field(default=None, validate_default=True)
 
     _check_end = field_validator("end")(check_end)
@@ -126,17 +135,21 @@ class PartFile(BaseModel):
     @classmethod
     def _check_text(cls, name: str | None, info: ValidationInfo) -> str | None:
         data = info.data
-        if not {"file", "datasets", "domain", "local", "sha256"} <= data.keys():
+        if not {*PLACES[1:], *NEEDS} <= data.keys():
             return name  # these keys have faults of their own
-        places = [key for key in ("file", "datasets") if data[key] is not None]
-        places += ["set"] if name is not None else []
+        places = [key for key in PLACES if (name if key == "set" else data[key]) is not None]
         if len(places) != 1:
             named = " and ".join(places) or "none of them"
-            raise ValueError(f"expected one of `set`, `file` and `datasets`, found {named}")
-        needs = {"domain": "set", "local": "datasets", "sha256": "file"}
-        for key, place in needs.items():
+            known = ", ".join(f"`{key}`" for key in PLACES)
+            raise ValueError(f"expected one of {known}, found {named}")
+        for key, place in NEEDS.items():
             if data[key] is not None and place not in places:
                 raise ValueError(f"`{key}` belongs to `{place}`, found it with `{places[0]}`")
+        if places == ["builtin"] and (data["draw"] is None or data["origin"] is not None):
+            raise ValueError(
+                "expected `builtin` with `draw: calibration` or `draw: heldout` and without "
+                "`origin`, which it states itself"
+            )
         return name
 
 
@@ -172,7 +185,8 @@ MIXTURE_SECTIONS: dict[str, type[BaseModel]] = {
 class PartSpec:
     """A checked part: `share` is of the tokens, and the shares of a set add up to 1.
 
-    Exactly one of `set`, `file` and `hub` is not None; `local` replaces `hub` if it is there.
+    Exactly one of `set`, `file`, `hub` and `builtin` is not None; `local` replaces `hub` if it is
+    there.
     """
 
     name: str
@@ -191,6 +205,8 @@ class PartSpec:
     sha256: str | None
     hub: HubRows | None
     local: Path | None
+    builtin: BuiltinName | None = None
+    draw: Draw | None = None
 
     @property
     def label(self) -> str:
@@ -213,11 +229,7 @@ def make_parts(values: MixtureFile, folder: Path, data: Path | None) -> tuple[Pa
             language=part.language,
             share=part.share / total,
             license=part.license,
-            origin=part.origin
-            or part.file
-            or part.set
-            or (part.datasets and part.datasets.path)
-            or "",
+            origin=_find_origin(part),
             packing=part.packing,
             end_of_document=part.end == "eos",
             rows=part.rows,
@@ -228,6 +240,15 @@ def make_parts(values: MixtureFile, folder: Path, data: Path | None) -> tuple[Pa
             sha256=part.sha256 if part.local is None else part.local.sha256,
             hub=part.datasets,
             local=None if part.local is None or data is None else data / part.local.file,
+            builtin=part.builtin,
+            draw=part.draw,
         )
         for part in values.parts
     )
+
+
+def _find_origin(part: PartFile) -> str:
+    if part.builtin is not None and part.draw is not None:
+        return describe_builtin(part.builtin, part.draw)
+    hub = part.datasets.path if part.datasets is not None else ""
+    return part.origin or part.file or part.set or hub
