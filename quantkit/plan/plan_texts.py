@@ -69,7 +69,7 @@ def describe_hub_set(spec: CorpusSpec) -> str:
 
 def describe_version(part: PartSpec) -> str:
     """Return what fixes the text of a part: hash, or data set and revision."""
-    if part.hub is not None and (part.local is None or not part.local.exists()):
+    if part.hub is not None and (part.local_path is None or not part.local_path.exists()):
         return f"{part.hub.path} at {part.hub.revision[:12]}"
     return part.sha256[:12] if part.sha256 else part.set or ""
 

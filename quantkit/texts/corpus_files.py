@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from quantkit.io.files import (
     reject_duplicate_keys,
     shorten_repr,
 )
+from quantkit.texts.builtin_text import read_builtin
 from quantkit.texts.chats import Chat
 from quantkit.texts.corpus_spec import (
     DATA_VARIABLE,
@@ -73,17 +74,33 @@ def _read_part(spec: CorpusSpec, part: PartSpec, folder: Path) -> CorpusPart:
     where = f"{spec.where}: part {part.name}"
     if part.set is not None:
         return _read_part_of_set(where, part, folder)
-    path = part.file or (part.local if part.local is not None and part.local.exists() else None)
+    if part.builtin is not None and part.draw is not None:
+        documents = read_builtin(part.builtin, part.draw, where)
+        rows = make_rows([{"text": text} for text in documents], part, where)
+        return CorpusPart(spec=part, texts=rows.texts, chats=(), skipped=0, sha256=rows.sha256)
+    path, reader = part.file, RowReader(template=part.template, messages=part.messages)
+    local = part.local_path
+    if part.local is not None and local is not None and local.exists():
+        path = local
+        reader = replace(
+            reader, template=part.local.template or part.template, skip=part.local.skip
+        )
     if path is not None:
-        reader = RowReader(template=part.template, messages=part.messages)
         rows = read_text_rows(path, reader, part.rows)
         if part.sha256 is not None and rows.sha256 != part.sha256:
             raise CalibrationError(
                 f"{path}: expected sha256 {part.sha256} ({where}), found {rows.sha256}. Restore "
                 "the file, or state the new hash if you changed it on purpose"
             )
-    else:
+    elif part.hub is not None:
         rows = read_hub_rows(where, part)
+    else:
+        assert part.local is not None  # the only place that is left
+        raise CalibrationError(
+            f"{where}: local: expected {part.local.file} in the folder {DATA_VARIABLE}, found "
+            f"{'no such file' if local else 'no such variable'}. Set {DATA_VARIABLE} to a folder "
+            "that holds it, or choose another set"
+        )
     if not rows.texts and not rows.chats:
         expected, key = ("text", "template") if part.messages is None else ("answers", "messages")
         raise CalibrationError(
@@ -123,8 +140,7 @@ def read_hub_rows(where: str, part: PartSpec) -> TextRows:
     load = cast(Callable[..., Any], datasets.load_dataset)
     try:
         stream = load(hub.path, hub.name, split=hub.split, revision=hub.revision, streaming=True)
-        reader = RowReader(template=part.template, messages=part.messages)
-        texts, chats, skipped = reader.read(islice(stream, part.rows), where, part.rows)
+        return make_rows(islice(stream, part.rows), part, where)
     except CalibrationError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -133,6 +149,12 @@ def read_hub_rows(where: str, part: PartSpec) -> TextRows:
             f"{hub.revision[:12]} from the hub, found: {get_first_line(error):.300}. Connect to "
             f"the hub, add `local` and set {DATA_VARIABLE}, or remove the part"
         ) from error
+
+
+def make_rows(rows: Iterable[Mapping[str, Any]], part: PartSpec, where: str) -> TextRows:
+    """Return the documents or chats that a part makes of rows, and their sha256."""
+    reader = RowReader(template=part.template, messages=part.messages)
+    texts, chats, skipped = reader.read(rows, where, part.rows)
     content = "\0".join(texts) if texts else json.dumps(chats)
     digest = hashlib.sha256(content.encode()).hexdigest()
     return TextRows(texts=tuple(texts), chats=tuple(chats), skipped=skipped, sha256=digest)

@@ -1,8 +1,8 @@
 """The YAML spec of a mixture, version 2 of a set: parts with a share of the tokens, a kind and a
 language each.
 
-A part takes its text from one place: another set (`set`), a file or a folder (`file`), or a data
-set of the hub (`datasets`).
+A part takes its text from one place: another set (`set`), a file or a folder (`file`), a data set
+of the hub (`datasets`), or text that quantkit makes or reads itself (`builtin`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from pydantic import (
     field_validator,
 )
 
+from quantkit.texts.builtin_text import BuiltinName, describe_builtin
 from quantkit.texts.data_names import check_dataset_name, check_inner_path
+from quantkit.texts.interpreter_text import Draw
 
 Packing = Literal["documents", "windows"]
 PartPacking = Literal["documents", "windows", "chats"]
@@ -94,15 +96,27 @@ class HubRows(BaseModel):
 
 
 class LocalRows(BaseModel):
-    """A file with the rows of `datasets`, by its path below QUANTKIT_DATA."""
+    """A file by its path below QUANTKIT_DATA, without its first `skip` rows.
+
+    It replaces `datasets` where that is given, too; `template` is that of the part by default.
+    """
 
     model_config = FROZEN
     file: InnerPath
     sha256: Sha256 | None = None
+    template: Template | None = None
+    skip: Annotated[int, Field(ge=0, le=MAX_ROWS)] = 0
+
+
+PLACES = ("set", "file", "datasets", "local", "builtin")
+ROW_PLACES = PLACES[1:4]
+"""Places of rows with columns."""
+NEEDS = {"domain": "set", "sha256": "file", "draw": "builtin"}
+"""Keys that belong to a place."""
 
 
 class PartFile(BaseModel):
-    """The keys of a part. Exactly one of `set`, `file` and `datasets` names its text."""
+    """The keys of a part. Exactly one of the PLACES names its text."""
 
     model_config = FROZEN
     name: Kind
@@ -121,6 +135,8 @@ class PartFile(BaseModel):
     domain: Text | None = None
     datasets: HubRows | None = None
     local: LocalRows | None = None
+    builtin: BuiltinName | None = None
+    draw: Draw | None = None
     set: Text | None = Field(default=None, validate_default=True)
 
     _check_end = field_validator("end")(check_end)
@@ -141,19 +157,25 @@ class PartFile(BaseModel):
     @classmethod
     def _check_text(cls, name: str | None, info: ValidationInfo) -> str | None:
         data = info.data
-        if not {"file", "datasets", "domain", "local", "sha256"} <= data.keys():
+        if not {*PLACES[1:], *NEEDS, "messages"} <= data.keys():
             return name  # these keys have faults of their own
-        places = [key for key in ("file", "datasets") if data[key] is not None]
-        places += ["set"] if name is not None else []
+        places = [key for key in PLACES if (name if key == "set" else data[key]) is not None]
+        if "datasets" in places and "local" in places:
+            places.remove("local")  # it replaces the data set
         if len(places) != 1:
             named = " and ".join(places) or "none of them"
-            raise ValueError(f"expected one of `set`, `file` and `datasets`, found {named}")
-        if data.get("messages") is not None and name is not None:
-            raise ValueError("`messages` belongs to `file` or `datasets`, found it with `set`")
-        needs = {"domain": "set", "local": "datasets", "sha256": "file"}
-        for key, place in needs.items():
+            known = ", ".join(f"`{key}`" for key in PLACES)
+            raise ValueError(f"expected one of {known}, found {named}")
+        if data["messages"] is not None and places[0] not in ROW_PLACES:
+            raise ValueError(f"`messages` belongs to rows, found it with `{places[0]}`")
+        for key, place in NEEDS.items():
             if data[key] is not None and place not in places:
                 raise ValueError(f"`{key}` belongs to `{place}`, found it with `{places[0]}`")
+        if places == ["builtin"] and (data["draw"] is None or data["origin"] is not None):
+            raise ValueError(
+                "expected `builtin` with `draw: calibration` or `draw: heldout` and without "
+                "`origin`, which it states itself"
+            )
         return name
 
 
@@ -189,7 +211,8 @@ MIXTURE_SECTIONS: dict[str, type[BaseModel]] = {
 class PartSpec:
     """A checked part: `share` is of the tokens, and the shares of a set add up to 1.
 
-    Exactly one of `set`, `file` and `hub` is not None; `local` replaces `hub` if it is there.
+    Exactly one of `set`, `file`, `hub`, `local` and `builtin` is not None, but `local` may replace
+    `hub`; `local_path` is its path if QUANTKIT_DATA is set.
     """
 
     name: str
@@ -208,7 +231,10 @@ class PartSpec:
     file: Path | None
     sha256: str | None
     hub: HubRows | None
-    local: Path | None
+    local: LocalRows | None
+    local_path: Path | None
+    builtin: BuiltinName | None = None
+    draw: Draw | None = None
 
     @property
     def label(self) -> str:
@@ -231,11 +257,7 @@ def make_parts(values: MixtureFile, folder: Path, data: Path | None) -> tuple[Pa
             language=part.language,
             share=part.share / total,
             license=part.license,
-            origin=part.origin
-            or part.file
-            or part.set
-            or (part.datasets and part.datasets.path)
-            or "",
+            origin=_find_origin(part),
             packing=part.packing,
             end_of_document=part.end == "eos",
             rows=part.rows,
@@ -246,7 +268,18 @@ def make_parts(values: MixtureFile, folder: Path, data: Path | None) -> tuple[Pa
             file=None if part.file is None else folder / part.file,
             sha256=part.sha256 if part.local is None else part.local.sha256,
             hub=part.datasets,
-            local=None if part.local is None or data is None else data / part.local.file,
+            local=part.local,
+            local_path=None if part.local is None or data is None else data / part.local.file,
+            builtin=part.builtin,
+            draw=part.draw,
         )
         for part in values.parts
     )
+
+
+def _find_origin(part: PartFile) -> str:
+    if part.builtin is not None and part.draw is not None:
+        return describe_builtin(part.builtin, part.draw)
+    hub = part.datasets.path if part.datasets is not None else ""
+    local = part.local.file if part.local is not None else ""
+    return part.origin or part.file or part.set or hub or local

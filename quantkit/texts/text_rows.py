@@ -42,10 +42,14 @@ class TextRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowReader:
-    """What becomes of rows: chats of the column `messages`, or documents of a template."""
+    """What becomes of rows: chats of the column `messages`, or documents of a template.
+
+    skip: rows of a file that are passed over, from the first.
+    """
 
     template: str = "{text}"
     messages: str | None = None
+    skip: int = 0
 
     def read(
         self, rows: Iterable[Mapping[str, Any]], where: str, limit: int
@@ -71,7 +75,7 @@ def read_text_rows(path: Path, reader: RowReader, limit: int) -> TextRows:
         digest.update(data if len(files) == 1 else hashlib.sha256(data).digest())
         remaining = limit - len(texts) - len(chats)
         documents, conversations, empty = reader.read(
-            iterate_rows(file, data), str(file), remaining
+            islice(iterate_rows(file, data), reader.skip, None), str(file), remaining
         )
         texts += documents
         chats += conversations
