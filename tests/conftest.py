@@ -70,6 +70,7 @@ MEDIUM_FILES = frozenset({
     "report/test_gates.py",
     "report/test_html.py",
     "report/test_html_browser.py",
+    "report/test_narrow_calibration.py",
     "serve/test_connections.py",
     "serve/test_cost.py",
     "serve/test_exchange.py",
