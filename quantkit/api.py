@@ -50,9 +50,7 @@ def plan_recipe(
     from quantkit.plan import sources  # imports torch
 
     _, parsed = read_recipe(str(recipe), _as_text(overrides))
-    plans = sources.plan_recipe(
-        parsed, sources.resolve_source_facts(parsed), sources.bound_text_tokens(parsed)
-    )
+    plans = sources.plan_recipe(parsed, sources.resolve_source_facts(parsed))
     return tuple(summarize_plan(plan) for plan in plans)
 
 

@@ -172,10 +172,10 @@ def build_artifacts(
     timer = StepTimer()
     located = hub.resolve_model(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
+    facts = sources.make_source_facts(recipe, source, located.revision)
+    recipe = sources.resolve_texts(recipe, facts)
     texts = tokenize(recipe, located.folder, trusted_code)
-    plans = sources.plan_recipe(
-        recipe, sources.make_source_facts(recipe, source, located.revision), texts.counts()
-    )
+    plans = sources.plan_recipe(recipe, facts, texts.counts())
     if all(plan.memory.budget_bytes - plan.memory.peak_bytes >= HEAP_BYTES for plan in plans):
         keep_freed_memory()
     with session.exclusive_lock(plans):
@@ -322,7 +322,12 @@ def tokenize(recipe: Recipe, folder: Path, trusted_code: Sequence[str] = ()) -> 
             corpus, tokenizer, sequences, length, seed, set(calibrated)
         )
         descriptions[name] = evidence.summarize_text(
-            corpus, tokens[name], length, seed, has_template=has_chat_template(tokenizer)
+            corpus,
+            tokens[name],
+            length,
+            seed,
+            has_template=has_chat_template(tokenizer),
+            chosen=recipe.set_reasons.get(name, ""),
         )
     if "calibration" in tokens:
         texts = decode_sequences(tokenizer, tokens["calibration"])

@@ -142,7 +142,8 @@ class TextSet(BaseModel):
     """A text set that was used for calibration or measurement.
 
     kinds: tokens per kind of text; the kinds are the domains of `DistributionResult`. Empty in
-    reports of earlier versions. parts: empty for a set that is no mixture.
+    reports of earlier versions. parts: empty for a set that is no mixture. chosen: why `auto`
+    stands for this set, if it is a fallback.
     """
 
     model_config = FROZEN
@@ -157,6 +158,7 @@ class TextSet(BaseModel):
     kinds: dict[str, int] = {}
     parts: tuple[TextPart, ...] = ()
     overlaps: tuple[TaskOverlap, ...] = ()  # of a calibration text
+    chosen: str = ""
 
 
 # ------------------------------------------------------------------------------------------ figures

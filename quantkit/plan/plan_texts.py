@@ -5,6 +5,8 @@ Specs are read, texts are not: tokens are what the recipe requests.
 
 from __future__ import annotations
 
+import platform
+
 from quantkit.io import package_data
 from quantkit.plan.plan_schema import PlanText
 from quantkit.recipe.schema import Recipe
@@ -71,7 +73,21 @@ def describe_version(part: PartSpec) -> str:
     """Return what fixes the text of a part: hash, or data set and revision."""
     if part.hub is not None and (part.local_path is None or not part.local_path.exists()):
         return f"{part.hub.path} at {part.hub.revision[:12]}"
+    if part.builtin is not None:
+        return f"CPython {platform.python_version()}"
     return part.sha256[:12] if part.sha256 else part.set or ""
+
+
+def describe_set_choices(recipe: Recipe) -> tuple[str, ...]:
+    """Return a sentence per text whose set is a fallback of `auto`."""
+    names = {
+        "calibration": recipe.calibration.set if recipe.calibration else "",
+        "fidelity": recipe.fidelity.set if recipe.fidelity else "",
+    }
+    return tuple(
+        f"{use}.set: auto stands for {names[use]}: {reason}"
+        for use, reason in recipe.set_reasons.items()
+    )
 
 
 def find_text_warnings(texts: tuple[PlanText, ...]) -> tuple[str, ...]:

@@ -16,13 +16,15 @@ from quantkit.errors import HubUnreachable, RecipeError, UsageError
 from quantkit.io import package_data
 from quantkit.io.host import get_available_memory, has_bfloat16_instructions
 from quantkit.io.suggestions import format_unknown_name
+from quantkit.plan.choose_texts import resolve_text_sets
 from quantkit.plan.plan import Plan, SourceFacts, make_plan, match_source
-from quantkit.plan.plan_texts import find_text_warnings, plan_texts
+from quantkit.plan.plan_texts import describe_set_choices, find_text_warnings, plan_texts
 from quantkit.plan.published import find_published_config
 from quantkit.recipe.schema import Recipe
 from quantkit.texts import task_files
 from quantkit.texts.corpus_files import bound_sequences
 from quantkit.texts.corpus_spec import read_spec
+from quantkit.texts.hub_access import find_hub_fault
 
 ASSUMED_SEQUENCES = 1024
 """Sequences that a plan assumes for a whole set of unknown size."""
@@ -117,6 +119,15 @@ def make_source_facts(recipe: Recipe, source: Checkpoint, revision: str | None) 
     )
 
 
+def resolve_texts(recipe: Recipe, source: SourceFacts) -> Recipe:
+    """Return the recipe with the text sets that `auto` stands for."""
+
+    def find_self_fault(changed: Recipe) -> str:
+        return "the model cannot sample text"
+
+    return resolve_text_sets(recipe, find_hub_fault, find_self_fault)
+
+
 def resolve_memory_budget(recipe: Recipe) -> int:
     """Return the bytes of host memory that a build may use."""
     return (
@@ -163,12 +174,17 @@ def bound_set_tokens(name: str, sequences: int | None, length: int) -> int:
 
 
 def plan_recipe(
-    recipe: Recipe, source: SourceFacts, tokens: Mapping[Literal["calibration", "fidelity"], int]
+    recipe: Recipe,
+    source: SourceFacts,
+    tokens: Mapping[Literal["calibration", "fidelity"], int] | None = None,
 ) -> tuple[Plan, ...]:
     """Return one plan per format of the recipe, for this machine.
 
-    Raises RecipeError with every fault of the recipe, unknown benchmarks included.
+    tokens: of the streams; by default upper bounds, before a tokenizer is loaded. Raises
+    RecipeError with every fault of the recipe, unknown benchmarks included.
     """
+    recipe = resolve_texts(recipe, source)
+    tokens = bound_text_tokens(recipe) if tokens is None else tokens
     plans, faults = list[Plan](), list[str]()
     matched, budget_bytes, hidden_bytes = (
         match_source(source),
@@ -176,7 +192,7 @@ def plan_recipe(
         resolve_compute(recipe).hidden_bytes,
     )
     texts = plan_texts(recipe)
-    warnings = find_text_warnings(texts)
+    warnings = (*describe_set_choices(recipe), *find_text_warnings(texts))
     for name in recipe.format:
         try:
             plan = make_plan(

@@ -308,6 +308,7 @@ class Recipe(BaseModel):
     compute: Annotated[Compute, describe("Device and dtypes.")] = Compute()
     _document: YamlDocument = PrivateAttr(default=YamlDocument(name="recipe", values={}, lines={}))
     _overrides: tuple[tuple[str, str], ...] = PrivateAttr(default=())
+    _set_reasons: tuple[tuple[str, str], ...] = PrivateAttr(default=())
 
     @property
     def name(self) -> str:
@@ -324,6 +325,23 @@ class Recipe(BaseModel):
     def is_overridden(self, key: str) -> bool:
         """Return whether a dotted key, e.g. "output.path", was overridden."""
         return any(name == key for name, _ in self._overrides)
+
+    @property
+    def set_reasons(self) -> dict[str, str]:
+        """Why `auto` stands for the set of a text: "calibration" or "fidelity" -> reason.
+
+        A text whose set the recipe names, or that is the first choice, is absent.
+        """
+        return dict(self._set_reasons)
+
+    def choose_sets(self, sets: Mapping[str, str], reason: str) -> Recipe:
+        """Return the recipe with these sets, "calibration" or "fidelity" -> set."""
+        changes = {
+            use: getattr(self, use).model_copy(update={"set": name}) for use, name in sets.items()
+        }
+        chosen = self.model_copy(update=changes)
+        chosen._set_reasons = tuple((use, reason) for use in sets if reason)
+        return chosen
 
     def dump(self) -> dict[str, object]:
         """Return the recipe as JSON values, with all defaults and with presets resolved."""

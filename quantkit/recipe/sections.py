@@ -43,7 +43,15 @@ class Calibration(BaseModel):
     """The text whose activations the methods use; `null` if no method needs any."""
 
     model_config = FROZEN
-    set: Annotated[Text, describe("A text set of calibration/.", "general-math-code")]
+    set: Annotated[
+        Text,
+        describe(
+            "A text set of calibration/, or the path of a spec. `auto`: the mixture `everyday` "
+            "of the hub; without the hub that of local files, text of the model itself, or the "
+            "built-in text, in this order.",
+            "everyday",
+        ),
+    ] = "auto"
     sequences: Annotated[
         Count | None, describe("Number of sequences; `null` uses the whole set.", "256")
     ] = None
@@ -84,8 +92,12 @@ class FidelityText(BaseModel):
     model_config = FROZEN
     set: Annotated[
         Text,
-        describe("A text set of calibration/; never the calibration set.", "general-heldout"),
-    ]
+        describe(
+            "A text set of calibration/, or the path of a spec; never the calibration set. `auto`: "
+            "the held-out set that belongs to the calibration set of `auto`.",
+            "everyday-heldout",
+        ),
+    ] = "auto"
     windows: Annotated[
         Count | None, describe("Number of windows; `null` uses the whole set.", "32")
     ] = None

@@ -238,9 +238,18 @@ def parse_license(card: Mapping[str, str]) -> fidelity_schema.License | None:
 
 
 def summarize_text(
-    corpus: CorpusSet, tokens: Tokens, length: int, seed: int | None, *, has_template: bool = True
+    corpus: CorpusSet,
+    tokens: Tokens,
+    length: int,
+    seed: int | None,
+    *,
+    has_template: bool = True,
+    chosen: str = "",
 ) -> fidelity_schema.TextSet:
-    """Summarize a calibration or fidelity text; has_template: the model has a chat template."""
+    """Summarize a calibration or fidelity text.
+
+    has_template: the model has a chat template; chosen: why `auto` stands for the set.
+    """
     return fidelity_schema.TextSet(
         set=corpus.name,
         license=corpus.license,
@@ -252,6 +261,7 @@ def summarize_text(
         description=corpus.origin,
         kinds=count_tokens(tokens, tokens.domains),
         parts=summarize_parts(corpus, tokens, has_template),
+        chosen=chosen,
     )
 
 

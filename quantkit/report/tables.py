@@ -118,6 +118,12 @@ def list_text_notes(fidelity: Fidelity) -> list[str]:
     seen = list_seen_kinds(fidelity) or ()
     measured = fidelity.measured_on.kinds if fidelity.measured_on else {}
     notes = [describe_narrowness(seen), describe_exposure(measured, seen) if measured else ""]
+    texts = {"calibration": fidelity.calibration, "fidelity": fidelity.measured_on}
+    notes += [
+        f"{use} text: auto stands for {text.set}: {text.chosen}"
+        for use, text in texts.items()
+        if text and text.chosen
+    ]
     overlaps = fidelity.calibration.overlaps if fidelity.calibration else ()
     notes += [
         f"{row.task}: {row.overlapping:,} of {row.items:,} prompts appear in the calibration text; "

@@ -78,9 +78,12 @@ def outputs(plan: Plan) -> dict[str, TensorSpec]:
 @pytest.fixture(scope="module")
 def flagship() -> Plan:
     """Return the plan of recipes/v3-awq4.yaml from the published config, without a network."""
-    recipe = parse_recipe(
-        FLAGSHIP.read_text(encoding="utf-8"), "recipes/v3-awq4.yaml", {"compute.device": "cpu"}
-    )
+    overrides = {  # as `auto` has them where the hub is reachable
+        "calibration.set": "everyday",
+        "fidelity.set": "everyday-heldout",
+        "compute.device": "cpu",
+    }
+    recipe = parse_recipe(FLAGSHIP.read_text(encoding="utf-8"), "recipes/v3-awq4.yaml", overrides)
     actual = sources.find_published_config(recipe.source.model)
     assert actual is not None
     facts = SourceFacts(
@@ -91,7 +94,7 @@ def flagship() -> Plan:
         fingerprint=None,
         where=actual[0],
     )
-    (plan,) = sources.plan_recipe(recipe, facts, sources.bound_text_tokens(recipe))
+    (plan,) = sources.plan_recipe(recipe, facts)
     return plan
 
 
@@ -715,9 +718,7 @@ def test_more_sequences_than_a_set_has_are_refused(key: str, most: int) -> None:
 
     def planned(count: int) -> None:
         recipe = parse_recipe(text, "tiny-v3-awq4.yaml", {key: str(count)})
-        sources.plan_recipe(
-            recipe, sources.resolve_source_facts(recipe), sources.bound_text_tokens(recipe)
-        )
+        sources.plan_recipe(recipe, sources.resolve_source_facts(recipe))
 
     planned(most)
     with pytest.raises(
