@@ -84,6 +84,7 @@ MEDIUM_FILES = frozenset({
     "test_api.py",
     "test_contracts.py",
     "test_golden.py",
+    "texts/test_builtin_text.py",
     "texts/test_corpora.py",
     "tools/test_tiny_v3.py",
     "verify/test_bad_artifacts.py",

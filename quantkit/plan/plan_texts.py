@@ -1,6 +1,6 @@
 """The texts of a recipe in its plan: parts, kinds, tokens, licenses, and what they do not cover.
 
-Specs are read, texts are not: tokens are what the recipe requests.
+Specs are read, and built-in texts for their hash; tokens are what the recipe requests.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import platform
 from quantkit.io import package_data
 from quantkit.plan.plan_schema import PlanText
 from quantkit.recipe.schema import Recipe
+from quantkit.texts.corpus_files import find_part_sha256
 from quantkit.texts.corpus_spec import CorpusSpec, read_spec
 from quantkit.texts.exposure import describe_exposure, describe_narrowness, raise_unseen_share
 from quantkit.texts.mixture_spec import PartSpec
@@ -58,7 +59,7 @@ def list_parts(
         PlanText(
             use=use, set=spec.name, part=part.name, kinds=(part.label,), share=shares[part.name],
             tokens=None if tokens is None else round(tokens * shares[part.name]),
-            license=part.license, version=describe_version(part),
+            license=part.license, version=describe_version(spec, part),
         )
         for part in spec.parts
     ]  # fmt: skip
@@ -69,8 +70,13 @@ def describe_hub_set(spec: CorpusSpec) -> str:
     return f"{spec.hub.path} at {spec.hub.revision[:12]}" if spec.hub else ""
 
 
-def describe_version(part: PartSpec) -> str:
-    """Return what fixes the text of a part: hash, or data set and revision."""
+def describe_version(spec: CorpusSpec, part: PartSpec) -> str:
+    """Return what fixes the text of a part: hash, or data set and revision.
+
+    The hash of built-in text belongs to one version of Python, which its origin names.
+    """
+    if part.builtin is not None:
+        return f"{(find_part_sha256(spec, part) or '')[:12]}, {part.origin}"
     if part.hub is not None and (part.local_path is None or not part.local_path.exists()):
         return f"{part.hub.path} at {part.hub.revision[:12]}"
     if part.builtin is not None:

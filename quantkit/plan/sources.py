@@ -4,7 +4,7 @@ the text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,11 +18,12 @@ from quantkit.io.host import get_available_memory, has_bfloat16_instructions
 from quantkit.io.suggestions import format_unknown_name
 from quantkit.plan.choose_texts import resolve_text_sets
 from quantkit.plan.plan import Plan, SourceFacts, make_plan, match_source
+from quantkit.plan.plan_schema import PlanText
 from quantkit.plan.plan_texts import describe_set_choices, find_text_warnings, plan_texts
 from quantkit.plan.published import find_published_config
 from quantkit.recipe.schema import Recipe
 from quantkit.texts import task_files
-from quantkit.texts.corpus_files import bound_sequences
+from quantkit.texts.corpus_files import bound_mixture_tokens, bound_sequences
 from quantkit.texts.corpus_spec import read_spec
 from quantkit.texts.hub_access import find_hub_fault
 
@@ -166,6 +167,8 @@ def bound_set_tokens(name: str, sequences: int | None, length: int) -> int:
     spec = read_spec(name, package_data.locate_folder("calibration"))
     if sequences is not None:
         return sequences * length
+    if spec.parts:
+        return bound_mixture_tokens(spec) or ASSUMED_SEQUENCES * length
     return (
         spec.file.stat().st_size
         if spec.file and spec.file.is_file()
@@ -208,13 +211,13 @@ def plan_recipe(
             faults += error.faults
         else:
             plans.append(replace(plan, texts=texts, warnings=(*plan.warnings, *warnings)))
-    faults += find_text_faults(recipe) + find_task_faults(recipe) + find_gate_faults(recipe)
+    faults += find_text_faults(recipe, texts) + find_task_faults(recipe) + find_gate_faults(recipe)
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)))
     return tuple(plans)
 
 
-def find_text_faults(recipe: Recipe) -> list[str]:
+def find_text_faults(recipe: Recipe, texts: Sequence[PlanText]) -> list[str]:
     """Return faults for more sequences than a set has, before a tokenizer is loaded."""
     calibration, fidelity = (
         recipe.calibration if recipe.needs_calibration else None,
@@ -224,20 +227,37 @@ def find_text_faults(recipe: Recipe) -> list[str]:
     if calibration:
         sequences = calibration.sequences
         faults += find_sequence_faults(
-            recipe, ("calibration", "sequences"), calibration.set, sequences, calibration.length
+            recipe,
+            ("calibration", "sequences"),
+            calibration.set,
+            sequences,
+            calibration.length,
+            texts,
         )
     if fidelity:
         faults += find_sequence_faults(
-            recipe, ("fidelity", "windows"), fidelity.set, fidelity.windows, fidelity.length
+            recipe, ("fidelity", "windows"), fidelity.set, fidelity.windows, fidelity.length, texts
         )
     return faults
 
 
 def find_sequence_faults(
-    recipe: Recipe, key: tuple[str, str], name: str, sequences: int | None, length: int
+    recipe: Recipe,
+    key: tuple[str, str],
+    name: str,
+    sequences: int | None,
+    length: int,
+    texts: Sequence[PlanText],
 ) -> list[str]:
-    """Return a fault if a set has fewer sequences; none if its size is unknown."""
-    available = bound_sequences(read_spec(name, package_data.locate_folder("calibration")), length)
+    """Return a fault if a set has fewer sequences, or more parts; none if its size is unknown."""
+    spec = read_spec(name, package_data.locate_folder("calibration"))
+    shares = {text.part: text.share for text in texts if text.use == key[0]}
+    available = bound_sequences(spec, length, shares)
+    if sequences is not None and sequences < len(spec.parts):
+        return [
+            f"{recipe.where(*key)}: {'.'.join(key)}: expected at least {len(spec.parts)}, one for "
+            f"each part of the set {name}, found {sequences}; use more"
+        ]
     if sequences is None or available is None or sequences <= available:
         return []
     return [

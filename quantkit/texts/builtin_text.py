@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from quantkit.texts.exercises import EXERCISES
@@ -56,7 +58,11 @@ def read_builtin(name: BuiltinName, draw: Draw, where: str) -> tuple[str, ...]:
     Raises CalibrationError, with `where` as the place of the request, if the standard library has
     no source files.
     """
-    root = find_standard_library()
+    return _read_builtin(name, draw, where, find_standard_library())
+
+
+@cache  # a plan reads the text for its hash, and the build again
+def _read_builtin(name: BuiltinName, draw: Draw, where: str, root: Path) -> tuple[str, ...]:
     match name:
         case "python-modules":
             texts = read_sources(root, draw, where)

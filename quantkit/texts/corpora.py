@@ -239,7 +239,8 @@ def _sample_parts(
         if (available := _count_tokens(rows)) < budget:
             raise UsageError(
                 f"{corpus.where}: part {part.spec.name}: expected {budget:,} tokens, its share of "
-                f"{sequences} sequences of {length}, found {available:,}. Lower `share` or "
+                f"{sequences} sequences of {length}, found {available:,}, enough for "
+                f"{int(available // length / shares[part.spec.name])}. Lower `share` or "
                 "`sequences`, or add text"
             )
         picks += rows

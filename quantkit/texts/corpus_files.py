@@ -74,9 +74,7 @@ def _read_part(spec: CorpusSpec, part: PartSpec, folder: Path) -> CorpusPart:
     where = f"{spec.where}: part {part.name}"
     if part.set is not None:
         return _read_part_of_set(where, part, folder)
-    if part.builtin is not None and part.draw is not None:
-        documents = read_builtin(part.builtin, part.draw, where)
-        rows = make_rows([{"text": text} for text in documents], part, where)
+    if (rows := _read_builtin(spec, part)) is not None:
         return CorpusPart(spec=part, texts=rows.texts, chats=(), skipped=0, sha256=rows.sha256)
     path, reader = part.file, RowReader(template=part.template, messages=part.messages)
     local = part.local_path
@@ -110,6 +108,21 @@ def _read_part(spec: CorpusSpec, part: PartSpec, folder: Path) -> CorpusPart:
     return CorpusPart(
         spec=part, texts=rows.texts, chats=rows.chats, skipped=rows.skipped, sha256=rows.sha256
     )
+
+
+def _read_builtin(spec: CorpusSpec, part: PartSpec) -> TextRows | None:
+    """Read a built-in text; None if the part has its text from another place."""
+    if part.builtin is None or part.draw is None:
+        return None
+    where = f"{spec.where}: part {part.name}"
+    documents = read_builtin(part.builtin, part.draw, where)
+    return make_rows([{"text": text} for text in documents], part, where)
+
+
+def find_part_sha256(spec: CorpusSpec, part: PartSpec) -> str | None:
+    """Return the sha256 of a part: of its built-in text, or as the spec states it, or None."""
+    rows = _read_builtin(spec, part)
+    return part.sha256 if rows is None else rows.sha256
 
 
 def _read_part_of_set(where: str, part: PartSpec, folder: Path) -> CorpusPart:
@@ -264,17 +277,45 @@ def _parse_row(line: bytes, domains: tuple[str, ...]) -> TextDocument | str:
     return TextDocument(domain=domain, text=text)
 
 
-def bound_sequences(spec: CorpusSpec, length: int) -> int | None:
+def bound_sequences(
+    spec: CorpusSpec, length: int, shares: Mapping[str, float] | None = None
+) -> int | None:
     """Return the number of documents, or an upper bound of the windows of `length` tokens.
 
-    None if the set's file is not on this machine.
+    None if the set's file is not on this machine. Of a mixture only built-in parts are bounded;
+    shares: those with which its parts are sampled, by default those of the spec.
     """
+    if spec.parts:
+        shares = shares or {part.name: part.share for part in spec.parts}
+        bounds = [
+            # rounding takes less than one sequence per part from a share
+            int((n_tokens // max(1, length - 1) + len(spec.parts)) / shares[part.name])
+            for part in spec.parts
+            if (n_tokens := _bound_part_tokens(spec, part)) is not None
+        ]
+        return min(bounds, default=None)
     if spec.file is None or not spec.file.is_file():
         return None
     if spec.packing == "windows":  # a token has at least one byte; BOS is not part of the text
         return spec.file.stat().st_size // max(1, length - 1)
     with spec.file.open("rb") as lines:
         return sum(1 for _ in lines)
+
+
+def bound_mixture_tokens(spec: CorpusSpec) -> int | None:
+    """Return an upper bound of a mixture's tokens; None if a part has no built-in text."""
+    counts = [_bound_part_tokens(spec, part) for part in spec.parts]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def _bound_part_tokens(spec: CorpusSpec, part: PartSpec) -> int | None:
+    """Return an upper bound of a part's tokens: its bytes, and two per document.
+
+    Between documents are blank lines, or BOS and EOS.
+    """
+    rows = _read_builtin(spec, part)
+    return None if rows is None else sum(len(text.encode()) + 2 for text in rows.texts)
 
 
 def read_local_text(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:

@@ -292,8 +292,12 @@ def _list_faults(
 ) -> list[str]:
     """Return one sentence per fault, in the order of their lines."""
     faults: list[tuple[int, str]] = []
-    for details in error.errors(include_url=False):
+    entries = error.errors(include_url=False)
+    for details in entries:
         path: KeyPath = tuple(details["loc"])
+        inner = any(path == other["loc"][: len(path)] != other["loc"] for other in entries)
+        if details["type"] == "too_short" and inner:
+            continue  # pydantic counts the faulty entries of a list as missing
         outer = [sections[key] for key in path[:-1] if isinstance(key, str) and key in sections]
         if details["type"] == "model_type":
             keys = ", ".join(_list_keys(sections[str(path[0])]))

@@ -109,10 +109,10 @@ def test_fewer_sequences_than_parts_raise(mixed: CorpusSet) -> None:
 
 def test_part_can_be_a_domain_of_another_set(tmp_path: Path) -> None:
     path = write_mixture(
-        tmp_path, "name: m, kind: math, licence: Apache-2.0, set: general-math-code, domain: math"
+        tmp_path, "name: m, kind: math, licence: Apache-2.0, set: tiny-v3, domain: math"
     )
     [part] = load_set(str(path), SETS).parts
-    whole = load_set("general-math-code", SETS)
+    whole = load_set("tiny-v3", SETS)
     assert part.texts == tuple(row.text for row in whole.documents if row.domain == "math")
 
 
@@ -198,8 +198,13 @@ def test_local_file_replaces_hub_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("name: a, kind: web", "one of `set`, `file` and `datasets`, found none"),
-        ("name: a, kind: web, file: x.txt, set: y", "found file and set"),
+        ("name: a, kind: web", "one of `set`, `file`, `datasets`, `local`, `builtin`, found none"),
+        ("name: a, kind: web, builtin: exercises", "`builtin` with `draw: calibration` or"),
+        ("name: a, kind: web, builtin: exercises, draw: all", "calibration or heldout"),
+        ("name: a, kind: web, builtin: essays, draw: heldout", "exercises, python-modules"),
+        ("name: a, kind: web, file: x.txt, draw: heldout", "`draw` belongs to `builtin`"),
+        ("name: a, kind: web, builtin: exercises, draw: heldout, origin: x", "without `origin`"),
+        ("name: a, kind: web, file: x.txt, set: y", "found set and file"),
         ("name: a, kind: web, file: x.txt, domain: y", "`domain` belongs to `set`"),
         ("name: a, kind: Web, file: x.txt", "a name of lower-case letters"),
         ("name: a, kind: web, file: x.txt, language: Chinese", "a language tag"),
@@ -222,6 +227,7 @@ def test_spec_faults_name_line_and_key(tmp_path: Path, part: str, message: str) 
     with pytest.raises(CalibrationError, match=message) as caught:
         read_spec(str(path), SETS)
     assert f"{path}:4" in str(caught.value)
+    assert "parts: expected one entry" not in str(caught.value)
 
 
 def test_two_parts_of_one_name_raise(tmp_path: Path) -> None:
