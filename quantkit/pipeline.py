@@ -173,7 +173,8 @@ def build_artifacts(
     located = hub.resolve_model(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
     facts = sources.make_source_facts(recipe, source, located.revision)
-    recipe = sources.resolve_texts(recipe, facts)
+    chosen = {} if restart else session.read_chosen_texts(recipe)
+    recipe = recipe.choose_texts(chosen) if chosen else sources.resolve_texts(recipe, facts)
     texts = tokenize(recipe, located.folder, trusted_code)
     plans = sources.plan_recipe(recipe, facts, texts.counts())
     if all(plan.memory.budget_bytes - plan.memory.peak_bytes >= HEAP_BYTES for plan in plans):
@@ -327,7 +328,7 @@ def tokenize(recipe: Recipe, folder: Path, trusted_code: Sequence[str] = ()) -> 
             length,
             seed,
             has_template=has_chat_template(tokenizer),
-            chosen=recipe.set_reasons.get(name, ""),
+            chosen=recipe.chosen_texts.get(name, ("", ""))[1],
         )
     if "calibration" in tokens:
         texts = decode_sequences(tokenizer, tokens["calibration"])

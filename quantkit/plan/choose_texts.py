@@ -13,16 +13,13 @@ from quantkit.io import package_data
 from quantkit.recipe.schema import Recipe
 from quantkit.texts.corpus_spec import DATA_VARIABLE, read_spec
 
-AUTO = "auto"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextChoice:
-    """A calibration and a fidelity set that belong together, and why they were chosen."""
+    """A calibration and a fidelity set that belong together."""
 
     calibration: str
     fidelity: str
-    reason: str = ""
 
 
 HUB = TextChoice(calibration="everyday", fidelity="everyday-heldout")
@@ -39,17 +36,14 @@ def resolve_text_sets(
     find_hub_fault: why the hub cannot be read, or "". find_self_fault: why the model cannot sample
     the text of a recipe, or "".
     """
-    calibration = recipe.calibration if recipe.needs_calibration else None
-    uses = {
-        "calibration": calibration is not None and calibration.set == AUTO,
-        "fidelity": recipe.fidelity is not None and recipe.fidelity.set == AUTO,
-    }
-    if not any(uses.values()):
+    if not recipe.automatic_texts:
         return recipe
 
     def apply_choice(choice: TextChoice, reason: str) -> Recipe:
-        names = {"calibration": choice.calibration, "fidelity": choice.fidelity}
-        return recipe.choose_sets({use: names[use] for use, auto in uses.items() if auto}, reason)
+        return recipe.choose_texts({
+            "calibration": (choice.calibration, reason),
+            "fidelity": (choice.fidelity, reason),
+        })
 
     hub_fault = find_hub_fault()
     if not hub_fault:

@@ -86,13 +86,10 @@ def describe_version(spec: CorpusSpec, part: PartSpec) -> str:
 
 def describe_set_choices(recipe: Recipe) -> tuple[str, ...]:
     """Return a sentence per text whose set is a fallback of `auto`."""
-    names = {
-        "calibration": recipe.calibration.set if recipe.calibration else "",
-        "fidelity": recipe.fidelity.set if recipe.fidelity else "",
-    }
     return tuple(
-        f"{use}.set: auto stands for {names[use]}: {reason}"
-        for use, reason in recipe.set_reasons.items()
+        f"{use}.set: auto stands for {name}: {reason}"
+        for use, (name, reason) in recipe.chosen_texts.items()
+        if reason
     )
 
 

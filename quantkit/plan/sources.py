@@ -122,11 +122,14 @@ def make_source_facts(recipe: Recipe, source: Checkpoint, revision: str | None) 
 
 def resolve_texts(recipe: Recipe, source: SourceFacts) -> Recipe:
     """Return the recipe with the text sets that `auto` stands for."""
+    return resolve_text_sets(
+        recipe, find_hub_fault, lambda changed: find_self_fault(changed, source)
+    )
 
-    def find_self_fault(changed: Recipe) -> str:
-        return "the model cannot sample text"
 
-    return resolve_text_sets(recipe, find_hub_fault, find_self_fault)
+def find_self_fault(recipe: Recipe, source: SourceFacts) -> str:
+    """Return why the model cannot sample the texts of a recipe, or ""."""
+    return "the model cannot sample text"
 
 
 def resolve_memory_budget(recipe: Recipe) -> int:

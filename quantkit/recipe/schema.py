@@ -23,7 +23,15 @@ from quantkit import registry
 from quantkit.contracts import FALLBACK_ROUNDING
 from quantkit.io.yaml_document import YamlDocument
 from quantkit.recipe import patterns
-from quantkit.recipe.sections import Calibration, Compute, Evaluation, FidelityText, Output, Source
+from quantkit.recipe.sections import (
+    AUTO,
+    Calibration,
+    Compute,
+    Evaluation,
+    FidelityText,
+    Output,
+    Source,
+)
 from quantkit.recipe.value_types import (
     FROZEN,
     Bound,
@@ -308,7 +316,7 @@ class Recipe(BaseModel):
     compute: Annotated[Compute, describe("Device and dtypes.")] = Compute()
     _document: YamlDocument = PrivateAttr(default=YamlDocument(name="recipe", values={}, lines={}))
     _overrides: tuple[tuple[str, str], ...] = PrivateAttr(default=())
-    _set_reasons: tuple[tuple[str, str], ...] = PrivateAttr(default=())
+    _chosen_texts: tuple[tuple[str, tuple[str, str]], ...] = PrivateAttr(default=())
 
     @property
     def name(self) -> str:
@@ -327,21 +335,28 @@ class Recipe(BaseModel):
         return any(name == key for name, _ in self._overrides)
 
     @property
-    def set_reasons(self) -> dict[str, str]:
-        """Why `auto` stands for the set of a text: "calibration" or "fidelity" -> reason.
-
-        A text whose set the recipe names, or that is the first choice, is absent.
-        """
-        return dict(self._set_reasons)
-
-    def choose_sets(self, sets: Mapping[str, str], reason: str) -> Recipe:
-        """Return the recipe with these sets, "calibration" or "fidelity" -> set."""
-        changes = {
-            use: getattr(self, use).model_copy(update={"set": name}) for use, name in sets.items()
+    def automatic_texts(self) -> tuple[str, ...]:
+        """The texts whose set is still `auto`: "calibration", "fidelity"."""
+        texts = {
+            "calibration": self.calibration if self.needs_calibration else None,
+            "fidelity": self.fidelity,
         }
-        chosen = self.model_copy(update=changes)
-        chosen._set_reasons = tuple((use, reason) for use in sets if reason)
-        return chosen
+        return tuple(use for use, text in texts.items() if text is not None and text.set == AUTO)
+
+    @property
+    def chosen_texts(self) -> dict[str, tuple[str, str]]:
+        """The sets that `auto` stands for: text -> (set, reason), "" for the first choice."""
+        return dict(self._chosen_texts)
+
+    def choose_texts(self, chosen: Mapping[str, tuple[str, str]]) -> Recipe:
+        """Return the recipe with sets for `automatic_texts`: text -> (set, reason)."""
+        uses = self.automatic_texts
+        changes = {
+            use: getattr(self, use).model_copy(update={"set": chosen[use][0]}) for use in uses
+        }
+        recipe = self.model_copy(update=changes)
+        recipe._chosen_texts = tuple((use, chosen[use]) for use in uses)
+        return recipe
 
     def dump(self) -> dict[str, object]:
         """Return the recipe as JSON values, with all defaults and with presets resolved."""

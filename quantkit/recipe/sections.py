@@ -9,6 +9,9 @@ from pydantic import AfterValidator, BaseModel, Field
 from quantkit.io.owned_dirs import validate_folder
 from quantkit.recipe.value_types import FROZEN, Commit, Count, Seed, Size, TaskNames, Text, describe
 
+AUTO = "auto"
+"""The set of a text that is chosen on this machine (plan/choose_texts.py)."""
+
 
 class Source(BaseModel):
     """The model to quantize."""
@@ -51,7 +54,7 @@ class Calibration(BaseModel):
             "built-in text, in this order.",
             "everyday",
         ),
-    ] = "auto"
+    ] = AUTO
     sequences: Annotated[
         Count | None, describe("Number of sequences; `null` uses the whole set.", "256")
     ] = None
@@ -97,7 +100,7 @@ class FidelityText(BaseModel):
             "the held-out set that belongs to the calibration set of `auto`.",
             "everyday-heldout",
         ),
-    ] = "auto"
+    ] = AUTO
     windows: Annotated[
         Count | None, describe("Number of windows; `null` uses the whole set.", "32")
     ] = None

@@ -62,7 +62,9 @@ def write_local_files(folder: Path) -> None:
 def test_hub_is_the_first_choice_and_needs_no_reason(no_data: None) -> None:
     recipe = resolve(make_recipe())
     assert get_sets(recipe) == (HUB.calibration, HUB.fidelity)
-    assert recipe.set_reasons == {} and describe_set_choices(recipe) == ()
+    assert (
+        recipe.chosen_texts["fidelity"] == (HUB.fidelity, "") and describe_set_choices(recipe) == ()
+    )
 
 
 def test_local_files_replace_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,11 +72,11 @@ def test_local_files_replace_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write_local_files(tmp_path)
     recipe = resolve(make_recipe(), hub=NO_HUB)
     assert get_sets(recipe) == (LOCAL.calibration, LOCAL.fidelity)
-    assert NO_HUB in recipe.set_reasons["calibration"]
+    assert NO_HUB in recipe.chosen_texts["calibration"][1]
     (tmp_path / "gsm8k" / "test.jsonl").unlink()
     recipe = resolve(make_recipe(), hub=NO_HUB)
     assert get_sets(recipe) == (OWN.calibration, OWN.fidelity)
-    assert f"{DATA_VARIABLE} has no gsm8k/test.jsonl" in recipe.set_reasons["fidelity"]
+    assert f"{DATA_VARIABLE} has no gsm8k/test.jsonl" in recipe.chosen_texts["fidelity"][1]
 
 
 def test_model_samples_its_text_where_it_fits(no_data: None) -> None:
