@@ -33,8 +33,11 @@ from external.real_model.bench import (
 from external.real_model.texts import Sets
 
 from quantkit.artifact.read_report import read_report
+from quantkit.texts import corpora
 
 SEQUENCES, LENGTH = 128, 512
+SHARED_SEQUENCES = 32
+"""For the comparison with other tools."""
 WINDOWS = 8
 """Windows of each kind in the fidelity text: 4,096 tokens."""
 MBPP_TRAIN = range(601, 975)
@@ -165,6 +168,38 @@ def list_sets(place: Path) -> Iterator[tuple[str, str]]:
         kinds = [kind for kind in KINDS if kind != left_out]
         name = f"without {left_out.label}"
         yield name, str(write_mixture(place, name.replace(" ", "-"), kinds, held_out=False))
+
+
+def prepare_mixture_bench(model: Path, place: Path) -> Bench | None:
+    """Cut the mixture for tools that share one text: 32 x 512 tokens of all seven kinds.
+
+    Print a message and return None if the texts are not available.
+    """
+    data = find_data()
+    if data is None:
+        print_line("skipped: the texts are not on this machine (set QUANTKIT_DATA)")
+        return None
+    model, place = model.resolve(), (place / "texts").resolve()
+    copy_texts(data, place)
+    sets = Sets(
+        calibration=write_mixture(place, "mixture", KINDS, held_out=False),
+        fidelity=write_mixture(place, "kinds", KINDS, held_out=True),
+        form="",
+    )
+    tokenizer = corpora.load_tokenizer(model)
+    corpus = corpora.load_set(str(sets.calibration), place)
+    rows = corpora.sample_sequences(corpus, tokenizer, SHARED_SEQUENCES, LENGTH, 0)
+    tokens = place / "calibration-tokens.json"
+    sequences = [list(row.ids) for row in rows.select(range(rows.n_sequences))]
+    tokens.write_text(json.dumps(sequences))
+    return Bench(
+        model=model,
+        sets=sets,
+        tokens=tokens,
+        place=place,
+        sequences=SHARED_SEQUENCES,
+        windows=WINDOWS * len(KINDS),
+    )
 
 
 def list_builds(place: Path, recipe: str) -> Iterator[Build]:
