@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from quantkit.errors import CalibrationError
 from quantkit.texts.exercises import EXERCISES
 from quantkit.texts.interpreter_text import (
     Draw,
@@ -58,16 +59,19 @@ def read_builtin(name: BuiltinName, draw: Draw, where: str) -> tuple[str, ...]:
     Raises CalibrationError, with `where` as the place of the request, if the standard library has
     no source files.
     """
-    return _read_builtin(name, draw, where, find_standard_library())
+    try:
+        return _read_builtin(name, draw, find_standard_library())
+    except CalibrationError as error:
+        raise CalibrationError(f"{where}: builtin: {error}") from None
 
 
 @cache  # a plan reads the text for its hash, and the build again
-def _read_builtin(name: BuiltinName, draw: Draw, where: str, root: Path) -> tuple[str, ...]:
+def _read_builtin(name: BuiltinName, draw: Draw, root: Path) -> tuple[str, ...]:
     match name:
         case "python-modules":
-            texts = read_sources(root, draw, where)
+            texts = read_sources(root, draw)
         case "python-topics":
-            texts = read_documentation(root, draw, where)
+            texts = read_documentation(root, draw)
         case _:
             texts = iterate_problems(name, draw)
     return take_characters(texts, CHARACTERS[name][draw])

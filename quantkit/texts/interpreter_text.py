@@ -58,29 +58,29 @@ def describe_interpreter() -> str:
     return f"{platform.python_implementation()} {platform.python_version()}"
 
 
-def read_sources(root: Path, draw: Draw, where: str) -> Iterator[str]:
+def read_sources(root: Path, draw: Draw) -> Iterator[str]:
     """Yield the source text of a draw's modules below the standard library `root`.
 
-    Raises CalibrationError, with `where` as the place of the request, if there are none.
+    Raises CalibrationError if there are none.
     """
-    return _iterate_sources(root, "sources", draw, where)
+    return _iterate_sources(root, "sources", draw)
 
 
-def read_documentation(root: Path, draw: Draw, where: str) -> Iterator[str]:
+def read_documentation(root: Path, draw: Draw) -> Iterator[str]:
     """Yield topics of the language reference, then long docstrings of a draw's modules.
 
     No paragraph occurs twice in the text of all draws: the first draw has it. Raises
-    CalibrationError, with `where` as the place of the request, if topics or sources are missing.
+    CalibrationError if topics or sources are missing.
     """
     paragraphs = set[str]()
-    topics = _read_topics(root / TOPICS, where)
+    topics = _read_topics(root / TOPICS)
     for name, topic in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
         topic_draw: Draw = "heldout" if zlib.crc32(name.encode()) % 8 == 5 else "calibration"
         text = _drop_repeated(topic, paragraphs)
         if topic_draw == draw and len(text) >= SHORTEST_TOPIC:
             yield text
     for other in DRAWS[: DRAWS.index(draw) + 1]:
-        for source in _iterate_sources(root, "documentation", other, where):
+        for source in _iterate_sources(root, "documentation", other):
             for docstring in _iterate_docstrings(source):
                 text = _drop_repeated(docstring, paragraphs)
                 if other == draw and len(text) >= SHORTEST_DOCSTRING:
@@ -115,11 +115,11 @@ def _is_excluded(name: str) -> bool:
     return name in EXCLUDED or name.startswith(EXCLUDED_PREFIXES)
 
 
-def _iterate_sources(root: Path, use: Use, draw: Draw, where: str) -> Iterator[str]:
+def _iterate_sources(root: Path, use: Use, draw: Draw) -> Iterator[str]:
     paths = list_source_files(root, use, draw)
     if not paths:
         raise CalibrationError(
-            f"{where}: builtin: expected modules of {describe_interpreter()}'s standard library as "
+            f"expected modules of {describe_interpreter()}'s standard library as "
             f".py files in {root}, found none. {REMEDY}"
         )
     for path in paths:
@@ -146,9 +146,9 @@ def _parse(source: str) -> ast.Module:
             return ast.Module(body=[], type_ignores=[])
 
 
-def _read_topics(path: Path, where: str) -> dict[str, str]:
+def _read_topics(path: Path) -> dict[str, str]:
     """Return the topics of the language reference by name: the dictionary literal of a file."""
-    expected = f"{where}: builtin: expected the topics of {describe_interpreter()} in {path}"
+    expected = f"expected the topics of {describe_interpreter()} in {path}"
     if not is_file(path):
         raise CalibrationError(f"{expected}, found no such file. {REMEDY}")
     topics = dict[str, str]()

@@ -119,23 +119,23 @@ def test_generated_mathematics_keeps_its_bytes(name: BuiltinName) -> None:
 def test_files_with_a_notice_are_excluded(tmp_path: Path) -> None:
     assert not any(NOTICE.search(text) for text in read_both("python-modules")[0])
     root = write_library(tmp_path)
-    kept = "".join(read_sources(root, "calibration", "x"))
+    kept = "".join(read_sources(root, "calibration"))
     for path in root.glob("module_*.py"):
         path.write_text(f"# Copyright (c) Some Body\n{path.read_text('utf-8')}", "utf-8")
-    assert kept and not list(read_sources(root, "calibration", "x"))
+    assert kept and not list(read_sources(root, "calibration"))
 
 
 def test_no_module_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules that end the process are read; none of the library's own becomes imported."""
     root = write_library(tmp_path)
     monkeypatch.syspath_prepend(str(root))
-    assert list(read_sources(root, "calibration", "x"))
-    texts = list(read_documentation(root, "calibration", "x"))
+    assert list(read_sources(root, "calibration"))
+    texts = list(read_documentation(root, "calibration"))
     assert any(text.startswith("1 Return") for text in texts)  # a topic
     assert any(re.match(r"\d+ 0 Return", text) for text in texts)  # a docstring
     before = set(sys.modules)
     for name in ("python-modules", "python-topics"):
-        builtin_text._read_builtin.__wrapped__(name, "calibration", "x", find_standard_library())
+        builtin_text._read_builtin.__wrapped__(name, "heldout", find_standard_library())
     assert set(sys.modules) == before
 
 
@@ -173,7 +173,7 @@ def test_damaged_topics_give_one_sentence(tmp_path: Path, damage: str) -> None:
     root = write_library(tmp_path)
     (root / "pydoc_data/topics.py").write_text(damage, encoding="latin-1")
     with pytest.raises(CalibrationError, match="found no dictionary of text"):
-        list(read_documentation(root, "calibration", "x"))
+        list(read_documentation(root, "calibration"))
 
 
 def test_unreadable_modules_are_left_out(tmp_path: Path) -> None:
@@ -182,17 +182,17 @@ def test_unreadable_modules_are_left_out(tmp_path: Path) -> None:
         path.write_bytes(b"\xff" + path.read_bytes() if "_1" in path.name else path.read_bytes())
         if "_2" in path.name:
             path.write_text(f"def (\n{path.read_text('utf-8')}", "utf-8")
-    texts = "".join(read_documentation(root, "calibration", "x"))
+    texts = "".join(read_documentation(root, "calibration"))
     numbers = set(re.findall(r"(\d+) 0 Return", texts))
     assert numbers and not any(number.startswith(("1", "2")) for number in numbers)
 
 
 def test_windows_line_ends_become_line_feeds(tmp_path: Path) -> None:
     root = write_library(tmp_path)
-    texts = list(read_sources(root, "calibration", "x"))
+    texts = list(read_sources(root, "calibration"))
     for path in root.glob("module_*.py"):
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert list(read_sources(root, "calibration", "x")) == texts
+    assert list(read_sources(root, "calibration")) == texts
 
 
 # --- sets
