@@ -162,6 +162,15 @@ STORED = [(*variant, False) for variant in VARIANTS] + [
     (name, {}, True) for name in registry.list_names("architectures")
 ]
 """The builds: every variant from BF16, every family from FP8, which does not depend on variants."""
+
+FEW_EXPERTS = {
+    key: 4 for key in ("num_experts", "num_local_experts", "n_routed_experts")
+}  # two per token, two per group
+FEW_TOKENS = {
+    "calibration": "{set: tiny-v3, sequences: 16, length: 64, min_expert_tokens: 8}",
+    "fidelity": "{set: tiny-v3-heldout, windows: 4, length: 64}",
+}
+"""A build of every linear needs no more experts and tokens: the searches take most of its time."""
 STORED_IDS = [f"{name}-bf16" for name in IDS] + [
     f"{name}-fp8" for name in registry.list_names("architectures")
 ]
@@ -172,8 +181,10 @@ def test_artifact_of_all_linears_verifies(
     name: str, changes: dict[str, object], fp8: bool, tmp_path: Path
 ) -> None:
     """A build of every linear: the artifact verifies, its figures are those of quantization."""
-    folder = write_checkpoint(tmp_path / "source", make_tiny_config(name, **changes), fp8=fp8)
-    result = build(folder, tmp_path / "artifact", rules="all-linear")
+    config = make_tiny_config(name, **changes)
+    config |= {key: value for key, value in FEW_EXPERTS.items() if key in config}
+    folder = write_checkpoint(tmp_path / "source", config, fp8=fp8)
+    result = build(folder, tmp_path / "artifact", rules="all-linear", **FEW_TOKENS)
     assert shallow.verify_artifact(result.path).status == "not judged"
     pooled = result.fidelity.distribution[0]
     assert pooled.kl_mean is not None and pooled.kl_mean.value is not None
