@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 THREADS ?= $(shell nproc)
 # Test files that run in parallel; each may need several GB.
 WORKERS ?= 2
-PARALLEL := --numprocesses $(WORKERS) --dist loadfile
+# The order of tests/conftest.py, the longest files first, instead of the files with most tests.
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-serve demo-load fast test lint types unit golden test-slow readers test-readers bench bench-quality bench-likelihood bench-texts bench-memory bench-gpu bench-gateway bench-gateway-soak bench-peers bench-transfer bench-verify \
@@ -44,7 +45,8 @@ $(GUIDELLM)/.installed: tests/external/guidellm/requirements.txt
 fast: lint types  ## lint, types and the fast tests (two minutes on 2 cores)
 	$(BIN)/python -m pytest -m 'not slow and not medium' $(PARALLEL)
 
-test: lint types unit  ## lint, types and all tests but the slow ones (ten minutes on 2 cores)
+test: lint  ## lint, types and all tests but the slow ones (ten minutes on 2 cores)
+	$(MAKE) --jobs 2 types unit
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 # A shell ignores SIGINT in background jobs, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Workers share the processors: torch would start a thread per processor in each of them, and the
+# threads that wait for each other spin. Read when torch is imported, here and in child processes.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
 MEDIUM_FILES = frozenset({
@@ -94,16 +100,44 @@ MEDIUM_FILES = frozenset({
 })
 """Files whose tests build artifacts, start processes or read many files; not in `make fast`."""
 
+LONGEST_FILES = (
+    "test_contracts.py",
+    "test_golden.py",
+    "cli/test_cli.py",
+    "evaluate/test_sandbox.py",
+    "publish/test_transfer.py",
+    "serve/test_serve.py",
+    "reliability/test_fuzz.py",
+    "evaluate/test_evaluation.py",
+    "methods/test_hard_weights.py",
+    "evaluate/test_solution_likelihood.py",
+    "diff/test_diff_command.py",
+    "cli/test_environment.py",
+    "test_api.py",
+)
+"""Files that begin first, the longest first, so that parallel workers end together."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of MEDIUM_FILES. Raises pytest.UsageError for a name without a file."""
+    """Mark the tests of MEDIUM_FILES and order the files by their duration.
+
+    Raises pytest.UsageError for a name without a file.
+    """
     folder = Path(__file__).parent
-    missing = sorted(name for name in MEDIUM_FILES if not (folder / name).is_file())
+    named = {*MEDIUM_FILES, *LONGEST_FILES}
+    missing = sorted(name for name in named if not (folder / name).is_file())
     if missing:
-        raise pytest.UsageError(f"tests/conftest.py: MEDIUM_FILES: no such file: {missing}")
+        raise pytest.UsageError(f"tests/conftest.py: no such file: {missing}")
+    order = {name: place for place, name in enumerate(LONGEST_FILES)}
+
+    def get_place(item: pytest.Item) -> int:
+        name = item.path.relative_to(folder).as_posix()
+        return order.get(name, len(order) + (name not in MEDIUM_FILES))
+
     for item in items:
         if item.path.relative_to(folder).as_posix() in MEDIUM_FILES:
             item.add_marker(pytest.mark.medium)
+    items.sort(key=get_place)  # stable: the tests of a file stay together
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from platform import python_version
 
@@ -106,5 +107,11 @@ def read_versions(plan: Plan) -> dict[str, str]:
     """Return the versions of Python and of the packages that computed the artifact."""
     return {
         "python": python_version(),
-        **{name: version(name) for name in (*PACKAGES, *plan.format.packages)},
+        **{name: read_version(name) for name in (*PACKAGES, *plan.format.packages)},
     }
+
+
+@cache  # parses the package's metadata; a build needs each version three times
+def read_version(package: str) -> str:
+    """Return the version of an installed package."""
+    return version(package)
