@@ -3,8 +3,8 @@
 From the Hub, safetensors, JSON, tokenizer and license files are downloaded; code is copied, never
 run.
 
-Config, index and headers are read by requests of our own, which are bounded (io/hub_client.py), with
-the checks of local headers. A download has a budget of bytes and requests: twice its listed files.
+Config, index and headers are read by requests of our own, which are bounded (io/hub_client.py),
+with the checks of local headers. A download has a budget of bytes and requests: twice its listed files.
 `HfApi.parse_safetensors_file_metadata` would lose: the file's size, which exposes a truncated
 upload; the checks of offsets, shapes, dtypes, duplicate keys and nesting; headers above 25 MB; and
 the refusal of a server that ignores the range and sends gigabytes.
@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.file_names import CONFIG, INDEX, SINGLE
@@ -184,9 +184,8 @@ def read_model_headers(model: str, revision: str | None = None) -> ModelHeaders:
             revision=None,
             code=list_code_files(local),
         )
-    with _translate_errors(model, revision):
-        with HubReader(model) as reader:
-            return _fetch_headers(model, revision, reader)
+    with _translate_errors(model, revision), HubReader(model) as reader:
+        return _fetch_headers(model, revision, reader)
 
 
 def _locate_local(model: str, revision: str | None) -> Path | None:

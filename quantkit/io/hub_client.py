@@ -121,12 +121,21 @@ class HubClient(httpx2.Client):
         )
 
     def send(
-        self, request: httpx2.Request, *, stream: bool = False, **options: Any
+        self,
+        request: httpx2.Request,
+        *,
+        stream: bool = False,
+        auth: Any = httpx2.USE_CLIENT_DEFAULT,
+        follow_redirects: Any = httpx2.USE_CLIENT_DEFAULT,
     ) -> httpx2.Response:
         """Send a request and wait for the head of its answer; read the body unless `stream`."""
         request.headers |= IDENTITY
         request.extensions.setdefault(LIMITS_KEY, choose_limits(request, is_stream=stream))
-        answer = call_with_deadline(partial(super().send, request, stream=True, **options))
+        answer = call_with_deadline(
+            partial(
+                super().send, request, stream=True, auth=auth, follow_redirects=follow_redirects
+            )
+        )
         if not stream:
             try:
                 answer.read()
@@ -161,16 +170,16 @@ _SCOPE_LOCK = threading.RLock()
 
 
 @contextmanager
-def bound_hub(budget: HubBudget) -> Iterator[None]:
+def bound_hub(budget: HubBudget, *, allows_xet: bool = True) -> Iterator[None]:
     """Bound what huggingface_hub and datasets request of the Hub; one thread at a time.
 
-    Xet's own client, which no budget reaches, is used with the official Hub only, whose storage
+    allows_xet: use Xet's own client, which no budget reaches, with the official Hub, whose storage
     decides what it sends. Afterwards the client factory is the caller's again.
     """
     with _SCOPE_LOCK:
         factory, has_no_xet = _http._GLOBAL_CLIENT_FACTORY, constants.HF_HUB_DISABLE_XET
         set_client_factory(partial(HubClient, budget))
-        if constants.ENDPOINT != _OFFICIAL_ENDPOINT:
+        if not allows_xet or constants.ENDPOINT != _OFFICIAL_ENDPOINT:
             constants.HF_HUB_DISABLE_XET = True
         try:
             yield

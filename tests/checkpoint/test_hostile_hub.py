@@ -118,9 +118,7 @@ def test_compressed_config_of_a_plan_is_refused(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bomb = gzip.compress(bytes(10**7))
-    server = serve(
-        make_answer("/config.json", lambda: [make_head(Content_Encoding="gzip"), bomb])
-    )
+    server = serve(make_answer("/config.json", lambda: [make_head(Content_Encoding="gzip"), bomb]))
     assert "expected an answer that is not compressed" in refuse(
         hub.read_model_headers, server, tmp_path, monkeypatch
     )
