@@ -4,7 +4,7 @@ From the Hub, safetensors, JSON, tokenizer and license files are downloaded; cod
 run.
 
 Config, index and headers are read by requests of our own, which are bounded (io/hub_client.py),
-with the checks of local headers. A download has a budget of bytes and requests: twice its listed files.
+with the checks of local headers. A download has a budget: twice the bytes of its listed files.
 `HfApi.parse_safetensors_file_metadata` would lose: the file's size, which exposes a truncated
 upload; the checks of offsets, shapes, dtypes, duplicate keys and nesting; headers above 25 MB; and
 the refusal of a server that ignores the range and sends gigabytes.

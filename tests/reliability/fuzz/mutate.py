@@ -148,7 +148,7 @@ YAML_RAW: tuple[bytes, ...] = (
 )
 
 YAML_TEXT = tuple(text[:200] for text in RAW)
-"""RAW for YAML, whose reader stops at 16 levels; ruamel needs 0.3 s for 1,000 brackets in a line."""
+"""RAW for YAML, whose reader stops at 16 levels; ruamel needs 0.3 s for a line of 1,000."""
 
 
 def mutate_json(data: bytes, rng: random.Random) -> bytes:
