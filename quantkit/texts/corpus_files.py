@@ -27,7 +27,7 @@ from quantkit.texts.corpus_spec import (
     raise_faults,
     read_spec,
 )
-from quantkit.texts.hub_data import DataSetFault, bound_data_set
+from quantkit.texts.hub_data import DataSetFault, bound_data_set, translate_library_faults
 from quantkit.texts.mixture_spec import HubRows, PartSpec
 from quantkit.texts.text_rows import MAX_BYTES, TextRows, fill_template, read_text_rows
 
@@ -115,7 +115,7 @@ def read_hub_rows(where: str, part: PartSpec) -> TextRows:
     hub = cast(HubRows, part.hub)
     load = cast(Callable[..., Any], datasets.load_dataset)
     try:
-        with bound_data_set():
+        with translate_library_faults(), bound_data_set():
             stream = load(
                 hub.path, hub.name, split=hub.split, revision=hub.revision, streaming=True
             )
@@ -274,7 +274,7 @@ def read_hub_dataset(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
     hub = cast(HubDataset, spec.hub)
     load = cast(Callable[..., Any], datasets.load_dataset)
     try:
-        with bound_data_set():
+        with translate_library_faults(), bound_data_set():
             rows = load(hub.path, hub.name, split=hub.split, revision=hub.revision)
             texts = _collect_texts(rows, spec, hub)
     except DataSetFault as error:

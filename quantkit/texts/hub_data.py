@@ -50,10 +50,7 @@ class RefusedFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
 
 @contextmanager
 def bound_data_set() -> Iterator[None]:
-    """Bound what `datasets` downloads, and refuse other servers than the Hub.
-
-    Raises DataSetFault for any error of the library, and QuantkitError as it is.
-    """
+    """Bound what `datasets` downloads, and refuse other servers than the Hub."""
     budget = HubBudget(
         n_bytes=MAX_DOWNLOAD_BYTES, n_requests=MAX_REQUESTS, seconds=DOWNLOAD_SECONDS
     )
@@ -63,20 +60,30 @@ def bound_data_set() -> Iterator[None]:
             register_implementation(protocol, RefusedFileSystem, clobber=True)
         try:
             yield
-        except QuantkitError:
-            raise
-        except Exception as error:  # the files decide which of many libraries fails
-            raise DataSetFault(describe_library_fault(error)) from error
         finally:
             _registry.clear()
             _registry.update(before)
 
 
+@contextmanager
+def translate_library_faults() -> Iterator[None]:
+    """Raise DataSetFault for any error of the libraries, and QuantkitError as it is."""
+    try:
+        yield
+    except QuantkitError:
+        raise
+    except Exception as error:  # the files decide which of many libraries fails
+        raise DataSetFault(describe_library_fault(error)) from error
+
+
 def describe_library_fault(error: BaseException) -> str:
     """Return one line: a bound's own sentence, which the library may have wrapped, or its error."""
+    return get_first_line(find_bound_fault(error) or error)
+
+
+def find_bound_fault(error: BaseException) -> BaseException | None:
+    """Return the error of a bound that caused `error`; None if there is none."""
     inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, ResponseRefused | TransientError):
-            return get_first_line(inner)
+    while inner is not None and not isinstance(inner, ResponseRefused | TransientError):
         inner = inner.__cause__ or inner.__context__
-    return get_first_line(error)
+    return inner

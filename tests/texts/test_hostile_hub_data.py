@@ -15,11 +15,13 @@ from support.places.hub_endpoint import use_hub
 from support.places.raw_server import Answer, RawServer, Serve, endless, make_head
 
 from quantkit.errors import CalibrationError
+from quantkit.evaluate.lm_eval_tasks import open_lm_eval_tasks
+from quantkit.evaluate.tasks import load_tasks
 from quantkit.io import hub_client
 from quantkit.io.bounded_http import ResponseLimits
 from quantkit.texts import hub_data
 from quantkit.texts.corpora import load_set
-from quantkit.texts.hub_data import bound_data_set
+from quantkit.texts.hub_data import bound_data_set, translate_library_faults
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = b'{"text": "one"}\n{"text": "two"}\n'
@@ -147,6 +149,31 @@ def test_files_of_this_machine_are_not_read(
     assert "don't belong to org/d" in said or "expected" in said
 
 
+def test_data_of_a_task_is_bounded_too(
+    load: Callable[[RawServer], object],
+    serve: Serve,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A task file may name a data set of the hub."""
+    victim = serve(lambda *_: [make_head(), ROWS])
+    server = serve(make_answer(make_files(f"{victim.url}/x.jsonl"), "nothing", endless))
+    refuse(load, server)  # makes the server the hub
+    task = {
+        "task": "mine",
+        "output_type": "generate_until",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{text}}",
+        "test_split": "train",
+        "quantkit": {"domain": "math", "hub": {"path": "org/d"}},
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(task))
+    loaded = load_tasks([str(tmp_path / "mine.yaml")])
+    with open_lm_eval_tasks(loaded) as opened:
+        assert "found an address of another server" in opened.failed["mine"]
+    assert victim.requests == []
+
+
 def test_time_and_requests_have_a_budget(
     load: Callable[[RawServer], object], serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,5 +190,5 @@ def test_file_systems_are_as_before_after_the_scope() -> None:
         assert fsspec.get_filesystem_class("https") is hub_data.RefusedFileSystem
         assert fsspec.get_filesystem_class("file") is not hub_data.RefusedFileSystem
     assert fsspec.get_filesystem_class("https") is not hub_data.RefusedFileSystem
-    with pytest.raises(hub_data.DataSetFault, match="one"), bound_data_set():
+    with pytest.raises(hub_data.DataSetFault, match="one"), translate_library_faults():
         raise LookupError("one\ntwo")
