@@ -174,11 +174,10 @@ def build_artifacts(
     source = Checkpoint.open(located.folder)
     facts = sources.make_source_facts(recipe, source, located.revision)
     chosen = {} if restart else session.read_chosen_texts(recipe)
-    recipe = recipe.choose_texts(chosen) if chosen else sources.resolve_texts(recipe, facts)
+    recipe = sources.resolve_texts(recipe, facts, chosen)
     texts = tokenize(recipe, located.folder, trusted_code)
     plans = sources.plan_recipe(recipe, facts, texts.counts())
-    if all(plan.memory.budget_bytes - plan.memory.peak_bytes >= HEAP_BYTES for plan in plans):
-        keep_freed_memory()
+    keep_memory_if_free(plans)
     with session.exclusive_lock(plans):
         journal = session.find_interrupted(plans, overwrite=overwrite, restart=restart)
         on_plan(plans)
@@ -209,6 +208,12 @@ def build_artifacts(
             build.add_resume_note(error)
             raise
     return tuple(read_result(plan) for plan in plans)
+
+
+def keep_memory_if_free(plans: Sequence[Plan]) -> None:
+    """Keep freed memory for the next allocation if every plan leaves room for it."""
+    if all(plan.memory.budget_bytes - plan.memory.peak_bytes >= HEAP_BYTES for plan in plans):
+        keep_freed_memory()
 
 
 def rename_sealed(build: BuildSession, plan: Plan, manifest: str) -> None:

@@ -159,7 +159,7 @@ def select_scales_and_zeros(
             better = value < least
             least = torch.where(better, value, least)
             best_scale = torch.where(better, stored, best_scale)
-            if best_zero is not None and shifted is not best_zero:
+            if best_zero is not None and shifted is not None and shifted is not best_zero:
                 best_zero = torch.where(better, shifted, best_zero)
     return (best_scale, best_zero), least
 

@@ -120,8 +120,15 @@ def make_source_facts(recipe: Recipe, source: Checkpoint, revision: str | None) 
     )
 
 
-def resolve_texts(recipe: Recipe, source: SourceFacts) -> Recipe:
-    """Return the recipe with the text sets that `auto` stands for."""
+def resolve_texts(
+    recipe: Recipe, source: SourceFacts, chosen: Mapping[str, tuple[str, str]] | None = None
+) -> Recipe:
+    """Return the recipe with the text sets that `auto` stands for.
+
+    chosen: text -> (set, reason) of an interrupted build.
+    """
+    if chosen:
+        return recipe.choose_texts(chosen)
     return resolve_text_sets(
         recipe, find_hub_fault, lambda changed: find_self_fault(changed, source)
     )

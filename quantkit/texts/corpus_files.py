@@ -26,10 +26,10 @@ from quantkit.texts.corpus_spec import (
     CorpusSpec,
     HubDataset,
     LocalText,
-    get_first_line,
     raise_faults,
     read_spec,
 )
+from quantkit.texts.hub_data import DataSetFault, bound_data_set, translate_library_faults
 from quantkit.texts.mixture_spec import HubRows, PartSpec
 from quantkit.texts.text_rows import MAX_BYTES, RowReader, TextRows, read_text_rows
 
@@ -152,14 +152,15 @@ def read_hub_rows(where: str, part: PartSpec) -> TextRows:
     hub = cast(HubRows, part.hub)
     load = cast(Callable[..., Any], datasets.load_dataset)
     try:
-        stream = load(hub.path, hub.name, split=hub.split, revision=hub.revision, streaming=True)
-        return make_rows(islice(stream, part.rows), part, where)
-    except CalibrationError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with translate_library_faults(), bound_data_set():
+            stream = load(
+                hub.path, hub.name, split=hub.split, revision=hub.revision, streaming=True
+            )
+            return make_rows(islice(stream, part.rows), part, where)
+    except DataSetFault as error:
         raise CalibrationError(
             f"{where}: datasets: expected {hub.path} {hub.name or ''} {hub.split} at "
-            f"{hub.revision[:12]} from the hub, found: {get_first_line(error):.300}. Connect to "
+            f"{hub.revision[:12]} from the hub, found: {str(error):.300}. Connect to "
             f"the hub, add `local` and set {DATA_VARIABLE}, or remove the part"
         ) from error
 
@@ -344,14 +345,15 @@ def read_hub_dataset(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
     hub = cast(HubDataset, spec.hub)
     load = cast(Callable[..., Any], datasets.load_dataset)
     try:
-        rows = load(hub.path, hub.name, split=hub.split, revision=hub.revision)
-        texts = _collect_texts(rows, spec, hub)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with translate_library_faults(), bound_data_set():
+            rows = load(hub.path, hub.name, split=hub.split, revision=hub.revision)
+            texts = _collect_texts(rows, spec, hub)
+    except DataSetFault as error:
         local = spec.local
         advice = f", set {DATA_VARIABLE} to a folder that holds {local.file}" if local else ""
         raise CalibrationError(
             f"{spec.where}: datasets: expected {hub.path} {hub.name} {hub.split} at "
-            f"{hub.revision[:12]} from the hub, found: {get_first_line(error)}. Connect once so "
+            f"{hub.revision[:12]} from the hub, found: {str(error):.300}. Connect once so "
             f"that it is cached{advice}, or choose a set that is a file"
         ) from error
     return _make_hub_documents(texts, hub)

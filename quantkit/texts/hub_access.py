@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from functools import cache
 
-from quantkit.texts.corpus_spec import get_first_line
+from quantkit.io.hub_client import HubBudget, bound_hub
+from quantkit.texts.hub_data import DataSetFault, translate_library_faults
 
 PROBE = "Salesforce/wikitext"
 """A small data set that the shipped mixtures use."""
@@ -19,10 +20,11 @@ def find_hub_fault() -> str:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
+    budget = HubBudget(n_bytes=8_000_000, n_requests=8, seconds=2 * TIMEOUT)
     try:
-        HfApi().dataset_info(PROBE, timeout=TIMEOUT)
-    # transport libraries of huggingface_hub's versions share no base class of their errors
-    except Exception as error:  # noqa: BLE001  # whatever it is, the hub gives no text
+        with translate_library_faults(), bound_hub(budget, allows_xet=False):
+            HfApi().dataset_info(PROBE, timeout=TIMEOUT)
+    except DataSetFault as fault:
         endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
-        return f"{endpoint} does not answer ({get_first_line(error):.100})"
+        return f"{endpoint} does not answer ({str(fault):.100})"
     return ""

@@ -537,9 +537,11 @@ def fuzz_evaluation_task(folder: Path) -> object:
 
 @cache
 def start_template_worker() -> TemplateWorker:
-    """Start the process that renders templates; it ends with this one."""
+    """Start the process that renders templates, which ends with this one; loops end after 1 s."""
+    from quantkit.io import templates
     from quantkit.io.templates import TemplateWorker, WorkerLimits
 
+    templates.RENDER_SECONDS = 1
     return TemplateWorker(WorkerLimits(total_seconds=None, total_characters=None))
 
 
