@@ -5,8 +5,6 @@ Specs are read, and built-in texts for their hash; tokens are what the recipe re
 
 from __future__ import annotations
 
-import platform
-
 from quantkit.io import package_data
 from quantkit.plan.plan_schema import PlanText
 from quantkit.recipe.schema import Recipe
@@ -79,8 +77,6 @@ def describe_version(spec: CorpusSpec, part: PartSpec) -> str:
         return f"{(find_part_sha256(spec, part) or '')[:12]}, {part.origin}"
     if part.hub is not None and (part.local_path is None or not part.local_path.exists()):
         return f"{part.hub.path} at {part.hub.revision[:12]}"
-    if part.builtin is not None:
-        return f"CPython {platform.python_version()}"
     return part.sha256[:12] if part.sha256 else part.set or ""
 
 
