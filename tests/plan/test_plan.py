@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -725,6 +726,34 @@ def test_more_sequences_than_a_set_has_are_refused(key: str, most: int) -> None:
         RecipeError, match=rf"{key}: expected at most {most}, .* found {most + 1}; use fewer"
     ):
         planned(most + 1)
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        (3, "fidelity.windows: expected at least 4, one for each part of the set general-heldout"),
+        (10_000, r"fidelity.windows: expected at most \d+, the size of the set general-heldout"),
+    ],
+)
+def test_windows_that_a_built_in_mixture_does_not_have_are_refused(
+    windows: int, message: str
+) -> None:
+    text = (ROOT / "recipes" / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
+    changes = {"fidelity.set": "general-heldout", "fidelity.windows": str(windows)}
+    recipe = parse_recipe(text, "tiny-v3-awq4.yaml", changes)
+    with pytest.raises(RecipeError, match=message):
+        sources.plan_recipe(recipe, sources.resolve_source_facts(recipe))
+
+
+def test_plan_names_hash_and_python_of_built_in_text() -> None:
+    text = (ROOT / "recipes" / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
+    changes = {"fidelity.set": "general-heldout", "fidelity.windows": "8"}
+    recipe = parse_recipe(text, "tiny-v3-awq4.yaml", changes)
+    (plan,) = sources.plan_recipe(recipe, sources.resolve_source_facts(recipe))
+    rows = {row.part: row for row in plan.texts if row.use == "fidelity"}
+    assert re.match(rf"[0-9a-f]{{12}}, \w+ {platform.python_version()}, ", rows["manuals"].version)
+    assert re.match(r"[0-9a-f]{12}, generated exercises", rows["exercises"].version)
+    assert rows["modules"].license == "PSF-2.0"
 
 
 def test_windows_are_bounded_by_the_bytes_of_their_text(tmp_path: Path) -> None:
