@@ -255,6 +255,27 @@ def test_slow_file_is_given_up(
     assert "GET" in methods
 
 
+@pytest.mark.parametrize(
+    "header",
+    [{"Retry-After": "1000000"}, {"RateLimit": f'"api";r=0;t={"9" * 400}'}],
+    ids=["Retry-After", "RateLimit"],
+)
+@pytest.mark.parametrize("part", ["/revision/", "/tree/", "/config.json"])
+def test_server_demands_no_long_wait(
+    part: str,
+    header: dict[str, str],
+    serve: Serve,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """huggingface_hub sleeps as long as a server says."""
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"slept {seconds} s"))
+    server = serve(make_answer(part, lambda: [make_head(429, **header), b""]))
+    assert "found: the server demands a wait of " in refuse(
+        hub.resolve_model, server, tmp_path, monkeypatch
+    )
+
+
 # ------------------------------------------------------------------------------- the client's scope
 
 
