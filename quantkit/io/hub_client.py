@@ -33,6 +33,7 @@ from quantkit.io.bounded_http import (
     call_with_deadline,
 )
 from quantkit.io.files import shorten_repr
+from quantkit.io.public_hosts import is_public_host
 from quantkit.io.retry import ResponseRefused, TransientError
 from quantkit.version import __version__
 
@@ -113,7 +114,7 @@ class HubClient(httpx2.Client):
     """
 
     def __init__(self, budget: HubBudget | None = None) -> None:
-        requests: list[Any] = [check_online]
+        requests: list[Any] = [check_online, check_target]
         responses: list[Any] = [refuse_long_wait, bound_response]
         if budget is not None:
             requests.append(budget.count_request)
@@ -180,6 +181,18 @@ def check_online(_request: httpx2.Request) -> None:
     """Refuse requests in huggingface_hub's offline mode; raises OfflineModeIsEnabled."""
     if constants.is_offline_mode():
         raise OfflineModeIsEnabled("expected the Hub to be used, found offline mode")
+
+
+def check_target(request: httpx2.Request) -> None:
+    """Check the target of a request, redirected ones too. Raises ResponseRefused."""
+    url, own = request.url, httpx2.URL(constants.ENDPOINT)
+    if url.host == own.host and url.scheme in {"https", own.scheme}:
+        return
+    if url.scheme != "https" or not is_public_host(url.host):
+        raise ResponseRefused(
+            "expected downloads from public hosts over https, found a redirect to "
+            f"{shorten_repr(f'{url.scheme}://{url.host}')}"
+        )
 
 
 _SCOPE_LOCK = threading.RLock()
