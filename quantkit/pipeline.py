@@ -289,6 +289,8 @@ def build_group(
         report = evidence.make_report(
             plan, built.blocks, figures.tokens, texts.descriptions, likely, compared.rows, license
         )
+        versions = {**report.versions, **compared.conditions}
+        report = report.model_copy(update={"versions": versions})
         report = gates.apply_gates(plan.recipe.gates, report)
         write_evidence(plan, artifact.folder, report, figures, compared)
         write_timings(artifact.folder, built, timer)

@@ -59,6 +59,7 @@ MEDIUM_FILES = frozenset({
     "evaluate/test_task_runner.py",
     "formats/test_bitsandbytes.py",
     "formats/test_fp8_kept.py",
+    "io/test_template_filter.py",
     "io/test_templates.py",
     "io/test_user_cache.py",
     "methods/test_hard_weights.py",

@@ -1,7 +1,7 @@
 """Models by name: a folder, `builtin:<name>`, or a model of the Hugging Face Hub.
 
-From the Hub, safetensors, JSON, tokenizer and license files are downloaded; code is copied, never
-run.
+From the Hub, safetensors, JSON, tokenizer and license files and named chat templates are
+downloaded; code is copied, never run.
 
 Config, index and headers are read by requests of our own, which are bounded (io/hub_client.py),
 with the checks of local headers. A download has a budget: twice the bytes of its listed files.
@@ -12,6 +12,7 @@ the refusal of a server that ignores the range and sends gigabytes.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +34,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.file_names import CONFIG, INDEX, SINGLE
+from quantkit.checkpoint.file_names import CHAT_TEMPLATES, CONFIG, INDEX, SINGLE
+from quantkit.checkpoint.folder_rules import is_sidecar
 from quantkit.checkpoint.fp8_pairs import (
     find_pair_faults,
     get_scale_suffix,
@@ -74,6 +76,7 @@ _IGNORED_FILES = [
 ]  # folders of other formats; the same weights a second time
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONNECTIONS = 8
+_MAX_FILES = 10_000  # DeepSeek-V3 has 163 shards
 _FIRST_BYTES = 100_000  # most headers are shorter
 _HEADER_SECONDS = 600.0  # of a range; the longest header has 100 MB
 _API_BYTES = 100_000_000  # of the answers of the Hub's API for one download
@@ -115,12 +118,15 @@ def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
 
 def _download_snapshot(model: str, revision: str | None) -> ResolvedModel:
     """Download a snapshot into the Hub's cache, or return the cached one without a connection."""
-    n_bytes, n_files, commit = 0, 0, None
+    n_bytes, n_files = 0, 0
+    allowed, ignored = _ALLOWED_FILES, _IGNORED_FILES
     with suppress(*_LIBRARY_FAULTS):  # the library then looks in its cache, or raises the same
         with HubReader(model) as reader:
             commit = _fetch_commit(reader, model, revision)
-            missing = _list_missing(model, commit, reader)
-        n_bytes, n_files = sum(missing.values()), len(missing)
+            wanted = _list_wanted(model, commit, reader)
+        missing = [name for name in wanted if not _is_cached(model, name, commit)]
+        n_bytes, n_files = sum(wanted[name] for name in missing), len(missing)
+        allowed, ignored = [*map(glob.escape, wanted)], []
         _check_free_space(model, n_bytes)
     budget = HubBudget(
         n_bytes=2 * n_bytes + _API_BYTES,  # twice: connections break and files start again
@@ -130,25 +136,31 @@ def _download_snapshot(model: str, revision: str | None) -> ResolvedModel:
         path = snapshot_download(
             model,
             revision=revision,
-            allow_patterns=_ALLOWED_FILES,
-            ignore_patterns=_IGNORED_FILES,
+            allow_patterns=allowed,
+            ignore_patterns=ignored,
         )
     return ResolvedModel(
         folder=Path(path), revision=Path(path).name
     )  # <cache>/models--org--name/snapshots/<commit>
 
 
-def _list_missing(model: str, commit: str, reader: HubReader) -> dict[str, int]:
-    """Return the files that a download needs and the cache does not have, with their bytes."""
+def _list_wanted(model: str, commit: str, reader: HubReader) -> dict[str, int]:
+    """Return the files that a download needs, with their bytes: what a folder would carry over."""
     files = {file.path: file.size for file in reader.list_files(commit)}
-    wanted = filter_repo_objects(
-        files, allow_patterns=_ALLOWED_FILES, ignore_patterns=_IGNORED_FILES
-    )
-    return {
-        name: files[name]
-        for name in wanted
-        if not isinstance(try_to_load_from_cache(model, name, revision=commit), str)
-    }
+    wanted = [
+        *filter_repo_objects(files, allow_patterns=_ALLOWED_FILES, ignore_patterns=_IGNORED_FILES),
+        *(name for name in files if name.startswith(f"{CHAT_TEMPLATES}/") and is_sidecar(name)),
+    ]
+    if len(wanted) > _MAX_FILES:
+        raise CheckpointError(
+            f"{model}: expected at most {_MAX_FILES:,} files of a model, found {len(wanted):,}; "
+            "use another model"
+        )
+    return {name: files[name] for name in wanted}
+
+
+def _is_cached(model: str, name: str, commit: str) -> bool:
+    return isinstance(try_to_load_from_cache(model, name, revision=commit), str)
 
 
 def _check_free_space(model: str, n_bytes: int) -> None:

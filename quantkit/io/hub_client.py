@@ -8,6 +8,7 @@ a file without a size end there.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from quantkit.io.bounded_http import (
     call_with_deadline,
 )
 from quantkit.io.files import shorten_repr
+from quantkit.io.public_hosts import is_public_host
 from quantkit.io.retry import ResponseRefused, TransientError
 from quantkit.version import __version__
 
@@ -41,6 +43,9 @@ API_ANSWER = ResponseLimits(n_bytes=8_000_000, n_values=MAX_VALUES, seconds=120.
 """An answer of the Hub's API; that of a repository of 100,000 files has 5 MB."""
 MAX_FILE_BYTES = 1 << 40
 """Size of a file: the Hub accepts 500 GB at most."""
+MAX_WAIT_SECONDS = 600
+"""Wait that a server may demand: the Hub's rate limits are of five minutes."""
+_RATE_LIMIT_RESET = re.compile(r";\s*t\s*=\s*([0-9]+)")
 _SILENCE_SECONDS = 60.0
 _OFFICIAL_ENDPOINT = "https://huggingface.co"
 
@@ -109,8 +114,8 @@ class HubClient(httpx2.Client):
     """
 
     def __init__(self, budget: HubBudget | None = None) -> None:
-        requests: list[Any] = [check_online]
-        responses: list[Any] = [bound_response]
+        requests: list[Any] = [check_online, check_target]
+        responses: list[Any] = [refuse_long_wait, bound_response]
         if budget is not None:
             requests.append(budget.count_request)
             responses.append(partial(charge_response, budget))
@@ -144,6 +149,18 @@ class HubClient(httpx2.Client):
         return answer
 
 
+def refuse_long_wait(response: httpx2.Response) -> None:
+    """Raise TransientError if an answer demands a long wait, as an event hook.
+
+    huggingface_hub sleeps as long as the headers of a rate limit say.
+    """
+    waits = [response.headers.get("Retry-After", "").strip()]
+    waits += _RATE_LIMIT_RESET.findall(response.headers.get("RateLimit", ""))
+    seconds = max((int(wait[:20]) for wait in waits if wait.isdecimal()), default=0)
+    if seconds > MAX_WAIT_SECONDS:
+        raise TransientError(f"the server demands a wait of {seconds:,} seconds")
+
+
 def charge_response(budget: HubBudget, response: httpx2.Response) -> None:
     """Count the body of an answer in a budget, as an event hook."""
     assert isinstance(response.stream, httpx2.SyncByteStream)
@@ -166,12 +183,24 @@ def check_online(_request: httpx2.Request) -> None:
         raise OfflineModeIsEnabled("expected the Hub to be used, found offline mode")
 
 
+def check_target(request: httpx2.Request) -> None:
+    """Check the target of a request, redirected ones too. Raises ResponseRefused."""
+    url, own = request.url, httpx2.URL(constants.ENDPOINT)
+    if url.host == own.host and url.scheme in {"https", own.scheme}:
+        return
+    if url.scheme != "https" or not is_public_host(url.host):
+        raise ResponseRefused(
+            "expected downloads from public hosts over https, found a redirect to "
+            f"{shorten_repr(f'{url.scheme}://{url.host}')}"
+        )
+
+
 _SCOPE_LOCK = threading.RLock()
 
 
 @contextmanager
 def bound_hub(budget: HubBudget, *, allows_xet: bool = True) -> Iterator[None]:
-    """Bound what huggingface_hub and datasets request of the Hub; one thread at a time.
+    """Bound the requests of huggingface_hub and datasets to the Hub; one thread at a time.
 
     allows_xet: use Xet's own client, which no budget reaches, with the official Hub, whose storage
     decides what it sends. Afterwards the client factory is the caller's again.

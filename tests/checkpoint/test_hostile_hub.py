@@ -255,6 +255,51 @@ def test_slow_file_is_given_up(
     assert "GET" in methods
 
 
+@pytest.mark.parametrize("resolve", RESOLVES)
+@pytest.mark.parametrize("part", ["/revision/", "/tree/", "/config.json"])
+def test_redirect_to_this_machine_is_not_followed(
+    part: str,
+    resolve: Callable[[str], object],
+    serve: Serve,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    victim = serve(lambda *_: answer_json({"sha": COMMIT}))
+    for target in (
+        f"http://localhost:{victim.port}/x",
+        "http://169.254.169.254/x",
+        "https://10.1/",
+    ):
+
+        def attack(target: str = target) -> list[bytes]:
+            return [make_head(307, Location=target, X_Repo_Commit=COMMIT, ETag='"1"')]
+
+        said = refuse(resolve, serve(make_answer(part, attack)), tmp_path, monkeypatch)
+        assert "expected downloads from public hosts over https, found a redirect to" in said
+    assert victim.requests == []
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"Retry-After": "1000000"}, {"RateLimit": f'"api";r=0;t={"9" * 400}'}],
+    ids=["Retry-After", "RateLimit"],
+)
+@pytest.mark.parametrize("part", ["/revision/", "/tree/", "/config.json"])
+def test_server_demands_no_long_wait(
+    part: str,
+    header: dict[str, str],
+    serve: Serve,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """huggingface_hub sleeps as long as a server says."""
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"slept {seconds} s"))
+    server = serve(make_answer(part, lambda: [make_head(429, **header), b""]))
+    assert "found: the server demands a wait of " in refuse(
+        hub.resolve_model, server, tmp_path, monkeypatch
+    )
+
+
 # ------------------------------------------------------------------------------- the client's scope
 
 
@@ -272,8 +317,11 @@ def test_mirror_cannot_switch_to_a_client_without_bounds(
         assert not constants.HF_HUB_DISABLE_XET
 
 
-def test_budget_ends_with_its_scope(serve: Serve) -> None:
+def test_budget_ends_with_its_scope(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = serve(lambda *_: [make_head(), b"{}"])
+    use_hub(server.url, tmp_path, monkeypatch)
     with bound_hub(HubBudget(n_bytes=3, n_requests=9)):
         assert get_session().get(server.url).content == b"{}"
         with pytest.raises(ResponseRefused, match="at most 3 bytes of all answers"):
@@ -283,8 +331,11 @@ def test_budget_ends_with_its_scope(serve: Serve) -> None:
     assert client.get(server.url).content == b"{}"
 
 
-def test_budget_of_time_ends_a_download(serve: Serve) -> None:
+def test_budget_of_time_ends_a_download(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = serve(lambda *_: drip())
+    use_hub(server.url, tmp_path, monkeypatch)
     budget = HubBudget(n_bytes=10**6, n_requests=9, seconds=0.2)
     with (
         bound_hub(budget),
@@ -294,9 +345,12 @@ def test_budget_of_time_ends_a_download(serve: Serve) -> None:
         answer.read()
 
 
-def test_range_bounds_an_answer_that_ignores_it(serve: Serve) -> None:
+def test_range_bounds_an_answer_that_ignores_it(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """HfFileSystem holds such an answer in memory."""
     server = serve(lambda *_: endless())
+    use_hub(server.url, tmp_path, monkeypatch)
     with (
         hub_client.HubClient() as client,
         pytest.raises(ResponseRefused, match="at most 100 bytes"),

@@ -16,12 +16,12 @@ from support.places.using import Record, pull_from
 from quantkit.errors import QuantkitError, TransferError
 from quantkit.io import bounded_http, hub_client
 from quantkit.io.bounded_http import ResponseLimits
+from quantkit.io.public_hosts import is_public_host
 from quantkit.io.retry import RetryPolicy
 from quantkit.publish import oci_auth
 from quantkit.publish.oci_auth import (
     check_realm,
     get_registered_domain,
-    is_public_host,
     parse_challenge,
     parse_token,
 )
