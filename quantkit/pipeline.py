@@ -65,8 +65,8 @@ from quantkit.report import card, gates, html_page
 from quantkit.report import make as evidence
 from quantkit.report.make import TextName
 from quantkit.texts import corpora
-from quantkit.texts.corpora import CorpusSet
 from quantkit.texts.chats import has_chat_template
+from quantkit.texts.corpora import CorpusSet
 from quantkit.texts.tokens import Tokens, pack_tokens
 
 

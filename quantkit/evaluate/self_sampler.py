@@ -89,12 +89,14 @@ class SelfTextSource:
             identity["weights"] = self.source.compute_content_hash()
         path = locate_cache({k: v for k, v in identity.items() if k != "weights"})
         tokenizer, began = self.renderer.tokenizer, time.monotonic()
-        first: list[int] = []  # tokens at the first report: the cache's
+        n_cached: int | None = None
 
         def report(done: int) -> None:
-            first.append(done) if not first else None
+            nonlocal n_cached
+            if n_cached is None:
+                n_cached = done
             seconds = time.monotonic() - began
-            speed = (done - first[0]) / seconds if seconds > 1 else 0
+            speed = (done - n_cached) / seconds if seconds > 1 else 0
             note = f"{speed:,.0f} tokens/s" if speed else ""
             self.on_progress(
                 Progress(stage=STAGE, done=min(done, text.n_tokens), total=text.n_tokens, note=note)
@@ -132,14 +134,20 @@ class SelfTextSource:
             has_openings=endpoint is None or not endpoint.chat,
             has_messages=has_template,
         )
-        if endpoint is None:
-            return prompts
-        return {  # servers refuse empty text
-            kind: tuple(prompt for prompt in rows if prompt.text) for kind, rows in prompts.items()
-        }
+        if endpoint is not None:  # servers refuse empty text
+            prompts = {
+                kind: tuple(row for row in rows if row.text) for kind, rows in prompts.items()
+            }
+        if not any(prompts.values()):
+            raise CalibrationError(
+                f"{where}: self: expected seed prompts of {', '.join(text.kinds)} in "
+                f"{', '.join(text.languages)} that suit the model, found none. Add "
+                "kinds or languages"
+            )
+        return prompts
 
     def _open_generator(self) -> TextGenerator:
-        """Return the generator, made on first use. Both are imported late: they are heavy."""
+        """Return the generator, made and imported on first use: both kinds are heavy."""
         if self.generator is not None:
             return self.generator
         sampling, endpoint = make_sampling(self.recipe), self.recipe.endpoint

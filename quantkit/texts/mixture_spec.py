@@ -138,6 +138,17 @@ class SelfText(BaseModel):
         AfterValidator(lambda values: _check_known(values, SELF_LANGUAGES)),
     ] = SELF_LANGUAGES
 
+    @field_validator("languages")
+    @classmethod
+    def _check_prompts(cls, languages: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        kinds = info.data.get("kinds", SELF_KINDS)
+        if not list_labels(kinds, languages):
+            raise ValueError(
+                f"expected a language with seed prompts of {', '.join(kinds)}, found "
+                f"{', '.join(languages)}. Add a language or a kind"
+            )
+        return languages
+
 
 PLACES = ("set", "file", "datasets", "local", "builtin", "self")
 ROW_PLACES = PLACES[1:4]
