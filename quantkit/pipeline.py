@@ -57,7 +57,7 @@ from quantkit.io.files import read_json, write_atomic, write_json
 from quantkit.io.host import HEAP_BYTES, get_peak_memory, keep_freed_memory, return_freed_memory
 from quantkit.models.layers import make_meta_model
 from quantkit.plan import sources
-from quantkit.plan.plan import Plan
+from quantkit.plan.plan import Plan, SourceFacts
 from quantkit.plan.self_texts import list_self_texts
 from quantkit.progress import ProgressCallback
 from quantkit.recipe.schema import Recipe
@@ -179,9 +179,7 @@ def build_artifacts(
     facts = sources.make_source_facts(recipe, source, located.revision)
     chosen = {} if restart else session.read_chosen_texts(recipe)
     recipe = sources.resolve_texts(recipe, facts, chosen)
-    if list_self_texts(recipe):  # faults of the recipe before the model samples text
-        sources.plan_recipe(recipe, facts)
-    texts = tokenize(recipe, located.folder, trusted_code, source, on_progress)
+    texts = check_and_tokenize(recipe, facts, source, trusted_code, on_progress)
     plans = sources.plan_recipe(recipe, facts, texts.counts())
     keep_memory_if_free(plans)
     with session.exclusive_lock(plans):
@@ -301,6 +299,19 @@ def build_group(
         manifest = make_manifest(plan, source, report, built.blocks)
         sealed[plan.format_name] = seal_artifact(artifact.folder, manifest, files)
     build.mark_sealed(loop, sealed)
+
+
+def check_and_tokenize(
+    recipe: Recipe,
+    facts: SourceFacts,
+    source: Checkpoint,
+    trusted_code: Sequence[str],
+    on_progress: ProgressCallback,
+) -> TokenizedTexts:
+    """Tokenize the texts of a build; faults of the recipe come before the model samples text."""
+    if list_self_texts(recipe):
+        sources.plan_recipe(recipe, facts)
+    return tokenize(recipe, source.folder, trusted_code, source, on_progress)
 
 
 def tokenize(
