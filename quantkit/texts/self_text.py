@@ -33,11 +33,11 @@ MIN_TOKENS = 8
 """New tokens below which an answer is dropped as too short."""
 MIN_JUDGED_BYTES = 256
 """Bytes below which an answer is not tested for repetition: short text compresses little."""
-MIN_COMPRESSION = 0.15
-"""Compressed over plain bytes, below which an answer is a loop. Measured: calibration/README.md."""
+MIN_COMPRESSION = 0.18
+"""Compressed over plain bytes, below which an answer is a loop (calibration/README.md)."""
 TAIL_BYTES = 1024
 """End of an answer that is tested on its own, for a loop after good text."""
-MIN_TAIL_COMPRESSION = 0.12
+MIN_TAIL_COMPRESSION = 0.15
 PROBE_TEXTS = 64
 MIN_KEPT_SHARE = 0.25
 """Share of the first PROBE_TEXTS answers that must be usable."""
