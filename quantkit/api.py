@@ -51,7 +51,8 @@ def plan_recipe(
 
     _, parsed = read_recipe(str(recipe), _as_text(overrides))
     plans = sources.plan_recipe(parsed, sources.resolve_source_facts(parsed))
-    return tuple(summarize_plan(plan) for plan in plans)
+    sampled = sources.describe_sampled_texts(plans[0].recipe)
+    return tuple(summarize_plan(plan, sampled) for plan in plans)
 
 
 def build_recipe(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from quantkit.errors import ArtifactError
 from quantkit.evaluate import solution_likelihood
 from quantkit.evaluate.item_results import write_pairs
 from quantkit.evaluate.prompt_overlap import check_overlaps
+from quantkit.evaluate.self_sampler import open_self_source
 from quantkit.evaluate.solution_likelihood import GoldSolutions, ScoredSolution
 from quantkit.evaluate.source_comparison import SourceComparison, compare_with_source
 from quantkit.evaluate.tasks import check_trust
@@ -55,7 +57,8 @@ from quantkit.io.files import read_json, write_atomic, write_json
 from quantkit.io.host import HEAP_BYTES, get_peak_memory, keep_freed_memory, return_freed_memory
 from quantkit.models.layers import make_meta_model
 from quantkit.plan import sources
-from quantkit.plan.plan import Plan
+from quantkit.plan.plan import Plan, SourceFacts
+from quantkit.plan.self_texts import list_self_texts
 from quantkit.progress import ProgressCallback
 from quantkit.recipe.schema import Recipe
 from quantkit.report import card, gates, html_page
@@ -63,6 +66,7 @@ from quantkit.report import make as evidence
 from quantkit.report.make import TextName
 from quantkit.texts import corpora
 from quantkit.texts.chats import has_chat_template
+from quantkit.texts.corpora import CorpusSet
 from quantkit.texts.tokens import Tokens, pack_tokens
 
 
@@ -175,7 +179,7 @@ def build_artifacts(
     facts = sources.make_source_facts(recipe, source, located.revision)
     chosen = {} if restart else session.read_chosen_texts(recipe)
     recipe = sources.resolve_texts(recipe, facts, chosen)
-    texts = tokenize(recipe, located.folder, trusted_code)
+    texts = check_and_tokenize(recipe, facts, source, trusted_code, on_progress)
     plans = sources.plan_recipe(recipe, facts, texts.counts())
     keep_memory_if_free(plans)
     with session.exclusive_lock(plans):
@@ -299,32 +303,38 @@ def build_group(
     build.mark_sealed(loop, sealed)
 
 
-def tokenize(recipe: Recipe, folder: Path, trusted_code: Sequence[str] = ()) -> TokenizedTexts:
+def check_and_tokenize(
+    recipe: Recipe,
+    facts: SourceFacts,
+    source: Checkpoint,
+    trusted_code: Sequence[str],
+    on_progress: ProgressCallback,
+) -> TokenizedTexts:
+    """Tokenize the texts of a build; faults of the recipe come before the model samples text."""
+    if list_self_texts(recipe):
+        sources.plan_recipe(recipe, facts)
+    return tokenize(recipe, source.folder, trusted_code, source, on_progress)
+
+
+def tokenize(
+    recipe: Recipe,
+    folder: Path,
+    trusted_code: Sequence[str] = (),
+    source: Checkpoint | None = None,
+    on_progress: ProgressCallback = lambda _: None,
+) -> TokenizedTexts:
     """Load the recipe's text sets and cut them into token sequences with the source's tokenizer.
 
+    Text of the model itself is sampled from `source`, the checkpoint in `folder` by default.
     trusted_code: sha256 of Python files that tasks may run; raises UntrustedCode for others.
     """
     check_trust(recipe.evaluation.tasks, trusted_code)
     is_code_allowed = allows_remote_code(recipe.source.trust_remote_code, folder)
-    tokenizer, sets = (
-        corpora.load_tokenizer(folder, is_code_allowed),
-        package_data.locate_folder("calibration"),
-    )
-    selected: list[tuple[TextName, str, int | None, int, int]] = []
-    calibration = recipe.calibration if recipe.needs_calibration else None
-    if calibration:
-        selected.append((
-            "calibration",
-            calibration.set,
-            calibration.sequences,
-            calibration.length,
-            calibration.seed,
-        ))
-    if fidelity := recipe.fidelity:
-        selected.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
+    tokenizer = corpora.load_tokenizer(folder, is_code_allowed)
     tokens, descriptions = dict[TextName, Tokens](), dict[TextName, TextSet]()
-    for name, set_name, sequences, length, seed in selected:
-        corpus = corpora.load_set(set_name, sets)
+    sets = load_sets(recipe, folder, source, tokenizer, on_progress)
+    for name, _, sequences, length, seed in select_texts(recipe):
+        corpus = sets[name]
         calibrated = tokens["calibration"].domains if "calibration" in tokens else ()
         tokens[name] = corpora.sample_sequences(
             corpus, tokenizer, sequences, length, seed, set(calibrated)
@@ -345,15 +355,52 @@ def tokenize(recipe: Recipe, folder: Path, trusted_code: Sequence[str] = ()) -> 
     nothing = pack_tokens([])
     tasks, items = recipe.evaluation.tasks, recipe.evaluation.likelihood
     solutions = solution_likelihood.make_empty_solutions()
-    if fidelity:
+    if recipe.fidelity:
         solutions = solution_likelihood.tokenize_solutions(
-            tasks, tokenizer, items=items, length=fidelity.length, trusted_code=trusted_code
+            tasks, tokenizer, items=items, length=recipe.fidelity.length, trusted_code=trusted_code
         )
     return TokenizedTexts(
         tokens={"calibration": nothing, "fidelity": nothing, **tokens},
         descriptions=descriptions,
         solutions=solutions,
     )
+
+
+def load_sets(
+    recipe: Recipe,
+    folder: Path,
+    source: Checkpoint | None,
+    tokenizer: corpora.Tokenizer,
+    on_progress: ProgressCallback,
+) -> dict[TextName, CorpusSet]:
+    """Read the recipe's text sets; the model is loaded only if it samples text of them."""
+    place, sets = package_data.locate_folder("calibration"), dict[TextName, CorpusSet]()
+    with ExitStack() as opened:
+        own = None
+        if list_self_texts(recipe):
+            checkpoint = source or Checkpoint.open(folder)
+            own = opened.enter_context(open_self_source(recipe, checkpoint, tokenizer, on_progress))
+        for name, set_name, sequences, length, seed in select_texts(recipe):
+            sampler = own.make_sampler(name, sequences, length, seed) if own is not None else None
+            sets[name] = corpora.load_set(set_name, place, sampler)
+    return sets
+
+
+def select_texts(recipe: Recipe) -> list[tuple[TextName, str, int | None, int, int]]:
+    """Return (stream, set, sequences, length, seed) of the texts that a build runs."""
+    selected: list[tuple[TextName, str, int | None, int, int]] = []
+    calibration = recipe.calibration if recipe.needs_calibration else None
+    if calibration:
+        selected.append((
+            "calibration",
+            calibration.set,
+            calibration.sequences,
+            calibration.length,
+            calibration.seed,
+        ))
+    if fidelity := recipe.fidelity:
+        selected.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
+    return selected
 
 
 def decode_sequences(tokenizer: corpora.Tokenizer, tokens: Tokens) -> list[str]:

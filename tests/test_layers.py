@@ -68,10 +68,9 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "evaluate/solution_likelihood.py": frozenset({"write_table"}),  # the same
     "evaluate/item_results.py": frozenset({"write_table", "mkdir"}),  # to memory; its cache
     "evaluate/backends.py": frozenset({"from_pretrained"}),  # transformers reads its own files
-    "evaluate/openai_backend.py": frozenset({
-        "openai",
-        "urllib.parse",
-    }),  # the official client of an API; no file
+    "evaluate/endpoint_text.py": frozenset({"openai"}),  # types of the official client
+    "evaluate/openai_backend.py": frozenset({"openai"}),  # types of the official client
+    "evaluate/openai_client.py": frozenset({"openai"}),  # the official client of an API; no file
     "evaluate/sandbox/cgroup.py": frozenset({
         "mkdir",
         "read_text",

@@ -84,7 +84,7 @@ def read_environment(plan: Plan) -> dict[str, str]:
 
 def format_plan(plan: Plan) -> str:
     """Return the text of plan.json: the resolved recipe, and its decision for every linear."""
-    summary = summarize_plan(plan).model_dump(mode="json", exclude={"memory", "output"})
+    summary = summarize_plan(plan).model_dump(mode="json", exclude={"memory", "output", "sampled"})
     decisions = {name: [format_action(d), d.rule] for name, d in plan.decisions.items()}
     values = {
         "hash": plan.hash,

@@ -200,6 +200,11 @@ def read_model_headers(model: str, revision: str | None = None) -> ModelHeaders:
         return _fetch_headers(model, revision, reader)
 
 
+def find_local_folder(model: str) -> Path | None:
+    """Return the folder of a model on this machine; None for a Hub id."""
+    return _locate_local(model, None)
+
+
 def _locate_local(model: str, revision: str | None) -> Path | None:
     """Return the folder of a local model; None for a Hub id."""
     try:

@@ -27,7 +27,7 @@ from quantkit.io import user_cache
 from quantkit.io.templates import describe_isolation
 from quantkit.models import full_model
 from quantkit.models.layers import make_meta_model
-from quantkit.plan.memory import BASE_BYTES
+from quantkit.plan.memory import BASE_BYTES, WHOLE_MODEL_COPIES
 from quantkit.plan.plan import Plan
 from quantkit.plan.sources import ResolvedCompute
 from quantkit.progress import Progress, ProgressCallback
@@ -35,9 +35,6 @@ from quantkit.texts.corpora import load_tokenizer
 
 BASELINES = "baselines"
 """The folder of the user's cache that keeps the source's answers."""
-
-WHOLE_MODEL_COPIES = 1.7
-"""Peak memory over size of an assembled model: its largest tensors briefly exist twice."""
 
 DEFAULT_RECOVERY = 0.98
 """The share of the source's score that a task must keep for "pass" if the recipe sets no gate."""

@@ -86,6 +86,7 @@ class PlanSummary(BaseModel):
     memory: PlanMemory
     shards: tuple[PlanShard, ...]
     texts: tuple[PlanText, ...] = ()
+    sampled: tuple[str, ...] = ()  # a sentence per text that the model samples itself
     warnings: tuple[str, ...] = ()
 
 

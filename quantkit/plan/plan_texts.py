@@ -12,6 +12,7 @@ from quantkit.texts.corpus_files import find_part_sha256
 from quantkit.texts.corpus_spec import CorpusSpec, read_spec
 from quantkit.texts.exposure import describe_exposure, describe_narrowness, raise_unseen_share
 from quantkit.texts.mixture_spec import PartSpec
+from quantkit.texts.self_prompts import PROMPTS_VERSION
 
 
 def plan_texts(recipe: Recipe) -> tuple[PlanText, ...]:
@@ -55,7 +56,7 @@ def list_parts(
     )
     return [
         PlanText(
-            use=use, set=spec.name, part=part.name, kinds=(part.label,), share=shares[part.name],
+            use=use, set=spec.name, part=part.name, kinds=part.labels, share=shares[part.name],
             tokens=None if tokens is None else round(tokens * shares[part.name]),
             license=part.license, version=describe_version(spec, part),
         )
@@ -75,6 +76,8 @@ def describe_version(spec: CorpusSpec, part: PartSpec) -> str:
     """
     if part.builtin is not None:
         return f"{(find_part_sha256(spec, part) or '')[:12]}, {part.origin}"
+    if part.sampled is not None:
+        return f"seed prompts {PROMPTS_VERSION}"
     if part.hub is not None and (part.local_path is None or not part.local_path.exists()):
         return f"{part.hub.path} at {part.hub.revision[:12]}"
     return part.sha256[:12] if part.sha256 else part.set or ""

@@ -21,6 +21,12 @@ from quantkit.plan.plan import Plan, SourceFacts, make_plan, match_source
 from quantkit.plan.plan_schema import PlanText
 from quantkit.plan.plan_texts import describe_set_choices, find_text_warnings, plan_texts
 from quantkit.plan.published import find_published_config
+from quantkit.plan.self_texts import (
+    describe_self_texts,
+    find_sampling_fault,
+    find_self_faults,
+    list_self_texts,
+)
 from quantkit.recipe.schema import Recipe
 from quantkit.texts import task_files
 from quantkit.texts.corpus_files import bound_mixture_tokens, bound_sequences
@@ -42,6 +48,11 @@ class ResolvedCompute:
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16"]
     calibration: Literal["float32", "bfloat16"]
+
+    @property
+    def value_bytes(self) -> Literal[2, 4]:
+        """Bytes of a weight in the dtype of the blocks."""
+        return 4 if self.dtype == "float32" else 2
 
     @property
     def hidden_bytes(self) -> Literal[2, 4]:
@@ -136,7 +147,22 @@ def resolve_texts(
 
 def find_self_fault(recipe: Recipe, source: SourceFacts) -> str:
     """Return why the model cannot sample the texts of a recipe, or ""."""
-    return "the model cannot sample text"
+    if any(text.n_tokens == 0 for text in list_self_texts(recipe)):
+        return "text of the model itself needs a number of sequences and windows"
+    if recipe.endpoint is not None:
+        return ""
+    return find_sampling_fault(
+        source.config,
+        match_source(source).layout,
+        resolve_memory_budget(recipe),
+        resolve_compute(recipe).value_bytes,
+    )
+
+
+def describe_sampled_texts(recipe: Recipe) -> tuple[str, ...]:
+    """Return a sentence per text that the model samples; samples nothing."""
+    compute = resolve_compute(recipe)
+    return describe_self_texts(recipe, f"{compute.dtype} on {compute.device}")
 
 
 def resolve_memory_budget(recipe: Recipe) -> int:
@@ -222,6 +248,8 @@ def plan_recipe(
         else:
             plans.append(replace(plan, texts=texts, warnings=(*plan.warnings, *warnings)))
     faults += find_text_faults(recipe, texts) + find_task_faults(recipe) + find_gate_faults(recipe)
+    value_bytes = resolve_compute(recipe).value_bytes
+    faults += find_self_faults(recipe, source.config, matched.layout, budget_bytes, value_bytes)
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)))
     return tuple(plans)

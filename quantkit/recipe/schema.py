@@ -27,6 +27,7 @@ from quantkit.recipe.sections import (
     AUTO,
     Calibration,
     Compute,
+    Endpoint,
     Evaluation,
     FidelityText,
     Output,
@@ -379,6 +380,11 @@ class Recipe(BaseModel):
         )
 
     @property
+    def endpoint(self) -> Endpoint | None:
+        """The server that samples text of the model itself."""
+        return self.calibration.endpoint if self.calibration is not None else None
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether any method of the recipe needs statistics of calibration text."""
         used = {
@@ -442,6 +448,9 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "compute": Compute,
 }  # fmt: skip
 """Sections with keys of their own; for rules and gates the model of one entry."""
+
+SUBSECTIONS: Mapping[tuple[str, str], type[BaseModel]] = {("calibration", "endpoint"): Endpoint}
+"""Keys of sections that are mappings with keys of their own."""
 
 
 def list_keys() -> tuple[str, ...]:

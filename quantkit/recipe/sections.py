@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
+from quantkit.io.endpoint_url import normalize_endpoint_url
 from quantkit.io.owned_dirs import validate_folder
 from quantkit.recipe.value_types import FROZEN, Commit, Count, Seed, Size, TaskNames, Text, describe
 
@@ -40,6 +47,37 @@ class Source(BaseModel):
             "commit (40 hexadecimal digits) or `null`",
         ),
     ] = None
+
+
+class Endpoint(BaseModel):
+    """A server with OpenAI's API that samples text of the model itself (`set: self`)."""
+
+    model_config = FROZEN
+    url: Annotated[
+        Text,
+        AfterValidator(normalize_endpoint_url),
+        describe("Address of the API, without user and query.", "http://localhost:8000/v1"),
+    ]
+    model: Annotated[Text, describe("Name of the model on the server.", "my-model")]
+    chat: Annotated[
+        bool,
+        describe(
+            "Use the chat API, with messages only; `false` uses the completions API, with raw "
+            "openings and the chat template of the source.",
+            "false",
+        ),
+    ] = True
+    max_tokens: Annotated[
+        Count, describe("New tokens of an answer, reasoning included, at most.", "512")
+    ] = 2048
+    concurrency: Annotated[Count, Field(le=1024), describe("Requests at a time.", "64")] = 16
+    tries: Annotated[Count, Field(le=100), describe("Tries of a request, in total.", "3")] = 8
+    seconds: Annotated[
+        Count, Field(le=86_400), describe("Longest silence of the server.", "60")
+    ] = 600
+    key_variable: Annotated[
+        Text, describe("Environment variable that holds the API key.", "MY_API_KEY")
+    ] = "OPENAI_API_KEY"
 
 
 class Calibration(BaseModel):
@@ -84,6 +122,23 @@ class Calibration(BaseModel):
             "rtn",
         ),
     ] = "shared_gram"
+    endpoint: Annotated[
+        Endpoint | None,
+        describe(
+            "A server that samples text of the model itself, for calibration and fidelity; `null` "
+            "samples it in this process.",
+            "{url: 'http://localhost:8000/v1', model: mine}",
+            "mapping or `null`",
+        ),
+    ] = None
+
+    @model_serializer(mode="wrap")
+    def _omit_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an unset endpoint, as in recipes before this key."""
+        values: dict[str, Any] = dump(self)
+        if values.get("endpoint", 0) is None:
+            del values["endpoint"]
+        return values
 
 
 class FidelityText(BaseModel):

@@ -200,6 +200,8 @@ def render_plan(plan: PlanSummary) -> Group:
     if source.code:
         code = f"code carried over, not run: {', '.join(source.code)}"
         head.append("\n" + strip_control_characters(code), style="not bold")
+    for text in plan.sampled:
+        head.append("\n" + strip_control_characters(text), style="not bold")
     fits = memory.peak <= memory.budget
     waves = f", {memory.experts_per_wave} experts per wave" if memory.experts_per_wave else ""
     parts = ", ".join(

@@ -22,7 +22,7 @@ from quantkit.checkpoint.remote_code import format_trust_hint, read_tokenizer_ma
 from quantkit.checkpoint.tokenizer_files import check_tokenizer_files
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.texts.chats import cut_chats
-from quantkit.texts.corpus_files import CorpusPart, TextDocument, read_parts, read_set
+from quantkit.texts.corpus_files import CorpusPart, SelfSampler, TextDocument, read_parts, read_set
 from quantkit.texts.corpus_spec import get_first_line, read_spec
 from quantkit.texts.exposure import raise_unseen_share
 from quantkit.texts.mixture_spec import Packing, PartPacking
@@ -67,15 +67,15 @@ class Tokenizer(Protocol):
     ) -> Mapping[str, list[list[int]]]: ...
 
 
-def load_set(name_or_path: str, folder: Path) -> CorpusSet:
+def load_set(name_or_path: str, folder: Path, sample_self: SelfSampler | None = None) -> CorpusSet:
     """Read the set `folder/<name>.yaml`, or the spec at a path that ends in .yaml; check its hash.
 
-    Raises CalibrationError with file, line and what to do, for a malformed set or one that differs
-    from its spec.
+    sample_self: samples the parts that are text of the model itself. Raises CalibrationError with
+    file, line and what to do, for a malformed set or one that differs from its spec.
     """
     spec = read_spec(name_or_path, folder)
     documents: tuple[TextDocument, ...] = ()
-    parts = read_parts(spec, folder)
+    parts = read_parts(spec, folder, sample_self)
     if parts:
         names = [f"{part.spec.name} {part.sha256}" for part in parts]
         sha256 = hashlib.sha256("\n".join(names).encode()).hexdigest()
@@ -285,7 +285,21 @@ def _cut_part(part: CorpusPart, tokenizer: Tokenizer, length: int) -> list[Token
             for ids, answers in cut_chats(part.chats, tokenizer, length)
         ]
     rows = _cut_sequences(part.texts, spec.packing, spec.end_of_document, tokenizer, length)
+    if part.labels:  # one per text: such texts are not joined
+        pairs = zip(rows, part.labels, strict=True)
+        return [make(ids=row, domain=label) for row, label in pairs if len(row) > 1]
     return [make(ids=row) for row in rows if len(row) > 1]
+
+
+def count_sequence_tokens(tokenizer: Tokenizer, text: str, length: int) -> int:
+    """Return the tokens of a text that is one sequence; 0 if it is too short for one."""
+    (row,) = _cut_sequences([text], "documents", False, tokenizer, length)
+    return len(row) if len(row) > 1 else 0
+
+
+def adds_bos(tokenizer: Tokenizer) -> bool:
+    """Return whether the tokenizer starts a text with BOS."""
+    return bool(_find_bos(tokenizer))
 
 
 def _list_candidates(

@@ -44,13 +44,21 @@ class TextDocument:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusPart:
-    """A part of a mixture with its documents or chats; `skipped` counts its rows without any."""
+    """A part of a mixture with its documents or chats; `skipped` counts its rows without any.
+
+    labels: one per text, for a part with labels of its own.
+    """
 
     spec: PartSpec
     texts: tuple[str, ...]
     chats: tuple[Chat, ...]
     skipped: int
     sha256: str
+    labels: tuple[str, ...] = ()
+
+
+SelfSampler = Callable[[CorpusSpec, PartSpec], CorpusPart]
+"""Samples the text of a part with `self` from the model."""
 
 
 def read_set(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
@@ -62,16 +70,27 @@ def read_set(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
     return read_hub_dataset(spec)
 
 
-def read_parts(spec: CorpusSpec, folder: Path) -> tuple[CorpusPart, ...]:
+def read_parts(
+    spec: CorpusSpec, folder: Path, sample_self: SelfSampler | None = None
+) -> tuple[CorpusPart, ...]:
     """Read every part of a mixture; `folder` holds the sets that parts name.
 
     Raises CalibrationError with spec, part and what to do.
     """
-    return tuple(_read_part(spec, part, folder) for part in spec.parts)
+    return tuple(_read_part(spec, part, folder, sample_self) for part in spec.parts)
 
 
-def _read_part(spec: CorpusSpec, part: PartSpec, folder: Path) -> CorpusPart:
+def _read_part(
+    spec: CorpusSpec, part: PartSpec, folder: Path, sample_self: SelfSampler | None
+) -> CorpusPart:
     where = f"{spec.where}: part {part.name}"
+    if part.sampled is not None:
+        if sample_self is None:
+            raise CalibrationError(
+                f"{where}: self: expected a model that samples the text, found none. Use this set "
+                "in a recipe"
+            )
+        return sample_self(spec, part)
     if part.set is not None:
         return _read_part_of_set(where, part, folder)
     if (rows := _read_builtin(spec, part)) is not None:

@@ -203,7 +203,7 @@ def _make_mixture(where: Path, values: MixtureFile) -> CorpusSpec:
         name=values.name,
         license=" AND ".join(dict.fromkeys(part.license for part in parts)),
         origin=", ".join(dict.fromkeys(part.origin for part in parts)),
-        domains=tuple(dict.fromkeys(part.label for part in parts)),
+        domains=tuple(dict.fromkeys(label for part in parts for label in part.labels)),
         packing="windows",
         end_of_document=False,
         file=None,

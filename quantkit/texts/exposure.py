@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from quantkit.texts.mixture_spec import ENGLISH
+from quantkit.texts.self_prompts import ENGLISH
 
 FEWEST_KINDS = 4
 FEWEST_LANGUAGES = 2

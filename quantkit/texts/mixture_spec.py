@@ -2,12 +2,14 @@
 language each.
 
 A part takes its text from one place: another set (`set`), a file or a folder (`file`), a data set
-of the hub (`datasets`), or text that quantkit makes or reads itself (`builtin`).
+of the hub (`datasets`), text that quantkit makes or reads itself (`builtin`), or the model to be
+quantized (`self`).
 """
 
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -25,6 +28,13 @@ from pydantic import (
 from quantkit.texts.builtin_text import BuiltinName, describe_builtin
 from quantkit.texts.data_names import check_dataset_name, check_inner_path
 from quantkit.texts.interpreter_text import Draw
+from quantkit.texts.self_prompts import (
+    ENGLISH,
+    SELF_KINDS,
+    SELF_LANGUAGES,
+    list_labels,
+    make_label,
+)
 
 Packing = Literal["documents", "windows"]
 PartPacking = Literal["documents", "windows", "chats"]
@@ -33,7 +43,6 @@ FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 MAX_PARTS = 64
 DEFAULT_ROWS = 20_000
 MAX_ROWS = 5_000_000
-ENGLISH = "en"
 KIND_PATTERN = "[a-z][a-z0-9_]{0,31}"
 LANGUAGE_PATTERN = "[a-z]{2,3}(-[A-Za-z0-9]{2,8}){0,3}"
 LABEL_PATTERN = f"{KIND_PATTERN}(-{LANGUAGE_PATTERN})?"
@@ -108,11 +117,48 @@ class LocalRows(BaseModel):
     skip: Annotated[int, Field(ge=0, le=MAX_ROWS)] = 0
 
 
-PLACES = ("set", "file", "datasets", "local", "builtin")
+def _check_known(values: tuple[str, ...], known: Sequence[str]) -> tuple[str, ...]:
+    if not set(values) <= set(known) or len(set(values)) < len(values):
+        raise ValueError(f"expected some of {', '.join(known)}, found {', '.join(values)}")
+    return values
+
+
+class SelfText(BaseModel):
+    """Text that the model to be quantized samples, of some kinds and languages."""
+
+    model_config = FROZEN
+    kinds: Annotated[
+        tuple[Text, ...],
+        Field(strict=False, min_length=1),
+        AfterValidator(lambda values: _check_known(values, SELF_KINDS)),
+    ] = SELF_KINDS
+    languages: Annotated[
+        tuple[Text, ...],
+        Field(strict=False, min_length=1),
+        AfterValidator(lambda values: _check_known(values, SELF_LANGUAGES)),
+    ] = SELF_LANGUAGES
+
+    @field_validator("languages")
+    @classmethod
+    def _check_prompts(cls, languages: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        kinds = info.data.get("kinds", SELF_KINDS)
+        if not list_labels(kinds, languages):
+            raise ValueError(
+                f"expected a language with seed prompts of {', '.join(kinds)}, found "
+                f"{', '.join(languages)}. Add a language or a kind"
+            )
+        return languages
+
+
+PLACES = ("set", "file", "datasets", "local", "builtin", "self")
 ROW_PLACES = PLACES[1:4]
 """Places of rows with columns."""
 NEEDS = {"domain": "set", "sha256": "file", "draw": "builtin"}
 """Keys that belong to a place."""
+FIELDS = {"self": "sampled"}
+"""Fields of places whose key is no name for a field."""
+SELF_LICENSE = "model output"
+SELF_ORIGIN = "sampled from the model itself"
 
 
 class PartFile(BaseModel):
@@ -123,7 +169,10 @@ class PartFile(BaseModel):
     kind: Kind
     language: Language = ENGLISH
     share: Share = 1.0
-    license: Text = Field(alias="licence")
+    sampled: Annotated[
+        SelfText | None, BeforeValidator(lambda value: {} if value is True else value)
+    ] = Field(default=None, alias="self")
+    license: Text | None = Field(default=None, alias="licence", validate_default=True)
     origin: Text | None = None
     packing: PartPacking = "windows"
     end: Literal["eos", "none"] = "none"
@@ -141,6 +190,13 @@ class PartFile(BaseModel):
 
     _check_end = field_validator("end")(check_end)
 
+    @field_validator("license")
+    @classmethod
+    def _check_license(cls, license: str | None, info: ValidationInfo) -> str | None:
+        if license is None and info.data.get("sampled", "faulty") is None:
+            raise ValueError("missing; this key has no default, except with `self`")
+        return license
+
     @field_validator("messages")
     @classmethod
     def _check_messages(cls, column: str | None, info: ValidationInfo) -> str | None:
@@ -157,9 +213,11 @@ class PartFile(BaseModel):
     @classmethod
     def _check_text(cls, name: str | None, info: ValidationInfo) -> str | None:
         data = info.data
-        if not {*PLACES[1:], *NEEDS, "messages"} <= data.keys():
+        fields = {key: FIELDS.get(key, key) for key in PLACES}
+        if not {*fields.values(), *NEEDS, "messages"} - {"set"} <= data.keys():
             return name  # these keys have faults of their own
-        places = [key for key in PLACES if (name if key == "set" else data[key]) is not None]
+        values = {key: data.get(field) for key, field in fields.items()} | {"set": name}
+        places = [key for key in PLACES if values[key] is not None]
         if "datasets" in places and "local" in places:
             places.remove("local")  # it replaces the data set
         if len(places) != 1:
@@ -204,6 +262,7 @@ MIXTURE_SECTIONS: dict[str, type[BaseModel]] = {
     "parts": PartFile,
     "datasets": HubRows,
     "local": LocalRows,
+    "self": SelfText,
 }
 
 
@@ -211,8 +270,9 @@ MIXTURE_SECTIONS: dict[str, type[BaseModel]] = {
 class PartSpec:
     """A checked part: `share` is of the tokens, and the shares of a set add up to 1.
 
-    Exactly one of `set`, `file`, `hub`, `local` and `builtin` is not None, but `local` may replace
-    `hub`; `local_path` is its path if QUANTKIT_DATA is set.
+    Exactly one of `set`, `file`, `hub`, `local`, `builtin` and `sampled` is not None, but `local`
+    may replace `hub`; `local_path` is its path if QUANTKIT_DATA is set. The texts of `sampled` have
+    labels of their own.
     """
 
     name: str
@@ -235,16 +295,19 @@ class PartSpec:
     local_path: Path | None
     builtin: BuiltinName | None = None
     draw: Draw | None = None
+    sampled: SelfText | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All names under which scores of this part can be reported."""
+        if self.sampled is None:
+            return (self.label,)
+        return list_labels(self.sampled.kinds, self.sampled.languages)
 
     @property
     def label(self) -> str:
         """The name under which scores are reported: "web", or "web-zh" in another language."""
         return make_label(self.kind, self.language)
-
-
-def make_label(kind: str, language: str) -> str:
-    """Return the label of a kind of text in a language; English is not named."""
-    return kind if language == ENGLISH else f"{kind}-{language}"
 
 
 def make_parts(values: MixtureFile, folder: Path, data: Path | None) -> tuple[PartSpec, ...]:
@@ -256,9 +319,9 @@ def make_parts(values: MixtureFile, folder: Path, data: Path | None) -> tuple[Pa
             kind=part.kind,
             language=part.language,
             share=part.share / total,
-            license=part.license,
+            license=part.license or SELF_LICENSE,
             origin=_find_origin(part),
-            packing=part.packing,
+            packing=part.packing if part.sampled is None else "documents",
             end_of_document=part.end == "eos",
             rows=part.rows,
             template=part.template,
@@ -272,6 +335,7 @@ def make_parts(values: MixtureFile, folder: Path, data: Path | None) -> tuple[Pa
             local_path=None if part.local is None or data is None else data / part.local.file,
             builtin=part.builtin,
             draw=part.draw,
+            sampled=part.sampled,
         )
         for part in values.parts
     )
@@ -282,4 +346,5 @@ def _find_origin(part: PartFile) -> str:
         return describe_builtin(part.builtin, part.draw)
     hub = part.datasets.path if part.datasets is not None else ""
     local = part.local.file if part.local is not None else ""
-    return part.origin or part.file or part.set or hub or local
+    own = SELF_ORIGIN if part.sampled is not None else ""
+    return part.origin or part.file or part.set or hub or local or own

@@ -41,6 +41,7 @@ class Server:
     piece: int = 3  # characters
     models: Sequence[str] = ("tiny",)
     key: str = ""
+    reasoning: Callable[[str, dict], str] | None = None  # before the answer, of the chat API
     # tokens -> of each but the first: its log probability, and that of the most probable token
     # there
     logprobs: Callable[[list[int]], list[tuple[float, float]]] | None = None
@@ -176,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(SILENCE)
             self.close_connection = True
         elif body.get("stream"):
-            self.stream(self.owner.answer(prompt, body), body, chat, fault)
+            self.stream(self.owner.answer(prompt, body), body, chat, fault, prompt)
         else:
             self.echo(prompt)
 
@@ -193,7 +194,9 @@ class Handler(BaseHTTPRequestHandler):
         self.mark_served()
         self.wfile.write(text)
 
-    def stream(self, text: str, body: dict, chat: bool, fault: str) -> None:
+    def stream(
+        self, text: str, body: dict, chat: bool, fault: str, prompt: str | list[int]
+    ) -> None:
         """Send the answer in pieces, which count as tokens, as chunked server-sent events."""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -205,6 +208,9 @@ class Handler(BaseHTTPRequestHandler):
         ]
         kept = words[: body["max_tokens"]]
         broken = fault in ("cut", "end", "error")
+        if self.owner.reasoning is not None:
+            delta = {"reasoning_content": self.owner.reasoning(str(prompt), body)}
+            self.event({"choices": [{"index": 0, "finish_reason": None, "delta": delta}]})
         for word in kept[: len(kept) // 2] if broken else kept:
             self.event({"choices": [self.choice(word, None, chat)]})
             if fault == "slow":

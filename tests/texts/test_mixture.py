@@ -198,7 +198,10 @@ def test_local_file_replaces_hub_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("name: a, kind: web", "one of `set`, `file`, `datasets`, `local`, `builtin`, found none"),
+        (
+            "name: a, kind: web",
+            "one of `set`, `file`, `datasets`, `local`, `builtin`, `self`, found none",
+        ),
         ("name: a, kind: web, builtin: exercises", "`builtin` with `draw: calibration` or"),
         ("name: a, kind: web, builtin: exercises, draw: all", "calibration or heldout"),
         ("name: a, kind: web, builtin: essays, draw: heldout", "exercises, python-modules"),
