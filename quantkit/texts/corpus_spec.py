@@ -299,6 +299,7 @@ def _list_faults(
         if details["type"] == "too_short" and inner:
             continue  # pydantic counts the faulty entries of a list as missing
         outer = [sections[key] for key in path[:-1] if isinstance(key, str) and key in sections]
+        path = (*path[:-1], _find_key(outer[-1] if outer else top, path[-1])) if path else path
         if details["type"] == "model_type":
             keys = ", ".join(_list_keys(sections[str(path[0])]))
             sentence = f"expected the keys {keys}, found {shorten_repr(details['input'])}"
@@ -309,6 +310,12 @@ def _list_faults(
             f"{document.where(path)}: {format_path(path)}: {sentence}",
         ))
     return [text for _, text in sorted(faults, key=lambda fault: fault[0])]
+
+
+def _find_key(model: type[BaseModel], name: str | int) -> str | int:
+    """Return the key of a field: pydantic names a field without a value by its attribute."""
+    field = model.model_fields.get(str(name))
+    return field.alias if field is not None and field.alias else name
 
 
 def _list_keys(model: type[BaseModel]) -> tuple[str, ...]:
