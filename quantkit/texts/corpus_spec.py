@@ -299,7 +299,8 @@ def _list_faults(
         if details["type"] == "too_short" and inner:
             continue  # pydantic counts the faulty entries of a list as missing
         outer = [sections[key] for key in path[:-1] if isinstance(key, str) and key in sections]
-        path = (*path[:-1], _find_key(outer[-1] if outer else top, path[-1])) if path else path
+        if path and details["type"] != "extra_forbidden":
+            path = (*path[:-1], _find_key(outer[-1] if outer else top, path[-1]))
         if details["type"] == "model_type":
             keys = ", ".join(_list_keys(sections[str(path[0])]))
             sentence = f"expected the keys {keys}, found {shorten_repr(details['input'])}"
