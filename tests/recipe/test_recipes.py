@@ -39,7 +39,7 @@ digit.
 """
 
 
-def no_hub(model: str, revision: str | None) -> hub.ModelHeaders:
+def no_hub(model: str, revision: str | None, _client: object) -> hub.ModelHeaders:
     """Raise as if the Hub were unreachable."""
     raise HubUnreachable(f"{model}@{revision}: no answer")
 
