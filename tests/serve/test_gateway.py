@@ -41,7 +41,7 @@ class Setup:
     ) -> httpx2.Response:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         body = {"model": "stub", "prompt": json.dumps(plan), "stream": stream, **extra}
-        return httpx2.post(f"{self.url}/completions", json=body, headers=headers, timeout=30)
+        return httpx2.post(f"{self.url}/completions", json=body, headers=headers, timeout=120)
 
     def metric(self, name: str) -> float:
         """Return a sample of /metrics, 0 if it is absent."""
