@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ class Setup:
     ) -> httpx2.Response:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         body = {"model": "stub", "prompt": json.dumps(plan), "stream": stream, **extra}
-        return httpx2.post(f"{self.url}/completions", json=body, headers=headers, timeout=30)
+        return httpx2.post(f"{self.url}/completions", json=body, headers=headers, timeout=120)
 
     def metric(self, name: str) -> float:
         """Return a sample of /metrics, 0 if it is absent."""
@@ -124,10 +123,14 @@ def test_openai_client_gets_the_engines_response() -> None:
 def test_stream_is_forwarded_unchanged_and_immediately() -> None:
     """Each token arrives before the engine sends the next one."""
     with gateway() as setup:
-        body = {"prompt": json.dumps({"tokens": 4, "pause": 0.15}), "stream": True}
-        with httpx2.stream("POST", f"{setup.url}/completions", json=body) as answer:
-            times = [time.monotonic() for _ in answer.iter_raw()]
-        assert max(b - a for a, b in pairwise(times[:4])) < 0.3 and times[3] - times[0] > 0.4
+        body = {"prompt": json.dumps({"tokens": 4, "stepwise": True}), "stream": True}
+        url = f"{setup.url}/completions"
+        with httpx2.stream("POST", url, json=body, timeout=60) as answer:
+            pieces = answer.iter_raw()
+            for token in range(4):
+                assert f'"text": "{token} "'.encode() in next(pieces)
+                setup.engine.received += 1  # the engine waits for it
+            assert b"data: [DONE]" in b"".join(pieces)
         urls, body["prompt"] = (setup.urls[0], setup.url), '{"tokens": 3}'
         texts = [httpx2.post(f"{url}/completions", json=body).text for url in urls]
         straight, through = (re.sub(r'"at": [\d.]+', "", text) for text in texts)
@@ -363,9 +366,11 @@ def test_client_that_never_reads_loses_its_slot_at_the_deadline(
             }).encode()
             raw.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nx-request-timeout: "
-                b"1\r\ncontent-length: %d\r\n\r\n" % len(content) + content
+                b"2\r\ncontent-length: %d\r\n\r\n" % len(content) + content
             )
-            until(lambda: setup.metric("running") == 1)
+            until(
+                lambda: setup.engine.asked
+            )  # `running` may be 0 again before a busy test reads it
             assert setup.ask({}).status_code == 200  # as soon as the place is free
             setup.wait_for_metric('requests_total{key="anonymous",outcome="late"}', 1)
         until(lambda: setup.engine.left == [""])

@@ -1,12 +1,13 @@
 """A stub of an inference engine over real sockets. The prompt has its behaviour as JSON:
 
     {"name": "a", "tokens": 5, "hold": true, "first": 0.0, "pause": 0.0, "die": 3, "status": 503,
-     "polite_end": 2, "flood": 1000, "size": 10}
+     "polite_end": 2, "flood": 1000, "size": 10, "stepwise": true}
 
 `hold` waits until `StubEngine.released` is set. `first` and `pause` are seconds before the first
 and before each token. `die` closes the connection after that many tokens (0: before the head).
 `polite_end` ends the stream without its end mark. `flood` sends that many events of `size` bytes as
-fast as the client reads.
+fast as the client reads. `stepwise` sends a token after the test has counted those before it in
+`StubEngine.received`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class StubEngine:
         self.headers: list[dict[str, str]] = []
         self.order: list[str] = []
         self.left: list[str] = []
-        self.sent = 0
+        self.sent = self.received = 0
         self.at_once = self.most_at_once = 0
         self.released = threading.Event()
 
@@ -125,6 +126,8 @@ class StubEngine:
                 await send({"type": "http.response.body", "body": b""})
                 return
             await asyncio.sleep(pause)
+            while plan.get("stepwise") and self.received < token:
+                await asyncio.sleep(0.01)
             text = {"index": 0, "text": f"{token} ", "finish_reason": None, "at": time.monotonic()}
             await send_event(
                 send,
