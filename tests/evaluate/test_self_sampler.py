@@ -267,7 +267,7 @@ def shift(folder: Path) -> Path:
 def test_chat_endpoint_needs_a_template() -> None:
     with (
         Server(answer=lambda *_: ANSWER) as server,
-        pytest.raises(CalibrationError, match="expected a chat template .* chat: false"),
+        pytest.raises(CalibrationError, match=r"expected a chat template .*chat: false"),
     ):
         read_texts(connect(server), locate_model("builtin:tiny-v3"))
 
