@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, isnan
 
 import torch
@@ -124,15 +124,21 @@ def quantize_group(
         first, weights = requests[indices[0]], [requests[index].weight for index in indices]
         stacked = weights[0] if len(weights) == 1 else torch.cat(weights)  # [sum of out, in]
         try:
-            rounded = compute_codes(
-                first.method, first.rounding, stacked, first.stats, first.scheme
-            )
+            stats = shrink_stats(first.stats, first.decision.shrinkage)
+            rounded = compute_codes(first.method, first.rounding, stacked, stats, first.scheme)
         except NumericsError as fault:
             raise NumericsError(f"{first.decision.linear.name}: {fault}") from fault
         parts = split_quantized(rounded.quantized, [len(weight) for weight in weights])
         for index, part in zip(indices, parts, strict=True):
             results[index] = pack_and_measure(requests[index], part, rounded.fallbacks, formats)
     return [results[index] for index in range(len(requests))]
+
+
+def shrink_stats(stats: InputStats | None, shrinkage: float) -> InputStats | None:
+    """Return the statistics with a shrunk gram; errors are measured with the gram as it is."""
+    if stats is None or not shrinkage:
+        return stats
+    return replace(stats, gram=grams.shrink_gram(stats.gram, shrinkage))
 
 
 def split_quantized(quantized: Quantized, rows: Sequence[int]) -> list[Quantized]:

@@ -39,6 +39,7 @@ class Decision:
     method: str | None = None
     rounding: str | None = None
     scheme: Scheme | None = None
+    shrinkage: float = 0.0  # of the gram with which codes are chosen
 
     @property
     def has_error_feedback(self) -> bool:
@@ -114,6 +115,7 @@ def decide_linear(
         method=rule.quantize.method,
         rounding=rule.quantize.rounding,
         scheme=make_scheme(rule.quantize, dtype),
+        shrinkage=recipe.calibration.shrinkage if recipe.calibration else 0.0,
     )
 
 

@@ -100,6 +100,16 @@ class Calibration(BaseModel):
     seed: Annotated[
         Seed, describe("Seed of the choice of sequences, if the set has more.", "1")
     ] = 0
+    shrinkage: Annotated[
+        float,
+        Field(ge=0, le=0.5, allow_inf_nan=False, strict=False),
+        describe(
+            "Share of an isotropic input that is mixed into the statistics with which codes are "
+            "chosen, for text of kinds that calibration does not have.",
+            "0.1",
+            "number, 0 to 0.5",
+        ),
+    ] = 0.0
     experts: Annotated[
         Literal["routed", "all"],
         describe(
