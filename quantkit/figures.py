@@ -19,6 +19,8 @@ NOT_MEASURED = "not measured"
 NOT_FINITE = "not finite"
 ALL_TEXT = "all"
 """The domain that pools every token of the fidelity text."""
+LOW_COVERAGE = 0.85
+"""Coverage below which a report names the kind of text and the remedy (numerics/README.md)."""
 
 Style = Literal["nats", "ratio", "percent", "signed percent", "count", "bits", "bytes"]
 """How a value is written; see `report.format_numbers.STYLES`."""
@@ -258,6 +260,16 @@ def read_uncalibrated(report: Any, _part: str) -> Reading:
     return Reading(value=float(len(report.experts.uncalibrated())))
 
 
+def read_coverage(report: Any, _part: str) -> Reading:
+    """Read 1 - the largest unspanned share of a kind of text; `reason` names kind and input."""
+    worst = report.find_worst_inputs()
+    reading = read_extreme([share for share, _ in worst.values()], largest=True)
+    if reading.value is None:
+        return reading
+    kind = max(worst, key=lambda kind: worst[kind][0])
+    return Reading(value=1 - reading.value, reason=f"{kind} at {worst[kind][1].input}")
+
+
 def read_fallbacks(report: Any, _part: str) -> Reading:
     """Read the number of modules that took any fallback."""
     return Reading(value=float(len({name for row in report.fallbacks for name in row.modules})))
@@ -389,6 +401,14 @@ FIGURES: tuple[FigureDefinition, ...] = (
         direction="lower", unit="experts", scope="artifact", is_streamed=False,
         reader=read_uncalibrated,
         meaning="Routed experts that saw fewer than calibration.min_expert_tokens tokens.",
+    ),
+    FigureDefinition(
+        key="coverage", label="coverage", style="percent", direction="higher", scope="artifact",
+        reader=read_coverage,
+        meaning="Share of activation energy that calibration spans, mean over tokens; the lowest "
+                "kind of text at the lowest input.",
+        tile="Coverage", tile_note="of activations by calibration", run_column="coverage",
+        run_heading="coverage",
     ),
     FigureDefinition(
         key="fallbacks", label="fallbacks", style="count", direction="lower", unit="modules",

@@ -31,6 +31,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 MEDIUM_FILES = frozenset({
     "bench/test_gpu.py",
+    "build/test_block_coverage.py",
     "build/test_build.py",
     "build/test_determinism.py",
     "build/test_interrupted.py",

@@ -278,6 +278,30 @@ class ExpertCoverage(BaseModel):
         ]
 
 
+class InputCoverage(BaseModel):
+    """How far calibration spans the fidelity text's activations at one input.
+
+    input: the first quantized module that reads it, or the routed experts; tokens: of calibration;
+    effective_rank: directions of `channels` that they excite; unspanned: kind of text -> mean share
+    of a token's energy outside of these directions.
+    """
+
+    model_config = FROZEN
+    input: str
+    channels: int
+    tokens: int
+    effective_rank: Number
+    unspanned: dict[str, Number]
+
+
+class BlockCoverage(BaseModel):
+    """Coverage at each input of a block's quantized linears."""
+
+    model_config = FROZEN
+    block: str
+    inputs: tuple[InputCoverage, ...]
+
+
 class FallbackUse(BaseModel):
     """A named rule that was used where the method could not be applied."""
 
@@ -340,6 +364,7 @@ class Fidelity(BaseModel):
     modules: tuple[ModuleResult, ...] = ()
     routers: tuple[RouterAgreement, ...] = ()
     experts: ExpertCoverage | None = None
+    coverage: tuple[BlockCoverage, ...] | None = None  # None: no calibration or no fidelity text
     fallbacks: tuple[FallbackUse, ...] = ()
     benchmarks: tuple[BenchmarkResult, ...] = ()
     gates: tuple[GateResult, ...] = ()
@@ -347,6 +372,19 @@ class Fidelity(BaseModel):
     seeds: dict[str, int] = {}
     hashes: dict[str, str] = {}  # "recipe", "plan", ...
     command: str = ""
+
+    def find_worst_inputs(self) -> dict[str, tuple[Number, InputCoverage]]:
+        """Return kind of text -> its largest unspanned share and the first input that has it.
+
+        A share that is not finite is the largest.
+        """
+        worst = dict[str, tuple[Number, InputCoverage]]()
+        for place in (place for block in self.coverage or () for place in block.inputs):
+            for kind, share in place.unspanned.items():
+                known, _ = worst.get(kind, (-1.0, place))
+                if known is not None and (share is None or share > known):
+                    worst[kind] = (share, place)
+        return worst
 
     def to_json(self) -> str:
         """Return the text of fidelity.json: the same report gives the same bytes."""

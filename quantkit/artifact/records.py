@@ -33,10 +33,28 @@ class ModuleRecord:
     fallbacks: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CoverageRecord:
+    """How far calibration spans the fidelity text's activations at one input (numerics.coverage).
+
+    input: the first quantized module that reads it, or the routed experts; tokens: of calibration;
+    effective_rank: directions of `channels` that they excite; unspanned: kind of text -> mean share
+    of a token's energy outside of these directions. None for a gram that is not finite.
+    """
+
+    input: str
+    channels: int
+    tokens: int
+    effective_rank: float | None
+    unspanned: dict[str, float | None]
+
+
 @dataclass(kw_only=True)
 class BlockRecord:
-    """Record of one block. `fold_change`: change of its output by folding, caused by rounding
-    alone.
+    """Record of one block.
+
+    `fold_change`: change of its output by folding, caused by rounding alone; `coverage`: None
+    without calibration or without fidelity text.
     """
 
     name: str
@@ -46,4 +64,5 @@ class BlockRecord:
     expert_tokens: tuple[int, ...] = ()
     output_error: float | None = None
     router_agreement: float | None = None
+    coverage: tuple[CoverageRecord, ...] | None = None
     fold_change: float = 0.0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quantkit.build.block_plan import BlockPlan, GroupPlan
 from quantkit.build.context import BlockContext
+from quantkit.build.coverage import CoverageMeters
 from quantkit.build.expert_ops import count_tokens
 from quantkit.build.hidden_states import Routing, Stream, StreamName, run_batch, run_stream
 from quantkit.build.quantize_linear import QuantizedLinear, QuantizeRequest, quantize_group
@@ -120,15 +121,33 @@ class GramAccumulator:
         )
 
 
-def run_reference(context: BlockContext, layer: nn.Module, tap: ExpertTap | None) -> Routing | None:
+def run_reference(
+    context: BlockContext,
+    layer: nn.Module,
+    tap: ExpertTap | None,
+    calibration: BlockCalibration | None,
+) -> Routing | None:
     """Move the reference stream, if there is one, through the original dense part; return its
     routing.
+
+    With calibration, record how far its grams span the inputs on the way.
     """
-    stream = context.streams.get("reference")
+    stream, model = context.streams.get("reference"), context.build.model
     if stream is None:
         return None
     target = context.state.targets["reference"]
-    return run_stream(context.build.model, layer, tap, stream, target, stream.expert_inputs)
+    if calibration is None:
+        return run_stream(model, layer, tap, stream, target, stream.expert_inputs)
+    routings, meters = list[Routing](), CoverageMeters(context.plan, calibration.stats, stream)
+    with observe_inputs(layer, observed_modules(context.plan, crossed=False)) as inputs:
+        for batch in stream.batches:
+            valid, routing = run_batch(
+                model, layer, tap, stream, batch, target, stream.expert_inputs
+            )
+            routings += [routing] if routing else []
+            meters.add(batch, valid, inputs)
+    context.state.record.coverage = meters.finish()
+    return Routing.joined(routings)
 
 
 def run_sample(

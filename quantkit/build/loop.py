@@ -132,12 +132,12 @@ def quantize_block(context: BlockContext) -> None:
     (request,) = plan.dense_reads
     tensors = context.build.read(request)
     layer, tap = make_decoder_layer(context.build.model, plan.block, tensors)
-    reference = dense.run_reference(context, layer, tap)
     calibration = None
     if context.calibration:
         sample = dense.run_sample(context, layer, tap)
         calibration = dense.calibrate_dense(context, tensors, sample)
         record.expert_tokens = calibration.expert_tokens
+    reference = dense.run_reference(context, layer, tap, calibration)
     del layer, tap
     state = load_wave_checkpoint(context)
     moe.search_scales_pass(context, tensors, calibration, reference, state)

@@ -51,11 +51,11 @@ from quantkit.plan.plan import Plan
 from quantkit.progress import ProgressCallback
 from quantkit.recipe.schema import Recipe
 
-JOURNAL_FORMAT = 3
+JOURNAL_FORMAT = 4
+"""Version of the journal's entries: a build that another version began is not resumed."""
 CHOSEN_TEXTS = "chosen texts"
 """Key of the sets that `auto` stands for, in what decides a build."""
 _CHOSEN_TEXTS = TypeAdapter(dict[str, tuple[str, str]])
-"""Version of the journal's entries: a build that another version began is not resumed."""
 REMEDY = (
     "if nothing of yours is in it, remove it to start over, else move it away or choose another "
     "--output"

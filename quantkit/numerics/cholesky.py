@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
+from quantkit.numerics import matmul
 
 DAMPING = 0.01
 """Share of the gram's mean diagonal that is added to its diagonal: GPTQ's `percdamp`."""
@@ -112,9 +113,20 @@ def factorize_damped(gram: Tensor, order: Tensor, unit: Tensor) -> tuple[Tensor,
 def cholesky_in_place(matrix: Tensor) -> Tensor:
     """Replace symmetric matrices [..., n, n] by their lower Cholesky factors.
 
-    Returns [...] bool, true where a matrix has no factor. BLOCK_COLUMNS columns at a time, in
-    products whose sums do not depend on the number of threads; LAPACK's factorization of a whole
-    matrix does not promise that. No second matrix is allocated.
+    Returns [...] bool, true where a matrix has no factor. No second matrix is allocated.
+    """
+    failed = factorize_lower_triangle(matrix)
+    matrix.tril_()
+    return failed
+
+
+def factorize_lower_triangle(matrix: Tensor) -> Tensor:
+    """Write the Cholesky factors of symmetric matrices [..., n, n] over their lower triangles.
+
+    Above the diagonal, values change only in the diagonal blocks of BLOCK_COLUMNS columns. Returns
+    [...] bool, true where a matrix has no factor. BLOCK_COLUMNS columns at a time, in products
+    whose sums do not depend on the number of threads; LAPACK's factorization of a whole matrix does
+    not promise that.
     """
     failed = torch.zeros(matrix.shape[:-2], dtype=torch.bool, device=matrix.device)
     for start in range(0, matrix.shape[-1], BLOCK_COLUMNS):
@@ -126,5 +138,19 @@ def cholesky_in_place(matrix: Tensor) -> Tensor:
         panel[..., :BLOCK_COLUMNS, :] = lower
         below = panel[..., BLOCK_COLUMNS:, :]
         below.copy_(torch.linalg.solve_triangular(lower.mT, below, upper=True, left=False))
-    matrix.tril_()
     return failed
+
+
+def solve_lower_in_place(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Replace each row x of rows [k, n] by L^-1 x, with L in the lower triangle of matrix [n, n].
+
+    Forward substitution, BLOCK_COLUMNS columns at a time; values above the diagonal are not read.
+    """
+    for start in range(0, matrix.shape[0], BLOCK_COLUMNS):
+        block, before = slice(start, start + BLOCK_COLUMNS), slice(0, start)
+        panel = rows[:, block]  # [k, BLOCK_COLUMNS]
+        if start:
+            panel -= matmul.matmul_transposed(rows[:, before], matrix[block, before])
+        diagonal = matrix[block, block].tril()
+        panel.copy_(torch.linalg.solve_triangular(diagonal.mT, panel, upper=True, left=False))
+    return rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import PurePath
 from typing import Literal
 
@@ -75,6 +76,7 @@ def make_report(
             if block.router_agreement is not None
         ),
         experts=summarize_experts(plan, blocks),
+        coverage=summarize_coverage(blocks),
         fallbacks=summarize_fallbacks(records),
         benchmarks=tuple(benchmarks),
         versions=read_versions(plan),
@@ -357,6 +359,21 @@ def summarize_experts(
     return fidelity_schema.ExpertCoverage(
         min_tokens=calibration.min_expert_tokens, policy=calibration.under_calibrated, layers=layers
     )
+
+
+def summarize_coverage(
+    blocks: Sequence[BlockRecord],
+) -> tuple[fidelity_schema.BlockCoverage, ...] | None:
+    """Summarize how far calibration spans the fidelity text; None where it was not measured."""
+    measured = tuple(
+        fidelity_schema.BlockCoverage(
+            block=block.name,
+            inputs=tuple(fidelity_schema.InputCoverage(**asdict(x)) for x in block.coverage),
+        )
+        for block in blocks
+        if block.coverage
+    )
+    return measured or None
 
 
 def summarize_fallbacks(records: Sequence[ModuleRecord]) -> tuple[fidelity_schema.FallbackUse, ...]:

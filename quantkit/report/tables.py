@@ -11,6 +11,7 @@ from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, ModuleR
 from quantkit.artifact.layout import FIDELITY
 from quantkit.figures import (
     ALL_TEXT,
+    LOW_COVERAGE,
     NOT_FINITE,
     find_figure,
     is_size,
@@ -320,6 +321,36 @@ def make_expert_table(fidelity: Fidelity, limit: int = WORST) -> Table:
     return Table(title="Calibration tokens per expert", columns=columns, rows=rows, note=note)
 
 
+def make_coverage_table(fidelity: Fidelity, limit: int = WORST) -> Table:
+    """Return the kinds of text that calibration does not cover, each at its worst input."""
+    seen = list_seen_kinds(fidelity) or frozenset()
+    low = [
+        (share, kind, place)
+        for kind, (share, place) in fidelity.find_worst_inputs().items()
+        if share is not None and share > 1 - LOW_COVERAGE
+    ]
+    low.sort(key=lambda row: -row[0])
+    rows = tuple(
+        (
+            f"{kind} ({_describe_exposure(kind, seen)})",
+            place.input,
+            format_numbers.format_percent(share, 1),
+            format_numbers.format_digits(place.effective_rank),
+            format_numbers.format_count(place.channels),
+        )
+        for share, kind, place in low[:limit]
+    )
+    note = ""
+    if low:
+        share, kind, place = low[0]
+        percent = format_numbers.format_percent(share, 0)
+        note = f"The text {kind} has {percent} of its energy at {place.input} outside of what "
+        note += "calibration covers. Add text of this kind to the calibration set."
+    columns = ("text", "at the input of", ">outside", ">rank", ">channels")
+    title = "Text that calibration does not cover"
+    return Table(title=title, columns=columns, rows=rows, note=note)
+
+
 def make_fallback_table(fidelity: Fidelity) -> Table:
     """Return every fallback in use with its number of modules."""
     rows = tuple(
@@ -457,6 +488,7 @@ def make_tables(fidelity: Fidelity) -> Sequence[Table]:
         make_block_table(fidelity),
         make_router_table(fidelity),
         make_expert_table(fidelity),
+        make_coverage_table(fidelity),
         make_fallback_table(fidelity),
     )
     return [table for table in tables if table.rows]

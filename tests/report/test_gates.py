@@ -75,8 +75,10 @@ def test_every_figure_has_a_value_in_a_full_report() -> None:
     calibration = {**dict(FIDELITY["calibration"]), "kinds": {"a": 10}}  # type: ignore[arg-type]
     calibration["overlaps"] = [{"task": "t", "items": 9, "overlapping": 2}]
     gold = {"task": "t", "n": 9, "source": -0.5, "artifact": -0.6, "difference": {"value": -0.1}}
+    place = {"input": "q", "channels": 9, "tokens": 9, "effective_rank": 5, "unspanned": {"a": 0.1}}
     report = make_example({
         "calibration": calibration,
+        "coverage": [{"block": "b", "inputs": [place]}],
         "distribution": [pooled, *kinds],
         "benchmarks": [TASK],
         "likelihood": [gold],
