@@ -1,14 +1,14 @@
 """Error on kinds of text that calibration did not have, by how their grams are combined or shrunk.
 
-    PYTHONPATH=tests .venv/bin/python -m bench.gram_shrinkage [--blocks 2 10 20 28]
+    PYTHONPATH=tests .venv/bin/python -m bench.gram_shrinkage [--blocks 2 10 20 28] [--windows 18]
         [--method gptq] [--ways WAY ...] [--kinds KIND ...] [--without KIND ...]
 
 SmolLM2-135M, some blocks, 4 bits symmetric, group size 64. Each of seven kinds is left out in turn;
 the linears are quantized by the grams of the other six, combined in each of the ways of WAYS, and
 the relative output error tr(D G D^T) / tr(W G W^T) is measured with grams of test text of the kind
 left out and of the six kinds seen. The table shows the geometric mean over linears, blocks and
-kinds, relative to the plain mean of the grams ("mean"). Text comes from QUANTKIT_DATA
-(tests/README.md); half an hour of one core for GPTQ.
+kinds, relative to the plain mean of the grams ("mean"). Rows are quantized independently, so ROWS
+of each linear represent it. Text comes from QUANTKIT_DATA (tests/README.md).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from quantkit.numerics import gram as grams
 ROOT = Path(__file__).parents[2]
 SCHEME = Scheme(bits=4, group_size=64, symmetric=True, scale_dtype="bfloat16")
 ROUNDINGS = {"gptq": "gptq", "awq": "nearest"}
-LENGTH, WINDOWS, TEST_WINDOWS = 512, 8, 4
+LENGTH, WINDOWS, TEST_WINDOWS = 512, 18, 4
 """Tokens of a window; windows per kind: 7 x 18 x 512 tokens are those of the recipes."""
 BATCH, SEED, CHARACTERS = 4, 0, 6
 """Windows of a batch; characters of a token, at most."""
@@ -150,7 +150,7 @@ def name_ways() -> Ways:
     """Return every way to combine grams; "mean" is what a build does."""
     ways: dict[str, Callable[[Sequence[InputGrams], InputGrams], Tensor]] = {"mean": average_grams}
     for function, name, shares in (
-        (shrink_to_identity, "identity", (0.003, 0.01, 0.03, 0.1, 0.3)),
+        (shrink_to_identity, "identity", (0.003, 0.01, 0.03, 0.1, 0.2, 0.3)),
         (shrink_to_diagonal, "diagonal", (0.01, 0.03, 0.1, 0.3)),
         (blend_geometrically, "geometric", (0.1, 0.3)),
         (blend_with_prior, PRIOR, (0.03, 0.1, 0.3)),
@@ -206,12 +206,12 @@ def cut_windows(documents: Sequence[str], tokenizer: Any, count: int) -> Tensor:
     return windows[torch.arange(count) * len(windows) // count]
 
 
-def read_texts(data: Path, tokenizer: Any, kinds: Sequence[str]) -> dict[str, Tensor]:
+def read_texts(data: Path, tokenizer: Any, kinds: Sequence[str], windows: int) -> dict[str, Tensor]:
     """Return the windows of every kind, "KIND" and "KIND test", and of the prior."""
     texts = {}
     for kind in kinds:
         calibration, test = KINDS[kind]
-        texts[kind] = cut_windows(read_documents(data / calibration), tokenizer, WINDOWS)
+        texts[kind] = cut_windows(read_documents(data / calibration), tokenizer, windows)
         texts[f"{kind} test"] = cut_windows(read_documents(data / test), tokenizer, TEST_WINDOWS)
     generator = torch.Generator().manual_seed(SEED)
     shape = (TEST_WINDOWS, LENGTH)
@@ -365,7 +365,7 @@ def quantize_every_way(
     stats = InputStats(
         gram=torch.stack(matrices),  # [ways, in, in]
         mean_abs=torch.stack(means),  # [ways, in]
-        n_tokens=torch.full((len(matrices),), len(options.kinds) * WINDOWS * LENGTH),
+        n_tokens=torch.full((len(matrices),), len(options.kinds) * options.windows * LENGTH),
     )
     weights = weight.expand(len(matrices), *weight.shape).contiguous()  # -> [ways, out, in]
     stored = quantize_weights(options.method, weights, stats, scaled=key[1] != UNSCALED)
@@ -411,6 +411,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 10, 20, 28])
     parser.add_argument("--method", choices=("gptq", "awq"), default="gptq")
     parser.add_argument("--ways", nargs="+", default=[NEAREST, INCLUDED, *WAYS], metavar="WAY")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="of calibration, per kind")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--without", nargs="+", choices=list(KINDS), help="kinds to leave out")
     parser.add_argument("--cache", type=Path, help="folder that keeps the grams, 1.5 GB")
@@ -429,7 +430,8 @@ def main() -> None:
     data = Path(os.environ.get("QUANTKIT_DATA", ROOT.parent / "shared" / "data"))
     model = AutoModel.from_pretrained(options.model, dtype=torch.float32)
     del model.layers[max(options.blocks) + 1 :]
-    texts = read_texts(data, AutoTokenizer.from_pretrained(options.model), options.kinds)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    texts = read_texts(data, tokenizer, options.kinds, options.windows)
     with tempfile.TemporaryDirectory() as place:
         captured = capture_grams(model, texts, options.blocks, options.cache or Path(place))
     errors: dict[tuple[str, ...], float] = {}
