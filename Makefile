@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 THREADS ?= $(shell nproc)
 # Test files that run in parallel; each may need several GB.
 WORKERS ?= 2
-PARALLEL := --numprocesses $(WORKERS) --dist loadfile
+# The order of tests/conftest.py, the longest files first, instead of the files with most tests.
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-serve demo-load fast test lint types unit golden test-slow readers test-readers bench bench-quality bench-likelihood bench-memory bench-gpu bench-gateway bench-gateway-soak bench-peers bench-transfer bench-verify \
+.PHONY: help demo demo-serve demo-load fast test lint types unit golden test-slow readers test-readers bench bench-quality bench-likelihood bench-texts bench-memory bench-gpu bench-gateway bench-gateway-soak bench-peers bench-transfer bench-verify \
 	reliability real-model eval-real test-vllm wheel clean
 
 help:  ## list the targets
@@ -44,7 +45,8 @@ $(GUIDELLM)/.installed: tests/external/guidellm/requirements.txt
 fast: lint types  ## lint, types and the fast tests (two minutes on 2 cores)
 	$(BIN)/python -m pytest -m 'not slow and not medium' $(PARALLEL)
 
-test: lint types unit  ## lint, types and all tests but the slow ones (ten minutes on 2 cores)
+test: lint  ## lint, types and all tests but the slow ones (ten minutes on 2 cores)
+	$(MAKE) --jobs 2 types unit
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -115,7 +117,11 @@ real-model: $(VENV)/.installed $(REAL)/.installed  ## SmolLM2-135M by each metho
 
 bench-peers: $(VENV)/.installed $(REAL)/.installed $(PEERS:=/.installed)  ## compare quantkit with GPTQModel and llm-compressor
 	$(REAL)/bin/python tests/external/real_model/make_smollm2.py
-	PYTHONPATH=tests $(BIN)/python -m external.real_model.against_peers $(PEERS:=/bin/python)
+	PYTHONPATH=tests $(BIN)/python -m external.real_model.against_peers $(PEERS:=/bin/python) $(ARGS)
+
+bench-texts: $(VENV)/.installed $(REAL)/.installed  ## SmolLM2-135M calibrated on other texts: KL on seven kinds of text (hours; continues)
+	test -d artifacts/real/smollm2-135m || $(REAL)/bin/python tests/external/real_model/make_smollm2.py
+	PYTHONPATH=tests $(BIN)/python -m external.real_model.text_kinds $(ARGS)
 
 eval-real: $(VENV)/.installed $(REAL)/.installed  ## GSM8K, HumanEval, MBPP: SmolLM2-135M by each method (hours)
 	test -d artifacts/real/smollm2-135m || $(REAL)/bin/python tests/external/real_model/make_smollm2.py

@@ -50,10 +50,9 @@ def plan_recipe(
     from quantkit.plan import sources  # imports torch
 
     _, parsed = read_recipe(str(recipe), _as_text(overrides))
-    plans = sources.plan_recipe(
-        parsed, sources.resolve_source_facts(parsed), sources.bound_text_tokens(parsed)
-    )
-    return tuple(summarize_plan(plan) for plan in plans)
+    plans = sources.plan_recipe(parsed, sources.resolve_source_facts(parsed))
+    sampled = sources.describe_sampled_texts(plans[0].recipe)
+    return tuple(summarize_plan(plan, sampled) for plan in plans)
 
 
 def build_recipe(

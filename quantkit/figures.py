@@ -215,6 +215,15 @@ def read_lost_items(report: Any, _part: str) -> Reading:
     return Reading(value=float(sum(row.lost for row in report.benchmarks)))
 
 
+def read_overlapping_items(report: Any, _part: str) -> Reading:
+    """Read the number of benchmark prompts, over all tasks, that appear in the calibration text."""
+    rows = report.calibration.overlaps if report.calibration else ()
+    checked = [row for row in rows if row.items]
+    if not checked:
+        return Reading(value=None, reason=NOT_MEASURED)
+    return Reading(value=float(sum(row.overlapping for row in checked)))
+
+
 def read_module_output_error(report: Any, _part: str) -> Reading:
     """Read the largest relative output error; an expert that no token reached has none."""
     errors = [row.output_relative_error for row in report.modules if row.method is not None]
@@ -390,6 +399,12 @@ FIGURES: tuple[FigureDefinition, ...] = (
         key="lost_items", label="lost items", style="count", direction="lower", unit="items",
         scope="artifact", is_streamed=False, reader=read_lost_items,
         meaning="Benchmark items, over all tasks, right in the source and wrong in the artifact.",
+    ),
+    FigureDefinition(
+        key="overlapping_items", label="prompts in the calibration text", style="count",
+        direction="lower", unit="items", scope="artifact", is_streamed=False,
+        reader=read_overlapping_items,
+        meaning="Benchmark prompts, over all tasks, that appear in the calibration text.",
     ),
     FigureDefinition(
         key="size", label="size", style="bytes", direction="lower", unit="bytes", scope="artifact",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +41,8 @@ from quantkit.checkpoint.tensors import WrittenFile
 from quantkit.errors import ArtifactError
 from quantkit.evaluate import solution_likelihood
 from quantkit.evaluate.item_results import write_pairs
+from quantkit.evaluate.prompt_overlap import check_overlaps
+from quantkit.evaluate.self_sampler import open_self_source
 from quantkit.evaluate.solution_likelihood import GoldSolutions, ScoredSolution
 from quantkit.evaluate.source_comparison import SourceComparison, compare_with_source
 from quantkit.evaluate.tasks import check_trust
@@ -54,14 +57,17 @@ from quantkit.io.files import read_json, write_atomic, write_json
 from quantkit.io.host import HEAP_BYTES, get_peak_memory, keep_freed_memory, return_freed_memory
 from quantkit.models.layers import make_meta_model
 from quantkit.plan import sources
-from quantkit.plan.plan import Plan
+from quantkit.plan.plan import Plan, SourceFacts
+from quantkit.plan.self_texts import list_self_texts
 from quantkit.progress import ProgressCallback
 from quantkit.recipe.schema import Recipe
 from quantkit.report import card, gates, html_page
 from quantkit.report import make as evidence
 from quantkit.report.make import TextName
 from quantkit.texts import corpora
-from quantkit.texts.corpora import Tokens
+from quantkit.texts.chats import has_chat_template
+from quantkit.texts.corpora import CorpusSet
+from quantkit.texts.tokens import Tokens, pack_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +176,12 @@ def build_artifacts(
     timer = StepTimer()
     located = hub.resolve_model(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder)
-    texts = tokenize(recipe, located.folder, trusted_code)
-    plans = sources.plan_recipe(
-        recipe, sources.make_source_facts(recipe, source, located.revision), texts.counts()
-    )
-    if all(plan.memory.budget_bytes - plan.memory.peak_bytes >= HEAP_BYTES for plan in plans):
-        keep_freed_memory()
+    facts = sources.make_source_facts(recipe, source, located.revision)
+    chosen = {} if restart else session.read_chosen_texts(recipe)
+    recipe = sources.resolve_texts(recipe, facts, chosen)
+    texts = check_and_tokenize(recipe, facts, source, trusted_code, on_progress)
+    plans = sources.plan_recipe(recipe, facts, texts.counts())
+    keep_memory_if_free(plans)
     with session.exclusive_lock(plans):
         journal = session.find_interrupted(plans, overwrite=overwrite, restart=restart)
         on_plan(plans)
@@ -206,6 +212,12 @@ def build_artifacts(
             build.add_resume_note(error)
             raise
     return tuple(read_result(plan) for plan in plans)
+
+
+def keep_memory_if_free(plans: Sequence[Plan]) -> None:
+    """Keep freed memory for the next allocation if every plan leaves room for it."""
+    if all(plan.memory.budget_bytes - plan.memory.peak_bytes >= HEAP_BYTES for plan in plans):
+        keep_freed_memory()
 
 
 def rename_sealed(build: BuildSession, plan: Plan, manifest: str) -> None:
@@ -281,6 +293,8 @@ def build_group(
         report = evidence.make_report(
             plan, built.blocks, figures.tokens, texts.descriptions, likely, compared.rows, license
         )
+        versions = {**report.versions, **compared.conditions}
+        report = report.model_copy(update={"versions": versions})
         report = gates.apply_gates(plan.recipe.gates, report)
         write_evidence(plan, artifact.folder, report, figures, compared)
         write_timings(artifact.folder, built, timer)
@@ -289,17 +303,91 @@ def build_group(
     build.mark_sealed(loop, sealed)
 
 
-def tokenize(recipe: Recipe, folder: Path, trusted_code: Sequence[str] = ()) -> TokenizedTexts:
+def check_and_tokenize(
+    recipe: Recipe,
+    facts: SourceFacts,
+    source: Checkpoint,
+    trusted_code: Sequence[str],
+    on_progress: ProgressCallback,
+) -> TokenizedTexts:
+    """Tokenize the texts of a build; faults of the recipe come before the model samples text."""
+    if list_self_texts(recipe):
+        sources.plan_recipe(recipe, facts)
+    return tokenize(recipe, source.folder, trusted_code, source, on_progress)
+
+
+def tokenize(
+    recipe: Recipe,
+    folder: Path,
+    trusted_code: Sequence[str] = (),
+    source: Checkpoint | None = None,
+    on_progress: ProgressCallback = lambda _: None,
+) -> TokenizedTexts:
     """Load the recipe's text sets and cut them into token sequences with the source's tokenizer.
 
+    Text of the model itself is sampled from `source`, the checkpoint in `folder` by default.
     trusted_code: sha256 of Python files that tasks may run; raises UntrustedCode for others.
     """
     check_trust(recipe.evaluation.tasks, trusted_code)
     is_code_allowed = allows_remote_code(recipe.source.trust_remote_code, folder)
-    tokenizer, sets = (
-        corpora.load_tokenizer(folder, is_code_allowed),
-        package_data.locate_folder("calibration"),
+    tokenizer = corpora.load_tokenizer(folder, is_code_allowed)
+    tokens, descriptions = dict[TextName, Tokens](), dict[TextName, TextSet]()
+    sets = load_sets(recipe, folder, source, tokenizer, on_progress)
+    for name, _, sequences, length, seed in select_texts(recipe):
+        corpus = sets[name]
+        calibrated = tokens["calibration"].domains if "calibration" in tokens else ()
+        tokens[name] = corpora.sample_sequences(
+            corpus, tokenizer, sequences, length, seed, set(calibrated)
+        )
+        descriptions[name] = evidence.summarize_text(
+            corpus,
+            tokens[name],
+            length,
+            seed,
+            has_template=has_chat_template(tokenizer),
+            chosen=recipe.chosen_texts.get(name, ("", ""))[1],
+        )
+    if "calibration" in tokens:
+        texts = decode_sequences(tokenizer, tokens["calibration"])
+        overlaps = check_overlaps(recipe.evaluation.tasks, texts, trusted_code)
+        described = descriptions["calibration"].model_copy(update={"overlaps": overlaps})
+        descriptions["calibration"] = described
+    nothing = pack_tokens([])
+    tasks, items = recipe.evaluation.tasks, recipe.evaluation.likelihood
+    solutions = solution_likelihood.make_empty_solutions()
+    if recipe.fidelity:
+        solutions = solution_likelihood.tokenize_solutions(
+            tasks, tokenizer, items=items, length=recipe.fidelity.length, trusted_code=trusted_code
+        )
+    return TokenizedTexts(
+        tokens={"calibration": nothing, "fidelity": nothing, **tokens},
+        descriptions=descriptions,
+        solutions=solutions,
     )
+
+
+def load_sets(
+    recipe: Recipe,
+    folder: Path,
+    source: Checkpoint | None,
+    tokenizer: corpora.Tokenizer,
+    on_progress: ProgressCallback,
+) -> dict[TextName, CorpusSet]:
+    """Read the recipe's text sets; the model is loaded only if it samples text of them."""
+    place, sets = package_data.locate_folder("calibration"), dict[TextName, CorpusSet]()
+    with ExitStack() as opened:
+        own = None
+        if list_self_texts(recipe):
+            checkpoint = source or Checkpoint.open(folder)
+            own = opened.enter_context(open_self_source(recipe, checkpoint, tokenizer, on_progress))
+        for name, set_name, sequences, length, seed in select_texts(recipe):
+            sampler = own.make_sampler(name, sequences, length, seed) if own is not None else None
+            sets[name] = corpora.load_set(set_name, place, sampler)
+    return sets
+
+
+def select_texts(recipe: Recipe) -> list[tuple[TextName, str, int | None, int, int]]:
+    """Return (stream, set, sequences, length, seed) of the texts that a build runs."""
     selected: list[tuple[TextName, str, int | None, int, int]] = []
     calibration = recipe.calibration if recipe.needs_calibration else None
     if calibration:
@@ -312,23 +400,12 @@ def tokenize(recipe: Recipe, folder: Path, trusted_code: Sequence[str] = ()) -> 
         ))
     if fidelity := recipe.fidelity:
         selected.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
-    tokens, descriptions = dict[TextName, Tokens](), dict[TextName, TextSet]()
-    for name, set_name, sequences, length, seed in selected:
-        corpus = corpora.load_set(set_name, sets)
-        tokens[name] = corpora.sample_sequences(corpus, tokenizer, sequences, length, seed)
-        descriptions[name] = evidence.summarize_text(corpus, tokens[name], length, seed)
-    nothing = corpora.pack_tokens([])
-    tasks, items = recipe.evaluation.tasks, recipe.evaluation.likelihood
-    solutions = solution_likelihood.make_empty_solutions()
-    if fidelity:
-        solutions = solution_likelihood.tokenize_solutions(
-            tasks, tokenizer, items=items, length=fidelity.length, trusted_code=trusted_code
-        )
-    return TokenizedTexts(
-        tokens={"calibration": nothing, "fidelity": nothing, **tokens},
-        descriptions=descriptions,
-        solutions=solutions,
-    )
+    return selected
+
+
+def decode_sequences(tokenizer: corpora.Tokenizer, tokens: Tokens) -> list[str]:
+    """Return the text of every sequence."""
+    return [tokenizer.decode(row.ids) for row in tokens.select(range(tokens.n_sequences))]
 
 
 def quantize_and_measure(

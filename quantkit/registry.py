@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, TypeVar
@@ -31,6 +32,7 @@ _PACKAGES = {
 }
 
 
+@cache  # read once per linear by plans and layouts
 def list_names(kind: Kind) -> tuple[str, ...]:
     """Return every name of a kind, sorted, without importing a plug-in."""
     modules = pkgutil.iter_modules(_PACKAGES[kind].__path__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 # A shell ignores SIGINT in background jobs, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Workers share the processors: torch would start a thread per processor in each of them, and the
+# threads that wait for each other spin. Read when torch is imported, here and in child processes.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 
 MEDIUM_FILES = frozenset({
     "bench/test_gpu.py",
@@ -32,6 +38,7 @@ MEDIUM_FILES = frozenset({
     "build/test_resume.py",
     "build/test_several_formats.py",
     "build/test_tied_heads.py",
+    "checkpoint/test_hostile_hub.py",
     "checkpoint/test_tensors.py",
     "cli/test_cli.py",
     "cli/test_environment.py",
@@ -48,10 +55,12 @@ MEDIUM_FILES = frozenset({
     "evaluate/test_sandbox_memory.py",
     "evaluate/test_sandbox_modules.py",
     "evaluate/test_sandbox_syscalls.py",
+    "evaluate/test_self_sampler.py",
     "evaluate/test_solution_likelihood.py",
     "evaluate/test_task_runner.py",
     "formats/test_bitsandbytes.py",
     "formats/test_fp8_kept.py",
+    "io/test_template_filter.py",
     "io/test_templates.py",
     "io/test_user_cache.py",
     "methods/test_hard_weights.py",
@@ -70,6 +79,7 @@ MEDIUM_FILES = frozenset({
     "report/test_gates.py",
     "report/test_html.py",
     "report/test_html_browser.py",
+    "report/test_narrow_calibration.py",
     "serve/test_connections.py",
     "serve/test_cost.py",
     "serve/test_exchange.py",
@@ -83,7 +93,10 @@ MEDIUM_FILES = frozenset({
     "test_api.py",
     "test_contracts.py",
     "test_golden.py",
+    "texts/test_builtin_text.py",
     "texts/test_corpora.py",
+    "texts/test_self_text.py",
+    "texts/test_hostile_hub_data.py",
     "tools/test_tiny_v3.py",
     "verify/test_bad_artifacts.py",
     "verify/test_deep.py",
@@ -92,16 +105,44 @@ MEDIUM_FILES = frozenset({
 })
 """Files whose tests build artifacts, start processes or read many files; not in `make fast`."""
 
+LONGEST_FILES = (
+    "test_contracts.py",
+    "test_golden.py",
+    "cli/test_cli.py",
+    "evaluate/test_sandbox.py",
+    "publish/test_transfer.py",
+    "serve/test_serve.py",
+    "reliability/test_fuzz.py",
+    "evaluate/test_evaluation.py",
+    "methods/test_hard_weights.py",
+    "evaluate/test_solution_likelihood.py",
+    "diff/test_diff_command.py",
+    "cli/test_environment.py",
+    "test_api.py",
+)
+"""Files that begin first, the longest first, so that parallel workers end together."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of MEDIUM_FILES. Raises pytest.UsageError for a name without a file."""
+    """Mark the tests of MEDIUM_FILES and order the files by their duration.
+
+    Raises pytest.UsageError for a name without a file.
+    """
     folder = Path(__file__).parent
-    missing = sorted(name for name in MEDIUM_FILES if not (folder / name).is_file())
+    named = {*MEDIUM_FILES, *LONGEST_FILES}
+    missing = sorted(name for name in named if not (folder / name).is_file())
     if missing:
-        raise pytest.UsageError(f"tests/conftest.py: MEDIUM_FILES: no such file: {missing}")
+        raise pytest.UsageError(f"tests/conftest.py: no such file: {missing}")
+    order = {name: place for place, name in enumerate(LONGEST_FILES)}
+
+    def get_place(item: pytest.Item) -> int:
+        name = item.path.relative_to(folder).as_posix()
+        return order.get(name, len(order) + (name not in MEDIUM_FILES))
+
     for item in items:
         if item.path.relative_to(folder).as_posix() in MEDIUM_FILES:
             item.add_marker(pytest.mark.medium)
+    items.sort(key=get_place)  # stable: the tests of a file stay together
 
 
 @pytest.fixture(scope="session")

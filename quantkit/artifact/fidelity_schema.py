@@ -107,7 +107,10 @@ class SourceModel(BaseModel):
 
 
 class TextPart(BaseModel):
-    """A part of a mixture: the tokens that it contributed; `skipped` counts rows without text."""
+    """A part of a mixture: the tokens that it contributed; `skipped` counts rows without text.
+
+    answers: those of the tokens that are an assistant's; None for text that is no chat.
+    """
 
     model_config = FROZEN
     name: str
@@ -117,15 +120,30 @@ class TextPart(BaseModel):
     sha256: str
     sequences: int
     tokens: int
+    answers: int | None = None
     skipped: int = 0
     description: str = ""
+
+
+class TaskOverlap(BaseModel):
+    """Prompts of a benchmark that appear in the calibration text (texts/overlap.py).
+
+    reason: why the task was not checked; `items` is then 0.
+    """
+
+    model_config = FROZEN
+    task: str
+    items: int = 0
+    overlapping: int = 0
+    reason: str = ""
 
 
 class TextSet(BaseModel):
     """A text set that was used for calibration or measurement.
 
     kinds: tokens per kind of text; the kinds are the domains of `DistributionResult`. Empty in
-    reports of earlier versions. parts: empty for a set that is no mixture.
+    reports of earlier versions. parts: empty for a set that is no mixture. chosen: why `auto`
+    stands for this set, if it is a fallback.
     """
 
     model_config = FROZEN
@@ -139,6 +157,8 @@ class TextSet(BaseModel):
     description: str = ""
     kinds: dict[str, int] = {}
     parts: tuple[TextPart, ...] = ()
+    overlaps: tuple[TaskOverlap, ...] = ()  # of a calibration text
+    chosen: str = ""
 
 
 # ------------------------------------------------------------------------------------------ figures

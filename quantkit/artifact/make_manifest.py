@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from platform import python_version
 
@@ -83,7 +84,7 @@ def read_environment(plan: Plan) -> dict[str, str]:
 
 def format_plan(plan: Plan) -> str:
     """Return the text of plan.json: the resolved recipe, and its decision for every linear."""
-    summary = summarize_plan(plan).model_dump(mode="json", exclude={"memory", "output"})
+    summary = summarize_plan(plan).model_dump(mode="json", exclude={"memory", "output", "sampled"})
     decisions = {name: [format_action(d), d.rule] for name, d in plan.decisions.items()}
     values = {
         "hash": plan.hash,
@@ -106,5 +107,11 @@ def read_versions(plan: Plan) -> dict[str, str]:
     """Return the versions of Python and of the packages that computed the artifact."""
     return {
         "python": python_version(),
-        **{name: version(name) for name in (*PACKAGES, *plan.format.packages)},
+        **{name: read_version(name) for name in (*PACKAGES, *plan.format.packages)},
     }
+
+
+@cache  # parses the package's metadata; a build needs each version three times
+def read_version(package: str) -> str:
+    """Return the version of an installed package."""
+    return version(package)

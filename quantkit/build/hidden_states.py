@@ -19,7 +19,7 @@ from quantkit.build.spool import Spool, SpoolDtype
 from quantkit.errors import CheckpointError
 from quantkit.models.layers import ExpertTap, MetaModel, run_layer
 from quantkit.plan.memory import BATCH_TOKENS
-from quantkit.texts.corpora import Tokens, pack_tokens
+from quantkit.texts.tokens import Tokens, pack_tokens
 
 StreamName = Literal["calibration", "original", "reference", "quantized"]
 
@@ -119,13 +119,14 @@ def iterate_chunks(rows: int, size: int = BATCH_TOKENS) -> Iterator[tuple[int, i
 def sort_by_length(tokens: Tokens) -> Tokens:
     """Return the same sequences, longest first, so that batches need little padding."""
     order = sorted(range(tokens.n_sequences), key=lambda i: -tokens.lengths[i])
-    return pack_tokens([(tokens.domains[i], tokens.sequence(i).tolist()) for i in order])
+    return pack_tokens(tokens.select(order))
 
 
 def concatenate_tokens(first: Tokens, second: Tokens) -> Tokens:
     """Return the sequences of both, the second after the first."""
-    both = ((tokens, i) for tokens in (first, second) for i in range(tokens.n_sequences))
-    return pack_tokens([(tokens.domains[i], tokens.sequence(i).tolist()) for tokens, i in both])
+    return pack_tokens([
+        row for tokens in (first, second) for row in tokens.select(range(tokens.n_sequences))
+    ])
 
 
 def open_stream(

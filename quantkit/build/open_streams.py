@@ -20,7 +20,7 @@ from quantkit.build.hidden_states import (
     spool_dtype,
 )
 from quantkit.build.spool import SpoolDtype
-from quantkit.texts.corpora import Tokens
+from quantkit.texts.tokens import Tokens
 
 Streams = dict[StreamName, Stream]
 StreamTexts = Mapping[Literal["calibration", "fidelity", "solutions"], Tokens]

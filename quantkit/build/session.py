@@ -20,6 +20,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from quantkit.artifact.make_manifest import read_environment, read_versions
 from quantkit.artifact.replace import read_replaced
 from quantkit.artifact.seal import is_sealed
@@ -47,8 +49,12 @@ from quantkit.io.owned_dirs import (
 )
 from quantkit.plan.plan import Plan
 from quantkit.progress import ProgressCallback
+from quantkit.recipe.schema import Recipe
 
 JOURNAL_FORMAT = 3
+CHOSEN_TEXTS = "chosen texts"
+"""Key of the sets that `auto` stands for, in what decides a build."""
+_CHOSEN_TEXTS = TypeAdapter(dict[str, tuple[str, str]])
 """Version of the journal's entries: a build that another version began is not resumed."""
 REMEDY = (
     "if nothing of yours is in it, remove it to start over, else move it away or choose another "
@@ -167,8 +173,27 @@ def scratch_folder(plans: Sequence[Plan]) -> Path:
     """Return the folder of the journal; it does not depend on the recipe's formats and their
     order.
     """
-    staging = get_staging_path(Path(plans[0].recipe.output.path))
+    return locate_scratch(plans[0].recipe)
+
+
+def locate_scratch(recipe: Recipe) -> Path:
+    """Return the folder of the journal of a recipe's build."""
+    staging = get_staging_path(Path(recipe.output.path))
     return staging.with_name(f"{staging.name}.scratch")
+
+
+def read_chosen_texts(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """Return what `auto` stands for in the interrupted build of a recipe: text -> (set, reason).
+
+    Empty without such a build, or if it did not choose the sets that this recipe leaves open: the
+    build resumes with its own texts, whatever this machine can reach now.
+    """
+    entry = read_first_entry(locate_scratch(recipe) / JOURNAL) or {}
+    try:
+        chosen = _CHOSEN_TEXTS.validate_python(entry.get("of", {}).get(CHOSEN_TEXTS, {}))
+    except (AttributeError, ValidationError):
+        return {}
+    return chosen if chosen.keys() == set(recipe.automatic_texts) else {}
 
 
 def check_folders(plans: Sequence[Plan]) -> str | None:
@@ -330,6 +355,8 @@ def build_identity(
         "plan": {each.format_name: each.hash for each in plans},
         "journal": JOURNAL_FORMAT,
     }
+    if plan.recipe.chosen_texts:
+        of[CHOSEN_TEXTS] = plan.recipe.chosen_texts
     return dict(json.loads(json.dumps(of)))
 
 

@@ -1,9 +1,10 @@
 """Models by name: a folder, `builtin:<name>`, or a model of the Hugging Face Hub.
 
-From the Hub, safetensors, JSON, tokenizer and license files are downloaded; code is copied, never
-run.
+From the Hub, safetensors, JSON, tokenizer and license files and named chat templates are
+downloaded; code is copied, never run.
 
-Remote headers are read by range requests of our own, with the checks of local headers.
+Config, index and headers are read by requests of our own, which are bounded (io/hub_client.py),
+with the checks of local headers. A download has a budget: twice the bytes of its listed files.
 `HfApi.parse_safetensors_file_metadata` would lose: the file's size, which exposes a truncated
 upload; the checks of offsets, shapes, dtypes, duplicate keys and nesting; headers above 25 MB; and
 the refusal of a server that ignores the range and sends gigabytes.
@@ -11,15 +12,17 @@ the refusal of a server that ignores the range and sends gigabytes.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download
+import httpx2
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -28,10 +31,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.file_names import CONFIG, INDEX, SINGLE
+from quantkit.checkpoint.file_names import CHAT_TEMPLATES, CONFIG, INDEX, SINGLE
+from quantkit.checkpoint.folder_rules import is_sidecar
 from quantkit.checkpoint.fp8_pairs import (
     find_pair_faults,
     get_scale_suffix,
@@ -43,8 +47,17 @@ from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.shards import check_single_set, find_index_faults, read_weight_map
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, HubUnreachable, UsageError
-from quantkit.io.files import join_faults, read_json, shorten_repr
+from quantkit.io.bounded_http import ResponseLimits
+from quantkit.io.files import (
+    JSON_LIMIT_BYTES,
+    get_free_bytes,
+    join_faults,
+    parse_json,
+    shorten_repr,
+)
+from quantkit.io.hub_client import MAX_FILE_BYTES, MAX_PAGES, HubBudget, HubReader, bound_hub
 from quantkit.io.package_data import BUILTIN_PREFIX, locate_model
+from quantkit.io.retry import ResponseRefused, TransientError
 
 _ALLOWED_FILES = [
     "*.safetensors",
@@ -63,7 +76,11 @@ _IGNORED_FILES = [
 ]  # folders of other formats; the same weights a second time
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONNECTIONS = 8
+_MAX_FILES = 10_000  # DeepSeek-V3 has 163 shards
 _FIRST_BYTES = 100_000  # most headers are shorter
+_HEADER_SECONDS = 600.0  # of a range; the longest header has 100 MB
+_API_BYTES = 100_000_000  # of the answers of the Hub's API for one download
+_REQUESTS_PER_FILE = 20  # head, redirects, and tries after broken connections
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,12 +113,72 @@ def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
     if local is not None:
         return ResolvedModel(folder=local, revision=None)
     with _translate_errors(model, revision):
+        return _download_snapshot(model, revision)
+
+
+def _download_snapshot(model: str, revision: str | None) -> ResolvedModel:
+    """Download a snapshot into the Hub's cache, or return the cached one without a connection."""
+    n_bytes, n_files = 0, 0
+    allowed, ignored = _ALLOWED_FILES, _IGNORED_FILES
+    with suppress(*_LIBRARY_FAULTS):  # the library then looks in its cache, or raises the same
+        with HubReader(model) as reader:
+            commit = _fetch_commit(reader, model, revision)
+            wanted = _list_wanted(model, commit, reader)
+        missing = [name for name in wanted if not _is_cached(model, name, commit)]
+        n_bytes, n_files = sum(wanted[name] for name in missing), len(missing)
+        allowed, ignored = [*map(glob.escape, wanted)], []
+        _check_free_space(model, n_bytes)
+    budget = HubBudget(
+        n_bytes=2 * n_bytes + _API_BYTES,  # twice: connections break and files start again
+        n_requests=_REQUESTS_PER_FILE * n_files + MAX_PAGES,
+    )
+    with bound_hub(budget):
         path = snapshot_download(
-            model, revision=revision, allow_patterns=_ALLOWED_FILES, ignore_patterns=_IGNORED_FILES
+            model,
+            revision=revision,
+            allow_patterns=allowed,
+            ignore_patterns=ignored,
         )
     return ResolvedModel(
         folder=Path(path), revision=Path(path).name
     )  # <cache>/models--org--name/snapshots/<commit>
+
+
+def _list_wanted(model: str, commit: str, reader: HubReader) -> dict[str, int]:
+    """Return the files that a download needs, with their bytes: what a folder would carry over."""
+    files = {file.path: file.size for file in reader.list_files(commit)}
+    wanted = [
+        *filter_repo_objects(files, allow_patterns=_ALLOWED_FILES, ignore_patterns=_IGNORED_FILES),
+        *(name for name in files if name.startswith(f"{CHAT_TEMPLATES}/") and is_sidecar(name)),
+    ]
+    if len(wanted) > _MAX_FILES:
+        raise CheckpointError(
+            f"{model}: expected at most {_MAX_FILES:,} files of a model, found {len(wanted):,}; "
+            "use another model"
+        )
+    return {name: files[name] for name in wanted}
+
+
+def _is_cached(model: str, name: str, commit: str) -> bool:
+    return isinstance(try_to_load_from_cache(model, name, revision=commit), str)
+
+
+def _check_free_space(model: str, n_bytes: int) -> None:
+    """Raise CheckpointError if the cache's disk has no room for a download."""
+    folder = Path(constants.HF_HUB_CACHE)
+    free = get_free_bytes(folder)
+    if n_bytes > free:
+        raise CheckpointError(
+            f"{model}: expected {n_bytes / 1e9:.1f} GB free in {folder} for the files of the "
+            f"model, found {free / 1e9:.1f} GB; free some space or set HF_HOME to another disk"
+        )
+
+
+def _fetch_commit(reader: HubReader, model: str, revision: str | None) -> str:
+    commit = reader.fetch_commit(revision or constants.DEFAULT_REVISION)
+    if commit is None:
+        raise CheckpointError(f"{model}: expected the Hub to name a commit, found none; try again")
+    return commit
 
 
 def read_model_headers(model: str, revision: str | None = None) -> ModelHeaders:
@@ -119,8 +196,13 @@ def read_model_headers(model: str, revision: str | None = None) -> ModelHeaders:
             revision=None,
             code=list_code_files(local),
         )
-    with _translate_errors(model, revision):
-        return _fetch_headers(model, revision)
+    with _translate_errors(model, revision), HubReader(model) as reader:
+        return _fetch_headers(model, revision, reader)
+
+
+def find_local_folder(model: str) -> Path | None:
+    """Return the folder of a model on this machine; None for a Hub id."""
+    return _locate_local(model, None)
 
 
 def _locate_local(model: str, revision: str | None) -> Path | None:
@@ -149,19 +231,13 @@ def _locate_local(model: str, revision: str | None) -> Path | None:
     return folder
 
 
-def _fetch_headers(model: str, revision: str | None) -> ModelHeaders:
-    api = HfApi()
-    info = api.model_info(model, revision=revision)
-    commit = info.sha
-    if commit is None:
-        raise CheckpointError(f"{model}: expected the Hub to name a commit, found none; try again")
-    present = {sibling.rfilename for sibling in info.siblings or ()}
-    config = Config(
-        values=read_json(_fetch_file(model, CONFIG, commit)), where=f"{model}: {CONFIG}"
-    )
+def _fetch_headers(model: str, revision: str | None, reader: HubReader) -> ModelHeaders:
+    commit = _fetch_commit(reader, model, revision)
+    present = {file.path for file in reader.list_files(commit)}
+    config = Config(values=_fetch_json(reader, model, CONFIG, commit), where=f"{model}: {CONFIG}")
     index: dict[str, str] | None = None
     if INDEX in present:
-        index = read_weight_map(read_json(_fetch_file(model, INDEX, commit)), f"{model}: {INDEX}")
+        index = read_weight_map(_fetch_json(reader, model, INDEX, commit), f"{model}: {INDEX}")
         if SINGLE in present:
             check_single_set(index, model)
     elif SINGLE not in present:
@@ -178,7 +254,7 @@ def _fetch_headers(model: str, revision: str | None) -> ModelHeaders:
         )
 
     def header(file: str) -> Header:
-        return _fetch_header(hf_hub_url(model, file, revision=commit), f"{model}: {file}")
+        return _fetch_header(reader, commit, file, f"{model}: {file}")
 
     headers = _map_parallel(header, files)
     faults = find_index_faults(index, headers, f"{model}: {INDEX}") if index is not None else []
@@ -200,16 +276,20 @@ def _fetch_headers(model: str, revision: str | None) -> ModelHeaders:
     )
 
 
-def _fetch_file(model: str, name: str, commit: str) -> Path:
-    return Path(hf_hub_download(model, name, revision=commit))
+def _fetch_json(reader: HubReader, model: str, name: str, commit: str) -> dict[str, object]:
+    return parse_json(reader.read_file(commit, name, JSON_LIMIT_BYTES), f"{model}: {name}")
 
 
-def _fetch_header(url: str, where: str) -> Header:
+def _fetch_header(reader: HubReader, commit: str, file: str, where: str) -> Header:
     """Fetch and check a remote header, by one range request, or two if it is long."""
-    start, n_file_bytes = _fetch_range(url, 0, _FIRST_BYTES, where)
+
+    def fetch(first: int, n_bytes: int) -> tuple[bytes, int]:
+        return _fetch_range(reader, commit, file, first, n_bytes, where)
+
+    start, n_file_bytes = fetch(0, _FIRST_BYTES)
     end = PREFIX_BYTES + parse_header_length(start[:PREFIX_BYTES], n_file_bytes, where)
     if end > len(start):
-        start += _fetch_range(url, len(start), end - len(start), where)[0]
+        start += fetch(len(start), end - len(start))[0]
     if len(start) < end:
         raise CheckpointError(
             f"{where}: header: expected {end} bytes, found {len(start)}; try again"
@@ -217,17 +297,13 @@ def _fetch_header(url: str, where: str) -> Header:
     return parse_header(start[PREFIX_BYTES:end], where, n_file_bytes - end)
 
 
-def _fetch_range(url: str, first: int, n_bytes: int, where: str) -> tuple[bytes, int]:
+def _fetch_range(
+    reader: HubReader, commit: str, file: str, first: int, n_bytes: int, where: str
+) -> tuple[bytes, int]:
     """Return at most `n_bytes` bytes of a remote file from `first` on, and the size of the file."""
-    headers = {
-        **build_hf_headers(),
-        "Range": f"bytes={first}-{first + n_bytes - 1}",
-        "Accept-Encoding": "identity",
-    }
-    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
-        if response.is_error:
-            response.read()
-        hf_raise_for_status(response)
+    limits = ResponseLimits(n_bytes=MAX_FILE_BYTES, seconds=_HEADER_SECONDS)
+    byte_range = f"{first}-{first + n_bytes - 1}"
+    with reader.open_file(commit, file, limits, byte_range) as response:
         if response.status_code != 206:
             raise CheckpointError(
                 f"{where}: expected the server to send a part of the file (206), found "
@@ -276,8 +352,10 @@ _HUB_ERRORS: tuple[tuple[type[Exception], str], ...] = (
 )
 """Errors of the Hub and their messages, specific ones first; connection errors excluded."""
 
-_TRANSPORTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "requests"})
-"""HTTP libraries of huggingface_hub's versions; their connection errors share no base class."""
+_TRANSPORTS = frozenset({"httpx2", "httpcore2"})
+"""HTTP libraries of huggingface_hub; their connection errors share no base class."""
+_LIBRARY_FAULTS = (HfHubHTTPError, httpx2.HTTPError, OSError)
+"""Errors after which a cached snapshot may do."""
 
 
 @contextmanager
@@ -288,6 +366,12 @@ def _translate_errors(model: str, revision: str | None) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
+    except ResponseRefused as fault:
+        raise CheckpointError(f"{at}: {fault}; do not use this server") from fault
+    except TransientError as fault:
+        raise CheckpointError(
+            f"{at}: expected an answer of the Hub in time, found: {fault}; try again later"
+        ) from fault
     except Exception as fault:
         for kind, sentence in _HUB_ERRORS:
             if isinstance(fault, kind):

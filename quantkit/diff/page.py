@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+
+from jinja2 import Environment
 
 from quantkit.diff import tables
 from quantkit.diff.charts import make_charts
@@ -19,8 +22,7 @@ NAMES = 400  # lines of folded names per group
 
 def render_page(diff: Diff, a: TokenFigures | None = None, b: TokenFigures | None = None) -> str:
     """Return the page; `a` and `b` are the tokens of both sides, for the plot of the tails."""
-    environment = html_page.make_environment(autoescape=True)
-    environment.filters["tone"] = choose_tone
+    environment = make_environment()
     items = html_page.select_items([make_changed_item(flip) for flip in diff.flips])
     return environment.get_template("diff.html.j2").render(
         diff=diff,
@@ -36,6 +38,14 @@ def render_page(diff: Diff, a: TokenFigures | None = None, b: TokenFigures | Non
             environment, make_charts(diff, a, b), ("fidelity.css", "diff.css")
         ),
     )
+
+
+@cache
+def make_environment() -> Environment:
+    """Return the environment of the page of the comparison."""
+    environment = html_page.make_environment(autoescape=True)
+    environment.filters["tone"] = choose_tone
+    return environment
 
 
 def make_changed_item(flip: FlippedItem) -> ChangedItem:

@@ -6,7 +6,9 @@ Nothing is printed here.
 from __future__ import annotations
 
 import re
+from functools import cache
 
+from jinja2 import Environment
 from rich.console import Group
 from rich.text import Text
 
@@ -77,6 +79,25 @@ def render_markdown(diff: Diff) -> str:
 
 
 def _render_markdown(diff: Diff, rows: int, cell: int, items: int, answer: int) -> str:
+    text = (
+        make_environment(rows, cell, answer)
+        .get_template("diff.md.j2")
+        .render(
+            diff=diff,
+            tables=tables,
+            headline=tables.format_headline(diff),
+            describe=describe_model,
+            rows=rows,
+            items=diff.flips[:items],
+            around=cut_to_difference,
+        )
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+@cache  # holds the compiled template
+def make_environment(rows: int, cell: int, answer: int) -> Environment:
+    """Return the environment of the Markdown for limits of rows, cells and answers."""
     environment = html_page.make_environment(
         autoescape=False
     )  # Markdown: the filters escape untrusted text
@@ -87,16 +108,7 @@ def _render_markdown(diff: Diff, rows: int, cell: int, items: int, answer: int) 
         markdown.escape_cell(text, 4 * cell)
     )
     environment.filters["answer"] = lambda text: fence_text(text, answer)
-    text = environment.get_template("diff.md.j2").render(
-        diff=diff,
-        tables=tables,
-        headline=tables.format_headline(diff),
-        describe=describe_model,
-        rows=rows,
-        items=diff.flips[:items],
-        around=cut_to_difference,
-    )
-    return re.sub(r"\n{3,}", "\n\n", text)
+    return environment
 
 
 def cut_to_difference(flip: FlippedItem, limit: int = 300) -> tuple[str, str]:

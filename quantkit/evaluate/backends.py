@@ -30,7 +30,7 @@ from quantkit.texts.corpora import load_tokenizer
 
 if TYPE_CHECKING:
     from quantkit.evaluate.lm_eval_adapter import Backend
-    from quantkit.evaluate.openai_backend import ServerOptions
+    from quantkit.evaluate.openai_client import ServerOptions
 
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 """Device maps of accelerate, which place a model on several devices."""
@@ -73,14 +73,14 @@ def connect_server(
 ) -> ServerOptions:
     """Check an endpoint's URL and query its model's name if `model` is empty.
 
-    See openai_backend.ServerOptions.
+    See openai_client.ServerOptions.
     """
     if find_spec("openai") is None:
         raise UsageError(
             "--backend openai: expected OpenAI's client in this environment, found none; "
             "install quantkit[openai]"
         )
-    from quantkit.evaluate.openai_backend import ServerOptions, get_served_model, normalize_url
+    from quantkit.evaluate.openai_client import ServerOptions, get_served_model, normalize_url
 
     server = ServerOptions(
         url=normalize_url(url),

@@ -36,6 +36,7 @@ from quantkit.evaluate.results import (
 )
 from quantkit.evaluate.target import EvaluationTarget, resolve_source
 from quantkit.io import user_cache
+from quantkit.io.templates import describe_isolation
 from quantkit.progress import Progress, ProgressCallback
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def run_evaluation(
         loaded=replace(loaded, tasks=completed, failed=failed),
         backend=describe_backend(target, options),
         sandbox=None if jail is None else jail.describe(),
+        templates=describe_isolation(),
     )
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from quantkit.evaluate.tasks import Task, open_task_data
 from quantkit.io.files import is_file
 from quantkit.io.templates import TemplateWorker
 from quantkit.texts import task_files
+from quantkit.texts.hub_data import bound_data_set, find_bound_fault
 
 TASK_SETS: Mapping[str, tuple[str, ...]] = {
     "math": ("gsm8k", "minerva_math", "mgsm_native_cot_*"),
@@ -103,7 +104,8 @@ def open_lm_eval_tasks(
         for task in own_tasks:
             worker = workers.enter_context(TemplateWorker())
             try:
-                loaded[task.name] = make_lm_eval_task(task, data[task.name], worker)
+                with nullcontext() if task.is_local else bound_data_set():
+                    loaded[task.name] = make_lm_eval_task(task, data[task.name], worker)
             except EvaluationError as error:
                 failed[task.name] = str(error)
             # lm-eval and datasets raise a dozen unrelated types
@@ -209,7 +211,9 @@ def _describe_task(name: str, task: Any) -> Task:
 
 def _format_failure(name: str, error: Exception, *, hub: bool, own: bool) -> str:
     """Return one sentence with the text of lm-eval or datasets. own: the task is one of evals/."""
-    message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    bound = find_bound_fault(error)
+    text = f"{type(error).__name__}: {error}" if bound is None else str(bound)
+    message = " ".join(text.split())[:300]
     if isinstance(error, ModuleNotFoundError | AssertionError) and "lm-eval[math]" in message:
         return f"{name}: packages that compare its answers are missing; install quantkit[math]"
     advice = "correct the task's file"

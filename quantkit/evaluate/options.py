@@ -12,7 +12,7 @@ from quantkit.evaluate.target import BackendName
 from quantkit.evaluate.task_runner import BATCH_SIZE
 
 if TYPE_CHECKING:
-    from quantkit.evaluate.openai_backend import ServerOptions
+    from quantkit.evaluate.openai_client import ServerOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

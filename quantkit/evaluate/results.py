@@ -40,7 +40,8 @@ class EvaluationRuns:
     """Answered items: one run per seed over the same items, and `items` averaged over the seeds.
 
     `loaded` has the tasks that ran and, in `failed`, those that could not; `backend` is
-    describe_backend's; `sandbox` is Sandbox.describe's, None if no task has code.
+    describe_backend's; `sandbox` is Sandbox.describe's, None if no task has code; `templates` is
+    describe_isolation's.
     """
 
     runs: tuple[tuple[ItemResult, ...], ...]
@@ -48,6 +49,7 @@ class EvaluationRuns:
     loaded: LoadedTasks
     backend: Mapping[str, object]
     sandbox: Mapping[str, str] | None
+    templates: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,7 @@ def write_results(
         "evaluated": {"name": target.name, "kind": target.kind, "sha256": target.hash},
         "backend": dict(runs.backend),
         "sandbox": runs.sandbox,
+        "templates": runs.templates,
         "settings": describe_settings(options),
         "tasks": [task_result_to_json(row) for row in task_results],
         "not_run": dict(not_run),

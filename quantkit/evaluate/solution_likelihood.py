@@ -21,7 +21,8 @@ from quantkit.evaluate.tasks import Task, make_template_error, render_field, ren
 from quantkit.evaluate.token_fidelity import StreamPair
 from quantkit.io.templates import TemplateFault, TemplateWorker
 from quantkit.texts import task_files
-from quantkit.texts.corpora import Tokenizer, Tokens, encode_continuation, pack_tokens
+from quantkit.texts.corpora import Tokenizer, encode_continuation
+from quantkit.texts.tokens import Tokens, TokenSequence, pack_tokens
 
 ItemPrompt = tuple[int, str, dict[str, object]]
 """Number of an item, its prompt, and its columns."""
@@ -93,7 +94,9 @@ def tokenize_solutions(
     # the sort is stable: equal lengths stay in the order of the tasks
     sequences.sort(key=lambda entry: -len(entry[1]))
     return GoldSolutions(
-        tokens=pack_tokens([(solution.task, ids) for solution, ids in sequences]),
+        tokens=pack_tokens([
+            TokenSequence(domain=solution.task, ids=ids) for solution, ids in sequences
+        ]),
         items=tuple(solution for solution, _ in sequences),
         hashes=hashes,
         failed=failed,

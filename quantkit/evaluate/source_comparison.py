@@ -8,8 +8,8 @@ never stops the build.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from quantkit.evaluate.item_results import ItemPair, ItemResult
 from quantkit.evaluate.sandbox import Sandbox
 from quantkit.evaluate.tasks import Task
 from quantkit.io import user_cache
+from quantkit.io.templates import describe_isolation
 from quantkit.models import full_model
 from quantkit.models.layers import make_meta_model
-from quantkit.plan.memory import BASE_BYTES
+from quantkit.plan.memory import BASE_BYTES, WHOLE_MODEL_COPIES
 from quantkit.plan.plan import Plan
 from quantkit.plan.sources import ResolvedCompute
 from quantkit.progress import Progress, ProgressCallback
@@ -35,19 +36,20 @@ from quantkit.texts.corpora import load_tokenizer
 BASELINES = "baselines"
 """The folder of the user's cache that keeps the source's answers."""
 
-WHOLE_MODEL_COPIES = 1.7
-"""Peak memory over size of an assembled model: its largest tensors briefly exist twice."""
-
 DEFAULT_RECOVERY = 0.98
 """The share of the source's score that a task must keep for "pass" if the recipe sets no gate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceComparison:
-    """One row per task, and both answers of every item of the tasks that ran."""
+    """One row per task, and both answers of every item of the tasks that ran.
+
+    conditions: what confined programs and templates, for the report's versions.
+    """
 
     rows: tuple[BenchmarkResult, ...]
     pairs: tuple[ItemPair, ...] = ()
+    conditions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,16 @@ def compare_with_source(
             for task in loaded
         ),
         pairs=tuple(pairs),
+        conditions=describe_conditions(context),
     )
+
+
+def describe_conditions(context: ComparisonContext) -> dict[str, str]:
+    """Return what confined programs, if a task has them, and templates."""
+    conditions = {"templates": describe_isolation()}
+    if any(task.code for task in context.tasks):
+        conditions["sandbox"] = context.jail.summarize()
+    return conditions
 
 
 def make_not_run_rows(names: Sequence[str], reason: str) -> SourceComparison:
@@ -162,7 +173,7 @@ def compute_baseline_key(
         {task.name: task.sha256 for task in loaded},
         limit,
         compute,
-        {**versions, "sandbox": f"{jail.kind} {jail.python}"},
+        {**versions, "sandbox": jail.summarize()},
     )
 
 

@@ -137,14 +137,20 @@ def measure_text(pair: StreamPair) -> TextFidelity:
 
 
 def select_scored_rows(stream: Stream) -> tuple[Tensor, tuple[str, ...]]:
-    """Select the rows of the text that have a next token in their sequence.
+    """Select the rows whose next token is scored: the tokens after the first of each sequence, in
+    a chat the assistant's.
 
     Returns the rows [n] and the domain of each row's sequence.
     """
     tokens = stream.tokens
     rows, domains = list[Tensor](), list[str]()
-    for start, length, domain in zip(tokens.starts, tokens.lengths, tokens.domains, strict=True):
-        if start < stream.text_rows:
-            rows.append(torch.arange(start, start + length - 1))
-            domains += [domain] * (length - 1)
+    for start, length, domain, answers in zip(
+        tokens.starts, tokens.lengths, tokens.domains, tokens.answers, strict=True
+    ):
+        if start >= stream.text_rows:
+            continue
+        for first, end in ((0, length),) if answers is None else answers:
+            scored = torch.arange(start + max(first, 1) - 1, start + end - 1)
+            rows.append(scored)
+            domains += [domain] * len(scored)
     return torch.cat(rows), tuple(domains)

@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from quantkit.io.template_filter import build_template_filter
 from quantkit.io.yaml_document import printable
 
 TemplateKind = Literal["task", "chat"]
@@ -42,6 +43,8 @@ MAX_TOTAL_CHARACTERS = 1 << 30
 TOTAL_SECONDS = 600
 """Processor time of all requests of one worker: 10,000 items at 60 ms."""
 
+FULL_ISOLATION = "limits, system-call filter"
+"""describe_isolation's answer where nothing is missing."""
 _WALL_SECONDS = 300  # a machine can be busy; only processor time decides otherwise
 _END_SECONDS = 1  # of a process without input
 _HEADER = struct.Struct(">Q")
@@ -72,6 +75,12 @@ class WorkerLimits:
     total_characters: int | None = MAX_TOTAL_CHARACTERS
 
 
+def describe_isolation() -> str:
+    """Return what bounds a process that renders templates on this machine."""
+    with TemplateWorker() as worker:
+        return worker.describe_isolation()
+
+
 class TemplateWorker:
     """A process that renders templates. Starts on first use, again after a limit ended it.
 
@@ -84,6 +93,7 @@ class TemplateWorker:
         self._limits = limits or WorkerLimits()
         self._lock = threading.Lock()
         self._seconds, self._process_seconds, self._characters = 0.0, 0.0, 0
+        self._missing_filter = ""
 
     def __enter__(self) -> TemplateWorker:
         return self
@@ -98,6 +108,12 @@ class TemplateWorker:
         """End the process."""
         with self._lock:
             self._stop()
+
+    def describe_isolation(self) -> str:
+        """Return what bounds the process, with the reason if there is no system-call filter."""
+        self.render("", {})
+        missing = printable(self._missing_filter)
+        return f"limits, no system-call filter: {missing}" if missing else FULL_ISOLATION
 
     def render(
         self, template: str, values: Mapping[str, object], kind: TemplateKind = "task"
@@ -163,18 +179,19 @@ class TemplateWorker:
 
     def _exchange(self, data: bytes, seconds: int) -> bytes:
         """Send bytes to the process, started if need be, and return its answer."""
-        process = self._process or self._start()
+        is_new, process = self._process is None, self._process or self._start()
         assert process.stdin is not None
         deadline = time.monotonic() + _WALL_SECONDS
         try:
+            if is_new:
+                self._missing_filter = self._read_message(process, deadline).decode()
             process.stdin.write(_HEADER.pack(len(data)) + data)
             process.stdin.flush()
-            (n_bytes,) = _HEADER.unpack(self._read(process, _HEADER.size, deadline))
-            return self._read(process, n_bytes, deadline)
+            return self._read_message(process, deadline)
         except (EOFError, OSError):
             code = self._stop()
             self._seconds += seconds
-            if code == -signal.SIGXCPU:
+            if code == -signal.SIGPROF:
                 sentence = f"expected at most {seconds} s of processor time, found more"
             elif code is None:
                 sentence = f"expected an answer within {_WALL_SECONDS} s, found none"
@@ -184,6 +201,11 @@ class TemplateWorker:
         except BaseException:  # an interrupt: the next answer would belong to this request
             self._stop()
             raise
+
+    def _read_message(self, process: subprocess.Popen[bytes], deadline: float) -> bytes:
+        """Read the number of bytes and the bytes."""
+        (n_bytes,) = _HEADER.unpack(self._read(process, _HEADER.size, deadline))
+        return self._read(process, n_bytes, deadline)
 
     def _read(self, process: subprocess.Popen[bytes], n_bytes: int, deadline: float) -> bytes:
         """Read exactly `n_bytes`. Raises EOFError if the process ends, or at the deadline."""
@@ -222,9 +244,10 @@ class TemplateWorker:
     def _start(self) -> subprocess.Popen[bytes]:
         """Start the process: no site-packages, an empty environment, no terminal's signals."""
         specs = (find_spec("jinja2"), find_spec("markupsafe"))
+        limits = (str(MEMORY_BYTES), build_template_filter().hex())
         folders = {str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_SCRIPT), *sorted(folders), str(MEMORY_BYTES)],
+            [sys.executable, "-I", "-S", str(_SCRIPT), *sorted(folders), *limits],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -140,30 +140,43 @@ def select_scales_and_zeros(
     """
     (scale, zero), least = start
     best_scale, best_zero, top = scale, zero, 2**scheme.bits - 1
+    moved = shift_zero_points(zero, shifts, top)
+    # each lowest unrounded code, [..., out, n_groups, 1] or one number
+    lows = [-affine.expand_zero_point(shifted, scheme) for shifted in moved]
+    base = scale.float()
     # written again for each zero point: fresh memory costs as much as the arithmetic
     error = torch.empty_like(groups)
     for ratio in ratios:
-        stored = affine.round_scale(scale.float() * ratio, scheme)
+        stored = affine.round_scale(base * ratio, scheme)
         step = stored.float()
         exact = groups / step.unsqueeze(-1)  # unrounded code minus its zero point
-        whole = torch.round(exact)
-        for shift in (0,) if zero is None else shifts:
-            moved = shift_zero_point(zero, shift, top)
-            clamp_codes(whole, -affine.expand_zero_point(moved, scheme), top, error)
+        whole, area = torch.round(exact), step.square()
+        for shifted, low in zip(moved, lows, strict=True):
+            clamp_codes(whole, low, top, error)
             error.sub_(exact).square_().mul_(diagonal)
             # [..., n_groups, group] -> [..., n_groups]
-            value = error.sum(dim=-1).mul_(step.square())
+            value = error.sum(dim=-1).mul_(area)
             better = value < least
             least = torch.where(better, value, least)
             best_scale = torch.where(better, stored, best_scale)
-            if moved is not None and best_zero is not None:
-                best_zero = torch.where(better, moved, best_zero)
+            if best_zero is not None and shifted is not None and shifted is not best_zero:
+                best_zero = torch.where(better, shifted, best_zero)
     return (best_scale, best_zero), least
 
 
-def shift_zero_point(zero: Tensor | None, shift: int, top: int) -> Tensor | None:
-    """Return zero + shift as uint8, clamped to codes 0 .. top; None for a symmetric scheme."""
-    return None if zero is None else (zero.short() + shift).clamp_(0, top).to(torch.uint8)
+def shift_zero_points(
+    zero: Tensor | None, shifts: Sequence[int], top: int
+) -> tuple[Tensor | None, ...]:
+    """Return zero + shift for each shift, uint8 clamped to codes 0 .. top.
+
+    None once for a symmetric scheme; a shift of 0 is `zero` itself.
+    """
+    if zero is None:
+        return (None,)
+    return tuple(
+        zero if shift == 0 else (zero.short() + shift).clamp_(0, top).to(torch.uint8)
+        for shift in shifts
+    )
 
 
 def clamp_codes(whole: Tensor, low: Tensor | float, steps: int, out: Tensor) -> Tensor:
@@ -192,33 +205,35 @@ def search_group(
     [..., out] each.
     """
     scale, zero = start
-    best_scale, best_zero = start
-    least = compute_group_error(target, block, pull, start, scheme)
+    best_scale, best_zero, top = scale, zero, 2**scheme.bits - 1
+    least = compute_group_error(affine.fake_quantize(target, *start, scheme), target, block, pull)
+    moved = shift_zero_points(zero, shifts, top)
+    offsets = [affine.expand_zero_point(shifted, scheme) for shifted in moved]
+    base = scale.float()
     for ratio in ratios:
-        stored = affine.round_scale(scale.float() * ratio, scheme)
-        for shift in (0,) if zero is None else shifts:
-            moved = shift_zero_point(zero, shift, 2**scheme.bits - 1)
-            value = compute_group_error(target, block, pull, (stored, moved), scheme)
+        stored = affine.round_scale(base * ratio, scheme)
+        step = stored.float().unsqueeze(-1)  # [..., out] -> [..., out, 1]
+        whole = (target / step).round_()  # codes minus their zero point
+        for shifted, offset in zip(moved, offsets, strict=True):
+            # as affine.fake_quantize, operation by operation
+            rounded = (whole + offset).clamp_(0, top).sub_(offset).mul_(step)
+            value = compute_group_error(rounded, target, block, pull)
             better = value < least
             least = torch.where(better, value, least)
             best_scale = torch.where(better, stored, best_scale)
-            if moved is not None and best_zero is not None:
-                best_zero = torch.where(better, moved, best_zero)
+            if shifted is not None and best_zero is not None:
+                best_zero = torch.where(better, shifted, best_zero)
     return best_scale, best_zero
 
 
 def compute_group_error(
-    target: Tensor,
-    block: Tensor,
-    pull: Tensor | None,
-    ranges: tuple[Tensor, Tensor | None],
-    scheme: Scheme,
+    rounded: Tensor, target: Tensor, block: Tensor, pull: Tensor | None
 ) -> Tensor:
     """Return one group's part of its row's output error: [..., out] float32.
 
-    target [..., out, group]; ranges are scale and zero [..., out].
+    rounded [..., out, group] is target after rounding; it is overwritten.
     """
-    delta = affine.fake_quantize(target, *ranges, scheme).sub_(target)
+    delta = rounded.sub_(target)
     projected = delta @ block
     if pull is not None:
         projected.add_(pull, alpha=2)

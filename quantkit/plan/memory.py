@@ -19,6 +19,9 @@ BASE_BYTES = 900_000_000
 and a reserve.
 """
 
+WHOLE_MODEL_COPIES = 1.7
+"""Peak memory over size of an assembled model: its largest tensors briefly exist twice."""
+
 BATCH_TOKENS = 4096
 """Tokens of a forward batch and of a chunk of a wave.
 

@@ -36,6 +36,7 @@ from quantkit.plan.match_checkpoint import (
 )
 from quantkit.plan.memory import MemoryPlan, plan_memory
 from quantkit.plan.output_tensors import KeptStorage, Shard, list_output_tensors, split_into_shards
+from quantkit.plan.plan_schema import PlanText
 from quantkit.recipe.parse import expand_preset
 from quantkit.recipe.schema import Recipe, Rule
 
@@ -72,6 +73,7 @@ class Plan:
     shards: tuple[Shard, ...]
     memory: MemoryPlan
     warnings: tuple[str, ...]
+    texts: tuple[PlanText, ...] = ()
 
     @cached_property  # read once per linear, 45,000 times for DeepSeek-V3
     def format(self) -> Format:

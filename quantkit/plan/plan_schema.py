@@ -57,6 +57,23 @@ class PlanShard(BaseModel):
     bytes: int
 
 
+class PlanText(BaseModel):
+    """A part of the calibration or fidelity text; `part` is empty for a set without parts.
+
+    kinds: labels of its kinds; tokens: None for a whole set; version: hash or revision.
+    """
+
+    model_config = FROZEN
+    use: str
+    set: str
+    part: str
+    kinds: tuple[str, ...]
+    share: float
+    tokens: int | None
+    license: str
+    version: str
+
+
 class PlanSummary(BaseModel):
     """The output of `quantkit plan`."""
 
@@ -68,6 +85,8 @@ class PlanSummary(BaseModel):
     totals: PlanTotals
     memory: PlanMemory
     shards: tuple[PlanShard, ...]
+    texts: tuple[PlanText, ...] = ()
+    sampled: tuple[str, ...] = ()  # a sentence per text that the model samples itself
     warnings: tuple[str, ...] = ()
 
 

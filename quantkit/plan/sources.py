@@ -4,8 +4,8 @@ the text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from quantkit import figures
@@ -16,12 +16,22 @@ from quantkit.errors import HubUnreachable, RecipeError, UsageError
 from quantkit.io import package_data
 from quantkit.io.host import get_available_memory, has_bfloat16_instructions
 from quantkit.io.suggestions import format_unknown_name
+from quantkit.plan.choose_texts import resolve_text_sets
 from quantkit.plan.plan import Plan, SourceFacts, make_plan, match_source
+from quantkit.plan.plan_schema import PlanText
+from quantkit.plan.plan_texts import describe_set_choices, find_text_warnings, plan_texts
 from quantkit.plan.published import find_published_config
+from quantkit.plan.self_texts import (
+    describe_self_texts,
+    find_sampling_fault,
+    find_self_faults,
+    list_self_texts,
+)
 from quantkit.recipe.schema import Recipe
 from quantkit.texts import task_files
-from quantkit.texts.corpus_files import bound_sequences
+from quantkit.texts.corpus_files import bound_mixture_tokens, bound_sequences
 from quantkit.texts.corpus_spec import read_spec
+from quantkit.texts.hub_access import find_hub_fault
 
 ASSUMED_SEQUENCES = 1024
 """Sequences that a plan assumes for a whole set of unknown size."""
@@ -38,6 +48,11 @@ class ResolvedCompute:
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16"]
     calibration: Literal["float32", "bfloat16"]
+
+    @property
+    def value_bytes(self) -> Literal[2, 4]:
+        """Bytes of a weight in the dtype of the blocks."""
+        return 4 if self.dtype == "float32" else 2
 
     @property
     def hidden_bytes(self) -> Literal[2, 4]:
@@ -116,6 +131,40 @@ def make_source_facts(recipe: Recipe, source: Checkpoint, revision: str | None) 
     )
 
 
+def resolve_texts(
+    recipe: Recipe, source: SourceFacts, chosen: Mapping[str, tuple[str, str]] | None = None
+) -> Recipe:
+    """Return the recipe with the text sets that `auto` stands for.
+
+    chosen: text -> (set, reason) of an interrupted build.
+    """
+    if chosen:
+        return recipe.choose_texts(chosen)
+    return resolve_text_sets(
+        recipe, find_hub_fault, lambda changed: find_self_fault(changed, source)
+    )
+
+
+def find_self_fault(recipe: Recipe, source: SourceFacts) -> str:
+    """Return why the model cannot sample the texts of a recipe, or ""."""
+    if any(text.n_tokens == 0 for text in list_self_texts(recipe)):
+        return "text of the model itself needs a number of sequences and windows"
+    if recipe.endpoint is not None:
+        return ""
+    return find_sampling_fault(
+        source.config,
+        match_source(source).layout,
+        resolve_memory_budget(recipe),
+        resolve_compute(recipe).value_bytes,
+    )
+
+
+def describe_sampled_texts(recipe: Recipe) -> tuple[str, ...]:
+    """Return a sentence per text that the model samples; samples nothing."""
+    compute = resolve_compute(recipe)
+    return describe_self_texts(recipe, f"{compute.dtype} on {compute.device}")
+
+
 def resolve_memory_budget(recipe: Recipe) -> int:
     """Return the bytes of host memory that a build may use."""
     return (
@@ -154,6 +203,8 @@ def bound_set_tokens(name: str, sequences: int | None, length: int) -> int:
     spec = read_spec(name, package_data.locate_folder("calibration"))
     if sequences is not None:
         return sequences * length
+    if spec.parts:
+        return bound_mixture_tokens(spec) or ASSUMED_SEQUENCES * length
     return (
         spec.file.stat().st_size
         if spec.file and spec.file.is_file()
@@ -162,18 +213,25 @@ def bound_set_tokens(name: str, sequences: int | None, length: int) -> int:
 
 
 def plan_recipe(
-    recipe: Recipe, source: SourceFacts, tokens: Mapping[Literal["calibration", "fidelity"], int]
+    recipe: Recipe,
+    source: SourceFacts,
+    tokens: Mapping[Literal["calibration", "fidelity"], int] | None = None,
 ) -> tuple[Plan, ...]:
     """Return one plan per format of the recipe, for this machine.
 
-    Raises RecipeError with every fault of the recipe, unknown benchmarks included.
+    tokens: of the streams; by default upper bounds, before a tokenizer is loaded. Raises
+    RecipeError with every fault of the recipe, unknown benchmarks included.
     """
+    recipe = resolve_texts(recipe, source)
+    tokens = bound_text_tokens(recipe) if tokens is None else tokens
     plans, faults = list[Plan](), list[str]()
     matched, budget_bytes, hidden_bytes = (
         match_source(source),
         resolve_memory_budget(recipe),
         resolve_compute(recipe).hidden_bytes,
     )
+    texts = plan_texts(recipe)
+    warnings = (*describe_set_choices(recipe), *find_text_warnings(texts))
     for name in recipe.format:
         try:
             plan = make_plan(
@@ -188,14 +246,16 @@ def plan_recipe(
         except RecipeError as error:
             faults += error.faults
         else:
-            plans.append(plan)
-    faults += find_text_faults(recipe) + find_task_faults(recipe) + find_gate_faults(recipe)
+            plans.append(replace(plan, texts=texts, warnings=(*plan.warnings, *warnings)))
+    faults += find_text_faults(recipe, texts) + find_task_faults(recipe) + find_gate_faults(recipe)
+    value_bytes = resolve_compute(recipe).value_bytes
+    faults += find_self_faults(recipe, source.config, matched.layout, budget_bytes, value_bytes)
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)))
     return tuple(plans)
 
 
-def find_text_faults(recipe: Recipe) -> list[str]:
+def find_text_faults(recipe: Recipe, texts: Sequence[PlanText]) -> list[str]:
     """Return faults for more sequences than a set has, before a tokenizer is loaded."""
     calibration, fidelity = (
         recipe.calibration if recipe.needs_calibration else None,
@@ -205,20 +265,37 @@ def find_text_faults(recipe: Recipe) -> list[str]:
     if calibration:
         sequences = calibration.sequences
         faults += find_sequence_faults(
-            recipe, ("calibration", "sequences"), calibration.set, sequences, calibration.length
+            recipe,
+            ("calibration", "sequences"),
+            calibration.set,
+            sequences,
+            calibration.length,
+            texts,
         )
     if fidelity:
         faults += find_sequence_faults(
-            recipe, ("fidelity", "windows"), fidelity.set, fidelity.windows, fidelity.length
+            recipe, ("fidelity", "windows"), fidelity.set, fidelity.windows, fidelity.length, texts
         )
     return faults
 
 
 def find_sequence_faults(
-    recipe: Recipe, key: tuple[str, str], name: str, sequences: int | None, length: int
+    recipe: Recipe,
+    key: tuple[str, str],
+    name: str,
+    sequences: int | None,
+    length: int,
+    texts: Sequence[PlanText],
 ) -> list[str]:
-    """Return a fault if a set has fewer sequences; none if its size is unknown."""
-    available = bound_sequences(read_spec(name, package_data.locate_folder("calibration")), length)
+    """Return a fault if a set has fewer sequences, or more parts; none if its size is unknown."""
+    spec = read_spec(name, package_data.locate_folder("calibration"))
+    shares = {text.part: text.share for text in texts if text.use == key[0]}
+    available = bound_sequences(spec, length, shares)
+    if sequences is not None and sequences < len(spec.parts):
+        return [
+            f"{recipe.where(*key)}: {'.'.join(key)}: expected at least {len(spec.parts)}, one for "
+            f"each part of the set {name}, found {sequences}; use more"
+        ]
     if sequences is None or available is None or sequences <= available:
         return []
     return [

@@ -18,8 +18,11 @@ from quantkit.plan.plan_schema import (
 )
 
 
-def summarize_plan(plan: Plan) -> PlanSummary:
-    """Return the summary that `quantkit plan` prints."""
+def summarize_plan(plan: Plan, sampled: Sequence[str] = ()) -> PlanSummary:
+    """Return the summary that `quantkit plan` prints.
+
+    sampled: sentences on texts that the model samples itself.
+    """
     memory = plan.memory
     parts = {"base": memory.base_bytes}
     block = memory.dense_bytes + memory.batch_bytes + memory.wave_experts * memory.expert_bytes
@@ -48,6 +51,8 @@ def summarize_plan(plan: Plan) -> PlanSummary:
         shards=tuple(
             PlanShard(file=s.file, tensors=len(s.tensors), bytes=s.n_bytes) for s in plan.shards
         ),
+        texts=plan.texts,
+        sampled=tuple(sampled),
         warnings=plan.warnings,
     )
 

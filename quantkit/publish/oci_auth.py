@@ -10,11 +10,11 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from quantkit.errors import TransferError
 from quantkit.io.files import shorten_repr
+from quantkit.io.public_hosts import is_public_host
 from quantkit.publish.remote import remove_secrets
 
 AUTH_HOSTS_VARIABLE = "QUANTKIT_OCI_AUTH_HOSTS"
@@ -28,9 +28,7 @@ _CHALLENGE = re.compile(r'(?<!\w)(\w{1,32})="([^"]*)"')  # linear in the length 
 _TOKEN = re.compile(r"[\x21-\x7e]+")  # no space and no line end, which would add a header
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,62})"
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})+")
-_NUMERIC = re.compile(r"\d+|0x[0-9a-f]*")  # "127.1" and "0x7f000001" are addresses
 _SECOND_LEVEL = frozenset({"ac", "co", "com", "edu", "gov", "net", "or", "org"})
-_LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".lan", ".home.arpa", ".localdomain")
 
 
 def parse_challenge(header: str) -> tuple[str, dict[str, str]]:
@@ -90,17 +88,6 @@ def get_registered_domain(host: str) -> str | None:
     labels = host.split(".")
     n_labels = 3 if len(labels[-1]) == 2 and labels[-2] in _SECOND_LEVEL else 2
     return ".".join(labels[-n_labels:]) if len(labels) >= n_labels else None
-
-
-def is_public_host(host: str) -> bool:
-    """Return whether a host is not of this machine or its network, as far as its name says."""
-    host = host.strip("[]").lower().rstrip(".")
-    try:
-        return ip_address(host).is_global
-    except ValueError:
-        pass
-    last = host.rpartition(".")[2]
-    return "." in host and not _NUMERIC.fullmatch(last) and not host.endswith(_LOCAL_SUFFIXES)
 
 
 def parse_token(content: bytes, where: str) -> str:

@@ -32,10 +32,11 @@ from quantkit.io.bounded_http import (
     call_with_deadline,
 )
 from quantkit.io.files import shorten_repr
+from quantkit.io.public_hosts import is_public_host
 from quantkit.io.retry import RetryPolicy, TransientError, retry
 from quantkit.publish.docker_login import Login, find_login
 from quantkit.publish.hashed_upload import HashedReader
-from quantkit.publish.oci_auth import check_realm, is_public_host, parse_challenge, parse_token
+from quantkit.publish.oci_auth import check_realm, parse_challenge, parse_token
 from quantkit.publish.remote import BytesCallback, UploadFile, remove_secrets, translate_errors
 
 Result = TypeVar("Result")

@@ -31,6 +31,7 @@ from quantkit.recipe.patterns import PRESETS, find_pattern_fault
 from quantkit.recipe.rewrite import rewrite_yaml
 from quantkit.recipe.schema import (
     SECTIONS,
+    SUBSECTIONS,
     Gate,
     Gates,
     Quantize,
@@ -326,4 +327,5 @@ def _allowed_keys(path: KeyPath) -> tuple[str, ...]:
         model = Quantize
     elif path:
         model = SECTIONS.get(str(path[0]), Recipe)
+        model = SUBSECTIONS.get((str(path[0]), str(path[-1])), model)
     return tuple(model.model_fields)

@@ -23,7 +23,16 @@ from quantkit import registry
 from quantkit.contracts import FALLBACK_ROUNDING
 from quantkit.io.yaml_document import YamlDocument
 from quantkit.recipe import patterns
-from quantkit.recipe.sections import Calibration, Compute, Evaluation, FidelityText, Output, Source
+from quantkit.recipe.sections import (
+    AUTO,
+    Calibration,
+    Compute,
+    Endpoint,
+    Evaluation,
+    FidelityText,
+    Output,
+    Source,
+)
 from quantkit.recipe.value_types import (
     FROZEN,
     Bound,
@@ -308,6 +317,7 @@ class Recipe(BaseModel):
     compute: Annotated[Compute, describe("Device and dtypes.")] = Compute()
     _document: YamlDocument = PrivateAttr(default=YamlDocument(name="recipe", values={}, lines={}))
     _overrides: tuple[tuple[str, str], ...] = PrivateAttr(default=())
+    _chosen_texts: tuple[tuple[str, tuple[str, str]], ...] = PrivateAttr(default=())
 
     @property
     def name(self) -> str:
@@ -324,6 +334,30 @@ class Recipe(BaseModel):
     def is_overridden(self, key: str) -> bool:
         """Return whether a dotted key, e.g. "output.path", was overridden."""
         return any(name == key for name, _ in self._overrides)
+
+    @property
+    def automatic_texts(self) -> tuple[str, ...]:
+        """The texts whose set is still `auto`: "calibration", "fidelity"."""
+        texts = {
+            "calibration": self.calibration if self.needs_calibration else None,
+            "fidelity": self.fidelity,
+        }
+        return tuple(use for use, text in texts.items() if text is not None and text.set == AUTO)
+
+    @property
+    def chosen_texts(self) -> dict[str, tuple[str, str]]:
+        """The sets that `auto` stands for: text -> (set, reason), "" for the first choice."""
+        return dict(self._chosen_texts)
+
+    def choose_texts(self, chosen: Mapping[str, tuple[str, str]]) -> Recipe:
+        """Return the recipe with sets for `automatic_texts`: text -> (set, reason)."""
+        uses = self.automatic_texts
+        changes = {
+            use: getattr(self, use).model_copy(update={"set": chosen[use][0]}) for use in uses
+        }
+        recipe = self.model_copy(update=changes)
+        recipe._chosen_texts = tuple((use, chosen[use]) for use in uses)
+        return recipe
 
     def dump(self) -> dict[str, object]:
         """Return the recipe as JSON values, with all defaults and with presets resolved."""
@@ -344,6 +378,11 @@ class Recipe(BaseModel):
             if len(self.format) == 1
             else f"{self.output.path}-{format_name.replace('_', '-')}"
         )
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """The server that samples text of the model itself."""
+        return self.calibration.endpoint if self.calibration is not None else None
 
     @property
     def needs_calibration(self) -> bool:
@@ -409,6 +448,9 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "compute": Compute,
 }  # fmt: skip
 """Sections with keys of their own; for rules and gates the model of one entry."""
+
+SUBSECTIONS: Mapping[tuple[str, str], type[BaseModel]] = {("calibration", "endpoint"): Endpoint}
+"""Keys of sections that are mappings with keys of their own."""
 
 
 def list_keys() -> tuple[str, ...]:

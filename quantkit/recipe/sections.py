@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
+from quantkit.io.endpoint_url import normalize_endpoint_url
 from quantkit.io.owned_dirs import validate_folder
 from quantkit.recipe.value_types import FROZEN, Commit, Count, Seed, Size, TaskNames, Text, describe
+
+AUTO = "auto"
+"""The set of a text that is chosen on this machine (plan/choose_texts.py)."""
 
 
 class Source(BaseModel):
@@ -39,11 +49,50 @@ class Source(BaseModel):
     ] = None
 
 
+class Endpoint(BaseModel):
+    """A server with OpenAI's API that samples text of the model itself (`set: self`)."""
+
+    model_config = FROZEN
+    url: Annotated[
+        Text,
+        AfterValidator(normalize_endpoint_url),
+        describe("Address of the API, without user and query.", "http://localhost:8000/v1"),
+    ]
+    model: Annotated[Text, describe("Name of the model on the server.", "my-model")]
+    chat: Annotated[
+        bool,
+        describe(
+            "Use the chat API, with messages only; `false` uses the completions API, with raw "
+            "openings and the chat template of the source.",
+            "false",
+        ),
+    ] = True
+    max_tokens: Annotated[
+        Count, describe("New tokens of an answer, reasoning included, at most.", "512")
+    ] = 2048
+    concurrency: Annotated[Count, Field(le=1024), describe("Requests at a time.", "64")] = 16
+    tries: Annotated[Count, Field(le=100), describe("Tries of a request, in total.", "3")] = 8
+    seconds: Annotated[
+        Count, Field(le=86_400), describe("Longest silence of the server.", "60")
+    ] = 600
+    key_variable: Annotated[
+        Text, describe("Environment variable that holds the API key.", "MY_API_KEY")
+    ] = "OPENAI_API_KEY"
+
+
 class Calibration(BaseModel):
     """The text whose activations the methods use; `null` if no method needs any."""
 
     model_config = FROZEN
-    set: Annotated[Text, describe("A text set of calibration/.", "general-math-code")]
+    set: Annotated[
+        Text,
+        describe(
+            "A text set of calibration/, or the path of a spec. `auto`: the mixture `everyday` "
+            "of the hub; without the hub that of local files, text of the model itself, or the "
+            "built-in text, in this order.",
+            "everyday",
+        ),
+    ] = AUTO
     sequences: Annotated[
         Count | None, describe("Number of sequences; `null` uses the whole set.", "256")
     ] = None
@@ -73,6 +122,23 @@ class Calibration(BaseModel):
             "rtn",
         ),
     ] = "shared_gram"
+    endpoint: Annotated[
+        Endpoint | None,
+        describe(
+            "A server that samples text of the model itself, for calibration and fidelity; `null` "
+            "samples it in this process.",
+            "{url: 'http://localhost:8000/v1', model: mine}",
+            "mapping or `null`",
+        ),
+    ] = None
+
+    @model_serializer(mode="wrap")
+    def _omit_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an unset endpoint, as in recipes before this key."""
+        values: dict[str, Any] = dump(self)
+        if values.get("endpoint", 0) is None:
+            del values["endpoint"]
+        return values
 
 
 class FidelityText(BaseModel):
@@ -84,8 +150,12 @@ class FidelityText(BaseModel):
     model_config = FROZEN
     set: Annotated[
         Text,
-        describe("A text set of calibration/; never the calibration set.", "general-heldout"),
-    ]
+        describe(
+            "A text set of calibration/, or the path of a spec; never the calibration set. `auto`: "
+            "the held-out set that belongs to the calibration set of `auto`.",
+            "everyday-heldout",
+        ),
+    ] = AUTO
     windows: Annotated[
         Count | None, describe("Number of windows; `null` uses the whole set.", "32")
     ] = None

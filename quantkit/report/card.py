@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -33,6 +34,23 @@ def render_card(fidelity: Fidelity) -> str:
 
 
 def _render(fidelity: Fidelity, rows: int, cell: int) -> str:
+    text = (
+        make_environment(rows, cell)
+        .get_template("card.md.j2")
+        .render(
+            fidelity=fidelity,
+            head=format_front_matter(fidelity, cell),
+            rows=rows,
+            tables=tables,
+            verdict=format_verdict(fidelity),
+        )
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+@cache  # holds the compiled template
+def make_environment(rows: int, cell: int) -> Environment:
+    """Return the environment of the card for limits of rows and cells."""
     environment = Environment(
         loader=PackageLoader("quantkit.report", "templates"),
         undefined=StrictUndefined,
@@ -46,14 +64,7 @@ def _render(fidelity: Fidelity, rows: int, cell: int) -> str:
     environment.filters["code"] = lambda text: markdown.format_code_block(text, 4 * cell)
     environment.filters["size"] = format_numbers.format_size
     environment.filters["parameters"] = format_numbers.format_parameters
-    text = environment.get_template("card.md.j2").render(
-        fidelity=fidelity,
-        head=format_front_matter(fidelity, cell),
-        rows=rows,
-        tables=tables,
-        verdict=format_verdict(fidelity),
-    )
-    return re.sub(r"\n{3,}", "\n\n", text)
+    return environment
 
 
 def format_front_matter(fidelity: Fidelity, limit: int = markdown.CELL) -> str:

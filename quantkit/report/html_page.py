@@ -116,7 +116,7 @@ def make_page(artifact: Path) -> str:
 
 def render_page(fidelity: Fidelity, samples: Samples) -> str:
     """Return the page of a report and its samples."""
-    environment = make_environment(autoescape=True)
+    environment = make_report_environment()
     items = select_items(samples.changed)
     return environment.get_template("fidelity.html.j2").render(
         fidelity=fidelity,
@@ -153,8 +153,20 @@ def make_plot_context(
     }
 
 
+@cache
+def make_report_environment() -> Environment:
+    """Return the environment of the report's page."""
+    environment = make_environment(autoescape=True)
+    environment.filters["tone"] = choose_tone
+    return environment
+
+
 def make_environment(*, autoescape: bool) -> Environment:
-    """Return the environment of the templates; invisible characters are replaced."""
+    """Return the environment of the templates; invisible characters are replaced.
+
+    Each page adds its filters and keeps its environment, which holds the compiled templates: to
+    compile them takes longer than to render them.
+    """
     environment = Environment(
         loader=PackageLoader("quantkit.report", "templates"),
         undefined=StrictUndefined,
@@ -167,7 +179,6 @@ def make_environment(*, autoescape: bool) -> Environment:
         "size": format_numbers.format_size,
         "parameters": format_numbers.format_parameters,
         "count": format_numbers.format_count,
-        "tone": choose_tone,
         "json": format_json,
         "folded": module_ranges.fold_names,
     }

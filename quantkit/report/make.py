@@ -31,7 +31,8 @@ from quantkit.plan.summary import (
     format_source_dtype,
     summarize_rules,
 )
-from quantkit.texts.corpora import CorpusSet, Tokens
+from quantkit.texts.corpora import CorpusSet
+from quantkit.texts.tokens import Tokens
 
 TextName = Literal["calibration", "fidelity"]
 
@@ -40,6 +41,7 @@ UNFUSED_NOTE = (
     f"SGLang needs {DISABLE_SHARED_FUSION}, because shared and routed experts are stored in "
     "different formats."
 )
+NO_CHAT_TEMPLATE = "the model has no chat template: messages are joined by blank lines"
 PROTECTED_REASON = "only a rule that names it quantizes it"
 
 
@@ -236,9 +238,18 @@ def parse_license(card: Mapping[str, str]) -> fidelity_schema.License | None:
 
 
 def summarize_text(
-    corpus: CorpusSet, tokens: Tokens, length: int, seed: int | None
+    corpus: CorpusSet,
+    tokens: Tokens,
+    length: int,
+    seed: int | None,
+    *,
+    has_template: bool = True,
+    chosen: str = "",
 ) -> fidelity_schema.TextSet:
-    """Summarize a calibration or fidelity text."""
+    """Summarize a calibration or fidelity text.
+
+    has_template: the model has a chat template; chosen: why `auto` stands for the set.
+    """
     return fidelity_schema.TextSet(
         set=corpus.name,
         license=corpus.license,
@@ -249,7 +260,8 @@ def summarize_text(
         seed=seed,
         description=corpus.origin,
         kinds=count_tokens(tokens, tokens.domains),
-        parts=summarize_parts(corpus, tokens),
+        parts=summarize_parts(corpus, tokens, has_template),
+        chosen=chosen,
     )
 
 
@@ -261,9 +273,12 @@ def count_tokens(tokens: Tokens, labels: Sequence[str]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def summarize_parts(corpus: CorpusSet, tokens: Tokens) -> tuple[fidelity_schema.TextPart, ...]:
+def summarize_parts(
+    corpus: CorpusSet, tokens: Tokens, has_template: bool
+) -> tuple[fidelity_schema.TextPart, ...]:
     """Summarize what each part of a mixture contributed."""
     counts = count_tokens(tokens, tokens.parts) if corpus.parts else {}
+    answers = count_answers(tokens)
     return tuple(
         fidelity_schema.TextPart(
             name=part.spec.name,
@@ -273,11 +288,23 @@ def summarize_parts(corpus: CorpusSet, tokens: Tokens) -> tuple[fidelity_schema.
             sha256=part.sha256,
             sequences=tokens.parts.count(part.spec.name),
             tokens=counts[part.spec.name],
+            answers=answers.get(part.spec.name),
             skipped=part.skipped,
-            description=part.spec.origin,
+            description=part.spec.origin
+            if has_template or not part.chats
+            else f"{part.spec.origin}; {NO_CHAT_TEMPLATE}",
         )
         for part in corpus.parts
     )
+
+
+def count_answers(tokens: Tokens) -> dict[str, int]:
+    """Return the tokens of assistants' messages per part that has chats."""
+    counts = Counter[str]()
+    for part, answers in zip(tokens.parts, tokens.answers, strict=True):
+        if answers is not None:
+            counts[part] += sum(end - start for start, end in answers)
+    return dict(counts)
 
 
 def make_figure(estimate: Estimate) -> Figure:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import inf
 from statistics import median
 
-from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, ModuleResult
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, ModuleResult, TaskOverlap
 from quantkit.artifact.layout import FIDELITY
 from quantkit.figures import (
     ALL_TEXT,
@@ -18,6 +18,7 @@ from quantkit.figures import (
     list_seen_kinds,
 )
 from quantkit.report import format_numbers
+from quantkit.texts.exposure import describe_exposure, describe_narrowness
 
 WORST = 10
 EXAMPLES = 3
@@ -107,6 +108,30 @@ def make_distribution_table(fidelity: Fidelity) -> Table:
         if rows
         else "",
     )
+
+
+def list_text_notes(fidelity: Fidelity) -> list[str]:
+    """Return sentences on a narrow calibration, and on fidelity text of calibrated kinds alone.
+
+    A report of an earlier version does not say which kinds were calibrated on, and has no notes.
+    """
+    seen = list_seen_kinds(fidelity) or ()
+    measured = fidelity.measured_on.kinds if fidelity.measured_on else {}
+    notes = [describe_narrowness(seen), describe_exposure(measured, seen) if measured else ""]
+    texts = {"calibration": fidelity.calibration, "fidelity": fidelity.measured_on}
+    notes += [
+        f"{use} text: auto stands for {text.set}: {text.chosen}"
+        for use, text in texts.items()
+        if text and text.chosen
+    ]
+    overlaps = fidelity.calibration.overlaps if fidelity.calibration else ()
+    notes += [
+        f"{row.task}: {row.overlapping:,} of {row.items:,} prompts appear in the calibration text; "
+        "its score flatters. Remove them from the calibration set"
+        for row in overlaps
+        if row.overlapping
+    ]
+    return [f"{note[0].upper()}{note[1:]}." for note in notes if note]
 
 
 def _describe_exposure(label: str, seen: Collection[str]) -> str:
@@ -325,7 +350,19 @@ def make_text_table(fidelity: Fidelity) -> Table:
         if text is not None
     )
     columns = ("use", "set", ">sequences", ">tokens", "license", "sha256")
-    return Table(title="Texts", columns=columns, rows=rows)
+    note = _format_overlaps(fidelity.calibration.overlaps) if fidelity.calibration else ""
+    return Table(title="Texts", columns=columns, rows=rows, note=note)
+
+
+def _format_overlaps(overlaps: Sequence[TaskOverlap]) -> str:
+    """Return a sentence on the benchmark prompts in the calibration text."""
+    checked = [f"{row.task} {row.overlapping:,} of {row.items:,}" for row in overlaps if row.items]
+    missing = [f"{row.task} ({row.reason})" for row in overlaps if not row.items]
+    sentences = [
+        f"Benchmark prompts in the calibration text: {', '.join(checked)}." if checked else "",
+        f"Not checked: {', '.join(missing)}." if missing else "",
+    ]
+    return " ".join(filter(None, sentences))
 
 
 def make_part_table(fidelity: Fidelity) -> Table:
@@ -338,7 +375,12 @@ def make_part_table(fidelity: Fidelity) -> Table:
             part.kind,
             part.language,
             f"{part.sequences:,}",
-            format_numbers.format_count(part.tokens),
+            format_numbers.format_count(part.tokens)
+            + (
+                f" ({format_numbers.format_count(part.answers)} of answers)"
+                if part.answers is not None
+                else ""
+            ),
             part.license,
             part.sha256[:12],
         )

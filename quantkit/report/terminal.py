@@ -162,8 +162,16 @@ def render_report(fidelity: Fidelity) -> Group:
         style="not bold",
     )
     verdict = Text(card.format_verdict(fidelity), style=_STYLES[fidelity.status])
+    notes = [
+        Text(strip_control_characters(note), style="yellow")
+        for note in tables.list_text_notes(fidelity)
+    ]
     return Group(
-        head, Text(), *(render_table(table) for table in tables.make_tables(fidelity)), verdict
+        head,
+        Text(),
+        *(render_table(table) for table in tables.make_tables(fidelity)),
+        *notes,
+        verdict,
     )
 
 
@@ -192,6 +200,8 @@ def render_plan(plan: PlanSummary) -> Group:
     if source.code:
         code = f"code carried over, not run: {', '.join(source.code)}"
         head.append("\n" + strip_control_characters(code), style="not bold")
+    for text in plan.sampled:
+        head.append("\n" + strip_control_characters(text), style="not bold")
     fits = memory.peak <= memory.budget
     waves = f", {memory.experts_per_wave} experts per wave" if memory.experts_per_wave else ""
     parts = ", ".join(
@@ -212,6 +222,7 @@ def render_plan(plan: PlanSummary) -> Group:
         Text(),
         render_table(make_rules_table(plan)),
         render_table(make_shards_table(plan)),
+        *((render_table(make_texts_table(plan)),) if plan.texts else ()),
         lines,
         *warnings,
     )
@@ -280,6 +291,24 @@ def make_rules_table(plan: PlanSummary) -> Table:
         ">bits/weight",
     )
     return Table(title="Rules", columns=columns, rows=tuple(rows))
+
+
+def make_texts_table(plan: PlanSummary) -> Table:
+    """Return the parts of the calibration and fidelity text."""
+    rows = tuple(
+        (
+            row.use,
+            f"{row.set}: {row.part}" if row.part else row.set,
+            ", ".join(row.kinds),
+            f"{row.share:.1%}",
+            "all" if row.tokens is None else format_numbers.format_count(row.tokens),
+            row.license,
+            row.version,
+        )
+        for row in plan.texts
+    )
+    columns = ("use", "text", "kind", ">share", ">tokens", "license", "sha256 or revision")
+    return Table(title="Texts", columns=columns, rows=rows)
 
 
 def make_shards_table(plan: PlanSummary) -> Table:

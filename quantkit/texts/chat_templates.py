@@ -44,6 +44,19 @@ def render_chat(
     return worker.render(text, values | {"add_generation_prompt": True}, "chat")
 
 
+def render_finished_chat(
+    worker: TemplateWorker, tokenizer: ChatTokenizer, messages: Sequence[Message]
+) -> str:
+    """Return a conversation as text that ends after its last message.
+
+    Raises ValueError if there is no template, TemplateFault if it gives no text.
+    """
+    values = _make_values(tokenizer, messages, {})
+    return worker.render(
+        tokenizer.get_chat_template(), values | {"add_generation_prompt": False}, "chat"
+    )
+
+
 def render_unfinished_chat(
     worker: TemplateWorker,
     tokenizer: ChatTokenizer,

@@ -10,27 +10,28 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import struct
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from quantkit.checkpoint.remote_code import format_trust_hint, read_tokenizer_map
 from quantkit.checkpoint.tokenizer_files import check_tokenizer_files
 from quantkit.errors import CheckpointError, UsageError
-from quantkit.texts.corpus_files import CorpusPart, TextDocument, read_parts, read_set
+from quantkit.texts.chats import cut_chats
+from quantkit.texts.corpus_files import CorpusPart, SelfSampler, TextDocument, read_parts, read_set
 from quantkit.texts.corpus_spec import get_first_line, read_spec
-from quantkit.texts.mixture_spec import Packing
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from quantkit.texts.exposure import raise_unseen_share
+from quantkit.texts.mixture_spec import Packing, PartPacking
+from quantkit.texts.tokens import Tokens, TokenSequence, pack_tokens
 
 RUST_PANIC = "PanicException"  # pyo3's; a BaseException that no module exports
 
 SHARE_UNITS = 1_000_000_000  # a share as an integer, so that rounding never decides
+CHATS_AT_ONCE = 256
 WINDOW_JOIN = "\n\n"  # between documents of a window; the usual choice for wikitext's perplexity
 
 
@@ -59,55 +60,22 @@ class Tokenizer(Protocol):
     @property
     def eos_token_id(self) -> int | None: ...
 
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
     def __call__(
         self, text: list[str], *, add_special_tokens: bool, verbose: bool
     ) -> Mapping[str, list[list[int]]]: ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Tokens:
-    """Ragged token sequences: ids [n_tokens] int32; sequence i is ids[starts[i] : starts[i + 1]].
-
-    domains: one per sequence; parts: the part of a mixture that a sequence comes from, one per
-    sequence, or none; hash: sha256 of the ids (int32) and the starts (int64), both
-    little-endian.
-    """
-
-    ids: Tensor
-    starts: tuple[int, ...]
-    domains: tuple[str, ...]
-    hash: str
-    parts: tuple[str, ...] = ()
-
-    @property
-    def n_sequences(self) -> int:
-        return len(self.starts)
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.ids)
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens in each sequence."""
-        ends = (*self.starts[1:], self.n_tokens)
-        return tuple(end - start for start, end in zip(self.starts, ends))
-
-    def sequence(self, index: int) -> Tensor:
-        """[length of the sequence] int32, a view into `ids`."""
-        start = self.starts[index]
-        return self.ids[start : start + self.lengths[index]]
-
-
-def load_set(name_or_path: str, folder: Path) -> CorpusSet:
+def load_set(name_or_path: str, folder: Path, sample_self: SelfSampler | None = None) -> CorpusSet:
     """Read the set `folder/<name>.yaml`, or the spec at a path that ends in .yaml; check its hash.
 
-    Raises CalibrationError with file, line and what to do, for a malformed set or one that differs
-    from its spec.
+    sample_self: samples the parts that are text of the model itself. Raises CalibrationError with
+    file, line and what to do, for a malformed set or one that differs from its spec.
     """
     spec = read_spec(name_or_path, folder)
     documents: tuple[TextDocument, ...] = ()
-    parts = read_parts(spec, folder)
+    parts = read_parts(spec, folder, sample_self)
     if parts:
         names = [f"{part.spec.name} {part.sha256}" for part in parts]
         sha256 = hashlib.sha256("\n".join(names).encode()).hexdigest()
@@ -181,7 +149,12 @@ def silence_output() -> Iterator[None]:
 
 
 def sample_sequences(
-    corpus: CorpusSet, tokenizer: Tokenizer, sequences: int | None, length: int, seed: int
+    corpus: CorpusSet,
+    tokenizer: Tokenizer,
+    sequences: int | None,
+    length: int,
+    seed: int,
+    calibrated: Collection[str] = (),
 ) -> Tokens:
     """Sample `sequences` token sequences of at most `length` tokens by `seed`.
 
@@ -189,8 +162,11 @@ def sample_sequences(
     by EOS if the set asks for it. packing windows: the documents of a domain are joined and cut
     into windows of exactly `length` tokens that do not overlap. Every sequence starts with exactly
     one BOS if the tokenizer adds one. The domains keep their proportion, and each has at least one
-    sequence if there is room. A part of a mixture has its share of `sequences * length` tokens; its
-    last document may exceed it. Raises UsageError if the set has too few sequences.
+    sequence if there is room. A part of a mixture has its share of `sequences * length` tokens,
+    which its last document may exceed; of chats only the answers count.
+
+    calibrated: for fidelity text, the labels of the calibration set; parts of other kinds then have
+    at least half. Raises UsageError if the set has too few sequences.
     """
     if length < 2 or (sequences is not None and sequences < 1):
         raise UsageError(
@@ -198,31 +174,19 @@ def sample_sequences(
             f"found {sequences} of {length}. Raise `sequences` or `length` in the recipe"
         )
     if corpus.parts:
-        return _sample_parts(corpus, tokenizer, sequences, length, seed)
+        shares = raise_unseen_share(
+            {part.spec.name: part.spec.share for part in corpus.parts},
+            {part.spec.name: part.spec.label for part in corpus.parts},
+            calibrated,
+        )
+        return _sample_parts(corpus, shares, tokenizer, sequences, length, seed)
     candidates = {
         domain: _list_candidates(corpus, domain, tokenizer, length) for domain in corpus.domains
     }
     picks = _choose_sequences(corpus, candidates, sequences, length, seed)
-    return pack_tokens([(domain, candidates[domain][index]) for domain, index in picks])
-
-
-def pack_tokens(rows: Sequence[tuple[str, Sequence[int]]]) -> Tokens:
-    """Pack sequences, given as (domain, ids), into one flat tensor."""
-    import torch
-
-    starts: list[int] = []
-    flat: list[int] = []
-    for _, ids in rows:
-        starts.append(len(flat))
-        flat.extend(ids)
-    digest = hashlib.sha256(struct.pack(f"<{len(flat)}i", *flat))
-    digest.update(struct.pack(f"<{len(starts)}q", *starts))
-    return Tokens(
-        ids=torch.tensor(flat, dtype=torch.int32),  # [n_tokens]
-        starts=tuple(starts),
-        domains=tuple(domain for domain, _ in rows),
-        hash=digest.hexdigest(),
-    )
+    return pack_tokens([
+        TokenSequence(domain=domain, ids=candidates[domain][index]) for domain, index in picks
+    ])
 
 
 def encode_continuation(
@@ -246,46 +210,96 @@ def encode_continuation(
 
 
 def _sample_parts(
-    corpus: CorpusSet, tokenizer: Tokenizer, sequences: int | None, length: int, seed: int
+    corpus: CorpusSet,
+    shares: Mapping[str, float],
+    tokenizer: Tokenizer,
+    sequences: int | None,
+    length: int,
+    seed: int,
 ) -> Tokens:
     """Sample each part's share of `sequences * length` tokens; None: as many as every part has."""
-    candidates = dict[str, list[list[int]]]()
-    for part in corpus.parts:
-        spec = part.spec
-        rows = _cut_sequences(part.texts, spec.packing, spec.end_of_document, tokenizer, length)
-        candidates[spec.name] = [row for row in rows if len(row) > 1]  # one token predicts none
-    available = {name: sum(map(len, rows)) for name, rows in candidates.items()}
     if sequences is None:
         # whole sequences of each part, so that no share is rounded up beyond what a part has
-        whole = {name: count // length for name, count in available.items()}
-        sequences = int(min(whole[part.spec.name] / part.spec.share for part in corpus.parts))
+        whole = {
+            part.spec.name: _count_tokens(_cut_part(part, tokenizer, length)) // length
+            for part in corpus.parts
+        }
+        sequences = int(min(whole[name] / share for name, share in shares.items()))
     if sequences < len(corpus.parts):
         raise UsageError(
             f"{corpus.where}: expected at least {len(corpus.parts)} sequences, one of each part, "
             f"found {sequences}. Raise `sequences`"
         )
-    weights = {
-        part.spec.name: max(1, round(part.spec.share * SHARE_UNITS)) for part in corpus.parts
-    }
+    weights = {name: max(1, round(share * SHARE_UNITS)) for name, share in shares.items()}
     counts = split_proportionally(weights, sequences)
-    picks: list[tuple[str, str, list[int]]] = []
+    picks = list[TokenSequence]()
     for part in corpus.parts:
-        name, budget = part.spec.name, counts[part.spec.name] * length
-        if available[name] < budget:
+        budget = counts[part.spec.name] * length
+        rows = _pick_rows(part, tokenizer, length, budget, f"{seed} {part.spec.name}")
+        if (available := _count_tokens(rows)) < budget:
             raise UsageError(
-                f"{corpus.where}: part {name}: expected {budget:,} tokens, its share of "
-                f"{sequences} sequences of {length}, found {available[name]:,}. Lower `share` or "
+                f"{corpus.where}: part {part.spec.name}: expected {budget:,} tokens, its share of "
+                f"{sequences} sequences of {length}, found {available:,}, enough for "
+                f"{int(available // length / shares[part.spec.name])}. Lower `share` or "
                 "`sequences`, or add text"
             )
-        rows = candidates[name]
-        random.Random(f"{seed} {name}").shuffle(rows)
-        while budget > 0:
-            row = rows.pop()
-            budget -= len(row)
-            picks.append((name, part.spec.label, row))
+        picks += rows
     random.Random(seed).shuffle(picks)  # any prefix of the sequences is then a mixture of parts
-    tokens = pack_tokens([(label, row) for _, label, row in picks])
-    return replace(tokens, parts=tuple(name for name, _, _ in picks))
+    return pack_tokens(picks)
+
+
+def _pick_rows(
+    part: CorpusPart, tokenizer: Tokenizer, length: int, budget: int, seed: str
+) -> list[TokenSequence]:
+    """Return sequences of a part, chosen by seed, until `budget` tokens count or none is left."""
+    rng, picks = random.Random(seed), list[TokenSequence]()
+    if part.chats:  # rendering takes time: only as many as the budget needs
+        order = rng.sample(part.chats, len(part.chats))
+        for start in range(0, len(order), CHATS_AT_ONCE):
+            chats = order[start : start + CHATS_AT_ONCE]
+            picks += _cut_part(replace(part, chats=tuple(chats)), tokenizer, length)
+            if _count_tokens(picks) >= budget:
+                break
+        rows = picks[::-1]
+    else:
+        rows = _cut_part(part, tokenizer, length)
+        rng.shuffle(rows)
+    chosen = list[TokenSequence]()
+    while budget > 0 and rows:
+        chosen.append(rows.pop())
+        budget -= chosen[-1].n_counted
+    return chosen
+
+
+def _count_tokens(rows: Sequence[TokenSequence]) -> int:
+    return sum(row.n_counted for row in rows)
+
+
+def _cut_part(part: CorpusPart, tokenizer: Tokenizer, length: int) -> list[TokenSequence]:
+    """Return all sequences of a part; one of a single token predicts none and is left out."""
+    spec = part.spec
+    make = partial(TokenSequence, domain=spec.label, part=spec.name)
+    if spec.packing == "chats":
+        return [
+            make(ids=ids, answers=answers)
+            for ids, answers in cut_chats(part.chats, tokenizer, length)
+        ]
+    rows = _cut_sequences(part.texts, spec.packing, spec.end_of_document, tokenizer, length)
+    if part.labels:  # one per text: such texts are not joined
+        pairs = zip(rows, part.labels, strict=True)
+        return [make(ids=row, domain=label) for row, label in pairs if len(row) > 1]
+    return [make(ids=row) for row in rows if len(row) > 1]
+
+
+def count_sequence_tokens(tokenizer: Tokenizer, text: str, length: int) -> int:
+    """Return the tokens of a text that is one sequence; 0 if it is too short for one."""
+    (row,) = _cut_sequences([text], "documents", False, tokenizer, length)
+    return len(row) if len(row) > 1 else 0
+
+
+def adds_bos(tokenizer: Tokenizer) -> bool:
+    """Return whether the tokenizer starts a text with BOS."""
+    return bool(_find_bos(tokenizer))
 
 
 def _list_candidates(
@@ -297,7 +311,11 @@ def _list_candidates(
 
 
 def _cut_sequences(
-    texts: Sequence[str], packing: Packing, end_of_document: bool, tokenizer: Tokenizer, length: int
+    texts: Sequence[str],
+    packing: PartPacking,
+    end_of_document: bool,
+    tokenizer: Tokenizer,
+    length: int,
 ) -> list[list[int]]:
     """Return all sequences of texts: one per document, or windows of exactly `length` tokens."""
     bos = _find_bos(tokenizer)

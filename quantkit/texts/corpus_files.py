@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -19,17 +19,19 @@ from quantkit.io.files import (
     reject_duplicate_keys,
     shorten_repr,
 )
+from quantkit.texts.builtin_text import read_builtin
+from quantkit.texts.chats import Chat
 from quantkit.texts.corpus_spec import (
     DATA_VARIABLE,
     CorpusSpec,
     HubDataset,
     LocalText,
-    get_first_line,
     raise_faults,
     read_spec,
 )
+from quantkit.texts.hub_data import DataSetFault, bound_data_set, translate_library_faults
 from quantkit.texts.mixture_spec import HubRows, PartSpec
-from quantkit.texts.text_rows import MAX_BYTES, TextRows, fill_template, read_text_rows
+from quantkit.texts.text_rows import MAX_BYTES, RowReader, TextRows, read_text_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,12 +44,21 @@ class TextDocument:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusPart:
-    """A part of a mixture with its documents; `skipped` counts its rows without text."""
+    """A part of a mixture with its documents or chats; `skipped` counts its rows without any.
+
+    labels: one per text, for a part with labels of its own.
+    """
 
     spec: PartSpec
     texts: tuple[str, ...]
+    chats: tuple[Chat, ...]
     skipped: int
     sha256: str
+    labels: tuple[str, ...] = ()
+
+
+SelfSampler = Callable[[CorpusSpec, PartSpec], CorpusPart]
+"""Samples the text of a part with `self` from the model."""
 
 
 def read_set(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
@@ -59,33 +70,78 @@ def read_set(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
     return read_hub_dataset(spec)
 
 
-def read_parts(spec: CorpusSpec, folder: Path) -> tuple[CorpusPart, ...]:
+def read_parts(
+    spec: CorpusSpec, folder: Path, sample_self: SelfSampler | None = None
+) -> tuple[CorpusPart, ...]:
     """Read every part of a mixture; `folder` holds the sets that parts name.
 
     Raises CalibrationError with spec, part and what to do.
     """
-    return tuple(_read_part(spec, part, folder) for part in spec.parts)
+    return tuple(_read_part(spec, part, folder, sample_self) for part in spec.parts)
 
 
-def _read_part(spec: CorpusSpec, part: PartSpec, folder: Path) -> CorpusPart:
+def _read_part(
+    spec: CorpusSpec, part: PartSpec, folder: Path, sample_self: SelfSampler | None
+) -> CorpusPart:
     where = f"{spec.where}: part {part.name}"
+    if part.sampled is not None:
+        if sample_self is None:
+            raise CalibrationError(
+                f"{where}: self: expected a model that samples the text, found none. Use this set "
+                "in a recipe"
+            )
+        return sample_self(spec, part)
     if part.set is not None:
         return _read_part_of_set(where, part, folder)
-    path = part.file or (part.local if part.local is not None and part.local.exists() else None)
+    if (rows := _read_builtin(spec, part)) is not None:
+        return CorpusPart(spec=part, texts=rows.texts, chats=(), skipped=0, sha256=rows.sha256)
+    path, reader = part.file, RowReader(template=part.template, messages=part.messages)
+    local = part.local_path
+    if part.local is not None and local is not None and local.exists():
+        path = local
+        reader = replace(
+            reader, template=part.local.template or part.template, skip=part.local.skip
+        )
     if path is not None:
-        rows = read_text_rows(path, part.template, part.rows)
+        rows = read_text_rows(path, reader, part.rows)
         if part.sha256 is not None and rows.sha256 != part.sha256:
             raise CalibrationError(
                 f"{path}: expected sha256 {part.sha256} ({where}), found {rows.sha256}. Restore "
                 "the file, or state the new hash if you changed it on purpose"
             )
-    else:
+    elif part.hub is not None:
         rows = read_hub_rows(where, part)
-    if not rows.texts:
+    else:
+        assert part.local is not None  # the only place that is left
         raise CalibrationError(
-            f"{where}: expected text, found {rows.skipped:,} rows without any. Correct `template`"
+            f"{where}: local: expected {part.local.file} in the folder {DATA_VARIABLE}, found "
+            f"{'no such file' if local else 'no such variable'}. Set {DATA_VARIABLE} to a folder "
+            "that holds it, or choose another set"
         )
-    return CorpusPart(spec=part, texts=rows.texts, skipped=rows.skipped, sha256=rows.sha256)
+    if not rows.texts and not rows.chats:
+        expected, key = ("text", "template") if part.messages is None else ("answers", "messages")
+        raise CalibrationError(
+            f"{where}: expected {expected}, found {rows.skipped:,} rows without any. Correct "
+            f"`{key}`"
+        )
+    return CorpusPart(
+        spec=part, texts=rows.texts, chats=rows.chats, skipped=rows.skipped, sha256=rows.sha256
+    )
+
+
+def _read_builtin(spec: CorpusSpec, part: PartSpec) -> TextRows | None:
+    """Read a built-in text; None if the part has its text from another place."""
+    if part.builtin is None or part.draw is None:
+        return None
+    where = f"{spec.where}: part {part.name}"
+    documents = read_builtin(part.builtin, part.draw, where)
+    return make_rows([{"text": text} for text in documents], part, where)
+
+
+def find_part_sha256(spec: CorpusSpec, part: PartSpec) -> str | None:
+    """Return the sha256 of a part: of its built-in text, or as the spec states it, or None."""
+    rows = _read_builtin(spec, part)
+    return part.sha256 if rows is None else rows.sha256
 
 
 def _read_part_of_set(where: str, part: PartSpec, folder: Path) -> CorpusPart:
@@ -102,7 +158,7 @@ def _read_part_of_set(where: str, part: PartSpec, folder: Path) -> CorpusPart:
         )
     documents, sha256 = read_set(other)
     texts = tuple(row.text for row in documents if part.domain in (None, row.domain))
-    return CorpusPart(spec=part, texts=texts, skipped=0, sha256=sha256)
+    return CorpusPart(spec=part, texts=texts, chats=(), skipped=0, sha256=sha256)
 
 
 def read_hub_rows(where: str, part: PartSpec) -> TextRows:
@@ -115,18 +171,26 @@ def read_hub_rows(where: str, part: PartSpec) -> TextRows:
     hub = cast(HubRows, part.hub)
     load = cast(Callable[..., Any], datasets.load_dataset)
     try:
-        stream = load(hub.path, hub.name, split=hub.split, revision=hub.revision, streaming=True)
-        texts, skipped = fill_template(islice(stream, part.rows), part.template, where, part.rows)
-    except CalibrationError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with translate_library_faults(), bound_data_set():
+            stream = load(
+                hub.path, hub.name, split=hub.split, revision=hub.revision, streaming=True
+            )
+            return make_rows(islice(stream, part.rows), part, where)
+    except DataSetFault as error:
         raise CalibrationError(
             f"{where}: datasets: expected {hub.path} {hub.name or ''} {hub.split} at "
-            f"{hub.revision[:12]} from the hub, found: {get_first_line(error):.300}. Connect to "
+            f"{hub.revision[:12]} from the hub, found: {str(error):.300}. Connect to "
             f"the hub, add `local` and set {DATA_VARIABLE}, or remove the part"
         ) from error
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    return TextRows(texts=tuple(texts), skipped=skipped, sha256=digest)
+
+
+def make_rows(rows: Iterable[Mapping[str, Any]], part: PartSpec, where: str) -> TextRows:
+    """Return the documents or chats that a part makes of rows, and their sha256."""
+    reader = RowReader(template=part.template, messages=part.messages)
+    texts, chats, skipped = reader.read(rows, where, part.rows)
+    content = "\0".join(texts) if texts else json.dumps(chats)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return TextRows(texts=tuple(texts), chats=tuple(chats), skipped=skipped, sha256=digest)
 
 
 def read_documents(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
@@ -233,17 +297,45 @@ def _parse_row(line: bytes, domains: tuple[str, ...]) -> TextDocument | str:
     return TextDocument(domain=domain, text=text)
 
 
-def bound_sequences(spec: CorpusSpec, length: int) -> int | None:
+def bound_sequences(
+    spec: CorpusSpec, length: int, shares: Mapping[str, float] | None = None
+) -> int | None:
     """Return the number of documents, or an upper bound of the windows of `length` tokens.
 
-    None if the set's file is not on this machine.
+    None if the set's file is not on this machine. Of a mixture only built-in parts are bounded;
+    shares: those with which its parts are sampled, by default those of the spec.
     """
+    if spec.parts:
+        shares = shares or {part.name: part.share for part in spec.parts}
+        bounds = [
+            # rounding takes less than one sequence per part from a share
+            int((n_tokens // max(1, length - 1) + len(spec.parts)) / shares[part.name])
+            for part in spec.parts
+            if (n_tokens := _bound_part_tokens(spec, part)) is not None
+        ]
+        return min(bounds, default=None)
     if spec.file is None or not spec.file.is_file():
         return None
     if spec.packing == "windows":  # a token has at least one byte; BOS is not part of the text
         return spec.file.stat().st_size // max(1, length - 1)
     with spec.file.open("rb") as lines:
         return sum(1 for _ in lines)
+
+
+def bound_mixture_tokens(spec: CorpusSpec) -> int | None:
+    """Return an upper bound of a mixture's tokens; None if a part has no built-in text."""
+    counts = [_bound_part_tokens(spec, part) for part in spec.parts]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def _bound_part_tokens(spec: CorpusSpec, part: PartSpec) -> int | None:
+    """Return an upper bound of a part's tokens: its bytes, and two per document.
+
+    Between documents are blank lines, or BOS and EOS.
+    """
+    rows = _read_builtin(spec, part)
+    return None if rows is None else sum(len(text.encode()) + 2 for text in rows.texts)
 
 
 def read_local_text(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
@@ -272,14 +364,15 @@ def read_hub_dataset(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
     hub = cast(HubDataset, spec.hub)
     load = cast(Callable[..., Any], datasets.load_dataset)
     try:
-        rows = load(hub.path, hub.name, split=hub.split, revision=hub.revision)
-        texts = _collect_texts(rows, spec, hub)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with translate_library_faults(), bound_data_set():
+            rows = load(hub.path, hub.name, split=hub.split, revision=hub.revision)
+            texts = _collect_texts(rows, spec, hub)
+    except DataSetFault as error:
         local = spec.local
         advice = f", set {DATA_VARIABLE} to a folder that holds {local.file}" if local else ""
         raise CalibrationError(
             f"{spec.where}: datasets: expected {hub.path} {hub.name} {hub.split} at "
-            f"{hub.revision[:12]} from the hub, found: {get_first_line(error)}. Connect once so "
+            f"{hub.revision[:12]} from the hub, found: {str(error):.300}. Connect once so "
             f"that it is cached{advice}, or choose a set that is a file"
         ) from error
     return _make_hub_documents(texts, hub)

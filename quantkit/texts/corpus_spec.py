@@ -203,7 +203,7 @@ def _make_mixture(where: Path, values: MixtureFile) -> CorpusSpec:
         name=values.name,
         license=" AND ".join(dict.fromkeys(part.license for part in parts)),
         origin=", ".join(dict.fromkeys(part.origin for part in parts)),
-        domains=tuple(dict.fromkeys(part.label for part in parts)),
+        domains=tuple(dict.fromkeys(label for part in parts for label in part.labels)),
         packing="windows",
         end_of_document=False,
         file=None,
@@ -292,9 +292,15 @@ def _list_faults(
 ) -> list[str]:
     """Return one sentence per fault, in the order of their lines."""
     faults: list[tuple[int, str]] = []
-    for details in error.errors(include_url=False):
+    entries = error.errors(include_url=False)
+    for details in entries:
         path: KeyPath = tuple(details["loc"])
+        inner = any(path == other["loc"][: len(path)] != other["loc"] for other in entries)
+        if details["type"] == "too_short" and inner:
+            continue  # pydantic counts the faulty entries of a list as missing
         outer = [sections[key] for key in path[:-1] if isinstance(key, str) and key in sections]
+        if path and details["type"] != "extra_forbidden":
+            path = (*path[:-1], _find_key(outer[-1] if outer else top, path[-1]))
         if details["type"] == "model_type":
             keys = ", ".join(_list_keys(sections[str(path[0])]))
             sentence = f"expected the keys {keys}, found {shorten_repr(details['input'])}"
@@ -305,6 +311,12 @@ def _list_faults(
             f"{document.where(path)}: {format_path(path)}: {sentence}",
         ))
     return [text for _, text in sorted(faults, key=lambda fault: fault[0])]
+
+
+def _find_key(model: type[BaseModel], name: str | int) -> str | int:
+    """Return the key of a field: pydantic names a field without a value by its attribute."""
+    field = model.model_fields.get(str(name))
+    return field.alias if field is not None and field.alias else name
 
 
 def _list_keys(model: type[BaseModel]) -> tuple[str, ...]:

@@ -1,13 +1,15 @@
 """The YAML spec of a mixture, version 2 of a set: parts with a share of the tokens, a kind and a
 language each.
 
-A part takes its text from one place: another set (`set`), a file or a folder (`file`), or a data
-set of the hub (`datasets`).
+A part takes its text from one place: another set (`set`), a file or a folder (`file`), a data set
+of the hub (`datasets`), text that quantkit makes or reads itself (`builtin`), or the model to be
+quantized (`self`).
 """
 
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -22,15 +25,24 @@ from pydantic import (
     field_validator,
 )
 
+from quantkit.texts.builtin_text import BuiltinName, describe_builtin
 from quantkit.texts.data_names import check_dataset_name, check_inner_path
+from quantkit.texts.interpreter_text import Draw
+from quantkit.texts.self_prompts import (
+    ENGLISH,
+    SELF_KINDS,
+    SELF_LANGUAGES,
+    list_labels,
+    make_label,
+)
 
 Packing = Literal["documents", "windows"]
+PartPacking = Literal["documents", "windows", "chats"]
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 MAX_PARTS = 64
 DEFAULT_ROWS = 20_000
 MAX_ROWS = 5_000_000
-ENGLISH = "en"
 KIND_PATTERN = "[a-z][a-z0-9_]{0,31}"
 LANGUAGE_PATTERN = "[a-z]{2,3}(-[A-Za-z0-9]{2,8}){0,3}"
 LABEL_PATTERN = f"{KIND_PATTERN}(-{LANGUAGE_PATTERN})?"
@@ -75,9 +87,10 @@ def list_template_columns(template: str) -> tuple[str, ...]:
 
 
 def check_end(end: str, info: ValidationInfo) -> str:
-    """Return the end of a document, after the field `packing`; windows have none."""
-    if end == "eos" and info.data.get("packing") == "windows":
-        raise ValueError("expected none with `packing: windows`, found eos. Remove the key")
+    """Return the end of a document, after the field `packing`; windows and chats have none."""
+    packing = info.data.get("packing")
+    if end == "eos" and packing in {"windows", "chats"}:
+        raise ValueError(f"expected none with `packing: {packing}`, found eos. Remove the key")
     return end
 
 
@@ -92,51 +105,135 @@ class HubRows(BaseModel):
 
 
 class LocalRows(BaseModel):
-    """A file with the rows of `datasets`, by its path below QUANTKIT_DATA."""
+    """A file by its path below QUANTKIT_DATA, without its first `skip` rows.
+
+    It replaces `datasets` where that is given, too; `template` is that of the part by default.
+    """
 
     model_config = FROZEN
     file: InnerPath
     sha256: Sha256 | None = None
+    template: Template | None = None
+    skip: Annotated[int, Field(ge=0, le=MAX_ROWS)] = 0
+
+
+def _check_known(values: tuple[str, ...], known: Sequence[str]) -> tuple[str, ...]:
+    if not set(values) <= set(known) or len(set(values)) < len(values):
+        raise ValueError(f"expected some of {', '.join(known)}, found {', '.join(values)}")
+    return values
+
+
+class SelfText(BaseModel):
+    """Text that the model to be quantized samples, of some kinds and languages."""
+
+    model_config = FROZEN
+    kinds: Annotated[
+        tuple[Text, ...],
+        Field(strict=False, min_length=1),
+        AfterValidator(lambda values: _check_known(values, SELF_KINDS)),
+    ] = SELF_KINDS
+    languages: Annotated[
+        tuple[Text, ...],
+        Field(strict=False, min_length=1),
+        AfterValidator(lambda values: _check_known(values, SELF_LANGUAGES)),
+    ] = SELF_LANGUAGES
+
+    @field_validator("languages")
+    @classmethod
+    def _check_prompts(cls, languages: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        kinds = info.data.get("kinds", SELF_KINDS)
+        if not list_labels(kinds, languages):
+            raise ValueError(
+                f"expected a language with seed prompts of {', '.join(kinds)}, found "
+                f"{', '.join(languages)}. Add a language or a kind"
+            )
+        return languages
+
+
+PLACES = ("set", "file", "datasets", "local", "builtin", "self")
+ROW_PLACES = PLACES[1:4]
+"""Places of rows with columns."""
+NEEDS = {"domain": "set", "sha256": "file", "draw": "builtin"}
+"""Keys that belong to a place."""
+FIELDS = {"self": "sampled"}
+"""Fields of places whose key is no name for a field."""
+SELF_LICENSE = "model output"
+SELF_ORIGIN = "sampled from the model itself"
 
 
 class PartFile(BaseModel):
-    """The keys of a part. Exactly one of `set`, `file` and `datasets` names its text."""
+    """The keys of a part. Exactly one of the PLACES names its text."""
 
     model_config = FROZEN
     name: Kind
     kind: Kind
     language: Language = ENGLISH
     share: Share = 1.0
-    license: Text = Field(alias="licence")
+    sampled: Annotated[
+        SelfText | None, BeforeValidator(lambda value: {} if value is True else value)
+    ] = Field(default=None, alias="self")
+    license: Text | None = Field(default=None, alias="licence", validate_default=True)
     origin: Text | None = None
-    packing: Packing = "windows"
+    packing: PartPacking = "windows"
     end: Literal["eos", "none"] = "none"
     rows: Rows = DEFAULT_ROWS
     template: Template = "{text}"
+    messages: Text | None = Field(default=None, validate_default=True)
     file: InnerPath | None = None
     sha256: Sha256 | None = None
     domain: Text | None = None
     datasets: HubRows | None = None
     local: LocalRows | None = None
+    builtin: BuiltinName | None = None
+    draw: Draw | None = None
     set: Text | None = Field(default=None, validate_default=True)
 
     _check_end = field_validator("end")(check_end)
+
+    @field_validator("license")
+    @classmethod
+    def _check_license(cls, license: str | None, info: ValidationInfo) -> str | None:
+        if license is None and info.data.get("sampled", "faulty") is None:
+            raise ValueError("missing; this key has no default, except with `self`")
+        return license
+
+    @field_validator("messages")
+    @classmethod
+    def _check_messages(cls, column: str | None, info: ValidationInfo) -> str | None:
+        packing = info.data.get("packing", "chats" if column else "windows")
+        if (column is not None) != (packing == "chats"):
+            actual = "no `messages`" if column is None else f"`packing: {packing}`"
+            raise ValueError(
+                "expected the column with the messages together with `packing: chats`, found "
+                f"{actual}. Add or remove one of both keys"
+            )
+        return column
 
     @field_validator("set")
     @classmethod
     def _check_text(cls, name: str | None, info: ValidationInfo) -> str | None:
         data = info.data
-        if not {"file", "datasets", "domain", "local", "sha256"} <= data.keys():
+        fields = {key: FIELDS.get(key, key) for key in PLACES}
+        if not {*fields.values(), *NEEDS, "messages"} - {"set"} <= data.keys():
             return name  # these keys have faults of their own
-        places = [key for key in ("file", "datasets") if data[key] is not None]
-        places += ["set"] if name is not None else []
+        values = {key: data.get(field) for key, field in fields.items()} | {"set": name}
+        places = [key for key in PLACES if values[key] is not None]
+        if "datasets" in places and "local" in places:
+            places.remove("local")  # it replaces the data set
         if len(places) != 1:
             named = " and ".join(places) or "none of them"
-            raise ValueError(f"expected one of `set`, `file` and `datasets`, found {named}")
-        needs = {"domain": "set", "local": "datasets", "sha256": "file"}
-        for key, place in needs.items():
+            known = ", ".join(f"`{key}`" for key in PLACES)
+            raise ValueError(f"expected one of {known}, found {named}")
+        if data["messages"] is not None and places[0] not in ROW_PLACES:
+            raise ValueError(f"`messages` belongs to rows, found it with `{places[0]}`")
+        for key, place in NEEDS.items():
             if data[key] is not None and place not in places:
                 raise ValueError(f"`{key}` belongs to `{place}`, found it with `{places[0]}`")
+        if places == ["builtin"] and (data["draw"] is None or data["origin"] is not None):
+            raise ValueError(
+                "expected `builtin` with `draw: calibration` or `draw: heldout` and without "
+                "`origin`, which it states itself"
+            )
         return name
 
 
@@ -165,6 +262,7 @@ MIXTURE_SECTIONS: dict[str, type[BaseModel]] = {
     "parts": PartFile,
     "datasets": HubRows,
     "local": LocalRows,
+    "self": SelfText,
 }
 
 
@@ -172,7 +270,9 @@ MIXTURE_SECTIONS: dict[str, type[BaseModel]] = {
 class PartSpec:
     """A checked part: `share` is of the tokens, and the shares of a set add up to 1.
 
-    Exactly one of `set`, `file` and `hub` is not None; `local` replaces `hub` if it is there.
+    Exactly one of `set`, `file`, `hub`, `local`, `builtin` and `sampled` is not None, but `local`
+    may replace `hub`; `local_path` is its path if QUANTKIT_DATA is set. The texts of `sampled` have
+    labels of their own.
     """
 
     name: str
@@ -181,26 +281,33 @@ class PartSpec:
     share: float
     license: str
     origin: str
-    packing: Packing
+    packing: PartPacking
     end_of_document: bool
     rows: int
     template: str
+    messages: str | None
     set: str | None
     domain: str | None
     file: Path | None
     sha256: str | None
     hub: HubRows | None
-    local: Path | None
+    local: LocalRows | None
+    local_path: Path | None
+    builtin: BuiltinName | None = None
+    draw: Draw | None = None
+    sampled: SelfText | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All names under which scores of this part can be reported."""
+        if self.sampled is None:
+            return (self.label,)
+        return list_labels(self.sampled.kinds, self.sampled.languages)
 
     @property
     def label(self) -> str:
         """The name under which scores are reported: "web", or "web-zh" in another language."""
         return make_label(self.kind, self.language)
-
-
-def make_label(kind: str, language: str) -> str:
-    """Return the label of a kind of text in a language; English is not named."""
-    return kind if language == ENGLISH else f"{kind}-{language}"
 
 
 def make_parts(values: MixtureFile, folder: Path, data: Path | None) -> tuple[PartSpec, ...]:
@@ -212,22 +319,32 @@ def make_parts(values: MixtureFile, folder: Path, data: Path | None) -> tuple[Pa
             kind=part.kind,
             language=part.language,
             share=part.share / total,
-            license=part.license,
-            origin=part.origin
-            or part.file
-            or part.set
-            or (part.datasets and part.datasets.path)
-            or "",
-            packing=part.packing,
+            license=part.license or SELF_LICENSE,
+            origin=_find_origin(part),
+            packing=part.packing if part.sampled is None else "documents",
             end_of_document=part.end == "eos",
             rows=part.rows,
             template=part.template,
+            messages=part.messages,
             set=part.set,
             domain=part.domain,
             file=None if part.file is None else folder / part.file,
             sha256=part.sha256 if part.local is None else part.local.sha256,
             hub=part.datasets,
-            local=None if part.local is None or data is None else data / part.local.file,
+            local=part.local,
+            local_path=None if part.local is None or data is None else data / part.local.file,
+            builtin=part.builtin,
+            draw=part.draw,
+            sampled=part.sampled,
         )
         for part in values.parts
     )
+
+
+def _find_origin(part: PartFile) -> str:
+    if part.builtin is not None and part.draw is not None:
+        return describe_builtin(part.builtin, part.draw)
+    hub = part.datasets.path if part.datasets is not None else ""
+    local = part.local.file if part.local is not None else ""
+    own = SELF_ORIGIN if part.sampled is not None else ""
+    return part.origin or part.file or part.set or hub or local or own

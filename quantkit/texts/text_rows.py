@@ -1,4 +1,4 @@
-"""Documents from rows of text files: `.jsonl`, `.txt`, `.parquet`, or a folder of them.
+"""Documents from rows of text files: `.jsonl`, `.parquet`, plain text, or a folder of them.
 
 A row is a mapping of columns; a template such as "{question}\\n{answer}" makes a document of it.
 Cells that are empty or null are skipped and counted, cells of another type are refused.
@@ -16,42 +16,75 @@ from typing import Any
 
 from quantkit.errors import CalibrationError
 from quantkit.io.files import is_encodable, is_file, read_bytes, shorten_repr
+from quantkit.texts.chats import Chat, read_chats
 from quantkit.texts.mixture_spec import list_template_columns
 
 MAX_BYTES = 1_000_000_000
 """Size limit of a file; calibration uses thousands of times less text."""
 
 MAX_FOLDER_FILES = 10_000
-SUFFIXES = (".jsonl", ".parquet", ".txt")
+PLAIN_SUFFIXES = (".md", ".raw", ".txt")  # wikitext's files end in .raw
+SUFFIXES = (".jsonl", ".parquet", *PLAIN_SUFFIXES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextRows:
-    """Documents, the number of rows without text, and the sha256 of the bytes or rows read."""
+    """Documents or chats, the number of rows without any, and the sha256 of the bytes or rows read.
 
-    texts: tuple[str, ...]
+    One of `texts` and `chats` is empty.
+    """
+
+    texts: tuple[str, ...] = ()
+    chats: tuple[Chat, ...] = ()
     skipped: int
     sha256: str
 
 
-def read_text_rows(path: Path, template: str, limit: int) -> TextRows:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowReader:
+    """What becomes of rows: chats of the column `messages`, or documents of a template.
+
+    skip: rows of a file that are passed over, from the first.
+    """
+
+    template: str = "{text}"
+    messages: str | None = None
+    skip: int = 0
+
+    def read(
+        self, rows: Iterable[Mapping[str, Any]], where: str, limit: int
+    ) -> tuple[list[str], list[Chat], int]:
+        """Return at most `limit` documents or chats, and the number of rows without any."""
+        if self.messages is not None:
+            chats, skipped = read_chats(rows, self.messages, where, limit)
+            return [], chats, skipped
+        texts, skipped = fill_template(rows, self.template, where, limit)
+        return texts, [], skipped
+
+
+def read_text_rows(path: Path, reader: RowReader, limit: int) -> TextRows:
     """Read at most `limit` documents of a file or of a folder's files in the order of their names.
 
-    A `.txt` file has one column, `text`, and a document per paragraph (separated by blank lines).
-    Raises CalibrationError with file and row.
+    A file of plain text has one column, `text`, and a document per paragraph (separated by blank
+    lines). Raises CalibrationError with file and row.
     """
     files = list_text_files(path)
-    digest, texts, skipped = hashlib.sha256(), list[str](), 0
+    digest, texts, chats, skipped = hashlib.sha256(), list[str](), list[Chat](), 0
     for file in files:
         data = read_bytes(file, MAX_BYTES, CalibrationError)
         digest.update(data if len(files) == 1 else hashlib.sha256(data).digest())
-        remaining = limit - len(texts)
-        documents, empty = fill_template(iterate_rows(file, data), template, str(file), remaining)
+        remaining = limit - len(texts) - len(chats)
+        documents, conversations, empty = reader.read(
+            islice(iterate_rows(file, data), reader.skip, None), str(file), remaining
+        )
         texts += documents
+        chats += conversations
         skipped += empty
-        if len(texts) >= limit:
+        if len(texts) + len(chats) >= limit:
             break
-    return TextRows(texts=tuple(texts), skipped=skipped, sha256=digest.hexdigest())
+    return TextRows(
+        texts=tuple(texts), chats=tuple(chats), skipped=skipped, sha256=digest.hexdigest()
+    )
 
 
 def list_text_files(path: Path) -> list[Path]:
@@ -86,7 +119,7 @@ def iterate_rows(file: Path, data: bytes) -> Iterator[Mapping[str, object]]:
             f"{file}: expected UTF-8, found byte {data[error.start]:#04x} at offset {error.start}. "
             "Convert the file"
         ) from None
-    if file.suffix == ".txt":
+    if file.suffix in PLAIN_SUFFIXES:
         for paragraph in text.replace("\r\n", "\n").split("\n\n"):
             yield {"text": paragraph.strip("\n")}
         return

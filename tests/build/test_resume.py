@@ -15,6 +15,7 @@ from support.checkpoints import make_recipe_text, make_tiny_config, write_checkp
 
 from quantkit import pipeline
 from quantkit.artifact.make_manifest import read_versions
+from quantkit.artifact.read_report import read_report
 from quantkit.artifact.writer import ArtifactWriter
 from quantkit.build import moe, progress_log, session
 from quantkit.build.block_plan import ExpertRange
@@ -26,7 +27,7 @@ from quantkit.build.spool import Spool
 from quantkit.checkpoint.tensors import ShardWriter
 from quantkit.errors import ArtifactError, QuantkitError, UsageError
 from quantkit.io.journal import Journal
-from quantkit.plan import plan
+from quantkit.plan import plan, sources
 from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.shallow import verify_artifact
 
@@ -500,3 +501,27 @@ def test_build_leaves_no_file_open(source: Path, place: Path) -> None:
     build(source, **THREE)
     links = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
     assert [link for link in links if str(place) in link] == []
+
+
+def test_resumed_build_keeps_the_sets_that_auto_stood_for(
+    source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build that began without the hub resumes with its own texts where the hub answers."""
+    text = {
+        "calibration": "{sequences: 8, length: 32, min_expert_tokens: 8}",
+        "fidelity": "{windows: 4, length: 32}",
+    }
+    monkeypatch.delenv("QUANTKIT_DATA", raising=False)
+    answers = iter(["no connection"])
+    monkeypatch.setattr(sources, "find_hub_fault", lambda: next(answers, ""))
+    monkeypatch.setattr(sources, "find_self_fault", lambda *_: "the model is too large")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dying(patch, BuildProgress, "commit_step", 2, after=True)
+        build(source, **text)
+    said = build(source, **text)
+    assert said and "of 2 blocks are done" in said[0]
+    report = read_report(place / "x")
+    assert report.calibration is not None and report.measured_on is not None
+    assert report.calibration.set == "general-math-code"
+    assert "the hub cannot be read: no connection" in report.calibration.chosen
+    assert report.measured_on.set == "general-heldout"

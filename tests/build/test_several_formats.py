@@ -123,9 +123,7 @@ def test_faults_common_to_formats_are_listed_once(source: Path, tmp_path: Path) 
     )
     recipe = parse_recipe(text, "r.yaml")
     with pytest.raises(RecipeError) as caught:
-        sources.plan_recipe(
-            recipe, sources.resolve_source_facts(recipe), sources.bound_text_tokens(recipe)
-        )
+        sources.plan_recipe(recipe, sources.resolve_source_facts(recipe))
     assert sum("symmetric: false" in fault for fault in caught.value.faults) == 1
     assert len(caught.value.faults) == len(set(caught.value.faults))
 
@@ -140,14 +138,7 @@ def test_architecture_is_derived_once_for_all_formats(
         lambda config: asked.append(config) or load_architecture(config),
     )
     recipe = parse_recipe(make_recipe_text(source, tmp_path / "x", format="[awq, dense]"), "r.yaml")
-    assert (
-        len(
-            sources.plan_recipe(
-                recipe, sources.resolve_source_facts(recipe), sources.bound_text_tokens(recipe)
-            )
-        )
-        == 2
-    )
+    assert len(sources.plan_recipe(recipe, sources.resolve_source_facts(recipe))) == 2
     assert len(asked) == 1
 
 

@@ -7,12 +7,13 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save
+from support.places.hub_endpoint import use_hub
 
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
@@ -57,7 +58,7 @@ class FakeHub:
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        path = request.path.partition("?")[0]
+        path = unquote(request.path.partition("?")[0])
         self.asked.append(path)
         if path.startswith("/api/models/org/tiny/tree/"):
             listing = [
@@ -99,7 +100,7 @@ class FakeHub:
         request.send_header("Content-Length", str(len(content)))
         request.send_header("Content-Type", "application/json")
         request.send_header(
-            "ETag", f'"{abs(hash(self.files.get(request.path.rpartition("/")[2], b"")))}"'
+            "ETag", f'"{abs(hash(self.files.get(unquote(request.path).rpartition("/")[2], b"")))}"'
         )
         request.send_header("X-Repo-Commit", COMMIT)
         if status == 206:
@@ -121,17 +122,6 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHu
     yield fake
     fake.server.shutdown()
     fake.server.server_close()
-
-
-def use_hub(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
 
 
 def get_error(model: str, revision: str | None = None) -> str:
@@ -168,6 +158,26 @@ def test_model_is_downloaded_and_opened(fake_hub: FakeHub) -> None:
         "model.safetensors.index.json",
         "tokenizer.json",
     ]
+
+
+def test_named_chat_templates_are_downloaded_and_no_other_folder(fake_hub: FakeHub) -> None:
+    """As a folder's are carried over; names are allow-listed, and never patterns."""
+    folder = "additional_chat_templates"
+    fake_hub.files |= {
+        f"{folder}/tool_use.jinja": b"{{ 1 }}",
+        f"{folder}/.hidden.jinja": b"x",
+        f"{folder}/x.py": b"x",
+        f"{folder}/deep/x.jinja": b"x",
+        "other/x.jinja": b"x",
+        "[a-z].json": b"{}",
+    }
+    model = hub.resolve_model("org/tiny", "v1")
+    found = {path.relative_to(model.folder).as_posix() for path in model.folder.rglob("*.*")}
+    assert {name for name in found if "/" in name} == {f"{folder}/tool_use.jinja"}
+    assert "[a-z].json" in found
+    assert [path.name for path in Checkpoint.open(model.folder).sidecars].count(
+        "tool_use.jinja"
+    ) == 1
 
 
 def test_unknown_model_and_revision_are_rejected(fake_hub: FakeHub) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from support.command_line import read_error, run
+from support.mortal import End, Order, Server, server
 
 from quantkit import pipeline
 from quantkit.errors import CheckpointError
@@ -23,9 +23,6 @@ from quantkit.verify.shallow import verify_artifact
 
 Record = Callable[[str, object], None]
 ODD = ("a b  c", "模型 文件夹", "ünïcödé", "quote'\"s", "-dash", "#hash %20 &", "🦆")
-CLI = (
-    "from quantkit.cli.main import main; import sys; sys.argv = ['quantkit', *sys.argv[1:]]; main()"
-)
 
 
 def small(folder: Path) -> Path:
@@ -75,79 +72,94 @@ def test_commands_accept_unusual_names(name: str, tmp_path: Path, record_propert
     record_property("fault", f"name: {name}")
 
 
-def process(
-    path: Path, wrapped: tuple[str, ...] = (), limit: int | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run `quantkit build` in a subprocess."""
-
-    def limited() -> None:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.run(
-        [*wrapped, sys.executable, "-c", CLI, "build", str(path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=limited,
-    )
-
-
-def check_refused(done: subprocess.CompletedProcess[str], output: Path, *words: str) -> None:
+def check_refused(end: End, output: Path, *words: str) -> None:
     """Check for one message with one of the words, exit code 1, and no artifact."""
-    assert done.returncode == 1, done.stderr
-    message = done.stderr.partition("error: ")[2]
-    assert message and "Traceback" not in done.stderr, done.stderr
+    assert end.code == 1, end.stderr
+    message = end.stderr.partition("error: ")[2]
+    assert message and "Traceback" not in end.stderr, end.stderr
     assert any(word in message for word in words), message
     assert not (output / "config.json").exists()
 
 
-def make_privileged_command(*command: str) -> tuple[str, ...]:
-    """Return a shell in its own mount namespace that runs these lines, then its arguments.
+def runs(*command: str) -> bool:
+    """Return whether a command is installed and succeeds."""
+    return (
+        bool(shutil.which(command[0]))
+        and not subprocess.run(command, capture_output=True).returncode
+    )
 
-    Skips where it cannot.
-    """
-    if not shutil.which("unshare"):
-        pytest.skip("needs unshare")
-    wrapped = ("unshare", "-m", "sh", "-c", " && ".join([*command, 'exec "$@"']), "sh")
-    if os.geteuid() or subprocess.run([*wrapped, "true"], capture_output=True).returncode:
+
+@pytest.fixture(scope="module")
+def mounting() -> Iterator[Server]:
+    """A server of builds in its own mount namespace; skips where there can be none."""
+    if os.geteuid() or not runs("unshare", "-m", "true") or not shutil.which("nsenter"):
         pytest.skip("needs to be root, and mounts of its own")
-    return wrapped
+    with server(("unshare", "-m")) as builds:
+        yield builds
 
 
-def test_full_disk_is_one_message(tmp_path: Path, record_property: Record) -> None:
+def mount(builds: Server, *arguments: str | Path) -> None:
+    """Mount in the namespace of a server."""
+    enter = ("nsenter", "--target", str(builds.pid), "--mount")
+    subprocess.run([*enter, "mount", *map(str, arguments)], check=True)
+
+
+@pytest.fixture(scope="module")
+def unprivileged() -> Iterator[Server]:
+    """A server of builds that respect permission bits, which root does not."""
+    wrapper: tuple[str, ...] = ()
+    if not os.geteuid():
+        drop = "-dac_override,-dac_read_search"
+        wrapper = ("setpriv", f"--bounding-set={drop}", f"--inh-caps={drop}")
+        if not runs(*wrapper, "true"):
+            pytest.skip("needs setpriv: root reads everything")
+    with server(wrapper) as builds:
+        yield builds
+
+
+def order(path: Path, file_bytes: int = 0) -> Order:
+    """Return the order of a build."""
+    return Order(place=str(path.parent), arguments=("build", str(path)), file_bytes=file_bytes)
+
+
+def test_full_disk_is_one_message(
+    mounting: Server, tmp_path: Path, record_property: Record
+) -> None:
     """A file system of 400 kB is too small for one shard."""
     place = tmp_path / "full"
     place.mkdir()
     path = recipe(small(tmp_path / "source"), place / "out", tmp_path)
-    wrapped = make_privileged_command(f"mount -t tmpfs -o size=400k tmpfs '{place}'")
-    check_refused(process(path, wrapped), place / "out", "no space left on device")
+    mount(mounting, "-t", "tmpfs", "-o", "size=400k", "tmpfs", place)
+    check_refused(mounting.run(order(path)), place / "out", "no space left on device")
     record_property("fault", "disk full")
 
 
-def test_file_size_limit_is_one_message(tmp_path: Path, record_property: Record) -> None:
+def test_file_size_limit_is_one_message(
+    unprivileged: Server, tmp_path: Path, record_property: Record
+) -> None:
     """`ulimit -f`, as batch systems set it."""
     path = recipe(small(tmp_path / "source"), tmp_path / "out", tmp_path)
-    check_refused(process(path, limit=100_000), tmp_path / "out", "file too large")
+    end = unprivileged.run(order(path, file_bytes=100_000))
+    check_refused(end, tmp_path / "out", "file too large")
     record_property("fault", "file size limited")
 
 
-def test_read_only_output_is_one_message(tmp_path: Path, record_property: Record) -> None:
+def test_read_only_output_is_one_message(
+    mounting: Server, tmp_path: Path, record_property: Record
+) -> None:
     """A mount that takes no writes."""
     place = tmp_path / "fixed"
     place.mkdir()
     path = recipe(small(tmp_path / "source"), place / "out", tmp_path)
-    wrapped = make_privileged_command(
-        f"mount --bind '{place}' '{place}'", f"mount -o remount,ro,bind '{place}'"
-    )
-    check_refused(process(path, wrapped), place / "out", "read-only file system")
+    mount(mounting, "--bind", place, place)
+    mount(mounting, "-o", "remount,ro,bind", place)
+    check_refused(mounting.run(order(path)), place / "out", "read-only file system")
     record_property("fault", "output read-only")
 
 
 @pytest.mark.parametrize("what", ["output", "weights", "config.json", "source folder"])
 def test_missing_permission_is_one_message(
-    what: str, tmp_path: Path, record_property: Record
+    what: str, unprivileged: Server, tmp_path: Path, record_property: Record
 ) -> None:
     """Files without permission bits, read by a user without capabilities."""
     source, place = small(tmp_path / "source"), tmp_path / "closed"
@@ -160,22 +172,11 @@ def test_missing_permission_is_one_message(
         "source folder": source,
     }[what]
     closed.chmod(0o000 if what != "output" else 0o500)
-    wrapped: tuple[str, ...] = ()
-    if not os.geteuid():
-        drop = "-dac_override,-dac_read_search"
-        wrapped = ("setpriv", f"--bounding-set={drop}", f"--inh-caps={drop}")
-        if (
-            not shutil.which("setpriv")
-            or subprocess.run([*wrapped, "true"], capture_output=True).returncode
-        ):
-            pytest.skip("needs setpriv: root reads everything")
     try:
-        done = process(path, wrapped)
+        end = unprivileged.run(order(path))
     finally:
         closed.chmod(0o700)
-    check_refused(
-        done, place / "out", "permission denied", "no file", "found none", "found neither"
-    )
+    check_refused(end, place / "out", "permission denied", "no file", "found none", "found neither")
     record_property("fault", f"no permission: {what}")
 
 

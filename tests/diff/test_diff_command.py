@@ -42,6 +42,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
         ):
             keys = {
                 **FAST,
+                "fidelity.length": "512",
                 "evaluation.tasks": "[tiny-v3-math]",
                 "evaluation.limit": "24",
                 "output.path": str(path),

@@ -91,7 +91,8 @@ def run(*options: str, code: int = 0):
 
 def test_local_and_served_model_give_the_same_items(folder, data):
     """Prompts, BOS, stop strings, tokens and scores of generation and likelihoods agree by item."""
-    from quantkit.evaluate.transformers_backend import StopCondition, decode
+    from quantkit.evaluate.decoding import decode
+    from quantkit.evaluate.transformers_backend import StopCondition
 
     model, tokenizer = (
         LlamaForCausalLM.from_pretrained(folder).eval(),

@@ -9,8 +9,9 @@ import pytest
 from support.places.raw_server import Answer, RawServer, endless, make_head, repeat
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluate import openai_backend
-from quantkit.evaluate.openai_backend import OpenAIBackend, ServerOptions, get_served_model
+from quantkit.evaluate import openai_client
+from quantkit.evaluate.openai_backend import OpenAIBackend
+from quantkit.evaluate.openai_client import ServerOptions, get_served_model
 
 BUFFERS = 100_000_000
 EVENT = (
@@ -52,8 +53,8 @@ def stream(*pieces: bytes) -> Answer:
 @pytest.fixture(autouse=True)
 def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that a test reaches in no time."""
-    monkeypatch.setattr(openai_backend, "MAX_ANSWER_BYTES", 500_000)
-    monkeypatch.setattr(openai_backend, "INITIAL_BACKOFF", 0.01)
+    monkeypatch.setattr(openai_client, "MAX_ANSWER_BYTES", 500_000)
+    monkeypatch.setattr(openai_client, "INITIAL_BACKOFF", 0.01)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_answer_that_does_not_end_has_a_deadline(monkeypatch: pytest.MonkeyPatch
     """One event after the other, each before the silence limit."""
     import time
 
-    monkeypatch.setattr(openai_backend, "MAX_ANSWER_SILENCES", 0.02)
+    monkeypatch.setattr(openai_client, "MAX_ANSWER_SILENCES", 0.02)
 
     def answer(*_: str) -> Iterator[bytes]:
         yield make_head(Content_Type="text/event-stream")

@@ -97,7 +97,7 @@ def rows(folder: Path) -> list[tuple]:
 
 @pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])
 def test_every_server_fault_is_retried_without_loss_or_duplicates(chat, tmp_path, monkeypatch):
-    monkeypatch.setattr("quantkit.evaluate.openai_backend.INITIAL_BACKOFF", 0.05)
+    monkeypatch.setattr("quantkit.evaluate.openai_client.INITIAL_BACKOFF", 0.05)
     limit = 16
     prompts = [doc["prompt"] for doc in DOCS[:limit]]
 
@@ -216,7 +216,7 @@ def test_killed_evaluation_resumes_and_repeats_no_request(tmp_path):
 
 
 def test_dead_server_is_one_error_and_keeps_complete_answers(tmp_path, monkeypatch):
-    monkeypatch.setattr("quantkit.evaluate.openai_backend.INITIAL_BACKOFF", 0.01)
+    monkeypatch.setattr("quantkit.evaluate.openai_client.INITIAL_BACKOFF", 0.01)
     bad = DOCS[6]["prompt"]
     with Server(answer=answer, fault=lambda name, nth: "503" if name == bad else "") as server:
         message = evaluate(
@@ -395,7 +395,7 @@ def test_baseline_is_compared_item_by_item(tmp_path):
     ],
 )
 def test_normalize_url_refuses_secrets_and_other_text(url, message):
-    from quantkit.evaluate.openai_backend import normalize_url
+    from quantkit.evaluate.openai_client import normalize_url
 
     with pytest.raises(UsageError, match=message):
         normalize_url(url)

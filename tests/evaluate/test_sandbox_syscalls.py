@@ -17,6 +17,7 @@ from tools.syscalls.honest import SOURCES
 
 from quantkit.evaluate.sandbox import Program, Sandbox, run_programs, seccomp, syscalls
 from quantkit.evaluate.sandbox import jail as sandbox_jail
+from quantkit.io.seccomp import AUDIT_ARCHES, FIRST_YOUNG_NUMBER, ArgumentRule
 
 HEADERS = {
     "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
@@ -32,7 +33,7 @@ def run_filter(machine: str, number: int, *arguments: int, arch: int | None = No
     """Return the action of the filter for a call, as the kernel's interpreter of BPF would."""
     code = seccomp.build_filter(machine)
     rules = [struct.unpack_from("<HBBI", code, at) for at in range(0, len(code), 8)]
-    arch = syscalls.AUDIT_ARCHES[machine] if arch is None else arch
+    arch = AUDIT_ARCHES[machine] if arch is None else arch
     padded = (*arguments, *[0] * (6 - len(arguments)))
     data = struct.pack("<IIQ6Q", number & 0xFFFFFFFF, arch, 0, *padded)
     at = accumulator = 0
@@ -56,7 +57,7 @@ def run_filter(machine: str, number: int, *arguments: int, arch: int | None = No
 
 def list_allowed(machine: str) -> dict[int, str]:
     """Return the numbers that are allowed whatever their arguments, and their names."""
-    column = list(syscalls.AUDIT_ARCHES).index(machine)
+    column = list(AUDIT_ARCHES).index(machine)
     return {
         number: name
         for group in syscalls.ALLOWED_GROUPS
@@ -65,16 +66,16 @@ def list_allowed(machine: str) -> dict[int, str]:
     }
 
 
-def list_rules(machine: str) -> Iterator[tuple[int, syscalls.ArgumentRule]]:
+def list_rules(machine: str) -> Iterator[tuple[int, ArgumentRule]]:
     """Yield the calls that depend on an argument."""
-    column = list(syscalls.AUDIT_ARCHES).index(machine)
+    column = list(AUDIT_ARCHES).index(machine)
     for rule in syscalls.ARGUMENT_RULES:
         number = rule.numbers[column]
         if number is not None:
             yield number, rule
 
 
-@pytest.mark.parametrize("machine", syscalls.AUDIT_ARCHES)
+@pytest.mark.parametrize("machine", AUDIT_ARCHES)
 def test_syscall_numbers_equal_the_kernel_headers(machine):
     header = HEADERS[machine]
     if not header.is_file():
@@ -95,27 +96,27 @@ def test_syscall_numbers_equal_the_kernel_headers(machine):
     assert not without & set(known)
 
 
-@pytest.mark.parametrize("machine", syscalls.AUDIT_ARCHES)
+@pytest.mark.parametrize("machine", AUDIT_ARCHES)
 def test_filter_allows_only_calls_on_the_list(machine):
     allowed, with_rules = list_allowed(machine), dict(list_rules(machine))
     assert not set(allowed) & set(with_rules)
     for number in (*range(1024), -1, 0xF000, 0x40000000, 0x40000009, 0x7FFFFFFF):
         if number in with_rules:
             continue
-        expected = ENOSYS if not 0 <= number < seccomp.FIRST_YOUNG_NUMBER else EPERM
+        expected = ENOSYS if not 0 <= number < FIRST_YOUNG_NUMBER else EPERM
         if number in allowed:
             expected = ALLOW
         assert run_filter(machine, number, 1, 2, 3, 4, 5, 6) == expected, number
 
 
-@pytest.mark.parametrize("machine", syscalls.AUDIT_ARCHES)
+@pytest.mark.parametrize("machine", AUDIT_ARCHES)
 def test_filter_kills_calls_of_other_machines(machine):
-    others = {0x40000003, 0x40000028, *syscalls.AUDIT_ARCHES.values()}  # i386 and arm
-    for arch in others - {syscalls.AUDIT_ARCHES[machine]}:
+    others = {0x40000003, 0x40000028, *AUDIT_ARCHES.values()}  # i386 and arm
+    for arch in others - {AUDIT_ARCHES[machine]}:
         assert run_filter(machine, 0, arch=arch) == KILL
 
 
-@pytest.mark.parametrize("machine", syscalls.AUDIT_ARCHES)
+@pytest.mark.parametrize("machine", AUDIT_ARCHES)
 def test_filter_reads_the_argument_that_a_rule_names(machine):
     for number, rule in list_rules(machine):
 
@@ -134,7 +135,7 @@ def test_filter_reads_the_argument_that_a_rule_names(machine):
             assert act(rule.refused_together) == act(rule.refused_together | 2) == EPERM
 
 
-@pytest.mark.parametrize("machine", syscalls.AUDIT_ARCHES)
+@pytest.mark.parametrize("machine", AUDIT_ARCHES)
 def test_filter_tells_shared_mappings_of_files_from_anonymous_ones(machine):
     number = {"x86_64": 9, "aarch64": 222}[machine]
     shared, private, validated, anonymous, huge = 1, 2, 3, 0x20, 0x40000
@@ -147,7 +148,7 @@ def test_filter_tells_shared_mappings_of_files_from_anonymous_ones(machine):
         assert map_with(flags) == map_with(flags | 0x100) == EPERM, hex(flags)
 
 
-@pytest.mark.parametrize("machine", syscalls.AUDIT_ARCHES)
+@pytest.mark.parametrize("machine", AUDIT_ARCHES)
 def test_filter_fits_the_kernel(machine):
     assert len(seccomp.build_filter(machine)) // 8 <= 4096
 

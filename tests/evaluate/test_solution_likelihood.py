@@ -41,7 +41,7 @@ def build_result(place: Path, **changes: str) -> pipeline.BuildResult:
     keys = {
         "quantize.method": "rtn",
         "quantize.rounding": "nearest",
-        "fidelity.windows": "12",
+        "fidelity.windows": "4",
         "gates.tiny-v3-math": "{min_score: 0}",
         "evaluation.likelihood": str(ITEMS),
         "output.path": str(place),

@@ -360,7 +360,7 @@ def test_prompts_start_with_exactly_one_bos(model, tokenizer):
 @pytest.mark.parametrize(("front", "shared"), [(0, 0), (12, 0), (40, 40)])
 def test_greedy_equals_transformers_generate(front, shared, model, monkeypatch):
     """Also for prompts with shared leading tokens, which are read once."""
-    from quantkit.evaluate import transformers_backend
+    from quantkit.evaluate import decoding
 
     torch.manual_seed(1)
     same, longest = torch.randint(3, 768, (front,)).tolist(), front + 20
@@ -382,9 +382,7 @@ def test_greedy_equals_transformers_generate(front, shared, model, monkeypatch):
     count = model.register_forward_pre_hook(
         lambda _, __, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
-    decoded = transformers_backend.decode(
-        model, prompts, 2, 24, lambda tokens: tokens[-1] in eos_tokens
-    )
+    decoded = decoding.decode(model, prompts, 2, 24, lambda tokens: tokens[-1] in eos_tokens)
     count.remove()
     assert shapes[: 1 + bool(shared)] == [*([(1, shared)] if shared else []), (5, longest - shared)]
     assert len({len(row) for row in decoded}) > 1
@@ -398,7 +396,7 @@ def test_count_shared_tokens_stops_where_sharing_would_change_results(model):
 
     One prompt, few tokens and sliding windows share none.
     """
-    from quantkit.evaluate.transformers_backend import count_shared_tokens, prefill
+    from quantkit.evaluate.decoding import count_shared_tokens, prefill
 
     full, prompt = DynamicCache(config=model.config), list(range(3, 43))
     assert count_shared_tokens([prompt, prompt], full) == 39

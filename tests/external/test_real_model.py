@@ -21,6 +21,7 @@ from quantkit.io import package_data
 from quantkit.methods import rtn
 from quantkit.numerics.fidelity import Estimate
 from quantkit.texts import corpora
+from quantkit.texts.tokens import TokenSequence, pack_tokens
 
 TEXT = "".join(f"line {index} of a text that has many of them .\n" for index in range(400))
 CHECKPOINT = package_data.locate_model("builtin:tiny-v3")
@@ -201,10 +202,13 @@ def test_comparer_measures_zero_for_the_source_and_kl_for_a_changed_model(
     tensors["model.layers.0.mlp.down_proj.weight"] *= 0.5
     save_file(tensors, changed / "model.safetensors")
     rows = [
-        ("prose", torch.randint(3, 700, (20,), generator=torch.Generator().manual_seed(i)).tolist())
+        TokenSequence(
+            domain="prose",
+            ids=torch.randint(3, 700, (20,), generator=torch.Generator().manual_seed(i)).tolist(),
+        )
         for i in (0, 1)
     ]
-    comparer = ModelComparer(source, corpora.pack_tokens(rows))
+    comparer = ModelComparer(source, pack_tokens(rows))
     same, other = comparer.compute_figures(source), comparer.compute_figures(changed)
     assert same["kl_mean"].n == other["kl_mean"].n == 2 * 19
     assert same["kl_mean"].value < 1e-9 and same["top1"].value == 1

@@ -379,4 +379,4 @@ def test_plan_rejects_other_block_sizes(tmp_path: Path) -> None:
         "r.yaml",
     )
     with pytest.raises(RecipeError, match="read FP8 in blocks of 128 x 128, found 64 x 64"):
-        sources.plan_recipe(recipe, facts, sources.bound_text_tokens(recipe))
+        sources.plan_recipe(recipe, facts)

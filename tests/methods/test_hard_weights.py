@@ -336,7 +336,9 @@ def test_experts_without_tokens_use_the_shared_gram(
     change_checkpoint(folder, route)
     keys = dict(METHODS[method])
     learns = method in ("awq", "awq+gptq", "gptq")
-    outcome = build(folder, tmp_path / "out", rules="experts-only", calibration=FEW, **keys)
+    outcome = build(
+        folder, tmp_path / "out", rules="experts-only", calibration=FEW, fidelity=TEXT, **keys
+    )
     verify_artifact(outcome.path)
     records = modules(outcome.path)
     without_tokens = {5} if kind == "never routed to" else {0, 1, 4, 5, 6, 7}

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -78,9 +79,12 @@ def outputs(plan: Plan) -> dict[str, TensorSpec]:
 @pytest.fixture(scope="module")
 def flagship() -> Plan:
     """Return the plan of recipes/v3-awq4.yaml from the published config, without a network."""
-    recipe = parse_recipe(
-        FLAGSHIP.read_text(encoding="utf-8"), "recipes/v3-awq4.yaml", {"compute.device": "cpu"}
-    )
+    overrides = {  # as `auto` has them where the hub is reachable
+        "calibration.set": "everyday",
+        "fidelity.set": "everyday-heldout",
+        "compute.device": "cpu",
+    }
+    recipe = parse_recipe(FLAGSHIP.read_text(encoding="utf-8"), "recipes/v3-awq4.yaml", overrides)
     actual = sources.find_published_config(recipe.source.model)
     assert actual is not None
     facts = SourceFacts(
@@ -91,7 +95,7 @@ def flagship() -> Plan:
         fingerprint=None,
         where=actual[0],
     )
-    (plan,) = sources.plan_recipe(recipe, facts, sources.bound_text_tokens(recipe))
+    (plan,) = sources.plan_recipe(recipe, facts)
     return plan
 
 
@@ -715,15 +719,41 @@ def test_more_sequences_than_a_set_has_are_refused(key: str, most: int) -> None:
 
     def planned(count: int) -> None:
         recipe = parse_recipe(text, "tiny-v3-awq4.yaml", {key: str(count)})
-        sources.plan_recipe(
-            recipe, sources.resolve_source_facts(recipe), sources.bound_text_tokens(recipe)
-        )
+        sources.plan_recipe(recipe, sources.resolve_source_facts(recipe))
 
     planned(most)
     with pytest.raises(
         RecipeError, match=rf"{key}: expected at most {most}, .* found {most + 1}; use fewer"
     ):
         planned(most + 1)
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        (3, "fidelity.windows: expected at least 4, one for each part of the set general-heldout"),
+        (10_000, r"fidelity.windows: expected at most \d+, the size of the set general-heldout"),
+    ],
+)
+def test_windows_that_a_built_in_mixture_does_not_have_are_refused(
+    windows: int, message: str
+) -> None:
+    text = (ROOT / "recipes" / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
+    changes = {"fidelity.set": "general-heldout", "fidelity.windows": str(windows)}
+    recipe = parse_recipe(text, "tiny-v3-awq4.yaml", changes)
+    with pytest.raises(RecipeError, match=message):
+        sources.plan_recipe(recipe, sources.resolve_source_facts(recipe))
+
+
+def test_plan_names_hash_and_python_of_built_in_text() -> None:
+    text = (ROOT / "recipes" / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
+    changes = {"fidelity.set": "general-heldout", "fidelity.windows": "8"}
+    recipe = parse_recipe(text, "tiny-v3-awq4.yaml", changes)
+    (plan,) = sources.plan_recipe(recipe, sources.resolve_source_facts(recipe))
+    rows = {row.part: row for row in plan.texts if row.use == "fidelity"}
+    assert re.match(rf"[0-9a-f]{{12}}, \w+ {platform.python_version()}, ", rows["manuals"].version)
+    assert re.match(r"[0-9a-f]{12}, generated exercises", rows["exercises"].version)
+    assert rows["modules"].license == "PSF-2.0"
 
 
 def test_windows_are_bounded_by_the_bytes_of_their_text(tmp_path: Path) -> None:

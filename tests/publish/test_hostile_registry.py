@@ -14,18 +14,18 @@ from support.places.raw_server import Answer, RawServer, Serve, endless, make_he
 from support.places.using import Record, pull_from
 
 from quantkit.errors import QuantkitError, TransferError
-from quantkit.io import bounded_http
+from quantkit.io import bounded_http, hub_client
 from quantkit.io.bounded_http import ResponseLimits
+from quantkit.io.public_hosts import is_public_host
 from quantkit.io.retry import RetryPolicy
 from quantkit.publish import oci_auth
 from quantkit.publish.oci_auth import (
     check_realm,
     get_registered_domain,
-    is_public_host,
     parse_challenge,
     parse_token,
 )
-from quantkit.publish.remotes import fsspec, hf, s3
+from quantkit.publish.remotes import fsspec, s3
 
 BUFFERS = 40_000_000
 """Bytes of a pull with the socket buffers of all its connections; unbounded ones take gigabytes."""
@@ -290,7 +290,7 @@ def test_endless_listing_of_the_hub_is_refused(
     record_property: Record,
 ) -> None:
     """Pages without entries that name a next one; and pages of another host."""
-    monkeypatch.setattr(hf, "MAX_PAGES", 5)
+    monkeypatch.setattr(hub_client, "MAX_PAGES", 5)
     link = "/api/models/team/tiny/tree/c?cursor=x"
 
     def answer(_: str, path: str) -> Iterable[bytes]:
@@ -316,7 +316,7 @@ def test_endless_answer_of_the_hub_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Record,
 ) -> None:
-    monkeypatch.setattr(hf, "API_ANSWER", ResponseLimits(n_bytes=100_000, seconds=60.0))
+    monkeypatch.setattr(hub_client, "API_ANSWER", ResponseLimits(n_bytes=100_000, seconds=60.0))
     entry = {"type": "file", "path": "quantkit/manifest.json", "size": 1000, "oid": "0" * 40}
     cases: dict[str, Answer] = {
         "revision": lambda *_: endless(),
@@ -383,4 +383,4 @@ def test_limits_have_room_for_real_answers() -> None:
     has 1,000 entries of 300 bytes.
     """
     assert bounded_http.SMALL_ANSWER.n_bytes >= 4_000_000
-    assert hf.API_ANSWER.n_bytes >= 1_000 * 300
+    assert hub_client.API_ANSWER.n_bytes >= 1_000 * 300

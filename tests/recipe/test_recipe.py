@@ -89,9 +89,9 @@ def test_flagship_has_the_promised_settings() -> None:
         (pattern, None if action == "quantize" else "source")
         for pattern, action in PRESETS["experts-only"]
     ]
-    assert recipe.calibration is not None and recipe.calibration.set == "general-math-code"
+    assert recipe.calibration is not None and recipe.calibration.set == "auto"
     assert (recipe.fidelity.set, recipe.fidelity.windows, recipe.fidelity.length) == (
-        "general-heldout",
+        "auto",
         32,
         2048,
     )
@@ -345,8 +345,8 @@ fidelty: {}
         "mean 'kl_mean'? Known: kl_worst_kind, kl_mean_kinds, shift, kl_mean, kl_median, kl_p99, "
         "kl_p999, kl_max, ppl_source, ppl_artifact, ppl_ratio, top1, mean_delta_p, rms_delta_p, "
         "router_agreement, block_error, module_error, module_output_error, experts_uncalibrated, "
-        "fallbacks, lost_items, size, bits_per_weight, likelihood, gsm8k. Of one kind of text: "
-        "kl_mean@code.",
+        "fallbacks, lost_items, overlapping_items, size, bits_per_weight, likelihood, gsm8k. Of "
+        "one kind of text: kl_mean@code.",
         "x.yaml:13: gates.gsm8k: expected {min_recovery: NUMBER} or {margin_pp: NUMBER} or "
         "{max_lost: NUMBER} or {min_score: NUMBER} or {max_truncated_pp: NUMBER} or "
         "{max_unparsed_pp: NUMBER}",

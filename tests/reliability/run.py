@@ -76,6 +76,7 @@ SUITES = (
         asserts="no code runs, no time and memory beyond the limits, one sentence",
         tests=(
             "tests/evaluate/test_hostile_tasks.py",
+            "tests/io/test_template_filter.py",
             "tests/io/test_templates.py",
             "tests/texts/test_chat_templates.py",
         ),
@@ -94,6 +95,8 @@ SUITES = (
         tests=(
             "tests/io/test_bounded_http.py",
             "tests/publish/test_hostile_registry.py",
+            "tests/checkpoint/test_hostile_hub.py",
+            "tests/texts/test_hostile_hub_data.py",
             "tests/evaluate/test_openai_answers.py",
             "tests/serve/test_loadtest_answers.py",
         ),

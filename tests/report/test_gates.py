@@ -73,6 +73,7 @@ def test_every_figure_has_a_value_in_a_full_report() -> None:
     }  # type: ignore[index]
     kinds = [{"domain": name, "tokens": 1, "kl_mean": {"value": 0.1}} for name in ("a", "b")]
     calibration = {**dict(FIDELITY["calibration"]), "kinds": {"a": 10}}  # type: ignore[arg-type]
+    calibration["overlaps"] = [{"task": "t", "items": 9, "overlapping": 2}]
     gold = {"task": "t", "n": 9, "source": -0.5, "artifact": -0.6, "difference": {"value": -0.1}}
     report = make_example({
         "calibration": calibration,
@@ -82,7 +83,7 @@ def test_every_figure_has_a_value_in_a_full_report() -> None:
     })
     values = {figure: judge_one(figure, Gate(max=1e12), report)[0] for figure in list_keys()}
     assert [figure for figure, value in values.items() if value is None] == []
-    assert values["lost_items"] == 5
+    assert values["lost_items"] == 5 and values["overlapping_items"] == 2
 
 
 def test_figure_of_an_absent_domain_is_not_measured() -> None:

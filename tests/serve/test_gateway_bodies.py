@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from support.gateway_front import POST, run_front, wait_until
 from support.stub_engine import StubEngine
 
+from quantkit.serve.gateway import upstreams
 from quantkit.serve.gateway.api_keys import create_key
 from quantkit.serve.gateway.bodies import SMALL_BYTES, ByteBudget, HeldBytes, read_body
 from quantkit.serve.gateway.errors import BudgetExceeded
@@ -218,6 +220,46 @@ def test_models_are_requested_once_for_many_clients() -> None:
         assert engine.n_models == 1
         engine.released.set()
         assert {one.result().status_code for one in asked} == {200}
+
+
+class ModelsEngine(StubEngine):
+    """Answers GET with `head` and then 32 MB of `body`, with a pause after each."""
+
+    def __init__(
+        self, body: bytes, pause: float, head: tuple[tuple[bytes, bytes], ...] = ()
+    ) -> None:
+        super().__init__()
+        self.body, self.pause, self.head, self.n_sent = body, pause, head, 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "GET":
+            return await super().__call__(scope, receive, send)
+        await send({"type": "http.response.start", "status": 200, "headers": [*self.head]})
+        while self.n_sent < 1 << 25:
+            await send({"type": "http.response.body", "body": self.body, "more_body": True})
+            self.n_sent += len(self.body)
+            await asyncio.sleep(self.pause)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        lambda: ModelsEngine(bytes(1 << 16), 0),
+        lambda: ModelsEngine(b"[" * (1 << 16), 0),
+        lambda: ModelsEngine(b" ", 0.05),
+        lambda: ModelsEngine(b"x", 0.05, ((b"content-encoding", b"gzip"),)),
+    ],
+    ids=["endless", "values", "slow", "compressed"],
+)
+def test_models_of_an_upstream_are_bounded(
+    engine: Callable[[], ModelsEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstreams, "MODELS_TOTAL_SECONDS", 1.0)
+    with run_front(engine()) as front:
+        start = time.monotonic()
+        answer = httpx2.get(f"{front.root}/v1/models", timeout=60.0)
+        assert answer.status_code == 503
+        assert time.monotonic() - start < 20
 
 
 MEMBERS = st.dictionaries(

@@ -95,7 +95,5 @@ def make_recipe_text(model: Path | str, output: Path, /, **keys: str) -> str:
 def make_plan(folder: Path, **keys: str) -> Plan:
     """Return the plan of `make_recipe_text` for a checkpoint."""
     recipe = parse_recipe(make_recipe_text(folder, folder.parent / "out", **keys), "r.yaml")
-    (plan,) = sources.plan_recipe(
-        recipe, sources.resolve_source_facts(recipe), sources.bound_text_tokens(recipe)
-    )
+    (plan,) = sources.plan_recipe(recipe, sources.resolve_source_facts(recipe))
     return plan

@@ -14,6 +14,8 @@ FAST = {
     "quantize.rounding": "nearest",
     "calibration.sequences": "32",
     "fidelity.windows": "8",
+    "fidelity.length": "128",
+    "evaluation.likelihood": "8",
     "output.shard_bytes": "3MB",
     "compute.device": "cpu",
 }

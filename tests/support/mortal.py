@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -41,7 +42,8 @@ class Order:
 
     `seconds`: SIGKILL after that time; `step`: signal `number` is sent when so many steps of a
     build loop are done; `call`: the system call at which `fault` happens: "kill", "power" or the
-    name of an error, "ENOSPC"; `wave`: memory holds so many experts, and every wave is saved.
+    name of an error, "ENOSPC"; `wave`: memory holds so many experts, and every wave is saved;
+    `file_bytes`: limit of a file's size, as `ulimit -f` sets it.
     """
 
     place: str
@@ -52,6 +54,7 @@ class Order:
     call: int = 0
     fault: str = ""
     wave: int = 0
+    file_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,11 @@ class Server:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
+    @property
+    def pid(self) -> int:
+        """The id of the process."""
+        return self._process.pid
+
     def run(self, order: Order) -> End:
         """Run an order; return how it ended."""
         assert self._process.stdin and self._process.stdout
@@ -78,9 +86,12 @@ class Server:
 
 
 @contextmanager
-def server() -> Iterator[Server]:
-    """Start a server, and stop it at the end of the block."""
-    command = [sys.executable, __file__]
+def server(wrapper: Sequence[str] = ()) -> Iterator[Server]:
+    """Start a server, and stop it at the end of the block.
+
+    wrapper: a command such as setpriv that executes the command after it.
+    """
+    command = [*wrapper, sys.executable, __file__]
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "QUANTKIT_CACHE": cache}
         with subprocess.Popen(
@@ -210,6 +221,8 @@ def child(order: Order, counted: Path) -> int:
     from quantkit.cli.main import main
 
     os.chdir(order.place)
+    if order.file_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order.file_bytes, order.file_bytes))
     faults = Faults(order, counted)
     if order.call:
         faults.install()
@@ -289,6 +302,7 @@ def serve() -> None:
     assert pipeline and terminal  # the imports of a build
     # made by the first build and found by others: each shall make the same calls
     html_page.load_vega_bundle()
+    html_page.make_report_environment().get_template("fidelity.html.j2")
     torch.set_num_threads(1)
     for line in sys.stdin:
         sys.stdout.write(json.dumps(asdict(fork(Order(**json.loads(line))))) + "\n")

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -29,6 +28,7 @@ class Record:
     prompt: str
     body: dict
     fault: str
+    is_over: bool = False
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Server:
     piece: int = 3  # characters
     models: Sequence[str] = ("tiny",)
     key: str = ""
+    reasoning: Callable[[str, dict], str] | None = None  # before the answer, of the chat API
     # tokens -> of each but the first: its log probability, and that of the most probable token
     # there
     logprobs: Callable[[list[int]], list[tuple[float, float]]] | None = None
@@ -72,6 +73,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     owner: Server
+    record: Record | None = None
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: object) -> None:
@@ -99,14 +101,29 @@ class Handler(BaseHTTPRequestHandler):
             owner.records.append(record)
             owner.at_once += 1
             owner.most_at_once = max(owner.most_at_once, owner.at_once)
+        self.record = record
         try:
-            with suppress(BrokenPipeError, ConnectionResetError):
-                time.sleep(owner.pause)
-                self.respond(body, prompt, chat, fault)
-                record.fault = fault or "served"
+            time.sleep(owner.pause)
+            self.respond(body, prompt, chat, fault)
+        except (BrokenPipeError, ConnectionResetError):
+            record.fault = fault or "pending"
         finally:
-            with owner.lock:
-                owner.at_once -= 1
+            self.complete()
+            self.record = None
+
+    def complete(self) -> None:
+        """Count a request as answered: before the client can see the end of the answer."""
+        if record := self.record:
+            with self.owner.lock:
+                if not record.is_over:
+                    record.is_over = True
+                    self.owner.at_once -= 1
+
+    def mark_served(self) -> None:
+        """Record a complete answer without a fault, before its end is sent."""
+        if self.record and self.record.fault == "pending":
+            self.record.fault = "served"
+        self.complete()
 
     def respond(self, body: dict, prompt: str | list[int], chat: bool, fault: str) -> None:
         if self.owner.key and self.headers.get("Authorization") != f"Bearer {self.owner.key}":
@@ -160,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(SILENCE)
             self.close_connection = True
         elif body.get("stream"):
-            self.stream(self.owner.answer(prompt, body), body, chat, fault)
+            self.stream(self.owner.answer(prompt, body), body, chat, fault, prompt)
         else:
             self.echo(prompt)
 
@@ -174,9 +191,12 @@ class Handler(BaseHTTPRequestHandler):
         }.items():
             self.send_header(name, value)
         self.end_headers()
+        self.mark_served()
         self.wfile.write(text)
 
-    def stream(self, text: str, body: dict, chat: bool, fault: str) -> None:
+    def stream(
+        self, text: str, body: dict, chat: bool, fault: str, prompt: str | list[int]
+    ) -> None:
         """Send the answer in pieces, which count as tokens, as chunked server-sent events."""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -188,6 +208,9 @@ class Handler(BaseHTTPRequestHandler):
         ]
         kept = words[: body["max_tokens"]]
         broken = fault in ("cut", "end", "error")
+        if self.owner.reasoning is not None:
+            delta = {"reasoning_content": self.owner.reasoning(str(prompt), body)}
+            self.event({"choices": [{"index": 0, "finish_reason": None, "delta": delta}]})
         for word in kept[: len(kept) // 2] if broken else kept:
             self.event({"choices": [self.choice(word, None, chat)]})
             if fault == "slow":
@@ -204,7 +227,10 @@ class Handler(BaseHTTPRequestHandler):
                 "choices": [],
                 "usage": {"prompt_tokens": 1, "completion_tokens": len(kept), "total_tokens": 0},
             })
-            self.chunk(b"data: [DONE]\n\n")
+            self.mark_served()
+            # one write: a client may close the connection as soon as it has read the end mark
+            self.wfile.write(make_chunk(b"data: [DONE]\n\n") + make_chunk(b""))
+            return
         self.chunk(b"")
 
     def choice(self, text: str, reason: str | None, chat: bool) -> dict:
@@ -225,7 +251,7 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def chunk(self, data: bytes) -> None:
-        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.write(make_chunk(data))
         self.wfile.flush()
 
     def echo(self, tokens: str | list[int]) -> None:
@@ -252,3 +278,8 @@ class Handler(BaseHTTPRequestHandler):
                 "choices": [{"index": 0, "text": "", "finish_reason": "length", "logprobs": probs}],
             },
         )
+
+
+def make_chunk(data: bytes) -> bytes:
+    """Return a chunk of a chunked answer; an empty one is the last."""
+    return f"{len(data):x}\r\n".encode() + data + b"\r\n"

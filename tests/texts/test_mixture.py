@@ -19,7 +19,7 @@ from quantkit.report.make import summarize_text
 from quantkit.texts.corpora import CorpusSet, load_set, sample_sequences
 from quantkit.texts.corpus_spec import DATA_VARIABLE, read_spec
 from quantkit.texts.mixture_spec import list_template_columns
-from quantkit.texts.text_rows import read_text_rows
+from quantkit.texts.text_rows import RowReader, read_text_rows
 
 SETS = ROOT / "calibration"
 LICENSE = "licence:"
@@ -109,10 +109,10 @@ def test_fewer_sequences_than_parts_raise(mixed: CorpusSet) -> None:
 
 def test_part_can_be_a_domain_of_another_set(tmp_path: Path) -> None:
     path = write_mixture(
-        tmp_path, "name: m, kind: math, licence: Apache-2.0, set: general-math-code, domain: math"
+        tmp_path, "name: m, kind: math, licence: Apache-2.0, set: tiny-v3, domain: math"
     )
     [part] = load_set(str(path), SETS).parts
-    whole = load_set("general-math-code", SETS)
+    whole = load_set("tiny-v3", SETS)
     assert part.texts == tuple(row.text for row in whole.documents if row.domain == "math")
 
 
@@ -120,15 +120,15 @@ def test_folder_and_parquet_and_bom_are_read(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.txt").write_text("\ufeffone\r\n\r\ntwo", encoding="utf-8")
     parquet.write_table(arrow.table({"text": ["three", None, " "]}), tmp_path / "sub/b.parquet")
-    (tmp_path / "ignored.md").write_text("no")
-    rows = read_text_rows(tmp_path, "{text}", 100)
+    (tmp_path / "ignored.html").write_text("no")
+    rows = read_text_rows(tmp_path, RowReader(), 100)
     assert rows.texts == ("one", "two", "three") and rows.skipped == 2
-    assert read_text_rows(tmp_path, "{text}", 2).texts == ("one", "two")
+    assert read_text_rows(tmp_path, RowReader(), 2).texts == ("one", "two")
 
 
 def test_line_separator_inside_json_is_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two"}\n', encoding="utf-8")
-    assert read_text_rows(tmp_path / "a.jsonl", "{text}", 9).texts == ("one\u2028two",)
+    assert read_text_rows(tmp_path / "a.jsonl", RowReader(), 9).texts == ("one\u2028two",)
 
 
 @pytest.mark.parametrize(
@@ -145,14 +145,14 @@ def test_line_separator_inside_json_is_text(tmp_path: Path) -> None:
 def test_row_faults_name_file_and_row(tmp_path: Path, row: str, message: str) -> None:
     (tmp_path / "a.jsonl").write_text(row)
     with pytest.raises(CalibrationError, match=message):
-        read_text_rows(tmp_path / "a.jsonl", "{text}", 9)
+        read_text_rows(tmp_path / "a.jsonl", RowReader(), 9)
 
 
 @pytest.mark.parametrize("name", ["a.bin", "missing.txt", "."])
 def test_unreadable_paths_raise(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.bin").write_text("x")
     with pytest.raises(CalibrationError, match="expected"):
-        read_text_rows(tmp_path / name, "{text}", 9)
+        read_text_rows(tmp_path / name, RowReader(), 9)
 
 
 def test_hub_rows_are_streamed_and_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,8 +198,16 @@ def test_local_file_replaces_hub_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("name: a, kind: web", "one of `set`, `file` and `datasets`, found none"),
-        ("name: a, kind: web, file: x.txt, set: y", "found file and set"),
+        (
+            "name: a, kind: web",
+            "one of `set`, `file`, `datasets`, `local`, `builtin`, `self`, found none",
+        ),
+        ("name: a, kind: web, builtin: exercises", "`builtin` with `draw: calibration` or"),
+        ("name: a, kind: web, builtin: exercises, draw: all", "calibration or heldout"),
+        ("name: a, kind: web, builtin: essays, draw: heldout", "exercises, python-modules"),
+        ("name: a, kind: web, file: x.txt, draw: heldout", "`draw` belongs to `builtin`"),
+        ("name: a, kind: web, builtin: exercises, draw: heldout, origin: x", "without `origin`"),
+        ("name: a, kind: web, file: x.txt, set: y", "found set and file"),
         ("name: a, kind: web, file: x.txt, domain: y", "`domain` belongs to `set`"),
         ("name: a, kind: Web, file: x.txt", "a name of lower-case letters"),
         ("name: a, kind: web, file: x.txt, language: Chinese", "a language tag"),
@@ -222,6 +230,7 @@ def test_spec_faults_name_line_and_key(tmp_path: Path, part: str, message: str) 
     with pytest.raises(CalibrationError, match=message) as caught:
         read_spec(str(path), SETS)
     assert f"{path}:4" in str(caught.value)
+    assert "parts: expected one entry" not in str(caught.value)
 
 
 def test_two_parts_of_one_name_raise(tmp_path: Path) -> None:

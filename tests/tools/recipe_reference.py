@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from quantkit import figures, registry
 from quantkit.recipe import value_types
 from quantkit.recipe.patterns import PRESETS
-from quantkit.recipe.schema import METHOD_DEFAULTS, SECTIONS, Recipe
+from quantkit.recipe.schema import METHOD_DEFAULTS, SECTIONS, SUBSECTIONS, Recipe
 from quantkit.texts.corpus_spec import DOMAINS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -89,6 +89,11 @@ def render_page() -> str:
         parts.append(render_keys(model.model_fields, prefix))
         if section in NOTES:
             parts.append(NOTES[section].format(**note_values()) + "\n")
+        for (outer, key), inner in SUBSECTIONS.items():
+            if outer == section:
+                parts.append(f"### {outer}.{key}\n")
+                parts.append(f"{' '.join((inner.__doc__ or '').split())}\n")
+                parts.append(render_keys(inner.model_fields, f"{outer}.{key}."))
     return "\n".join(parts)
 
 

@@ -26,11 +26,12 @@ def command(recipe: str, overrides: tuple[str, ...], json_out: bool) -> None:
     Example: quantkit plan v3-awq4
     """
     # Reading headers needs torch's dtypes: `quantkit plan --help` starts without.
-    from quantkit.plan.sources import bound_text_tokens, plan_recipe, resolve_source_facts
+    from quantkit.plan.sources import describe_sampled_texts, plan_recipe, resolve_source_facts
 
     _, parsed = read_recipe(recipe, parse_overrides(overrides))
-    plans = plan_recipe(parsed, resolve_source_facts(parsed), bound_text_tokens(parsed))
-    summaries = [summarize_plan(plan) for plan in plans]
+    plans = plan_recipe(parsed, resolve_source_facts(parsed))
+    sampled = describe_sampled_texts(plans[0].recipe)
+    summaries = [summarize_plan(plan, sampled) for plan in plans]
     if json_out:
         print_json_list([summary.model_dump(mode="json") for summary in summaries])
     else:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluate.sandbox import cgroup, commands, limits, syscalls
+from quantkit.evaluate.sandbox import cgroup, commands, limits
 from quantkit.evaluate.sandbox.jail import run_in_jails
+from quantkit.io.seccomp import AUDIT_ARCHES
 
 SandboxKind = Literal["bubblewrap", "namespaces"]
 
@@ -91,6 +92,12 @@ class Sandbox:
             "reason": self.reason,
         }
 
+    def summarize(self) -> str:
+        """Return the parts that can change a verdict, in one line."""
+        if self.kind == "none":
+            return f"none: {self.reason}" if self.reason else "none"
+        return f"{self.kind}, Python {self.python}, memory {self.memory}"
+
 
 def probe_sandbox(
     search: str | None = None, kinds: Sequence[SandboxKind] = ("bubblewrap", "namespaces")
@@ -100,7 +107,7 @@ def probe_sandbox(
     search: the PATH on which the tools are searched (default: the process's own, then the system's
     folders); kinds: tried in this order.
     """
-    if platform.machine() not in syscalls.AUDIT_ARCHES:
+    if platform.machine() not in AUDIT_ARCHES:
         return Sandbox(kind="none", reason=f"no system-call filter for {platform.machine()}")
     if missing := limits.find_missing_support():
         return Sandbox(kind="none", reason=missing)

@@ -20,6 +20,7 @@ from typing import IO
 
 from quantkit.evaluate.sandbox import cgroup, limits, runner, seccomp, syscalls
 from quantkit.evaluate.sandbox.commands import SYSTEM_PATH
+from quantkit.io.seccomp import FIRST_YOUNG_NUMBER, SECCOMP_CALL
 
 
 def run_in_jails(
@@ -159,8 +160,8 @@ def describe_limits(seconds: int) -> dict[str, object]:
         "SIGPENDING": 128,
         "filter": seccomp.build_filter(machine).hex(),
         "reporting_filter": seccomp.build_filter(machine, report=True).hex(),
-        "seccomp_call": seccomp.SECCOMP_CALL[machine],
-        "first_young": seccomp.FIRST_YOUNG_NUMBER,
+        "seccomp_call": SECCOMP_CALL[machine],
+        "first_young": FIRST_YOUNG_NUMBER,
         "names": syscalls.name_refused_calls(machine),
     }
 

@@ -1,78 +1,12 @@
-"""The list of allowed system calls as the kernel takes it (seccomp, classic BPF)."""
+"""The filter of the system calls that a jailed program may make."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
-
-from quantkit.evaluate.sandbox.syscalls import (
-    ALLOWED_GROUPS,
-    ARGUMENT_RULES,
-    AUDIT_ARCHES,
-    ArgumentRule,
-)
-
-Rule = tuple[int, int, int, int]
-"""struct sock_filter: code, instructions to skip if true, if false, operand."""
-
-_EPERM, _ENOSYS = 1, 38
-_ALLOW, _KILL, _ERRNO, _REPORT = 0x7FFF0000, 0x80000000, 0x00050000, 0x7FC00000
-_LOAD, _AND, _RETURN = 0x20, 0x54, 0x06
-_JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_SET = 0x15, 0x35, 0x45
-# offsets in struct seccomp_data; both machines are little-endian
-_NUMBER_AT, _MACHINE_AT, _ARGUMENTS_AT, _ARGUMENT_BYTES = 0, 4, 16, 8
-
-SECCOMP_CALL = {"x86_64": 317, "aarch64": 277}
-_CLONE3 = 435
-
-FIRST_YOUNG_NUMBER = 424
-"""From here on, Linux 5.1 and later number calls alike on all machines. x32's are larger."""
+from quantkit.evaluate.sandbox.syscalls import ALLOWED_GROUPS, ARGUMENT_RULES
+from quantkit.io import seccomp
 
 
 def build_filter(machine: str, report: bool = False) -> bytes:
-    """Build the filter for a machine of AUDIT_ARCHES, 8 bytes per rule.
-
-    report: refused calls go to the filter's listener, which answers them and knows their numbers.
-    Calls with another machine's numbers (int 0x80 on x86_64) kill the process. clone3, whose flags
-    a filter cannot read, fails with ENOSYS like every call from FIRST_YOUNG_NUMBER on that is not
-    allowed; the C library then uses clone.
-    """
-    eperm, enosys = (_REPORT, _REPORT) if report else (_ERRNO | _EPERM, _ERRNO | _ENOSYS)
-    column = list(AUDIT_ARCHES).index(machine)
-    allowed = [group.numbers[name][column] for group in ALLOWED_GROUPS for name in group.numbers]
-    rules: list[Rule] = [
-        (_LOAD, 0, 0, _MACHINE_AT),
-        (_JUMP_EQUAL, 1, 0, AUDIT_ARCHES[machine]),
-        (_RETURN, 0, 0, _KILL),
-        (_LOAD, 0, 0, _NUMBER_AT),
-    ]
-    for allowed_number in sorted(number for number in allowed if number is not None):
-        rules += [(_JUMP_EQUAL, 0, 1, allowed_number), (_RETURN, 0, 0, _ALLOW)]
-    for argument_rule in ARGUMENT_RULES:
-        number = argument_rule.numbers[column]
-        if number is not None:
-            checks = list(_check_argument(argument_rule, (_RETURN, 0, 0, eperm)))
-            rules += [(_JUMP_EQUAL, 0, len(checks), number), *checks]
-    rules += [
-        # the C library tries it for each thread: nothing to report
-        (_JUMP_EQUAL, 0, 1, _CLONE3),
-        (_RETURN, 0, 0, _ERRNO | _ENOSYS),
-        (_JUMP_AT_LEAST, 0, 1, FIRST_YOUNG_NUMBER),
-        (_RETURN, 0, 0, enosys),
-        (_RETURN, 0, 0, eperm),
-    ]
-    return b"".join(struct.pack("<HBBI", *rule) for rule in rules)
-
-
-def _check_argument(rule: ArgumentRule, refuse: Rule) -> Iterator[Rule]:
-    """Yield rules that allow or refuse a call by its argument; none continues after them."""
-    load = (_LOAD, 0, 0, _ARGUMENTS_AT + _ARGUMENT_BYTES * rule.argument)
-    yield load
-    if rule.refused_bits:
-        yield from ((_JUMP_SET, 0, 1, rule.refused_bits), refuse)
-    if rule.refused_together:
-        yield (_AND, 0, 0, rule.refused_together)
-        yield from ((_JUMP_EQUAL, 0, 1, rule.refused_together), refuse)
-    for value in rule.values:
-        yield from ((_JUMP_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW))
-    yield refuse if rule.values else (_RETURN, 0, 0, _ALLOW)
+    """Build the filter for a machine of AUDIT_ARCHES, as io.seccomp.build_filter does."""
+    allowed = [numbers for group in ALLOWED_GROUPS for numbers in group.numbers.values()]
+    return seccomp.build_filter(machine, allowed, ARGUMENT_RULES, report=report)

@@ -16,11 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-AUDIT_ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""Machine -> the kernel's AUDIT_ARCH_* number. The order is that of the numbers below."""
-
-Numbers = tuple[int | None, int | None]
-"""A call's number on x86_64 and on aarch64; None where the machine does not have the call."""
+from quantkit.io.seccomp import AUDIT_ARCHES, ArgumentRule, Numbers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,23 +26,6 @@ class SyscallGroup:
     name: str
     reason: str
     numbers: Mapping[str, Numbers]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ArgumentRule:
-    """A call that depends on the low 32 bits of one argument, counted from 0.
-
-    values: the argument must be one of them, if there are any. refused_bits: it may have none of
-    these bits. refused_together: it may not have all of these bits.
-    """
-
-    name: str
-    numbers: Numbers
-    argument: int
-    reason: str
-    values: tuple[int, ...] = ()
-    refused_bits: int = 0
-    refused_together: int = 0
 
 
 ALLOWED_GROUPS = (

@@ -1,7 +1,7 @@
 """A model repository of the Hugging Face Hub: `hf://owner/name`, or owner/name.
 
-Listings and files are read here and bounded; huggingface_hub, which follows the pages of a listing
-without end, only writes.
+quantkit's own bounded client reads listings and files; huggingface_hub, which follows the pages of
+a listing without end, only writes.
 
 Large files are uploaded first and are not visible; one commit then makes the whole artifact
 visible. Files that the hub has by hash are not sent again, also after an interruption. Token and
@@ -15,42 +15,24 @@ import hashlib
 import re
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from urllib.parse import quote
+from contextlib import contextmanager
 
-import httpx2
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    constants,
-    get_token,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import (  # type: ignore[attr-defined]
-    disable_progress_bars,
-    hf_raise_for_status,
-    logging,
-)
+from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
 
 from quantkit.errors import TransferError, UsageError
-from quantkit.io.bounded_http import (
-    IDENTITY,
-    LIMITS_KEY,
-    MAX_VALUES,
-    ResponseLimits,
-    bound_response,
-    call_with_deadline,
-)
+from quantkit.io.bounded_http import ResponseLimits
 from quantkit.io.files import JSON_LIMIT_BYTES, shorten_repr
+from quantkit.io.hub_client import HubReader
 from quantkit.io.retry import TransientError
 from quantkit.publish.hashed_upload import HashedReader
 from quantkit.publish.remote import (
@@ -64,17 +46,12 @@ from quantkit.publish.remote import (
     remove_secrets,
     translate_errors,
 )
-from quantkit.version import __version__
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REPOSITORY_FILES = re.compile(
     r"\.git\w+|README\.md|(?i:licen[cs]e|notice)[^/]*|.*\.(?:png|jpe?g|gif|svg|webp)"
 )
 _MAIN = "main"
-MAX_PAGES = 1000
-"""Pages of a listing: the Hub sends 1,000 entries in each."""
-API_ANSWER = ResponseLimits(n_bytes=8_000_000, n_values=MAX_VALUES, seconds=120.0)
-"""An answer of the Hub's API; that of a repository of 100,000 files has 5 MB."""
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -91,14 +68,7 @@ class HubRemote:
         self._commit: str | None = None  # seen by `list_remote` or `sizes`
         self._exists = False
         self._sizes: dict[str, int] = {}  # of the last listing
-        self._client = httpx2.Client(
-            timeout=60.0,
-            follow_redirects=True,
-            event_hooks={
-                "request": [check_online],
-                "response": [partial(bound_response, default=API_ANSWER)],
-            },
-        )
+        self._reader = HubReader(repository)
         self._sent: dict[str, CommitOperationAdd] = {}
         self._there: frozenset[str] = frozenset()
         self._gone: tuple[str, ...] = ()
@@ -204,64 +174,21 @@ class HubRemote:
 
     def read(self, name: str, first: int) -> Generator[bytes, None, None]:
         """Yield a file of that commit; a server may ignore the range."""
-        url = f"{self._api.endpoint}/{self._repository}/resolve/{self._commit}/{quote(name)}"
-        headers = make_headers() | ({"Range": f"bytes={first}-"} if first else {})
-        with self._translate(name), ExitStack() as opened:
-            limits = ResponseLimits(n_bytes=self._sizes.get(name, 0))
-            request = self._client.build_request(
-                "GET", url, headers=headers, extensions={LIMITS_KEY: limits}
-            )
-            answer = call_with_deadline(partial(self._client.send, request, stream=True))
-            opened.callback(answer.close)
-            if answer.is_error:
-                answer.read()
-            hf_raise_for_status(answer)
+        limits = ResponseLimits(n_bytes=self._sizes.get(name, 0))
+        byte_range = f"{first}-" if first else ""
+        with (
+            self._translate(name),
+            self._reader.open_file(self._commit or "", name, limits, byte_range) as answer,
+        ):
             skip = first if answer.status_code == 200 else 0
             for piece in answer.iter_raw():
                 if len(piece) > skip:
                     yield piece[skip:]
                 skip = max(0, skip - len(piece))
 
-    def _list_files(self) -> Iterator[RepoFile]:
-        """Yield the files of the seen commit.
-
-        The pages are requested here, because huggingface_hub follows them without end and to any
-        host. Raises TransferError after MAX_PAGES pages.
-        """
-        url = httpx2.URL(
-            f"{self._api.endpoint}/api/models/{self._repository}/tree/{self._commit}",
-            params={"recursive": True},
-        )
-        page = url
-        for _ in range(MAX_PAGES):
-            answer = self._get(page)
-            for entry in answer.json():
-                if entry["type"] == "file":
-                    yield RepoFile(**entry)  # type: ignore[no-untyped-call]
-            link = answer.links.get("next", {}).get("url")
-            if link is None:
-                return
-            page = url.join(link)
-            if (page.scheme, page.netloc) != (url.scheme, url.netloc):
-                raise TransferError(
-                    f"{self.where}: expected the listing to stay at {url.host}, found a page at "
-                    f"{shorten_repr(page.host)}"
-                )
-        raise TransferError(
-            f"{self.where}: expected the files of a model, found more than {MAX_PAGES} pages of "
-            "them; name another repository"
-        )
-
-    def _get(self, url: str | httpx2.URL) -> httpx2.Response:
-        """Return the answer of the Hub's API."""
-        headers = make_headers()
-        answer = call_with_deadline(partial(self._client.get, url, headers=headers))
-        hf_raise_for_status(answer)
-        return answer
-
     def close(self) -> None:
         """Close the connections; huggingface_hub keeps its own for the whole process."""
-        self._client.close()
+        self._reader.close()
 
     def _files(self) -> dict[str, RepoFile]:
         """Return the files of the revision and remember its commit; empty if it does not
@@ -269,13 +196,15 @@ class HubRemote:
         """
         with self._translate():
             try:
-                revision = quote(self._revision, safe="")
-                api = f"{self._api.endpoint}/api/models/{self._repository}"
-                self._commit = self._get(f"{api}/revision/{revision}").json().get("sha")
+                self._commit = self._reader.fetch_commit(self._revision)
                 self._exists = True
                 if not self._writing and self._commit:
                     self._revision = self._commit
-                files = {entry.path: entry for entry in self._list_files()}
+                files = (
+                    {entry.path: entry for entry in self._reader.list_files(self._commit)}
+                    if self._commit
+                    else {}
+                )
                 self._sizes = {name: entry.size for name, entry in files.items()}
                 return files
             except GatedRepoError:
@@ -293,6 +222,10 @@ class HubRemote:
         with translate_errors(where):
             try:
                 yield
+            except OfflineModeIsEnabled as fault:
+                raise TransferError(
+                    "HF_HUB_OFFLINE: expected the Hub to be used, found offline mode"
+                ) from fault
             except GatedRepoError as fault:
                 raise TransferError(
                     f"{where}: expected access to this model, found a gate; accept its license on "
@@ -305,21 +238,6 @@ class HubRemote:
                     f"{where}: expected a repository and a revision, found: "
                     f"{describe_exception(fault)}"
                 ) from fault
-
-
-def make_headers() -> dict[str, str]:
-    """Return the headers of a request; those of huggingface_hub's `build_hf_headers` need a request
-    of their own, which is not bounded.
-    """
-    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
-    login = {"Authorization": f"Bearer {token}"} if token else {}
-    return {"User-Agent": f"quantkit/{__version__}", **login, **IDENTITY}
-
-
-def check_online(_request: httpx2.Request) -> None:
-    """Refuse requests in huggingface_hub's offline mode; raises TransferError."""
-    if constants.is_offline_mode():
-        raise TransferError("HF_HUB_OFFLINE: expected the Hub to be used, found offline mode")
 
 
 def translate_http_error(where: str, fault: Exception) -> Exception:

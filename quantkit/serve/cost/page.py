@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+
+from jinja2 import Environment
 
 from quantkit.report import html_page
 from quantkit.report.html_page import Tile
@@ -18,8 +21,7 @@ def render_page(
     assumptions: Assumptions, items: CostItems, swings: Sequence[Swing], claims: Sequence[Claim]
 ) -> str:
     """Render the page."""
-    environment = html_page.make_environment(autoescape=True)
-    environment.filters["tone"] = get_tone
+    environment = make_environment()
     return environment.get_template("cost.html.j2").render(
         title=assumptions.title,
         ranking=tables.format_ranking(assumptions, items),
@@ -36,6 +38,14 @@ def render_page(
             environment, make_charts(assumptions, items, swings), ("fidelity.css",)
         ),
     )
+
+
+@cache
+def make_environment() -> Environment:
+    """Return the environment of the page of the costs."""
+    environment = html_page.make_environment(autoescape=True)
+    environment.filters["tone"] = get_tone
+    return environment
 
 
 def get_tone(text: str) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import httpx2
 
+from quantkit.io.bounded_http import ResponseLimits, make_meter
+from quantkit.io.retry import ResponseRefused, TransientError
 from quantkit.serve.gateway.request import iterate_pieces
 from quantkit.serve.gateway.settings import Limits, Upstream
 
@@ -22,6 +24,10 @@ CLIENTS, CLIENT_CONNECTIONS = 16, 16
 passes over all connections: 1.5 ms of a core at 300 connections, .1 ms at 16."""
 MODELS_SECONDS = 2.0
 """Longest time without a byte from an upstream whose models are requested."""
+MODELS_TOTAL_SECONDS = 10.0
+"""Longest time of such an answer, its head included."""
+MODELS_ANSWER = ResponseLimits(n_bytes=1_000_000, n_values=100_000)
+"""A list of models: an engine has its model and some adapters, of 500 bytes each."""
 
 
 @dataclass
@@ -131,14 +137,27 @@ class Upstreams:
     async def _fetch_models(self) -> bytes | None:
         for state in self.list_by_health():
             try:
-                response = await self._clients[0].get(
-                    f"{state.upstream.url}/models", headers=state.headers, timeout=MODELS_SECONDS
-                )
-            except httpx2.TransportError:
+                async with asyncio.timeout(MODELS_TOTAL_SECONDS):
+                    content = await self._read_models(state)
+            except (httpx2.TransportError, ResponseRefused, TransientError, TimeoutError):
                 continue
-            if response.status_code == 200:
-                return response.content
+            if content is not None:
+                return content
         return None
+
+    async def _read_models(self, state: UpstreamState) -> bytes | None:
+        """Return the body of an answer with status 200, within MODELS_ANSWER."""
+        url, content = f"{state.upstream.url}/models", bytearray()
+        async with self._clients[0].stream(
+            "GET", url, headers=state.headers, timeout=MODELS_SECONDS
+        ) as response:
+            if response.status_code != 200:
+                return None
+            meter = make_meter(response, MODELS_ANSWER)
+            async for piece in response.aiter_raw():
+                meter.count(piece)
+                content += piece
+        return bytes(content)
 
 
 def make_headers(upstream: Upstream) -> dict[str, str]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+from jinja2 import Environment
+
 from quantkit.artifact.loadtest_schema import LoadTest
 from quantkit.report import html_page
 from quantkit.report.html_page import Tile
@@ -11,14 +15,21 @@ from quantkit.serve.loadtest.charts import make_charts
 
 def render_page(run: LoadTest) -> str:
     """Render the page."""
-    environment = html_page.make_environment(autoescape=True)
-    environment.filters["tone"] = lambda text: "open"
+    environment = make_environment()
     return environment.get_template("loadtest.html.j2").render(
         run=run,
         tiles=make_tiles(run),
         levels=tables.make_level_table(run),
         **html_page.make_plot_context(environment, make_charts(run), ("fidelity.css",)),
     )
+
+
+@cache
+def make_environment() -> Environment:
+    """Return the environment of the page of a load test."""
+    environment = html_page.make_environment(autoescape=True)
+    environment.filters["tone"] = lambda text: "open"
+    return environment
 
 
 def make_tiles(run: LoadTest) -> list[Tile]:

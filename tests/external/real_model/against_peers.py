@@ -1,11 +1,12 @@
 """`make bench-peers`: quantkit, GPTQModel and llm-compressor on SmolLM2-135M-Instruct in one run.
 
     PYTHONPATH=tests python -m external.real_model.against_peers \\
-        GPTQMODEL_PYTHON LLMCOMPRESSOR_PYTHON [--keep] [--place FOLDER]
+        GPTQMODEL_PYTHON LLMCOMPRESSOR_PYTHON [--keep] [--mixture] [--place FOLDER]
 
 4 bits, group size 64, lm_head unquantized, the same 16,384 calibration tokens; the tools run one
 after the other, each on one core. All artifacts are measured in the same way: unpacked by `unpack`,
-run as whole models in float32 (`measure`). `--keep` reuses the peers' artifacts of an earlier run.
+run as whole models in float32 (`measure`). `--mixture`: on the mixture of seven kinds of text of
+`text_kinds` instead of wikitext-2. `--keep` reuses the peers' artifacts of an earlier run.
 The exit code is 1 if a goal is missed.
 """
 
@@ -37,6 +38,7 @@ from external.real_model.bench import (
     run_on_one_core,
 )
 from external.real_model.measure import ModelComparer
+from external.real_model.text_kinds import prepare_mixture_bench
 
 from quantkit.numerics.fidelity import Estimate
 
@@ -176,6 +178,15 @@ def format_row(result: Result) -> list[str]:
     ]
 
 
+def print_kinds(results: list[Result]) -> None:
+    """Print the mean KL of each kind of text."""
+    keys = [key for key in results[0].figures if key.startswith("kl_mean@")]
+    rows = [
+        [result.name, *(f"{result.figures[key].value:.3f}" for key in keys)] for result in results
+    ]
+    print_table("mean KL", ("tool", *(key.partition("@")[2] for key in keys)), rows)
+
+
 def compare_with_peers(
     results: list[Result], others: tuple[Peer, ...]
 ) -> tuple[list[list[str]], bool]:
@@ -213,18 +224,27 @@ def main() -> None:
     parser.add_argument(
         "--keep", action="store_true", help="reuse the peers' artifacts and costs of an earlier run"
     )
+    parser.add_argument(
+        "--mixture",
+        action="store_true",
+        help="calibrate all tools on the mixture of text_kinds, and measure each of its kinds",
+    )
     options = parser.parse_args()
-    bench = prepare_bench(options.model, options.place)
+    prepare = prepare_mixture_bench if options.mixture else prepare_bench
+    bench = prepare(options.model, options.place)
     if bench is None:
         return
     others = list_peers(options.gptqmodel, options.llmcompressor)
     results = collect_results(bench, others, options.keep)
     columns = ("tool", "mean KL [nats]", "ppl ratio", "top-1", "CPU s", "peak MB", "weight bytes")
     print_table(
-        f"SmolLM2-135M-Instruct, 4 bits, groups of 64; wikitext-2 {bench.sets.form}",
+        "SmolLM2-135M-Instruct, 4 bits, groups of 64; "
+        f"{'seven kinds of text' if options.mixture else f'wikitext-2 {bench.sets.form}'}",
         columns,
         list(map(format_row, results)),
     )
+    if options.mixture:
+        print_kinds(results)
     rows, reached = compare_with_peers(results, others)
     print_table(
         "quantkit / best peer: KL relative to the best with the same kind of codes, CPU to the "

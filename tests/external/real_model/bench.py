@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quantkit.texts import corpora
+from quantkit.texts.tokens import Tokens
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).resolve().parent
@@ -59,14 +60,16 @@ class Bench:
     sets: texts.Sets
     tokens: Path  # JSON token ids of the calibration text, the input of the other tools
     place: Path
+    sequences: int | None = None  # of the calibration text; None: all
+    windows: int | None = None  # of the fidelity text; None: all
 
-    def load_text(self) -> corpora.Tokens:
+    def load_text(self) -> Tokens:
         """Load the windows on which source and artifacts are compared."""
         tokenizer, corpus = (
             corpora.load_tokenizer(self.model),
             corpora.load_set(str(self.sets.fidelity), self.place),
         )
-        return corpora.sample_sequences(corpus, tokenizer, None, texts.LENGTH, 0)
+        return corpora.sample_sequences(corpus, tokenizer, self.windows, texts.LENGTH, 0)
 
 
 def prepare_bench(model: Path, place: Path) -> Bench | None:
@@ -103,9 +106,9 @@ def make_overrides(bench: Bench, build: Build, *, measured: bool) -> dict[str, s
         **text,
         "source.model": str(bench.model),
         "calibration.set": str(bench.sets.calibration),
-        "calibration.sequences": "null",
+        "calibration.sequences": json.dumps(bench.sequences),
         "fidelity.set": str(bench.sets.fidelity),
-        "fidelity.windows": "null",
+        "fidelity.windows": json.dumps(bench.windows),
         "gates": "{}",
         "output.path": str(get_artifact_path(bench, build, measured=measured)),
         "memory": "4GB",

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.numerics import fidelity
 from quantkit.numerics.fidelity import Estimate
-from quantkit.texts.corpora import Tokens
+from quantkit.texts.tokens import Tokens
 
 
 class ModelComparer:
@@ -40,7 +40,7 @@ class ModelComparer:
 
     def compute_figures(self, artifact: Path) -> Mapping[str, Estimate]:
         """Return the figures of an artifact over all tokens that have a successor in their
-        window.
+        window, and "kl_mean@LABEL" of each kind of text if there are several.
         """
         model, parts = load_dense_model(self._source, artifact), []
         if not self._hidden:
@@ -54,7 +54,13 @@ class ModelComparer:
                 p = self._model.lm_head(hidden)  # [length - 1, hidden] -> [length - 1, vocabulary]
                 q = model.lm_head(self._compute_hidden_states(model, index))
             parts.append(fidelity.compare_logits(p, q, targets))
-        return fidelity.summarize_tokens(fidelity.concatenate_tokens(parts))
+        figures = dict(fidelity.summarize_tokens(fidelity.concatenate_tokens(parts)))
+        kinds = sorted(set(self._text.domains))
+        for kind in kinds if len(kinds) > 1 else ():
+            rows = zip(parts, self._text.domains, strict=True)
+            own = fidelity.concatenate_tokens([part for part, label in rows if label == kind])
+            figures[f"kl_mean@{kind}"] = fidelity.estimate_mean(own.kl)
+        return figures
 
     def _compute_hidden_states(self, model: Any, index: int) -> Tensor:
         """Return the hidden states [length - 1, hidden] after the final norm."""

@@ -503,9 +503,9 @@ def fuzz_mixture_spec(folder: Path) -> object:
 )
 def fuzz_mixture_rows(folder: Path) -> object:
     """Read the rows of a mixture's part."""
-    from quantkit.texts.text_rows import read_text_rows
+    from quantkit.texts.text_rows import RowReader, read_text_rows
 
-    return read_text_rows(folder / "rows.jsonl", "{q} {a}", 100)
+    return read_text_rows(folder / "rows.jsonl", RowReader(template="{q} {a}"), 100)
 
 
 @register_target("calibration rows", "mine.jsonl", lambda: (ROWS,), mutate_lines)
@@ -537,9 +537,11 @@ def fuzz_evaluation_task(folder: Path) -> object:
 
 @cache
 def start_template_worker() -> TemplateWorker:
-    """Start the process that renders templates; it ends with this one."""
+    """Start the process that renders templates, which ends with this one; loops end after 1 s."""
+    from quantkit.io import templates
     from quantkit.io.templates import TemplateWorker, WorkerLimits
 
+    templates.RENDER_SECONDS = 1
     return TemplateWorker(WorkerLimits(total_seconds=None, total_characters=None))
 
 

@@ -8,18 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
-from tools.calibration_sets import general, specs, tiny_v3
+from tools.calibration_sets import specs, tiny_v3
 
 Row = tuple[str, str]
 
 SETS: dict[str, tuple[specs.SetText, Callable[[], list[Row]]]] = {
     "tiny-v3": (specs.TINY, tiny_v3.make_calibration_rows),
     "tiny-v3-heldout": (specs.TINY_HELD_OUT, tiny_v3.make_held_out_rows),
-    "general-math-code": (specs.GENERAL, lambda: general.make_general_rows(general.CALIBRATION)),
-    "general-heldout": (
-        specs.GENERAL_HELD_OUT,
-        lambda: general.make_general_rows(general.HELD_OUT),
-    ),
 }
 
 

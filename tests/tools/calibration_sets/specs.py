@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Collection
 from dataclasses import dataclass
 from textwrap import wrap
@@ -39,29 +38,6 @@ TINY_HELD_OUT = SetText(
     origin="tools.tiny_v3.held_out (eval_text.jsonl), then corpus items of seed 21",
     packing="documents",
     end="eos",
-)
-GENERAL_ORIGIN = (
-    f"CPython {platform.python_version()}, standard library: pydoc topics and docstrings (prose), "
-    "modules (code); math from tools.calibration_sets, seed {seed}"
-)
-GENERAL = SetText(
-    name="general-math-code",
-    title="Calibration text for real models: documentation, worked mathematics, Python sources.",
-    license="PSF-2.0 AND Apache-2.0",
-    license_note="prose and code are PSF-2.0 (PSF-LICENSE.txt), math is the project's own",
-    origin=GENERAL_ORIGIN.format(seed=30),
-    packing="windows",
-    end="none",
-)
-GENERAL_HELD_OUT = SetText(
-    name="general-heldout",
-    title="Fidelity text for real models: the kinds of general-math-code, from other modules, "
-    "topics and seeds.",
-    license="PSF-2.0 AND Apache-2.0",
-    license_note="prose and code are PSF-2.0 (PSF-LICENSE.txt), math is the project's own",
-    origin=GENERAL_ORIGIN.format(seed=31),
-    packing="windows",
-    end="none",
 )
 
 SPEC = """\

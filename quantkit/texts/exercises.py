@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from fractions import Fraction
 
-from tools.calibration_sets.word_problems import WORD_PROBLEMS, Problem
+from quantkit.texts.word_problems import Problem
 
 
 def format_latex(value: Fraction) -> str:
@@ -270,16 +270,3 @@ EXERCISES: tuple[Callable[[random.Random], Problem], ...] = (
     make_percent_change, make_progression, make_rectangle, make_right_triangle, make_common_divisor,
     make_chance, make_mean_and_median, make_derivative,
 )  # fmt: skip
-
-LAYOUTS = (
-    "Question: {question}\n\nSolution: {solution}",
-    "Problem. {question}\n\n{solution}",
-    "Q: {question}\nA: {solution}",
-    "## Exercise\n\n{question}\n\n## Solution\n\n{solution}",
-)
-
-
-def make_problem_text(rng: random.Random) -> str:
-    """Return one problem of any kind with its solution."""
-    question, solution = rng.choice(WORD_PROBLEMS + EXERCISES)(rng)
-    return rng.choice(LAYOUTS).format(question=question, solution=solution)
