@@ -10,7 +10,7 @@ from quantkit.evaluate import tasks
 from quantkit.evaluate.tasks import Task, render_field
 from quantkit.io.templates import TemplateFault, TemplateWorker
 from quantkit.texts import task_files
-from quantkit.texts.overlap import TextRuns
+from quantkit.texts.overlap import TextRuns, count_overlaps
 
 MAX_ITEMS = 20_000
 """Items of a task that are checked."""
@@ -48,8 +48,7 @@ def _check_task(
         return TaskOverlap(task=short, reason=str(fault))
     if isinstance(prompts, str):
         return TaskOverlap(task=short, reason=prompts)
-    count = sum(runs.overlaps(prompt) for prompt in prompts)
-    return TaskOverlap(task=short, items=len(prompts), overlapping=count)
+    return TaskOverlap(task=short, items=len(prompts), overlapping=count_overlaps(runs, prompts))
 
 
 def _render_questions(task: Task, worker: TemplateWorker) -> list[str] | str:

@@ -118,10 +118,11 @@ def list_text_notes(fidelity: Fidelity) -> list[str]:
     """
     seen = list_seen_kinds(fidelity) or ()
     measured = fidelity.measured_on.kinds if fidelity.measured_on else {}
-    notes = [describe_narrowness(seen), describe_exposure(measured, seen) if measured else ""]
+    kinds = [describe_narrowness(seen), describe_exposure(measured, seen) if measured else ""]
+    notes = [f"{note[0].upper()}{note[1:]}" for note in kinds if note]
     texts = {"calibration": fidelity.calibration, "fidelity": fidelity.measured_on}
     notes += [
-        f"{use} text: auto stands for {text.set}: {text.chosen}"
+        f"{use.capitalize()} text: auto stands for {text.set}: {text.chosen}"
         for use, text in texts.items()
         if text and text.chosen
     ]
@@ -132,7 +133,7 @@ def list_text_notes(fidelity: Fidelity) -> list[str]:
         for row in overlaps
         if row.overlapping
     ]
-    return [f"{note[0].upper()}{note[1:]}." for note in notes if note]
+    return [f"{note}." for note in notes if note]
 
 
 def _describe_exposure(label: str, seen: Collection[str]) -> str:

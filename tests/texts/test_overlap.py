@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.evaluate.prompt_overlap import NO_LOCAL_DATA, check_overlaps
-from quantkit.texts.overlap import RUN, TextRuns, count_overlaps, list_words
+from quantkit.texts.overlap import RUN, TextRuns, count_overlaps, hash_runs, list_words
 
 PROMPT = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
@@ -32,11 +32,11 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
     [
         f"Before. {PROMPT} After.",
         PROMPT.upper().replace(" ", "\n").replace(",", " -"),  # case, blanks and punctuation
-        PROMPT[: int(0.9 * len(PROMPT))],  # most of it
+        PROMPT.removeprefix("Natalia "),  # most of it
     ],
 )
 def test_prompt_in_text_overlaps(text: str) -> None:
-    assert count_overlaps([text], [PROMPT]) == 1
+    assert count_overlaps(TextRuns([text]), [PROMPT]) == 1
 
 
 @pytest.mark.parametrize(
@@ -49,28 +49,41 @@ def test_prompt_in_text_overlaps(text: str) -> None:
     ],
 )
 def test_other_text_does_not_overlap(text: str) -> None:
-    assert count_overlaps([text], [PROMPT]) == 0
+    assert count_overlaps(TextRuns([text]), [PROMPT]) == 0
 
 
 def test_prompts_of_one_template_do_not_overlap() -> None:
-    """A run of 13 words is shared, most words are not."""
-    frame = "a long introduction that every prompt of this kind of task has in common with others "
-    assert len(frame.split()) >= RUN
-    mine, other = (frame + " ".join(f"{word}{n}" for n in range(30)) for word in "ab")
-    assert count_overlaps([other], [mine]) == 0
+    """A run of 13 words is shared, and other texts have the rest, but no text has the line."""
+    line = "{0} earns {1} dollars an hour and works {2} hours a day. How much are {3} days for {0}?"
+    mine = line.format("Owen", 5, 8, 2)
+    others = [line.format("Jack", 9, 8, 2), line.format("Owen", 5, 7, 3)]
+    assert max(len(hash_runs(list_words(text), RUN)) for text in others) > 0
+    assert count_overlaps(TextRuns(others), [mine]) == 0
+    assert count_overlaps(TextRuns([*others, mine]), [mine]) == 1
+
+
+def test_one_line_of_a_prompt_is_enough_and_the_frame_is_not() -> None:
+    """As MBPP's prompts: a sentence, tests, and a frame that all items have."""
+    frame = "You are an expert Python programmer and here is your task, with tests that must pass"
+    numbers = ("seven", "eight", "nine", "ten", "twelve", "forty", "sixty")
+    sentence = "Write a function to find the {0} largest of all {0} numbers in {0} lists of {0}"
+    sentences = [sentence.format(number) for number in numbers]
+    prompts = [f"{frame}\n{text}\nassert f([1, 2, 3]) == {n}" for n, text in enumerate(sentences)]
+    runs = TextRuns([f"# {sentences[2]}\ndef f(numbers): ...", frame])
+    assert count_overlaps(runs, prompts) == 1
 
 
 def test_short_prompts_count_as_a_whole_and_tiny_ones_do_not() -> None:
     runs = TextRuns(["the text asks: what is the largest city of France? and answers it"])
-    assert runs.overlaps("What is the largest city of France?")
-    assert not runs.overlaps("What is the largest city of Spain?")
-    assert not runs.overlaps("the largest city")
+    assert count_overlaps(runs, ["What is the largest city of France?"]) == 1
+    assert count_overlaps(runs, ["What is the largest city of Spain?"]) == 0
+    assert count_overlaps(runs, ["the largest city"]) == 0
 
 
 def test_ideographs_are_words() -> None:
-    assert list_words("同样，施力 abc") == ["同", "样", "施", "力", "abc"]
+    assert list_words("同样，施力 abc") == ("同", "样", "施", "力", "abc")
     text = "同样，施力的大小不同，引起的加速度不同，最终的结果也不一样。"
-    assert count_overlaps([f"前{text}后"], [text]) == 1
+    assert count_overlaps(TextRuns([f"前{text}后"]), [text]) == 1
 
 
 def write_task(folder: Path, questions: list[str]) -> str:
