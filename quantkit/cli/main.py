@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, str] = {
     "diff": "Compare artifact B with A.",
     "eval": "Run benchmarks on an artifact, a model or a server.",
     "gate": "Check an artifact against gates.",
+    "init": "Print a commented recipe for a model.",
     "key": "Create an API key for the gateway.",
     "loadtest": "Measure a server under increasing load.",
     "plan": "Show what a build would do.",

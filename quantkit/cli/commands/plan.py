@@ -2,33 +2,70 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from quantkit.cli.console import handle_errors, print_json_list
+from quantkit.cli.model_target import (
+    ModelOptions,
+    add_model_options,
+    read_target,
+    save_chosen,
+    show_choices,
+)
 from quantkit.cli.options import JSON, SET, parse_overrides
 from quantkit.cli.rich_output import show
 from quantkit.plan.summary import summarize_plan
-from quantkit.recipe.recipe_file import read_recipe
 from quantkit.report.terminal import render_plans
 
 
 @click.command()
-@click.argument("recipe")
+@click.argument("target", metavar="RECIPE|MODEL")
+@add_model_options
 @SET
+@click.option("--output", metavar="DIR", help="Folder of the artifact, in place of output.path.")
+@click.option(
+    "--recipe",
+    "recipe_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="For a model: write its recipe to this file.",
+)
 @JSON
 @handle_errors
-def command(recipe: str, overrides: tuple[str, ...], json_out: bool) -> None:
+def command(
+    target: str,
+    method: str | None,
+    bits: int | None,
+    format_name: str | None,
+    rules: str | None,
+    overrides: tuple[str, ...],
+    output: str | None,
+    recipe_file: Path | None,
+    json_out: bool,
+) -> None:
     """Show what a build would do.
 
-    RECIPE is a file or the name of a recipe that ships with quantkit. Only headers or the published
-    config of the source are read: no weights.
+    RECIPE is a file or the name of a recipe that ships with quantkit. MODEL is a folder, a hub id
+    (owner/name) or builtin:tiny-v3: a recipe is chosen for it and printed with the reasons, as
+    `quantkit build MODEL` does. Only headers or the published config of the source are read: no
+    weights. Nothing is written without --recipe.
 
+    \b
     Example: quantkit plan v3-awq4
+             quantkit plan ./my-model --bits 8
     """
     # Reading headers needs torch's dtypes: `quantkit plan --help` starts without.
     from quantkit.plan.sources import describe_sampled_texts, plan_recipe, resolve_source_facts
 
-    _, parsed = read_recipe(recipe, parse_overrides(overrides))
+    options = ModelOptions(
+        method=method, bits=bits, format_name=format_name, rules=rules, recipe_file=recipe_file
+    )
+    text, parsed, chosen = read_target(target, parse_overrides(overrides), options, output)
+    if chosen is not None and not json_out:
+        show_choices(chosen)
+    if chosen is not None and recipe_file is not None:
+        save_chosen(text, parsed, recipe_file)
     plans = plan_recipe(parsed, resolve_source_facts(parsed))
     sampled = describe_sampled_texts(plans[0].recipe)
     summaries = [summarize_plan(plan, sampled) for plan in plans]
