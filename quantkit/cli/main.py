@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, str] = {
     "pull": "Download an artifact from SRC and verify it.",
     "report": "Print the fidelity report of an artifact.",
     "runs": "List the artifacts in FOLDER with their key figures.",
+    "schema": "Print the JSON Schema of a recipe.",
     "serve": "Verify an artifact, size it, and serve it.",
     "sign": "Check an artifact and sign all of its files.",
     "size": "Estimate the memory and speed of a model.",
