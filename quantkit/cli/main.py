@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, str] = {
     "build": "Quantize a model as a recipe says, measure it, and write the artifact.",
     "cost": "Compare owned and rented GPUs with API prices per million tokens.",
     "diff": "Compare artifact B with A.",
+    "doctor": "Check the environment: packages, devices, sandbox, hub, disk.",
     "eval": "Run benchmarks on an artifact, a model or a server.",
     "gate": "Check an artifact against gates.",
     "init": "Print a commented recipe for a model.",
