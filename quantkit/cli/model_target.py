@@ -1,9 +1,8 @@
-"""The target of `build` and `plan`: a recipe, or a model whose recipe is chosen and written."""
+"""Options that choose the recipe of a model, and how the choice is shown and written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -37,28 +36,6 @@ _OPTIONS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """The options that choose the recipe of a model; None: not given."""
-
-    method: str | None
-    bits: int | None
-    format_name: str | None
-    rules: str | None
-    recipe_file: Path | None = None
-
-    def list_given(self) -> list[str]:
-        """Return the names of the options that were given."""
-        values = {
-            "--method": self.method,
-            "--bits": self.bits,
-            "--format": self.format_name,
-            "--rules": self.rules,
-            "--recipe": self.recipe_file,
-        }
-        return [name for name, value in values.items() if value is not None]
-
-
 def add_model_options(command: Command) -> Command:
     """Add --method, --bits, --format and --rules to a command."""
     for option in reversed(_OPTIONS):
@@ -66,37 +43,13 @@ def add_model_options(command: Command) -> Command:
     return command
 
 
-def read_target(
-    target: str, overrides: Mapping[str, str], options: ModelOptions, output: str | None = None
-) -> tuple[str, Recipe, ChosenRecipe | None]:
-    """Return the text and the recipe of a target, and what was chosen if it is a model.
-
-    Raises UsageError for options of models with a recipe.
-    """
-    from quantkit.recipe.recipe_file import is_model, read_recipe
-
-    if not is_model(target):
-        if given := options.list_given():
-            raise UsageError(
-                f"{given[0]}: expected a model (a folder, a hub id or builtin:NAME) with it, found "
-                f"the recipe {escape_controls(target)}; change the recipe, or use --set KEY=VALUE"
-            )
-        values = dict(overrides) | ({} if output is None else {"output.path": output})
-        return *read_recipe(target, values), None
-    # `--help` and recipes start without torch
-    from quantkit.plan.model_recipe import make_model_recipe
-    from quantkit.plan.recipe_draft import RecipeRequest
-
-    request = RecipeRequest(
-        model=target,
-        method=options.method,
-        bits=options.bits,
-        format=options.format_name,
-        rules=options.rules,
-        output=output,
-    )
-    made = make_model_recipe(request, overrides)
-    return made.text, made.recipe, made.chosen
+def check_no_recipe_file(path: Path | None, recipe: str) -> None:
+    """Raise UsageError for --recipe with a target that is a recipe itself."""
+    if path is not None:
+        raise UsageError(
+            f"--recipe: expected a model with it, found the recipe {escape_controls(recipe)}; "
+            "leave it out"
+        )
 
 
 def show_choices(chosen: ChosenRecipe) -> None:

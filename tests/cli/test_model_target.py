@@ -88,7 +88,7 @@ def test_init_for_gpus_states_the_numbers_of_size() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("build", "tiny-v3-awq4", "--bits", "8"), "--bits: expected a model"),
+        (("build", "tiny-v3-awq4", "--bits", "8"), "bits: expected a model"),
         (("plan", "no-such-thing"), "no-such-thing: no such recipe file, and no folder or hub id"),
         (("plan", "empty"), "config.json"),
         (("init", "tiny-v3-awq4"), "tiny-v3-awq4: expected a model"),

@@ -11,9 +11,8 @@ import click
 from quantkit.cli.console import escape_controls, handle_errors, print_json_list
 from quantkit.cli.model_target import (
     CHOSEN_FILE,
-    ModelOptions,
     add_model_options,
-    read_target,
+    check_no_recipe_file,
     save_chosen,
     show_choices,
 )
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quantkit.pipeline import BuildResult
+    from quantkit.plan.recipe_draft import RecipeRequest
     from quantkit.recipe.schema import Recipe
 
 
@@ -75,10 +75,9 @@ def command(
 
     RECIPE is a file or the name of a recipe that ships with quantkit. MODEL is a folder, a hub id
     (owner/name) or builtin:tiny-v3: a recipe is chosen for it, printed with the reasons, and
-    written to recipe.yaml, which builds the same artifact. The artifact contains the fidelity
-    report. If a build is interrupted, the same command resumes after the last finished block; the
-    bytes are the same. Exits with 3 if a gate is missed. A recipe file that writes outside the
-    working folder needs --output or a confirmation.
+    written to recipe.yaml, which builds the same artifact. If a build is interrupted, the same
+    command resumes after the last finished block; the bytes are the same. Exits with 3 if a gate is
+    missed. A recipe file that writes outside the working folder needs --output or a confirmation.
 
     \b
     Example: quantkit build tiny-v3-awq4
@@ -89,14 +88,15 @@ def command(
     from quantkit.cli.rich_output import ProgressBar, show
     from quantkit.io.files import write_output
     from quantkit.pipeline import build_artifacts
+    from quantkit.plan.recipe_draft import RecipeRequest
     from quantkit.plan.summary import summarize_plan
     from quantkit.report.junit import format_junit as junit_bytes
     from quantkit.report.terminal import render_plans
 
-    options = ModelOptions(
-        method=method, bits=bits, format_name=format_name, rules=rules, recipe_file=recipe_file
+    request = RecipeRequest(
+        model=target, method=method, bits=bits, format=format_name, rules=rules, output=output
     )
-    text, parsed = prepare_recipe(target, overrides, options, output, quiet=json_out)
+    text, parsed = prepare_recipe(request, overrides, recipe_file, quiet=json_out)
     with ProgressBar(sys.stderr.isatty() and not json_out) as progress_bar:
         results = build_artifacts(
             parsed,
@@ -118,22 +118,20 @@ def command(
 
 
 def prepare_recipe(
-    target: str,
-    overrides: tuple[str, ...],
-    options: ModelOptions,
-    output: str | None,
-    *,
-    quiet: bool,
+    request: RecipeRequest, overrides: tuple[str, ...], recipe_file: Path | None, *, quiet: bool
 ) -> tuple[str, Recipe]:
     """Return text and recipe of a target; print and write the recipe that is chosen for a model."""
-    text, recipe, chosen = read_target(target, parse_overrides(overrides), options, output)
-    if chosen is None:
-        confirm_output(target, recipe)
-        return text, recipe
+    from quantkit.plan.model_recipe import read_target
+
+    read = read_target(request, parse_overrides(overrides))
+    if read.chosen is None:
+        check_no_recipe_file(recipe_file, request.model)
+        confirm_output(request.model, read.recipe)
+        return read.text, read.recipe
     if not quiet:
-        show_choices(chosen)
-    save_chosen(text, recipe, options.recipe_file or Path(CHOSEN_FILE))
-    return text, recipe
+        show_choices(read.chosen)
+    save_chosen(read.text, read.recipe, recipe_file or Path(CHOSEN_FILE))
+    return read.text, read.recipe
 
 
 def print_results(results: Sequence[BuildResult], json_out: bool) -> None:

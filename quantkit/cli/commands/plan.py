@@ -8,9 +8,8 @@ import click
 
 from quantkit.cli.console import handle_errors, print_json_list
 from quantkit.cli.model_target import (
-    ModelOptions,
     add_model_options,
-    read_target,
+    check_no_recipe_file,
     save_chosen,
     show_choices,
 )
@@ -56,16 +55,22 @@ def command(
              quantkit plan ./my-model --bits 8
     """
     # Reading headers needs torch's dtypes: `quantkit plan --help` starts without.
+    from quantkit.plan.model_recipe import read_target
+    from quantkit.plan.recipe_draft import RecipeRequest
     from quantkit.plan.sources import describe_sampled_texts, plan_recipe, resolve_source_facts
 
-    options = ModelOptions(
-        method=method, bits=bits, format_name=format_name, rules=rules, recipe_file=recipe_file
+    request = RecipeRequest(
+        model=target, method=method, bits=bits, format=format_name, rules=rules, output=output
     )
-    text, parsed, chosen = read_target(target, parse_overrides(overrides), options, output)
-    if chosen is not None and not json_out:
-        show_choices(chosen)
-    if chosen is not None and recipe_file is not None:
-        save_chosen(text, parsed, recipe_file)
+    read = read_target(request, parse_overrides(overrides))
+    if read.chosen is None:
+        check_no_recipe_file(recipe_file, target)
+    else:
+        if not json_out:
+            show_choices(read.chosen)
+        if recipe_file is not None:
+            save_chosen(read.text, read.recipe, recipe_file)
+    parsed = read.recipe
     plans = plan_recipe(parsed, resolve_source_facts(parsed))
     sampled = describe_sampled_texts(plans[0].recipe)
     summaries = [summarize_plan(plan, sampled) for plan in plans]
