@@ -4,43 +4,50 @@ The public API (quantkit/api.py), imported on first use so that `import quantkit
 
     import quantkit
 
-    [plan] = quantkit.plan_recipe("tiny-v3-awq4")
-    [result] = quantkit.build_recipe("tiny-v3-awq4", overrides={"output.path": "artifacts/mine"})
-    quantkit.verify_artifact(result.path)
-    quantkit.read_report(result.path).distribution
-    quantkit.diff_artifacts("artifacts/tiny-v3-rtn4", result.path)
-    model = quantkit.load(result.path)
+    [planned] = quantkit.plan("./my-model")                  # a folder, a hub id, or a recipe
+    [result] = quantkit.build("./my-model", bits=4, output="artifacts/mine")
+    quantkit.verify(result.path)
+    artifact = quantkit.open_artifact(result.path)
+    artifact.report.distribution                             # KL, perplexity, top-1
+    artifact.modules.nlargest(10, "output_error")            # with pandas installed
+    quantkit.diff("artifacts/other", result.path)
+    model = quantkit.load(result.path)                       # a transformers model
 
-`quantkit.plan`, `.build`, `.report`, `.diff` and `.verify` are subpackages, so the functions have
-longer names.
+`quantkit.plan`, `.build`, `.verify` and `.diff` are functions and also subpackages. The attribute
+is the function; modules of the subpackages are imported by `from quantkit.plan.plan import Plan`.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
-    from quantkit.api import (
-        build_recipe,
-        diff_artifacts,
-        load,
-        plan_recipe,
-        read_report,
-        verify_artifact,
-    )
+    from quantkit.api import build, diff, load, open_artifact, plan, verify
 
-__all__ = [
-    "__version__",
-    "build_recipe",
-    "diff_artifacts",
-    "load",
-    "plan_recipe",
-    "read_report",
-    "verify_artifact",
-]
+__all__ = ["__version__", "build", "diff", "load", "open_artifact", "plan", "verify"]
+
+
+class _Package(ModuleType):
+    """The package: a subpackage with the name of a function does not replace the function.
+
+    The import system binds each imported subpackage to its parent. Without this class
+    `quantkit.plan` would be the function before the first import of quantkit.plan, and the
+    subpackage afterwards.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Ignore the binding of a subpackage to the name of a function of the API."""
+        if name in __all__ and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> object:

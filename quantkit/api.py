@@ -1,8 +1,7 @@
 """The Python API: one function per command, with the same meaning and errors.
 
-`quantkit` exports these names lazily. They are not called plan, build, report, diff and verify,
-because `quantkit.plan` and the others are subpackages: importing one of them would replace a
-function of the same name.
+`quantkit` exports these names lazily. The subpackages of the same names are importable
+(`from quantkit.plan.plan import Plan`); `quantkit.plan` itself is the function (__init__.py).
 
 Every function raises QuantkitError or a subclass (quantkit/errors.py).
 """
@@ -14,33 +13,48 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.artifact.read_report import read_artifact_report
+from quantkit.artifact.read_artifact import Artifact
 from quantkit.diff.compare import compare_sides
 from quantkit.diff.diff_schema import Diff
 from quantkit.diff.sides import read_sides
 from quantkit.errors import UsageError
 from quantkit.library_settings import apply_settings
 from quantkit.plan.plan_schema import PlanSummary
+from quantkit.plan.recipe_draft import RecipeRequest
 from quantkit.plan.summary import summarize_plan
 from quantkit.progress import Progress
-from quantkit.recipe.recipe_file import describe_stray_output, find_stray_output, read_recipe
+from quantkit.recipe.recipe_file import describe_stray_output, find_stray_output
 from quantkit.verify import shallow
 from quantkit.verify.shallow import VerifyReport
 
 if TYPE_CHECKING:
     from quantkit.pipeline import BuildResult
-    from quantkit.plan.plan import Plan
+    from quantkit.plan.model_recipe import TargetRecipe
 
 
-def plan_recipe(
-    recipe: str | Path, *, overrides: Mapping[str, object] | None = None
+def plan(
+    target: str | Path,
+    *,
+    method: str | None = None,
+    bits: int | None = None,
+    format: str | None = None,
+    rules: str | None = None,
+    output: str | Path | None = None,
+    overrides: Mapping[str, object] | None = None,
 ) -> tuple[PlanSummary, ...]:
     """Return the plan of a build, one per format of the recipe; reads headers, no weights.
 
+    >>> import quantkit
+    >>> [planned] = quantkit.plan("builtin:tiny-v3", bits=8)
+    >>> planned.totals.modules_quantized, planned.rules[0].action
+    (144, 'awq+gptq int8 g128 symmetric')
+
     Args:
-        recipe: a recipe file, or the name of a recipe that ships with quantkit.
-        overrides: values by dotted key that replace the recipe's, e.g. {"quantize.bits": 8}.
+        target: a recipe file, the name of a recipe that ships with quantkit, or a model (a folder,
+            a hub id or builtin:tiny-v3), for which a recipe is chosen.
+        method, bits, format, rules: of a model's recipe; by default chosen.
+        output: folder of the artifact.
+        overrides: values by dotted key that replace the recipe's, e.g. {"memory": "8GB"}.
 
     Raises:
         RecipeError: with every fault of the recipe.
@@ -48,16 +62,23 @@ def plan_recipe(
     """
     apply_settings()
     from quantkit.plan import sources  # imports torch
+    from quantkit.plan.model_recipe import read_target
 
-    _, parsed = read_recipe(str(recipe), _as_text(overrides))
+    request = _make_request(target, method, bits, format, rules, output)
+    parsed = read_target(request, _as_text(overrides)).recipe
     plans = sources.plan_recipe(parsed, sources.resolve_source_facts(parsed))
     sampled = sources.describe_sampled_texts(plans[0].recipe)
     return tuple(summarize_plan(plan, sampled) for plan in plans)
 
 
-def build_recipe(
-    recipe: str | Path,
+def build(
+    target: str | Path,
     *,
+    method: str | None = None,
+    bits: int | None = None,
+    format: str | None = None,
+    rules: str | None = None,
+    output: str | Path | None = None,
     overrides: Mapping[str, object] | None = None,
     overwrite: bool = False,
     restart: bool = False,
@@ -69,51 +90,62 @@ def build_recipe(
 ) -> tuple[BuildResult, ...]:
     """Build the artifacts of a recipe, one per format, and return their paths and reports.
 
-    An interrupted build resumes when it is called again. The bytes are those of the command if
-    torch was not imported before: some settings are read when it loads (library_settings). Unlike
-    the command, a missed gate raises nothing: the result's `fidelity.status` is then "rejected".
+    >>> import quantkit
+    >>> text = {"fidelity.windows": 8, "fidelity.length": 128}
+    >>> [result] = quantkit.build(
+    ...     "builtin:tiny-v3", method="rtn", output="a", evaluate=False, overrides=text
+    ... )
+    >>> result.fidelity.status, result.path.name
+    ('accepted', 'a')
 
-    Args:
-        recipe: a recipe file, or the name of a recipe that ships with quantkit.
-        overrides: values by dotted key that replace the recipe's, e.g. {"output.path": "mine"}.
+    The artifact holds the recipe. An interrupted build resumes when it is called again. The bytes
+    are the command's if torch was not imported before (library_settings). A missed gate raises
+    nothing: the result's `fidelity.status` is then "rejected".
+
+    Args: those of `plan`, and
         overwrite: replace the artifact at output.path once the new one is complete.
         restart: discard the progress of an interrupted build.
         evaluate: run the benchmarks of the recipe.
         trusted_code: sha256 of Python files that the recipe's tasks may run.
-        on_plan: called with the plans before anything is written.
-        on_progress: called with the progress of long steps.
-        on_message: called with messages, e.g. that an interrupted build is resumed.
+        on_plan, on_progress, on_message: called with the plans before anything is written, with
+            the progress of long steps, and with messages.
 
     Raises:
-        RecipeError: with every fault of the recipe.
         UsageError: if output.path exists and `overwrite` is not set, or if a recipe file, not
-            `overrides`, names a folder outside the working folder.
+            `output`, names a folder outside the working folder; RecipeError for its faults.
     """
     apply_settings()
     from quantkit.pipeline import build_artifacts  # imports torch and transformers
 
-    text, parsed = read_recipe(str(recipe), _as_text(overrides))
-    if (stray := find_stray_output(str(recipe), parsed)) is not None:
-        raise UsageError(
-            f"{describe_stray_output(str(recipe), stray)}; pass overrides={{'output.path': DIR}} "
-            "to write there"
-        )
-
-    def report_plans(plans: Sequence[Plan]) -> None:
-        if on_plan:
-            on_plan(tuple(summarize_plan(plan) for plan in plans))
-
+    read = _read_target_to_build(
+        _make_request(target, method, bits, format, rules, output), overrides
+    )
     return build_artifacts(
-        parsed,
-        text,
+        read.recipe,
+        read.text,
         overwrite=overwrite,
         evaluate=evaluate,
         trusted_code=trusted_code,
-        on_plan=report_plans,
+        on_plan=lambda plans: on_plan(tuple(map(summarize_plan, plans))) if on_plan else None,
         on_progress=on_progress or _ignore,
         restart=restart,
         on_message=on_message or _ignore,
     )
+
+
+def _read_target_to_build(
+    request: RecipeRequest, overrides: Mapping[str, object] | None
+) -> TargetRecipe:
+    """Return the recipe of a target; UsageError if its file writes outside the working folder."""
+    from quantkit.plan.model_recipe import read_target  # imports torch
+
+    read = read_target(request, _as_text(overrides))
+    stray = None if read.chosen else find_stray_output(request.model, read.recipe)
+    if stray is not None:
+        raise UsageError(
+            f"{describe_stray_output(request.model, stray)}; pass output=DIR to write there"
+        )
+    return read
 
 
 def load(
@@ -140,7 +172,7 @@ def load(
     return load_model(artifact, device=device, dtype=dtype)
 
 
-def verify_artifact(artifact: str | Path) -> VerifyReport:
+def verify(artifact: str | Path) -> VerifyReport:
     """Check every hash, header, number and index entry of an artifact, and return the counts.
 
     quantkit.verify.deep.verify_deep also checks a sample of tensors against the source.
@@ -151,16 +183,21 @@ def verify_artifact(artifact: str | Path) -> VerifyReport:
     return shallow.verify_artifact(Path(artifact))
 
 
-def read_report(artifact: str | Path) -> Fidelity:
-    """Return the fidelity report of an artifact.
+def open_artifact(artifact: str | Path) -> Artifact:
+    """Open an artifact: its report, and a table of its quantized modules.
+
+    >>> import quantkit
+    >>> artifact = quantkit.open_artifact("a")
+    >>> artifact.report.status, artifact.format_name, len(artifact.modules)
+    ('accepted', 'awq', 144)
 
     Raises:
-        ArtifactError: if the folder is no artifact, or its report does not match the manifest.
+        ArtifactError: if the folder is no artifact.
     """
-    return read_artifact_report(Path(artifact))
+    return Artifact.read(Path(artifact))
 
 
-def diff_artifacts(a: str | Path, b: str | Path, *, partial: bool = False) -> Diff:
+def diff(a: str | Path, b: str | Path, *, partial: bool = False) -> Diff:
     """Compare artifact `b` with `a`, and return all differences.
 
     Args:
@@ -172,6 +209,25 @@ def diff_artifacts(a: str | Path, b: str | Path, *, partial: bool = False) -> Di
         NotComparable: if the sources, the texts or the prompts of the two differ.
     """
     return compare_sides(*read_sides(str(a), str(b)), partial=partial)
+
+
+def _make_request(
+    target: str | Path,
+    method: str | None,
+    bits: int | None,
+    format_name: str | None,
+    rules: str | None,
+    output: str | Path | None,
+) -> RecipeRequest:
+    """Return what a call requests."""
+    return RecipeRequest(
+        model=str(target),
+        method=method,
+        bits=bits,
+        format=format_name,
+        rules=rules,
+        output=None if output is None else str(output),
+    )
 
 
 def _as_text(overrides: Mapping[str, object] | None) -> dict[str, str]:

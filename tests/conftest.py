@@ -45,6 +45,7 @@ MEDIUM_FILES = frozenset({
     "cli/test_environment.py",
     "cli/test_key.py",
     "cli/test_lazy_group.py",
+    "cli/test_model_target.py",
     "diff/test_diff_command.py",
     "diff/test_diff_page.py",
     "evaluate/test_evaluation.py",

@@ -10,16 +10,19 @@ from pathlib import Path
 
 import pytest
 from support.constants import FAST
+from support.paths import ROOT
 
 import quantkit
+from quantkit.artifact import read_artifact
+from quantkit.artifact.read_artifact import Artifact
+from quantkit.errors import ArtifactError
 
+NOTEBOOK = ROOT / "tests" / "tools" / "api_notebook.py"
 LIGHT = """
 import sys
 import quantkit
 assert not {"torch", "pydantic", "click"} & set(sys.modules), sorted(sys.modules)
-from quantkit import plan, report, diff, verify, build  # subpackages
-for package in (plan, report, diff, verify, build):
-    assert package.__path__
+assert not hasattr(quantkit, "plan_recipe")
 assert set(quantkit.__all__) <= set(dir(quantkit))
 assert quantkit.__version__
 """
@@ -28,34 +31,39 @@ PIPELINE = """
 import json, sys
 import quantkit
 import quantkit.plan.plan, quantkit.report.make, quantkit.diff.compare, quantkit.verify.shallow
+from quantkit.plan import sources  # the subpackages stay importable
+from quantkit import plan, build, verify, diff, load, open_artifact
+assert all(map(callable, (plan, build, verify, diff, load, open_artifact)))
+assert quantkit.plan is plan and sources.plan_recipe is not plan
 
 folder, overrides = sys.argv[1], json.loads(sys.argv[2])
-[planned] = quantkit.plan_recipe("tiny-v3-awq4", overrides=overrides)
+[planned] = quantkit.plan("tiny-v3-awq4", overrides=overrides)
 assert planned.totals.modules_quantized == 144
 plans, stages = [], set()
-[result] = quantkit.build_recipe(
+[result] = quantkit.build(
     "tiny-v3-awq4", overrides=overrides, evaluate=False, on_plan=plans.extend,
     on_progress=lambda progress: stages.add(progress.stage),
 )
 assert [plan.output for plan in plans] == [folder] and "blocks" in stages
 assert str(result.path) == folder
-checked = quantkit.verify_artifact(folder)
-report = quantkit.read_report(folder)
+checked = quantkit.verify(folder)
+report = quantkit.open_artifact(folder).report
 assert report == result.fidelity and checked.status == report.status
-same = quantkit.diff_artifacts(folder, folder)
+same = quantkit.diff(folder, folder)
 model = quantkit.load(folder, device="cpu")
 print(json.dumps({"status": report.status, "files": checked.files, "model": type(model).__name__,
                   "diff": type(same).__name__}))
 """
 
 
-def run_program(program: str, *arguments: str) -> str:
+def run_program(program: str, *arguments: str, cwd: Path | None = None) -> str:
     """Run a program in a process of its own and return its stdout."""
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -81,6 +89,27 @@ def test_overrides_may_be_python_values() -> None:
     assert _as_text(values) == {
         "quantize.bits": "8", "output.path": "123", "calibration": "null", "format": '["awq"]'
     }  # fmt: skip
+
+
+def test_examples_of_the_docstrings_are_true(tmp_path: Path) -> None:
+    program = "import doctest, quantkit.api\nassert doctest.testmod(quantkit.api).failed == 0"
+    assert run_program(program, cwd=tmp_path).strip() == ""
+
+
+def test_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    printed = run_program(NOTEBOOK.read_text(encoding="utf-8"), cwd=tmp_path)
+    assert "144 modules" in printed and "worst module" in printed
+
+
+def test_modules_are_a_list_of_rows_without_pandas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_artifact, "find_spec", lambda _: None)
+    manifest = {"modules": {"a.b": {"scheme": {"bits": 4, "group_size": 64, "symmetric": True}}}}
+    [row] = Artifact(path=tmp_path, manifest=manifest).modules
+    assert row["module"] == "a.b" and row["bits"] == 4 and row["output_error"] is None
+    with pytest.raises(ArtifactError, match=r"modules\.a: expected an object with a scheme"):
+        _ = Artifact(path=tmp_path, manifest={"modules": {"a": 3}}).modules
 
 
 def test_unknown_attribute_is_an_attribute_error() -> None:

@@ -29,7 +29,7 @@ ROWS = (
     "build/ publish/",
     "evaluate/",
     "report/",
-    "pipeline diff/ serve/",
+    "pipeline doctor diff/ serve/",
     "api",
     "cli/",
     "__init__ __main__",
@@ -68,6 +68,7 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "evaluate/solution_likelihood.py": frozenset({"write_table"}),  # the same
     "evaluate/item_results.py": frozenset({"write_table", "mkdir"}),  # to memory; its cache
     "evaluate/backends.py": frozenset({"from_pretrained"}),  # transformers reads its own files
+    "doctor.py": frozenset({"huggingface_hub"}),  # whether a token is stored; no request
     "evaluate/endpoint_text.py": frozenset({"openai"}),  # types of the official client
     "evaluate/openai_backend.py": frozenset({"openai"}),  # types of the official client
     "evaluate/openai_client.py": frozenset({"openai"}),  # the official client of an API; no file
@@ -490,3 +491,4 @@ def test_parsing_does_not_depend_on_the_garbage_of_other_tests() -> None:
         for _ in range(3):
             ParsingFinalizer()
         assert len(parse_source(text).body) == 300
+    gc.collect()  # or pytest's own parsing would meet the garbage

@@ -90,6 +90,7 @@ def format_plan(plan: Plan) -> str:
         "hash": plan.hash,
         "recipe": {
             **plan.recipe.dump(),
+            "propagate": plan.propagation,
             "memory": None,
             "output": {"shard_bytes": plan.recipe.output.shard_bytes},
         },

@@ -414,7 +414,7 @@ def run_stored_block(context: BlockContext, stored: Tensors) -> dict[StreamName,
     models: dict[StreamName, MetaModel] = {}
     if "quantized" in context.streams:
         models["quantized"] = context.build.model
-    if context.calibration and context.build.plan.recipe.propagate != "original":
+    if context.calibration and context.build.plan.propagation != "original":
         models["calibration"] = context.build.calibration_model
     routings: dict[StreamName, Routing | None] = {}
     for name, model in models.items():

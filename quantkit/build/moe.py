@@ -185,7 +185,7 @@ def run_original_experts(
     routings: dict[StreamName, Routing | None] = {"reference": reference} if reference else {}
     if calibration and calibration.original:
         routings["original"] = calibration.original
-    if calibration and context.build.plan.recipe.propagate == "original":
+    if calibration and context.build.plan.propagation == "original":
         routings["calibration"] = calibration.routing
     add_expert_outputs(context, slices, routings)
     tokens = sample_tokens(calibration.sample) if calibration and calibration.sample else None

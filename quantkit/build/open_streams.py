@@ -64,7 +64,7 @@ def select_texts(build: BuildContext, texts: StreamTexts) -> dict[StreamName, To
     plan, selected = build.plan, dict[StreamName, Tokens]()
     if plan.needs_calibration:
         selected["calibration"] = texts["calibration"]
-    if plan.needs_calibration and plan.recipe.propagate == "both":
+    if plan.needs_calibration and plan.propagation == "both":
         selected["original"] = texts["calibration"]
     if plan.recipe.fidelity:
         selected |= {"reference": texts["fidelity"], "quantized": texts["fidelity"]}

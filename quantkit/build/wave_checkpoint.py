@@ -106,7 +106,7 @@ def states_folder(context: BlockContext) -> Path:
 
 def searched_streams(context: BlockContext) -> list[StreamName]:
     """Return the streams that the search pass moves: those that see original weights."""
-    is_original = context.build.plan.recipe.propagate == "original"
+    is_original = context.build.plan.propagation == "original"
     names = {"reference", "original", *(["calibration"] if is_original else [])}
     return [name for name in context.state.targets if name in names]
 

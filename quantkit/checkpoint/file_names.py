@@ -1,6 +1,11 @@
-"""File names of a checkpoint in Hugging Face's layout."""
+"""Names of models on the Hub, and file names of a checkpoint in Hugging Face's layout."""
 
 from __future__ import annotations
+
+import re
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""The id of a model on the Hub: owner/name."""
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -34,7 +33,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.file_names import CHAT_TEMPLATES, CONFIG, INDEX, SINGLE
+from quantkit.checkpoint.file_names import CHAT_TEMPLATES, CONFIG, HUB_ID, INDEX, SINGLE
 from quantkit.checkpoint.folder_rules import is_sidecar
 from quantkit.checkpoint.fp8_pairs import (
     find_pair_faults,
@@ -74,7 +73,6 @@ _IGNORED_FILES = [
     "*/*",
     "consolidated*",
 ]  # folders of other formats; the same weights a second time
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONNECTIONS = 8
 _MAX_FILES = 10_000  # DeepSeek-V3 has 163 shards
 _FIRST_BYTES = 100_000  # most headers are shorter
@@ -216,7 +214,7 @@ def _locate_local(model: str, revision: str | None) -> Path | None:
         folder = locate_model(model)
     elif is_local:
         folder = path.absolute()
-    elif model.startswith(("/", "./", "../", "~")) or not _HUB_ID.fullmatch(model):
+    elif model.startswith(("/", "./", "../", "~")) or not HUB_ID.fullmatch(model):
         raise CheckpointError(
             f"source.model: expected a folder, {BUILTIN_PREFIX}<name> or a Hub id like org/name, "
             f"found {shorten_repr(model)}, which is none of these; check the path"

@@ -40,6 +40,8 @@ from quantkit.plan.plan_schema import PlanText
 from quantkit.recipe.parse import expand_preset
 from quantkit.recipe.schema import Recipe, Rule
 
+Propagation = Literal["quantized", "original", "both"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFacts:
@@ -139,6 +141,11 @@ class Plan:
         ]
         return hashlib.sha256(json.dumps([identity, outputs], sort_keys=True).encode()).hexdigest()
 
+    @cached_property  # read once per block
+    def propagation(self) -> Propagation:
+        """The weights that carry calibration text to the next block."""
+        return resolve_propagation(self.recipe, self.layout)
+
     @property
     def needs_calibration(self) -> bool:
         """Whether any selected method needs statistics of activations."""
@@ -148,6 +155,17 @@ class Plan:
     def needs_forward(self) -> bool:
         """Whether any text runs through the blocks: for calibration or for the fidelity figures."""
         return self.recipe.fidelity is not None or self.needs_calibration
+
+
+def resolve_propagation(recipe: Recipe, layout: Layout) -> Propagation:
+    """Return the recipe's `propagate`; `auto` is what measured best.
+
+    Dense models: `both`. Routed experts: `quantized`, since `both` changed nothing that could be
+    resolved (numerics/README.md).
+    """
+    if recipe.propagate != "auto":
+        return recipe.propagate
+    return "quantized" if any(block.experts for block in layout.blocks) else "both"
 
 
 def needs_calibration(decisions: Mapping[str, Decision]) -> bool:
@@ -347,7 +365,8 @@ def make_plan(
         matched.layout,
         decisions,
         budget_bytes=budget_bytes,
-        grams=needs_calibration(decisions) * (2 if recipe.propagate == "both" else 1),
+        grams=needs_calibration(decisions)
+        * (2 if resolve_propagation(recipe, matched.layout) == "both" else 1),
         tokens=tokens,
         hidden_bytes=hidden_bytes,
     )

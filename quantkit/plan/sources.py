@@ -92,7 +92,14 @@ def resolve_compute(recipe: Recipe) -> ResolvedCompute:
 
 def resolve_source_facts(recipe: Recipe) -> SourceFacts:
     """Read the headers of the source; if the Hub is unreachable use the published config."""
-    model, revision = recipe.source.model, recipe.source.revision
+    return read_model_facts(recipe.source.model, recipe.source.revision)
+
+
+def read_model_facts(model: str, revision: str | None = None) -> SourceFacts:
+    """Read the headers of a model; if the Hub is unreachable use the published config.
+
+    Raises CheckpointError.
+    """
     try:
         headers = hub.read_model_headers(model, revision)
     except HubUnreachable:

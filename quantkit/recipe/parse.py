@@ -90,6 +90,11 @@ def apply_overrides(text: str, recipe: Recipe) -> str:
     return rewrite_yaml(text, [_parse_override(key, value) for key, value in recipe.overrides])
 
 
+def write_overrides(text: str, overrides: Mapping[str, str]) -> str:
+    """Return a recipe's text with all overrides written into it, output.path and memory too."""
+    return rewrite_yaml(text, [_parse_override(key, value) for key, value in overrides.items()])
+
+
 def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
     """Return the `gates:` of a YAML text, e.g. of a recipe; RecipeError with every fault of them.
 

@@ -1,4 +1,4 @@
-"""Recipe files, and the recipes that ship with quantkit by name.
+"""Recipe files, the recipes that ship with quantkit by name, and recipes written for a model.
 
 A recipe file may be a stranger's, and a build writes where it says. A file alone may name folders
 below the working folder only; an override may name any.
@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from quantkit.checkpoint.file_names import HUB_ID
 from quantkit.errors import UsageError
-from quantkit.io.files import is_file
-from quantkit.io.package_data import locate_folder
+from quantkit.io.files import is_file, write_output
+from quantkit.io.package_data import BUILTIN_PREFIX, is_recipe_name, locate_folder
 from quantkit.io.yaml_document import printable
 from quantkit.recipe.parse import parse_recipe
 from quantkit.recipe.schema import Recipe
@@ -37,10 +38,60 @@ def locate_recipe(name: str) -> Path:
     if not is_file(path):
         shipped = ", ".join(sorted(file.stem for file in locate_folder("recipes").glob("*.yaml")))
         raise UsageError(
-            f"{printable(name, 300)}: no such recipe file; recipes that ship with quantkit: "
-            f"{shipped}"
+            f"{printable(name, 300)}: no such recipe file, and no folder or hub id (owner/name) of "
+            f"a model; recipes that ship with quantkit: {shipped}"
         )
     return path
+
+
+def is_model(target: str) -> bool:
+    """Return whether a command's target is a model: built in, a folder, or a hub id.
+
+    A YAML file, with or without its ending, and the name of a shipped recipe without a folder of
+    that name are recipes.
+    """
+    if target.startswith(BUILTIN_PREFIX):
+        return True
+    if is_recipe_name(target) or any(is_file(Path(target + end)) for end in ("", ".yaml")):
+        return False
+    return is_folder(Path(target).expanduser()) or HUB_ID.fullmatch(target) is not None
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether a folder exists; False for impossible names (too long, or with NUL)."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def save_recipe(path: Path, text: str, recipe: Recipe) -> bool:
+    """Write a recipe that was chosen for a model; return False if the file has it already.
+
+    A file with the same values is kept, whatever its comments. Raises UsageError for another file.
+    """
+    if path.is_symlink() or path.exists():
+        if is_same_recipe(path, recipe):
+            return False
+        raise UsageError(
+            f"{path}: expected no file, or the recipe of this command, found another; `quantkit "
+            f"build {path}` builds it; to keep it and write a new one, pass --recipe FILE"
+        )
+    write_output(path, text.encode())
+    return True
+
+
+def is_same_recipe(path: Path, recipe: Recipe) -> bool:
+    """Return whether a file holds a recipe with the same values, output.path and memory too."""
+    try:
+        other = parse_recipe(read_text_file(path), str(path))
+    except UsageError:  # RecipeError too: not a recipe
+        return False
+    return (other.hash, other.output.path, other.memory) == (
+        recipe.hash,
+        recipe.output.path,
+        recipe.memory,
+    )
 
 
 def is_shipped(name: str) -> bool:

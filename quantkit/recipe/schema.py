@@ -48,7 +48,9 @@ from quantkit.recipe.value_types import (
     none_as_null,
 )
 
+DEFAULT_METHOD = "awq"
 METHOD_DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    "awq": {"rounding": "gptq"},
     "gptq": {"rounding": "gptq"},
     "nf4": {
         "rounding": "nearest", "bits": 4, "group_size": 64, "symmetric": True,
@@ -67,14 +69,14 @@ class Quantize(BaseModel):
     method: Annotated[
         MethodName,
         describe("Quantization method: a module of quantkit/methods/.", "gptq"),
-    ] = "awq"
+    ] = DEFAULT_METHOD
     rounding: Annotated[
         RoundingName,
         describe(
             "How codes are chosen after the method's scaling. `gptq` compensates the error of a "
             "column in the next columns, then refines codes and scales by coordinate descent. "
-            "`gptq_once` omits the refinement: half of the time, slightly larger error. Method "
-            "gptq: default `gptq`, never `nearest`.",
+            "`gptq_once` omits the refinement: half of the time, slightly larger error. Methods "
+            "awq and gptq: default `gptq`; gptq: never `nearest`.",
             "gptq",
         ),
     ] = FALLBACK_ROUNDING
@@ -105,7 +107,7 @@ class Quantize(BaseModel):
     def _own_values(cls, values: object) -> object:
         """Add the values that follow from the method."""
         return (
-            {**METHOD_DEFAULTS.get(str(values.get("method")), {}), **values}
+            {**METHOD_DEFAULTS.get(str(values.get("method", DEFAULT_METHOD)), {}), **values}
             if isinstance(values, dict)
             else values
         )
@@ -307,13 +309,14 @@ class Recipe(BaseModel):
         ),
     ] = "keep"
     propagate: Annotated[
-        Literal["quantized", "original", "both"],
+        Literal["auto", "quantized", "original", "both"],
         describe(
             "Weights that carry the calibration text to the next block. With `both`, dense layers "
-            "also compensate the error of the blocks before them, for twice the time.",
+            "also compensate the error of the blocks before them, for twice the time. `auto`: "
+            "`both` for dense models, `quantized` for models with routed experts.",
             "both",
         ),
-    ] = "quantized"
+    ] = "auto"
     compute: Annotated[Compute, describe("Device and dtypes.")] = Compute()
     _document: YamlDocument = PrivateAttr(default=YamlDocument(name="recipe", values={}, lines={}))
     _overrides: tuple[tuple[str, str], ...] = PrivateAttr(default=())

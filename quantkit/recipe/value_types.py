@@ -6,7 +6,7 @@ import re
 from decimal import Decimal
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from quantkit import registry
 from quantkit.io.suggestions import format_unknown_name
@@ -94,12 +94,39 @@ Points = Annotated[float, Field(ge=0, le=100)]
 
 Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]  # a branch or a tag moves
 
-Size = Annotated[int, BeforeValidator(parse_size)]
+SIZE_TEXT = {"type": "string", "pattern": r"^\d{1,19}(\.\d{1,6})? ?([kKMGT]?B|[KMGT]iB)?$"}
+"""JSON Schema of a size as text."""
 
-Bound = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_sized)]
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, SIZE_TEXT]}),
+]
 
-RoundingName = Annotated[str, AfterValidator(lambda name: _registered("roundings", name))]
-MethodName = Annotated[str, AfterValidator(lambda name: _registered("methods", name))]
+Bound = Annotated[
+    float,
+    Field(allow_inf_nan=False),
+    BeforeValidator(_sized),
+    WithJsonSchema({"anyOf": [{"type": "number"}, SIZE_TEXT]}),
+]
+
+
+def _list_format_names() -> list[str]:
+    """Return every spelling of a format: compressed_tensors and compressed-tensors."""
+    names = registry.list_names("formats")
+    return sorted({*names, *(name.replace("_", "-") for name in names)})
+
+
+RoundingName = Annotated[
+    str,
+    AfterValidator(lambda name: _registered("roundings", name)),
+    WithJsonSchema({"enum": list(registry.list_names("roundings"))}),
+]
+MethodName = Annotated[
+    str,
+    AfterValidator(lambda name: _registered("methods", name)),
+    WithJsonSchema({"enum": list(registry.list_names("methods"))}),
+]
 
 FormatName = Annotated[
     str, AfterValidator(lambda name: _registered("formats", name.replace("-", "_")))
@@ -110,6 +137,18 @@ FormatNames = Annotated[
     Field(strict=False, max_length=8),
     BeforeValidator(_listed),
     AfterValidator(_distinct),
+    WithJsonSchema({
+        "anyOf": [
+            {"enum": _list_format_names()},
+            {
+                "type": "array",
+                "items": {"enum": _list_format_names()},
+                "minItems": 1,
+                "maxItems": 8,
+                "uniqueItems": True,
+            },
+        ]
+    }),
 ]
 
 TaskNames = Annotated[

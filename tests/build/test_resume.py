@@ -295,7 +295,7 @@ def test_changed_inputs_are_named_and_restart_starts_over(
         UsageError,
         match=r"x\.building: .* recipe\.quantize\.group_size was 64, is 32; .* --restart",
     ):
-        build(copy, quantize="{method: awq, bits: 4, group_size: 32}")
+        build(copy, quantize="{method: awq, rounding: nearest, bits: 4, group_size: 32}")
     weights = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(UsageError, match=r"another: source\.files\.model\.safetensors changed; "):

@@ -17,6 +17,7 @@ from quantkit.artifact.read_manifest import read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import NumericsError, RecipeError
 from quantkit.formats import compressed_tensors, gptq
+from quantkit.plan import plan as plan_module
 from quantkit.plan import sources
 from quantkit.plan.plan import load_architecture
 from quantkit.recipe.parse import parse_recipe
@@ -134,7 +135,8 @@ def test_architecture_is_derived_once_for_all_formats(
     """Deriving a family without a table takes seconds."""
     asked = []
     monkeypatch.setattr(
-        "quantkit.plan.plan.load_architecture",
+        plan_module,
+        "load_architecture",
         lambda config: asked.append(config) or load_architecture(config),
     )
     recipe = parse_recipe(make_recipe_text(source, tmp_path / "x", format="[awq, dense]"), "r.yaml")

@@ -73,7 +73,7 @@ TINY: Mapping[str, tuple[str, bool, Mapping[str, str]]] = {
         "llama",
         False,
         {
-            "quantize": "{method: awq, bits: 4, group_size: 64}",
+            "quantize": "{method: awq, rounding: nearest, bits: 4, group_size: 64}",
             "format": "[awq, gptq_v2, compressed_tensors, dense]",
             "shards": "300kB",
         },
@@ -111,7 +111,11 @@ TINY: Mapping[str, tuple[str, bool, Mapping[str, str]]] = {
     "deepseek-v3-fp8-mtp-awq": (
         "deepseek_v3",
         True,
-        {"quantize": "{method: awq, bits: 4, group_size: 64}", "format": "awq", "mtp": "quantize"},
+        {
+            "quantize": "{method: awq, rounding: nearest, bits: 4, group_size: 64}",
+            "format": "awq",
+            "mtp": "quantize",
+        },
     ),
 }
 """Artifact -> the architecture, whether its random checkpoint is stored in FP8, and the keys of

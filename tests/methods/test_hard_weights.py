@@ -26,7 +26,7 @@ from quantkit.verify.shallow import verify_artifact
 
 Record = Callable[[str, object], None]
 METHODS: Mapping[str, dict[str, str]] = {
-    "awq": {"quantize": "{method: awq, group_size: 64}", "format": "awq"},
+    "awq": {"quantize": "{method: awq, rounding: nearest, group_size: 64}", "format": "awq"},
     "awq+gptq": {"quantize": "{method: awq, rounding: gptq, group_size: 64}", "format": "gptq_v2"},
     "gptq": {"quantize": "{method: gptq, group_size: 64, symmetric: true}", "format": "gptq"},
     "rtn": {

@@ -112,7 +112,7 @@ def test_terminal_asks_before_it_writes_elsewhere(
 
 def test_python_function_refuses_a_file_and_takes_an_override(place: Path) -> None:
     recipe = write_recipe(place, "../x")
-    with pytest.raises(UsageError, match=r"pass overrides=\{'output.path': DIR\} to write there"):
-        quantkit.build_recipe(recipe)
+    with pytest.raises(UsageError, match=r"pass output=DIR to write there"):
+        quantkit.build(recipe)
     name = str(recipe)
     assert find_stray_output(name, read_recipe(name, {"output.path": "/anywhere/x"})[1]) is None

@@ -43,7 +43,7 @@ def test_smallest_recipe_has_every_default() -> None:
         "source": {"model": "builtin:tiny-v3", "revision": None, "trust_remote_code": None},
         "quantize": {
             "method": "awq",
-            "rounding": "nearest",
+            "rounding": "gptq",
             "bits": 4,
             "group_size": 128,
             "symmetric": False,
@@ -65,7 +65,7 @@ def test_smallest_recipe_has_every_default() -> None:
         "output": {"path": "artifacts/x", "shard_bytes": 5_000_000_000},
         "memory": None,
         "mtp": "keep",
-        "propagate": "quantized",
+        "propagate": "auto",
         "compute": {"device": "auto", "dtype": "auto", "calibration": "auto"},
     }
     assert json.loads(json.dumps(recipe.dump())) == recipe.dump()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
-from quantkit.api import build_recipe
+from quantkit.api import build
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.figures import find_figure, list_kinds
 from quantkit.report.card import render_card
@@ -24,7 +24,7 @@ def build_report(folder: Path, *domains: str) -> Fidelity:
     name = "-".join(domains)
     parts = "".join(map(PART.format, domains))
     (folder / f"{name}.yaml").write_text(f"version: 2\nname: {name}\nparts:\n{parts}")
-    [result] = build_recipe(
+    [result] = build(
         str(ROOT / "recipes" / "tiny-v3-gptq4.yaml"),
         overrides={
             "calibration.set": str(folder / f"{name}.yaml"),

@@ -81,7 +81,7 @@ def make_recipe_text(model: Path | str, output: Path, /, **keys: str) -> str:
     lines = {
         "version": "1",
         "source": f"{{model: {model}}}",
-        "quantize": "{method: awq, bits: 4, group_size: 64}",
+        "quantize": "{method: awq, rounding: nearest, bits: 4, group_size: 64}",
         "format": "awq",
         "calibration": "{set: tiny-v3, sequences: 48, length: 128, min_expert_tokens: 8}",
         "fidelity": "{set: tiny-v3-heldout, windows: 12, length: 128}",
@@ -89,7 +89,9 @@ def make_recipe_text(model: Path | str, output: Path, /, **keys: str) -> str:
         "memory": "4GB",
         "compute": "{device: cpu}",
     }
-    return "\n".join(f"{key}: {value}" for key, value in (lines | keys).items()) + "\n"
+    lines |= keys
+    lines.setdefault("propagate", "quantized")  # last: messages name lines
+    return "\n".join(f"{key}: {value}" for key, value in lines.items()) + "\n"
 
 
 def make_plan(folder: Path, **keys: str) -> Plan:

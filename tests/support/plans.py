@@ -35,13 +35,15 @@ def plan_checkpoint(
     lines = {
         "version": "1",
         "source": "{model: org/name}",
-        "quantize": "{method: awq, group_size: 64}",
+        "quantize": "{method: awq, rounding: nearest, group_size: 64}",
         "calibration": "{set: tiny-v3, sequences: 8, length: 128}",
         "fidelity": "{set: tiny-v3-heldout, windows: 8, length: 128}",
         "output": "{path: out}",
         "compute": "{device: cpu}",
     }
-    text = "\n".join(f"{key}: {value}" for key, value in (lines | keys).items())
+    lines |= keys
+    lines.setdefault("propagate", "quantized")  # last: messages name lines
+    text = "\n".join(f"{key}: {value}" for key, value in lines.items())
     facts = SourceFacts(
         model="org/name",
         revision=None,

@@ -37,6 +37,17 @@ published config alone.
 `--set quantize.bits=8 --set output.path=artifacts/mine`. Unknown keys, wrong types and unknown
 names are errors with file and line, all reported at once. In sizes GB is decimal, GiB binary.
 
+`quantkit build MODEL`, `plan MODEL` and `init MODEL` choose a recipe for a model. The choice
+depends on the headers of the model alone: `experts-only` for mixtures of experts, otherwise
+`all-linear`; the largest group size of 128, 64, 32 that divides every quantized width; the first
+format that vLLM and SGLang load; zero points where they load them; sequences by the number of
+parameters. `method: awq` or `gptq` alone has the quality that the measurements name: GPTQ rounding,
+and `propagate: both` for dense models.
+
+Editors with a YAML language server complete and check recipes by
+[recipe.schema.json](recipe.schema.json), which `quantkit schema` prints. Each recipe names it in
+its first line. In a folder of your own: `quantkit schema > recipe.schema.json`.
+
 This page is generated from `quantkit/recipe/schema.py` by
 `python tests/tools/recipe_reference.py --write`.
 

@@ -62,7 +62,10 @@ KINDS: dict[str, tuple[str, dict[str, str]]] = {
         {"quantize": "{method: gptq, bits: 4, group_size: 64, symmetric: true}", "format": "gptq"},
     ),
     "awq": ("llama", {"quantize": AWQ}),
-    "plain-awq": ("qwen2", {"quantize": "{method: awq, bits: 4, group_size: 64}"}),
+    "plain-awq": (
+        "qwen2",
+        {"quantize": "{method: awq, rounding: nearest, bits: 4, group_size: 64}"},
+    ),
     "experts": ("qwen3_moe", {"quantize": AWQ}),
     "o": (
         "deepseek_v3",

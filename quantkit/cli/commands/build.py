@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from quantkit.cli.console import escape_controls, handle_errors, print_json_list
+from quantkit.cli.model_target import (
+    CHOSEN_FILE,
+    add_model_options,
+    check_no_recipe_file,
+    save_chosen,
+    show_choices,
+)
 from quantkit.cli.options import JSON, JUNIT, SET, TRUST_TASK_CODE, parse_overrides
 from quantkit.errors import GateMissed, UsageError
 
@@ -16,16 +23,24 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quantkit.pipeline import BuildResult
+    from quantkit.plan.recipe_draft import RecipeRequest
     from quantkit.recipe.schema import Recipe
 
 
 @click.command()
-@click.argument("recipe")
+@click.argument("target", metavar="RECIPE|MODEL")
+@add_model_options
 @SET
 @click.option(
     "--output",
     metavar="DIR",
     help="Folder of the artifact, in place of output.path; needed outside the working folder.",
+)
+@click.option(
+    "--recipe",
+    "recipe_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="For a model: the file for its recipe.  [default: recipe.yaml]",
 )
 @click.option(
     "--overwrite",
@@ -41,9 +56,14 @@ if TYPE_CHECKING:
 @JSON
 @handle_errors
 def command(
-    recipe: str,
+    target: str,
+    method: str | None,
+    bits: int | None,
+    format_name: str | None,
+    rules: str | None,
     overrides: tuple[str, ...],
     output: str | None,
+    recipe_file: Path | None,
     overwrite: bool,
     restart: bool,
     skip_evaluation: bool,
@@ -53,25 +73,30 @@ def command(
 ) -> None:
     """Quantize a model as a recipe says, measure it, and write the artifact.
 
-    RECIPE is a file or the name of a recipe that ships with quantkit. The artifact contains the
-    fidelity report. If a build is interrupted, the same command resumes after the last finished
-    block; the bytes are the same. Exits with 3 if a gate is missed. A recipe file that writes
-    outside the working folder needs --output or a confirmation.
+    RECIPE is a file or the name of a recipe that ships with quantkit. MODEL is a folder, a hub id
+    (owner/name) or builtin:tiny-v3: a recipe is chosen for it, printed with the reasons, and
+    written to recipe.yaml, which builds the same artifact. If a build is interrupted, the same
+    command resumes after the last finished block; the bytes are the same. Exits with 3 if a gate is
+    missed. A recipe file that writes outside the working folder needs --output or a confirmation.
 
+    \b
     Example: quantkit build tiny-v3-awq4
+             quantkit build ./my-model
+             quantkit build Qwen/Qwen3-8B --bits 8 --output artifacts/qwen3-8b
     """
     # `quantkit build --help` starts without torch, pydantic and rich.
     from quantkit.cli.rich_output import ProgressBar, show
     from quantkit.io.files import write_output
     from quantkit.pipeline import build_artifacts
+    from quantkit.plan.recipe_draft import RecipeRequest
     from quantkit.plan.summary import summarize_plan
-    from quantkit.recipe.recipe_file import read_recipe
     from quantkit.report.junit import format_junit as junit_bytes
-    from quantkit.report.terminal import render_plans, render_reports
+    from quantkit.report.terminal import render_plans
 
-    values = parse_overrides(overrides) | ({} if output is None else {"output.path": output})
-    text, parsed = read_recipe(recipe, values)
-    confirm_output(recipe, parsed)
+    request = RecipeRequest(
+        model=target, method=method, bits=bits, format=format_name, rules=rules, output=output
+    )
+    text, parsed = prepare_recipe(request, overrides, recipe_file, quiet=json_out)
     with ProgressBar(sys.stderr.isatty() and not json_out) as progress_bar:
         results = build_artifacts(
             parsed,
@@ -88,13 +113,38 @@ def command(
         )
     if junit:
         write_output(junit, junit_bytes([result.fidelity for result in results]))
+    print_results(results, json_out)
+    check_gates(results)
+
+
+def prepare_recipe(
+    request: RecipeRequest, overrides: tuple[str, ...], recipe_file: Path | None, *, quiet: bool
+) -> tuple[str, Recipe]:
+    """Return text and recipe of a target; print and write the recipe that is chosen for a model."""
+    from quantkit.plan.model_recipe import read_target
+
+    read = read_target(request, parse_overrides(overrides))
+    if read.chosen is None:
+        check_no_recipe_file(recipe_file, request.model)
+        confirm_output(request.model, read.recipe)
+        return read.text, read.recipe
+    if not quiet:
+        show_choices(read.chosen)
+    save_chosen(read.text, read.recipe, recipe_file or Path(CHOSEN_FILE))
+    return read.text, read.recipe
+
+
+def print_results(results: Sequence[BuildResult], json_out: bool) -> None:
+    """Print the reports of artifacts."""
+    from quantkit.cli.rich_output import show
+    from quantkit.report.terminal import render_reports
+
     if json_out:
         print_json_list([result.fidelity.model_dump(mode="json") for result in results])
-    else:
-        show(render_reports([result.fidelity for result in results]))
-        for result in results:
-            click.echo(format_result(result))
-    check_gates(results)
+        return
+    show(render_reports([result.fidelity for result in results]))
+    for result in results:
+        click.echo(format_result(result))
 
 
 def confirm_output(name: str, recipe: Recipe) -> None:

@@ -2,33 +2,75 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from quantkit.cli.console import handle_errors, print_json_list
+from quantkit.cli.model_target import (
+    add_model_options,
+    check_no_recipe_file,
+    save_chosen,
+    show_choices,
+)
 from quantkit.cli.options import JSON, SET, parse_overrides
 from quantkit.cli.rich_output import show
 from quantkit.plan.summary import summarize_plan
-from quantkit.recipe.recipe_file import read_recipe
 from quantkit.report.terminal import render_plans
 
 
 @click.command()
-@click.argument("recipe")
+@click.argument("target", metavar="RECIPE|MODEL")
+@add_model_options
 @SET
+@click.option("--output", metavar="DIR", help="Folder of the artifact, in place of output.path.")
+@click.option(
+    "--recipe",
+    "recipe_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="For a model: write its recipe to this file.",
+)
 @JSON
 @handle_errors
-def command(recipe: str, overrides: tuple[str, ...], json_out: bool) -> None:
+def command(
+    target: str,
+    method: str | None,
+    bits: int | None,
+    format_name: str | None,
+    rules: str | None,
+    overrides: tuple[str, ...],
+    output: str | None,
+    recipe_file: Path | None,
+    json_out: bool,
+) -> None:
     """Show what a build would do.
 
-    RECIPE is a file or the name of a recipe that ships with quantkit. Only headers or the published
-    config of the source are read: no weights.
+    RECIPE is a file or the name of a recipe that ships with quantkit. MODEL is a folder, a hub id
+    (owner/name) or builtin:tiny-v3: a recipe is chosen for it and printed with the reasons, as
+    `quantkit build MODEL` does. Only headers or the published config of the source are read: no
+    weights. Nothing is written without --recipe.
 
+    \b
     Example: quantkit plan v3-awq4
+             quantkit plan ./my-model --bits 8
     """
     # Reading headers needs torch's dtypes: `quantkit plan --help` starts without.
+    from quantkit.plan.model_recipe import read_target
+    from quantkit.plan.recipe_draft import RecipeRequest
     from quantkit.plan.sources import describe_sampled_texts, plan_recipe, resolve_source_facts
 
-    _, parsed = read_recipe(recipe, parse_overrides(overrides))
+    request = RecipeRequest(
+        model=target, method=method, bits=bits, format=format_name, rules=rules, output=output
+    )
+    read = read_target(request, parse_overrides(overrides))
+    if read.chosen is None:
+        check_no_recipe_file(recipe_file, target)
+    else:
+        if not json_out:
+            show_choices(read.chosen)
+        if recipe_file is not None:
+            save_chosen(read.text, read.recipe, recipe_file)
+    parsed = read.recipe
     plans = plan_recipe(parsed, resolve_source_facts(parsed))
     sampled = describe_sampled_texts(plans[0].recipe)
     summaries = [summarize_plan(plan, sampled) for plan in plans]

@@ -20,7 +20,11 @@ from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.io.files import read_json
 from quantkit.io.package_data import BUILTIN_PREFIX, locate_model
 from quantkit.plan import published
-from quantkit.plan.match_checkpoint import list_expected_tensors, read_fp8_block_size
+from quantkit.plan.match_checkpoint import (
+    MatchedLayout,
+    list_expected_tensors,
+    read_fp8_block_size,
+)
 from quantkit.plan.plan import (
     SourceFacts,
     apply_rules,
@@ -153,17 +157,27 @@ def plan_recipe_models(recipe: Recipe) -> tuple[Model, ...]:
     faults.
     """
     source = read_source_facts(recipe)
-    claimed, faults = match_source(source), list[str]()
+    return plan_source_models(recipe, source, match_source(source))
+
+
+def plan_source_models(
+    recipe: Recipe, source: SourceFacts, matched: MatchedLayout
+) -> tuple[Model, ...]:
+    """Return the artifacts that a recipe will build from a source, one model per format.
+
+    Raises RecipeError with the plan's faults.
+    """
+    faults = list[str]()
     models = []
     for format_name in recipe.format:
-        _, decisions, format_faults = apply_rules(recipe, source, claimed, format_name)
+        _, decisions, format_faults = apply_rules(recipe, source, matched, format_name)
         faults += format_faults
         if not format_faults:
-            tensors = list_written_tensors(source, claimed, format_name, decisions)
+            tensors = list_written_tensors(source, matched, format_name, decisions)
             schemes = {decision.scheme for decision in decisions.values() if decision.scheme}
             models.append(
                 make_model(
-                    claimed.layout,
+                    matched.layout,
                     tensors,
                     source.config,
                     name=Path(recipe.path(format_name)).name,

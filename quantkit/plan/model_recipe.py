@@ -1,0 +1,56 @@
+"""From a target, a recipe or a model, to a recipe. Reads headers; `choose_recipe` decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quantkit.errors import UsageError
+from quantkit.io.yaml_document import printable
+from quantkit.plan.choose_recipe import CHOSEN_NAME, ChosenRecipe, choose_recipe
+from quantkit.plan.plan import match_source
+from quantkit.plan.recipe_draft import RecipeRequest
+from quantkit.plan.sources import read_model_facts
+from quantkit.recipe.parse import parse_recipe, write_overrides
+from quantkit.recipe.recipe_file import is_model, read_recipe
+from quantkit.recipe.schema import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetRecipe:
+    """The text and the recipe of a target; chosen: what was chosen for a model, None for a recipe.
+
+    The text of a model's recipe has the overrides in it.
+    """
+
+    text: str
+    recipe: Recipe
+    chosen: ChosenRecipe | None = None
+
+
+def read_target(request: RecipeRequest, overrides: Mapping[str, str]) -> TargetRecipe:
+    """Return the recipe of `request.model`, which may also name a recipe.
+
+    For a model, reads its headers and chooses. Raises UsageError, RecipeError or CheckpointError.
+    """
+    target = request.model
+    if is_model(target):
+        source = read_model_facts(target)
+        return finish_recipe(choose_recipe(request, source, match_source(source)), overrides)
+    places = {"method": "quantize.", "bits": "quantize.", "format": "", "rules": ""}
+    for key, section in places.items():
+        if getattr(request, key) is not None:
+            raise UsageError(
+                f"{key}: expected a model (a folder, a hub id or builtin:NAME) with it, found the "
+                f"recipe {printable(target)}; change the recipe, or override {section}{key}"
+            )
+    output = {} if request.output is None else {"output.path": request.output}
+    text, recipe = read_recipe(target, {**overrides, **output})
+    return TargetRecipe(text=text, recipe=recipe)
+
+
+def finish_recipe(chosen: ChosenRecipe, overrides: Mapping[str, str]) -> TargetRecipe:
+    """Write `overrides` into the text of a chosen recipe; raises RecipeError for wrong ones."""
+    parse_recipe(chosen.text, CHOSEN_NAME, overrides)  # faults name the overrides, not lines
+    text = write_overrides(chosen.text, overrides)
+    return TargetRecipe(text=text, recipe=parse_recipe(text, CHOSEN_NAME), chosen=chosen)
