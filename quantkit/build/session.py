@@ -188,7 +188,8 @@ def read_chosen_texts(recipe: Recipe) -> dict[str, tuple[str, str]]:
     Empty without such a build, or if it did not choose the sets that this recipe leaves open: the
     build resumes with its own texts, whatever this machine can reach now.
     """
-    entry = read_first_entry(locate_scratch(recipe) / JOURNAL) or {}
+    scratch = locate_scratch(recipe)
+    entry = (read_first_entry(scratch / JOURNAL) if scratch.is_dir() else None) or {}
     try:
         chosen = _CHOSEN_TEXTS.validate_python(entry.get("of", {}).get(CHOSEN_TEXTS, {}))
     except (AttributeError, ValidationError):

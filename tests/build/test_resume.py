@@ -309,7 +309,7 @@ def test_changed_inputs_are_named_and_restart_starts_over(
             build(copy)
     with monkeypatch.context() as patch:
         patch.setattr(session, "JOURNAL_FORMAT", session.JOURNAL_FORMAT + 1)
-        with pytest.raises(UsageError, match=r"another: journal was 3, is 4; "):
+        with pytest.raises(UsageError, match=r"another: journal was 4, is 5; "):
             build(copy)
     assert build(copy, memory="3GB") != []
     resumed = files(place / "x")
