@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit.errors import UsageError
+from quantkit.io.files import is_file
 
 BUILTIN_PREFIX = "builtin:"
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -30,7 +31,7 @@ def locate_folder(kind: Literal["recipes", "calibration", "evals"]) -> Path:
 def is_recipe_name(target: str) -> bool:
     """Return whether `target` is a YAML file, or a shipped recipe's name and no existing path."""
     path = Path(target)
-    shipped = not path.suffix and (locate_folder("recipes") / f"{target}.yaml").is_file()
+    shipped = not path.suffix and is_file(locate_folder("recipes") / f"{target}.yaml")
     return path.suffix in (".yaml", ".yml") or (shipped and not path.exists())
 
 

@@ -205,11 +205,6 @@ def choose_texts(model: str, source: SourceFacts, parameters: int) -> tuple[Sect
                     reason=f"{sequences * length:,} tokens; {why} parameters",
                 ),
                 Choice(key="length", value=str(length), reason=why_length),
-                Choice(
-                    key="shrinkage",
-                    value="0.1",
-                    reason="for kinds of text that calibration does not have",
-                ),
             ),
         ),
         Section(

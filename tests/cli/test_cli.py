@@ -103,7 +103,8 @@ def test_unknown_recipe_is_a_usage_error() -> None:
     shipped = ", ".join(sorted(path.stem for path in locate_folder("recipes").glob("*.yaml")))
     assert "v3-awq4" in shipped
     assert read_error(run("plan", "tiny-v3-awq5"), 2) == (
-        f"tiny-v3-awq5: no such recipe file; recipes that ship with quantkit: {shipped}"
+        "tiny-v3-awq5: no such recipe file, and no folder or hub id (owner/name) of a model; "
+        f"recipes that ship with quantkit: {shipped}"
     )
 
 

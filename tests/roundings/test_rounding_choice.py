@@ -59,7 +59,9 @@ def make_problem() -> tuple[torch.Tensor, InputStats]:
 
 
 def test_valid_combinations() -> None:
-    assert Quantize().rounding == "nearest"
+    assert Quantize().rounding == "gptq"
+    assert Quantize(method="awq", rounding="nearest").rounding == "nearest"
+    assert Quantize(method="rtn").rounding == "nearest"
     assert Quantize(method="awq", rounding="gptq").rounding == "gptq"
     assert Quantize(method="gptq").rounding == "gptq"
     assert Quantize(method="gptq", rounding="gptq_once").rounding == "gptq_once"
