@@ -172,6 +172,7 @@ def write_answer(
     with log.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    os.chdir(folder)  # a recipe may write below the working folder only
     try:
         result = survey_type(name, folder, options)
     except BaseException:  # noqa: BLE001  # the process ends here
