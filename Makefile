@@ -11,7 +11,7 @@ PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-serve demo-load fast test lint types unit golden test-slow readers test-readers bench bench-quality bench-likelihood bench-texts bench-memory bench-gpu bench-gateway bench-gateway-soak bench-peers bench-transfer bench-verify \
-	reliability real-model eval-real test-vllm wheel clean
+	reliability real-model eval-real survey test-vllm wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -138,6 +138,13 @@ $(PEERS:=/.installed): .venv-%/.installed: tests/external/real_model/peers/requi
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --no-deps -r $<
 	touch $@
+
+SURVEY := artifacts/survey.jsonl
+
+survey: $(VENV)/.installed  ## which model types of transformers build, and are their figures true (continues; ARGS=--groups dense)
+	mkdir -p $(dir $(SURVEY))
+	PYTHONPATH=tests $(BIN)/python -m external.survey.run $(SURVEY) $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m external.survey.table $(SURVEY)
 
 # vLLM for CPUs in an environment of its own: exact versions, complete, installed without dependency resolution.
 VLLM := .venv-vllm

@@ -222,18 +222,18 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Every tensor of a model in checkpoint order: embedding, blocks, final norm, head."""
+    """Every tensor of a model in checkpoint order: embedding, blocks, final tensors, head.
+
+    `final_tensors` are all others outside the blocks, in most models the final norm.
+    `equal_lengths`: a batch must hold sequences of one length, because padding changes the states
+    of a shorter one.
+    """
 
     embedding: Linear
     blocks: tuple[Block, ...]
-    final_norm: TensorSpec
+    final_tensors: tuple[TensorSpec, ...]
     head: Linear | None  # None: tied to the embedding
-    final_norm_bias: TensorSpec | None = None
-
-    @property
-    def final_tensors(self) -> tuple[TensorSpec, ...]:
-        """Weight and, if it has one, bias of the final norm."""
-        return (self.final_norm, *((self.final_norm_bias,) if self.final_norm_bias else ()))
+    equal_lengths: bool = False
 
     @property
     def linears(self) -> tuple[Linear, ...]:

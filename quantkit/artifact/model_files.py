@@ -54,7 +54,7 @@ def write_model_files(folder: Path, plan: Plan, source: Checkpoint, recipe_text:
         target = folder / path.relative_to(source.folder)
         make_folder(target.parent)  # additional_chat_templates
         write_atomic(target, path.read_bytes())
-    write_json(folder / CONFIG, make_config(plan))
+    write_json(folder / CONFIG, make_config(plan), infinite=True)
     write_atomic(folder / RECIPE, apply_overrides(recipe_text, plan.recipe).encode())
     if len(plan.shards) > 1:
         weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.tensors}

@@ -326,15 +326,16 @@ def dense_reads(block: Block, mode: str) -> tuple[ReadRequest, ...]:
 
 
 def embedding_read(plan: Plan) -> ReadRequest:
-    """Return the request for the embedding, which the build reads before the blocks."""
-    name = plan.layout.embedding.name
-    return ReadRequest(name=name, tensors=(f"{name}.weight",))
+    """Return the request for the embedding, which the build reads before the blocks.
+
+    The tensors outside the blocks come with it: some models add positions or a norm to it.
+    """
+    name, others = plan.layout.embedding.name, (spec.name for spec in plan.layout.final_tensors)
+    return ReadRequest(name=name, tensors=(f"{name}.weight", *others))
 
 
 def final_read(plan: Plan) -> ReadRequest:
-    """Return the request for the final norm and the head, which the build reads after the
-    blocks.
-    """
+    """Return the request for the tensors after the blocks: in most models final norm and head."""
     head = (f"{plan.layout.head.name}.weight",) if plan.layout.head else ()
-    norm = tuple(spec.name for spec in plan.layout.final_tensors)
-    return ReadRequest(name=plan.layout.final_norm.name, tensors=(*norm, *head))
+    names = tuple(spec.name for spec in plan.layout.final_tensors)
+    return ReadRequest(name="final tensors", tensors=(*names, *head))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.build.block_plan import BlockPlan, GroupPlan
 from quantkit.build.context import BlockContext
@@ -19,6 +19,7 @@ from quantkit.build.quantize_linear import QuantizedLinear, QuantizeRequest, qua
 from quantkit.contracts import InputStats, LinearGroup, Scheme
 from quantkit.models import scaling
 from quantkit.models.layers import (
+    DecoderLayer,
     ExpertTap,
     MetaModel,
     RouterOutput,
@@ -122,10 +123,7 @@ class GramAccumulator:
 
 
 def run_reference(
-    context: BlockContext,
-    layer: nn.Module,
-    tap: ExpertTap | None,
-    calibration: BlockCalibration | None,
+    context: BlockContext, layer: DecoderLayer, calibration: BlockCalibration | None
 ) -> Routing | None:
     """Move the reference stream, if there is one, through the original dense part; return its
     routing.
@@ -137,22 +135,18 @@ def run_reference(
         return None
     target = context.state.targets["reference"]
     if calibration is None:
-        return run_stream(model, layer, tap, stream, target, stream.expert_inputs)
+        return run_stream(model, layer, stream, target, stream.expert_inputs)
     routings, meters = list[Routing](), CoverageMeters(context.plan, calibration.stats, stream)
-    with observe_inputs(layer, observed_modules(context.plan, crossed=False)) as inputs:
+    with observe_inputs(layer.module, observed_modules(context.plan, crossed=False)) as inputs:
         for batch in stream.batches:
-            valid, routing = run_batch(
-                model, layer, tap, stream, batch, target, stream.expert_inputs
-            )
+            valid, routing = run_batch(model, layer, stream, batch, target, stream.expert_inputs)
             routings += [routing] if routing else []
             meters.add(batch, valid, inputs)
     context.state.record.coverage = meters.finish()
     return Routing.joined(routings)
 
 
-def run_sample(
-    context: BlockContext, layer: nn.Module, tap: ExpertTap | None
-) -> ScalingCheckSample | None:
+def run_sample(context: BlockContext, layer: DecoderLayer) -> ScalingCheckSample | None:
     """Run the original dense part over the first calibration sequences; None where no scaling has
     to be checked.
     """
@@ -163,7 +157,9 @@ def run_sample(
     lengths = longest[: max(1, SAMPLE_TOKENS // longest[0])]
     rows = stream.hidden.read(0, sum(lengths))
     out, valid = run_layer(context.build.model, layer, rows, lengths)
-    return ScalingCheckSample(rows=rows, lengths=lengths, out=out, routed=router_output(tap, valid))
+    return ScalingCheckSample(
+        rows=rows, lengths=lengths, out=out, routed=router_output(layer.tap, valid)
+    )
 
 
 def router_output(tap: ExpertTap | None, valid: Tensor) -> RouterOutput | None:
@@ -197,22 +193,24 @@ def calibrate_dense(
     stream, original = context.streams["calibration"], context.streams.get("original")
     block, model = context.plan.block, context.build.calibration_model
     groups = {name: group.group for name, group in context.plan.groups.items()}
-    layer, tap = make_decoder_layer(model, block, tensors)
+    layer = make_decoder_layer(model, block, tensors)
     sums = make_accumulators(context.plan, stream, model.device, original is not None)
     routings, original_routings = list[Routing](), list[Routing]()
-    with observe_inputs(layer, observed_modules(context.plan, original is not None)) as inputs:
+    with observe_inputs(
+        layer.module, observed_modules(context.plan, original is not None)
+    ) as inputs:
         for batch in stream.batches:
             original_inputs: dict[str, Tensor] = {}
             if original is not None:
                 target = context.state.targets["original"]
                 valid, routing = run_batch(
-                    model, layer, tap, original, batch, target, original.expert_inputs
+                    model, layer, original, batch, target, original.expert_inputs
                 )
                 original_inputs = {name: strip_padding(x, valid) for name, x in inputs.items()}
                 original_routings += [routing] if routing else []
             target = context.state.targets["calibration"]
             valid, routing = run_batch(
-                model, layer, tap, stream, batch, target, stream.calibration_inputs
+                model, layer, stream, batch, target, stream.calibration_inputs
             )
             routings += [routing] if routing else []
             for name, total in sums.items():
@@ -340,12 +338,12 @@ def check_scaling(
     sample.
     """
     model, block, record = context.build.model, context.plan.block, context.state.record
-    layer, tap = make_decoder_layer(model, block, scaled.tensors)
+    layer = make_decoder_layer(model, block, scaled.tensors)
     out, valid = run_layer(model, layer, sample.rows, sample.lengths)
-    part = "the block's output without its experts" if tap else "the block's output"
+    part = "the block's output without its experts" if layer.tap else "the block's output"
     change = scaling.check_unchanged(block.name, part, sample.out, out, context.tolerance)
     record.fold_change = max(record.fold_change, change)
-    routed = router_output(tap, valid)
+    routed = router_output(layer.tap, valid)
     if routed is None or sample.routed is None or block.experts is None:
         return scaled
     before, after = (
@@ -418,7 +416,7 @@ def run_stored_block(context: BlockContext, stored: Tensors) -> dict[StreamName,
         models["calibration"] = context.build.calibration_model
     routings: dict[StreamName, Routing | None] = {}
     for name, model in models.items():
-        layer, tap = make_decoder_layer(model, context.plan.block, stored)
+        layer = make_decoder_layer(model, context.plan.block, stored)
         stream, target = context.streams[name], context.state.targets[name]
-        routings[name] = run_stream(model, layer, tap, stream, target, stream.expert_inputs)
+        routings[name] = run_stream(model, layer, stream, target, stream.expert_inputs)
     return routings

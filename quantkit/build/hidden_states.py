@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.build.spool import Spool, SpoolDtype
 from quantkit.errors import CheckpointError
-from quantkit.models.layers import ExpertTap, MetaModel, run_layer
+from quantkit.models.layers import DecoderLayer, MetaModel, embed_tokens, run_layer
+from quantkit.models.outer_model import OuterModel
 from quantkit.plan.memory import BATCH_TOKENS
 from quantkit.texts.tokens import Tokens, pack_tokens
 
@@ -93,14 +94,19 @@ class Stream:
                 spool.close()
 
 
-def cut_batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> tuple[Batch, ...]:
+def cut_batches(
+    lengths: Sequence[int], limit: int = BATCH_TOKENS, equal_lengths: bool = False
+) -> tuple[Batch, ...]:
     """Cut sequences, in order, into batches of at most `limit` padded tokens; a longer sequence is
     a batch of its own.
+
+    With `equal_lengths` a batch holds sequences of one length, and nothing is padded.
     """
     cut: list[Batch] = []
     first, held = 0, list[int]()
     for length in lengths:
-        if held and (len(held) + 1) * max(length, *held) > limit:
+        is_other = equal_lengths and bool(held) and length != held[0]
+        if held and (is_other or (len(held) + 1) * max(length, *held) > limit):
             cut.append(Batch(first=first, stop=first + sum(held), lengths=tuple(held)))
             first, held = first + sum(held), []
         held.append(length)
@@ -129,32 +135,46 @@ def concatenate_tokens(first: Tokens, second: Tokens) -> Tokens:
     ])
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamShape:
+    """What the streams of a build share.
+
+    width: channels of a state; `routed`: the model has routed experts; `equal_lengths`: a batch
+    holds sequences of one length.
+    """
+
+    folder: Path
+    width: int
+    routed: bool
+    equal_lengths: bool
+
+
 def open_stream(
     name: StreamName,
     text: Tokens,
     solutions: Tokens | None,
-    embedding: Tensor,
-    folder: Path,
-    routed: bool,
+    outer: OuterModel,
+    vocabulary: int,
+    shape: StreamShape,
     dtype: SpoolDtype,
 ) -> Stream:
-    """Embed a text's tokens with `embedding` [vocabulary, hidden], longest sequence first, then
-    `solutions`.
+    """Embed a text's tokens with `outer`, longest sequence first, then `solutions`.
 
-    Raises CheckpointError for a token that the embedding does not have.
+    Raises CheckpointError for a token that the embedding of `vocabulary` rows does not have.
     """
-    tokens, width = order_tokens(text, solutions), embedding.shape[1]
+    tokens = order_tokens(text, solutions)
     ids = tokens.ids
-    if len(ids) and int(ids.max()) >= len(embedding):
+    if len(ids) and int(ids.max()) >= vocabulary:
         raise CheckpointError(
-            f"tokenizer: expected token ids below {len(embedding)}, the rows of the embedding, "
+            f"tokenizer: expected token ids below {vocabulary}, the rows of the embedding, "
             f"found {int(ids.max())}; the tokenizer belongs to another model; copy this model's "
             "tokenizer files into the folder"
         )
-    hidden = Spool.create(folder / f"{name}.0", len(ids), width, dtype)
-    for first, stop in iterate_chunks(len(ids)):
-        hidden.write(first, embedding[ids[first:stop].long()])  # [n] -> [n, hidden]
-    return make_stream(name, text, tokens, folder, hidden, routed)
+    hidden = Spool.create(shape.folder / f"{name}.0", len(ids), shape.width, dtype)
+    stream = make_stream(name, text, tokens, hidden, shape)
+    for batch in stream.batches:
+        hidden.write(batch.first, embed_tokens(outer, ids[batch.first : batch.stop], batch.lengths))
+    return stream
 
 
 def reopen_stream(
@@ -162,17 +182,13 @@ def reopen_stream(
     text: Tokens,
     solutions: Tokens | None,
     path: Path,
-    width: int,
-    routed: bool,
+    shape: StreamShape,
     dtype: SpoolDtype,
 ) -> Stream:
-    """Return the stream of an interrupted build, with its states [tokens, width] in the file
-    `path`.
-    """
+    """Return the stream of an interrupted build, with its states in the file `path`."""
     tokens = order_tokens(text, solutions)
-    return make_stream(
-        name, text, tokens, path.parent, Spool.open(path, len(tokens.ids), width, dtype), routed
-    )
+    hidden = Spool.open(path, len(tokens.ids), shape.width, dtype)
+    return make_stream(name, text, tokens, hidden, shape)
 
 
 def order_tokens(text: Tokens, solutions: Tokens | None) -> Tokens:
@@ -183,7 +199,7 @@ def order_tokens(text: Tokens, solutions: Tokens | None) -> Tokens:
 
 
 def make_stream(
-    name: StreamName, text: Tokens, tokens: Tokens, folder: Path, hidden: Spool, routed: bool
+    name: StreamName, text: Tokens, tokens: Tokens, hidden: Spool, shape: StreamShape
 ) -> Stream:
     """Return a stream at `hidden`, with files for the inputs of routed experts if the model has
     some.
@@ -191,16 +207,16 @@ def make_stream(
     names = ["seen", "learned"] if name == "calibration" else ["seen"]
     dtype = spool_dtype(hidden.dtype)
     spools = [
-        Spool.create(folder / f"{name}.{part}", hidden.rows, hidden.width, dtype)
+        Spool.create(shape.folder / f"{name}.{part}", hidden.rows, hidden.width, dtype)
         for part in names
-        if routed
+        if shape.routed
     ]
     return Stream(
         name=name,
         tokens=tokens,
         text_rows=text.n_tokens,
-        batches=cut_batches(tokens.lengths),
-        folder=folder,
+        batches=cut_batches(tokens.lengths, equal_lengths=shape.equal_lengths),
+        folder=shape.folder,
         hidden=hidden,
         expert_inputs=spools[0] if spools else None,
         calibration_inputs=spools[1] if len(spools) > 1 else None,
@@ -209,8 +225,7 @@ def make_stream(
 
 def run_batch(
     model: MetaModel,
-    layer: nn.Module,
-    tap: ExpertTap | None,
+    layer: DecoderLayer,
     stream: Stream,
     batch: Batch,
     target: Spool,
@@ -223,6 +238,7 @@ def run_batch(
     """
     out, valid = run_layer(model, layer, stream.hidden.read(batch.first, batch.stop), batch.lengths)
     target.write(batch.first, out)
+    tap = layer.tap
     if tap is None or tap.last is None or expert_inputs is None:
         return valid, None
     expert_inputs.write(batch.first, tap.last.hidden[valid])
@@ -235,8 +251,7 @@ def run_batch(
 
 def run_stream(
     model: MetaModel,
-    layer: nn.Module,
-    tap: ExpertTap | None,
+    layer: DecoderLayer,
     stream: Stream,
     target: Spool,
     expert_inputs: Spool | None,
@@ -245,8 +260,7 @@ def run_stream(
     routing.
     """
     routings = [
-        run_batch(model, layer, tap, stream, batch, target, expert_inputs)[1]
-        for batch in stream.batches
+        run_batch(model, layer, stream, batch, target, expert_inputs)[1] for batch in stream.batches
     ]
     return Routing.joined([routing for routing in routings if routing])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,7 +38,7 @@ from quantkit.build.progress_log import BuildProgress
 from quantkit.build.wave_checkpoint import load_wave_checkpoint, restore_streams
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.prefetch import ScheduledReads
-from quantkit.models.layers import make_decoder_layer, make_meta_model
+from quantkit.models.layers import cast_meta_model, make_decoder_layer, make_meta_model
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress, ProgressCallback
 
@@ -131,14 +131,14 @@ def quantize_block(context: BlockContext) -> None:
     plan, record = context.plan, context.state.record
     (request,) = plan.dense_reads
     tensors = context.build.read(request)
-    layer, tap = make_decoder_layer(context.build.model, plan.block, tensors)
+    layer = make_decoder_layer(context.build.model, plan.block, tensors)
     calibration = None
     if context.calibration:
-        sample = dense.run_sample(context, layer, tap)
+        sample = dense.run_sample(context, layer)
         calibration = dense.calibrate_dense(context, tensors, sample)
         record.expert_tokens = calibration.expert_tokens
-    reference = dense.run_reference(context, layer, tap, calibration)
-    del layer, tap
+    reference = dense.run_reference(context, layer, calibration)
+    del layer
     state = load_wave_checkpoint(context)
     moe.search_scales_pass(context, tensors, calibration, reference, state)
     scaled = ScaledBlock(tensors=tensors, stats={}, rescaled=frozenset())
@@ -187,7 +187,7 @@ def make_context(
     return BuildContext(
         plan=plans[0],
         model=model,
-        calibration_model=replace(model, dtype=precision.calibration),
+        calibration_model=cast_meta_model(model, precision.calibration),
         activation=ACT2FN[getattr(model.config, "hidden_act", "silu")],  # MoE configs have the key
         formats=tuple(plan.format for plan in plans),
         writers=tuple(writers),

@@ -4,7 +4,7 @@ their files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +15,13 @@ from quantkit.build.context import BuildContext
 from quantkit.build.hidden_states import (
     Stream,
     StreamName,
+    StreamShape,
     open_stream,
     reopen_stream,
     spool_dtype,
 )
 from quantkit.build.spool import SpoolDtype
+from quantkit.models.layers import load_outer_model
 from quantkit.texts.tokens import Tokens
 
 Streams = dict[StreamName, Stream]
@@ -31,32 +33,48 @@ def open_streams(build: BuildContext, texts: StreamTexts, folder: Path) -> Strea
 
     A stream runs only for a text that the plan needs.
     """
-    has_experts = any(block.experts for block in build.plan.layout.blocks)
-    stream_texts = select_texts(build, texts)
-    dtypes = stored_dtypes(build, stream_texts, has_experts)
+    stream_texts, layout = select_texts(build, texts), build.plan.layout
+    shape = StreamShape(
+        folder=folder,
+        width=layout.embedding.in_features,
+        routed=any(block.experts for block in layout.blocks),
+        equal_lengths=needs_equal_lengths(build, (*stream_texts.values(), texts["solutions"])),
+    )
+    dtypes = stored_dtypes(build, stream_texts, shape.routed)
     after: dict[StreamName, Tokens] = dict.fromkeys(("reference", "quantized"), texts["solutions"])
     if build.progress.done:
-        width, states = build.plan.layout.embedding.in_features, build.progress.states
+        states = build.progress.states
         return {
             name: reopen_stream(
-                name,
-                text,
-                after.get(name),
-                folder / states[name],
-                width,
-                has_experts,
-                dtypes[name],
+                name, text, after.get(name), folder / states[name], shape, dtypes[name]
             )
             for name, text in stream_texts.items()
         }
-    ((name, weight),) = build.reads.take(embedding_read(build.plan)).items()
-    build.write_kept(name, weight)
-    streams = {
-        name: open_stream(name, text, after.get(name), weight, folder, has_experts, dtypes[name])
-        for name, text in stream_texts.items()
-    }
+    tensors = build.reads.take(embedding_read(build.plan))
+    weight = f"{layout.embedding.name}.weight"
+    build.write_kept(weight, tensors[weight])
+    streams: Streams = {}
+    if stream_texts:
+        outer = load_outer_model(build.model, tensors)
+        for name, text in stream_texts.items():
+            size = len(tensors[weight])
+            streams[name] = open_stream(
+                name, text, after.get(name), outer, size, shape, dtypes[name]
+            )
     build.progress.commit_step(build.writers, {}, streams, folder)
     return streams
+
+
+def needs_equal_lengths(build: BuildContext, texts: Iterable[Tokens | None]) -> bool:
+    """Return whether a batch must hold sequences of one length.
+
+    So it is where the layout says so, and where the shortest sequence would get other rotary
+    tables next to the longest one.
+    """
+    lengths = [length for text in texts if text for length in text.lengths]
+    return build.plan.layout.equal_lengths or (
+        bool(lengths) and build.model.outer.depends_on_length(min(lengths), max(lengths))
+    )
 
 
 def select_texts(build: BuildContext, texts: StreamTexts) -> dict[StreamName, Tokens]:

@@ -311,7 +311,7 @@ def read_config(folder: Path) -> Config:
         raise CheckpointError(
             f"{path}: expected a file inside the folder, found a link out of it; copy the file"
         )
-    return Config(values=read_json(path), where=str(path))
+    return Config(values=read_json(path, infinite=True), where=str(path))
 
 
 def _is_finite(flat: Tensor) -> bool:

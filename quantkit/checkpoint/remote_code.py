@@ -101,7 +101,11 @@ def _iterate_modules(folder: Path) -> Iterator[str]:
 
 def read_tokenizer_map(folder: Path) -> dict[str, object]:
     """Return the tokenizer's part of config.json's auto_map."""
-    auto_map = read_json(folder / CONFIG).get("auto_map") if is_file(folder / CONFIG) else None
+    auto_map = (
+        read_json(folder / CONFIG, infinite=True).get("auto_map")
+        if is_file(folder / CONFIG)
+        else None
+    )
     return (
         {"AutoTokenizer": auto_map["AutoTokenizer"]}
         if isinstance(auto_map, dict) and "AutoTokenizer" in auto_map

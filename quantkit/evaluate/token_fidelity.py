@@ -18,10 +18,10 @@ from quantkit.build.hidden_states import Stream
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout
 from quantkit.errors import NumericsError
-from quantkit.models.layers import MetaModel, make_final_norm
+from quantkit.models import full_model
+from quantkit.models.layers import MetaModel, load_outer_model
 from quantkit.numerics import fidelity
 from quantkit.numerics.fidelity import Estimate, TokenFidelity
-from quantkit.numerics.matmul import linear
 from quantkit.plan.memory import HEAD_CHUNK
 
 ALL_DOMAINS = "all"
@@ -71,19 +71,18 @@ def write_tokens(measured: TextFidelity, path: Path) -> None:
 
 
 class LMHead:
-    """Final norm and language-model head of one checkpoint."""
+    """What follows the blocks of one checkpoint: final norm and language-model head."""
 
     def __init__(self, skeleton: MetaModel, layout: Layout, checkpoint: Checkpoint) -> None:
-        head = layout.head or layout.embedding
-        weight = f"{head.name}.weight"
-        read = checkpoint.read([*(spec.name for spec in layout.final_tensors), weight])
-        self._norm = make_final_norm(skeleton, layout, read)
-        self._weight = read[weight].to(device=skeleton.device, dtype=skeleton.dtype)
+        stored, name = full_model.name_head(skeleton, layout)
+        tensors = checkpoint.read([*(spec.name for spec in layout.final_tensors), stored])
+        weight = tensors.pop(stored)
+        self._outer = load_outer_model(skeleton, {**tensors, name: weight})
+        self._device, self._dtype = skeleton.device, skeleton.dtype
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits: [n, hidden] -> [n, vocab]."""
-        normed: Tensor = self._norm(hidden.to(self._weight))
-        return linear(normed, self._weight)
+        return self._outer.compute_logits(hidden.to(device=self._device, dtype=self._dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

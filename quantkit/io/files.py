@@ -76,6 +76,13 @@ def parse_finite(digits: str) -> float:
     return value
 
 
+def parse_infinite(digits: str) -> float:
+    """Parse a number that may be infinite: "Infinity", "-Infinity"; raises NonFiniteNumber for the
+    rest, such as NaN and 1e999.
+    """
+    return float(digits) if digits in {"Infinity", "-Infinity"} else parse_finite(digits)
+
+
 def is_encodable(value: object) -> bool:
     """Return whether the texts in a JSON value can be encoded: "\\ud800" is half a character."""
     try:
@@ -94,12 +101,15 @@ def is_file(path: Path) -> bool:
 
 
 def parse_json(
-    text: bytes, where: str, error: type[QuantkitError] = CheckpointError
+    text: bytes,
+    where: str,
+    error: type[QuantkitError] = CheckpointError,
+    infinite: bool = False,
 ) -> dict[str, object]:
-    """Parse one JSON object; `where` names the file in errors.
+    """Parse one JSON object; `where` names the file in errors. infinite: accept Infinity.
 
-    Raises `error` for anything but one UTF-8 object with unique keys and finite numbers, without a
-    byte order mark.
+    Raises `error` for anything but one UTF-8 object with unique keys and otherwise finite numbers,
+    without a byte order mark.
     """
     if text.startswith(b"\xef\xbb\xbf"):
         raise error(
@@ -116,13 +126,11 @@ def parse_json(
             text.decode("utf-8"),
             object_pairs_hook=reject_duplicate_keys,
             parse_float=parse_finite,
-            parse_constant=parse_finite,
+            parse_constant=parse_infinite if infinite else parse_finite,
         )
         if b"\\u" in text and not is_encodable(value):
-            raise error(
-                f"{where}: expected text, found half a surrogate pair (\\ud800 to \\udfff); "
-                "fetch it again"
-            )
+            half = "half a surrogate pair (\\ud800 to \\udfff)"
+            raise error(f"{where}: expected text, found {half}; fetch it again")
     except UnicodeDecodeError as fault:
         raise error(
             f"{where}: expected UTF-8, found byte 0x{text[fault.start]:02x} at offset "
@@ -147,11 +155,10 @@ def parse_json(
             f"{where}: expected JSON, found nesting or a number beyond any real file; "
             "fetch it again"
         ) from None
-    if not isinstance(value, dict):
-        raise error(
-            f"{where}: expected a JSON object, found {type(value).__name__}; fetch the file again"
-        )
-    return value
+    if isinstance(value, dict):
+        return value
+    kind = type(value).__name__
+    raise error(f"{where}: expected a JSON object, found {kind}; fetch the file again")
 
 
 def read_bytes(
@@ -197,9 +204,11 @@ def read_prefix_at_most(path: Path, n_bytes: int) -> bytes:
         ) from None
 
 
-def read_json(path: Path, error: type[QuantkitError] = CheckpointError) -> dict[str, object]:
+def read_json(
+    path: Path, error: type[QuantkitError] = CheckpointError, infinite: bool = False
+) -> dict[str, object]:
     """Read the JSON object in a file; raises `error` as `read_bytes` and `parse_json` do."""
-    return parse_json(read_bytes(path, error=error), str(path), error)
+    return parse_json(read_bytes(path, error=error), str(path), error, infinite)
 
 
 def describe_os_error(fault: OSError) -> str:
@@ -325,14 +334,14 @@ def write_output(path: Path, content: bytes) -> None:
         write_atomic(Path(os.path.realpath(path)), content)
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object, infinite: bool = False) -> None:
     """Write a value as indented UTF-8 JSON, keys in the given order: equal values, equal bytes."""
-    write_atomic(path, encode_json(value))
+    write_atomic(path, encode_json(value, infinite))
 
 
-def encode_json(value: object) -> bytes:
-    """Return the bytes that `write_json` writes."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def encode_json(value: object, infinite: bool = False) -> bytes:
+    """Return the bytes that `write_json` writes; `infinite`: as `parse_json` accepts it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=infinite) + "\n").encode()
 
 
 def make_folder(folder: Path) -> None:

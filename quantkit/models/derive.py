@@ -1,8 +1,8 @@
 """Families without a table: derive the layout from transformers, check it on a small instance.
 
-Slower than a table by seconds, and limited to dense blocks of `nn.Linear` with rotary position
-embeddings. A layout that fails a check is rejected in one sentence. The plan, plan.json and the
-model card list the checks.
+Slower than a table by seconds, and limited to dense blocks: a mixture's experts need a table. A
+layout that fails a check is rejected in one sentence. The plan, plan.json and the model card list
+the checks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from quantkit.contracts import Architecture, Config, Layout
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.suggestions import format_unknown_name
 from quantkit.models import layout_checks
-from quantkit.models.inspect import inspect_layout, make_refusal
+from quantkit.models.inspect import (
+    find_stored_names,
+    inspect_layout,
+    keep_linears,
+    make_refusal,
+)
 from quantkit.models.layers import MetaModel, make_meta_model
 
 UNSUPPORTED: Mapping[str, str] = {
@@ -72,14 +77,18 @@ def derive_layout(config: Config) -> Layout:
     small = inspect_layout(config, small_model)
     if list_tensor_names(small) != list_tensor_names(layout):
         raise make_refusal(config, "a small instance of it has other tensors")
-    tensors = layout_checks.make_random_tensors(small_model)
-    layout_checks.check_logits(config, small_model, small, tensors)
-    readings = layout_checks.find_readings(config, small_model, small, tensors)
+    names = find_stored_names(config, small_model)
+    tensors = layout_checks.make_random_tensors(small_model, names)
+    runs_alone = layout_checks.check_logits(config, small_model, small, tensors)
+    findings = layout_checks.inspect_blocks(config, small_model, small, tensors)
     blocks = tuple(
-        replace(block, groups=layout_checks.make_groups(block, block_readings, meta_model.config))
-        for block, block_readings in zip(layout.blocks, readings, strict=True)
+        replace(
+            keep_linears(config, block, found.uncalled),
+            groups=layout_checks.make_groups(block, found.readings, meta_model.config),
+        )
+        for block, found in zip(layout.blocks, findings, strict=True)
     )
-    return replace(layout, blocks=blocks)
+    return replace(layout, blocks=blocks, equal_lengths=runs_alone)
 
 
 def make_checked_model(config: Config, values: Config) -> MetaModel:
@@ -105,9 +114,10 @@ def describe_layout(model_type: str, layout: Layout) -> str:
     groups = [group for block in layout.blocks for group in block.groups]
     linears = sum(len(block.linears) for block in layout.blocks)
     scaled = sum(group.absorber is not None for group in groups)
+    alone = "; texts of unequal length run in batches of their own" if layout.equal_lengths else ""
     return (
         f"generic: model_type {model_type} has no table; found {linears} linears in "
         f"{len(layout.blocks)} blocks of transformers' own, reading {len(groups)} inputs, of which "
         f"{scaled} can be scaled; proven on a small random instance, whose logits block by block "
-        "equal transformers' own."
+        f"equal transformers' own{alone}."
     )

@@ -17,6 +17,7 @@ from quantkit import registry
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Block, Layout, Scheme
 from quantkit.models.layers import MetaModel, get_layer_name, load_tensors
+from quantkit.models.outer_model import get_module_name
 
 TensorReader = Callable[[str], Tensor]
 """Full name of a logical tensor ("model.layers.0.mlp.up_proj.weight") -> its values."""
@@ -70,9 +71,7 @@ def make_model(meta_model: MetaModel, layout: Layout, read: TensorReader) -> Any
 
 def make_empty_model(meta_model: MetaModel) -> Any:
     """Make the model without weights."""
-    model = copy.deepcopy(meta_model.model)
-    model.base_model.rotary_emb = meta_model.rotary
-    return model
+    return copy.deepcopy(meta_model.model)
 
 
 def fill_model(
@@ -106,14 +105,18 @@ def cast_tensors(
         )
         for name, tensor in tensors
     }
-    if layout.head is None:
-        head = next(
-            name
-            for name, module in model.named_modules()
-            if module is model.get_output_embeddings()
-        )
-        state[f"{head}.weight"] = state[f"{layout.embedding.name}.weight"]
+    stored, name = name_head(meta_model, layout)
+    state[name] = state[stored] if layout.head is None else state.pop(stored)
     return state
+
+
+def name_head(meta_model: MetaModel, layout: Layout) -> tuple[str, str]:
+    """Return the names of the head's weight in the checkpoint and in transformers' model.
+
+    A tied head is the embedding in the checkpoint.
+    """
+    module = get_module_name(meta_model.model, meta_model.model.get_output_embeddings())
+    return f"{(layout.head or layout.embedding).name}.weight", f"{module}.weight"
 
 
 def iterate_state_dict(

@@ -1,25 +1,34 @@
 """The layout of a dense model without a table, from transformers' modules on the meta device.
 
-The only assumptions: an embedding, a list of blocks whose matrices are all `nn.Linear`, a norm, a
-head. Any other module with a tensor is a reason to reject the model. Names do not tell which
+The only assumptions: an embedding, a list of blocks, a linear head. In the blocks each `nn.Linear`
+can be quantized; vectors, convolutions and small matrices are kept, and so is everything outside
+the blocks. Experts in one tensor are a reason to reject the model. Names do not tell which
 linears share an input: `layout_checks` runs the blocks for that, so groups are empty here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from functools import cache
+from math import prod
 
-from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from quantkit import registry
 from quantkit.contracts import Block, Config, Layout, Linear, Role, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.formats.common.engine_names import FUSED_MODULES, LM_HEAD
 from quantkit.models.layers import MetaModel
+from quantkit.models.outer_model import find_layers, get_module_name
 
 MAX_REASON_CHARS = 300
 """Longest reason in a message: transformers' errors can be long."""
+
+MAX_KEPT_SHARE = 0.1
+"""Largest part of a block's weights in convolutions, decay rates, gates: in all but linears."""
 
 
 def make_refusal(config: Config, reason: str) -> CheckpointError:
@@ -36,61 +45,65 @@ def make_refusal(config: Config, reason: str) -> CheckpointError:
 def inspect_layout(config: Config, meta_model: MetaModel) -> Layout:
     """Return the layout of transformers' model of `config`, with empty groups.
 
-    Every tensor is claimed once. Raises CheckpointError with the first module or tensor that has no
-    place in it.
+    Every tensor is claimed once, under its name in the checkpoint. Raises CheckpointError with the
+    first module or tensor that has no place in it.
     """
     model = meta_model.model
-    name_of = {module: name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
+    if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
         found = f"{type(embedding).__name__} and {type(head).__name__}"
         raise make_refusal(config, f"expected an embedding and a linear head, found {found}")
-    stack = find_block_list(config, meta_model)
+    name, stack = find_layers(model)
+    stored = find_stored_names(config, meta_model)
     blocks = tuple(
-        inspect_block(config, f"{name_of[stack]}.{number}", layer)
+        inspect_block(config, f"{name}.{number}", layer, stored)
         for number, layer in enumerate(stack)
     )
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    block_prefixes = tuple(f"{layer.name}." for layer in blocks)
-    ends = {f"{name_of[embedding]}.weight", f"{name_of[head]}.weight"}
+    ends = {x: f"{get_module_name(model, x)}.weight" for x in (embedding, head)}
     rest = {
-        name: shape
-        for name, shape in shapes.items()
-        if name not in ends and not name.startswith(block_prefixes)
+        tensor: spec
+        for tensor, spec in model.state_dict().items()
+        if tensor not in ends.values() and not tensor.startswith(f"{name}.")
     }
-    weight, bias = find_final_norm(config, rest)
-    if renamed := get_model_conversion_mapping(model, add_legacy=False):
-        patterns = ", ".join(
-            str(pattern) for rename in renamed for pattern in rename.source_patterns
-        )
-        raise make_refusal(
-            config,
-            f"transformers loads its tensors under other names than the checkpoint's ({patterns})",
-        )
+    if renamed := [x for x in (ends[embedding], *rest) if stored[x] != x]:
+        raise make_refusal(config, f"{renamed[0]} is stored as {stored[renamed[0]]}")
     vocabulary, hidden = embedding.weight.shape
+    head_name = stored[ends[head]].removesuffix(".weight")
     return Layout(
         embedding=Linear(
-            name=name_of[embedding], out_features=vocabulary, in_features=hidden, role="embedding"
+            name=ends[embedding].removesuffix(".weight"),
+            out_features=vocabulary,
+            in_features=hidden,
+            role="embedding",
         ),
         blocks=blocks,
-        final_norm=weight,
-        final_norm_bias=bias,
-        head=None if is_head_tied(config, meta_model) else make_linear(name_of[head], head, "head"),
+        final_tensors=tuple(
+            TensorSpec(name=tensor, dtype="BF16", shape=tuple(spec.shape))
+            for tensor, spec in rest.items()
+        ),
+        # its bias, if any, is a final tensor: a tied head may have one too
+        head=None
+        if is_head_tied(config, meta_model)
+        else replace(make_linear(head_name, head, "head"), bias=False),
     )
 
 
-def find_block_list(config: Config, meta_model: MetaModel) -> nn.ModuleList:
-    """Return the only list of repeated blocks; raises CheckpointError."""
-    count = getattr(meta_model.config, "num_hidden_layers", None)
-    lists = [
-        child
-        for child in meta_model.model.base_model.children()
-        if isinstance(child, nn.ModuleList)
-    ]
-    if len(lists) != 1 or len(lists[0]) != count:
-        found = ", ".join(str(len(modules)) for modules in lists) or "none"
-        raise make_refusal(config, f"expected one list of {count} blocks, found lists of {found}")
-    return lists[0]
+def find_stored_names(config: Config, meta_model: MetaModel) -> dict[str, str]:
+    """Return the name in a checkpoint of each tensor, by its name in transformers' model.
+
+    Raises CheckpointError if transformers stores a tensor in another form, such as in parts.
+    """
+    tensors = meta_model.model.state_dict()
+    written = revert_weight_conversion(meta_model.model, dict(tensors))
+    stored = {id(tensor): name for name, tensor in written.items()}
+    for name, tensor in tensors.items():
+        if id(tensor) not in stored:
+            raise make_refusal(
+                config,
+                f"transformers makes {name} from other tensors of the checkpoint; experts and "
+                "convolutions in parts need a table",
+            )
+    return {name: stored[id(tensor)] for name, tensor in tensors.items()}
 
 
 def is_head_tied(config: Config, meta_model: MetaModel) -> bool:
@@ -110,29 +123,6 @@ def is_head_tied(config: Config, meta_model: MetaModel) -> bool:
     return is_tied
 
 
-def find_final_norm(
-    config: Config, rest: Mapping[str, tuple[int, ...]]
-) -> tuple[TensorSpec, TensorSpec | None]:
-    """Return weight and bias of the norm after the blocks.
-
-    Raises CheckpointError if other tensors are outside the blocks.
-    """
-    weights = [name for name, shape in rest.items() if name.endswith(".weight") and len(shape) == 1]
-    if len(weights) != 1:
-        raise make_refusal(
-            config, f"expected one norm after the blocks, found {', '.join(rest) or 'nothing'}"
-        )
-    [name] = weights
-    bias = f"{name.removesuffix('.weight')}.bias"
-    if other := [tensor for tensor in rest if tensor not in {name, bias}]:
-        raise make_refusal(
-            config,
-            f"{other[0]} {list(rest[other[0]])} is outside the embedding, blocks, norm and head",
-        )
-    spec = TensorSpec(name=name, dtype="BF16", shape=rest[name])
-    return spec, TensorSpec(name=bias, dtype="BF16", shape=rest[bias]) if bias in rest else None
-
-
 def make_linear(name: str, linear: nn.Linear, role: Role) -> Linear:
     """Return the contract's Linear of a module."""
     return Linear(
@@ -144,32 +134,38 @@ def make_linear(name: str, linear: nn.Linear, role: Role) -> Linear:
     )
 
 
-def inspect_block(config: Config, name: str, layer: nn.Module) -> Block:
-    """Return the layout of a block; raises CheckpointError for matrices other than linears."""
-    linears = {
-        f"{name}.{path}": make_linear(
-            f"{name}.{path}",
-            module,
-            "attention" if "attn" in path or "attention" in path else "mlp",
-        )
+def inspect_block(config: Config, name: str, layer: nn.Module, stored: Mapping[str, str]) -> Block:
+    """Return the layout of a block; raises CheckpointError for matrices other than linears.
+
+    stored: names in the checkpoint by names in transformers.
+    """
+    modules = {
+        path: module
         for path, module in layer.named_modules()
-        if type(module) is nn.Linear
+        if isinstance(module, nn.Linear) and is_linear_class(type(module))  # type: ignore[arg-type]  # a class is hashable
     }
-    claimed = {f"{linear}.{kind}" for linear in linears for kind in ("weight", "bias")}
-    others = []
-    for path, tensor in layer.state_dict().items():
-        full = f"{name}.{path}"
-        if full in claimed:
-            continue
-        if tensor.dim() != 1 or not tensor.is_floating_point():
-            raise make_refusal(
-                config,
-                f"{full} {list(tensor.shape)} is neither a norm's vector nor the weight of an "
-                "nn.Linear; experts, convolutions and state spaces need a table",
-            )
-        others.append(TensorSpec(name=full, dtype="BF16", shape=tuple(tensor.shape)))
-    if not linears:
-        raise make_refusal(config, f"{name} has no nn.Linear")
+    if not modules:
+        kinds = {type(x).__name__ for x in layer.modules() if has_matrix(x)}
+        raise make_refusal(
+            config, f"{name} has no nn.Linear; its matrices are in {', '.join(sorted(kinds))}"
+        )
+    names = {path: stored[f"{name}.{path}.weight"].removesuffix(".weight") for path in modules}
+    linears = {
+        full: make_linear(full, modules[path], get_role(path)) for path, full in names.items()
+    }
+    claimed = {f"{path}.{kind}" for path in modules for kind in ("weight", "bias")}
+    state = layer.state_dict()
+    kept = {path: tensor for path, tensor in state.items() if path not in claimed}
+    check_kept_tensors(config, name, kept, sum(tensor.numel() for tensor in state.values()))
+    others = [
+        TensorSpec(name=stored[f"{name}.{path}"], dtype="BF16", shape=tuple(tensor.shape))
+        for path, tensor in kept.items()
+    ]
+    if outside := [
+        x for x in (*linears, *(y.name for y in others)) if not x.startswith(f"{name}.")
+    ]:
+        raise make_refusal(config, f"{outside[0]} is stored outside {name}")
+    local = {path: full.removeprefix(f"{name}.") for path, full in names.items()}
     return Block(
         name=name,
         kind="decoder",
@@ -177,7 +173,88 @@ def inspect_block(config: Config, name: str, layer: nn.Module) -> Block:
         others=tuple(others),
         groups=(),
         fused=tuple(find_fused_sets(linears)),
+        renames=tuple((x, path) for path, x in local.items() if x != path),
     )
+
+
+def get_role(path: str) -> Role:
+    """Return the role of a linear of a dense block by its path."""
+    return "attention" if "attn" in path or "attention" in path else "mlp"
+
+
+def check_kept_tensors(config: Config, name: str, kept: Mapping[str, Tensor], total: int) -> None:
+    """Check that the tensors of a block other than linears can be kept as they are.
+
+    kept: by name in transformers; total: elements of the block. Raises CheckpointError.
+    """
+    for path, tensor in kept.items():
+        if not tensor.is_floating_point():
+            raise make_refusal(
+                config, f"{name}.{path} has {tensor.dtype} values, which no reader knows"
+            )
+    sizes = {f"{name}.{path}": tuple(x.shape) for path, x in kept.items() if x.dim() > 1}
+    check_kept_share(config, name, sizes, total, "are not in an nn.Linear")
+
+
+def check_kept_share(
+    config: Config, name: str, shapes: Mapping[str, tuple[int, ...]], total: int, why: str
+) -> None:
+    """Check that most of a block of `total` elements can be quantized; raises CheckpointError."""
+    share = sum(map(prod, shapes.values())) / total
+    if share > MAX_KEPT_SHARE:
+        largest, shape = max(shapes.items(), key=lambda item: prod(item[1]))
+        raise make_refusal(
+            config,
+            f"{share:.0%} of the weights of {name} {why}: {largest} {list(shape)}; experts need a "
+            "table",
+        )
+
+
+def keep_linears(config: Config, block: Block, names: Collection[str]) -> Block:
+    """Return a block in which these linears are tensors that are kept as they are.
+
+    Raises CheckpointError if they are more than a small part of it, as experts are.
+    """
+    kept = [x for x in block.linears if x.name in names]
+    shapes = {x.name: (x.out_features, x.in_features) for x in kept}
+    total = sum(x.n_parameters for x in block.linears)
+    check_kept_share(
+        config,
+        block.name,
+        shapes,
+        total,
+        "are in linears that are not called once with every token",
+    )
+    weights = [(f"{name}.weight", shape) for name, shape in shapes.items()]
+    biases = [(f"{x.name}.bias", (x.out_features,)) for x in kept if x.bias]
+    others = (
+        TensorSpec(name=name, dtype="BF16", shape=shape) for name, shape in (*weights, *biases)
+    )
+    return replace(
+        block,
+        linears=tuple(x for x in block.linears if x.name not in names),
+        others=(*block.others, *others),
+        fused=tuple(members for members in block.fused if not {*members} & {*names}),
+    )
+
+
+@cache
+def is_linear_class(kind: type[nn.Linear]) -> bool:
+    """Return whether modules of a class compute x W^T + b, shown by a small one of torch's own."""
+    if kind is nn.Linear:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    linear, x = nn.Linear(4, 3), torch.randn(2, 4, generator=generator)
+    try:
+        with torch.no_grad():
+            return bool(torch.allclose(kind.forward(linear, x), linear(x), atol=1e-6))
+    except (AttributeError, TypeError, RuntimeError, ValueError):  # it needs what this class adds
+        return False
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """Return whether a module has a matrix of its own."""
+    return any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
 
 
 def find_fused_sets(linears: Mapping[str, Linear]) -> list[tuple[str, ...]]:

@@ -1,10 +1,11 @@
 """Decoder layers that run without their model: transformers' modules, the checkpoint's tensors.
 
 quantkit never holds a model. `MetaModel` lives on the meta device; one layer at a time receives its
-tensors. In place of routed experts, `ExpertTap` records the router's output and returns zeros, so
-that a layer runs in the memory of its dense part and the experts can follow in waves. Their output
-is added to the layer's, because every supported family adds it to the residual (the contract tests
-compare the sum with transformers' own forward).
+tensors, and runs with the arguments that transformers' own forward makes (`outer_model`). In place
+of routed experts, `ExpertTap` records the router's output and returns zeros, so that a layer runs
+in the memory of its dense part and the experts can follow in waves. Their output is added to the
+layer's, because every supported family adds it to the residual (the contract tests compare the sum
+with transformers' own forward).
 """
 
 from __future__ import annotations
@@ -12,19 +13,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from quantkit.contracts import Block, Config, Layout
+from quantkit.contracts import Block, Config
 from quantkit.errors import CheckpointError
 from quantkit.io.files import make_config_error
-from quantkit.numerics import matmul
+from quantkit.models.modules import MatmulLinear, fill_computed_buffers
+from quantkit.models.outer_model import OuterModel, make_outer_model
+
+IGNORED_KEYS = frozenset({
+    "quantization_config",
+    "auto_map",
+    "attn_implementation",
+    "_attn_implementation",
+})
+"""Keys of config.json that say how someone ran the model, not what it is."""
+FLOAT_TAG = "__float__"
+"""transformers 5 writes an infinite number as {"__float__": "Infinity"}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +44,7 @@ class MetaModel:
 
     config: Any  # transformers PretrainedConfig
     model: Any  # transformers' causal language model on the meta device
-    rotary: nn.Module
+    outer: OuterModel  # what the model gives its layers, in `dtype` on `device`
     device: torch.device
     dtype: torch.dtype
 
@@ -60,16 +71,13 @@ class ExpertTap(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-class MatmulLinear(nn.Module):
-    """A linear layer on `numerics.matmul`: in float32 on a CPU up to twice as fast as torch."""
+@dataclass(frozen=True, kw_only=True)
+class DecoderLayer:
+    """One layer with its weights: `name` in the model, and the tap in place of its experts."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x W^T + b: [..., in] -> [..., out]."""
-        return matmul.linear(x, self.weight, self.bias)
+    name: str
+    module: nn.Module
+    tap: ExpertTap | None
 
 
 def make_meta_model(config: Config, device: torch.device, dtype: torch.dtype) -> MetaModel:
@@ -84,44 +92,48 @@ def make_meta_model(config: Config, device: torch.device, dtype: torch.dtype) ->
             f"{config.where}: model_type {model_type!r} is not part of this transformers release; "
             "upgrade transformers"
         )
-    values = {
-        key: value
-        for key, value in config.values.items()
-        if key not in {"quantization_config", "auto_map"}
-    }
+    values = {key: value for key, value in config.values.items() if key not in IGNORED_KEYS}
     try:
-        hf_config = CONFIG_MAPPING[model_type].from_dict(
-            copy.deepcopy(values)
-        )  # it writes into nested values
+        # a copy: transformers writes into nested values
+        hf_config = CONFIG_MAPPING[model_type].from_dict(decode_floats(values))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                hf_config, dtype=dtype, attn_implementation="sdpa"
-            )
-        # inv_freq is a buffer that no checkpoint stores: on the meta device it would be garbage
-        rotary = get_rotary_class(model)(hf_config).to(device)
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+        fill_computed_buffers(model, device)
+        outer = make_outer_model(model.eval(), device, dtype)
     except CheckpointError as fault:
         raise CheckpointError(f"{config.where}: {fault}") from fault
     except Exception as fault:
         raise make_config_error(config.where, model_type, fault) from fault
-    check_attention_patterns(hf_config, config.where)
-    model.eval()
-    return MetaModel(config=hf_config, model=model, rotary=rotary, device=device, dtype=dtype)
+    return MetaModel(config=hf_config, model=model, outer=outer, device=device, dtype=dtype)
 
 
-def get_rotary_class(model: Any) -> type[nn.Module]:
-    """Return the class of rotary position embeddings; raises CheckpointError if there is none."""
-    rotary = getattr(model.base_model, "rotary_emb", None)
-    if not isinstance(rotary, nn.Module):
-        raise CheckpointError(
-            f"expected layers that are given rotary position embeddings, found "
-            f"{type(model).__name__} without; only such layers can be run one by one"
-        )
-    return type(rotary)
+def decode_floats(value: Any) -> Any:
+    """Return a copy of a JSON value with transformers' {"__float__": "Infinity"} as numbers."""
+    if isinstance(value, Mapping):
+        if set(value) == {FLOAT_TAG} and value[FLOAT_TAG] in {"Infinity", "-Infinity"}:
+            return float(value[FLOAT_TAG])
+        return {key: decode_floats(part) for key, part in value.items()}
+    return [decode_floats(part) for part in value] if isinstance(value, list) else value
+
+
+def cast_meta_model(meta_model: MetaModel, dtype: torch.dtype) -> MetaModel:
+    """Return the model to compute in another dtype."""
+    if dtype == meta_model.dtype:
+        return meta_model
+    outer = make_outer_model(meta_model.model, meta_model.device, dtype)
+    return replace(meta_model, outer=outer, dtype=dtype)
+
+
+def load_outer_model(meta_model: MetaModel, tensors: Mapping[str, Tensor]) -> OuterModel:
+    """Return the model without its layers, with these tensors, to embed tokens or to compute
+    logits.
+    """
+    return make_outer_model(meta_model.model, meta_model.device, meta_model.dtype, tensors)
 
 
 def make_decoder_layer(
     meta_model: MetaModel, block: Block, tensors: Mapping[str, Tensor]
-) -> tuple[nn.Module, ExpertTap | None]:
+) -> DecoderLayer:
     """Make one decoder layer from `tensors`, with a tap in place of its experts.
 
     tensors: full names, without routed experts. Floating tensors are cast to the model's dtype,
@@ -135,7 +147,7 @@ def make_decoder_layer(
         setattr(layer.get_submodule(parent), leaf, tap)
     for name, module in list(layer.named_modules()):
         if type(module) is nn.Linear:
-            layer.set_submodule(name, MatmulLinear(module))
+            layer.set_submodule(name, MatmulLinear(module.weight, module.bias))
     buffers = {name for name, _ in layer.named_buffers()}
     state = {
         get_layer_name(block, name): tensor.to(
@@ -145,7 +157,7 @@ def make_decoder_layer(
         for name, tensor in tensors.items()
     }
     load_tensors(layer, state, block.name)
-    return layer, tap
+    return DecoderLayer(name=block.name, module=layer, tap=tap)
 
 
 def load_tensors(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
@@ -163,7 +175,7 @@ def get_layer_name(block: Block, name: str) -> str:
     """Return the name that transformers' layer uses for a full tensor or module name."""
     local = name.removeprefix(f"{block.name}.")
     for stored, renamed in block.renames:
-        if local.startswith(f"{stored}."):
+        if local == stored or local.startswith(f"{stored}."):
             local = renamed + local.removeprefix(stored)
     return local
 
@@ -194,9 +206,9 @@ def observe_inputs(layer: nn.Module, modules: Mapping[str, str]) -> Iterator[dic
 
 
 def run_layer(
-    meta_model: MetaModel, layer: nn.Module, rows: Tensor, lengths: Sequence[int]
+    meta_model: MetaModel, layer: DecoderLayer, rows: Tensor, lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Run a layer over concatenated sequences.
+    """Run a layer over concatenated sequences, with the arguments of transformers' own forward.
 
     rows [tokens, hidden] -> (output [tokens, hidden], valid [sequences * longest] bool: the padded
     positions that are tokens). Sequences are padded on the right: under causal attention no token
@@ -208,78 +220,25 @@ def run_layer(
     )
     # [tokens, h] -> [sequences, longest, h]
     hidden[valid] = rows.to(device=meta_model.device, dtype=meta_model.dtype)
-    positions = torch.arange(valid.shape[1], device=meta_model.device)[None]  # [1, longest]
-    make_mask = (
-        create_sliding_window_causal_mask
-        if has_sliding_window(meta_model, layer)
-        else create_causal_mask
-    )
-    mask = make_mask(
-        config=meta_model.config,
-        inputs_embeds=hidden,
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=positions,
-    )
+    call = meta_model.outer.record(*valid.shape)[layer.name]
     with torch.no_grad():
-        out = layer(
-            hidden,
-            attention_mask=mask,
-            position_ids=positions,
-            position_embeddings=meta_model.rotary(hidden, positions),
-            past_key_values=None,
-            use_cache=False,
-        )
+        out = call.run(layer.module, hidden)
     return out[valid], valid.reshape(-1)  # [sequences, longest, h] -> [tokens, h]
 
 
-def check_attention_patterns(hf_config: Any, where: str) -> None:
-    """Check that `run_layer` has a mask for every layer; raises CheckpointError."""
-    patterns = (
-        hf_config.layer_types if "layer_types" in type(hf_config).__dataclass_fields__ else None
-    )
-    for number, pattern in enumerate(patterns or ()):
-        if pattern not in {"full_attention", "sliding_attention"}:
-            raise CheckpointError(
-                f"{where}: layer_types[{number}]: expected full_attention or sliding_attention, "
-                f"found {pattern!r}; no other attention pattern can be run block by block"
-            )
-
-
-def has_sliding_window(meta_model: MetaModel, layer: nn.Module) -> bool:
-    """Return whether the layer sees only the last `sliding_window` tokens.
-
-    A family whose config class has no field for layer types or for a window ignores both, whatever
-    config.json holds.
-    """
-    config, fields = meta_model.config, type(meta_model.config).__dataclass_fields__
-    if "layer_types" in fields:
-        attention: Any = layer.get_submodule("self_attn")
-        return bool(config.layer_types[attention.layer_idx] == "sliding_attention")
-    return "sliding_window" in fields and config.sliding_window is not None
+def embed_tokens(outer: OuterModel, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return the states at the first layer of concatenated sequences: [tokens] -> [tokens, h]."""
+    valid = make_padding_mask(lengths, ids.device)  # [sequences, longest]
+    padded = torch.zeros(valid.shape, dtype=torch.long, device=ids.device)
+    padded[valid] = ids.long()
+    hidden = outer.embed(padded)  # [sequences, longest, h]
+    return hidden[valid.to(hidden.device)]  # [tokens, h]
 
 
 def make_padding_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Return [sequences, longest] bool, true for tokens, false for padding."""
     count = torch.tensor(lengths, device=device)
     return torch.arange(max(lengths), device=device)[None] < count[:, None]
-
-
-def make_final_norm(
-    meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
-) -> nn.Module:
-    """Make the norm after the last block from its tensors by full name."""
-    module = layout.final_norm.name.rpartition(".")[0]
-    norm: nn.Module = copy.deepcopy(meta_model.model.get_submodule(module))
-    state = {
-        spec.name.removeprefix(f"{module}."): tensors[spec.name] for spec in layout.final_tensors
-    }
-    cast = {
-        name: tensor.to(device=meta_model.device, dtype=meta_model.dtype)
-        for name, tensor in state.items()
-    }
-    load_tensors(norm, cast, "final norm")
-    return norm
 
 
 def select_expert_tokens(index: Tensor, weight: Tensor, expert: int) -> tuple[Tensor, Tensor]:

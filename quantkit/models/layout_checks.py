@@ -3,8 +3,11 @@
 The instance has all blocks of the real model and every switch of its config.json, with small
 widths. Checked on it:
 
-    logits       block by block, as in a build, they equal those of transformers' own forward;
-    readers      linears with the same input values form a group; each runs once with all tokens;
+    logits       block by block, as in a build, they equal those of transformers' own forward, for
+                 texts shorter and longer than every window, alone and in a padded batch;
+    arguments    those of the layers depend on the shape of a batch, not on its tokens;
+    readers      linears with the same input values form a group; a linear that is not called once
+                 with all tokens is kept;
     absorbers    a tensor absorbs a group's scale if dividing it and multiplying the readers leaves
                  the block's output unchanged.
 
@@ -13,7 +16,7 @@ Only checked properties are used: without an absorber a group's input is not sca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,13 +24,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.contracts import Absorber, Block, Config, HeadRows, Layout, LinearGroup
+from quantkit.contracts import Absorber, Block, Config, HeadRows, Layout, Linear, LinearGroup
+from quantkit.errors import CheckpointError
 from quantkit.models import full_model, scaling
 from quantkit.models.inspect import make_refusal
-from quantkit.models.layers import MetaModel, make_decoder_layer, make_final_norm, run_layer
+from quantkit.models.layers import (
+    MetaModel,
+    embed_tokens,
+    get_layer_name,
+    load_outer_model,
+    make_decoder_layer,
+    run_layer,
+)
+from quantkit.models.outer_model import name_tensors
 
 LENGTHS = (20, 13)
 """Tokens of the two sequences: unequal, to test padding, and longer than the window."""
+BATCHES = (LENGTHS, LENGTHS, (6, 4), (5,))
+"""Batches of the comparison of logits: two of one shape, and texts shorter than the window."""
 WINDOW = 8
 VOCABULARY = 96
 LOGITS_TOLERANCE = 1e-4
@@ -53,9 +67,9 @@ class InputReaders:
 
 def reduce_config(config: Config, hf_config: Any) -> Config:
     """Return the configuration with few heads, small widths, a small vocabulary and window."""
-    heads, hidden = hf_config.num_attention_heads, hf_config.hidden_size
-    kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
-    width = getattr(hf_config, "head_dim", None) or hidden // heads
+    heads, hidden = read_size(hf_config, "num_attention_heads") or 1, hf_config.hidden_size
+    kv_heads = count_kv_heads(hf_config)
+    width = read_size(hf_config, "head_dim") or hidden // heads
     n_kv_heads = min(kv_heads, 2)
     n_heads = n_kv_heads * min(heads // kv_heads, 2)
     small_hidden = n_heads * width + (0 if hidden == heads * width else 64)
@@ -63,30 +77,60 @@ def reduce_config(config: Config, hf_config: Any) -> Config:
         "hidden_size": small_hidden,
         "num_attention_heads": n_heads,
         "num_key_value_heads": n_kv_heads,
+        "num_kv_heads": n_kv_heads,
         "intermediate_size": small_hidden + 32,
         "vocab_size": VOCABULARY,
         "sliding_window": WINDOW,
+        "attention_chunk_size": WINDOW,
+        "word_embed_proj_dim": small_hidden,
     }
     names = {key: hf_config.attribute_map.get(key, key) for key in sizes}
     changes = {
-        names[key]: value
-        for key, value in sizes.items()
-        if isinstance(getattr(hf_config, key, None), int)
+        names[key]: value for key, value in sizes.items() if read_size(hf_config, key) is not None
     }
+    changes |= reduce_state_space(hf_config)
     tokens = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
     return Config(values={**config.values, **changes, **tokens}, where=config.where)
 
 
-def make_random_tensors(meta_model: MetaModel) -> dict[str, Tensor]:
-    """Return random tensors: matrices that keep their input's scale, norms around 1, biases."""
+def reduce_state_space(hf_config: Any) -> dict[str, int]:
+    """Return small widths of a model of state spaces alone, whose heads must fit its width."""
+    keys = ("expand", "num_heads", "head_dim", "n_groups")
+    sizes = {key: size for key in keys if (size := read_size(hf_config, key))}
+    if len(sizes) < len(keys) or read_size(hf_config, "num_attention_heads"):
+        return {}
+    count = max(2, sizes["n_groups"])
+    return {"num_heads": sizes["expand"] * count, "hidden_size": sizes["head_dim"] * count}
+
+
+def count_kv_heads(hf_config: Any) -> int:
+    """Return the key/value heads of a configuration: as many as heads if it has no key for them."""
+    sizes = (read_size(hf_config, key) for key in ("num_key_value_heads", "num_kv_heads"))
+    return next(filter(None, sizes), read_size(hf_config, "num_attention_heads") or 1)
+
+
+def read_size(hf_config: Any, key: str) -> int | None:
+    """Return an integer of a configuration; None if it has none, or one for each layer."""
+    try:
+        value = getattr(hf_config, key, None)
+    except RuntimeError:  # transformers' own for a value that layers do not share
+        return None
+    return value if isinstance(value, int) else None
+
+
+def make_random_tensors(meta_model: MetaModel, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return random tensors: matrices that keep their input's scale, norms around 1, biases.
+
+    names: of each tensor in the checkpoint, by its name in transformers.
+    """
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, tensor in meta_model.model.state_dict().items():
         value = torch.randn(tensor.shape, generator=generator)
         if tensor.dim() > 1:
-            tensors[name] = value * tensor.shape[-1] ** -0.5
+            tensors[names[name]] = value * tensor.shape[-1] ** -0.5
         else:
-            tensors[name] = 0.1 * value + (0 if name.endswith(".bias") else 1)
+            tensors[names[name]] = 0.1 * value + (0 if name.endswith(".bias") else 1)
     return tensors
 
 
@@ -100,36 +144,89 @@ def select_block_tensors(block: Block, tensors: Mapping[str, Tensor]) -> dict[st
 
 def check_logits(
     config: Config, meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
-) -> None:
-    """Compare logits of both ways to run the instance.
+) -> bool:
+    """Compare logits of both ways to run the instance; return whether sequences must run alone.
 
-    Raises CheckpointError if they differ, or if a layer cannot be run alone.
+    Raises CheckpointError if the logits differ even so, or if a layer cannot be run alone.
     """
-    ids = torch.randint(0, VOCABULARY, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
-    head = (layout.head or layout.embedding).name
+    lengths = [length for batch in BATCHES for length in batch]
+    ids = torch.randint(0, VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(1))
     try:
-        rows = tensors[f"{layout.embedding.name}.weight"][ids]  # [tokens] -> [tokens, hidden]
-        for block in layout.blocks:
-            layer, _ = make_decoder_layer(meta_model, block, select_block_tensors(block, tensors))
-            rows, _ = run_layer(meta_model, layer, rows, LENGTHS)
-        normed = make_final_norm(meta_model, layout, tensors)(rows)
-        logits = normed @ tensors[f"{head}.weight"].T  # -> [tokens, vocabulary]
         model = full_model.make_model(meta_model, layout, tensors.__getitem__)
         with torch.no_grad():
-            parts = [model(part[None], use_cache=False).logits[0] for part in ids.split(LENGTHS)]
+            parts = [model(part[None], use_cache=False).logits[0] for part in ids.split(lengths)]
+        expected = torch.cat(parts)  # [tokens, vocabulary]
+        check_arguments(config, meta_model, layout, tensors)
+        changes = []
+        for batches in (BATCHES, tuple((length,) for length in lengths)):
+            logits = compute_logits(meta_model, layout, tensors, ids, batches)
+            changes.append(float((logits - expected).norm() / expected.norm()))
+            if changes[-1] <= LOGITS_TOLERANCE:
+                return len(changes) > 1
+    except CheckpointError:
+        raise
     except Exception as fault:  # an argument that transformers' layer needs
         raise make_refusal(
             config, f"its layers cannot be run one by one ({type(fault).__name__}: {fault})"
         ) from fault
-    expected = torch.cat(parts)  # [tokens, vocabulary]
-    change = float((logits - expected).norm() / expected.norm())
-    if not change <= LOGITS_TOLERANCE:
-        raise make_refusal(
-            config,
-            f"run block by block, a small instance gives other logits than transformers (by "
-            f"{change:.0e} of their size), so something outside the blocks, such as a multiplier "
-            "of embedding or logits, is not reproduced",
-        )
+    raise make_refusal(
+        config,
+        f"run block by block, a small instance gives other logits than transformers (by "
+        f"{min(changes):.0e} of their size), so its blocks exchange more than hidden states",
+    )
+
+
+def select_outer_tensors(
+    meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors outside the blocks by their names in transformers' model."""
+    stored, name = full_model.name_head(meta_model, layout)
+    names = [f"{layout.embedding.name}.weight", *(spec.name for spec in layout.final_tensors)]
+    return {**{x: tensors[x] for x in names}, name: tensors[stored]}
+
+
+def compute_logits(
+    meta_model: MetaModel,
+    layout: Layout,
+    tensors: Mapping[str, Tensor],
+    ids: Tensor,
+    batches: Sequence[tuple[int, ...]],
+) -> Tensor:
+    """Return the logits of the instance run as in a build, block by block: [tokens] -> [tokens, v].
+
+    Each block runs every batch before the next block runs any.
+    """
+    outer = load_outer_model(meta_model, select_outer_tensors(meta_model, layout, tensors))
+    parts = ids.split([sum(batch) for batch in batches])
+    states = [embed_tokens(outer, part, batch) for part, batch in zip(parts, batches, strict=True)]
+    for block in layout.blocks:
+        layer = make_decoder_layer(meta_model, block, select_block_tensors(block, tensors))
+        states = [
+            run_layer(meta_model, layer, rows, batch)[0]
+            for rows, batch in zip(states, batches, strict=True)
+        ]
+    return outer.compute_logits(torch.cat(states))
+
+
+def check_arguments(
+    config: Config, meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
+) -> None:
+    """Check that what layers are given depends on the shape of a batch, not on its tokens.
+
+    Raises CheckpointError.
+    """
+    outer = load_outer_model(meta_model, select_outer_tensors(meta_model, layout, tensors))
+    shape = (1, max(LENGTHS))
+    first, second = (
+        dict(name_tensors(outer.record_for(torch.full(shape, token)))) for token in (3, 7)
+    )
+    for name, tensor in first.items():
+        if name not in second or not torch.equal(tensor, second[name]):
+            raise make_refusal(
+                config,
+                f"its layers are given more than hidden states that depends on the text "
+                f"({name.removeprefix('.')} {list(tensor.shape)})",
+            )
 
 
 # ------------------------------------------------------------------------------------------ readers
@@ -152,40 +249,36 @@ class BlockTrial:
 
     def run(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the output [tokens, hidden] of the block with these tensors."""
-        layer, _ = make_decoder_layer(self.meta_model, self.block, tensors)
+        layer = make_decoder_layer(self.meta_model, self.block, tensors)
         return run_layer(self.meta_model, layer, self.rows, LENGTHS)[0]
 
-    def readings(self) -> tuple[InputReaders, ...]:
-        """Return the linears grouped by input values.
-
-        Raises CheckpointError for a linear that is not called once with every token.
-        """
-        layer, _ = make_decoder_layer(self.meta_model, self.block, self.tensors)
-        names = [linear.name.removeprefix(f"{self.block.name}.") for linear in self.block.linears]
+    @cached_property
+    def calls(self) -> dict[str, list[Tensor]]:
+        """Return the inputs of every call of each linear, by its full name."""
+        layer = make_decoder_layer(self.meta_model, self.block, self.tensors)
+        paths = {x.name: get_layer_name(self.block, x.name) for x in self.block.linears}
         calls = record_inputs(
-            layer, names, lambda: run_layer(self.meta_model, layer, self.rows, LENGTHS)
+            layer.module,
+            list(paths.values()),
+            lambda: run_layer(self.meta_model, layer, self.rows, LENGTHS),
         )
-        tokens = len(LENGTHS) * max(LENGTHS)
+        return {name: calls[path] for name, path in paths.items()}
+
+    def is_called_once(self, linear: Linear) -> bool:
+        """Return whether a linear is called once, with every token."""
+        inputs, tokens = self.calls[linear.name], len(LENGTHS) * max(LENGTHS)
+        return len(inputs) == 1 and inputs[0].numel() == tokens * linear.in_features
+
+    def readings(self) -> tuple[InputReaders, ...]:
+        """Return the linears that are called once, grouped by input values."""
         groups: list[tuple[Tensor, list[str]]] = []
-        for name, linear in zip(names, self.block.linears, strict=True):
-            inputs = calls[name]
-            if len(inputs) != 1 or inputs[0].numel() != tokens * linear.in_features:
-                raise make_refusal(
-                    self.config,
-                    f"{linear.name} was called {len(inputs)} times for one block, or not with "
-                    "every token once",
-                )
-            match = next(
-                (
-                    readers
-                    for x, readers in groups
-                    if x.shape == inputs[0].shape and torch.equal(x, inputs[0])
-                ),
-                None,
-            )
+        for linear in filter(self.is_called_once, self.block.linears):
+            (x,) = self.calls[linear.name]
+            same = (readers for y, readers in groups if y.shape == x.shape and torch.equal(y, x))
+            match = next(same, None)
             if match is None:
-                groups.append((inputs[0], match := []))
-            match.append(name)
+                groups.append((x, match := []))
+            match.append(linear.name.removeprefix(f"{self.block.name}."))
         return tuple(InputReaders(readers=tuple(readers)) for _, readers in groups)
 
     def holds(self, groups: tuple[LinearGroup, ...]) -> bool:
@@ -237,8 +330,8 @@ def make_random_scale(absorber: Absorber, width: int, generator: torch.Generator
 
 def list_row_maps(out: int, into: int, hf_config: Any) -> dict[str, HeadRows | None]:
     """Return the maps from `out` rows of a linear to `into` channels, by name."""
-    heads = hf_config.num_attention_heads
-    kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
+    heads = read_size(hf_config, "num_attention_heads") or 1
+    kv_heads = count_kv_heads(hf_config)
     width = into // heads
     maps: dict[str, HeadRows | None] = {}
     if out == into:
@@ -254,9 +347,14 @@ def list_row_maps(out: int, into: int, hf_config: Any) -> dict[str, HeadRows | N
         maps["values last"] = HeadRows(
             heads=heads, kv_heads=kv_heads, width=width, stride=width, offset=start
         )
-    if out == 3 * heads * width:
+    queries = heads // kv_heads  # of each key/value head
+    if out == kv_heads * (queries + 2) * width:
         maps["values of each head last"] = HeadRows(
-            heads=heads, kv_heads=heads, width=width, stride=3 * width, offset=2 * width
+            heads=heads,
+            kv_heads=kv_heads,
+            width=width,
+            stride=(queries + 2) * width,
+            offset=(queries + 1) * width,
         )
     is_possible = width * heads == into or "row by row" in maps or "second half" in maps
     return maps if is_possible else {}
@@ -270,9 +368,10 @@ def make_absorber(block: Block, reading: InputReaders, hf_config: Any) -> Absorb
     if module not in sizes:
         return Absorber(module=module)
     into = sizes[f"{block.name}.{reading.readers[0]}"].in_features
-    return Absorber(
-        module=module, rows=list_row_maps(sizes[module].out_features, into, hf_config)[reading.rows]
-    )
+    maps = list_row_maps(sizes[module].out_features, into, hf_config)
+    if reading.rows not in maps:  # found on the small instance, and not possible in this one
+        return None
+    return Absorber(module=module, rows=maps[reading.rows])
 
 
 def iterate_absorber_candidates(
@@ -328,10 +427,20 @@ def find_absorbers(
     return absorbed if is_valid else readings
 
 
-def find_readings(
+@dataclass(frozen=True, kw_only=True)
+class BlockFindings:
+    """What the instance shows of one block: readings with absorbers, and linears that are not
+    called once with every token, by full name.
+    """
+
+    readings: tuple[InputReaders, ...]
+    uncalled: tuple[str, ...]
+
+
+def inspect_blocks(
     config: Config, meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
-) -> list[tuple[InputReaders, ...]]:
-    """Return each block's readings with absorbers.
+) -> list[BlockFindings]:
+    """Return the findings of each block.
 
     Blocks of one structure first try the readings of the first such block.
     """
@@ -355,5 +464,6 @@ def find_readings(
         if not (is_same and trial.holds(make_groups(block, best, meta_model.config))):
             best = find_absorbers(trial, readings)
         known[kind] = best
-        result.append(best)
+        uncalled = tuple(x.name for x in block.linears if not trial.is_called_once(x))
+        result.append(BlockFindings(readings=best, uncalled=uncalled))
     return result

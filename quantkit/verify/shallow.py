@@ -413,6 +413,6 @@ def read_config(
     if CONFIG not in files:
         return None, [] if (path / CONFIG).is_symlink() else ["config.json: missing"]
     try:
-        return read_json(path / CONFIG, ArtifactError), []
+        return read_json(path / CONFIG, ArtifactError, infinite=True), []
     except ArtifactError as fault:
         return None, [str(fault)]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support.checkpoints import make_recipe_text, make_tiny_config
-from support.underived_models import FAMILIES, family, write_model
+from support.underived_models import FAMILIES, REPLAYED, family, write_model
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quantkit import pipeline, registry
@@ -24,6 +25,7 @@ from quantkit.contracts import Absorber, Architecture, Block, Config, HeadRows, 
 from quantkit.errors import ArtifactError, CheckpointError, UsageError
 from quantkit.models import derive, full_model, inspect, layout_checks
 from quantkit.models.layers import make_meta_model
+from quantkit.models.outer_model import LayerCall
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
 from quantkit.recipe.parse import parse_recipe
@@ -120,7 +122,7 @@ def test_derived_layout_equals_table(model_type: str, changes: dict[str, object]
             spec.name: spec.shape for spec in table_block.others
         }
         assert set(derived_block.fused) == set(table_block.fused)
-    assert (result.head, result.final_norm) == (table.head, table.final_norm)
+    assert (result.head, result.final_tensors) == (table.head, table.final_tensors)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -147,7 +149,7 @@ def trial(model_type: str) -> layout_checks.BlockTrial:
     )
     layout, tensors = (
         inspect.inspect_layout(config, bones),
-        layout_checks.make_random_tensors(bones),
+        layout_checks.make_random_tensors(bones, inspect.find_stored_names(config, bones)),
     )
     rows = torch.randn(
         sum(layout_checks.LENGTHS),
@@ -190,16 +192,57 @@ def test_wrong_absorber_fails_the_check() -> None:
 
 def test_different_logits_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check can fail: here the layers lack their windows."""
-    from quantkit.models import layers
+    run = LayerCall.run
 
-    monkeypatch.setattr(layers, "has_sliding_window", lambda bones, layer: False)
+    def run_without_mask(call: LayerCall, layer: nn.Module, hidden: Tensor) -> Tensor:
+        changed = replace(call, keywords={**call.keywords, "attention_mask": None})
+        return run(changed, layer, hidden)
+
+    monkeypatch.setattr(LayerCall, "run", run_without_mask)
     assert "gives other logits than transformers" in reason(family("phi3"))
+
+
+def test_arguments_that_depend_on_tokens_are_rejected() -> None:
+    """Layers of Gemma 4 read an embedding of their own for each token."""
+    sizes = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 768}
+    config = family("gemma4_text", head_dim=32, num_kv_shared_layers=0, **sizes)
+    assert "given more than hidden states that depends on the text" in reason(config)
+
+
+def test_weight_that_is_used_without_a_call_is_kept() -> None:
+    """Mamba's scan multiplies by the weight of dt_proj itself."""
+    layout = layout_of(family("mamba", state_size=16, time_step_rank=8, pad_token_id=0))
+    for block in layout.blocks:
+        assert {x.name.rpartition(".")[2] for x in block.linears} == {
+            "in_proj",
+            "x_proj",
+            "out_proj",
+        }
+        assert f"{block.name}.mixer.dt_proj.weight" in {spec.name for spec in block.others}
+
+
+def test_stored_names_are_those_of_the_checkpoint() -> None:
+    """transformers calls the head of GPT-NeoX lm_head, published checkpoints embed_out."""
+    layout = layout_of(family("gpt_neox", pad_token_id=0))
+    assert layout.head is not None and layout.head.name == "embed_out"
+
+
+@pytest.mark.parametrize("model_type", REPLAYED)
+def test_family_that_needs_transformers_around_its_layers(model_type: str) -> None:
+    layout = layout_of(family(model_type))
+    assert layout.blocks and not layout.equal_lengths
+    for block in layout.blocks:
+        readers = [reader for group in block.groups for reader in group.readers]
+        assert sorted(readers) == sorted(linear.name for linear in block.linears)
 
 
 # ---------------------------------------------------------------------------- from plan to artifact
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+BUILT = [*FAMILIES, "gemma3_text", "lfm2", "falcon_h1", "phi"]
+
+
+@pytest.mark.parametrize("model_type", BUILT)
 def test_plan_build_verify(model_type: str, tmp_path: Path) -> None:
     """A full build of every linear; plan and model card describe the checks."""
     folder = write_model(tmp_path / "source", family(model_type))
@@ -231,7 +274,7 @@ def build(text: str) -> pipeline.BuildResult:
     return outcome
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "starcoder2"])
+@pytest.mark.parametrize("model_type", ["phi3", "starcoder2", "gemma2", "falcon_h1"])
 def test_reported_kl_equals_that_of_two_transformers_models(
     model_type: str, tmp_path: Path
 ) -> None:
@@ -302,51 +345,16 @@ def test_plan_without_headers_describes_derived_layout(tmp_path: Path) -> None:
         (
             "olmoe",
             {"num_experts": 4},
-            "model.layers.0.mlp.gate.weight [4, 128] is neither a norm's vector nor",
+            "transformers makes model.layers.0.mlp.experts.gate_up_proj from other tensors of the",
         ),
         (
             "gpt_oss",
             {},
             "its experts are stored in MXFP4 with biases, gate and up interleaved and clamped",
         ),
-        (
-            "gpt_neox",
-            {},
-            "transformers loads its tensors under other names than the checkpoint's (^embed_out",
-        ),
-        ("gpt2", {}, "found GPT2LMHeadModel without; only such layers can be run one by one"),
-        (
-            "gemma3_text",
-            {},
-            "expected an embedding and a linear head, found Gemma3TextScaledWordEmbedding and "
-            "Linear",
-        ),
-        (
-            "gemma2",
-            {},
-            "Gemma2ForCausalLM does not support an attention implementation through "
-            "torch.nn.functional",
-        ),
-        ("granite", {"embedding_multiplier": 12.0}, "gives other logits than transformers"),
-        ("granite", {"logits_scaling": 8.0}, "gives other logits than transformers"),
-        (
-            "cohere",
-            {"logit_scale": 0.0625, "pad_token_id": 0},
-            "gives other logits than transformers",
-        ),
-        ("olmo", {}, "expected one norm after the blocks, found nothing"),
-        ("phi", {}, "lm_head.bias [768] is outside the embedding, blocks, norm and head"),
-        (
-            "olmo3",
-            {"sliding_window": 16},
-            "its layers cannot be run one by one (TypeError: Olmo3RotaryEmbedding",
-        ),
-        (
-            "qwen3_next",
-            {},
-            "layer_types[0]: expected full_attention or sliding_attention, found "
-            "'linear_attention'",
-        ),
+        ("gpt2", {}, "transformer.h.0 has no nn.Linear; its matrices are in Conv1D"),
+        ("hrm_text", {}, "expected one list of"),
+        ("qwen3_next", {"num_experts": 4}, "mlp.experts.gate_up_proj from other tensors of the"),
         ("olmo2", {"hidden_act": "no_such"}, "found: KeyError: "),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
@@ -357,21 +365,15 @@ def test_failed_check_is_rejected_with_reason(
     assert words in reason(family(model_type, **changes))
 
 
-def test_multiplier_of_one_is_accepted() -> None:
-    """The option is rejected, not the family."""
-    neutral = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 0.5}
-    assert len(layout_of(family("granite", **neutral)).linears) == 2 * 7 + 2
-
-
-def test_linear_that_is_not_called_once_is_rejected() -> None:
+def test_linears_that_are_not_called_once_are_rejected() -> None:
     """Experts made of linears get some tokens only; here the layer skips its MLP."""
     case = trial("olmo2")
     layer = case.meta_model.model.get_submodule(case.block.name)
     layer.mlp.forward = lambda hidden: hidden
-    with pytest.raises(
-        CheckpointError, match=r"layers\.0\.mlp\.gate_proj was called 0 times for one block"
-    ):
-        case.readings()
+    uncalled = [x.name for x in case.block.linears if not case.is_called_once(x)]
+    assert {name.rpartition(".")[2] for name in uncalled} == {"gate_proj", "up_proj", "down_proj"}
+    with pytest.raises(CheckpointError, match="in linears that are not called once with every"):
+        inspect.keep_linears(case.config, case.block, uncalled)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def write_model(folder: Path, config: dict[str, object]) -> Path:
             else 0.1 * value + (not name.endswith(".bias"))
         )
         if wide:
-            value[:, :: parameter.shape[1] // 8] *= (
+            value[..., :: max(1, parameter.shape[-1] // 8)] *= (
                 4  # a few loud channels, so that scaling has something to do
             )
         parameter.data.copy_(value)
@@ -41,7 +41,8 @@ def write_model(folder: Path, config: dict[str, object]) -> Path:
 def family(model_type: str, **changes: object) -> dict[str, object]:
     """Return a small config.json of a model type without a table."""
     named = {"architectures": [type_of(model_type)], "model_type": model_type}
-    return {**TINY_COMMON, **named, **FAMILIES.get(model_type, {}), **changes}
+    own = FAMILIES.get(model_type) or REPLAYED.get(model_type, {})
+    return {**TINY_COMMON, **named, **own, **changes}
 
 
 FAMILIES: dict[str, dict[str, object]] = {
@@ -64,6 +65,49 @@ FAMILIES: dict[str, dict[str, object]] = {
         "tie_word_embeddings": True,
     },  # a layer without rotation
 }
+
+REPLAYED: dict[str, dict[str, object]] = {
+    "gemma2": {  # soft caps, eager attention only, a scaled embedding
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 16,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {  # two rotary tables
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+    },
+    "cohere2": {  # scaled logits, no rotation in full layers
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "logit_scale": 0.0625,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+    },
+    "olmo3": {
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "pad_token_id": 0,
+    },
+    "olmo": {"pad_token_id": 0},  # norms without a weight
+    "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "pad_token_id": 0},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 256, "pad_token_id": 0},
+    "falcon_h1": {  # a state space next to attention, infinite numbers in its config
+        "mamba_d_ssm": 256,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 32,
+        "pad_token_id": 0,
+    },
+    "phi": {"pad_token_id": 0},  # a head with a bias
+}
+"""Models that need transformers' own forward around their layers."""
 
 
 def type_of(model_type: str) -> str:

@@ -335,6 +335,6 @@ def make_layout(
             name="model.embed_tokens", out_features=vocabulary, in_features=hidden, role="embedding"
         ),
         blocks=(*blocks[:count], *(make_mtp_block(config, extra) for extra in blocks[count:])),
-        final_norm=make_rms_norm("model.norm", hidden),
+        final_tensors=(make_rms_norm("model.norm", hidden),),
         head=None if config.flag("tie_word_embeddings") else head,
     )

@@ -73,7 +73,7 @@ def read_model(target: str, width: Width | None = None) -> Model:
 
 def read_stored_model(folder: Path) -> Model:
     """Read the model whose weights are in a folder, from their headers: exact bytes."""
-    config = Config(values=read_json(folder / CONFIG), where=str(folder / CONFIG))
+    config = Config(values=read_json(folder / CONFIG, infinite=True), where=str(folder / CONFIG))
     shards = open_shards(folder)
     scheme, name = describe_scheme(config, shards.specs), folder.resolve().name
     if not has_architecture(config):
@@ -215,7 +215,9 @@ def read_source_facts(recipe: Recipe) -> SourceFacts:
     model, revision = recipe.source.model, recipe.source.revision
     folder = locate_model(model) if model.startswith(BUILTIN_PREFIX) else Path(model)
     if folder.is_dir():
-        config = Config(values=read_json(folder / CONFIG), where=str(folder / CONFIG))
+        config = Config(
+            values=read_json(folder / CONFIG, infinite=True), where=str(folder / CONFIG)
+        )
         specs = select_logical_specs(open_shards(folder).specs, get_scale_suffix(config))
         return SourceFacts(
             model=model,

@@ -1,0 +1,365 @@
+"""transformers' model around its decoder layers: what it gives them, and what follows them.
+
+A layer is run with the arguments that the model's own forward makes: masks, rotary tables,
+positions. `OuterModel` is transformers' model with a stub in place of each layer. One forward of it
+records the arguments of every layer for one shape of batch; another embeds tokens; a third computes
+logits from the states after the last layer, with final norm, head, multipliers and soft caps. All
+of it is transformers' code, and no layer has weights here.
+
+Padding is on the right and no mask says so: under causal layers no token sees it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.errors import CheckpointError
+from quantkit.models.modules import MatmulLinear, freeze
+
+MAX_KEPT_BYTES = 1 << 26
+"""Recorded arguments that are kept for the next layer; the largest are masks [n, 1, t, t]."""
+PROBE_SHAPE = (2, 3)
+"""Sequences and tokens of the forward that shows what a layer has to return."""
+MAX_EXTRA_OUTPUTS = 3
+FORM_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What transformers' forward raises when a layer returns another form than it expects."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCall:
+    """One call of a layer without its hidden states.
+
+    `by_name`: the hidden states are passed as `hidden_states=`, not as the first argument.
+    """
+
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    by_name: bool
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Call `layer` with hidden states [sequences, tokens, hidden]; return those after it."""
+        if self.by_name:
+            out = layer(*self.arguments, **{**self.keywords, "hidden_states": hidden})
+        else:
+            out = layer(hidden, *self.arguments, **self.keywords)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+
+class Stub(nn.Module):
+    """Stands for a module without weights: other attributes are those of the module."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["original"] = original  # no submodule, so it is neither copied nor moved
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["original"], name)
+
+
+class LayerStub(Stub):
+    """Records the calls of a layer and returns its input, or `answer` if that is set.
+
+    `hidden` are the states of the last call. `n_extra`: what the layer returns after the states,
+    None for a layer that returns no tuple.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.calls: list[LayerCall] = []
+        self.hidden: Tensor | None = None
+        self.answer: Tensor | None = None
+        self.n_extra: int | None = None
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Return [sequences, tokens, hidden], in the form that the model expects."""
+        by_name = "hidden_states" in keywords
+        hidden = keywords.pop("hidden_states") if by_name else arguments[0]
+        rest = arguments if by_name else arguments[1:]
+        self.calls.append(LayerCall(arguments=rest, keywords=keywords, by_name=by_name))
+        self.hidden = hidden
+        out = hidden if self.answer is None else self.answer
+        return out if self.n_extra is None else (out, *([None] * self.n_extra))
+
+
+class EmbeddingStub(Stub):
+    """Returns zeros of the embedding's shape."""
+
+    def __init__(self, original: nn.Embedding, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(original)
+        self.zero = torch.zeros((), device=device, dtype=dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., hidden]."""
+        return self.zero.expand(*ids.shape, self.original.weight.shape[1])
+
+
+class RowEmbedding(Stub):
+    """The embedding on the rows that a batch needs: its own forward, without a second copy."""
+
+    def __init__(
+        self, original: nn.Embedding, weight: Tensor, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__(original)
+        self.__dict__["rows"] = (weight, device, dtype)
+        original.padding_idx = None  # of training only; the rows here have other numbers
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., hidden]."""
+        weight, device, dtype = self.__dict__["rows"]
+        used, number = ids.unique(return_inverse=True)  # [rows], [...]
+        rows = weight[used.to(weight.device)]  # [rows, hidden]
+        self.original.weight = freeze(rows.to(device=device, dtype=dtype))
+        embedded: Tensor = self.original(number)  # [..., hidden]
+        return embedded
+
+
+class HeadStub(Stub):
+    """Stands for the head in a forward whose logits are not used."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., hidden] -> [..., 1]."""
+        return hidden[..., :1]
+
+
+class OuterModel:
+    """transformers' model without its layers; see `make_outer_model`.
+
+    Mutable: it keeps the arguments that it recorded last.
+    """
+
+    def __init__(
+        self, model: Any, name: str, stubs: Sequence[LayerStub], device: torch.device
+    ) -> None:
+        self._model = model
+        self._stubs = stubs
+        self._device = device
+        self._names = [f"{name}.{number}" for number in range(len(stubs))]
+        self._stateful = [
+            (path, copy.deepcopy(module))
+            for path, module in model.named_modules()
+            if module._non_persistent_buffers_set and not list(module.children())
+        ]
+        self._kept: dict[tuple[int, int], dict[str, LayerCall]] = {}
+
+    def record(self, sequences: int, tokens: int) -> Mapping[str, LayerCall]:
+        """Return the call of each layer, by its name, for a batch of this shape."""
+        shape = (sequences, tokens)
+        if shape not in self._kept:
+            self._forward(torch.zeros(shape, dtype=torch.long))
+            made = {
+                name: stub.calls[0] for name, stub in zip(self._names, self._stubs, strict=True)
+            }
+            self._kept[shape] = made
+            while count_bytes(self._kept) > MAX_KEPT_BYTES:
+                del self._kept[next(iter(self._kept))]
+            return made
+        return self._kept[shape]
+
+    def record_for(self, ids: Tensor) -> Mapping[str, LayerCall]:
+        """Return the call of each layer for token ids [sequences, tokens]; nothing is kept."""
+        self._forward(ids)
+        return {name: stub.calls[0] for name, stub in zip(self._names, self._stubs, strict=True)}
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the hidden states at the first layer: [sequences, tokens] -> [.., hidden]."""
+        self._forward(ids)
+        hidden = self._stubs[0].hidden
+        assert hidden is not None  # the probe has shown one call
+        return hidden
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Return logits of states after the last layer: [tokens, hidden] -> [tokens, vocabulary].
+
+        Each token is a sequence of its own, so that no mask or table grows with their number.
+        """
+        last = self._stubs[-1]
+        last.answer = hidden[:, None]  # [tokens, 1, hidden]
+        try:
+            logits = self._forward(torch.zeros(len(hidden), 1, dtype=torch.long))
+        finally:
+            last.answer = None
+        return logits[:, 0]  # [tokens, 1, vocabulary] -> [tokens, vocabulary]
+
+    def depends_on_length(self, shortest: int, longest: int) -> bool:
+        """Return whether a sequence of `shortest` tokens gets other tables in a longer batch.
+
+        Rotary embeddings of type longrope and dynamic depend on the longest sequence.
+        """
+        short, long = (dict(name_tensors(self.record(1, n))) for n in (shortest, longest))
+        return any(
+            not torch.equal(x, long[name][tuple(slice(size) for size in x.shape)])
+            for name, x in short.items()
+            if name in long and x.is_floating_point() and x.dim() == long[name].dim()
+        )
+
+    def find_outputs(self, width: int) -> None:
+        """Find what the layers have to return; `width` is that of their states.
+
+        Raises CheckpointError if no form gives each layer states [sequences, tokens, width] once.
+        """
+        faults = []
+        for n_extra in (None, *range(MAX_EXTRA_OUTPUTS + 1)):
+            for stub in self._stubs:
+                stub.n_extra = n_extra
+            try:
+                logits = self._forward(torch.zeros(PROBE_SHAPE, dtype=torch.long))
+            except FORM_ERRORS as error:
+                faults.append(f"{type(error).__name__}: {error}")
+                continue
+            fault = self._find_fault(width, logits)
+            if fault is None:
+                return
+            faults.append(fault)
+        raise CheckpointError(f"its layers cannot be run one by one ({faults[0]})")
+
+    def _find_fault(self, width: int, logits: Tensor) -> str | None:
+        """Return how the last forward differs from one that calls each layer once."""
+        for name, stub in zip(self._names, self._stubs, strict=True):
+            if len(stub.calls) != 1:
+                return f"{name} is called {len(stub.calls)} times in one forward"
+            shape = tuple(stub.hidden.shape) if isinstance(stub.hidden, Tensor) else ()
+            if shape != (*PROBE_SHAPE, width):
+                return f"{name} is given states {list(shape)}, not [sequences, tokens, {width}]"
+        is_complete = tuple(logits.shape[:2]) == PROBE_SHAPE
+        return None if is_complete else f"logits {list(logits.shape)} do not cover every token"
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        """Run transformers' forward on token ids [sequences, tokens]; return its logits."""
+        for path, module in self._stateful:  # rotary embeddings may remember the longest text
+            self._model.set_submodule(path, copy.deepcopy(module))
+        for stub in self._stubs:
+            stub.calls, stub.hidden = [], None
+        with torch.no_grad():
+            logits: Tensor = self._model(input_ids=ids.to(self._device), use_cache=False).logits
+        return logits
+
+
+def make_outer_model(
+    model: Any, device: torch.device, dtype: torch.dtype, tensors: Mapping[str, Tensor] = {}
+) -> OuterModel:
+    """Make the outer model of transformers' `model`, whose parameters are on the meta device.
+
+    tensors: full names; those that are absent are zeros, which is enough to record arguments.
+    `embed` needs all but the head's, `compute_logits` all but the embedding's. Raises
+    CheckpointError for a model whose layers cannot be replaced.
+    """
+    name, layers = find_layers(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    stubs = [LayerStub(layer) for layer in layers]
+    replaced = {
+        id(layers): nn.ModuleList(stubs),
+        id(embedding): make_embedding(model, embedding, device, dtype, tensors),
+        id(head): make_head(model, head, device, dtype, tensors),
+        id(model.config): model.config,
+    }
+    outer = copy.deepcopy(model, replaced)  # takes what it finds in its second argument
+    for module_name, module in outer.named_modules():
+        fill_tensors(module, module_name, device, dtype, tensors)
+    result = OuterModel(outer, name, stubs, device)
+    result.find_outputs(embedding.weight.shape[1])
+    return result
+
+
+def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """Return name and list of a model's layers: the only outermost list with as many modules.
+
+    Raises CheckpointError.
+    """
+    count, found = getattr(model.config, "num_hidden_layers", None), dict[str, nn.ModuleList]()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{x}.") for x in found):
+            found[name] = module
+    fitting = [(name, module) for name, module in found.items() if len(module) == count]
+    if len(fitting) != 1:
+        lengths = ", ".join(str(len(module)) for module in found.values()) or "none"
+        raise CheckpointError(f"expected one list of {count} blocks, found lists of {lengths}")
+    return fitting[0]
+
+
+def get_module_name(model: Any, module: nn.Module) -> str:
+    """Return the full name of a module of `model`."""
+    names: Iterator[str] = (name for name, other in model.named_modules() if other is module)
+    return next(names)
+
+
+def make_embedding(
+    model: Any,
+    embedding: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    tensors: Mapping[str, Tensor],
+) -> Stub:
+    """Make what embeds tokens: the embedding itself if its weight is among `tensors`."""
+    weight = tensors.get(f"{get_module_name(model, embedding)}.weight")
+    if weight is None:
+        return EmbeddingStub(embedding, device, dtype)
+    return RowEmbedding(copy.deepcopy(embedding), weight, device, dtype)
+
+
+def make_head(
+    model: Any, head: Any, device: torch.device, dtype: torch.dtype, tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """Make the language-model head if its weight is among `tensors`, else a stub."""
+    name = get_module_name(model, head)
+    weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
+    if weight is None:
+        return HeadStub(head)
+    weight = weight.to(device=device, dtype=dtype)
+    return MatmulLinear(weight, None if bias is None else bias.to(device=device, dtype=dtype))
+
+
+def fill_tensors(
+    module: nn.Module,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Give the meta tensors of one module their values; absent ones become zeros without memory."""
+    for kind, tensor in [
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ]:
+        if not tensor.is_meta:
+            continue
+        is_buffer = kind in module._buffers
+        own = dtype if tensor.is_floating_point() and not is_buffer else tensor.dtype
+        value = tensors.get(f"{name}.{kind}" if name else kind)
+        if value is None:
+            value = torch.zeros((), device=device, dtype=own).expand(tensor.shape)
+        value = value.to(device=device, dtype=own)
+        setattr(module, kind, value if is_buffer else freeze(value))
+
+
+def name_tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in arguments, each with a name that is the same in every call."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, LayerCall):
+        yield from name_tensors(value.arguments, path)
+        yield from name_tensors(value.keywords, path)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from name_tensors(part, f"{path}.{key}")
+    elif isinstance(value, tuple | list):
+        for number, part in enumerate(value):
+            yield from name_tensors(part, f"{path}.{number}")
+
+
+def count_bytes(value: Any) -> int:
+    """Return the bytes of the tensors in arguments; those that layers share count once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for _, tensor in name_tensors(value)
+    }
+    return sum(storages.values())
