@@ -395,7 +395,7 @@ def test_overwrite_replaces_an_artifact_after_the_new_one_is_complete(
     before = (artifact / "quantkit/manifest.json").read_bytes()
     (checkpoint_copy / "model.safetensors").unlink()
     assert build(artifact, "--overwrite", source__model=checkpoint_copy).exit_code == 1
-    poison(checkpoint_copy, "model.norm.weight")
+    poison(checkpoint_copy, "model.layers.3.input_layernorm.weight")  # after three blocks
     assert build(artifact, "--overwrite", source__model=checkpoint_copy).exit_code == 1
     assert (artifact / "quantkit/manifest.json").read_bytes() == before
     verify_artifact(artifact)
@@ -552,8 +552,8 @@ def test_family_that_cannot_be_derived_is_reported_with_the_reason(
     change_config(checkpoint_copy, model_type="gpt2")
     message = read_error(build(tmp_path / "artifact", source__model=checkpoint_copy), 1)
     assert (
-        "model_type 'gpt2' has no table in quantkit, and none can be derived: expected layers that "
-        "are" in message
+        "model_type 'gpt2' has no table in quantkit, and none can be derived: transformer.h.0 has "
+        "no nn.Linear; its matrices are in Conv1D" in message
     )
 
 
