@@ -275,13 +275,13 @@ def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
 
     Raises CheckpointError.
     """
-    count, found = getattr(model.config, "num_hidden_layers", None), dict[str, nn.ModuleList]()
+    count, lists = getattr(model.config, "num_hidden_layers", None), dict[str, nn.ModuleList]()
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{x}.") for x in found):
-            found[name] = module
-    fitting = [(name, module) for name, module in found.items() if len(module) == count]
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{x}.") for x in lists):
+            lists[name] = module
+    fitting = [(name, module) for name, module in lists.items() if len(module) == count]
     if len(fitting) != 1:
-        lengths = ", ".join(str(len(module)) for module in found.values()) or "none"
+        lengths = ", ".join(str(len(module)) for module in lists.values()) or "none"
         raise CheckpointError(f"expected one list of {count} blocks, found lists of {lengths}")
     return fitting[0]
 
