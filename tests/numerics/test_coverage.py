@@ -24,6 +24,13 @@ def make_inputs(tokens: int, channels: int, seed: int = 0, rank: int | None = No
     return factors * torch.logspace(0, -2, rank or channels) @ mixing * sizes
 
 
+def size_one_channel(x: Tensor, share: float) -> Tensor:
+    """Return x [n, in] with the energy of channel 0 at `share` of the mean over channels."""
+    energy = x[:, 1:].square().sum() / x.shape[1]  # [n, in] -> []
+    x[:, 0] = (share * energy / len(x)).sqrt()
+    return x
+
+
 def make_gram(x: Tensor) -> Tensor:
     """Return the gram of x [n, in] as a build sums it."""
     gram = torch.zeros(x.shape[1], x.shape[1])
@@ -85,10 +92,20 @@ def test_share_is_between_0_and_1_and_rank_at_most_tokens_and_channels(
     assert bool(((shares >= 0) & (shares <= 1)).all())
     rank = coverage.compute_effective_rank(factor)
     assert 0 < rank <= min(tokens, channels)
-    # over calibration itself, weighted by energy, the shares have the mean d r / n
+    # over calibration itself, the energy outside is tr(C d (C + d I)^-1) = d r. The energy in all
+    # is tr(C), which is n unless a channel has less than the least energy.
     energy = (x.double() ** 2 / factor.energy.double()).sum(1)  # [tokens]
-    own = float((energy * coverage.compute_unspanned_shares(factor, x)).sum() / energy.sum())
-    assert own == pytest.approx(DAMPING * rank / channels, rel=1e-2)
+    outside = float((energy * coverage.compute_unspanned_shares(factor, x)).sum())
+    assert outside == pytest.approx(DAMPING * rank, rel=1e-2)
+
+
+def test_channel_below_the_least_energy_keeps_the_energy_outside() -> None:
+    x = size_one_channel(make_inputs(1, 29), share=0.5 * coverage.LEAST_ENERGY)
+    factor = make_factor(x)
+    energy = (x.double() ** 2 / factor.energy.double()).sum()
+    assert 28.1 < float(energy) < 28.9  # tr(C): the channel counts only in part
+    outside = float(energy * coverage.compute_unspanned_shares(factor, x)[0])
+    assert outside == pytest.approx(DAMPING * coverage.compute_effective_rank(factor), rel=1e-3)
 
 
 def test_gram_is_restored_bit_for_bit() -> None:
