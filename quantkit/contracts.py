@@ -13,7 +13,7 @@ import, is imported for types only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -207,7 +207,7 @@ class Block:
     all further tensors (norms, biases of routers); `fused` the sets that an engine fuses at load,
     which must share one decision. kind "mtp" is a multi-token-prediction block that transformers
     does not run. `renames`: modules of the block with another name in transformers,
-    ("block_sparse_moe", "mlp").
+    ("block_sparse_moe", "mlp"). `module`: the block's own name in transformers, if it is another.
     """
 
     name: str  # "model.layers.3"
@@ -218,15 +218,33 @@ class Block:
     fused: tuple[tuple[str, ...], ...]
     experts: Experts | None = None
     renames: tuple[tuple[str, str], ...] = ()
+    module: str = ""
+
+    @property
+    def path(self) -> str:
+        """The block's name in transformers' model."""
+        return self.module or self.name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelPart:
+    """A part of a model that text does not run through: an image or audio encoder, a projector.
+
+    Its tensors, by their names in the checkpoint, are copied bit for bit.
+    """
+
+    name: str  # "model.visual"
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Every tensor of a model in checkpoint order: embedding, blocks, final tensors, head.
+    """Every tensor of a model in checkpoint order: embedding, blocks, final tensors, head, parts.
 
     `final_tensors` are all others outside the blocks, in most models the final norm.
     `equal_lengths`: a batch must hold sequences of one length, because padding changes the states
-    of a shorter one.
+    of a shorter one. `parts`: what a wrapper holds besides its text model. `renames`: tensors
+    outside the blocks with another name in transformers.
     """
 
     embedding: Linear
@@ -234,6 +252,12 @@ class Layout:
     final_tensors: tuple[TensorSpec, ...]
     head: Linear | None  # None: tied to the embedding
     equal_lengths: bool = False
+    parts: tuple[ModelPart, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+
+    def get_path(self, name: str) -> str:
+        """Return a tensor's name in transformers' model; `name` is that in the checkpoint."""
+        return dict(self.renames).get(name, name)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -374,13 +398,16 @@ class Contents:
     """Contents of an artifact, for the format's entry in config.json.
 
     schemes: of each quantized linear; kept: the others; fp8: those of `kept` in FP8 blocks of
-    `fp8_block` by `fp8_block`.
+    `fp8_block` by `fp8_block`. parts: of a wrapper, the modules of each part that text does not run
+    through; text_prefixes: where its text model lies in the checkpoint and in transformers.
     """
 
     schemes: Mapping[str, Scheme]
     kept: Sequence[str]
     fp8: Sequence[str] = ()
     fp8_block: int | None = None
+    parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    text_prefixes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

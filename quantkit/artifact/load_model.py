@@ -67,7 +67,7 @@ def load_model(folder: str | Path, *, device: str | None = None, dtype: str | No
             f"dtype: expected {', '.join(DTYPES)}, found {dtype_name!r}; name one of them"
         )
     meta = make_meta_model(config, get_device(device_name), DTYPES[dtype_name])
-    layout = load_architecture(config).layout(config)
+    layout = load_architecture(config, checkpoint.specs).layout(config)
     if format_name == "bitsandbytes":
         model = build_packed_model(meta, layout, checkpoint, schemes)
     else:
@@ -152,11 +152,11 @@ def build_packed_model(
         experts = block.experts
         if experts and experts.linear(0, experts.gate) in schemes:
             routed = Experts4bit(experts, linears, ACT2FN[meta.config.hidden_act])
-            model.set_submodule(f"{block.name}.{get_layer_name(block, experts.module)}", routed)
+            model.set_submodule(f"{block.path}.{get_layer_name(block, experts.module)}", routed)
         for linear in block.linears:
             if linear.name in linears and linear.role != "routed_expert":
                 model.set_submodule(
-                    f"{block.name}.{get_layer_name(block, linear.name)}", linears[linear.name]
+                    f"{block.path}.{get_layer_name(block, linear.name)}", linears[linear.name]
                 )
     kind = codebook.import_bitsandbytes("nn").Linear4bit
     packed = {

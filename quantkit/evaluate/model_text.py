@@ -84,7 +84,7 @@ class ModelTextGenerator:
         if self._model is None:
             source, device = self._source, torch.device(self._compute.device)
             meta = make_meta_model(source.config, device, getattr(torch, self._compute.dtype))
-            layout = load_architecture(source.config).layout(source.config)
+            layout = load_architecture(source.config, source.specs).layout(source.config)
             try:
                 self._model = full_model.make_model(meta, layout, full_model.make_reader(source))
             except torch.OutOfMemoryError:

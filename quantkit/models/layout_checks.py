@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from quantkit.contracts import Absorber, Block, Config, HeadRows, Layout, Linear, LinearGroup
 from quantkit.errors import CheckpointError
 from quantkit.models import full_model, scaling
+from quantkit.models.hf_config import find_text_key
 from quantkit.models.inspect import make_refusal
 from quantkit.models.layers import (
     MetaModel,
@@ -65,8 +66,12 @@ class InputReaders:
 # ------------------------------------------------------------------------------- the small instance
 
 
-def reduce_config(config: Config, hf_config: Any) -> Config:
-    """Return the configuration with few heads, small widths, a small vocabulary and window."""
+def reduce_config(config: Config, meta_model: MetaModel) -> Config:
+    """Return the configuration with few heads, small widths, a small vocabulary and window.
+
+    That of a wrapper is the same but for its text model.
+    """
+    hf_config = meta_model.config
     heads, hidden = read_size(hf_config, "num_attention_heads") or 1, hf_config.hidden_size
     kv_heads = count_kv_heads(hf_config)
     width = read_size(hf_config, "head_dim") or hidden // heads
@@ -90,7 +95,12 @@ def reduce_config(config: Config, hf_config: Any) -> Config:
     }
     changes |= reduce_state_space(hf_config)
     tokens = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
-    return Config(values={**config.values, **changes, **tokens}, where=config.where)
+    key = find_text_key(meta_model.full_config)
+    if key is None:
+        return Config(values={**config.values, **changes, **tokens}, where=config.where)
+    whole = meta_model.full_config.to_dict()
+    values = {**whole, key: {**whole[key], **changes, **tokens}}
+    return Config(values=values, where=config.where)
 
 
 def reduce_state_space(hf_config: Any) -> dict[str, int]:
@@ -182,7 +192,7 @@ def select_outer_tensors(
     """Return the tensors outside the blocks by their names in transformers' model."""
     stored, name = full_model.name_head(meta_model, layout)
     names = [f"{layout.embedding.name}.weight", *(spec.name for spec in layout.final_tensors)]
-    return {**{x: tensors[x] for x in names}, name: tensors[stored]}
+    return {**{layout.get_path(x): tensors[x] for x in names}, name: tensors[stored]}
 
 
 def compute_logits(
