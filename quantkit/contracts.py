@@ -67,16 +67,27 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """The source's config.json with typed access; a wrong key raises CheckpointError."""
+    """The source's config.json with typed access; a wrong key raises CheckpointError.
+
+    `read_missing` returns the value of a key that config.json lacks, or None: transformers may read
+    it under another name, or have a default for it.
+    """
 
     values: Mapping[str, object]
     where: str = "config.json"
+    read_missing: Callable[[Config, str], object] | None = field(
+        default=None, compare=False, repr=False
+    )
+
+    def _read(self, key: str) -> object:
+        value = self.values.get(key)
+        return self.read_missing(self, key) if value is None and self.read_missing else value
 
     def integer(self, key: str, default: int | None = None) -> int:
         """Return the integer of `key`, from 0 to 2**31 - 1; `default` if the key is absent."""
-        value = self.values.get(key)
-        if value is None and default is not None:
+        if self.values.get(key) is None and default is not None:
             return default
+        value = self._read(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
             found = "nothing" if value is None else repr(value)[:80]
             raise CheckpointError(
@@ -97,9 +108,9 @@ class Config:
 
     def text(self, key: str, default: str | None = None) -> str:
         """Return the string of `key`; `default` if the key is absent."""
-        value = self.values.get(key)
-        if value is None and default is not None:
+        if self.values.get(key) is None and default is not None:
             return default
+        value = self._read(key)
         if not isinstance(value, str):
             found = "nothing" if value is None else repr(value)[:80]
             raise CheckpointError(f"{self.where}: {key}: expected a string, found {found}")

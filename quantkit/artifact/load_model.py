@@ -22,6 +22,7 @@ from quantkit import contracts, registry
 from quantkit.artifact.layout import GENERATION_CONFIG
 from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.checkpoint.hf_config import read_dtype
 from quantkit.contracts import Layout, Linear, Scheme
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats import bitsandbytes as nf4
@@ -59,9 +60,7 @@ def load_model(folder: str | Path, *, device: str | None = None, dtype: str | No
     format_name, schemes = read_schemes(manifest, checkpoint, path)
     config = checkpoint.config
     device_name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype_name = dtype or str(
-        config.values.get("dtype") or config.values.get("torch_dtype") or "bfloat16"
-    )
+    dtype_name = dtype or read_dtype(config)
     if dtype_name not in DTYPES:
         raise UsageError(
             f"dtype: expected {', '.join(DTYPES)}, found {dtype_name!r}; name one of them"

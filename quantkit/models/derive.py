@@ -14,11 +14,11 @@ import torch
 import transformers
 
 from quantkit import registry
+from quantkit.checkpoint.hf_config import has_language_model
 from quantkit.contracts import Architecture, Config, Layout
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.suggestions import format_unknown_name
 from quantkit.models import layout_checks
-from quantkit.models.hf_config import has_language_model
 from quantkit.models.inspect import (
     find_stored_names,
     inspect_layout,

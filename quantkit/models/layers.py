@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.contracts import Block, Config
-from quantkit.errors import CheckpointError
-from quantkit.io.files import make_config_error
-from quantkit.models.hf_config import (
+from quantkit.checkpoint.hf_config import (
     find_text_key,
     get_auto_class,
     get_text_config,
     hide_warnings,
     make_hf_config,
 )
+from quantkit.contracts import Block, Config
+from quantkit.errors import CheckpointError
+from quantkit.io.files import make_config_error
 from quantkit.models.modules import MatmulLinear, fill_computed_buffers
 from quantkit.models.outer_model import OuterModel, make_outer_model
 from quantkit.models.text_part import leave_out_parts

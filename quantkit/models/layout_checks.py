@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.checkpoint.hf_config import find_text_key
 from quantkit.contracts import Absorber, Block, Config, HeadRows, Layout, Linear, LinearGroup
 from quantkit.errors import CheckpointError
 from quantkit.models import full_model, scaling
-from quantkit.models.hf_config import find_text_key
 from quantkit.models.inspect import make_refusal
 from quantkit.models.layers import (
     MetaModel,
@@ -94,11 +94,13 @@ def reduce_config(config: Config, meta_model: MetaModel) -> Config:
         names[key]: value for key, value in sizes.items() if read_size(hf_config, key) is not None
     }
     changes |= reduce_state_space(hf_config)
-    tokens = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+    tokens: dict[str, int | None] = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
     key = find_text_key(meta_model.full_config)
     if key is None:
         return Config(values={**config.values, **changes, **tokens}, where=config.where)
     whole = meta_model.full_config.to_dict()
+    if hf_config.pad_token_id is not None:  # some wrappers put it in the place of images
+        tokens["pad_token_id"] = 0
     values = {**whole, key: {**whole[key], **changes, **tokens}}
     return Config(values=values, where=config.where)
 

@@ -96,7 +96,7 @@ def find_parts(
     converted: Collection[str],
     claimed: Collection[str],
 ) -> tuple[ModelPart, ...]:
-    """Return the parts of a checkpoint that are copied: those left out, and what transformers skips.
+    """Return the parts that are copied: those left out, and what transformers does not load.
 
     model: with all parts; named: stored name -> name in the model; claimed: stored names of the
     text model. transformers lists patterns of tensors that it does not load, such as multi-token

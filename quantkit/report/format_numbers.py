@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quantkit.artifact.fidelity_schema import Figure
 from quantkit.figures import NOT_FINITE, FigureDefinition, Reading, Style
+from quantkit.plan.plan_schema import PlanPart
 
 MISSING = "-"
+TEXT_ONLY = "calibration and figures use text only"
+"""What a plan and a report say about a model with parts that text does not run through."""
 
 
 def format_count(n: int | None) -> str:
@@ -22,6 +25,14 @@ def format_size(n_bytes: int) -> str:
         if n_bytes >= scale:
             return f"{n_bytes / scale:.2f} {unit}"
     return f"{n_bytes} B"
+
+
+def format_parts(parts: Sequence[PlanPart]) -> str:
+    """Return "model.visual (390 tensors, 1.34 GB), mtp (15 tensors, 210.00 MB)"."""
+    return ", ".join(
+        f"{part.name} ({format_count(part.tensors)} tensors, {format_size(part.bytes)})"
+        for part in parts
+    )
 
 
 def format_parameters(n: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
@@ -100,6 +101,41 @@ def decode_floats(value: Any) -> Any:
 def get_text_config(hf_config: Any) -> Any:
     """Return the configuration of the text model: nested in a wrapper's, else the whole."""
     return hf_config.get_text_config(decoder=True)
+
+
+def read_value(config: Config, key: str) -> object:
+    """Return the value that transformers reads for a key that config.json lacks, None if none.
+
+    It may be there under another name (`attribute_map`), belong to the text model of a wrapper, or
+    be a default of the config class. Raises CheckpointError if the class refuses the configuration.
+    """
+    model_type = config.values.get("model_type")
+    if not isinstance(model_type, str) or not has_language_model(model_type):
+        return None
+    value = getattr(get_text_config(make_hf_config(config)), key, None)
+    return value if isinstance(value, bool | int | float | str | list | dict) else None
+
+
+def make_text_config(config: Config) -> Config:
+    """Return the configuration of the text model with all keys, as transformers reads it.
+
+    That of a type that transformers does not know is returned unchanged.
+    """
+    model_type = config.values.get("model_type")
+    if not isinstance(model_type, str) or not has_language_model(model_type):
+        return config
+    text_config = get_text_config(make_hf_config(config))
+    values: dict[str, object] = text_config.to_dict()
+    names = text_config.attribute_map or {}
+    values |= {alias: values[name] for alias, name in names.items() if name in values}
+    return replace(config, values=values)
+
+
+def read_dtype(config: Config) -> str:
+    """Return the dtype of the model by its config.json: "bfloat16", "float32"."""
+    hf_config = make_hf_config(config)
+    dtype = get_text_config(hf_config).dtype or hf_config.dtype or "bfloat16"
+    return str(dtype).removeprefix("torch.")
 
 
 def find_text_key(hf_config: Any) -> str | None:
