@@ -255,7 +255,8 @@ class Layout:
     `final_tensors` are all others outside the blocks, in most models the final norm.
     `equal_lengths`: a batch must hold sequences of one length, because padding changes the states
     of a shorter one. `parts`: what a wrapper holds besides its text model. `renames`: tensors
-    outside the blocks with another name in transformers.
+    outside the blocks with another name in transformers. `eager_heads`: heads of an attention that
+    transformers only runs with a matrix of scores [heads, tokens, tokens] per sequence.
     """
 
     embedding: Linear
@@ -265,6 +266,7 @@ class Layout:
     equal_lengths: bool = False
     parts: tuple[ModelPart, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    eager_heads: int = 0
 
     def get_path(self, name: str) -> str:
         """Return a tensor's name in transformers' model; `name` is that in the checkpoint."""
@@ -292,6 +294,7 @@ class Architecture:
     derived: str | None = (
         None  # of a family without a table: how the layout was derived and checked
     )
+    classes: tuple[str, ...] = ()  # of a family without a table: its models in transformers
 
 
 # ------------------------------------------------------------------------------------- quantization

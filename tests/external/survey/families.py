@@ -114,7 +114,11 @@ MEDIA_SIZES: Mapping[str, Any] = {
 
 MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
 PARTIAL_MROPE = {**MROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
-GEMMA4 = {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2}
+GEMMA4 = {
+    "pad_token_id": 0,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 LFM2 = {"layer_types": ["conv", "full_attention"] * 2}
 DBRX_FFN = {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 128}
 
