@@ -126,9 +126,15 @@ NEMOTRON_H = {
     "moe_latent_size": None,
 }
 QWEN4_EXP = {
-    **{"hc_count": 2, "hc_lowrank": 32, "ple_layer_ids": [1], "ple_embed_dim": 32},
-    **{"indexer_n_heads": 4, "indexer_kv_heads": 2, "indexer_head_dim": 32},
-    **{"indexer_budget": 64, "indexer_compress_ratio": 8},
+    "hc_count": 2,
+    "hc_lowrank": 32,
+    "ple_layer_ids": [1],
+    "ple_embed_dim": 32,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 32,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 8,
 }
 LFM2 = {"layer_types": ["conv", "full_attention"] * 2}
 DBRX_FFN = {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 128}
