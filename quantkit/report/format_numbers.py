@@ -24,6 +24,12 @@ def format_size(n_bytes: int) -> str:
     return f"{n_bytes} B"
 
 
+def format_size_change(before: int, after: int) -> str:
+    """Format the sizes of source and artifact: "5.45 MB, 70 % of the source's 7.73 MB"."""
+    share = f"{100 * after / before:.0f} % of " if before else ""
+    return f"{format_size(after)}, {share}the source's {format_size(before)}"
+
+
 def format_parameters(n: int) -> str:
     """Return 671_026_404_352 as "671.03 B" (billions), 7_300_000 as "7.30 M"."""
     for scale, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
