@@ -13,7 +13,7 @@ import, is imported for types only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -67,16 +67,27 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """The source's config.json with typed access; a wrong key raises CheckpointError."""
+    """The source's config.json with typed access; a wrong key raises CheckpointError.
+
+    `read_missing` returns the value of a key that config.json lacks, or None: transformers may read
+    it under another name, or have a default for it.
+    """
 
     values: Mapping[str, object]
     where: str = "config.json"
+    read_missing: Callable[[Config, str], object] | None = field(
+        default=None, compare=False, repr=False
+    )
+
+    def _read(self, key: str) -> object:
+        value = self.values.get(key)
+        return self.read_missing(self, key) if value is None and self.read_missing else value
 
     def integer(self, key: str, default: int | None = None) -> int:
         """Return the integer of `key`, from 0 to 2**31 - 1; `default` if the key is absent."""
-        value = self.values.get(key)
-        if value is None and default is not None:
+        if self.values.get(key) is None and default is not None:
             return default
+        value = self._read(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
             found = "nothing" if value is None else repr(value)[:80]
             raise CheckpointError(
@@ -97,9 +108,9 @@ class Config:
 
     def text(self, key: str, default: str | None = None) -> str:
         """Return the string of `key`; `default` if the key is absent."""
-        value = self.values.get(key)
-        if value is None and default is not None:
+        if self.values.get(key) is None and default is not None:
             return default
+        value = self._read(key)
         if not isinstance(value, str):
             found = "nothing" if value is None else repr(value)[:80]
             raise CheckpointError(f"{self.where}: {key}: expected a string, found {found}")
@@ -207,7 +218,7 @@ class Block:
     all further tensors (norms, biases of routers); `fused` the sets that an engine fuses at load,
     which must share one decision. kind "mtp" is a multi-token-prediction block that transformers
     does not run. `renames`: modules of the block with another name in transformers,
-    ("block_sparse_moe", "mlp").
+    ("block_sparse_moe", "mlp"). `module`: the block's own name in transformers, if it is another.
     """
 
     name: str  # "model.layers.3"
@@ -218,15 +229,33 @@ class Block:
     fused: tuple[tuple[str, ...], ...]
     experts: Experts | None = None
     renames: tuple[tuple[str, str], ...] = ()
+    module: str = ""
+
+    @property
+    def path(self) -> str:
+        """The block's name in transformers' model."""
+        return self.module or self.name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelPart:
+    """A part of a model that text does not run through: an image or audio encoder, a projector.
+
+    Its tensors, by their names in the checkpoint, are copied bit for bit.
+    """
+
+    name: str  # "model.visual"
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Every tensor of a model in checkpoint order: embedding, blocks, final tensors, head.
+    """Every tensor of a model in checkpoint order: embedding, blocks, final tensors, head, parts.
 
     `final_tensors` are all others outside the blocks, in most models the final norm.
     `equal_lengths`: a batch must hold sequences of one length, because padding changes the states
-    of a shorter one.
+    of a shorter one. `parts`: what a wrapper holds besides its text model. `renames`: tensors
+    outside the blocks with another name in transformers.
     """
 
     embedding: Linear
@@ -234,6 +263,12 @@ class Layout:
     final_tensors: tuple[TensorSpec, ...]
     head: Linear | None  # None: tied to the embedding
     equal_lengths: bool = False
+    parts: tuple[ModelPart, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+
+    def get_path(self, name: str) -> str:
+        """Return a tensor's name in transformers' model; `name` is that in the checkpoint."""
+        return dict(self.renames).get(name, name)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -374,13 +409,16 @@ class Contents:
     """Contents of an artifact, for the format's entry in config.json.
 
     schemes: of each quantized linear; kept: the others; fp8: those of `kept` in FP8 blocks of
-    `fp8_block` by `fp8_block`.
+    `fp8_block` by `fp8_block`. parts: of a wrapper, the modules of each part that text does not run
+    through; text_prefixes: where its text model lies in the checkpoint and in transformers.
     """
 
     schemes: Mapping[str, Scheme]
     kept: Sequence[str]
     fp8: Sequence[str] = ()
     fp8_block: int | None = None
+    parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    text_prefixes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

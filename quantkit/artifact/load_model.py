@@ -22,6 +22,7 @@ from quantkit import contracts, registry
 from quantkit.artifact.layout import GENERATION_CONFIG
 from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.checkpoint.hf_config import read_dtype
 from quantkit.contracts import Layout, Linear, Scheme
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats import bitsandbytes as nf4
@@ -59,15 +60,13 @@ def load_model(folder: str | Path, *, device: str | None = None, dtype: str | No
     format_name, schemes = read_schemes(manifest, checkpoint, path)
     config = checkpoint.config
     device_name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype_name = dtype or str(
-        config.values.get("dtype") or config.values.get("torch_dtype") or "bfloat16"
-    )
+    dtype_name = dtype or read_dtype(config)
     if dtype_name not in DTYPES:
         raise UsageError(
             f"dtype: expected {', '.join(DTYPES)}, found {dtype_name!r}; name one of them"
         )
     meta = make_meta_model(config, get_device(device_name), DTYPES[dtype_name])
-    layout = load_architecture(config).layout(config)
+    layout = load_architecture(config, checkpoint.specs).layout(config)
     if format_name == "bitsandbytes":
         model = build_packed_model(meta, layout, checkpoint, schemes)
     else:
@@ -152,11 +151,11 @@ def build_packed_model(
         experts = block.experts
         if experts and experts.linear(0, experts.gate) in schemes:
             routed = Experts4bit(experts, linears, ACT2FN[meta.config.hidden_act])
-            model.set_submodule(f"{block.name}.{get_layer_name(block, experts.module)}", routed)
+            model.set_submodule(f"{block.path}.{get_layer_name(block, experts.module)}", routed)
         for linear in block.linears:
             if linear.name in linears and linear.role != "routed_expert":
                 model.set_submodule(
-                    f"{block.name}.{get_layer_name(block, linear.name)}", linears[linear.name]
+                    f"{block.path}.{get_layer_name(block, linear.name)}", linears[linear.name]
                 )
     kind = codebook.import_bitsandbytes("nn").Linear4bit
     packed = {

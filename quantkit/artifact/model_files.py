@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quantkit.artifact.layout import CONFIG, INDEX, RECIPE
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.contracts import Contents
+from quantkit.contracts import Contents, ModelPart
 from quantkit.formats.common.engine_names import LM_HEAD
 from quantkit.io.files import make_folder, write_atomic, write_json
 from quantkit.plan.plan import Plan
@@ -27,7 +27,20 @@ def make_config(plan: Plan) -> dict[str, object]:
     kept = [name for name, decision in plan.decisions.items() if decision.action == "keep"]
     fp8 = [name for name in kept if plan.decisions[name].keep == "fp8"]
     kept += [] if plan.layout.head else [LM_HEAD]
-    contents = Contents(schemes=plan.schemes, kept=kept, fp8=fp8, fp8_block=plan.kept.side)
+    parts = {part.name: list_modules(part) for part in plan.layout.parts}
+    prefixes = [
+        name.rsplit(".", 2)[0]
+        for block in plan.layout.blocks[:1]
+        for name in (block.name, block.path)
+    ]
+    contents = Contents(
+        schemes=plan.schemes,
+        kept=kept,
+        fp8=fp8,
+        fp8_block=plan.kept.side,
+        parts=parts,
+        text_prefixes=tuple(dict.fromkeys(prefixes)),
+    )
     entry = plan.format.quantization_config(contents) if contents.schemes else None
     if entry is not None:
         values["quantization_config"] = entry
@@ -36,6 +49,11 @@ def make_config(plan: Plan) -> dict[str, object]:
     if dropped or absent:
         values["num_nextn_predict_layers"] = 0  # otherwise engines look for the MTP tensors
     return values
+
+
+def list_modules(part: ModelPart) -> list[str]:
+    """Return the modules of a part's tensors."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in part.tensors))
 
 
 def list_mtp_blocks(plan: Plan) -> tuple[str, ...]:

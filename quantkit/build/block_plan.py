@@ -339,3 +339,9 @@ def final_read(plan: Plan) -> ReadRequest:
     head = (f"{plan.layout.head.name}.weight",) if plan.layout.head else ()
     names = tuple(spec.name for spec in plan.layout.final_tensors)
     return ReadRequest(name="final tensors", tensors=(*names, *head))
+
+
+def part_reads(plan: Plan) -> tuple[ReadRequest, ...]:
+    """Return the requests for the parts that are copied, tensor by tensor."""
+    names = (name for part in plan.layout.parts for name in part.tensors)
+    return tuple(ReadRequest(name=name, tensors=(name,)) for name in names)

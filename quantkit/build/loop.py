@@ -27,6 +27,7 @@ from quantkit.build.block_plan import (
     ReadRequest,
     embedding_read,
     final_read,
+    part_reads,
     plan_blocks,
 )
 from quantkit.build.context import BlockContext, BlockState, BuildContext, Reads
@@ -105,9 +106,10 @@ def build_blocks(
             progress.commit_step(writers, before, built.streams, folder, record)
             log_block(record)
             report(1.0)
-        if progress.done < total + 2:  # steps: the embedding, the blocks, and the final tensors
-            for name, tensor in reads.take(final_read(plans[0])).items():
-                build.write_kept(name, tensor)
+        if progress.done < total + 2:  # steps: the embedding, the blocks, and all other tensors
+            for request in (final_read(plans[0]), *part_reads(plans[0])):
+                for name, tensor in reads.take(request).items():
+                    build.write_kept(name, tensor)
             progress.commit_step(writers, built.streams, built.streams, folder)
     return built
 
@@ -214,7 +216,7 @@ def schedule_reads(
         is_resumed = wave is not None and len(steps) == progress.done
         done = (wave.searched, wave.quantized) if wave is not None and is_resumed else (0, 0)
         steps.append(list(block.iterate_reads(*done)))
-    steps.append([final_read(plan)])
+    steps.append([final_read(plan), *part_reads(plan)])
     return [request for step in steps[progress.done :] for request in step]
 
 

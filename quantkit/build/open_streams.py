@@ -55,7 +55,8 @@ def open_streams(build: BuildContext, texts: StreamTexts, folder: Path) -> Strea
     build.write_kept(weight, tensors[weight])
     streams: Streams = {}
     if stream_texts:
-        outer = load_outer_model(build.model, tensors)
+        named = {layout.get_path(name): tensor for name, tensor in tensors.items()}
+        outer = load_outer_model(build.model, named)
         for name, text in stream_texts.items():
             size = len(tensors[weight])
             streams[name] = open_stream(

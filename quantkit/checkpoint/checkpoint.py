@@ -34,6 +34,7 @@ from quantkit.checkpoint.fp8_pairs import (
 )
 from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.shards import Shards, leads_outside, open_shards
+from quantkit.checkpoint.source_config import make_source_config
 from quantkit.checkpoint.tensors import read_rows, read_tensor
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError
@@ -311,7 +312,7 @@ def read_config(folder: Path) -> Config:
         raise CheckpointError(
             f"{path}: expected a file inside the folder, found a link out of it; copy the file"
         )
-    return Config(values=read_json(path, infinite=True), where=str(path))
+    return make_source_config(read_json(path, infinite=True), str(path))
 
 
 def _is_finite(flat: Tensor) -> bool:

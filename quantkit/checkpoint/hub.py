@@ -44,6 +44,7 @@ from quantkit.checkpoint.fp8_pairs import (
 from quantkit.checkpoint.header import PREFIX_BYTES, Header, parse_header, parse_header_length
 from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.shards import check_single_set, find_index_faults, read_weight_map
+from quantkit.checkpoint.source_config import make_source_config
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, HubUnreachable, UsageError
 from quantkit.io.bounded_http import ResponseLimits
@@ -232,7 +233,8 @@ def _locate_local(model: str, revision: str | None) -> Path | None:
 def _fetch_headers(model: str, revision: str | None, reader: HubReader) -> ModelHeaders:
     commit = _fetch_commit(reader, model, revision)
     present = {file.path for file in reader.list_files(commit)}
-    config = Config(values=_fetch_json(reader, model, CONFIG, commit), where=f"{model}: {CONFIG}")
+    values = _fetch_json(reader, model, CONFIG, commit, infinite=True)
+    config = make_source_config(values, f"{model}: {CONFIG}")
     index: dict[str, str] | None = None
     if INDEX in present:
         index = read_weight_map(_fetch_json(reader, model, INDEX, commit), f"{model}: {INDEX}")
@@ -274,8 +276,11 @@ def _fetch_headers(model: str, revision: str | None, reader: HubReader) -> Model
     )
 
 
-def _fetch_json(reader: HubReader, model: str, name: str, commit: str) -> dict[str, object]:
-    return parse_json(reader.read_file(commit, name, JSON_LIMIT_BYTES), f"{model}: {name}")
+def _fetch_json(
+    reader: HubReader, model: str, name: str, commit: str, infinite: bool = False
+) -> dict[str, object]:
+    content = reader.read_file(commit, name, JSON_LIMIT_BYTES)
+    return parse_json(content, f"{model}: {name}", infinite=infinite)
 
 
 def _fetch_header(reader: HubReader, commit: str, file: str, where: str) -> Header:

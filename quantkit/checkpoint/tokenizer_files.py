@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 from quantkit.checkpoint.file_names import CONFIG
-from quantkit.io.files import is_file, make_config_error, read_json
+from quantkit.contracts import Config
+from quantkit.io.files import is_file, read_json
 
 _FILES = (
     CONFIG,
@@ -25,12 +25,15 @@ def check_tokenizer_files(folder: Path) -> None:
     """
     from transformers import CONFIG_MAPPING
 
-    contents = {name: read_json(folder / name) for name in _FILES if is_file(folder / name)}
-    values = {key: value for key, value in contents.get(CONFIG, {}).items() if key != "auto_map"}
+    from quantkit.checkpoint.hf_config import make_hf_config
+
+    contents = {
+        name: read_json(folder / name, infinite=name == CONFIG)
+        for name in _FILES
+        if is_file(folder / name)
+    }
+    values = contents.get(CONFIG, {})
     model_type = values.get("model_type")
     if not values or (isinstance(model_type, str) and model_type not in CONFIG_MAPPING):
         return  # a family that exists as code only, or none
-    try:
-        CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(values))
-    except Exception as fault:
-        raise make_config_error(folder / CONFIG, model_type, fault) from fault
+    make_hf_config(Config(values=values, where=str(folder / CONFIG)))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.file_names import GENERATION_CONFIG
+from quantkit.checkpoint.source_config import read_text_config
 from quantkit.errors import CalibrationError
 from quantkit.evaluate.decoding import decode
 from quantkit.evaluate.prompt_text import PromptRenderer
@@ -63,7 +64,9 @@ class ModelTextGenerator:
         """Sample a whole group as one batch and report the texts that are needed."""
         model = self._load()
         prompts = [self._encode(request) for request in group]
-        context = self._source.config.integer("max_position_embeddings", 2**31 - 1)
+        context = read_text_config(self._source.config).integer(
+            "max_position_embeddings", 2**31 - 1
+        )
         room = max(MIN_NEW_TOKENS, context // 4)
         prompts = [prompt[-max(1, context - room) :] for prompt in prompts]
         longest = max(map(len, prompts))
@@ -84,7 +87,7 @@ class ModelTextGenerator:
         if self._model is None:
             source, device = self._source, torch.device(self._compute.device)
             meta = make_meta_model(source.config, device, getattr(torch, self._compute.dtype))
-            layout = load_architecture(source.config).layout(source.config)
+            layout = load_architecture(source.config, source.specs).layout(source.config)
             try:
                 self._model = full_model.make_model(meta, layout, full_model.make_reader(source))
             except torch.OutOfMemoryError:
@@ -148,7 +151,11 @@ def collect_eos(source: Checkpoint, tokenizer: Any) -> frozenset[int]:
     config.
     """
     path = source.folder / GENERATION_CONFIG
-    values = [source.config.values, read_json(path) if is_file(path) else {}]
+    values = [
+        source.config.values,
+        read_text_config(source.config).values,
+        read_json(path) if is_file(path) else {},
+    ]
     tokens: list[object] = [tokenizer.eos_token_id]
     for value in (each.get("eos_token_id") for each in values):
         tokens += value if isinstance(value, list) else [value]

@@ -77,7 +77,8 @@ class LMHead:
         stored, name = full_model.name_head(skeleton, layout)
         tensors = checkpoint.read([*(spec.name for spec in layout.final_tensors), stored])
         weight = tensors.pop(stored)
-        self._outer = load_outer_model(skeleton, {**tensors, name: weight})
+        named = {layout.get_path(x): tensor for x, tensor in tensors.items()}
+        self._outer = load_outer_model(skeleton, {**named, name: weight})
         self._device, self._dtype = skeleton.device, skeleton.dtype
 
     def logits(self, hidden: Tensor) -> Tensor:

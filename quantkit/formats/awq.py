@@ -40,6 +40,12 @@ from quantkit.formats.common.engine_names import (
     make_patterns,
 )
 from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES
+from quantkit.formats.common.wrapper_names import (
+    add_prefixes,
+    get_prefix,
+    list_part_patterns,
+    make_relative,
+)
 from quantkit.numerics.bitpack import count_codes_per_run
 
 if TYPE_CHECKING:
@@ -191,16 +197,19 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
         raise UsageError(
             f"format awq: config.json has one group size, found {sizes}; use one for all rules"
         )
+    relative, prefix = make_relative(contents), get_prefix(contents)
+    quantized, part_patterns = list(relative.schemes), list_part_patterns(contents)
+    patterns = [f"{prefix}{x}" for x in make_patterns(quantized, relative.kept)]
     return {
         "quant_method": "awq",
         "bits": BITS,
         "group_size": sizes[0],
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": list_not_converted(list(contents.schemes), contents.kept),
-        "dynamic": {
-            f"-:{pattern}": {} for pattern in make_patterns(list(contents.schemes), contents.kept)
-        },
+        "modules_to_not_convert": add_prefixes(
+            list_not_converted(quantized, relative.kept), contents
+        ),
+        "dynamic": {f"-:{pattern}": {} for pattern in (*patterns, *part_patterns)},
     }
 
 

@@ -46,6 +46,7 @@ from quantkit.formats.common.checks import (
     require_bytes,
 )
 from quantkit.formats.common.engine_names import TRANSFORMERS, join_lines, list_parents
+from quantkit.formats.common.wrapper_names import add_prefixes, make_relative
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -235,6 +236,8 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
             f"found {len(schemes)} schemes; use one for all rules"
         )
     (scheme,) = schemes
+    relative = make_relative(contents)
+    skipped = add_prefixes(list_skipped(list(relative.schemes), relative.kept), contents)
     return {
         "quant_method": "bitsandbytes",
         "_load_in_4bit": True,
@@ -245,7 +248,7 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
         "bnb_4bit_use_double_quant": scheme.double_quant,
         "bnb_4bit_compute_dtype": scheme.source_dtype or "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": list_skipped(list(contents.schemes), contents.kept),
+        "llm_int8_skip_modules": skipped,
         "llm_int8_threshold": 6.0,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,

@@ -45,8 +45,9 @@ from quantkit.formats.common.checks import (
     parse_name_list,
     require_bytes,
 )
-from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, make_patterns
+from quantkit.formats.common.engine_names import LM_HEAD, SERVERS, TRANSFORMERS, make_patterns
 from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, check_zero_points
+from quantkit.formats.common.wrapper_names import get_prefix, list_part_patterns, make_relative
 from quantkit.numerics.bitpack import count_codes_per_run
 
 if TYPE_CHECKING:
@@ -218,6 +219,8 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
     Each group names its own format; the general one stays "pack-quantized", which SGLang checks for
     experts.
     """
+    part_patterns = [f"re:{pattern}" for pattern in list_part_patterns(contents)]
+    contents, prefix = make_relative(contents), get_prefix(contents)
     codes, every = list(contents.schemes), ["Linear"]
     blocks = set(contents.fp8)
     plain = [name for name in contents.kept if name not in blocks]
@@ -227,12 +230,16 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
     for kind, names in group_by_codes(contents.schemes):
         others = [*(contents.schemes.keys() - names), *contents.kept]
         groups.append(
-            make_packed_group(list_targets(others, names) if groups or fp8_is_rest else every, kind)
+            make_packed_group(
+                list_targets(others, names, prefix) if groups or fp8_is_rest else every, kind
+            )
         )
     if blocks:
         groups.append(
             make_fp8_group(
-                every if fp8_is_rest else hide_experts(list_targets([*codes, *plain], contents.fp8))
+                every
+                if fp8_is_rest
+                else hide_experts(list_targets([*codes, *plain], contents.fp8, prefix))
             )
         )
     return {
@@ -241,7 +248,7 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
-        "ignore": list_ignored([*codes, *contents.fp8], plain),
+        "ignore": [*list_ignored([*codes, *contents.fp8], plain, prefix), *part_patterns],
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
     }
 
@@ -285,9 +292,12 @@ def make_fp8_group(targets: Sequence[str]) -> dict[str, object]:
     }
 
 
-def list_targets(others: Sequence[str], modules: Sequence[str]) -> list[str]:
-    """Return expressions that match these modules, fused ones included, and none of the others."""
-    expressions = [f"re:{pattern}" for pattern in make_patterns(others, modules)]
+def list_targets(others: Sequence[str], modules: Sequence[str], prefix: str = "") -> list[str]:
+    """Return expressions that match these modules, fused ones included, and none of the others.
+
+    prefix: an expression of what may precede the names.
+    """
+    expressions = [f"re:{prefix}{pattern}" for pattern in make_patterns(others, modules)]
     has_routed = any(ROUTED in module for module in modules)
     return expressions if has_routed else hide_experts(expressions)
 
@@ -315,13 +325,17 @@ def make_weight_args(kind: IntegerCodes) -> dict[str, object]:
     }
 
 
-def list_ignored(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+def list_ignored(quantized: Sequence[str], kept: Sequence[str], prefix: str = "") -> list[str]:
     """Return the entries of `ignore`: plain names of single modules, "re:" and a pattern of others.
 
-    Engines look up "lm_head" by its plain name.
+    Engines look up "lm_head" by its plain name. prefix: an expression of what may precede the
+    names, which then are patterns.
     """
     plain = {f"{re.escape(name)}$": name for name in kept}
-    return [plain.get(pattern, f"re:{pattern}") for pattern in make_patterns(quantized, kept)]
+    patterns = make_patterns(quantized, kept)
+    if prefix:
+        return [*(x for x in kept if x == LM_HEAD), *(f"re:{prefix}{x}" for x in patterns)]
+    return [plain.get(pattern, f"re:{pattern}") for pattern in patterns]
 
 
 def read_shape(

@@ -7,15 +7,14 @@ the checks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
 import transformers
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantkit import registry
+from quantkit.checkpoint.hf_config import has_language_model
 from quantkit.contracts import Architecture, Config, Layout
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.suggestions import format_unknown_name
@@ -27,6 +26,7 @@ from quantkit.models.inspect import (
     make_refusal,
 )
 from quantkit.models.layers import MetaModel, make_meta_model
+from quantkit.models.text_part import find_parts, name_in_model, put_parts_back
 
 UNSUPPORTED: Mapping[str, str] = {
     "gpt_oss": "its experts are stored in MXFP4 with biases, gate and up interleaved and clamped, "
@@ -36,8 +36,10 @@ UNSUPPORTED: Mapping[str, str] = {
 """Model types that transformers supports and quantkit does not, with the reason and the remedy."""
 
 
-def derive_architecture(config: Config) -> Architecture:
+def derive_architecture(config: Config, names: Collection[str] = ()) -> Architecture:
     """Derive the architecture of a model type without a table.
+
+    names: those of the checkpoint's tensors, which say where a wrapper's text model lies.
 
     Raises UsageError if transformers does not know the type either, CheckpointError with the first
     check that fails.
@@ -45,7 +47,7 @@ def derive_architecture(config: Config) -> Architecture:
     model_type = config.text("model_type")
     if model_type in UNSUPPORTED:
         raise make_refusal(config, UNSUPPORTED[model_type])
-    if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not has_language_model(model_type):
         own = (
             ", and the code of a checkpoint (auto_map) is never run"
             if config.has("auto_map")
@@ -57,7 +59,7 @@ def derive_architecture(config: Config) -> Architecture:
             f"{unknown} transformers {transformers.__version__} has no language model of that type "
             f"to derive one from{own}"
         )
-    layout = derive_layout(config)
+    layout = derive_layout(config, names)
     description = describe_layout(model_type, layout)
     return Architecture(
         layout=lambda _config: layout,
@@ -68,17 +70,20 @@ def derive_architecture(config: Config) -> Architecture:
     )
 
 
-def derive_layout(config: Config) -> Layout:
+def derive_layout(config: Config, names: Collection[str]) -> Layout:
     """Return the layout of the real model with the groups found on the small instance."""
     meta_model = make_checked_model(config, config)
-    layout = inspect_layout(config, meta_model)
-    small_config = layout_checks.reduce_config(config, meta_model.config)
+    whole = put_parts_back(meta_model.model, meta_model.left_out)
+    named, converted = name_in_model(whole, names)
+    disk = {path: name for name, path in named.items() if name not in converted}
+    layout = inspect_layout(config, meta_model, disk)
+    small_config = layout_checks.reduce_config(config, meta_model)
     small_model = make_checked_model(config, small_config)
-    small = inspect_layout(config, small_model)
+    small = inspect_layout(config, small_model, disk)
     if list_tensor_names(small) != list_tensor_names(layout):
         raise make_refusal(config, "a small instance of it has other tensors")
-    names = find_stored_names(config, small_model)
-    tensors = layout_checks.make_random_tensors(small_model, names)
+    stored = find_stored_names(config, small_model, disk)
+    tensors = layout_checks.make_random_tensors(small_model, stored)
     runs_alone = layout_checks.check_logits(config, small_model, small, tensors)
     findings = layout_checks.inspect_blocks(config, small_model, small, tensors)
     blocks = tuple(
@@ -88,7 +93,11 @@ def derive_layout(config: Config) -> Layout:
         )
         for block, found in zip(layout.blocks, findings, strict=True)
     )
-    return replace(layout, blocks=blocks, equal_lengths=runs_alone)
+    try:
+        parts = find_parts(whole, meta_model.left_out, named, converted, list_tensors(layout))
+    except CheckpointError as fault:
+        raise CheckpointError(f"{config.where}: {fault}") from fault
+    return replace(layout, blocks=blocks, equal_lengths=runs_alone, parts=parts)
 
 
 def make_checked_model(config: Config, values: Config) -> MetaModel:
@@ -107,6 +116,13 @@ def list_tensor_names(layout: Layout) -> list[str]:
         *others,
         *(spec.name for spec in layout.final_tensors),
     ]
+
+
+def list_tensors(layout: Layout) -> frozenset[str]:
+    """Return the stored name of every tensor of the text model."""
+    linears = (f"{x.name}.{kind}" for x in layout.linears for kind in ("weight", "bias"))
+    others = (spec.name for block in layout.blocks for spec in block.others)
+    return frozenset((*linears, *others, *(spec.name for spec in layout.final_tensors)))
 
 
 def describe_layout(model_type: str, layout: Layout) -> str:

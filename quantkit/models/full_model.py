@@ -106,7 +106,10 @@ def cast_tensors(
         for name, tensor in tensors
     }
     stored, name = name_head(meta_model, layout)
-    state[name] = state[stored] if layout.head is None else state.pop(stored)
+    if layout.head is None:
+        state[name] = state[layout.get_path(stored)]
+    else:
+        state[name] = state.pop(stored)
     return state
 
 
@@ -126,12 +129,13 @@ def iterate_state_dict(
 
     Weights of the linears in `without` are left out: all routed experts of a block, or none.
     """
-    yield f"{layout.embedding.name}.weight", read(f"{layout.embedding.name}.weight")
+    embedding = f"{layout.embedding.name}.weight"
+    yield layout.get_path(embedding), read(embedding)
     for block in layout.blocks:
         if block.kind == "decoder":
             yield from iterate_block_state(block, read, without)
     for spec in layout.final_tensors:
-        yield spec.name, read(spec.name)
+        yield layout.get_path(spec.name), read(spec.name)
     if layout.head:
         yield f"{layout.head.name}.weight", read(f"{layout.head.name}.weight")
 
@@ -152,7 +156,7 @@ def iterate_block_state(
     names += [f"{linear.name}.weight" for linear in plain]
     names += [f"{linear.name}.bias" for linear in block.linears if linear.bias]
     for name in names:
-        yield f"{block.name}.{get_layer_name(block, name)}", read(name)
+        yield f"{block.path}.{get_layer_name(block, name)}", read(name)
     experts = block.experts
     if experts is None or experts.linear(0, experts.gate) in without:
         return
@@ -164,7 +168,7 @@ def iterate_block_state(
         torch.cat([read_weight(e, experts.gate), read_weight(e, experts.up)])
         for e in range(experts.count)
     ]
-    module = f"{block.name}.{get_layer_name(block, experts.module)}"
+    module = f"{block.path}.{get_layer_name(block, experts.module)}"
     yield f"{module}.gate_up_proj", torch.stack(gate_up)  # [experts, 2 * intermediate, hidden]
     yield (
         f"{module}.down_proj",

@@ -23,6 +23,7 @@ from quantkit.errors import CheckpointError
 from quantkit.formats.common.engine_names import FUSED_MODULES, LM_HEAD
 from quantkit.models.layers import MetaModel
 from quantkit.models.outer_model import find_layers, get_module_name
+from quantkit.models.text_part import find_relocation, find_text_root, relocate
 
 MAX_REASON_CHARS = 300
 """Longest reason in a message: transformers' errors can be long."""
@@ -42,11 +43,13 @@ def make_refusal(config: Config, reason: str) -> CheckpointError:
     )
 
 
-def inspect_layout(config: Config, meta_model: MetaModel) -> Layout:
+def inspect_layout(config: Config, meta_model: MetaModel, disk: Mapping[str, str] = {}) -> Layout:
     """Return the layout of transformers' model of `config`, with empty groups.
 
     Every tensor is claimed once, under its name in the checkpoint. Raises CheckpointError with the
     first module or tensor that has no place in it.
+
+    disk: the name in the checkpoint of tensors by their name in transformers, where it is known.
     """
     model = meta_model.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -54,7 +57,7 @@ def inspect_layout(config: Config, meta_model: MetaModel) -> Layout:
         found = f"{type(embedding).__name__} and {type(head).__name__}"
         raise make_refusal(config, f"expected an embedding and a linear head, found {found}")
     name, stack = find_layers(model)
-    stored = find_stored_names(config, meta_model)
+    stored = find_stored_names(config, meta_model, disk)
     blocks = tuple(
         inspect_block(config, f"{name}.{number}", layer, stored)
         for number, layer in enumerate(stack)
@@ -65,33 +68,36 @@ def inspect_layout(config: Config, meta_model: MetaModel) -> Layout:
         for tensor, spec in model.state_dict().items()
         if tensor not in ends.values() and not tensor.startswith(f"{name}.")
     }
-    if renamed := [x for x in (ends[embedding], *rest) if stored[x] != x]:
-        raise make_refusal(config, f"{renamed[0]} is stored as {stored[renamed[0]]}")
     vocabulary, hidden = embedding.weight.shape
     head_name = stored[ends[head]].removesuffix(".weight")
     return Layout(
         embedding=Linear(
-            name=ends[embedding].removesuffix(".weight"),
+            name=stored[ends[embedding]].removesuffix(".weight"),
             out_features=vocabulary,
             in_features=hidden,
             role="embedding",
         ),
         blocks=blocks,
         final_tensors=tuple(
-            TensorSpec(name=tensor, dtype="BF16", shape=tuple(spec.shape))
+            TensorSpec(name=stored[tensor], dtype="BF16", shape=tuple(spec.shape))
             for tensor, spec in rest.items()
         ),
         # its bias, if any, is a final tensor: a tied head may have one too
         head=None
         if is_head_tied(config, meta_model)
         else replace(make_linear(head_name, head, "head"), bias=False),
+        renames=tuple((stored[x], x) for x in (ends[embedding], *rest) if stored[x] != x),
     )
 
 
-def find_stored_names(config: Config, meta_model: MetaModel) -> dict[str, str]:
+def find_stored_names(
+    config: Config, meta_model: MetaModel, disk: Mapping[str, str] = {}
+) -> dict[str, str]:
     """Return the name in a checkpoint of each tensor, by its name in transformers' model.
 
-    Raises CheckpointError if transformers stores a tensor in another form, such as in parts.
+    It is that of `disk`; for other tensors of the text model that with which transformers saves it,
+    with the prefix of the tensors in `disk`. Raises CheckpointError if transformers stores a tensor
+    in another form, such as in parts.
     """
     tensors = meta_model.model.state_dict()
     written = revert_weight_conversion(meta_model.model, dict(tensors))
@@ -103,7 +109,13 @@ def find_stored_names(config: Config, meta_model: MetaModel) -> dict[str, str]:
                 f"transformers makes {name} from other tensors of the checkpoint; experts and "
                 "convolutions in parts need a table",
             )
-    return {name: stored[id(tensor)] for name, tensor in tensors.items()}
+    saved = {name: stored[id(tensor)] for name, tensor in tensors.items()}
+    layers, _ = find_layers(meta_model.model)
+    root = f"{find_text_root(meta_model.model)}."
+    known = next((x for x in saved if x.startswith(f"{layers}.") and x in disk), None)
+    prefixes = find_relocation(saved[known], disk[known]) if known else ("", "")
+    moved = {x: relocate(y, prefixes) if x.startswith(root) else y for x, y in saved.items()}
+    return {name: disk.get(name, other) for name, other in moved.items()}
 
 
 def is_head_tied(config: Config, meta_model: MetaModel) -> bool:
@@ -113,7 +125,7 @@ def is_head_tied(config: Config, meta_model: MetaModel) -> bool:
     """
     keys = getattr(meta_model.model, "_tied_weights_keys", None) or {}
     pairs = set(keys) if isinstance(keys, Mapping) else set(keys)
-    is_tied = bool(getattr(meta_model.config, "tie_word_embeddings", False))
+    is_tied = bool(getattr(meta_model.model.config, "tie_word_embeddings", False))
     if is_tied and len(pairs) != 1:
         raise make_refusal(
             config, f"expected only the head to be tied to the embedding, found {sorted(pairs)}"
@@ -134,14 +146,24 @@ def make_linear(name: str, linear: nn.Linear, role: Role) -> Linear:
     )
 
 
-def inspect_block(config: Config, name: str, layer: nn.Module, stored: Mapping[str, str]) -> Block:
+def name_block(path: str, layer: nn.Module, stored: Mapping[str, str]) -> str:
+    """Return the name in the checkpoint of a block, whose name in transformers is `path`."""
+    for tensor in layer.state_dict():
+        full = stored[f"{path}.{tensor}"]
+        if full.endswith(f".{tensor}"):
+            return full.removesuffix(f".{tensor}")
+    return path
+
+
+def inspect_block(config: Config, path: str, layer: nn.Module, stored: Mapping[str, str]) -> Block:
     """Return the layout of a block; raises CheckpointError for matrices other than linears.
 
-    stored: names in the checkpoint by names in transformers.
+    path: the block's name in transformers; stored: names in the checkpoint by those.
     """
+    name = name_block(path, layer, stored)
     modules = {
-        path: module
-        for path, module in layer.named_modules()
+        local: module
+        for local, module in layer.named_modules()
         if isinstance(module, nn.Linear) and is_linear_class(type(module))  # type: ignore[arg-type]  # a class is hashable
     }
     if not modules:
@@ -149,23 +171,21 @@ def inspect_block(config: Config, name: str, layer: nn.Module, stored: Mapping[s
         raise make_refusal(
             config, f"{name} has no nn.Linear; its matrices are in {', '.join(sorted(kinds))}"
         )
-    names = {path: stored[f"{name}.{path}.weight"].removesuffix(".weight") for path in modules}
-    linears = {
-        full: make_linear(full, modules[path], get_role(path)) for path, full in names.items()
-    }
-    claimed = {f"{path}.{kind}" for path in modules for kind in ("weight", "bias")}
+    names = {x: stored[f"{path}.{x}.weight"].removesuffix(".weight") for x in modules}
+    linears = {full: make_linear(full, modules[x], get_role(x)) for x, full in names.items()}
+    claimed = {f"{x}.{kind}" for x in modules for kind in ("weight", "bias")}
     state = layer.state_dict()
-    kept = {path: tensor for path, tensor in state.items() if path not in claimed}
+    kept = {x: tensor for x, tensor in state.items() if x not in claimed}
     check_kept_tensors(config, name, kept, sum(tensor.numel() for tensor in state.values()))
     others = [
-        TensorSpec(name=stored[f"{name}.{path}"], dtype="BF16", shape=tuple(tensor.shape))
-        for path, tensor in kept.items()
+        TensorSpec(name=stored[f"{path}.{x}"], dtype="BF16", shape=tuple(tensor.shape))
+        for x, tensor in kept.items()
     ]
     if outside := [
         x for x in (*linears, *(y.name for y in others)) if not x.startswith(f"{name}.")
     ]:
         raise make_refusal(config, f"{outside[0]} is stored outside {name}")
-    local = {path: full.removeprefix(f"{name}.") for path, full in names.items()}
+    stored_as = {x: full.removeprefix(f"{name}.") for x, full in names.items()}
     return Block(
         name=name,
         kind="decoder",
@@ -173,7 +193,8 @@ def inspect_block(config: Config, name: str, layer: nn.Module, stored: Mapping[s
         others=tuple(others),
         groups=(),
         fused=tuple(find_fused_sets(linears)),
-        renames=tuple((x, path) for path, x in local.items() if x != path),
+        renames=tuple((full, x) for x, full in stored_as.items() if full != x),
+        module=path if path != name else "",
     )
 
 

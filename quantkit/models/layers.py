@@ -13,40 +13,38 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from quantkit.checkpoint.hf_config import (
+    find_text_key,
+    get_auto_class,
+    get_text_config,
+    hide_warnings,
+    make_hf_config,
+)
 from quantkit.contracts import Block, Config
 from quantkit.errors import CheckpointError
 from quantkit.io.files import make_config_error
 from quantkit.models.modules import MatmulLinear, fill_computed_buffers
 from quantkit.models.outer_model import OuterModel, make_outer_model
-
-IGNORED_KEYS = frozenset({
-    "quantization_config",
-    "auto_map",
-    "attn_implementation",
-    "_attn_implementation",
-})
-"""Keys of config.json that say how someone ran the model, not what it is."""
-FLOAT_TAG = "__float__"
-"""transformers 5 writes an infinite number as {"__float__": "Infinity"}."""
+from quantkit.models.text_part import leave_out_parts
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetaModel:
     """A model without weights, and what its layers need to run; see `make_meta_model`."""
 
-    config: Any  # transformers PretrainedConfig
+    config: Any  # transformers PretrainedConfig of the text model
     model: Any  # transformers' causal language model on the meta device
+    full_config: Any  # of the wrapper, if the text model lies in one
     outer: OuterModel  # what the model gives its layers, in `dtype` on `device`
     device: torch.device
     dtype: torch.dtype
+    left_out: Mapping[str, nn.Module] = field(default_factory=dict)  # a wrapper's parts, by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,34 +84,26 @@ def make_meta_model(config: Config, device: torch.device, dtype: torch.dtype) ->
     No code of the checkpoint runs. Raises CheckpointError if transformers does not accept the
     config.
     """
-    model_type = config.text("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise CheckpointError(
-            f"{config.where}: model_type {model_type!r} is not part of this transformers release; "
-            "upgrade transformers"
-        )
-    values = {key: value for key, value in config.values.items() if key not in IGNORED_KEYS}
+    hf_config = make_hf_config(config)
     try:
-        # a copy: transformers writes into nested values
-        hf_config = CONFIG_MAPPING[model_type].from_dict(decode_floats(values))
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+        with torch.device("meta"), hide_warnings():
+            model = get_auto_class(hf_config).from_config(hf_config, dtype=dtype)
+        left_out = leave_out_parts(model) if find_text_key(model.config) else {}
         fill_computed_buffers(model, device)
         outer = make_outer_model(model.eval(), device, dtype)
     except CheckpointError as fault:
         raise CheckpointError(f"{config.where}: {fault}") from fault
     except Exception as fault:
-        raise make_config_error(config.where, model_type, fault) from fault
-    return MetaModel(config=hf_config, model=model, outer=outer, device=device, dtype=dtype)
-
-
-def decode_floats(value: Any) -> Any:
-    """Return a copy of a JSON value with transformers' {"__float__": "Infinity"} as numbers."""
-    if isinstance(value, Mapping):
-        if set(value) == {FLOAT_TAG} and value[FLOAT_TAG] in {"Infinity", "-Infinity"}:
-            return float(value[FLOAT_TAG])
-        return {key: decode_floats(part) for key, part in value.items()}
-    return [decode_floats(part) for part in value] if isinstance(value, list) else value
+        raise make_config_error(config.where, config.text("model_type"), fault) from fault
+    return MetaModel(
+        config=get_text_config(hf_config),
+        full_config=hf_config,
+        model=model,
+        outer=outer,
+        device=device,
+        dtype=dtype,
+        left_out=left_out,
+    )
 
 
 def cast_meta_model(meta_model: MetaModel, dtype: torch.dtype) -> MetaModel:
@@ -139,7 +129,7 @@ def make_decoder_layer(
     tensors: full names, without routed experts. Floating tensors are cast to the model's dtype,
     except buffers, which the family keeps in float32.
     """
-    layer: nn.Module = copy.deepcopy(meta_model.model.get_submodule(block.name))
+    layer: nn.Module = copy.deepcopy(meta_model.model.get_submodule(block.path))
     tap = None
     if block.experts:
         parent, _, leaf = get_layer_name(block, block.experts.module).rpartition(".")
@@ -157,7 +147,7 @@ def make_decoder_layer(
         for name, tensor in tensors.items()
     }
     load_tensors(layer, state, block.name)
-    return DecoderLayer(name=block.name, module=layer, tap=tap)
+    return DecoderLayer(name=block.path, module=layer, tap=tap)
 
 
 def load_tensors(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.checkpoint.hf_config import find_text_key
 from quantkit.contracts import Absorber, Block, Config, HeadRows, Layout, Linear, LinearGroup
 from quantkit.errors import CheckpointError
 from quantkit.models import full_model, scaling
@@ -65,8 +66,12 @@ class InputReaders:
 # ------------------------------------------------------------------------------- the small instance
 
 
-def reduce_config(config: Config, hf_config: Any) -> Config:
-    """Return the configuration with few heads, small widths, a small vocabulary and window."""
+def reduce_config(config: Config, meta_model: MetaModel) -> Config:
+    """Return the configuration with few heads, small widths, a small vocabulary and window.
+
+    That of a wrapper is the same but for its text model.
+    """
+    hf_config = meta_model.config
     heads, hidden = read_size(hf_config, "num_attention_heads") or 1, hf_config.hidden_size
     kv_heads = count_kv_heads(hf_config)
     width = read_size(hf_config, "head_dim") or hidden // heads
@@ -89,8 +94,15 @@ def reduce_config(config: Config, hf_config: Any) -> Config:
         names[key]: value for key, value in sizes.items() if read_size(hf_config, key) is not None
     }
     changes |= reduce_state_space(hf_config)
-    tokens = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
-    return Config(values={**config.values, **changes, **tokens}, where=config.where)
+    tokens: dict[str, int | None] = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+    key = find_text_key(meta_model.full_config)
+    if key is None:
+        return Config(values={**config.values, **changes, **tokens}, where=config.where)
+    whole = meta_model.full_config.to_dict()
+    if hf_config.pad_token_id is not None:  # some wrappers put it in the place of images
+        tokens["pad_token_id"] = 0
+    values = {**whole, key: {**whole[key], **changes, **tokens}}
+    return Config(values=values, where=config.where)
 
 
 def reduce_state_space(hf_config: Any) -> dict[str, int]:
@@ -182,7 +194,7 @@ def select_outer_tensors(
     """Return the tensors outside the blocks by their names in transformers' model."""
     stored, name = full_model.name_head(meta_model, layout)
     names = [f"{layout.embedding.name}.weight", *(spec.name for spec in layout.final_tensors)]
-    return {**{x: tensors[x] for x in names}, name: tensors[stored]}
+    return {**{layout.get_path(x): tensors[x] for x in names}, name: tensors[stored]}
 
 
 def compute_logits(

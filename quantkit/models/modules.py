@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization
+from transformers import PreTrainedModel, initialization
 
 from quantkit.errors import CheckpointError
 from quantkit.numerics import matmul
@@ -57,10 +57,16 @@ def fill_computed_buffers(model: Any, device: torch.device) -> None:
     around = dict.fromkeys(prefix for path, _ in owners for prefix in list_prefixes(path))
     with torch.no_grad(), initialization.guard_torch_init_functions():
         for path in sorted(around, key=len, reverse=True):  # inner modules first
-            model.base_model._init_weights(model.get_submodule(path))
+            get_owner(model, path)._init_weights(model.get_submodule(path))
     for path, name in owners:
         if is_unset(getattr(model.get_submodule(path), name)):
             raise CheckpointError(f"transformers does not compute the buffer {path}.{name}")
+
+
+def get_owner(model: Any, path: str) -> Any:
+    """Return the innermost model of transformers around a module, whose class initializes it."""
+    modules = (model.get_submodule(prefix) for prefix in reversed(list_prefixes(path)))
+    return next((x for x in modules if isinstance(x, PreTrainedModel)), model.base_model)
 
 
 def list_prefixes(path: str) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import CheckpointError
-from quantkit.models.modules import MatmulLinear, freeze
+from quantkit.models.modules import MatmulLinear, freeze, list_prefixes
 
 MAX_KEPT_BYTES = 1 << 26
 """Recorded arguments that are kept for the next layer; the largest are masks [n, 1, t, t]."""
@@ -273,17 +273,31 @@ def make_outer_model(
 def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
     """Return name and list of a model's layers: the only outermost list with as many modules.
 
-    Raises CheckpointError.
+    The nearest module around the embedding that has such a list counts: an encoder of images may
+    have as many layers. Raises CheckpointError.
     """
-    count, lists = getattr(model.config, "num_hidden_layers", None), dict[str, nn.ModuleList]()
-    for name, module in model.named_modules():
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    embedding = get_module_name(model, model.get_input_embeddings())
+    lists = dict[str, nn.ModuleList]()
+    for scope in reversed(list_prefixes(embedding)[:-1]):
+        lists = find_lists(model, scope)
+        fitting = [(name, module) for name, module in lists.items() if len(module) == count]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            break
+    lengths = ", ".join(str(len(module)) for module in lists.values()) or "none"
+    raise CheckpointError(f"expected one list of {count} blocks, found lists of {lengths}")
+
+
+def find_lists(model: Any, scope: str) -> dict[str, nn.ModuleList]:
+    """Return the outermost lists of modules inside a module of `model`, by their full names."""
+    lists = dict[str, nn.ModuleList]()
+    for local, module in model.get_submodule(scope).named_modules():
+        name = f"{scope}.{local}" if scope else local
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{x}.") for x in lists):
             lists[name] = module
-    fitting = [(name, module) for name, module in lists.items() if len(module) == count]
-    if len(fitting) != 1:
-        lengths = ", ".join(str(len(module)) for module in lists.values()) or "none"
-        raise CheckpointError(f"expected one list of {count} blocks, found lists of {lengths}")
-    return fitting[0]
+    return lists
 
 
 def get_module_name(model: Any, module: nn.Module) -> str:

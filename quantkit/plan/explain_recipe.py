@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantkit import registry
+from quantkit.checkpoint.source_config import read_text_config
 from quantkit.plan.decisions import Decision
 from quantkit.plan.match_checkpoint import MatchedLayout
 from quantkit.plan.plan import SourceFacts
@@ -186,7 +187,7 @@ def choose_texts(model: str, source: SourceFacts, parameters: int) -> tuple[Sect
         )
     small = parameters < SMALL_MODEL
     length, why = (512 if small else 2048), "below a billion" if small else "a billion or more"
-    limit = source.config.integer("max_position_embeddings", 0)
+    limit = read_text_config(source.config).integer("max_position_embeddings", 0)
     if 0 < limit < length:
         length, why_length = limit, "the model's context"
     else:

@@ -131,7 +131,8 @@ def match_layout(
     dropped = tuple(
         name for name in specs if any(fnmatchcase(name, glob) for glob in architecture.dropped)
     )
-    faults = find_mismatches(expected, specs, dropped)
+    copied = [name for part in layout.parts for name in part.tensors]
+    faults = find_mismatches(expected, specs, {*dropped, *copied})
     if faults:
         more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
         raise CheckpointError(
@@ -145,7 +146,7 @@ def match_layout(
     return MatchedLayout(
         architecture=architecture,
         layout=layout,
-        specs={name: specs[name] for name in expected},
+        specs={name: specs[name] for name in (*expected, *copied)},
         dropped=dropped,
         warnings=(*warnings, *(format_absent_mtp(block) for block in absent)),
     )

@@ -78,7 +78,9 @@ def list_output_tensors(
     for block in layout.blocks:
         tensors += list_block_tensors(block, decisions, kept, output)
     tensors += [make_kept_spec(kept.specs[spec.name]) for spec in layout.final_tensors]
-    return tensors + ([*kept.weight(decisions[layout.head.name])] if layout.head else [])
+    tensors += [*kept.weight(decisions[layout.head.name])] if layout.head else []
+    copied = (name for part in layout.parts for name in part.tensors)
+    return tensors + [make_kept_spec(kept.specs[name]) for name in copied]
 
 
 def split_into_shards(tensors: Sequence[TensorSpec], limit_bytes: int) -> tuple[Shard, ...]:

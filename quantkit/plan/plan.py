@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -174,8 +174,10 @@ def needs_calibration(decisions: Mapping[str, Decision]) -> bool:
     return any(registry.get_method(name).needs_stats for name in used)
 
 
-def load_architecture(config: Config) -> Architecture:
+def load_architecture(config: Config, names: Collection[str] = ()) -> Architecture:
     """Return the architecture of a model type: a table of quantkit, or derived from transformers.
+
+    names: those of the checkpoint's tensors; without them those that transformers saves.
 
     Raises UsageError for an unknown model type, CheckpointError if no table can be derived.
     """
@@ -186,7 +188,7 @@ def load_architecture(config: Config) -> Architecture:
         derive,
     )  # imports transformers: seconds that a plan with a table saves
 
-    return derive.derive_architecture(config)
+    return derive.derive_architecture(config, names)
 
 
 def match_source(source: SourceFacts) -> MatchedLayout:
@@ -195,7 +197,8 @@ def match_source(source: SourceFacts) -> MatchedLayout:
     Takes seconds for a family without a table. Raises like `load_architecture`, and CheckpointError
     if the tensors do not match the architecture.
     """
-    return match_layout(load_architecture(source.config), source.config, source.specs, source.where)
+    architecture = load_architecture(source.config, source.specs or ())
+    return match_layout(architecture, source.config, source.specs, source.where)
 
 
 def resolve_rules(recipe: Recipe, architecture: Architecture) -> tuple[Rule, ...]:

@@ -48,6 +48,15 @@ class PlanMemory(BaseModel):
     experts_per_wave: int | None = None
 
 
+class PlanPart(BaseModel):
+    """A part of the model that text does not run through; it is copied bit for bit."""
+
+    model_config = FROZEN
+    name: str
+    tensors: int
+    bytes: int
+
+
 class PlanShard(BaseModel):
     """One output file."""
 
@@ -85,6 +94,7 @@ class PlanSummary(BaseModel):
     totals: PlanTotals
     memory: PlanMemory
     shards: tuple[PlanShard, ...]
+    copied: tuple[PlanPart, ...] = ()  # parts of a wrapper besides its text model
     texts: tuple[PlanText, ...] = ()
     sampled: tuple[str, ...] = ()  # a sentence per text that the model samples itself
     warnings: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from typing import Literal
 
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.checkpoint.source_config import read_text_config
 from quantkit.contracts import Config, Layout
 from quantkit.io import package_data
 from quantkit.plan.memory import BASE_BYTES, WHOLE_MODEL_COPIES
@@ -219,6 +220,7 @@ def count_cached_values(config: Config) -> int:
 
     For MLA these are the expanded heads.
     """
+    config = read_text_config(config)
     heads = config.integer("num_attention_heads", 1)
     if config.has("kv_lora_rank"):
         names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")

@@ -10,6 +10,7 @@ from quantkit.plan.match_checkpoint import read_fp8_block_size
 from quantkit.plan.plan import Plan
 from quantkit.plan.plan_schema import (
     PlanMemory,
+    PlanPart,
     PlanRule,
     PlanShard,
     PlanSource,
@@ -52,6 +53,7 @@ def summarize_plan(plan: Plan, sampled: Sequence[str] = ()) -> PlanSummary:
         shards=tuple(
             PlanShard(file=s.file, tensors=len(s.tensors), bytes=s.n_bytes) for s in plan.shards
         ),
+        copied=summarize_copied(plan),
         texts=plan.texts,
         sampled=tuple(sampled),
         warnings=(*plan.warnings, *find_size_warnings(plan)),
@@ -72,6 +74,14 @@ def summarize_source(plan: Plan) -> PlanSource:
         read_from="the published config; sizes are computed, no header was read"
         if plan.assumed
         else "headers",
+    )
+
+
+def summarize_copied(plan: Plan) -> tuple[PlanPart, ...]:
+    """Return the parts of a wrapper that are copied, with the bytes of their tensors."""
+    return tuple(
+        PlanPart(name=part.name, tensors=len(part.tensors), bytes=plan.source_bytes(part.tensors))
+        for part in plan.layout.parts
     )
 
 

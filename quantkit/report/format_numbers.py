@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quantkit.artifact.fidelity_schema import Figure
 from quantkit.figures import NOT_FINITE, FigureDefinition, Reading, Style
+from quantkit.plan.plan_schema import PlanPart
 
 MISSING = "-"
+TEXT_ONLY = "calibration and figures use text only"
+"""What a plan and a report say about a model with parts that text does not run through."""
 
 
 def format_count(n: int | None) -> str:
@@ -28,6 +31,14 @@ def format_size_change(before: int, after: int) -> str:
     """Format the sizes of source and artifact: "5.45 MB, 70 % of the source's 7.73 MB"."""
     share = f"{100 * after / before:.0f} % of " if before else ""
     return f"{format_size(after)}, {share}the source's {format_size(before)}"
+
+
+def format_parts(parts: Sequence[PlanPart]) -> str:
+    """Return "model.visual (390 tensors, 1.34 GB), mtp (15 tensors, 210.00 MB)"."""
+    return ", ".join(
+        f"{part.name} ({format_count(part.tensors)} tensors, {format_size(part.bytes)})"
+        for part in parts
+    )
 
 
 def format_parameters(n: int) -> str:

@@ -30,8 +30,10 @@ from quantkit.plan.summary import (
     format_kept_dtype,
     format_scheme,
     format_source_dtype,
+    summarize_copied,
     summarize_rules,
 )
+from quantkit.report.format_numbers import TEXT_ONLY, format_parts
 from quantkit.texts.corpora import CorpusSet
 from quantkit.texts.tokens import Tokens
 
@@ -116,12 +118,21 @@ def summarize_artifact(plan: Plan) -> fidelity_schema.ArtifactSummary:
         serving=tuple(iterate_serving_commands(plan, unsupported, unfused)),
         notes=(
             *plan.architecture.serving_notes,
+            *make_parts_notes(plan),
             *((UNFUSED_NOTE,) if unfused else ()),
             *(f"Not for {engine}: {reason}." for engine, reason in unsupported.items()),
             *make_fp8_notes(plan),
         ),
         tags=(plan.format_name.replace("_", "-"), f"{plan.recipe.quantize.bits}-bit"),
     )
+
+
+def make_parts_notes(plan: Plan) -> tuple[str, ...]:
+    """Return the note on the parts of a wrapper that text does not run through."""
+    parts = summarize_copied(plan)
+    if not parts:
+        return ()
+    return (f"Copied bit for bit: {format_parts(parts)}; {TEXT_ONLY}.",)
 
 
 def iterate_serving_commands(

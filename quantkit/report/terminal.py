@@ -202,6 +202,10 @@ def render_plan(plan: PlanSummary) -> Group:
     if source.code:
         code = f"code carried over, not run: {', '.join(source.code)}"
         head.append("\n" + strip_control_characters(code), style="not bold")
+    if plan.copied:
+        parts = format_numbers.format_parts(plan.copied)
+        copied = f"copied bit for bit: {parts}; {format_numbers.TEXT_ONLY}"
+        head.append("\n" + strip_control_characters(copied), style="not bold")
     for text in plan.sampled:
         head.append("\n" + strip_control_characters(text), style="not bold")
     fits = memory.peak <= memory.budget

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from quantkit import registry
 from quantkit.checkpoint.file_names import CONFIG
-from quantkit.contracts import Config
+from quantkit.checkpoint.source_config import make_source_config
 from quantkit.errors import ArtifactError, CheckpointError, QuantkitError
 from quantkit.formats.common.checks import IntegerCodes, Loader, Treatment, group_by_codes
 from quantkit.formats.common.engine_names import LM_HEAD, expand_fused_names
@@ -130,7 +130,7 @@ def find_model_faults(
     plain = {key: value for key, value in values.items() if key != "quantization_config"}
     if fault := find_size_fault(plain, len(contents.logical)):
         return [fault], None
-    config = Config(values=plain, where=CONFIG)
+    config = make_source_config(plain, CONFIG)
     try:
         model_type = config.text("model_type")
         if model_type not in registry.list_names("architectures"):

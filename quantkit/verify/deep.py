@@ -155,6 +155,7 @@ def find_tensor_name_faults(pair: SourcePair) -> Iterator[str]:
         ),
         *(spec.name for block in blocks for spec in block.others),
         *(spec.name for spec in pair.layout.final_tensors),
+        *(name for part in pair.layout.parts for name in part.tensors),
         *(f"{x.name}.weight" for x in (pair.layout.embedding, pair.layout.head) if x),
     }
     stored = {*pair.stored.specs, *(f"{module}.weight" for module in pair.schemes)}

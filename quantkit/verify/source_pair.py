@@ -214,7 +214,9 @@ def open_pair(path: Path, source: str | None) -> SourcePair:
         format=registry.get_format(str(name)) if schemes else None,
         stored=Checkpoint.open(path),
         source=source_checkpoint,
-        layout=load_architecture(source_checkpoint.config).layout(source_checkpoint.config),
+        layout=load_architecture(source_checkpoint.config, source_checkpoint.specs).layout(
+            source_checkpoint.config
+        ),
         modules=modules,
         schemes=schemes,
         blocks=blocks,

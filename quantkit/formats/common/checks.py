@@ -105,9 +105,10 @@ class FormatChecks:
 
 
 _PLAIN = re.compile(
-    r"(?:[\w.\-]|\\[.\-]|\((?:[\w.]+\|)+[\w.]+\)|exp\[e\]rts)*(?:\(\\\.\.\*\)\?)?\$?"
+    r"(?:\(\.\*\\\.\)\?)?(?:[\w.\-]|\\[.\-]|\((?:[\w.]+\|)+[\w.]+\)|exp\[e\]rts)*(?:\(\\\.\.\*\)\?)?\$?"
 )
-"""Names with escapes, alternatives in one group, and "everything below": no nested repetition."""
+"""Names with escapes, alternatives in one group, "any prefix" and "everything below": no nested
+repetition."""
 
 
 def check_pattern(text: str, key: str) -> str:

@@ -38,6 +38,13 @@ from quantkit.formats.common.engine_names import (
     split_layer,
 )
 from quantkit.formats.common.packed import SCALE_DTYPES
+from quantkit.formats.common.wrapper_names import (
+    get_prefix,
+    is_wrapper,
+    list_full_names,
+    list_part_patterns,
+    make_relative,
+)
 from quantkit.numerics.bitpack import count_codes_per_run
 
 if TYPE_CHECKING:
@@ -132,12 +139,15 @@ def make_quantization_config(contents: Contents, format_name: str) -> dict[str, 
     The most frequent scheme is the general one; the others are rules of `dynamic`, which
     transformers ignores. `format_name` is the value of checkpoint_format.
     """
+    part_patterns = list_part_patterns(contents)
+    whole, contents, prefix = contents, make_relative(contents), get_prefix(contents)
     (general, _), *others = group_by_codes(contents.schemes)
     overrides = {
-        f"+:{pattern}": make_codes_config(codes)
+        f"+:{prefix}{pattern}": make_codes_config(codes)
         for codes, names in others
         for pattern in make_patterns([*(contents.schemes.keys() - names), *contents.kept], names)
     }
+    kept = [f"{prefix}{x}" for x in make_patterns(list(contents.schemes), contents.kept)]
     return {
         "quant_method": "gptq",
         **make_codes_config(general),
@@ -146,21 +156,29 @@ def make_quantization_config(contents: Contents, format_name: str) -> dict[str, 
         "pack_dtype": "int32",
         "lm_head": False,
         "dynamic": {
-            **{
-                f"-:{pattern}": {}
-                for pattern in make_patterns(list(contents.schemes), contents.kept)
-            },
+            **{f"-:{pattern}": {} for pattern in (*kept, *part_patterns)},
             **overrides,
         },
-        "modules_in_block_to_quantize": [
-            list_quantized_suffixes(list(contents.schemes), contents.kept)
-        ],
+        "modules_in_block_to_quantize": [list_module_suffixes(whole, contents)],
     }
 
 
 def make_codes_config(codes: IntegerCodes) -> dict[str, object]:
     """Return codes under the keys of GPTQ's config."""
     return {"bits": codes.bits, "group_size": codes.group_size, "sym": codes.symmetric}
+
+
+def list_module_suffixes(whole: Contents, relative: Contents) -> list[str]:
+    """Return the entries that select quantized modules, in a wrapper with names for each engine.
+
+    relative: the same contents with the names of `wrapper_names.make_relative`.
+    """
+    others = [module for modules in whole.parts.values() for module in modules]
+    entries = list_quantized_suffixes(list(relative.schemes), [*relative.kept, *others])
+    if not is_wrapper(whole):
+        return entries
+    names = [list_full_names(x, whole) if x in relative.schemes else [x] for x in entries]
+    return [name for forms in names for name in forms]
 
 
 def list_quantized_suffixes(quantized: Sequence[str], kept: Sequence[str]) -> list[str]:

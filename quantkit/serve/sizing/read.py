@@ -15,6 +15,7 @@ from quantkit import registry
 from quantkit.checkpoint.file_names import CONFIG, INDEX, SINGLE
 from quantkit.checkpoint.fp8_pairs import get_scale_suffix, select_logical_specs
 from quantkit.checkpoint.shards import open_shards
+from quantkit.checkpoint.source_config import make_source_config
 from quantkit.contracts import Config, Scheme, TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.io.files import read_json
@@ -73,7 +74,8 @@ def read_model(target: str, width: Width | None = None) -> Model:
 
 def read_stored_model(folder: Path) -> Model:
     """Read the model whose weights are in a folder, from their headers: exact bytes."""
-    config = Config(values=read_json(folder / CONFIG, infinite=True), where=str(folder / CONFIG))
+    values = read_json(folder / CONFIG, infinite=True)
+    config = make_source_config(values, str(folder / CONFIG))
     shards = open_shards(folder)
     scheme, name = describe_scheme(config, shards.specs), folder.resolve().name
     if not has_architecture(config):
@@ -95,7 +97,7 @@ def read_stored_model(folder: Path) -> Model:
 def read_config_model(path: Path) -> Model:
     """Read the model that a config.json describes; UsageError for a damaged or other file."""
     try:
-        config = Config(values=read_json(path, UsageError), where=str(path))
+        config = make_source_config(read_json(path, UsageError, infinite=True), str(path))
         return plan_from_config(config, str(path))
     except CheckpointError as fault:  # the user named this file, not a checkpoint
         raise UsageError(str(fault)) from fault
@@ -215,9 +217,8 @@ def read_source_facts(recipe: Recipe) -> SourceFacts:
     model, revision = recipe.source.model, recipe.source.revision
     folder = locate_model(model) if model.startswith(BUILTIN_PREFIX) else Path(model)
     if folder.is_dir():
-        config = Config(
-            values=read_json(folder / CONFIG, infinite=True), where=str(folder / CONFIG)
-        )
+        values = read_json(folder / CONFIG, infinite=True)
+        config = make_source_config(values, str(folder / CONFIG))
         specs = select_logical_specs(open_shards(folder).specs, get_scale_suffix(config))
         return SourceFacts(
             model=model,

@@ -215,6 +215,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"attention_bias": True, "partial_rotary_factor": 0.5, "use_qk_norm": False},
     ),
     "qwen2_moe:1.5": ("qwen2_moe", {"decoder_sparse_step": 1}),
+    "gemma4:31b": ("gemma4", {"text_config": {**GEMMA4, "hidden_size_per_layer_input": 0}}),
     "nemotron:mini": ("nemotron", {"partial_rotary_factor": 0.5}),
 }
 """Name in the survey -> model type and the values of published models that the defaults lack."""

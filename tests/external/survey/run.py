@@ -69,7 +69,7 @@ def run_command(arguments: Sequence[str]) -> tuple[int, str]:
     done = CliRunner().invoke(quantkit_command, list(arguments))
     output = " ".join(done.output.split())
     if done.exception is not None and not isinstance(done.exception, SystemExit):
-        output += "".join(traceback.format_exception(done.exception))[-MAX_MESSAGE:]
+        output += "Traceback: " + "".join(traceback.format_exception(done.exception))[-MAX_MESSAGE:]
     return done.exit_code, output
 
 

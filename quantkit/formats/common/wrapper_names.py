@@ -1,0 +1,94 @@
+"""Names of modules in a wrapper, such as a vision-language model, as engines know them.
+
+The text model of one checkpoint lies at `language_model.model`, `model.language_model` or `model`,
+in transformers under another of these names, and in vLLM and SGLang under `language_model.model`.
+Entries of quantization_config therefore name modules of the text model from its layers on, after
+any prefix. Each other part ("visual", "vision_tower", "multi_modal_projector", "mtp") keeps its
+name in transformers, vLLM and SGLang, after one prefix or another, and is named by it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from quantkit.contracts import Contents
+from quantkit.formats.common.engine_names import LM_HEAD, list_parents
+
+ANY_PREFIX = r"(.*\.)?"
+"""In front of an expression: it matches a name, or the end of a name after a dot."""
+ENGINE_PREFIX = "language_model.model"
+"""Where vLLM and SGLang have the text model of a wrapper."""
+
+
+def is_wrapper(contents: Contents) -> bool:
+    """Return whether an artifact holds parts that text does not run through."""
+    return bool(contents.parts)
+
+
+def get_prefix(contents: Contents) -> str:
+    """Return what precedes expressions of module names: nothing in a language model."""
+    return ANY_PREFIX if is_wrapper(contents) else ""
+
+
+def make_relative(contents: Contents) -> Contents:
+    """Return the contents of a wrapper with names of the text model from its layers on."""
+    if not is_wrapper(contents):
+        return contents
+    schemes = {strip_prefix(x, contents): scheme for x, scheme in contents.schemes.items()}
+    return replace(
+        contents,
+        schemes=schemes,
+        kept=list(dict.fromkeys(strip_prefix(x, contents) for x in contents.kept)),
+        fp8=[strip_prefix(x, contents) for x in contents.fp8],
+    )
+
+
+def strip_prefix(name: str, contents: Contents) -> str:
+    """Return a module's name from the layers on; a head is "lm_head" wherever it lies."""
+    if name.rpartition(".")[2] == LM_HEAD:
+        return LM_HEAD
+    prefix = next((x for x in contents.text_prefixes if name.startswith(f"{x}.")), "")
+    return name.removeprefix(f"{prefix}.") if prefix else name
+
+
+def list_part_names(contents: Contents) -> list[str]:
+    """Return the names of a wrapper's parts that no quantized module has in its name.
+
+    Each is the last component of the part's highest module that holds nothing of the text model,
+    or its whole path where that is a number or in the name of a quantized module.
+    """
+    text = [*contents.schemes, *contents.kept]
+    busy = {parent for name in text for parent in list_parents(name)}
+    components = {piece for name in contents.schemes for piece in name.split(".")}
+    names: dict[str, None] = {}
+    for part, modules in contents.parts.items():
+        roots = [next((x for x in list_parents(m) if x not in busy), m) for m in modules]
+        for root in dict.fromkeys((*roots, part)):
+            last = root.rpartition(".")[2]
+            is_own = not last.isdigit() and last not in components
+            names[last if is_own else strip_prefix(root, contents)] = None
+    return list(names)
+
+
+def list_part_patterns(contents: Contents) -> list[str]:
+    """Return expressions that match the modules of a wrapper's parts, and none of its text."""
+    return [f"{ANY_PREFIX}{re.escape(name)}(\\..*)?$" for name in list_part_names(contents)]
+
+
+def add_prefixes(entries: Iterable[str], contents: Contents) -> list[str]:
+    """Return entries that engines search in a name, and that transformers matches from its start.
+
+    Those of a wrapper's parts are added. Entries of a language model stay as they are.
+    """
+    if not is_wrapper(contents):
+        return list(entries)
+    names = [*entries, *list_part_names(contents)]
+    return list(dict.fromkeys([*names, *(f"{ANY_PREFIX}{name}" for name in names)]))
+
+
+def list_full_names(name: str, contents: Contents) -> Sequence[str]:
+    """Return the full names of a module of the text model, given from its layers on."""
+    prefixes = dict.fromkeys((*contents.text_prefixes, ENGINE_PREFIX))
+    return [f"{prefix}.{name}" for prefix in prefixes]
