@@ -226,7 +226,8 @@ class Layout:
 
     `final_tensors` are all others outside the blocks, in most models the final norm.
     `equal_lengths`: a batch must hold sequences of one length, because padding changes the states
-    of a shorter one.
+    of a shorter one. `output`: a classifier or reward model returns labels, an embedding model
+    states; both have no language head.
     """
 
     embedding: Linear
@@ -234,6 +235,7 @@ class Layout:
     final_tensors: tuple[TensorSpec, ...]
     head: Linear | None  # None: tied to the embedding
     equal_lengths: bool = False
+    output: Literal["logits", "labels", "states"] = "logits"
 
     @property
     def linears(self) -> tuple[Linear, ...]:
