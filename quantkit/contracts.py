@@ -255,7 +255,8 @@ class Layout:
     `final_tensors` are all others outside the blocks, in most models the final norm.
     `equal_lengths`: a batch must hold sequences of one length, because padding changes the states
     of a shorter one. `parts`: what a wrapper holds besides its text model. `renames`: tensors
-    outside the blocks with another name in transformers.
+    outside the blocks with another name in transformers. `output`: a classifier or reward model
+    returns labels, an embedding model states; both have no language head.
     """
 
     embedding: Linear
@@ -265,6 +266,7 @@ class Layout:
     equal_lengths: bool = False
     parts: tuple[ModelPart, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    output: Literal["logits", "labels", "states"] = "logits"
 
     def get_path(self, name: str) -> str:
         """Return a tensor's name in transformers' model; `name` is that in the checkpoint."""

@@ -96,7 +96,7 @@ def format_plan(plan: Plan) -> str:
         },
         "summary": summary,
         "decisions": decisions,
-        "dropped": list(plan.dropped),
+        "dropped": [item.name for item in plan.left_out],
     }
     return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
