@@ -22,8 +22,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
-demo: $(VENV)/.installed  ## quantize the built-in tiny-v3 from FP8 to AWQ and print the report (minutes)
-	$(BIN)/quantkit build recipes/tiny-v3-awq4.yaml --overwrite
+demo: $(VENV)/.installed  ## quantize the built-in tiny-v3 from FP8 to INT4 experts and print the report (minutes)
+	$(BIN)/quantkit build recipes/tiny-v3-gptq4-fp8.yaml --overwrite
 
 demo-serve: $(VENV)/.installed  ## serve tiny-v3-awq4 with the gateway, send requests with OpenAI's client, stop it (a minute)
 	test -d artifacts/tiny-v3-awq4 || $(BIN)/quantkit build recipes/tiny-v3-awq4.yaml

@@ -6,6 +6,8 @@ The public API (quantkit/api.py), imported on first use so that `import quantkit
 
     [planned] = quantkit.plan("./my-model")                  # a folder, a hub id, or a recipe
     [result] = quantkit.build("./my-model", bits=4, output="artifacts/mine")
+    with quantkit.show_progress() as progress:               # bars, in notebooks too
+        quantkit.build("recipe.yaml", on_progress=progress)
     quantkit.verify(result.path)
     artifact = quantkit.open_artifact(result.path)
     artifact.report.distribution                             # KL, perplexity, top-1
@@ -27,9 +29,18 @@ from typing import TYPE_CHECKING
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
-    from quantkit.api import build, diff, load, open_artifact, plan, verify
+    from quantkit.api import build, diff, load, open_artifact, plan, show_progress, verify
 
-__all__ = ["__version__", "build", "diff", "load", "open_artifact", "plan", "verify"]
+__all__ = [
+    "__version__",
+    "build",
+    "diff",
+    "load",
+    "open_artifact",
+    "plan",
+    "show_progress",
+    "verify",
+]
 
 
 class _Package(ModuleType):

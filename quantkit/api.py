@@ -23,6 +23,7 @@ from quantkit.plan.plan_schema import PlanSummary
 from quantkit.plan.recipe_draft import RecipeRequest
 from quantkit.plan.summary import summarize_plan
 from quantkit.progress import Progress
+from quantkit.progress_bars import show_progress as show_progress
 from quantkit.recipe.recipe_file import describe_stray_output, find_stray_output
 from quantkit.verify import shallow
 from quantkit.verify.shallow import VerifyReport
@@ -108,7 +109,7 @@ def build(
         evaluate: run the benchmarks of the recipe.
         trusted_code: sha256 of Python files that the recipe's tasks may run.
         on_plan, on_progress, on_message: called with the plans before anything is written, with
-            the progress of long steps, and with messages.
+            progress (`quantkit.show_progress`), and with messages. Logger "quantkit" gets more.
 
     Raises:
         UsageError: if output.path exists and `overwrite` is not set, or if a recipe file, not

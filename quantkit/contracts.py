@@ -256,7 +256,9 @@ class Layout:
     `equal_lengths`: a batch must hold sequences of one length, because padding changes the states
     of a shorter one. `parts`: what a wrapper holds besides its text model. `renames`: tensors
     outside the blocks with another name in transformers. `eager_heads`: heads of an attention that
-    transformers only runs with a matrix of scores [heads, tokens, tokens] per sequence.
+    transformers only runs with a matrix of scores [heads, tokens, tokens] per sequence. `output`: a
+    classifier or reward model returns labels, an embedding model states; both have no language
+    head.
     """
 
     embedding: Linear
@@ -267,6 +269,7 @@ class Layout:
     parts: tuple[ModelPart, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     eager_heads: int = 0
+    output: Literal["logits", "labels", "states"] = "logits"
 
     def get_path(self, name: str) -> str:
         """Return a tensor's name in transformers' model; `name` is that in the checkpoint."""

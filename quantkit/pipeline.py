@@ -1,23 +1,21 @@
 """The pipeline from a recipe to sealed artifacts: plan, build, measure, benchmark, report, apply
 gates, seal.
 
-A recipe with several formats gives one artifact artifact. Formats that hold the same codes share
+A recipe with several formats gives one artifact per format. Formats that hold the same codes share
 one solve and its figures; a format that stores something else (`dense` rounds once more) is built
 on its own. Callbacks receive the plans, progress and messages; nothing else leaves this module
-before its result.
+before its result, but log records: steps and blocks at level INFO, modules at DEBUG.
 """
 
 from __future__ import annotations
 
-import os
-import time
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel
 
 from quantkit import registry
 from quantkit.artifact import layout
@@ -28,6 +26,7 @@ from quantkit.artifact.model_files import write_model_files
 from quantkit.artifact.read_report import read_report
 from quantkit.artifact.seal import seal_artifact
 from quantkit.artifact.staging import get_staging_path, prepare_staging, rename_into_place
+from quantkit.artifact.timings import StepTimer, read_timings, write_timings
 from quantkit.artifact.writer import ArtifactWriter, WrittenState
 from quantkit.build import session
 from quantkit.build.loop import BuildPrecision, BuiltBlocks, build_blocks
@@ -38,7 +37,6 @@ from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.remote_code import allows_remote_code
 from quantkit.checkpoint.tensors import WrittenFile
-from quantkit.errors import ArtifactError
 from quantkit.evaluate import solution_likelihood
 from quantkit.evaluate.item_results import write_pairs
 from quantkit.evaluate.prompt_overlap import check_overlaps
@@ -53,8 +51,8 @@ from quantkit.evaluate.token_fidelity import (
     write_tokens,
 )
 from quantkit.io import package_data
-from quantkit.io.files import read_json, write_atomic, write_json
-from quantkit.io.host import HEAP_BYTES, get_peak_memory, keep_freed_memory, return_freed_memory
+from quantkit.io.files import write_atomic
+from quantkit.io.host import HEAP_BYTES, keep_freed_memory, return_freed_memory
 from quantkit.models.layers import make_meta_model
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan, SourceFacts
@@ -68,6 +66,8 @@ from quantkit.texts import corpora
 from quantkit.texts.chats import has_chat_template
 from quantkit.texts.corpora import CorpusSet
 from quantkit.texts.tokens import Tokens, pack_tokens
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,32 +124,6 @@ class ArtifactInProgress:
     plan: Plan
     folder: Path
     stored: WrittenState  # by an earlier, interrupted run
-
-
-class Timings(BaseModel):
-    """Figures that depend on the clock and the machine's load: the one file that the manifest does
-    not hash.
-    """
-
-    seconds: dict[str, float]
-    blocks: dict[str, float]
-    threads: int
-    cpus: int | None
-    peak_rss_bytes: int
-
-
-@dataclass(kw_only=True)
-class StepTimer:
-    """Seconds per step; mutable."""
-
-    began: float = field(default_factory=time.monotonic)
-    laps: dict[str, float] = field(default_factory=dict)
-
-    def lap(self, name: str) -> None:
-        """Record the time since the last lap under `name`."""
-        now = time.monotonic()
-        self.laps[name] = now - self.began
-        self.began = now
 
 
 def build_artifacts(
@@ -229,13 +203,14 @@ def rename_sealed(build: BuildSession, plan: Plan, manifest: str) -> None:
 
 
 def read_result(plan: Plan) -> BuildResult:
-    """Read the result of a sealed artifact from its files."""
+    """Read and log the result of a sealed artifact from its files."""
     path = Path(plan.path)
-    timings = Timings.model_validate(read_json(path / layout.TIMINGS, ArtifactError))
+    fidelity, timings = read_report(path), read_timings(path)
+    LOG.info("%s: %s", path, fidelity.status)
     return BuildResult(
         format_name=plan.format_name,
         path=path,
-        fidelity=read_report(path),
+        fidelity=fidelity,
         seconds=timings.seconds,
         peak_bytes=timings.peak_rss_bytes,
     )
@@ -297,7 +272,7 @@ def build_group(
         report = report.model_copy(update={"versions": versions})
         report = gates.apply_gates(plan.recipe.gates, report)
         write_evidence(plan, artifact.folder, report, figures, compared)
-        write_timings(artifact.folder, built, timer)
+        write_timings(artifact.folder, built.blocks, timer)
         manifest = make_manifest(plan, source, report, built.blocks)
         sealed[plan.format_name] = seal_artifact(artifact.folder, manifest, files)
     build.mark_sealed(loop, sealed)
@@ -481,15 +456,3 @@ def write_evidence(
     if compared.pairs:
         write_pairs(compared.pairs, folder / layout.BENCHMARK_SAMPLES)
     write_atomic(folder / layout.PAGE, html_page.make_page(folder).encode())
-
-
-def write_timings(folder: Path, built: BuiltBlocks, timer: StepTimer) -> None:
-    """Write the seconds of this run, and of each block when it was built."""
-    timings = Timings(
-        seconds=timer.laps,
-        blocks={block.name: block.seconds for block in built.blocks},
-        threads=torch.get_num_threads(),
-        cpus=os.cpu_count(),
-        peak_rss_bytes=get_peak_memory(),
-    )
-    write_json(folder / layout.TIMINGS, timings.model_dump())

@@ -39,6 +39,7 @@ MEDIUM_FILES = frozenset({
     "build/test_propagate_both.py",
     "build/test_resume.py",
     "build/test_several_formats.py",
+    "build/test_tensors_in_the_wild.py",
     "build/test_tied_heads.py",
     "checkpoint/test_hostile_hub.py",
     "checkpoint/test_tensors.py",

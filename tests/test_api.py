@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import quantkit
 from quantkit.artifact import read_artifact
 from quantkit.artifact.read_artifact import Artifact
 from quantkit.errors import ArtifactError
+from quantkit.progress import Progress
 
 NOTEBOOK = ROOT / "tests" / "tools" / "api_notebook.py"
 LIGHT = """
@@ -99,6 +101,16 @@ def test_examples_of_the_docstrings_are_true(tmp_path: Path) -> None:
 def test_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     printed = run_program(NOTEBOOK.read_text(encoding="utf-8"), cwd=tmp_path)
     assert "144 modules" in printed and "worst module" in printed
+
+
+def test_progress_shows_each_step_with_its_note(capsys: pytest.CaptureFixture[str]) -> None:
+    with quantkit.show_progress() as progress:
+        for done in (1, 4):
+            progress(Progress(stage="blocks", done=done, total=4, note=f"layer {done}"))
+        progress(Progress(stage="tasks", done=1, total=2))
+    shown = capsys.readouterr().err
+    assert re.search(r"blocks: 100%\|.* left .*layer 4", shown), shown
+    assert re.search(r"tasks:  50%\|.* left ", shown), shown
 
 
 def test_modules_are_a_list_of_rows_without_pandas(

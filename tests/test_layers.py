@@ -29,7 +29,7 @@ ROWS = (
     "build/ publish/",
     "evaluate/",
     "report/",
-    "pipeline doctor diff/ serve/",
+    "pipeline doctor progress_bars diff/ serve/",
     "api",
     "cli/",
     "__init__ __main__",

@@ -81,6 +81,11 @@ class ArtifactSummary(BaseModel):
     tags: tuple[str, ...] = ()  # for the model hub: "awq", "4-bit"
     quantized_by: str = "quantkit"
 
+    @property
+    def bits_overall(self) -> float:
+        """Bits per parameter of the whole artifact."""
+        return 8 * self.bytes_artifact / self.parameters if self.parameters else 0.0
+
 
 class License(BaseModel):
     """The source's license, carried over."""

@@ -16,6 +16,7 @@ from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.artifact.model_files import make_config
 from quantkit.artifact.records import BlockRecord, ModuleRecord
 from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.formats.common.engine_names import list_parents
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan
 from quantkit.plan.summary import format_action, summarize_plan
@@ -46,10 +47,19 @@ def make_manifest(
             record.module: make_module_entry(record) for block in blocks for record in block.modules
         },
         "blocks": {block.name: make_block_entry(block) for block in blocks},
+        **({"parts": list_part_roots(plan)} if plan.layout.parts else {}),
         "versions": read_versions(plan),
         "environment": read_environment(plan),
         "seeds": report.seeds,
     }
+
+
+def list_part_roots(plan: Plan) -> list[str]:
+    """Return the modules that hold a wrapper's copied parts and nothing else of the model."""
+    copied = [name for part in plan.layout.parts for name in part.tensors]
+    busy = {parent for name in plan.specs.keys() - {*copied} for parent in list_parents(name)}
+    roots = (next((x for x in list_parents(name) if x not in busy), name) for name in copied)
+    return list(dict.fromkeys(roots))
 
 
 def make_module_entry(record: ModuleRecord) -> dict[str, object]:
@@ -96,7 +106,7 @@ def format_plan(plan: Plan) -> str:
         },
         "summary": summary,
         "decisions": decisions,
-        "dropped": list(plan.dropped),
+        "dropped": [item.name for item in plan.left_out],
     }
     return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 

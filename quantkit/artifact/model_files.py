@@ -45,7 +45,7 @@ def make_config(plan: Plan) -> dict[str, object]:
     if entry is not None:
         values["quantization_config"] = entry
     dropped = any(decision.action == "drop" for decision in plan.decisions.values())
-    absent = plan.source.config.integer("num_nextn_predict_layers", 0) and not list_mtp_blocks(plan)
+    absent = plan.source.config.integer("num_nextn_predict_layers", 0) and not holds_mtp(plan)
     if dropped or absent:
         values["num_nextn_predict_layers"] = 0  # otherwise engines look for the MTP tensors
     return values
@@ -54,6 +54,15 @@ def make_config(plan: Plan) -> dict[str, object]:
 def list_modules(part: ModelPart) -> list[str]:
     """Return the modules of a part's tensors."""
     return list(dict.fromkeys(name.rpartition(".")[0] for name in part.tensors))
+
+
+def holds_mtp(plan: Plan) -> bool:
+    """Return whether the artifact holds MTP layers: as blocks, or as a part that is copied.
+
+    A copied one is called "mtp", or is a layer after the last one that transformers runs.
+    """
+    last = (part.name.rpartition(".")[2] for part in plan.layout.parts)
+    return bool(list_mtp_blocks(plan)) or any(x == "mtp" or x.isdigit() for x in last)
 
 
 def list_mtp_blocks(plan: Plan) -> tuple[str, ...]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+from quantkit.artifact.records import BlockRecord, ModuleRecord
 from quantkit.build.context import BlockContext
 from quantkit.build.hidden_states import Routing, StreamName, iterate_chunks
 from quantkit.build.spool import Spool
 from quantkit.errors import NumericsError
 from quantkit.numerics.fidelity import compute_router_agreement
+from quantkit.plan.summary import format_scheme
 
 ONE_THREAD = 1 << 14
 """Values that torch sums on one thread: it cuts larger sums by the number of threads, which changes
@@ -53,3 +57,34 @@ def relative_error(reference: Spool, quantized: Spool, rows: int) -> float:
             lost += float(difference.square().sum())
             energy += float(part.square().sum())
     return float((lost / energy) ** 0.5) if energy else 0.0
+
+
+def format_block(record: BlockRecord) -> str:
+    """Return a block's figures in one line: seconds, the worst module, output, routers,
+    fallbacks.
+    """
+    parts = [f"{record.seconds:.1f} s", f"{len(record.modules)} modules quantized"]
+    if record.modules:
+        worst = max(record.modules, key=lambda module: module.relative_error)
+        parts.append(f"weight error at most {100 * worst.relative_error:.2f} % ({worst.module})")
+    if record.output_error is not None:
+        parts.append(f"hidden states off by {100 * record.output_error:.3f} %")
+    if record.router_agreement is not None:
+        parts.append(f"router agreement {100 * record.router_agreement:.2f} %")
+    counts = Counter(name for module in record.modules for name in module.fallbacks)
+    parts += [f"fallback {name} on {count} modules" for name, count in sorted(counts.items())]
+    return f"{record.name}: {'; '.join(parts)}"
+
+
+def format_module(record: ModuleRecord) -> str:
+    """Return a module's rule, method, errors and calibration tokens in one line."""
+    parts = [
+        f"{record.method}, rounding {record.rounding}, {format_scheme(record.scheme)}",
+        f"rule {record.rule}",
+        f"weight error {100 * record.relative_error:.2f} %",
+    ]
+    if record.output_error is not None:
+        parts.append(f"output error {100 * record.output_error:.3f} %")
+    parts.append(f"{record.tokens} calibration tokens")
+    parts += [f"fallback {name}" for name in record.fallbacks]
+    return f"{record.module}: {'; '.join(parts)}"

@@ -30,11 +30,12 @@ from quantkit.plan.plan import Plan
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadRequest:
     """Source tensors that are read together; `name` says which for people:
-    "model.layers.3.mlp.experts.0:16".
+    "model.layers.3.mlp.experts.0:16". NaN and infinity are refused if values must be `finite`.
     """
 
     name: str
     tensors: tuple[str, ...]
+    finite: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -342,6 +343,9 @@ def final_read(plan: Plan) -> ReadRequest:
 
 
 def part_reads(plan: Plan) -> tuple[ReadRequest, ...]:
-    """Return the requests for the parts that are copied, tensor by tensor."""
+    """Return the requests for the parts that are copied, tensor by tensor.
+
+    Their values may be infinite: some encoders store bounds that do not bind.
+    """
     names = (name for part in plan.layout.parts for name in part.tensors)
-    return tuple(ReadRequest(name=name, tensors=(name,)) for name in names)
+    return tuple(ReadRequest(name=name, tensors=(name,), finite=False) for name in names)

@@ -7,6 +7,7 @@ and `moe`, the plan of each block in `block_plan`.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from transformers.activations import ACT2FN
 from quantkit.artifact.records import BlockRecord
 from quantkit.artifact.writer import ArtifactWriter
 from quantkit.build import dense, moe
-from quantkit.build.block_figures import check_finite, measure_block
+from quantkit.build.block_figures import check_finite, format_block, format_module, measure_block
 from quantkit.build.block_plan import (
     BlockPlan,
     ReadRequest,
@@ -42,6 +43,8 @@ from quantkit.checkpoint.prefetch import ScheduledReads
 from quantkit.models.layers import cast_meta_model, make_decoder_layer, make_meta_model
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress, ProgressCallback
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -86,7 +89,7 @@ def build_blocks(
     progress, block_plans = progress or BuildProgress(), plan_blocks(plans)
     total = len(block_plans)
     with ScheduledReads(
-        lambda request: source.read(request.tensors),
+        lambda request: source.read(request.tensors, request.finite),
         schedule_reads(plans[0], block_plans, progress),
     ) as reads:
         build = make_context(plans, source, writers, reads, precision, progress, executor)
@@ -101,6 +104,7 @@ def build_blocks(
             record.seconds = time.monotonic() - began
             built.blocks.append(record)
             progress.commit_step(writers, before, built.streams, folder, record)
+            log_block(record)
             report(1.0)
         if progress.done < total + 2:  # steps: the embedding, the blocks, and all other tensors
             for request in (final_read(plans[0]), *part_reads(plans[0])):
@@ -214,6 +218,13 @@ def schedule_reads(
         steps.append(list(block.iterate_reads(*done)))
     steps.append([final_read(plan), *part_reads(plan)])
     return [request for step in steps[progress.done :] for request in step]
+
+
+def log_block(record: BlockRecord) -> None:
+    """Log a finished block at level INFO and its modules at DEBUG."""
+    LOG.info(format_block(record))
+    for module in record.modules:
+        LOG.debug(format_module(module))
 
 
 def report_block(

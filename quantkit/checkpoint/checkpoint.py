@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from quantkit.checkpoint.fp8_pairs import (
 from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.shards import Shards, leads_outside, open_shards
 from quantkit.checkpoint.source_config import make_source_config
+from quantkit.checkpoint.stored_names import name_tensors
 from quantkit.checkpoint.tensors import read_rows, read_tensor
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError
@@ -98,6 +99,7 @@ class Checkpoint:
             faults += find_adapter_fault(folder)
         if config is None or shards is None or faults:
             raise CheckpointError(join_faults(list(dict.fromkeys(faults))))
+        shards = name_shards(shards, config)
         stored = shards.specs
         block, suffix = read_block_size(config, stored), get_scale_suffix(config)
         if faults := find_pair_faults(stored, block, str(folder), suffix):
@@ -111,18 +113,19 @@ class Checkpoint:
         """Specs of all stored tensors, including FP8 scales."""
         return self.shards.specs
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], finite: bool = True) -> dict[str, Tensor]:
         """Read logical tensors: BF16, FP16, FP32 and integers as stored, FP8 blocks as bfloat16.
 
-        Raises CheckpointError for an unknown name, a changed file, and NaN or infinity.
+        Raises CheckpointError for an unknown name, a changed file, and, if values must be `finite`,
+        NaN or infinity.
         """
-        return {name: self._read(name, 0, None) for name in names}
+        return {name: self._read(name, 0, None, finite) for name in names}
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int, finite: bool = True) -> Tensor:
         """Read rows start .. stop-1 of a logical tensor: [stop - start, ...]. Raises as `read`
         does.
         """
-        return self._read(name, start, stop)
+        return self._read(name, start, stop, finite)
 
     def read_fp8_blocks(self, name: str) -> Fp8Blocks:
         """Read an FP8 weight once, as stored and dequantized.
@@ -183,9 +186,8 @@ class Checkpoint:
         """
         if not self._hashes:
             stamps, digests = self.read_stamps(), self.shards.compute_hashes(progress)
-            is_unchanged = (
-                open_shards(self.folder) == self.shards and read_config(self.folder) == self.config
-            )
+            config, shards = read_config(self.folder), open_shards(self.folder)
+            is_unchanged = config == self.config and name_shards(shards, config) == self.shards
             if not is_unchanged or self.read_stamps() != stamps:
                 raise CheckpointError(
                     f"{self.folder}: expected files that stay as they are while they are hashed, "
@@ -240,7 +242,7 @@ class Checkpoint:
             )
         return spec
 
-    def _read(self, name: str, start: int, stop: int | None) -> Tensor:
+    def _read(self, name: str, start: int, stop: int | None, finite: bool = True) -> Tensor:
         spec = self._spec(name)
         file, header = self.shards.locate(name)
         if spec.dtype == FP8:
@@ -252,7 +254,8 @@ class Checkpoint:
             tensor = read_tensor(file, header, name)
         else:
             tensor = read_rows(file, header, name, start, stop)
-        self._check_finite(name, tensor)
+        if finite:
+            self._check_finite(name, tensor)
         return tensor
 
     def _scale(self, name: str) -> Tensor:
@@ -289,6 +292,20 @@ class Checkpoint:
                         f"finite values, found {float(flat[position])} at element {position}; the "
                         "weights are damaged, fetch the file again"
                     )
+
+
+def name_shards(shards: Shards, config: Config) -> Shards:
+    """Return shards whose tensors have the names that transformers expects.
+
+    Raises CheckpointError.
+    """
+    named = name_tensors(shards.headers, shards.files, config)
+    return replace(
+        shards,
+        headers=named.headers,
+        files=named.files,
+        notes=(*shards.notes, *named.notes),
+    )
 
 
 def find_adapter_fault(folder: Path) -> Iterator[str]:

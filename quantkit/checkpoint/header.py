@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -54,11 +54,14 @@ _DAMAGED = "the file is damaged, fetch or write it again"
 class Header:
     """Contents of a safetensors file: specs and [begin, end) byte offsets by name, from
     `data_start`.
+
+    metadata: the file's own strings, such as tensors that share the bytes of another.
     """
 
     specs: Mapping[str, TensorSpec]
     offsets: Mapping[str, tuple[int, int]]
     data_start: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def n_data_bytes(self) -> int:
@@ -97,14 +100,16 @@ def parse_header(text: bytes, where: str, n_data_bytes: int) -> Header:
             f"{where}: header: expected at most {MAX_TENSORS:,} tensors in one file, found "
             f"{len(entries):,}; {_DAMAGED}"
         )
-    _check_metadata(entries.get("__metadata__"), where)
+    metadata = _check_metadata(entries.get("__metadata__"), where)
     specs: dict[str, TensorSpec] = {}
     offsets: dict[str, tuple[int, int]] = {}
     for name, entry in entries.items():
         if name != "__metadata__":
             specs[name], offsets[name] = _parse_entry(name, entry, where)
     _check_cover(offsets, where, n_data_bytes)
-    return Header(specs=specs, offsets=offsets, data_start=PREFIX_BYTES + len(text))
+    return Header(
+        specs=specs, offsets=offsets, data_start=PREFIX_BYTES + len(text), metadata=metadata
+    )
 
 
 def build_header(specs: Iterable[TensorSpec]) -> bytes:
@@ -164,9 +169,9 @@ def parse_header_length(prefix: bytes, n_file_bytes: int, where: str) -> int:
     return length
 
 
-def _check_metadata(metadata: object, where: str) -> None:
+def _check_metadata(metadata: object, where: str) -> dict[str, str]:
     if metadata is None:
-        return
+        return {}
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
@@ -174,6 +179,7 @@ def _check_metadata(metadata: object, where: str) -> None:
             f"{where}: __metadata__: expected an object of strings, found "
             f"{shorten_repr(metadata)}; write the file again"
         )
+    return metadata
 
 
 def _check_name(name: str, where: str) -> None:

@@ -43,8 +43,16 @@ from quantkit.checkpoint.fp8_pairs import (
 )
 from quantkit.checkpoint.header import PREFIX_BYTES, Header, parse_header, parse_header_length
 from quantkit.checkpoint.remote_code import list_code_files
-from quantkit.checkpoint.shards import check_single_set, find_index_faults, read_weight_map
+from quantkit.checkpoint.shards import (
+    check_single_set,
+    choose_unindexed,
+    describe_unindexed,
+    find_index_faults,
+    make_index,
+    read_weight_map,
+)
 from quantkit.checkpoint.source_config import make_source_config
+from quantkit.checkpoint.stored_names import name_tensors
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, HubUnreachable, UsageError
 from quantkit.io.bounded_http import ResponseLimits
@@ -102,6 +110,7 @@ class ModelHeaders:
     stored_specs: Mapping[str, TensorSpec]
     revision: str | None
     code: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()  # what differs from the files that transformers reads
 
 
 def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
@@ -194,6 +203,7 @@ def read_model_headers(model: str, revision: str | None = None) -> ModelHeaders:
             stored_specs=opened.stored_specs,
             revision=None,
             code=list_code_files(local),
+            notes=opened.shards.notes,
         )
     with _translate_errors(model, revision), HubReader(model) as reader:
         return _fetch_headers(model, revision, reader)
@@ -235,17 +245,19 @@ def _fetch_headers(model: str, revision: str | None, reader: HubReader) -> Model
     present = {file.path for file in reader.list_files(commit)}
     values = _fetch_json(reader, model, CONFIG, commit, infinite=True)
     config = make_source_config(values, f"{model}: {CONFIG}")
-    index: dict[str, str] | None = None
+    index, unindexed = None, list[str]()
     if INDEX in present:
         index = read_weight_map(_fetch_json(reader, model, INDEX, commit), f"{model}: {INDEX}")
         if SINGLE in present:
             check_single_set(index, model)
-    elif SINGLE not in present:
+    elif SINGLE not in present and not (
+        unindexed := choose_unindexed([name for name in present if "/" not in name])
+    ):
         raise CheckpointError(
             f"{model}: expected {SINGLE} or {INDEX} in the repository, found neither; quantkit "
             "reads safetensors only"
         )
-    files = list(dict.fromkeys(index.values())) if index is not None else [SINGLE]
+    files = list(dict.fromkeys(index.values())) if index is not None else unindexed or [SINGLE]
     if missing := [file for file in files if file not in present]:
         raise CheckpointError(
             f"{model}: {INDEX}: expected the repository to hold every file, found {len(missing)} "
@@ -257,15 +269,14 @@ def _fetch_headers(model: str, revision: str | None, reader: HubReader) -> Model
         return _fetch_header(reader, commit, file, f"{model}: {file}")
 
     headers = _map_parallel(header, files)
-    faults = find_index_faults(index, headers, f"{model}: {INDEX}") if index is not None else []
-    order = index if index is not None else dict.fromkeys(headers[SINGLE].specs, SINGLE)
-    stored = {
-        name: headers[file].specs[name]
-        for name, file in order.items()
-        if name in headers[file].specs
-    }
+    order = make_index(headers) if index is None else index
+    faults = find_index_faults(order, headers, f"{model}: {INDEX}")
+    if faults:
+        raise CheckpointError(join_faults(faults))
+    named = name_tensors(headers, order, config)
+    stored = {name: named.headers[file].specs[name] for name, file in named.files.items()}
     suffix = get_scale_suffix(config)
-    faults = faults or find_pair_faults(stored, read_block_size(config, stored), model, suffix)
+    faults = find_pair_faults(stored, read_block_size(config, stored), model, suffix)
     if faults:
         raise CheckpointError(join_faults(faults))
     return ModelHeaders(
@@ -273,6 +284,7 @@ def _fetch_headers(model: str, revision: str | None, reader: HubReader) -> Model
         specs=select_logical_specs(stored, suffix),
         stored_specs=stored,
         revision=commit,
+        notes=(*(describe_unindexed(unindexed) if unindexed else ()), *named.notes),
     )
 
 

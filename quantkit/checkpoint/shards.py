@@ -6,11 +6,12 @@ No torch: `quantkit verify` and `quantkit plan` use this module alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from quantkit.checkpoint.file_names import INDEX, SINGLE
+from quantkit.checkpoint.folder_rules import SHARD
 from quantkit.checkpoint.header import Header, read_header
 from quantkit.contracts import TensorSpec
 from quantkit.errors import CheckpointError
@@ -35,6 +36,7 @@ class Shards:
     folder: Path
     headers: Mapping[str, Header]
     files: Mapping[str, str]  # tensor -> file name
+    notes: tuple[str, ...] = ()  # what differs from the files that transformers reads
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -86,8 +88,11 @@ def open_shards(folder: Path) -> Shards:
     """Read the index and every header of a folder; raises one CheckpointError with all faults."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a model folder, found none; check the path")
-    index = _read_index(folder)
+    index, notes = _read_index(folder), tuple[str, ...]()
     names = [SINGLE] if index is None else list(dict.fromkeys(index.values()))
+    if index is None and not is_present(folder / SINGLE):
+        names = choose_unindexed([path.name for path in folder.glob("*.safetensors")])
+        notes = describe_unindexed(names)
     faults: list[str] = []
     headers: dict[str, Header] = {}
     for name in names:
@@ -98,12 +103,39 @@ def open_shards(folder: Path) -> Shards:
             headers[name] = read_header(folder / name)
         except CheckpointError as damaged:
             faults.append(str(damaged))
-    if index is not None:
-        faults += find_index_faults(index, headers, str(folder / INDEX))
+    files = make_index(headers) if index is None else index
+    faults += find_index_faults(files, headers, str(folder / INDEX))
     if faults:
         raise CheckpointError(join_faults(faults))
-    files = index if index is not None else dict.fromkeys(headers[SINGLE].specs, SINGLE)
-    return Shards(folder=folder, headers=headers, files=files)
+    return Shards(folder=folder, headers=headers, files=files, notes=notes)
+
+
+def make_index(headers: Mapping[str, Header]) -> dict[str, str]:
+    """Return the tensor -> file table of headers; a tensor in two files gets the first."""
+    files: dict[str, str] = {}
+    for file, header in headers.items():
+        for name in header.specs:
+            files.setdefault(name, file)
+    return files
+
+
+def is_present(path: Path) -> bool:
+    """Return whether a file or a link has this name."""
+    return path.is_symlink() or path.exists()
+
+
+def choose_unindexed(names: Collection[str]) -> list[str]:
+    """Return the shards of a folder without an index: 1 to n of n; empty if one is missing."""
+    shards = sorted(name for name in names if SHARD.fullmatch(name))
+    found = [SHARD.fullmatch(name) for name in shards]
+    numbers = [(int(match[1]), int(match[2])) for match in found if match]
+    return shards if numbers == [(i, len(shards)) for i in range(1, len(shards) + 1)] else []
+
+
+def describe_unindexed(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the note for weight files that no index names."""
+    files = names[0] if len(names) == 1 else f"{len(names)} shards"
+    return (f"the weights are read from {files} without an index; transformers needs {INDEX}",)
 
 
 def read_weight_map(index: Mapping[str, object], where: str) -> dict[str, str]:
@@ -224,7 +256,8 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         if single.is_file():
             check_single_set(table, str(folder))
         return table
-    if single.is_symlink() or single.exists():
+    names = [path.name for path in folder.glob("*.safetensors")]
+    if is_present(single) or choose_unindexed(names):
         return None
     raise CheckpointError(_describe_missing_weights(folder))
 
@@ -232,8 +265,13 @@ def _read_index(folder: Path) -> dict[str, str] | None:
 def _describe_missing_weights(folder: Path) -> str:
     expected = f"{folder}: expected {SINGLE} or {INDEX}"
     pickled = _list_files(folder, _PICKLED)
-    if names := _list_files(folder, ("*.safetensors",)):
-        return f"{expected}, found {names} without an index; fetch or write the index"
+    names = _list_files(folder, ("*.safetensors",))
+    if names.count(".safetensors") == 1 and not SHARD.fullmatch(names):
+        return f"{expected}, found {names}; rename it to {SINGLE} if it holds the whole model"
+    if names:
+        return (
+            f"{expected}, found {names} without an index; fetch the index, or all shards of one set"
+        )
     if pickled:
         return (
             f"{expected}, found pickled weights ({pickled}) only; quantkit reads safetensors only, "

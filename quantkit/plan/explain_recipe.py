@@ -23,6 +23,13 @@ BUILTIN_TEXTS: Mapping[str, tuple[str, str, int]] = {
 """Built-in model -> calibration set, fidelity set and tokens per sequence, all in its language."""
 
 
+WITHOUT_HEAD = Section(
+    name="",
+    choices=(Choice(key="fidelity", value="none", reason="the model has no language head"),),
+)
+"""The section `fidelity` of a classifier, reward or embedding model."""
+
+
 def explain_draft(
     draft: Draft,
     source: SourceFacts,
@@ -49,8 +56,11 @@ def explain_draft(
             ),
         ),
         *([texts[0]] if learns else []),
-        texts[1],
-        explain_gates(draft, parameters),
+        *(
+            [texts[1], explain_gates(draft, parameters)]
+            if matched.layout.output == "logits"
+            else [WITHOUT_HEAD]
+        ),
         Section(
             name="output",
             choices=(Choice(key="path", value=choose_output(draft), is_text=True),),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from math import ceil
 
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Architecture, Block, Config, Layout, Linear, Role, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.io.files import shorten_repr
-from quantkit.io.yaml_document import printable
+from quantkit.plan.left_out import LeftOut, describe_unplaced, find_left_out
+from quantkit.plan.model_output import adapt_head, read_output_kind
 
 FP8_ROLES: frozenset[Role] = frozenset({"attention", "mlp", "shared_expert", "routed_expert"})
 """Roles that an FP8 DeepSeek checkpoint stores in 128x128 blocks; all others stay BF16."""
@@ -20,6 +20,8 @@ READABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", FP8})
 """Dtypes of weights. Integers are codes of a quantization that config.json does not name."""
 
 SHOWN_FAULTS = 8
+MAX_MTP_BLOCKS = 8
+"""Blocks after the last one that may be MTP blocks; no model has more."""
 
 NO_CLASS = "vLLM and SGLang choose the model's class by this key of config.json"
 
@@ -31,7 +33,7 @@ class MatchedLayout:
     architecture: Architecture
     layout: Layout
     specs: Mapping[str, TensorSpec]  # every logical tensor, by full name
-    dropped: tuple[str, ...]  # tensors no engine reads
+    left_out: tuple[LeftOut, ...] = ()  # stored tensors that the artifact does not hold
     warnings: tuple[str, ...]
 
 
@@ -106,35 +108,48 @@ def compute_stored_bytes(spec: TensorSpec, block: int | None) -> int:
 
 
 def match_layout(
-    architecture: Architecture, config: Config, specs: Mapping[str, TensorSpec] | None, where: str
+    architecture: Architecture,
+    config: Config,
+    specs: Mapping[str, TensorSpec] | None,
+    where: str,
+    *,
+    drop_mtp: bool = False,
 ) -> MatchedLayout:
     """Match the layout against the checkpoint's headers; without headers assume the published ones.
 
     An MTP block that config.json announces but that has no tensors (common in re-uploads) is left
-    out with a warning. Raises CheckpointError with tensors that are missing, unexpected or of
+    out with a warning, and so is one that the recipe drops (`drop_mtp`) and that does not fit.
+    Raises CheckpointError with tensors that are missing, unexpected or of
     another shape, and for `architectures` of another family.
     """
     layout, warnings = (
-        architecture.layout(config),
+        adapt_head(architecture.layout(config), config, specs),
         (architecture.derived,) if architecture.derived else (),
     )
     if specs is None:
         specs = list_expected_tensors(layout, config)
         return MatchedLayout(
-            architecture=architecture, layout=layout, specs=specs, dropped=(), warnings=warnings
+            architecture=architecture, layout=layout, specs=specs, warnings=warnings
         )
     absent = tuple(
         b
         for b in layout.blocks
         if b.kind == "mtp" and not any(n.startswith(f"{b.name}.") for n in specs)
     )
-    layout = replace(layout, blocks=tuple(block for block in layout.blocks if block not in absent))
-    expected = list_expected_tensors(layout, config)
-    dropped = tuple(
-        name for name in specs if any(fnmatchcase(name, glob) for glob in architecture.dropped)
+    unfit = tuple(b for b in layout.blocks if drop_mtp and is_unfit(b, config, layout, specs))
+    layout = replace(
+        layout, blocks=tuple(b for b in layout.blocks if b not in absent and b not in unfit)
     )
-    copied = [name for part in layout.parts for name in part.tensors]
-    faults = find_mismatches(expected, specs, {*dropped, *copied})
+    expected = list_expected_tensors(layout, config)
+    parts = list_dropped_parts(layout, unfit) if drop_mtp else ()
+    kept_parts = (
+        part for part in layout.parts if not any(x.startswith(parts) for x in part.tensors)
+    )
+    layout = replace(layout, parts=tuple(kept_parts))
+    copied = {name: specs[name] for part in layout.parts for name in part.tensors}
+    left_out = find_left_out(architecture, layout, {**expected, **copied}, specs, parts)
+    ignored = {*copied, *(item.name for item in left_out)}
+    faults = find_mismatches(expected, specs, ignored, layout)
     if faults:
         more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
         raise CheckpointError(
@@ -150,7 +165,7 @@ def match_layout(
         architecture=architecture,
         layout=layout,
         specs={name: specs[name] for name in (*expected, *copied)},
-        dropped=dropped,
+        left_out=left_out,
         warnings=(
             *warnings,
             *(format_absent_mtp(block) for block in absent),
@@ -166,8 +181,12 @@ def check_model_class(config: Config, where: str) -> None:
     names two families is two models. Raises CheckpointError.
     """
     model_type, names = config.text("model_type"), config.values.get("architectures")
-    expected = f"{model_type.replace('_', '')}forcausallm"
-    fits = isinstance(names, list) and [str(name).casefold() for name in names] == [expected]
+    family = model_type.replace("_", "")
+    fits = isinstance(names, list) and [str(name).casefold() for name in names] == [
+        f"{family}forcausallm"
+    ]
+    if read_output_kind(config) != "logits" and isinstance(names, list):
+        fits = str(names[0]).casefold().startswith(family)
     if names and not fits:
         raise CheckpointError(
             f"{where}: architectures: expected the causal language model of {model_type}, found "
@@ -186,6 +205,8 @@ def find_class_warning(config: Config, architecture: Architecture) -> str | None
     expected = f"expected {' or '.join(classes) or 'the class of the model'}"
     if names_no_class(config):
         return f"architectures: {expected}, found none: {NO_CLASS}; add it to config.json"
+    if read_output_kind(config) != "logits":
+        return None
     if classes and not (isinstance(names, list) and {*map(str, names)} & {*classes}):
         return (
             f"architectures: {expected}, found {shorten_repr(names)}: vLLM and SGLang choose the "
@@ -197,19 +218,14 @@ def find_class_warning(config: Config, architecture: Architecture) -> str | None
 def find_mismatches(
     expected: Mapping[str, TensorSpec],
     specs: Mapping[str, TensorSpec],
-    dropped: Collection[str],
+    left_out: Collection[str],
+    layout: Layout,
 ) -> list[str]:
     """Return a fault for each tensor that is missing, unexpected, or of another shape or kind."""
-    faults = [
-        f"missing: {name} {list(spec.shape)}"
-        for name, spec in expected.items()
-        if name not in specs
-    ]
-    faults += [
-        f"not claimed by the architecture: {printable(n)}"
-        for n in specs
-        if n not in expected and n not in dropped
-    ]
+    missing = [name for name in expected if name not in specs]
+    faults = [f"missing: {name} {list(expected[name].shape)}" for name in missing]
+    unplaced = [name for name in specs if name not in expected and name not in left_out]
+    faults += describe_unplaced(unplaced, expected, missing, layout)
     faults += [
         f"{name}: expected shape {list(spec.shape)}, found {list(specs[name].shape)}"
         for name, spec in expected.items()
@@ -221,6 +237,25 @@ def find_mismatches(
         if name in specs and specs[name].dtype not in READABLE_DTYPES
     ]
     return faults
+
+
+def is_unfit(block: Block, config: Config, layout: Layout, specs: Mapping[str, TensorSpec]) -> bool:
+    """Return whether an MTP block's tensors are not those of its layout."""
+    if block.kind != "mtp":
+        return False
+    expected = list_expected_tensors(replace(layout, blocks=(block,)), config)
+    mine = {name: spec for name, spec in expected.items() if name.startswith(f"{block.name}.")}
+    stored = {name: spec for name, spec in specs.items() if name.startswith(f"{block.name}.")}
+    return bool(stored) and bool(find_mismatches(mine, stored, (), layout))
+
+
+def list_dropped_parts(layout: Layout, unfit: Sequence[Block]) -> tuple[str, ...]:
+    """Return the prefixes of the tensors of MTP blocks that are not in the layout."""
+    names = {block.name for block in layout.blocks}
+    stack = layout.blocks[0].name.rpartition(".")[0] if layout.blocks else ""
+    after = (f"{stack}.{len(layout.blocks) + number}" for number in range(MAX_MTP_BLOCKS))
+    dropped = [*(block.name for block in unfit), *(name for name in after if name not in names)]
+    return (*dict.fromkeys(f"{name}." for name in dropped), "mtp.", "model.mtp.")
 
 
 def format_absent_mtp(block: Block) -> str:

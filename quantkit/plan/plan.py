@@ -11,6 +11,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
@@ -29,6 +30,7 @@ from quantkit.plan.decisions import (
     is_unscaled_for_fp8,
     keep_fp8_blocks,
 )
+from quantkit.plan.left_out import LeftOut, summarize_left_out
 from quantkit.plan.match_checkpoint import (
     MatchedLayout,
     compute_stored_bytes,
@@ -52,6 +54,8 @@ class SourceFacts:
     """The source before weights are read. `specs` None: assumed from the published config.
 
     `code`: the Python files that the artifact carries over; None if they are not on this machine.
+    `folder`: the weights, if they are on this machine. `notes`: what differs from the files that
+    transformers reads.
     """
 
     model: str
@@ -61,6 +65,8 @@ class SourceFacts:
     fingerprint: str | None
     where: str
     code: tuple[str, ...] | None = None
+    folder: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +80,7 @@ class Plan:
     architecture: Architecture
     layout: Layout
     specs: Mapping[str, TensorSpec]  # logical source tensors
-    dropped: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     decisions: Mapping[str, Decision]
     shards: tuple[Shard, ...]
     memory: MemoryPlan
@@ -195,14 +201,14 @@ def load_architecture(config: Config, names: Collection[str] = ()) -> Architectu
     return derive.derive_architecture(config, names)
 
 
-def match_source(source: SourceFacts) -> MatchedLayout:
+def match_source(source: SourceFacts, *, drop_mtp: bool = False) -> MatchedLayout:
     """Match the source with its architecture; the result is the same for every format.
 
-    Takes seconds for a family without a table. Raises like `load_architecture`, and CheckpointError
-    if the tensors do not match the architecture.
+    Takes seconds for a family without a table. drop_mtp: the recipe drops MTP blocks. Raises like
+    `load_architecture`, and CheckpointError if the tensors do not match the architecture.
     """
     architecture = load_architecture(source.config, source.specs or ())
-    return match_layout(architecture, source.config, source.specs, source.where)
+    return match_layout(architecture, source.config, source.specs, source.where, drop_mtp=drop_mtp)
 
 
 def resolve_rules(recipe: Recipe, architecture: Architecture) -> tuple[Rule, ...]:
@@ -227,11 +233,7 @@ def collect_warnings(
         warnings.append(
             "fidelity: none: the loss of this artifact against its source will not be measured"
         )
-    if matched.dropped:
-        warnings.append(
-            f"{len(matched.dropped)} tensors no engine reads are left out, e.g. "
-            f"{matched.dropped[0]}"
-        )
+    warnings += summarize_left_out(matched.left_out)
     if not any(decision.action == "quantize" for decision in decisions.values()):
         warnings.append("no linear is quantized: the artifact is a copy of the source")
     warnings += find_fp8_warnings(matched, format_name, decisions)
@@ -393,7 +395,7 @@ def make_plan(
         architecture=matched.architecture,
         layout=matched.layout,
         specs=matched.specs,
-        dropped=matched.dropped,
+        left_out=matched.left_out,
         decisions=decisions,
         shards=split_into_shards(
             list_written_tensors(source, matched, format_name, decisions), recipe.output.shard_bytes

@@ -12,11 +12,15 @@ from quantkit import figures
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.remote_code import list_code_files
-from quantkit.errors import HubUnreachable, RecipeError, UsageError
+from quantkit.errors import CheckpointError, HubUnreachable, RecipeError, UsageError
 from quantkit.io import package_data
+from quantkit.io.files import join_faults
 from quantkit.io.host import get_available_memory, has_bfloat16_instructions
 from quantkit.io.suggestions import format_unknown_name
+from quantkit.plan.check_values import find_value_faults
 from quantkit.plan.choose_texts import resolve_text_sets
+from quantkit.plan.left_out import format_names
+from quantkit.plan.match_checkpoint import MatchedLayout
 from quantkit.plan.plan import Plan, SourceFacts, make_plan, match_source
 from quantkit.plan.plan_schema import PlanText
 from quantkit.plan.plan_texts import describe_set_choices, find_text_warnings, plan_texts
@@ -122,6 +126,8 @@ def read_model_facts(model: str, revision: str | None = None) -> SourceFacts:
         fingerprint=None,
         where=model,
         code=headers.code,
+        folder=hub.find_local_folder(model),
+        notes=headers.notes,
     )
 
 
@@ -135,6 +141,8 @@ def make_source_facts(recipe: Recipe, source: Checkpoint, revision: str | None) 
         fingerprint=source.compute_fingerprint(),
         where=recipe.source.model,
         code=list_code_files(source.folder),
+        folder=source.folder,
+        notes=source.shards.notes,
     )
 
 
@@ -160,7 +168,7 @@ def find_self_fault(recipe: Recipe, source: SourceFacts) -> str:
         return ""
     return find_sampling_fault(
         source.config,
-        match_source(source).layout,
+        match_source(source, drop_mtp=recipe.mtp == "drop").layout,
         resolve_memory_budget(recipe),
         resolve_compute(recipe).value_bytes,
     )
@@ -233,12 +241,18 @@ def plan_recipe(
     tokens = bound_text_tokens(recipe) if tokens is None else tokens
     plans, faults = list[Plan](), list[str]()
     matched, budget_bytes, hidden_bytes = (
-        match_source(source),
+        match_source(source, drop_mtp=recipe.mtp == "drop"),
         resolve_memory_budget(recipe),
         resolve_compute(recipe).hidden_bytes,
     )
+    check_values(source, matched)
     texts = plan_texts(recipe)
-    warnings = (*describe_set_choices(recipe), *find_text_warnings(texts))
+    warnings = (
+        *source.notes,
+        *describe_set_choices(recipe),
+        *find_text_warnings(texts),
+        *describe_unread_values(source, matched),
+    )
     for name in recipe.format:
         try:
             plan = make_plan(
@@ -254,12 +268,54 @@ def plan_recipe(
             faults += error.faults
         else:
             plans.append(replace(plan, texts=texts, warnings=(*plan.warnings, *warnings)))
+    faults += find_output_faults(recipe, matched)
     faults += find_text_faults(recipe, texts) + find_task_faults(recipe) + find_gate_faults(recipe)
     value_bytes = resolve_compute(recipe).value_bytes
     faults += find_self_faults(recipe, source.config, matched.layout, budget_bytes, value_bytes)
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)))
     return tuple(plans)
+
+
+def check_values(source: SourceFacts, matched: MatchedLayout) -> None:
+    """Check the values of tensors that are left out because of them, where the weights are local.
+
+    Raises CheckpointError.
+    """
+    checks = [item.check for item in matched.left_out if item.check is not None]
+    if checks and source.folder is not None:
+        faults = list(find_value_faults(Checkpoint.open(source.folder), checks))
+        if faults:
+            raise CheckpointError(join_faults(faults))
+
+
+def describe_unread_values(source: SourceFacts, matched: MatchedLayout) -> list[str]:
+    """Return a sentence if values that decide what is left out are read by the build only."""
+    names = [item.name for item in matched.left_out if item.check is not None]
+    if not names or source.folder is not None:
+        return []
+    return [f"{format_names(names)}: the values are compared when the build has the weights"]
+
+
+def find_output_faults(recipe: Recipe, matched: MatchedLayout) -> list[str]:
+    """Return faults for figures of a language model, if the source has no language head."""
+    kind = matched.layout.output
+    if kind == "logits":
+        return []
+    model = "a classifier or reward model" if kind == "labels" else "an embedding model"
+    wanted = [
+        key
+        for key, value in (
+            ("fidelity", recipe.fidelity),
+            ("evaluation.tasks", recipe.evaluation.tasks or None),
+        )
+        if value is not None
+    ]
+    return [
+        f"{recipe.where(key.partition('.')[0])}: {key}: expected none for {model}, which has no "
+        "language head, found one; set it to none"
+        for key in wanted
+    ]
 
 
 def find_text_faults(recipe: Recipe, texts: Sequence[PlanText]) -> list[str]:

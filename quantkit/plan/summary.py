@@ -17,6 +17,7 @@ from quantkit.plan.plan_schema import (
     PlanSummary,
     PlanTotals,
 )
+from quantkit.plan.size_gain import describe_small_gain
 
 
 def summarize_plan(plan: Plan, sampled: Sequence[str] = ()) -> PlanSummary:
@@ -56,7 +57,7 @@ def summarize_plan(plan: Plan, sampled: Sequence[str] = ()) -> PlanSummary:
         copied=summarize_copied(plan),
         texts=plan.texts,
         sampled=tuple(sampled),
-        warnings=plan.warnings,
+        warnings=(*plan.warnings, *find_size_warnings(plan)),
     )
 
 
@@ -173,6 +174,13 @@ def summarize_rule(
         bytes_after=after,
         bits_per_weight=8 * after / parameters,
     )
+
+
+def find_size_warnings(plan: Plan) -> tuple[str, ...]:
+    """Return a warning if something is quantized and the artifact is not clearly smaller."""
+    is_quantized = any(decision.action == "quantize" for decision in plan.decisions.values())
+    note = describe_small_gain(plan.source_bytes(), plan.n_bytes)
+    return (note,) if is_quantized and note else ()
 
 
 def summarize_totals(plan: Plan) -> PlanTotals:

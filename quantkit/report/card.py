@@ -8,7 +8,7 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.report import format_numbers, markdown, tables
+from quantkit.report import format_numbers, markdown, notes, tables
 
 MAX_CHARACTERS = 60_000
 """Limit of a model card, so that it fits into a GitHub comment (65,536 characters)."""
@@ -42,6 +42,8 @@ def _render(fidelity: Fidelity, rows: int, cell: int) -> str:
             head=format_front_matter(fidelity, cell),
             rows=rows,
             tables=tables,
+            notes=notes,
+            size_change=format_numbers.format_size_change,
             verdict=format_verdict(fidelity),
         )
     )
@@ -114,14 +116,23 @@ def build_model_index(
     )
 
 
+def _count_gates(fidelity: Fidelity) -> str:
+    """Return "the gate" or "all 3 gates"."""
+    return "the gate" if len(fidelity.gates) == 1 else f"all {len(fidelity.gates)} gates"
+
+
 def format_verdict(fidelity: Fidelity) -> str:
     """Return one sentence on the gates."""
     failed = sum(row.ok is False for row in fidelity.gates)
     unmeasured = sum(row.ok is None for row in fidelity.gates)
     if fidelity.status == "accepted":
-        return f"Accepted: it passes all {len(fidelity.gates)} gates of its recipe."
+        return f"Accepted: it passes {_count_gates(fidelity)} of its recipe."
     if fidelity.status == "rejected":
-        return f"Rejected: it fails {failed} of the {len(fidelity.gates)} gates of its recipe."
+        return (
+            "Rejected: it fails the gate of its recipe."
+            if len(fidelity.gates) == 1
+            else f"Rejected: it fails {failed} of the {len(fidelity.gates)} gates of its recipe."
+        )
     return (
         f"Not judged: {unmeasured} of {len(fidelity.gates)} gates have no figure."
         if unmeasured

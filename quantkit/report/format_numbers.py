@@ -27,6 +27,12 @@ def format_size(n_bytes: int) -> str:
     return f"{n_bytes} B"
 
 
+def format_size_change(before: int, after: int) -> str:
+    """Format the sizes of source and artifact: "5.45 MB, 70 % of the source's 7.73 MB"."""
+    share = f"{100 * after / before:.0f} % of " if before else ""
+    return f"{format_size(after)}, {share}the source's {format_size(before)}"
+
+
 def format_parts(parts: Sequence[PlanPart]) -> str:
     """Return "model.visual (390 tensors, 1.34 GB), mtp (15 tensors, 210.00 MB)"."""
     return ", ".join(

@@ -19,7 +19,6 @@ from quantkit.figures import (
     list_seen_kinds,
 )
 from quantkit.report import format_numbers
-from quantkit.texts.exposure import describe_exposure, describe_narrowness
 
 WORST = 10
 EXAMPLES = 3
@@ -109,31 +108,6 @@ def make_distribution_table(fidelity: Fidelity) -> Table:
         if rows
         else "",
     )
-
-
-def list_text_notes(fidelity: Fidelity) -> list[str]:
-    """Return sentences on a narrow calibration, and on fidelity text of calibrated kinds alone.
-
-    A report of an earlier version does not say which kinds were calibrated on, and has no notes.
-    """
-    seen = list_seen_kinds(fidelity) or ()
-    measured = fidelity.measured_on.kinds if fidelity.measured_on else {}
-    kinds = [describe_narrowness(seen), describe_exposure(measured, seen) if measured else ""]
-    notes = [f"{note[0].upper()}{note[1:]}" for note in kinds if note]
-    texts = {"calibration": fidelity.calibration, "fidelity": fidelity.measured_on}
-    notes += [
-        f"{use.capitalize()} text: auto stands for {text.set}: {text.chosen}"
-        for use, text in texts.items()
-        if text and text.chosen
-    ]
-    overlaps = fidelity.calibration.overlaps if fidelity.calibration else ()
-    notes += [
-        f"{row.task}: {row.overlapping:,} of {row.items:,} prompts appear in the calibration text; "
-        "its score flatters. Remove them from the calibration set"
-        for row in overlaps
-        if row.overlapping
-    ]
-    return [f"{note}." for note in notes if note]
 
 
 def _describe_exposure(label: str, seen: Collection[str]) -> str:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.plan.plan_schema import PlanSummary
-from quantkit.report import card, format_numbers, tables
+from quantkit.report import card, format_numbers, notes, tables
 from quantkit.report.tables import Table
 
 _STYLES = {"accepted": "green", "rejected": "bold red", "not judged": "yellow"}
@@ -155,22 +155,21 @@ def render_report(fidelity: Fidelity) -> Group:
         strip_control_characters(f"{artifact.name}: {artifact.scheme}, format {artifact.format}"),
         style="bold",
     )
+    size = format_numbers.format_size_change(artifact.bytes_source, artifact.bytes_artifact)
     head.append(
-        f"\n{format_numbers.format_size(artifact.bytes_source)} -> "
-        f"{format_numbers.format_size(artifact.bytes_artifact)}, "
-        f"{artifact.bits_per_weight:.2f} bits per quantized weight",
+        f"\n{artifact.bits_overall:.2f} bits per weight overall "
+        f"({artifact.bits_per_weight:.2f} of the quantized ones); {size}",
         style="not bold",
     )
     verdict = Text(card.format_verdict(fidelity), style=_STYLES[fidelity.status])
-    notes = [
-        Text(strip_control_characters(note), style="yellow")
-        for note in tables.list_text_notes(fidelity)
+    sentences = [
+        Text(strip_control_characters(note), style="yellow") for note in notes.list_notes(fidelity)
     ]
     return Group(
         head,
         Text(),
         *(render_table(table) for table in tables.make_tables(fidelity)),
-        *notes,
+        *sentences,
         verdict,
     )
 
@@ -197,6 +196,9 @@ def render_plan(plan: PlanSummary) -> Group:
         ),
         style="not bold",
     )
+    totals = plan.totals
+    size = format_numbers.format_size_change(totals.bytes_before, totals.bytes_after)
+    head.append(f"\n{totals.bits_per_weight:.2f} bits per weight overall; {size}", style="not bold")
     if source.code:
         code = f"code carried over, not run: {', '.join(source.code)}"
         head.append("\n" + strip_control_characters(code), style="not bold")

@@ -153,6 +153,10 @@ def find_model_faults(
         return [
             f"config.json: expected the sizes of a model, found some that fit no model: {fault}"
         ], None
+    if extra := [item.name for item in matched.left_out]:
+        return [
+            f"{extra[0]}: expected no tensor that engines do not read, found {len(extra)}"
+        ], None
     absent = len(matched.architecture.layout(config).blocks) - len(matched.layout.blocks)
     return [
         f"config.json: announces {absent} MTP block, of which no tensor is stored"

@@ -6,7 +6,7 @@ ordinary tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -60,11 +60,16 @@ class TensorContents:
 
 
 def classify_tensors(
-    name: object, modules: Mapping[str, object], specs: Mapping[str, TensorSpec], read: ReadSmall
+    name: object,
+    modules: Mapping[str, object],
+    specs: Mapping[str, TensorSpec],
+    read: ReadSmall,
+    parts: Sequence[str] = (),
 ) -> TensorContents:
     """Give every tensor its role.
 
-    name: the manifest's format, which must be known if a module is quantized.
+    name: the manifest's format, which must be known if a module is quantized; parts: modules of a
+    wrapper that are copied, which may hold any values.
     """
     schemes, faults = read_schemes(modules)
     if not isinstance(name, str) or name not in registry.list_names("formats"):
@@ -73,7 +78,7 @@ def classify_tensors(
         return (
             TensorContents(name=None, faults=(*faults, format_fault))
             if schemes or name is not None
-            else classify_others(None, {}, specs)
+            else classify_others(None, {}, specs, parts)
         )
     output, checks = registry.get_format(name), registry.get_checks(name)
     parts = group_by_module(schemes, specs)
@@ -94,7 +99,7 @@ def classify_tensors(
         }
         if "bias" in tensors:
             numbers[f"{module}.bias"] = FINITE
-    others = classify_others(output, {n: s for n, s in specs.items() if n in packed}, specs)
+    others = classify_others(output, {n: s for n, s in specs.items() if n in packed}, specs, parts)
     logical = dict(others.logical)
     for module, linear in linears.items():
         shape = (linear.out_features, linear.in_features)
@@ -187,11 +192,27 @@ def classify_linear(
     return linear, None
 
 
+def find_part_faults(parts: object, modules: Iterable[str]) -> Iterator[str]:
+    """Yield why the manifest's parts are no list of modules that hold nothing quantized."""
+    if not isinstance(parts, list) or not all(isinstance(part, str) and part for part in parts):
+        yield f"{MANIFEST}: parts: expected a list of names, found {parts!r:.60}"
+        return
+    names = tuple(f"{part}." for part in parts)
+    for module in modules:
+        if f"{module}.".startswith(names):
+            yield f"{MANIFEST}: parts: expected copied modules, found {module}, which is quantized"
+            return
+
+
 def classify_others(
-    output: Format | None, packed: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]
+    output: Format | None,
+    packed: Mapping[str, TensorSpec],
+    specs: Mapping[str, TensorSpec],
+    parts: Sequence[str],
 ) -> TensorContents:
     """Classify everything that is not part of a quantized linear."""
     suffix = output.fp8_scale if output else None
+    copied = tuple(f"{part}." for part in parts)
     blocks = {
         n
         for n, spec in specs.items()
@@ -204,7 +225,7 @@ def classify_others(
     faults += [
         f"tensor {name}: {spec.dtype} outside the modules that the manifest lists as quantized"
         for name, spec in logical.items()
-        if spec.dtype not in FLOATING
+        if spec.dtype not in FLOATING and not f"{name}.".startswith(copied)
     ]
     return TensorContents(
         name=None,
@@ -217,7 +238,7 @@ def classify_others(
         numbers={
             name: MAGNITUDE if name in scales else FINITE
             for name, s in others.items()
-            if s.dtype in FLOATING
+            if s.dtype in FLOATING and not f"{name}.".startswith(copied)
         },
         logical=logical,
         faults=tuple(faults),

@@ -11,6 +11,7 @@ from random import Random
 from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.checkpoint.scan import scan_file
 from quantkit.errors import ArtifactError
+from quantkit.plan.check_values import find_value_faults
 from quantkit.verify.prove_tensors import Proof, ProofKind, prove_kept, prove_linear
 from quantkit.verify.source_pair import SourcePair, open_pair
 
@@ -159,8 +160,10 @@ def find_tensor_name_faults(pair: SourcePair) -> Iterator[str]:
         *(f"{x.name}.weight" for x in (pair.layout.embedding, pair.layout.head) if x),
     }
     stored = {*pair.stored.specs, *(f"{module}.weight" for module in pair.schemes)}
+    left_out = {item.name for item in pair.left_out}
+    yield from find_value_faults(pair.source, [x.check for x in pair.left_out if x.check])
     for name in pair.source.specs:
-        if name in expected and name not in stored:
+        if name in expected and name not in stored and name not in left_out:
             yield f"{name}: expected as in the source, found none"
     for name in pair.kept:
         if name not in pair.source.specs:

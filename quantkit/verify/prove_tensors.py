@@ -333,6 +333,8 @@ def prove_kept(pair: SourcePair, name: str) -> Proof:
     module, _, local = name.rpartition(".")
     if spec.dtype == FP8:
         return prove_fp8_blocks(pair, name)
+    if name in pair.copied:
+        return prove_rows(pair, name, None, False)
     absorbs = any(True for _ in pair.list_absorbed_inputs(module))
     if len(spec.shape) == 1 and absorbs:
         return prove_bias(pair, name) if module in pair.block_of else prove_norm(pair, name)
@@ -406,20 +408,22 @@ def prove_rows(pair: SourcePair, name: str, scale: Tensor | None, factors: bool)
     factors: allow one factor per row.
     """
     kind: ProofKind = "factor" if factors else "equal" if scale is None else "power_of_two"
-    spec = pair.stored.specs[name]
+    spec, finite = pair.stored.specs[name], name not in pair.copied
     rows = spec.shape[0] if spec.shape else 1
     step = max(1, PIECE_ELEMENTS // max(1, spec.n_elements // max(rows, 1)))
     for first in range(0, rows, step):
         last = min(first + step, rows)
         source, stored = (
-            side.read_rows(name, first, last) if spec.shape else side.read([name])[name]
+            side.read_rows(name, first, last, finite)
+            if spec.shape
+            else side.read([name], finite)[name]
             for side in (pair.source, pair.stored)
         )
         expected = source if scale is None else source.float() * scale
         is_equal = (
             are_rows_close(expected, stored)
             if factors
-            else have_same_bytes(expected.to(TORCH_DTYPES[spec.dtype]), stored)
+            else have_same_bytes(expected.to(TORCH_DTYPES.get(spec.dtype, expected.dtype)), stored)
         )
         if not is_equal:
             location = f" in rows {first} to {last - 1}" if rows > step else ""

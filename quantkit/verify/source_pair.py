@@ -17,6 +17,8 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.scan import scan_file
 from quantkit.contracts import Absorber, Block, Format, Layout, LinearGroup, Scheme, TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError, UsageError
+from quantkit.plan.left_out import LeftOut
+from quantkit.plan.match_checkpoint import match_layout
 from quantkit.plan.plan import load_architecture
 from quantkit.verify.classify_tensors import group_by_module, parse_scheme
 
@@ -43,6 +45,7 @@ class SourcePair:
     stored: Checkpoint
     source: Checkpoint
     layout: Layout
+    left_out: tuple[LeftOut, ...]  # tensors of the source that an artifact does not hold
     modules: Mapping[str, Mapping[str, Any]]
     schemes: Mapping[str, Scheme]
     blocks: Mapping[str, Mapping[str, Any]]
@@ -62,6 +65,11 @@ class SourcePair:
             if local != "bias"
         }
         return tuple(name for name in self.stored.specs if name not in packed)
+
+    @cached_property
+    def copied(self) -> frozenset[str]:
+        """Names of the tensors of a wrapper's parts that text does not run through."""
+        return frozenset(name for part in self.layout.parts for name in part.tensors)
 
     @cached_property
     def block_of(self) -> Mapping[str, Block]:
@@ -208,15 +216,17 @@ def open_pair(path: Path, source: str | None) -> SourcePair:
         for name, block in get_section(manifest, "blocks", path).items()
         if isinstance(block, Mapping)
     }
+    config = source_checkpoint.config
+    architecture = load_architecture(config, source_checkpoint.specs)
+    matched = match_layout(architecture, config, source_checkpoint.specs, model, drop_mtp=True)
     return SourcePair(
         path=path,
         source_name=model,
         format=registry.get_format(str(name)) if schemes else None,
         stored=Checkpoint.open(path),
         source=source_checkpoint,
-        layout=load_architecture(source_checkpoint.config, source_checkpoint.specs).layout(
-            source_checkpoint.config
-        ),
+        layout=architecture.layout(config),
+        left_out=matched.left_out,
         modules=modules,
         schemes=schemes,
         blocks=blocks,

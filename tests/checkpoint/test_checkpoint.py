@@ -243,8 +243,8 @@ def test_folders_without_weights_are_rejected(tmp_path: Path) -> None:
     )
     (folder / "model-00001-of-00002.safetensors").touch()
     assert get_error(folder) == (
-        f"{expected}, found model-00001-of-00002.safetensors without an index; fetch or write the "
-        "index"
+        f"{expected}, found model-00001-of-00002.safetensors without an index; fetch the "
+        "index, or all shards of one set"
     )
     assert get_error(tmp_path / "absent").splitlines()[-1] == (
         "F: expected a model folder, found none; check the path"

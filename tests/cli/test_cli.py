@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.command_line import RECIPE, build, overrides, read_error, run
 
-from quantkit import registry
+from quantkit import pipeline, registry
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.artifact.read_manifest import read_manifest
 from quantkit.cli.main import main
+from quantkit.errors import ArtifactError
 from quantkit.io.package_data import locate_folder, locate_model
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.verify.shallow import verify_artifact
@@ -222,9 +224,46 @@ def test_build_prints_plan_progress_report_and_path(tmp_path: Path) -> None:
         "blocks: 100 % model.layers.3" in result.stderr
         and "blocks" not in result.stdout.partition("Rules")[0]
     )
-    assert [path.name for path in tmp_path.iterdir()] == [
-        "artifact"
-    ]  # staging and scratch are gone
+    # staging and scratch are gone
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "artifact.build.log"]
+
+
+def test_log_lists_steps_blocks_modules_and_how_a_build_ended(tmp_path: Path) -> None:
+    output, log = tmp_path / "artifact", tmp_path / "artifact.build.log"
+    assert build(output, "--verbose").exit_code == 0
+    lines = log.read_text().splitlines()
+    assert "quantkit 0" in lines[0] and "accepted" not in lines[0]
+    [block] = [line for line in lines if " model.layers.3: " in line]
+    assert re.search(r"INFO .* s; 48 modules quantized; weight error at most \d+\.\d\d %", block)
+    assert "hidden states off by" in block and "router agreement" in block
+    [module] = [line for line in lines if " model.layers.3.mlp.experts.7.up_proj: " in line]
+    assert "DEBUG" in module and "rtn, rounding nearest, int4 g128 asymmetric" in module
+    assert any("quantize: " in line for line in lines) and lines[-1].endswith(": not judged")
+
+    again = build(output, "--verbose")  # refused by the plan: the file stays as it is
+    assert again.exit_code == 2 and log.read_text().splitlines() == lines
+    assert "ERROR   error: " in again.stderr
+
+
+def test_failure_and_interruption_are_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ArtifactError("model.layers.1: a planted fault \x1b[31m")
+
+    monkeypatch.setattr(pipeline, "write_model_files", fail)
+    assert build(tmp_path / "artifact").exit_code == 1
+    text = (tmp_path / "artifact.build.log").read_text()
+    assert "ERROR   error: model.layers.1: a planted fault \\x1b[31m" in text
+    assert "Traceback" not in text
+
+
+def test_log_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "artifact.build.log").symlink_to(tmp_path / "mine")
+    result = build(tmp_path / "artifact")
+    assert result.exit_code == 0 and "no log file: " in result.stderr
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_build_json_is_the_only_stdout(tmp_path: Path) -> None:
@@ -412,7 +451,8 @@ def test_overwrite_replaces_an_artifact_after_the_new_one_is_complete(
         == 64
     )
     verify_artifact(artifact)
-    assert {path.name for path in artifact.parent.iterdir()} == {"artifact", "source"}
+    left = {"artifact", "artifact.build.log", "source"}
+    assert {path.name for path in artifact.parent.iterdir()} == left
 
 
 # ------------------------------------------------------------------------------ damaged checkpoints
@@ -536,7 +576,8 @@ def test_damaged_checkpoint_is_one_message(
     ).split("\n")
     assert sentence in message
     assert not note or (len(note) == 1 and "of 4 blocks are done and kept" in note[0])
-    left = {"source", "artifact.building", *(["artifact.building.scratch"] if note else [])}
+    left = {"source", "artifact.building", "artifact.build.log"}
+    left |= {"artifact.building.scratch"} if note else set()
     assert {path.name for path in tmp_path.iterdir()} <= left
 
 

@@ -619,9 +619,9 @@ def test_missing_unexpected_and_misshaped_tensors_are_reported_together() -> Non
         plan_checkpoint("llama", specs=specs)
     assert str(caught.value) == (
         "org/name: the tensors do not fit model_type llama with this config.json: missing: "
-        "model.norm.weight [128]; not claimed by the architecture: model.layers.9.extra; "
-        "lm_head.weight: expected shape [768, 128], found [700, 128]; check that config.json and "
-        "weights belong together"
+        "model.norm.weight [128]; not claimed by the architecture: model.layers.9.extra "
+        "(block 9; config.json announces 2 blocks, from 0 on); lm_head.weight: expected "
+        "shape [768, 128], found [700, 128]; check that config.json and weights belong together"
     )
 
 
@@ -640,8 +640,10 @@ def test_unused_tensors_are_dropped_with_a_warning() -> None:
         name: TensorSpec(name=name, dtype="F32", shape=(16,)),
     }
     plan = plan_checkpoint("llama", specs=specs)
-    assert plan.dropped == (name,) and name not in outputs(plan)
-    assert plan.warnings[0] == f"1 tensors no engine reads are left out, e.g. {name}"
+    assert [item.name for item in plan.left_out] == [name] and name not in outputs(plan)
+    assert plan.warnings[0] == (
+        f"{name} left out: a table of rotary embeddings, which engines compute"
+    )
 
 
 @pytest.mark.parametrize(

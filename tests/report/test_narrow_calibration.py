@@ -11,7 +11,7 @@ from quantkit.api import build
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.figures import find_figure, list_kinds
 from quantkit.report.card import render_card
-from quantkit.report.tables import list_text_notes
+from quantkit.report.notes import list_text_notes
 
 PART = (
     "  - {{name: {0}, kind: {0}, licence: Apache-2.0, set: tiny-v3, domain: {0}, "

@@ -53,6 +53,22 @@ def test_terminal_plan_matches_golden_file() -> None:
     )
 
 
+@pytest.mark.parametrize(("n_bytes", "share"), [(7_800_000, "100%"), (9_000_000, "115%")])
+def test_artifact_that_saves_nothing_is_reported(n_bytes: int, share: str) -> None:
+    artifact = {**dict(FIDELITY["artifact"]), "bytes_artifact": n_bytes}  # type: ignore[call-overload]
+    report = make_example({"artifact": artifact})
+    note = f"The artifact has {share} of the source's size; quantize more modules"
+    assert note in card.render_card(report)
+    assert join_lines(note) in join_lines(render_to_text(terminal.render_report(report)))
+    assert "of the source's size" not in card.render_card(make_example())
+
+
+def test_verdict_on_a_single_gate_is_singular() -> None:
+    for bound, words in ((1.0, "it passes the gate of"), (1e-9, "it fails the gate of")):
+        report = gates.apply_gates({"kl_mean": Gate(max=bound)}, make_example())
+        assert words in card.format_verdict(report)
+
+
 def test_card_and_terminal_show_the_same_cells() -> None:
     fidelity = gates.apply_gates(GATES, make_example())
     text, shown = (

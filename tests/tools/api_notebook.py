@@ -24,7 +24,15 @@ print(f"{planned.totals.modules_quantized} modules, {planned.totals.bytes_after 
 # ## Build at 4 and 8 bits; each artifact holds the recipe that was chosen
 
 # %%
-[four] = quantkit.build(MODEL, method="rtn", output="four", evaluate=False, overrides=TEXT)
+with quantkit.show_progress() as progress:
+    [four] = quantkit.build(
+        MODEL,
+        method="rtn",
+        output="four",
+        evaluate=False,
+        overrides=TEXT,
+        on_progress=progress,
+    )
 [eight] = quantkit.build(
     MODEL, method="rtn", bits=8, output="eight", evaluate=False, overrides=TEXT
 )

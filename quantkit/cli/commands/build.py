@@ -1,8 +1,9 @@
-"""`quantkit build`: build the artifacts of a recipe."""
+"""`quantkit build`: build the artifacts of a recipe. `--help` imports neither torch nor rich."""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,9 @@ from quantkit.errors import GateMissed, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from quantkit.cli.build_log import BuildLog
     from quantkit.pipeline import BuildResult
+    from quantkit.plan.plan import Plan
     from quantkit.plan.recipe_draft import RecipeRequest
     from quantkit.recipe.schema import Recipe
 
@@ -51,6 +54,11 @@ if TYPE_CHECKING:
     "--restart", is_flag=True, help="Discard the progress of an interrupted build and start over."
 )
 @click.option("--skip-evaluation", is_flag=True, help="Skip the benchmarks; the report says so.")
+@click.option(
+    "--verbose",
+    is_flag=True,
+    help="Print the log to stderr: every block and module. It is also in OUTPUT.build.log.",
+)
 @TRUST_TASK_CODE
 @JUNIT
 @JSON
@@ -67,6 +75,7 @@ def command(
     overwrite: bool,
     restart: bool,
     skip_evaluation: bool,
+    verbose: bool,
     trusted_code: tuple[str, ...],
     junit: Path | None,
     json_out: bool,
@@ -78,42 +87,36 @@ def command(
     written to recipe.yaml, which builds the same artifact. If a build is interrupted, the same
     command resumes after the last finished block; the bytes are the same. Exits with 3 if a gate is
     missed. A recipe file that writes outside the working folder needs --output or a confirmation.
+    The log of the build, module by module, is kept in OUTPUT.build.log.
 
     \b
     Example: quantkit build tiny-v3-awq4
              quantkit build ./my-model
              quantkit build Qwen/Qwen3-8B --bits 8 --output artifacts/qwen3-8b
     """
-    # `quantkit build --help` starts without torch, pydantic and rich.
-    from quantkit.cli.rich_output import ProgressBar, show
-    from quantkit.io.files import write_output
+    from quantkit.cli.build_log import log_build
+    from quantkit.cli.rich_output import ProgressBar
     from quantkit.pipeline import build_artifacts
     from quantkit.plan.recipe_draft import RecipeRequest
-    from quantkit.plan.summary import summarize_plan
-    from quantkit.report.junit import format_junit as junit_bytes
-    from quantkit.report.terminal import render_plans
 
     request = RecipeRequest(
         model=target, method=method, bits=bits, format=format_name, rules=rules, output=output
     )
     text, parsed = prepare_recipe(request, overrides, recipe_file, quiet=json_out)
-    with ProgressBar(sys.stderr.isatty() and not json_out) as progress_bar:
+    bars = sys.stderr.isatty() and not json_out and not verbose
+    with log_build(verbose=verbose) as log, ProgressBar(bars) as progress_bar:
         results = build_artifacts(
             parsed,
             text,
             overwrite=overwrite,
             evaluate=not skip_evaluation,
             trusted_code=trusted_code,
-            on_plan=lambda plans: (
-                None if json_out else show(render_plans([summarize_plan(plan) for plan in plans]))
-            ),
+            on_plan=partial(start_build, log, quiet=json_out),
             on_progress=progress_bar.update,
             restart=restart,
-            on_message=lambda message: click.echo(message, err=True),
+            on_message=log.show_message,
         )
-    if junit:
-        write_output(junit, junit_bytes([result.fidelity for result in results]))
-    print_results(results, json_out)
+    write_results(results, junit, json_out)
     check_gates(results)
 
 
@@ -134,11 +137,26 @@ def prepare_recipe(
     return read.text, read.recipe
 
 
-def print_results(results: Sequence[BuildResult], json_out: bool) -> None:
-    """Print the reports of artifacts."""
+def start_build(log: BuildLog, plans: Sequence[Plan], *, quiet: bool) -> None:
+    """Open the log file of a build whose plan is accepted, and print the plan."""
     from quantkit.cli.rich_output import show
+    from quantkit.plan.summary import summarize_plan
+    from quantkit.report.terminal import render_plans
+
+    log.open_file(Path(plans[0].path))
+    if not quiet:
+        show(render_plans([summarize_plan(plan) for plan in plans]))
+
+
+def write_results(results: Sequence[BuildResult], junit: Path | None, json_out: bool) -> None:
+    """Print the reports of artifacts, and write their gates as JUnit XML."""
+    from quantkit.cli.rich_output import show
+    from quantkit.io.files import write_output
+    from quantkit.report.junit import format_junit
     from quantkit.report.terminal import render_reports
 
+    if junit:
+        write_output(junit, format_junit([result.fidelity for result in results]))
     if json_out:
         print_json_list([result.fidelity.model_dump(mode="json") for result in results])
         return

@@ -1,0 +1,41 @@
+"""Sentences that a report shows before its figures: what limits or flatters them."""
+
+from __future__ import annotations
+
+from quantkit.artifact.fidelity_schema import Fidelity
+from quantkit.figures import list_seen_kinds
+from quantkit.plan.size_gain import describe_small_gain
+from quantkit.texts.exposure import describe_exposure, describe_narrowness
+
+
+def list_notes(fidelity: Fidelity) -> list[str]:
+    """Return sentences on the artifact's size, if little is gained, and on its texts."""
+    artifact = fidelity.artifact
+    note = describe_small_gain(artifact.bytes_source, artifact.bytes_artifact)
+    size = [f"{note[0].upper()}{note[1:]}."] if note and fidelity.modules else []
+    return [*size, *list_text_notes(fidelity)]
+
+
+def list_text_notes(fidelity: Fidelity) -> list[str]:
+    """Return sentences on a narrow calibration, and on fidelity text of calibrated kinds alone.
+
+    A report of an earlier version does not say which kinds were calibrated on, and has no notes.
+    """
+    seen = list_seen_kinds(fidelity) or ()
+    measured = fidelity.measured_on.kinds if fidelity.measured_on else {}
+    kinds = [describe_narrowness(seen), describe_exposure(measured, seen) if measured else ""]
+    notes = [f"{note[0].upper()}{note[1:]}" for note in kinds if note]
+    texts = {"calibration": fidelity.calibration, "fidelity": fidelity.measured_on}
+    notes += [
+        f"{use.capitalize()} text: auto stands for {text.set}: {text.chosen}"
+        for use, text in texts.items()
+        if text and text.chosen
+    ]
+    overlaps = fidelity.calibration.overlaps if fidelity.calibration else ()
+    notes += [
+        f"{row.task}: {row.overlapping:,} of {row.items:,} prompts appear in the calibration text; "
+        "its score flatters. Remove them from the calibration set"
+        for row in overlaps
+        if row.overlapping
+    ]
+    return [f"{note}." for note in notes if note]
