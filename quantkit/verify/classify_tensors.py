@@ -64,12 +64,12 @@ def classify_tensors(
     modules: Mapping[str, object],
     specs: Mapping[str, TensorSpec],
     read: ReadSmall,
-    parts: Sequence[str] = (),
+    copied: Sequence[str] = (),
 ) -> TensorContents:
     """Give every tensor its role.
 
-    name: the manifest's format, which must be known if a module is quantized; parts: modules of a
-    wrapper that are copied, which may hold any values.
+    name: the manifest's format, which must be known if a module is quantized; copied: modules of a
+    wrapper's parts, which may hold any values.
     """
     schemes, faults = read_schemes(modules)
     if not isinstance(name, str) or name not in registry.list_names("formats"):
@@ -78,7 +78,7 @@ def classify_tensors(
         return (
             TensorContents(name=None, faults=(*faults, format_fault))
             if schemes or name is not None
-            else classify_others(None, {}, specs, parts)
+            else classify_others(None, {}, specs, copied)
         )
     output, checks = registry.get_format(name), registry.get_checks(name)
     parts = group_by_module(schemes, specs)
@@ -99,7 +99,7 @@ def classify_tensors(
         }
         if "bias" in tensors:
             numbers[f"{module}.bias"] = FINITE
-    others = classify_others(output, {n: s for n, s in specs.items() if n in packed}, specs, parts)
+    others = classify_others(output, {n: s for n, s in specs.items() if n in packed}, specs, copied)
     logical = dict(others.logical)
     for module, linear in linears.items():
         shape = (linear.out_features, linear.in_features)
@@ -192,16 +192,16 @@ def classify_linear(
     return linear, None
 
 
-def find_part_faults(parts: object, modules: Iterable[str]) -> Iterator[str]:
-    """Yield why the manifest's parts are no list of modules that hold nothing quantized."""
+def read_parts(parts: object, modules: Iterable[str]) -> tuple[list[str], str | None]:
+    """Return the manifest's parts, or why they are no list of modules without a quantized one."""
     if not isinstance(parts, list) or not all(isinstance(part, str) and part for part in parts):
-        yield f"{MANIFEST}: parts: expected a list of names, found {parts!r:.60}"
-        return
+        return [], f"{MANIFEST}: parts: expected a list of names, found {parts!r:.60}"
     names = tuple(f"{part}." for part in parts)
-    for module in modules:
-        if f"{module}.".startswith(names):
-            yield f"{MANIFEST}: parts: expected copied modules, found {module}, which is quantized"
-            return
+    inside = (module for module in modules if f"{module}.".startswith(names))
+    if module := next(inside, None):
+        found = f"found {module}, which is quantized"
+        return [], f"{MANIFEST}: parts: expected copied modules, {found}"
+    return parts, None
 
 
 def classify_others(

@@ -45,7 +45,7 @@ from quantkit.formats.common.checks import ValueCheck
 from quantkit.io.files import read_json
 from quantkit.verify.check_config import find_config_faults, find_model_faults
 from quantkit.verify.check_report import find_report_faults
-from quantkit.verify.classify_tensors import TensorContents, classify_tensors, find_part_faults
+from quantkit.verify.classify_tensors import TensorContents, classify_tensors, read_parts
 from quantkit.verify.stamps import Stamp, check_unchanged, take_stamps, wait_for_tick
 
 PAGE_HINT = (
@@ -102,11 +102,8 @@ def verify_artifact(path: Path) -> VerifyReport:
     def read_small(name: str) -> bytes:
         return read_small_tensor(path / file_of[name], headers[file_of[name]], name)
 
-    parts = manifest.get("parts", [])
-    part_faults = list(find_part_faults(parts, modules))
-    contents = classify_tensors(
-        get_format_name(manifest), modules, specs, read_small, [] if part_faults else parts
-    )
+    copied, part_fault = read_parts(manifest.get("parts", []), modules)
+    contents = classify_tensors(get_format_name(manifest), modules, specs, read_small, copied)
     scans = scan_files(path, present_files, headers, contents.numbers)
     faults = [
         *find_listing_faults(files, manifest, present),
@@ -119,7 +116,7 @@ def verify_artifact(path: Path) -> VerifyReport:
         *find_tensor_faults(specs, get_section(manifest, "tensors", path)),
         *find_index_faults(path, specs, headers, present_files),
     ]
-    faults += [*contents.faults, *part_faults]
+    faults += [*contents.faults, *([part_fault] if part_fault else [])]
     config_faults, notes = check_configs(
         path, manifest, present_files, None if damaged or contents.faults else contents
     )
