@@ -258,10 +258,12 @@ def summarize_text(
     *,
     has_template: bool = True,
     chosen: str = "",
+    labels: Sequence[str] | None = None,
 ) -> fidelity_schema.TextSet:
     """Summarize a calibration or fidelity text.
 
-    has_template: the model has a chat template; chosen: why `auto` stands for the set.
+    has_template: the model has a chat template; chosen: why `auto` stands for the set; labels: the
+    kind of each sequence before small ones were pooled.
     """
     return fidelity_schema.TextSet(
         set=corpus.name,
@@ -273,9 +275,20 @@ def summarize_text(
         seed=seed,
         description=corpus.origin,
         kinds=count_tokens(tokens, tokens.domains),
+        pooled=list_pools(labels or tokens.domains, tokens.domains),
         parts=summarize_parts(corpus, tokens, has_template),
         chosen=chosen,
     )
+
+
+def list_pools(labels: Sequence[str], pooled: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the members of each label that pools others; both have one label per sequence."""
+    members: dict[str, set[str]] = {}
+    for label, pool in zip(labels, pooled, strict=True):
+        members.setdefault(pool, set()).add(label)
+    return {
+        pool: tuple(sorted(found)) for pool, found in sorted(members.items()) if found != {pool}
+    }
 
 
 def count_tokens(tokens: Tokens, labels: Sequence[str]) -> dict[str, int]:
