@@ -256,7 +256,9 @@ class Layout:
     `equal_lengths`: a batch must hold sequences of one length, because padding changes the states
     of a shorter one. `parts`: what a wrapper holds besides its text model. `renames`: tensors
     outside the blocks with another name in transformers. `output`: a classifier or reward model
-    returns labels, an embedding model states; both have no language head.
+    returns labels, an embedding model states; both have no language head. `eager_heads`: heads of
+    an attention that transformers only runs with a matrix of scores [heads, tokens, tokens] per
+    sequence.
     """
 
     embedding: Linear
@@ -267,6 +269,7 @@ class Layout:
     parts: tuple[ModelPart, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     output: Literal["logits", "labels", "states"] = "logits"
+    eager_heads: int = 0
 
     def get_path(self, name: str) -> str:
         """Return a tensor's name in transformers' model; `name` is that in the checkpoint."""
@@ -294,6 +297,7 @@ class Architecture:
     derived: str | None = (
         None  # of a family without a table: how the layout was derived and checked
     )
+    classes: tuple[str, ...] = ()  # of a family without a table: its models in transformers
 
 
 # ------------------------------------------------------------------------------------- quantization

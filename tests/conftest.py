@@ -69,6 +69,7 @@ MEDIUM_FILES = frozenset({
     "io/test_user_cache.py",
     "methods/test_hard_weights.py",
     "methods/test_methods.py",
+    "models/test_text_part.py",
     "models/test_derive.py",
     "models/test_outer_model.py",
     "plan/test_plan.py",

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from quantkit import registry
-from quantkit.checkpoint.hf_config import has_language_model
+from quantkit.checkpoint.hf_config import has_language_model, list_model_classes
 from quantkit.contracts import Architecture, Config, Layout
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.suggestions import format_unknown_name
@@ -67,6 +67,7 @@ def derive_architecture(config: Config, names: Collection[str] = ()) -> Architec
         serving_notes=(f"{description} Whether an engine serves this family was not checked.",),
         dropped=("*.rotary_emb.inv_freq",),  # a buffer that old uploads carry; engines recompute it
         derived=description,
+        classes=list_model_classes(model_type),
     )
 
 
@@ -97,7 +98,19 @@ def derive_layout(config: Config, names: Collection[str]) -> Layout:
         parts = find_parts(whole, meta_model.left_out, named, converted, list_tensors(layout))
     except CheckpointError as fault:
         raise CheckpointError(f"{config.where}: {fault}") from fault
-    return replace(layout, blocks=blocks, equal_lengths=runs_alone, parts=parts)
+    return replace(
+        layout,
+        blocks=blocks,
+        equal_lengths=runs_alone,
+        parts=parts,
+        eager_heads=count_eager_heads(meta_model),
+    )
+
+
+def count_eager_heads(meta_model: MetaModel) -> int:
+    """Return the heads of a model that transformers runs with eager attention only, else 0."""
+    is_eager = getattr(meta_model.config, "_attn_implementation", None) == "eager"
+    return (layout_checks.read_size(meta_model.config, "num_attention_heads") or 0) * is_eager
 
 
 def make_checked_model(config: Config, values: Config) -> MetaModel:

@@ -29,6 +29,13 @@ SHOWN = 3
 class LeftOut(Stub):
     """Stands for a part of a wrapper that text does not run through; it cannot be called."""
 
+    def forward(self, *_arguments: Any, **_keywords: Any) -> Any:
+        """Raise NotImplementedError."""
+        raise NotImplementedError(
+            "this part of the model is not loaded, as text does not run through it; load the "
+            "folder with transformers"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LeftOut:
         """Return itself: it has no state, and the part is never run."""
         return self

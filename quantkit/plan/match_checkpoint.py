@@ -23,6 +23,8 @@ SHOWN_FAULTS = 8
 MAX_MTP_BLOCKS = 8
 """Blocks after the last one that may be MTP blocks; no model has more."""
 
+NO_CLASS = "vLLM and SGLang choose the model's class by this key of config.json"
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatchedLayout:
@@ -154,12 +156,17 @@ def match_layout(
         )
     if not architecture.derived:
         check_model_class(config, where)
+    class_warning = find_class_warning(config, architecture)
     return MatchedLayout(
         architecture=architecture,
         layout=layout,
         specs={name: specs[name] for name in (*expected, *copied)},
         left_out=left_out,
-        warnings=(*warnings, *(format_absent_mtp(block) for block in absent)),
+        warnings=(
+            *warnings,
+            *(format_absent_mtp(block) for block in absent),
+            *((class_warning,) if class_warning else ()),
+        ),
     )
 
 
@@ -181,6 +188,25 @@ def check_model_class(config: Config, where: str) -> None:
             f"{where}: architectures: expected the causal language model of {model_type}, found "
             f"{shorten_repr(names)}; engines choose the model's class by it, repair the value"
         )
+
+
+def names_no_class(config: Config) -> bool:
+    """Return whether `architectures` is missing or empty: engines do not know the model's class."""
+    return not config.values.get("architectures")
+
+
+def find_class_warning(config: Config, architecture: Architecture) -> str | None:
+    """Return what is unusual about `architectures`, by which vLLM and SGLang choose the class."""
+    names, classes = config.values.get("architectures"), architecture.classes
+    expected = f"expected {' or '.join(classes) or 'the class of the model'}"
+    if names_no_class(config):
+        return f"architectures: {expected}, found none: {NO_CLASS}; add it to config.json"
+    if classes and not (isinstance(names, list) and {*map(str, names)} & {*classes}):
+        return (
+            f"architectures: {expected}, found {shorten_repr(names)}: vLLM and SGLang choose the "
+            "model's class by it; check that config.json and weights belong together"
+        )
+    return None
 
 
 def find_mismatches(

@@ -31,6 +31,9 @@ Fixed, so sums do not depend on the budget.
 COPIES_BYTES = 2 + 2 + 4 + 4
 """Bytes per weight in memory: BF16 as read, BF16 read ahead, float32 original, float32 stored."""
 
+SCORE_COPIES = 4
+"""float32 copies of the scores of eager attention: before and after mask and softmax."""
+
 SLICE_EXPERTS = 16
 """Routed experts of a layer that are scaled and quantized as one unit, at most."""
 
@@ -160,15 +163,20 @@ def estimate_expert_bytes(experts: Experts, quantized: bool, grams: int) -> int:
     return weights + 4 * grams * (experts.hidden**2 + experts.intermediate**2)
 
 
-def estimate_batch_bytes(layout: Layout, block: Block) -> int:
+def estimate_batch_bytes(layout: Layout, block: Block, longest: int) -> int:
     """Return the bytes of the float32 activations of one batch: copies of the widest input and
-    output.
+    output, and the scores of eager attention.
+
+    longest: tokens of the longest sequence.
     """
     linears = [
         linear for linear in block.linears if linear.role in {"attention", "mlp", "shared_expert"}
     ]
     widest = max(max(linear.in_features, linear.out_features) for linear in linears)
-    return BATCH_TOKENS * 4 * (4 * layout.embedding.in_features + 4 * widest)
+    activations = BATCH_TOKENS * 4 * (4 * layout.embedding.in_features + 4 * widest)
+    # heads * length^2 of each sequence; a batch holds one sequence, or BATCH_TOKENS in all
+    scores = layout.eager_heads * longest * max(longest, BATCH_TOKENS if longest else 0)
+    return activations + SCORE_COPIES * 4 * scores
 
 
 def plan_memory(
@@ -179,6 +187,7 @@ def plan_memory(
     grams: int,
     tokens: Mapping[Literal["calibration", "fidelity"], int],
     hidden_bytes: Literal[2, 4],
+    longest: int = 0,
 ) -> MemoryPlan:
     """Return the wave size and the peaks of the largest block.
 
@@ -189,11 +198,12 @@ def plan_memory(
         grams: matrices summed for each input (`estimate_dense_bytes`).
         tokens: lengths of the streams.
         hidden_bytes: bytes of a stored hidden value.
+        longest: tokens of the longest sequence.
     """
     blocks = layout.blocks
     hidden = layout.embedding.in_features
     dense = max(estimate_dense_bytes(block, decisions, grams) for block in blocks)
-    batch = max(estimate_batch_bytes(layout, block) for block in blocks)
+    batch = max(estimate_batch_bytes(layout, block, longest) for block in blocks)
     expert, max_experts = 0, 0
     for block in blocks:
         if block.experts:

@@ -18,6 +18,7 @@ from quantkit import registry
 from quantkit.checkpoint.fp8_pairs import FP8
 from quantkit.contracts import Architecture, Config, Format, Layout, Scheme, TensorSpec
 from quantkit.errors import RecipeError
+from quantkit.formats.common.engine_names import SERVERS
 from quantkit.plan.decisions import (
     Decision,
     decide_all,
@@ -34,6 +35,7 @@ from quantkit.plan.match_checkpoint import (
     MatchedLayout,
     compute_stored_bytes,
     match_layout,
+    names_no_class,
     read_fp8_block_size,
 )
 from quantkit.plan.memory import MemoryPlan, plan_memory
@@ -41,6 +43,8 @@ from quantkit.plan.output_tensors import KeptStorage, Shard, list_output_tensors
 from quantkit.plan.plan_schema import PlanText
 from quantkit.recipe.parse import expand_preset
 from quantkit.recipe.schema import Recipe, Rule
+
+NO_CLASS_REASON = "chooses the model's class by architectures in config.json, which names none"
 
 Propagation = Literal["quantized", "original", "both"]
 
@@ -256,8 +260,9 @@ def find_unsupported_engines(
     output: Format, config: Config, layout: Layout, decisions: Mapping[str, Decision]
 ) -> Mapping[str, str]:
     """Return the engines that cannot load the artifact of these decisions, with the reason."""
+    unnamed = dict.fromkeys(SERVERS, NO_CLASS_REASON) if names_no_class(config) else {}
     if output.limits is None:
-        return {}
+        return unnamed
     mtp_linears = {
         linear.name for block in layout.blocks if block.kind == "mtp" for linear in block.linears
     }
@@ -265,7 +270,8 @@ def find_unsupported_engines(
     kept = [
         d.linear for name, d in decisions.items() if d.action == "keep" and name not in mtp_linears
     ]
-    return output.limits(config.text("model_type"), schemes, kept) if schemes else {}
+    limits = output.limits(config.text("model_type"), schemes, kept) if schemes else {}
+    return {**unnamed, **limits}
 
 
 def find_fp8_warnings(
@@ -366,6 +372,7 @@ def make_plan(
             f"{recipe.where('calibration')}: calibration: method {recipe.quantize.method} needs a "
             "set, found none"
         )
+    texts = (recipe.calibration if needs_calibration(decisions) else None, recipe.fidelity)
     memory = plan_memory(
         matched.layout,
         decisions,
@@ -374,6 +381,7 @@ def make_plan(
         * (2 if resolve_propagation(recipe, matched.layout) == "both" else 1),
         tokens=tokens,
         hidden_bytes=hidden_bytes,
+        longest=max((text.length for text in texts if text is not None), default=0),
     )
     if memory.needed_bytes > budget_bytes:
         faults.append(f"{recipe.where('memory')}: memory: {format_memory_fault(memory)}")

@@ -31,7 +31,8 @@ def summarize_plan(plan: Plan, sampled: Sequence[str] = ()) -> PlanSummary:
     if memory.head_bytes > block:
         parts["final norm and head"] = memory.head_bytes
     else:
-        parts |= {"block without experts": memory.dense_bytes, "one batch": memory.batch_bytes}
+        batch = "one batch with eager attention" if plan.layout.eager_heads else "one batch"
+        parts |= {"block without experts": memory.dense_bytes, batch: memory.batch_bytes}
         parts |= {
             f"wave of {memory.wave_experts} experts": block
             - memory.dense_bytes

@@ -143,7 +143,7 @@ def trial(model_type: str) -> layout_checks.BlockTrial:
     """Make a trial of the first block of a small instance."""
     config = Config(values=family(model_type))
     bones = make_meta_model(
-        layout_checks.reduce_config(config, skeleton_of(config).config),
+        layout_checks.reduce_config(config, skeleton_of(config)),
         torch.device("cpu"),
         torch.float32,
     )

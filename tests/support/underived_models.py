@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.architectures.components.decoder import TINY_COMMON
+from quantkit.checkpoint import hf_config
 from quantkit.io.package_data import locate_model
-from quantkit.models import derive
 
 
 def write_model(folder: Path, config: dict[str, object]) -> Path:
@@ -112,4 +112,4 @@ REPLAYED: dict[str, dict[str, object]] = {
 
 def type_of(model_type: str) -> str:
     """Return the class that transformers makes for a model type."""
-    return derive.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    return hf_config.list_model_classes(model_type)[0]

@@ -114,17 +114,33 @@ MEDIA_SIZES: Mapping[str, Any] = {
 
 MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
 PARTIAL_MROPE = {**MROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
-GEMMA4 = {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2}
+GEMMA4 = {
+    "pad_token_id": 0,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+NEMOTRON_H = {
+    "layers_block_type": ["mamba", "moe", "attention", "moe"],
+    "num_hidden_layers": None,
+    "hybrid_override_pattern": None,
+    "moe_latent_size": None,
+}
+QWEN4_EXP = {
+    "hc_count": 2,
+    "hc_lowrank": 32,
+    "ple_layer_ids": [1],
+    "ple_embed_dim": 32,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 32,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 8,
+}
 LFM2 = {"layer_types": ["conv", "full_attention"] * 2}
 DBRX_FFN = {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 128}
 
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
-    "nemotron_h": {
-        "layers_block_type": ["mamba", "moe", "attention", "moe"],
-        "num_hidden_layers": None,
-        "hybrid_override_pattern": None,
-        "moe_latent_size": None,
-    },
+    "nemotron_h": NEMOTRON_H,
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -143,7 +159,13 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "lfm2": LFM2,
     "gemma4_text": GEMMA4,
     "gemma4": {"text_config": GEMMA4},
-    "qwen4_exp_text": {"hc_count": 2, "hc_lowrank": 32, "ple_layer_ids": [1], "ple_embed_dim": 32},
+    "qwen4_exp_text": QWEN4_EXP,
+    "qwen4_exp": {"text_config": QWEN4_EXP},
+    "glm5_next": {"text_config": {"qk_rope_head_dim": 0}},
+    "nemotron_h_omni": {
+        "text_config": NEMOTRON_H,
+        "vision_config": {"video_temporal_patch_size": 2},
+    },
     **dict.fromkeys(
         ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v"), {"text_config": {"rope_parameters": MROPE}}
     ),
