@@ -150,7 +150,7 @@ def build_artifacts(
         registry.check_packages(format_name)
     timer = StepTimer()
     located = hub.resolve_model(recipe.source.model, recipe.source.revision)
-    source = Checkpoint.open(located.folder)
+    source = Checkpoint.open(located.folder, decode=True)
     facts = sources.make_source_facts(recipe, source, located.revision)
     chosen = {} if restart else session.read_chosen_texts(recipe)
     recipe = sources.resolve_texts(recipe, facts, chosen)
@@ -359,7 +359,7 @@ def load_sets(
     with ExitStack() as opened:
         own = None
         if list_self_texts(recipe):
-            checkpoint = source or Checkpoint.open(folder)
+            checkpoint = source or Checkpoint.open(folder, decode=True)
             own = opened.enter_context(open_self_source(recipe, checkpoint, tokenizer, on_progress))
         for name, set_name, sequences, length, seed in select_texts(recipe):
             sampler = own.make_sampler(name, sequences, length, seed) if own is not None else None

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from quantkit import registry
-from quantkit.checkpoint.fp8_pairs import FP8
+from quantkit.checkpoint.encoding import FP8
 from quantkit.checkpoint.tensors import TORCH_DTYPES
 from quantkit.contracts import Block, Experts, LinearGroup, Rescale, Scheme
 from quantkit.plan.decisions import (

@@ -19,7 +19,7 @@ from quantkit.build.hidden_states import Stream, StreamName
 from quantkit.build.progress_log import BuildProgress, CheckpointInterval
 from quantkit.build.spool import Spool
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.fp8_pairs import FP8
+from quantkit.checkpoint.encoding import FP8
 from quantkit.checkpoint.prefetch import ScheduledReads
 from quantkit.checkpoint.tensors import TORCH_DTYPES
 from quantkit.contracts import Format

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from quantkit import registry
-from quantkit.checkpoint.fp8_pairs import FP8
+from quantkit.checkpoint.encoding import FP8
 from quantkit.contracts import (
     PROTECTED_ROLES,
     Block,
