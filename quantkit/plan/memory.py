@@ -87,9 +87,8 @@ def iterate_solves(block: Block, decisions: Mapping[str, Decision]) -> Iterator[
     sized = {linear.name: linear for linear in block.linears}
     sets = [group.readers for group in block.groups]
     if block.experts:  # all have one size, and most have one rule
-        first = [block.experts.linear(e, block.experts.gate) for e in range(block.experts.count)]
-        second = [block.experts.linear(e, block.experts.up) for e in range(block.experts.count)]
-        sets += zip(first, second)
+        experts = block.experts
+        sets += [tuple(experts.linear(e, x) for x in experts.inputs) for e in range(experts.count)]
     for names in (*sets, *((name,) for name in sized)):
         if linears := tuple(sized[name] for name in names if decisions[name].action == "quantize"):
             yield linears
@@ -146,7 +145,7 @@ def estimate_scaled_expert_bytes(
     A slice is scaled expert by expert.
     """
     experts = block.experts
-    if not grams or experts is None or decisions[experts.linear(0, experts.gate)].scheme is None:
+    if not grams or experts is None or decisions[experts.first].scheme is None:
         return 0
     hidden, width = experts.hidden, experts.intermediate
     return 4 * (3 * hidden * width + grams * (hidden**2 + width**2))
@@ -154,7 +153,7 @@ def estimate_scaled_expert_bytes(
 
 def estimate_expert_bytes(experts: Experts, quantized: bool, grams: int) -> int:
     """Return the bytes of one expert of a wave: weights as in a block, and grams if quantized."""
-    weights = COPIES_BYTES * 3 * experts.hidden * experts.intermediate
+    weights = COPIES_BYTES * len(experts.projections) * experts.hidden * experts.intermediate
     if not (quantized and grams):
         return weights
     return weights + 4 * grams * (experts.hidden**2 + experts.intermediate**2)
@@ -167,7 +166,7 @@ def estimate_batch_bytes(layout: Layout, block: Block) -> int:
     linears = [
         linear for linear in block.linears if linear.role in {"attention", "mlp", "shared_expert"}
     ]
-    widest = max(max(linear.in_features, linear.out_features) for linear in linears)
+    widest = max((max(x.in_features, x.out_features) for x in linears), default=0)
     return BATCH_TOKENS * 4 * (4 * layout.embedding.in_features + 4 * widest)
 
 
@@ -197,7 +196,7 @@ def plan_memory(
     expert, max_experts = 0, 0
     for block in blocks:
         if block.experts:
-            quantized = decisions[block.experts.linear(0, block.experts.gate)].action == "quantize"
+            quantized = decisions[block.experts.first].action == "quantize"
             expert = max(expert, estimate_expert_bytes(block.experts, quantized, grams))
             max_experts = max(max_experts, block.experts.count)
     room = budget_bytes - BASE_BYTES - dense - batch
