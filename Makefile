@@ -112,19 +112,19 @@ REAL := .venv-real
 PEERS := .venv-gptqmodel .venv-llmcompressor
 
 real-model: $(VENV)/.installed $(REAL)/.installed  ## SmolLM2-135M by each method: KL, time, memory (an hour)
-	$(REAL)/bin/python tests/external/real_model/make_smollm2.py
+	$(REAL)/bin/python tests/external/real_model/make_from_gguf.py smollm2
 	PYTHONPATH=tests $(BIN)/python -m external.real_model.methods
 
 bench-peers: $(VENV)/.installed $(REAL)/.installed $(PEERS:=/.installed)  ## compare quantkit with GPTQModel and llm-compressor
-	$(REAL)/bin/python tests/external/real_model/make_smollm2.py
+	$(REAL)/bin/python tests/external/real_model/make_from_gguf.py smollm2
 	PYTHONPATH=tests $(BIN)/python -m external.real_model.against_peers $(PEERS:=/bin/python) $(ARGS)
 
 bench-texts: $(VENV)/.installed $(REAL)/.installed  ## SmolLM2-135M calibrated on other texts: KL on seven kinds of text (hours; continues)
-	test -d artifacts/real/smollm2-135m || $(REAL)/bin/python tests/external/real_model/make_smollm2.py
+	test -d artifacts/real/smollm2-135m || $(REAL)/bin/python tests/external/real_model/make_from_gguf.py smollm2
 	PYTHONPATH=tests $(BIN)/python -m external.real_model.text_kinds $(ARGS)
 
 eval-real: $(VENV)/.installed $(REAL)/.installed  ## GSM8K, HumanEval, MBPP: SmolLM2-135M by each method (hours)
-	test -d artifacts/real/smollm2-135m || $(REAL)/bin/python tests/external/real_model/make_smollm2.py
+	test -d artifacts/real/smollm2-135m || $(REAL)/bin/python tests/external/real_model/make_from_gguf.py smollm2
 	PYTHONPATH=tests $(BIN)/python -m external.real_model.scores
 
 $(REAL)/.installed: tests/external/real_model/requirements.txt

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPE_BYTES: Mapping[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
@@ -190,9 +190,11 @@ class LinearGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experts:
-    """The routed experts of a block: `count` gated MLPs down(act(gate x) * up x).
+    """The routed experts of a block: `count` MLPs down(act(gate x) * up x), or down(act(up x)).
 
-    The rows of an expert's up projection absorb the input scale of its down projection.
+    scales_down: the rows of an expert's up projection absorb the input scale of its down
+    projection. inside: the block does more with the experts' sum than to add it to its output, so
+    that its layer runs once more with the sum in place.
     """
 
     module: str  # "model.layers.3.mlp.experts"; expert e is module.e
@@ -201,13 +203,46 @@ class Experts:
     top_k: int
     hidden: int
     intermediate: int
-    gate: str = "gate_proj"
+    gate: str | None = "gate_proj"  # None: experts without a gate
     up: str = "up_proj"
     down: str = "down_proj"
+    scales_down: bool = True
+    inside: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Projections that read the expert's input."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Projections of an expert in the order of a checkpoint."""
+        return (*self.inputs, self.down)
+
+    @property
+    def first(self) -> str:
+        """Full module name of a projection that reads the input: all have one decision."""
+        return self.linear(0, self.inputs[0])
 
     def linear(self, expert: int, projection: str) -> str:
         """Return the full module name of one projection of one expert."""
         return f"{self.module}.{expert}.{projection}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StackedTensor:
+    """A tensor of a checkpoint that holds a matrix [out, in] of every expert of a block.
+
+    With several projections, their rows follow one another, or alternate if `interleaved`.
+    `transposed`: the matrix is stored as [in, out]. The experts are the first dimension, or, if
+    `flat`, follow one another in it.
+    """
+
+    name: str
+    projections: tuple[str, ...]
+    transposed: bool = False
+    interleaved: bool = False
+    flat: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,8 +252,11 @@ class Block:
     `linears` holds every matrix, the experts' included (experts last, expert by expert); `others`
     all further tensors (norms, biases of routers); `fused` the sets that an engine fuses at load,
     which must share one decision. kind "mtp" is a multi-token-prediction block that transformers
-    does not run. `renames`: modules of the block with another name in transformers,
-    ("block_sparse_moe", "mlp"). `module`: the block's own name in transformers, if it is another.
+    does not run. `renames`: modules or tensors of the block with another name in transformers,
+    ("block_sparse_moe", "mlp"); the first that fits applies. `module`: the block's own name in
+    transformers, if it is another. `joined`: tensors of transformers' layer that the checkpoint
+    stores in parts, along the rows: (name in the layer, full names). `stacked`: tensors of the
+    checkpoint that hold matrices of all experts.
     """
 
     name: str  # "model.layers.3"
@@ -229,6 +267,8 @@ class Block:
     fused: tuple[tuple[str, ...], ...]
     experts: Experts | None = None
     renames: tuple[tuple[str, str], ...] = ()
+    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    stacked: tuple[StackedTensor, ...] = ()
     module: str = ""
 
     @property
@@ -255,10 +295,10 @@ class Layout:
     `final_tensors` are all others outside the blocks, in most models the final norm.
     `equal_lengths`: a batch must hold sequences of one length, because padding changes the states
     of a shorter one. `parts`: what a wrapper holds besides its text model. `renames`: tensors
-    outside the blocks with another name in transformers. `eager_heads`: heads of an attention that
-    transformers only runs with a matrix of scores [heads, tokens, tokens] per sequence. `output`: a
-    classifier or reward model returns labels, an embedding model states; both have no language
-    head.
+    outside the blocks with another name in transformers. `output`: a classifier or reward model
+    returns labels, an embedding model states; both have no language head. `eager_heads`: heads of
+    an attention that transformers only runs with a matrix of scores [heads, tokens, tokens] per
+    sequence.
     """
 
     embedding: Linear
@@ -268,8 +308,8 @@ class Layout:
     equal_lengths: bool = False
     parts: tuple[ModelPart, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
-    eager_heads: int = 0
     output: Literal["logits", "labels", "states"] = "logits"
+    eager_heads: int = 0
 
     def get_path(self, name: str) -> str:
         """Return a tensor's name in transformers' model; `name` is that in the checkpoint."""

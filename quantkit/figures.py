@@ -141,11 +141,13 @@ def list_seen_kinds(report: Any) -> frozenset[str] | None:
     """Return the kinds of text that the artifact was calibrated on; None if the report has none.
 
     An artifact without calibration has seen no kind, and a report of an earlier version does not
-    say.
+    say. A pooled kind is seen if all its members are.
     """
     if report.calibration is None or not report.calibration.kinds:
         return None
-    return frozenset(report.calibration.kinds)
+    seen = frozenset(report.calibration.kinds)
+    pooled = report.measured_on.pooled if report.measured_on else {}
+    return seen | {label for label, members in pooled.items() if seen.issuperset(members)}
 
 
 def read_worst_kind(report: Any, _part: str) -> Reading:

@@ -10,9 +10,9 @@ before its result, but log records: steps and blocks at level INFO, modules at D
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,6 +65,7 @@ from quantkit.report.make import TextName
 from quantkit.texts import corpora
 from quantkit.texts.chats import has_chat_template
 from quantkit.texts.corpora import CorpusSet
+from quantkit.texts.exposure import pool_small_kinds
 from quantkit.texts.tokens import Tokens, pack_tokens
 
 LOG = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def build_artifacts(
         registry.check_packages(format_name)
     timer = StepTimer()
     located = hub.resolve_model(recipe.source.model, recipe.source.revision)
-    source = Checkpoint.open(located.folder)
+    source = Checkpoint.open(located.folder, decode=True)
     facts = sources.make_source_facts(recipe, source, located.revision)
     chosen = {} if restart else session.read_chosen_texts(recipe)
     recipe = sources.resolve_texts(recipe, facts, chosen)
@@ -310,10 +311,9 @@ def tokenize(
     sets = load_sets(recipe, folder, source, tokenizer, on_progress)
     for name, _, sequences, length, seed in select_texts(recipe):
         corpus = sets[name]
-        calibrated = tokens["calibration"].domains if "calibration" in tokens else ()
-        tokens[name] = corpora.sample_sequences(
-            corpus, tokenizer, sequences, length, seed, set(calibrated)
-        )
+        calibrated = set(tokens["calibration"].domains if "calibration" in tokens else ())
+        sampled = corpora.sample_sequences(corpus, tokenizer, sequences, length, seed, calibrated)
+        tokens[name] = pool_fidelity_kinds(sampled, calibrated) if name == "fidelity" else sampled
         descriptions[name] = evidence.summarize_text(
             corpus,
             tokens[name],
@@ -321,6 +321,7 @@ def tokenize(
             seed,
             has_template=has_chat_template(tokenizer),
             chosen=recipe.chosen_texts.get(name, ("", ""))[1],
+            labels=sampled.domains,
         )
     if "calibration" in tokens:
         texts = decode_sequences(tokenizer, tokens["calibration"])
@@ -341,6 +342,11 @@ def tokenize(
     )
 
 
+def pool_fidelity_kinds(tokens: Tokens, calibrated: Collection[str]) -> Tokens:
+    """Return the fidelity text with the labels under which its kinds are reported."""
+    return replace(tokens, domains=pool_small_kinds(tokens.domains, tokens.lengths, calibrated))
+
+
 def load_sets(
     recipe: Recipe,
     folder: Path,
@@ -353,7 +359,7 @@ def load_sets(
     with ExitStack() as opened:
         own = None
         if list_self_texts(recipe):
-            checkpoint = source or Checkpoint.open(folder)
+            checkpoint = source or Checkpoint.open(folder, decode=True)
             own = opened.enter_context(open_self_source(recipe, checkpoint, tokenizer, on_progress))
         for name, set_name, sequences, length, seed in select_texts(recipe):
             sampler = own.make_sampler(name, sequences, length, seed) if own is not None else None

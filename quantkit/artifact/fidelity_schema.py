@@ -148,7 +148,7 @@ class TextSet(BaseModel):
 
     kinds: tokens per kind of text; the kinds are the domains of `DistributionResult`. Empty in
     reports of earlier versions. parts: empty for a set that is no mixture. chosen: why `auto`
-    stands for this set, if it is a fallback.
+    stands for this set, if it is a fallback. pooled: label -> kinds of few tokens that it pools.
     """
 
     model_config = FROZEN
@@ -161,6 +161,7 @@ class TextSet(BaseModel):
     seed: int | None = None
     description: str = ""
     kinds: dict[str, int] = {}
+    pooled: dict[str, tuple[str, ...]] = {}
     parts: tuple[TextPart, ...] = ()
     overlaps: tuple[TaskOverlap, ...] = ()  # of a calibration text
     chosen: str = ""

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.activations import ACT2FN
 
 from quantkit import contracts, registry
 from quantkit.artifact.layout import GENERATION_CONFIG
@@ -28,6 +27,7 @@ from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats import bitsandbytes as nf4
 from quantkit.io.files import read_json
 from quantkit.models import full_model
+from quantkit.models.experts import Gating, make_gating
 from quantkit.models.layers import (
     MetaModel,
     RouterOutput,
@@ -149,8 +149,9 @@ def build_packed_model(
             if linear.name in schemes
         }
         experts = block.experts
-        if experts and experts.linear(0, experts.gate) in schemes:
-            routed = Experts4bit(experts, linears, ACT2FN[meta.config.hidden_act])
+        gating = make_gating(meta, block)
+        if experts and gating and experts.first in schemes:
+            routed = Experts4bit(experts, linears, gating)
             model.set_submodule(f"{block.path}.{get_layer_name(block, experts.module)}", routed)
         for linear in block.linears:
             if linear.name in linears and linear.role != "routed_expert":
@@ -167,7 +168,7 @@ def build_packed_model(
         model,
         meta,
         layout,
-        full_model.iterate_state_dict(layout, full_model.make_reader(checkpoint), schemes),
+        full_model.iterate_state_dict(meta, layout, full_model.make_reader(checkpoint), schemes),
         packed,
     )
 
@@ -212,16 +213,15 @@ class Experts4bit(nn.Module):
     """
 
     def __init__(
-        self, names: contracts.Experts, linears: Mapping[str, nn.Module], activation: nn.Module
+        self, names: contracts.Experts, linears: Mapping[str, nn.Module], gating: Gating
     ) -> None:
         super().__init__()
         self.names = names
-        self.activation = activation
+        self.gating = gating
         for e in range(names.count):
-            projections = (names.gate, names.up, names.down)
             self.add_module(
                 str(e),
-                nn.ModuleDict({name: linears[names.linear(e, name)] for name in projections}),
+                nn.ModuleDict({x: linears[names.linear(e, x)] for x in names.projections}),
             )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -232,9 +232,8 @@ class Experts4bit(nn.Module):
             token, weight = select_expert_tokens(routed.index, routed.weight, e)  # [n], [n]
             expert: Any = self.get_submodule(str(e))
             x = hidden_states[token]  # [tokens, hidden] -> [n, hidden]
-            intermediate = self.activation(expert[self.names.gate](x)) * expert[self.names.up](
-                x
-            )  # -> [n, intermediate]
+            gate = None if self.names.gate is None else expert[self.names.gate](x)
+            intermediate = self.gating(gate, expert[self.names.up](x))  # -> [n, intermediate]
             output.index_add_(
                 0, token, expert[self.names.down](intermediate) * weight[:, None].to(intermediate)
             )

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from quantkit import registry
-from quantkit.checkpoint.fp8_pairs import FP8
+from quantkit.checkpoint.encoding import FP8
 from quantkit.checkpoint.tensors import TORCH_DTYPES
 from quantkit.contracts import Block, Experts, LinearGroup, Rescale, Scheme
 from quantkit.plan.decisions import (
@@ -123,7 +123,7 @@ class ExpertsPlan:
     def read_request(self, wave: Sequence[ExpertRange]) -> ReadRequest:
         """Return the request for the weights of a wave."""
         names, first, stop = self.experts, wave[0].first, wave[-1].stop
-        projections = (names.gate, names.up, names.down)
+        projections = names.projections
         tensors = (f"{names.linear(e, p)}.weight" for e in range(first, stop) for p in projections)
         return ReadRequest(name=f"{names.module}.{first}:{stop}", tensors=tuple(tensors))
 
@@ -259,7 +259,7 @@ def find_scale_method(
     if find_rescale(block, group, decisions) is None:
         return None
     experts = block.experts
-    gate = (experts.linear(0, experts.gate),) if group.routed_experts and experts else ()
+    gate = (experts.first,) if group.routed_experts and experts else ()
     return next(m for reader in (*group.readers, *gate) if (m := decisions[reader].method))
 
 
@@ -268,9 +268,11 @@ def plan_experts(plan: Plan, block: Block, groups: Mapping[str, GroupPlan]) -> E
     experts = block.experts
     assert experts is not None  # the caller has checked
     count, size = experts.count, slice_size(experts.count)
-    scheme = plan.decisions[experts.linear(0, experts.gate)].scheme
+    scheme = plan.decisions[experts.first].scheme
     group = next((group for group in groups.values() if group.group.routed_experts), None)
-    down = find_scale_method(block, group.group, plan.decisions) if group and scheme else None
+    down = None
+    if group and scheme and experts.scales_down:
+        down = find_scale_method(block, group.group, plan.decisions)
     return ExpertsPlan(
         experts=experts,
         scheme=scheme,
@@ -301,7 +303,7 @@ def known_fallbacks(block: Block, decision: Decision, held: frozenset[str]) -> t
         return ("mtp-rtn",) if needs_stats else ()
     name, experts = decision.linear.name, block.experts
     is_expert = experts is not None and name.startswith(f"{experts.module}.")
-    reads_input = is_expert and experts and name.rpartition(".")[2] in {experts.gate, experts.up}
+    reads_input = is_expert and experts and name.rpartition(".")[2] in experts.inputs
     groups = (
         group.name
         for group in block.groups

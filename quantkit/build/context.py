@@ -19,7 +19,7 @@ from quantkit.build.hidden_states import Stream, StreamName
 from quantkit.build.progress_log import BuildProgress, CheckpointInterval
 from quantkit.build.spool import Spool
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.fp8_pairs import FP8
+from quantkit.checkpoint.encoding import FP8
 from quantkit.checkpoint.prefetch import ScheduledReads
 from quantkit.checkpoint.tensors import TORCH_DTYPES
 from quantkit.contracts import Format
@@ -40,7 +40,6 @@ class BuildContext:
     plan: Plan
     model: MetaModel
     calibration_model: MetaModel  # the same in the dtype of the calibration stream
-    activation: Activation  # of the experts
     formats: tuple[Format, ...]  # the plan's first
     writers: tuple[ArtifactWriter, ...]  # one per format
     reads: Reads
@@ -130,6 +129,7 @@ class BlockContext:
     streams: Mapping[StreamName, Stream]
     state: BlockState
     report_share: Callable[[float], None]  # of the block's work that is done, 0 to 1
+    gating: Activation | None = None  # of the experts
 
     @property
     def name(self) -> str:
@@ -139,6 +139,12 @@ class BlockContext:
     def calibration(self) -> Stream | None:
         """The stream that gives statistics; None when no method of the recipe needs any."""
         return self.streams.get("calibration")
+
+    @property
+    def activation(self) -> Activation:
+        """The function between the projections of the experts; only for blocks that have some."""
+        assert self.gating is not None
+        return self.gating
 
     @property
     def tolerance(self) -> float:

@@ -21,22 +21,28 @@ from quantkit.models import scaling
 from quantkit.models.layers import RouterOutput, select_expert_tokens
 from quantkit.numerics import gram as grams
 
-Activation = Callable[[Tensor], Tensor]
+Activation = Callable[[Tensor | None, Tensor], Tensor]
+"""Outputs of gate (None without one) and up [tokens, n] -> input of down [tokens, n]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertSlice:
     """Weights of experts first .. first + n - 1: gate and up [n, intermediate, hidden], down [n,
-    hidden, intermediate].
+    hidden, intermediate]. `gate` is None for experts without one.
     """
 
     first: int
-    gate: Tensor
+    gate: Tensor | None
     up: Tensor
     down: Tensor
 
     def __len__(self) -> int:
-        return self.gate.shape[0]
+        return self.up.shape[0]
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Weights that read the experts' input: gate and up, or up alone."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +103,11 @@ class ExpertOutput:
 
 
 def expert_hidden(x: Tensor, experts: ExpertSlice, e: int, activation: Activation) -> Tensor:
-    """act(gate x) * up x of expert number `e` of the slice: [tokens, hidden] -> [tokens,
-    intermediate].
+    """Input of down of expert number `e` of the slice, in most families act(gate x) * up x:
+    [tokens, hidden] -> [tokens, intermediate].
     """
-    return activation(x @ experts.gate[e].T) * (x @ experts.up[e].T)
+    gate = None if experts.gate is None else x @ experts.gate[e].T
+    return activation(gate, x @ experts.up[e].T)
 
 
 class _StatsAccumulator:
@@ -111,8 +118,8 @@ class _StatsAccumulator:
     def __init__(
         self, experts: ExpertSlice, all_tokens: frozenset[int], has_original: bool
     ) -> None:
-        n, hidden, width = len(experts), experts.gate.shape[-1], experts.down.shape[-1]
-        device = experts.gate.device
+        n, hidden, width = len(experts), experts.up.shape[-1], experts.down.shape[-1]
+        device = experts.up.device
         self.experts, self.all_tokens = experts, all_tokens
         self.common = all(experts.first + e in all_tokens for e in range(n))
         self.inputs = inputs = 1 if self.common else n
@@ -204,8 +211,11 @@ def candidate_errors(
     """Return the error [candidates, n] of gate and up for each candidate scale [candidates, hidden]
     of their input.
     """
-    gate = scaling.compute_scale_errors(rescale, experts.gate, stats.into.gram, scales, scheme)
-    return gate + scaling.compute_scale_errors(rescale, experts.up, stats.into.gram, scales, scheme)
+    first, *others = (
+        scaling.compute_scale_errors(rescale, weight, stats.into.gram, scales, scheme)
+        for weight in experts.inputs
+    )
+    return sum(others, first)
 
 
 def expert_outputs(

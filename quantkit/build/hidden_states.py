@@ -17,7 +17,13 @@ from torch import Tensor
 
 from quantkit.build.spool import Spool, SpoolDtype
 from quantkit.errors import CheckpointError
-from quantkit.models.layers import DecoderLayer, MetaModel, embed_tokens, run_layer
+from quantkit.models.layers import (
+    DecoderLayer,
+    MetaModel,
+    embed_tokens,
+    run_layer,
+    run_layer_with_sum,
+)
 from quantkit.models.outer_model import OuterModel
 from quantkit.plan.memory import BATCH_TOKENS
 from quantkit.texts.tokens import Tokens, pack_tokens
@@ -234,11 +240,12 @@ def run_batch(
     """Run a layer without its routed experts over one batch of a stream, into `target`.
 
     Returns which padded positions [sequences * longest] are tokens, and the router's output; the
-    inputs of the experts are written to `expert_inputs`.
+    inputs of the experts are written to `expert_inputs`. For a layer that takes the experts' sum
+    inside, zeros are written: the sum is formed in `target`.
     """
     out, valid = run_layer(model, layer, stream.hidden.read(batch.first, batch.stop), batch.lengths)
-    target.write(batch.first, out)
     tap = layer.tap
+    target.write(batch.first, torch.zeros_like(out) if tap is not None and tap.inside else out)
     if tap is None or tap.last is None or expert_inputs is None:
         return valid, None
     expert_inputs.write(batch.first, tap.last.hidden[valid])
@@ -263,6 +270,18 @@ def run_stream(
         run_batch(model, layer, stream, batch, target, expert_inputs)[1] for batch in stream.batches
     ]
     return Routing.joined([routing for routing in routings if routing])
+
+
+def run_stream_with_sums(
+    model: MetaModel, layer: DecoderLayer, stream: Stream, sums: Spool, target: Spool
+) -> None:
+    """Run a layer over a whole stream with the sums of its experts [tokens, hidden], into `target`,
+    which may be the same file.
+    """
+    for batch in stream.batches:
+        total = sums.read(batch.first, batch.stop)
+        rows = stream.hidden.read(batch.first, batch.stop)
+        target.write(batch.first, run_layer_with_sum(model, layer, rows, batch.lengths, total))
 
 
 def create_target(stream: Stream, block: str, mark: str = "") -> Spool:

@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers.activations import ACT2FN
 
 from quantkit.artifact.records import BlockRecord
 from quantkit.artifact.writer import ArtifactWriter
@@ -40,6 +39,7 @@ from quantkit.build.progress_log import BuildProgress
 from quantkit.build.wave_checkpoint import load_wave_checkpoint, restore_streams
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.prefetch import ScheduledReads
+from quantkit.models.experts import make_gating
 from quantkit.models.layers import cast_meta_model, make_decoder_layer, make_meta_model
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress, ProgressCallback
@@ -150,9 +150,11 @@ def quantize_block(context: BlockContext) -> None:
     scaled = ScaledBlock(tensors=tensors, stats={}, rescaled=frozenset())
     if calibration:
         scaled = dense.scale_groups(context, tensors, calibration, state.errors)
-    routings = dense.run_stored_block(context, dense.quantize_dense(context, scaled))
+    stored = dense.quantize_dense(context, scaled)
+    routings = dense.run_stored_block(context, stored)
     restore_streams(context)
     moe.quantize_pass(context, scaled, calibration, reference, state, routings)
+    moe.return_sums_inside(context, tensors, stored)
     if "reference" in context.streams:
         measure_block(context, reference, routings["quantized"])
 
@@ -175,8 +177,14 @@ def open_block(
     if plan.mode == "run":
         mark = f".again-{wave.searched}-{wave.quantized}" if wave else ""
         targets = {name: create_target(x, plan.block.name, mark) for name, x in streams.items()}
-    state = BlockState(record=record, targets=targets)
-    return BlockContext(build=build, plan=plan, streams=streams, state=state, report_share=report)
+    return BlockContext(
+        build=build,
+        plan=plan,
+        streams=streams,
+        state=BlockState(record=record, targets=targets),
+        report_share=report,
+        gating=make_gating(build.model, plan.block),
+    )
 
 
 def make_context(
@@ -194,7 +202,6 @@ def make_context(
         plan=plans[0],
         model=model,
         calibration_model=cast_meta_model(model, precision.calibration),
-        activation=ACT2FN[getattr(model.config, "hidden_act", "silu")],  # MoE configs have the key
         formats=tuple(plan.format for plan in plans),
         writers=tuple(writers),
         reads=reads,

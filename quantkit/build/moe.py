@@ -31,15 +31,23 @@ from quantkit.build.expert_ops import (
     expert_outputs,
     sum_outputs,
 )
-from quantkit.build.hidden_states import Routing, StreamName, create_target
+from quantkit.build.hidden_states import (
+    Routing,
+    StreamName,
+    create_target,
+    run_stream_with_sums,
+)
 from quantkit.build.quantize_experts import ExpertResult, ExpertSettings, quantize_experts
-from quantkit.build.wave_checkpoint import checkpoint_if_due
+from quantkit.build.wave_checkpoint import checkpoint_if_due, searched_streams
 from quantkit.models import scaling
-from quantkit.models.layers import RouterOutput
+from quantkit.models.layers import RouterOutput, make_decoder_layer
 
 Tensors = Mapping[str, Tensor]
 Routings = Mapping[StreamName, Routing | None]
 Report = Callable[[float], None]
+
+CALIBRATION_STREAMS: frozenset[StreamName] = frozenset({"calibration", "original"})
+"""Streams that run in the dtype of calibration."""
 
 
 def search_scales_pass(
@@ -142,7 +150,7 @@ def read_wave(context: BlockContext, wave: Sequence[ExpertRange]) -> list[Expert
     return [
         ExpertSlice(
             first=part.first,
-            gate=stack(part, names.gate),
+            gate=None if names.gate is None else stack(part, names.gate),
             up=stack(part, names.up),
             down=stack(part, names.down),
         )
@@ -191,7 +199,7 @@ def run_original_experts(
     tokens = sample_tokens(calibration.sample) if calibration and calibration.sample else None
     if tokens is not None:
         for experts in slices:
-            output = sum_outputs(experts, tokens, context.build.activation)
+            output = sum_outputs(experts, tokens, context.activation)
             state.sample = output if state.sample is None else state.sample + output
 
 
@@ -221,7 +229,7 @@ def collect_wave_stats(
         tokens=RoutedStream(
             routing=calibration.routing, device=context.build.device, original=original
         ),
-        activation=context.build.activation,
+        activation=context.activation,
         all_tokens=experts_using_all_tokens(context, calibration),
         has_original=original is not None,
     )
@@ -280,7 +288,7 @@ def add_to_stream(
         target = create_target(context.streams[name], context.name, f".{slices[0].first}")
     for chunk in RoutedStream(routing=routing, device=build.device):
         states = before.read(chunk.first, chunk.stop).to(chunk.hidden)  # [tokens, hidden]
-        outputs = partial(expert_outputs, tokens=chunk, activation=build.activation)
+        outputs = partial(expert_outputs, tokens=chunk, activation=context.activation)
         for part in build.executor.map(outputs, slices):
             for output in part:  # in ascending order of experts
                 states.index_add_(0, output.rows, output.values)
@@ -289,6 +297,29 @@ def add_to_stream(
         state.targets[name] = target
         state.saved.discard(name)
         before.close()
+
+
+def return_sums_inside(context: BlockContext, original: Tensors, stored: Tensors) -> None:
+    """Run each stream through a layer that takes the sum of its experts inside, now that the sums
+    are complete; nothing for other layers.
+
+    original, stored: dense tensors of the block, float32, by full name.
+    """
+    block, state, build = context.plan.block, context.state, context.build
+    if block.experts is None or not block.experts.inside:
+        return
+    for name, sums in list(state.targets.items()):
+        is_original = name in searched_streams(context)
+        model = build.calibration_model if name in CALIBRATION_STREAMS else build.model
+        layer = make_decoder_layer(model, block, original if is_original else stored)
+        target = sums
+        if name in state.saved:  # a checkpoint names the sums
+            target = create_target(context.streams[name], context.name, ".inside")
+        run_stream_with_sums(model, layer, context.streams[name], sums, target)
+        if target is not sums:
+            state.targets[name] = target
+            state.saved.discard(name)
+            sums.close()
 
 
 # -------------------------------------------------------------------------- experts with few tokens
@@ -333,5 +364,5 @@ def expert_settings(
         under_calibrated=under_calibrated(context, calibration) if calibration else frozenset(),
         policy=keys.under_calibrated if keys else None,
         sample=sample_tokens(sample, scaled.expert_inputs) if sample else None,
-        activation=context.build.activation,
+        activation=context.activation,
     )

@@ -94,15 +94,20 @@ def quantize_experts(
             sample_output = output if sample_output is None else sample_output + output
         stored.append(quantize_expert(scaled, into, inner, is_down_scaled, settings, collected))
     names = settings.plan.experts
-    gate, up, down = (
-        torch.stack([weights[projection] for weights in stored])
-        for projection in (names.gate, names.up, names.down)
-    )  # [n, out, in]
+    stacked = {
+        projection: torch.stack([weights[projection] for weights in stored])  # [n, out, in]
+        for projection in names.projections
+    }
     return ExpertResult(
         tensors=collected.tensors,
         kept=collected.kept,
         records=tuple(collected.records),
-        weights=ExpertSlice(first=experts.first, gate=gate, up=up, down=down),
+        weights=ExpertSlice(
+            first=experts.first,
+            gate=None if names.gate is None else stacked[names.gate],
+            up=stacked[names.up],
+            down=stacked[names.down],
+        ),
         sample_output=sample_output,
     )
 
@@ -142,10 +147,11 @@ def scale_expert(
     The rows of up absorb the scale of down's input. An expert with too few tokens under policy
     "rtn" chooses no scale.
     """
-    gate, up, down = experts.gate[e], experts.up[e], experts.down[e]
-    number, scale = experts.first + e, settings.input_scale
+    gate = None if experts.gate is None else experts.gate[e]
+    up, down, number = experts.up[e], experts.down[e], experts.first + e
+    scale = settings.input_scale
     if scale is not None:
-        gate, up = gate * scale, up * scale
+        gate, up = None if gate is None else gate * scale, up * scale
     if stats is None:
         return one_expert(number, gate, up, down), None, None, False
     into = common
@@ -160,11 +166,13 @@ def scale_expert(
     return scaled, into, scale_stats(inner, best), True
 
 
-def one_expert(number: int, gate: Tensor, up: Tensor, down: Tensor) -> ExpertSlice:
+def one_expert(number: int, gate: Tensor | None, up: Tensor, down: Tensor) -> ExpertSlice:
     """Return a slice of one expert: gate, up [intermediate, hidden], down [hidden,
     intermediate].
     """
-    return ExpertSlice(first=number, gate=gate[None], up=up[None], down=down[None])
+    return ExpertSlice(
+        first=number, gate=None if gate is None else gate[None], up=up[None], down=down[None]
+    )
 
 
 def search_down_scale(
@@ -198,7 +206,8 @@ def quantize_expert(
     projection.
     """
     names = settings.plan.experts
-    pair = {names.gate: scaled.gate[0], names.up: scaled.up[0]}  # they read the same input
+    weights = (weight[0] for weight in scaled.inputs)
+    pair = dict(zip(names.inputs, weights, strict=True))  # they read the same input
     is_scaled = settings.input_scale is not None
     stored = quantize_projections(scaled.first, pair, into, is_scaled, settings, collected)
     last = {names.down: scaled.down[0]}

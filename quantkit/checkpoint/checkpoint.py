@@ -1,15 +1,15 @@
-"""A source checkpoint: checked logical tensors, read one by one, with FP8 blocks dequantized.
+"""A source checkpoint: checked logical tensors, read one by one, with codes dequantized.
 
-A logical tensor is one that the model computes with. An FP8 `X.weight` and its `X.weight_scale_inv`
-(`X.weight_scale` in an artifact of format compressed_tensors) are two stored tensors and one
-logical tensor; they may be in two shards. Only names and headers are kept in memory.
+A logical tensor is one that the model computes with. Codes and their scales, as an FP8 `X.weight`
+and its `X.weight_scale_inv`, are several stored tensors and one logical tensor (`encodings/`); they
+may be in several shards. Only names and headers are kept in memory.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint.encoding import FP8, EncodedWeight
 from quantkit.checkpoint.file_names import (
     ADAPTER_CONFIG,
     CHAT_TEMPLATES,
@@ -24,15 +25,9 @@ from quantkit.checkpoint.file_names import (
     GENERATION_CONFIG,
 )
 from quantkit.checkpoint.folder_rules import find_redirects, is_sidecar
-from quantkit.checkpoint.fp8 import dequantize_fp8
-from quantkit.checkpoint.fp8_pairs import (
-    FP8,
-    find_pair_faults,
-    get_scale_suffix,
-    read_block_size,
-    select_logical_specs,
-)
+from quantkit.checkpoint.logical_tensors import LogicalTensors, find_logical_tensors
 from quantkit.checkpoint.remote_code import list_code_files
+from quantkit.checkpoint.scan import read_small_tensor
 from quantkit.checkpoint.shards import Shards, leads_outside, open_shards
 from quantkit.checkpoint.source_config import make_source_config
 from quantkit.checkpoint.stored_names import name_tensors
@@ -63,22 +58,21 @@ class Fp8Blocks:
 class Checkpoint:
     """An opened source: config, logical tensor specs, and thread-safe reads by name.
 
-    `specs[name].dtype` is the stored dtype: "F8_E4M3" for an FP8 weight that `read` returns as
-    bfloat16.
+    `specs[name].dtype` is that of `read`, but "F8_E4M3" for a weight in FP8 blocks that `read`
+    returns as bfloat16: an artifact may keep its blocks.
     """
 
     folder: Path
     config: Config
     shards: Shards
-    specs: Mapping[str, TensorSpec]
-    block: tuple[int, int] | None  # rows and columns of an FP8 block; None without FP8 weights
-    scale_suffix: str  # what follows an FP8 weight's name in that of its scales
+    logical: LogicalTensors
 
     @staticmethod
-    def open(folder: Path) -> Checkpoint:
+    def open(folder: Path, *, decode: bool = False) -> Checkpoint:
         """Read config.json, the index and every header.
 
-        Raises one CheckpointError with all faults.
+        decode: of a source, whose codes are decoded in every encoding; otherwise only FP8 is, as an
+        artifact's codes belong to its format. Raises one CheckpointError with all faults.
         """
         faults: list[str] = []
         config, shards = None, None
@@ -100,21 +94,32 @@ class Checkpoint:
         if config is None or shards is None or faults:
             raise CheckpointError(join_faults(list(dict.fromkeys(faults))))
         shards = name_shards(shards, config)
-        stored = shards.specs
-        block, suffix = read_block_size(config, stored), get_scale_suffix(config)
-        if faults := find_pair_faults(stored, block, str(folder), suffix):
-            raise CheckpointError(join_faults(faults))
-        return Checkpoint(
-            folder, config, shards, select_logical_specs(stored, suffix), block, suffix
+        logical = find_logical_tensors(
+            config,
+            shards.specs,
+            str(folder),
+            decode=decode,
+            read_bytes=partial(read_state, shards),
         )
+        return Checkpoint(folder, config, shards, logical)
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Specs of the logical tensors."""
+        return self.logical.specs
 
     @cached_property
     def stored_specs(self) -> Mapping[str, TensorSpec]:
-        """Specs of all stored tensors, including FP8 scales."""
+        """Specs of all stored tensors, scales included."""
         return self.shards.specs
 
+    def list_parts(self, name: str) -> tuple[str, ...]:
+        """Return the stored tensors of a logical one: its own name, or codes and scales."""
+        weight = self.logical.encoded.get(name)
+        return tuple(part.name for part in weight.parts.values()) if weight else (name,)
+
     def read(self, names: Iterable[str], finite: bool = True) -> dict[str, Tensor]:
-        """Read logical tensors: BF16, FP16, FP32 and integers as stored, FP8 blocks as bfloat16.
+        """Read logical tensors: BF16, FP16, FP32 and integers as stored, codes dequantized.
 
         Raises CheckpointError for an unknown name, a changed file, and, if values must be `finite`,
         NaN or infinity.
@@ -138,11 +143,13 @@ class Checkpoint:
                 f"{self.folder}: tensor {shorten_repr(name)}: expected {FP8} blocks, found "
                 f"{spec.dtype}; read it as it is"
             )
-        codes = read_tensor(*self.shards.locate(name), name)
-        scale = self._scale(name)
-        values = self._dequantized(
-            spec, lambda first, last: codes[first:last], scale, 0, spec.shape[0]
-        )
+        weight = self.logical.encoded[name]
+        codes, scale = (self._read_part(weight, part, 0, None) for part in ("codes", "scale"))
+
+        def read(part: str, start: int, stop: int | None) -> Tensor:
+            return codes[start:stop] if part == "codes" else scale
+
+        values = weight.decode(read, 0, spec.shape[0])
         self._check_finite(name, values)
         return Fp8Blocks(codes=codes, scale=scale, values=values)
 
@@ -244,41 +251,38 @@ class Checkpoint:
 
     def _read(self, name: str, start: int, stop: int | None, finite: bool = True) -> Tensor:
         spec = self._spec(name)
-        file, header = self.shards.locate(name)
-        if spec.dtype == FP8:
+        weight = self.logical.encoded.get(name)
+        if weight is not None:
             last = spec.shape[0] if stop is None else stop
-            tensor = self._dequantized(
-                spec, partial(read_rows, file, header, name), self._scale(name), start, last
-            )
+            if not 0 <= start <= last <= spec.shape[0]:
+                raise CheckpointError(
+                    f"{self.folder}: tensor {shorten_repr(name)}: expected rows within "
+                    f"{spec.shape}, found {start}:{last}"
+                )
+            tensor = weight.decode(partial(self._read_part, weight), start, last)
         elif stop is None:
-            tensor = read_tensor(file, header, name)
+            tensor = read_tensor(*self.shards.locate(name), name)
         else:
-            tensor = read_rows(file, header, name, start, stop)
+            tensor = read_rows(*self.shards.locate(name), name, start, stop)
         if finite:
             self._check_finite(name, tensor)
         return tensor
 
-    def _scale(self, name: str) -> Tensor:
-        """Read the block scales of an FP8 weight as stored: [block rows, block columns]."""
-        scale = name + self.scale_suffix
-        scales = read_tensor(*self.shards.locate(scale), scale)
-        self._check_finite(scale, scales)
-        return scales
+    def _read_part(self, weight: EncodedWeight, part: str, start: int, stop: int | None) -> Tensor:
+        """Read rows of a stored part of an encoded weight, all of them for stop None."""
+        stored = weight.parts[part].name
+        file, header = self.shards.locate(stored)
+        if stop is not None:
+            return read_rows(file, header, stored, start, stop)
+        tensor = read_tensor(file, header, stored)
+        if part != "codes":
+            self._check_finite(stored, tensor)
+        return tensor
 
-    def _dequantized(
-        self,
-        spec: TensorSpec,
-        rows: Callable[[int, int], Tensor],
-        scales: Tensor,
-        start: int,
-        stop: int,
-    ) -> Tensor:
-        """Dequantize rows start .. stop-1 of an FP8 weight: [stop - start, in] bfloat16.
-
-        rows(i, j) reads rows i .. j-1 as stored.
-        """
-        assert self.block is not None  # `open` refuses FP8 weights without a block size
-        return dequantize_fp8(rows, scales, self.block, start, stop, spec.shape[1])
+    def _locate(self, name: str) -> Path:
+        """Return the file of a stored tensor, or of the codes of an encoded one."""
+        weight = self.logical.encoded.get(name)
+        return self.shards.locate(weight.parts["codes"].name if weight else name)[0]
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         if tensor.is_floating_point():
@@ -288,10 +292,15 @@ class Checkpoint:
                 if not _is_finite(piece):
                     position = first + int((~torch.isfinite(piece.to(torch.float32))).nonzero()[0])
                     raise CheckpointError(
-                        f"{self.shards.locate(name)[0]}: tensor {shorten_repr(name)}: expected "
+                        f"{self._locate(name)}: tensor {shorten_repr(name)}: expected "
                         f"finite values, found {float(flat[position])} at element {position}; the "
                         "weights are damaged, fetch the file again"
                     )
+
+
+def read_state(shards: Shards, name: str) -> bytes:
+    """Return the bytes of a small stored tensor."""
+    return read_small_tensor(*shards.locate(name), name)
 
 
 def name_shards(shards: Shards, config: Config) -> Shards:
@@ -337,6 +346,8 @@ def _is_finite(flat: Tensor) -> bool:
 
     NaN and infinity survive min and max, without a copy.
     """
+    if flat.dtype == torch.float8_e8m0fnu:  # it has NaN (all ones) and no infinity
+        return not bool((flat.view(torch.uint8) == 0xFF).any())
     if flat.dtype == torch.float8_e4m3fn:  # it has NaN (all ones below the sign) and no infinity
         return not bool(((flat.view(torch.uint8) & 0x7F) == 0x7F).any())
     low, high = torch.aminmax(flat.to(torch.float32) if flat.dtype == torch.float8_e5m2 else flat)

@@ -35,13 +35,8 @@ from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defin
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.file_names import CHAT_TEMPLATES, CONFIG, HUB_ID, INDEX, SINGLE
 from quantkit.checkpoint.folder_rules import is_sidecar
-from quantkit.checkpoint.fp8_pairs import (
-    find_pair_faults,
-    get_scale_suffix,
-    read_block_size,
-    select_logical_specs,
-)
 from quantkit.checkpoint.header import PREFIX_BYTES, Header, parse_header, parse_header_length
+from quantkit.checkpoint.logical_tensors import LogicalTensors, find_logical_tensors
 from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.shards import (
     check_single_set,
@@ -106,11 +101,16 @@ class ModelHeaders:
     """
 
     config: Config
-    specs: Mapping[str, TensorSpec]
+    logical: LogicalTensors
     stored_specs: Mapping[str, TensorSpec]
     revision: str | None
     code: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()  # what differs from the files that transformers reads
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Specs of the logical tensors."""
+        return self.logical.specs
 
 
 def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
@@ -196,10 +196,10 @@ def read_model_headers(model: str, revision: str | None = None) -> ModelHeaders:
     """
     local = _locate_local(model, revision)
     if local is not None:
-        opened = Checkpoint.open(local)
+        opened = Checkpoint.open(local, decode=True)
         return ModelHeaders(
             config=opened.config,
-            specs=opened.specs,
+            logical=opened.logical,
             stored_specs=opened.stored_specs,
             revision=None,
             code=list_code_files(local),
@@ -275,13 +275,9 @@ def _fetch_headers(model: str, revision: str | None, reader: HubReader) -> Model
         raise CheckpointError(join_faults(faults))
     named = name_tensors(headers, order, config)
     stored = {name: named.headers[file].specs[name] for name, file in named.files.items()}
-    suffix = get_scale_suffix(config)
-    faults = find_pair_faults(stored, read_block_size(config, stored), model, suffix)
-    if faults:
-        raise CheckpointError(join_faults(faults))
     return ModelHeaders(
         config=config,
-        specs=select_logical_specs(stored, suffix),
+        logical=find_logical_tensors(config, stored, model),
         stored_specs=stored,
         revision=commit,
         notes=(*(describe_unindexed(unindexed) if unindexed else ()), *named.notes),

@@ -139,7 +139,7 @@ def load_target_model(target: EvaluationTarget, options: EvaluationOptions) -> A
     if target.kind == "artifact":
         model = load_model(target.folder, device=first_device, dtype=dtype)
     else:
-        source = Checkpoint.open(target.folder)
+        source = Checkpoint.open(target.folder, decode=True)
         layout = load_architecture(source.config, source.specs).layout(source.config)
         meta = make_meta_model(source.config, get_device(first_device), getattr(torch, dtype))
         model = full_model.make_model(meta, layout, full_model.make_reader(source))

@@ -1,31 +1,39 @@
 """Families without a table: derive the layout from transformers, check it on a small instance.
 
-Slower than a table by seconds, and limited to dense blocks: a mixture's experts need a table. A
-layout that fails a check is rejected in one sentence. The plan, plan.json and the model card list
-the checks.
+Slower than a table by seconds. Dense blocks, and mixtures whose experts run one by one. A layout
+that fails a check is rejected in one sentence. The plan, plan.json and the model card list the
+checks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 import transformers
 
 from quantkit import registry
 from quantkit.checkpoint.hf_config import has_language_model, list_model_classes
-from quantkit.contracts import Architecture, Config, Layout
+from quantkit.contracts import Architecture, Block, Config, Experts, Layout
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.suggestions import format_unknown_name
-from quantkit.models import layout_checks
+from quantkit.models import expert_checks, layout_checks
 from quantkit.models.inspect import (
-    find_stored_names,
     inspect_layout,
     keep_linears,
     make_refusal,
+    mark_routers,
 )
 from quantkit.models.layers import MetaModel, make_meta_model
+from quantkit.models.layout_checks import BlockFindings
+from quantkit.models.small_instance import (
+    make_random_tensors,
+    read_size,
+    reduce_config,
+)
+from quantkit.models.stored_names import StoredNames, UnknownForm, find_stored_names, measure_parts
 from quantkit.models.text_part import find_parts, name_in_model, put_parts_back
 
 UNSUPPORTED: Mapping[str, str] = {
@@ -71,28 +79,28 @@ def derive_architecture(config: Config, names: Collection[str] = ()) -> Architec
     )
 
 
-def derive_layout(config: Config, names: Collection[str]) -> Layout:
+def derive_layout(config: Config, names: Collection[str] = ()) -> Layout:
     """Return the layout of the real model with the groups found on the small instance."""
     meta_model = make_checked_model(config, config)
     whole = put_parts_back(meta_model.model, meta_model.left_out)
     named, converted = name_in_model(whole, names)
     disk = {path: name for name, path in named.items() if name not in converted}
-    layout = inspect_layout(config, meta_model, disk)
-    small_config = layout_checks.reduce_config(config, meta_model)
-    small_model = make_checked_model(config, small_config)
-    small = inspect_layout(config, small_model, disk)
-    if list_tensor_names(small) != list_tensor_names(layout):
+    small_model = make_checked_model(config, reduce_config(config, meta_model))
+    if list(small_model.model.state_dict()) != list(meta_model.model.state_dict()):
         raise make_refusal(config, "a small instance of it has other tensors")
-    stored = find_stored_names(config, small_model, disk)
-    tensors = layout_checks.make_random_tensors(small_model, stored)
+    try:
+        stored, tensors = find_stored_names(small_model, make_random_tensors(small_model), disk)
+        check_stacked(stored)
+        layout = inspect_layout(config, meta_model, measure_parts(meta_model, stored))
+        small = inspect_layout(config, small_model, stored)
+        small = expert_checks.check_experts(small_model, small, tensors, layout_checks.LENGTHS)
+    except UnknownForm as fault:
+        raise make_refusal(config, str(fault)) from fault
     runs_alone = layout_checks.check_logits(config, small_model, small, tensors)
     findings = layout_checks.inspect_blocks(config, small_model, small, tensors)
     blocks = tuple(
-        replace(
-            keep_linears(config, block, found.uncalled),
-            groups=layout_checks.make_groups(block, found.readings, meta_model.config),
-        )
-        for block, found in zip(layout.blocks, findings, strict=True)
+        finish_block(config, block, found, like.experts, meta_model.config)
+        for block, like, found in zip(layout.blocks, small.blocks, findings, strict=True)
     )
     try:
         parts = find_parts(whole, meta_model.left_out, named, converted, list_tensors(layout))
@@ -110,7 +118,34 @@ def derive_layout(config: Config, names: Collection[str]) -> Layout:
 def count_eager_heads(meta_model: MetaModel) -> int:
     """Return the heads of a model that transformers runs with eager attention only, else 0."""
     is_eager = getattr(meta_model.config, "_attn_implementation", None) == "eager"
-    return (layout_checks.read_size(meta_model.config, "num_attention_heads") or 0) * is_eager
+    return (read_size(meta_model.config, "num_attention_heads") or 0) * is_eager
+
+
+def check_stacked(stored: StoredNames) -> None:
+    """Check that experts are stored one by one; raises UnknownForm."""
+    for names in stored.experts.values():
+        if names.stacked:
+            raise UnknownForm(f"its experts are stored together, in {names.stacked[0].name}")
+
+
+def finish_block(
+    config: Config, block: Block, found: BlockFindings, like: Experts | None, hf_config: Any
+) -> Block:
+    """Return a block of the real model with what its like in the small instance has shown."""
+    block = keep_linears(config, mark_routers(block, found.routers), found.uncalled)
+    if block.experts and like:
+        router = next((x for x in found.routers), like.router)
+        block = replace(
+            block,
+            experts=replace(
+                block.experts,
+                router=router,
+                top_k=like.top_k,
+                scales_down=like.scales_down,
+                inside=like.inside,
+            ),
+        )
+    return replace(block, groups=layout_checks.make_groups(block, found.readings, hf_config))
 
 
 def make_checked_model(config: Config, values: Config) -> MetaModel:
@@ -121,21 +156,13 @@ def make_checked_model(config: Config, values: Config) -> MetaModel:
         raise make_refusal(config, str(fault).removeprefix(f"{config.where}: ")) from fault
 
 
-def list_tensor_names(layout: Layout) -> list[str]:
-    """Return the name of every module and tensor of a layout."""
-    others = [spec.name for block in layout.blocks for spec in block.others]
-    return [
-        *(linear.name for linear in layout.linears),
-        *others,
-        *(spec.name for spec in layout.final_tensors),
-    ]
-
-
 def list_tensors(layout: Layout) -> frozenset[str]:
     """Return the stored name of every tensor of the text model."""
     linears = (f"{x.name}.{kind}" for x in layout.linears for kind in ("weight", "bias"))
     others = (spec.name for block in layout.blocks for spec in block.others)
-    return frozenset((*linears, *others, *(spec.name for spec in layout.final_tensors)))
+    stacked = (tensor.name for block in layout.blocks for tensor in block.stacked)
+    final = (spec.name for spec in layout.final_tensors)
+    return frozenset((*linears, *others, *stacked, *final))
 
 
 def describe_layout(model_type: str, layout: Layout) -> str:

@@ -7,7 +7,7 @@ tensors on disk, so the evaluated weights are those that ship.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from quantkit import registry
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.contracts import Block, Layout, Scheme
-from quantkit.models.layers import MetaModel, get_layer_name, load_tensors
+from quantkit.contracts import Block, Experts, Layout, Scheme
+from quantkit.models.experts import find_experts_module
+from quantkit.models.layers import MetaModel, get_layer_name, join_parts, load_tensors
 from quantkit.models.outer_model import get_module_name
 
 TensorReader = Callable[[str], Tensor]
@@ -65,7 +66,10 @@ def count_parameters(layout: Layout) -> int:
 def make_model(meta_model: MetaModel, layout: Layout, read: TensorReader) -> Any:
     """Make the model with its weights, in the meta model's dtype and on its device."""
     return fill_model(
-        make_empty_model(meta_model), meta_model, layout, iterate_state_dict(layout, read)
+        make_empty_model(meta_model),
+        meta_model,
+        layout,
+        iterate_state_dict(meta_model, layout, read),
     )
 
 
@@ -123,7 +127,7 @@ def name_head(meta_model: MetaModel, layout: Layout) -> tuple[str, str]:
 
 
 def iterate_state_dict(
-    layout: Layout, read: TensorReader, without: Collection[str] = ()
+    meta_model: MetaModel, layout: Layout, read: TensorReader, without: Collection[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor under transformers' name; the experts of a block are stacked.
 
@@ -133,7 +137,7 @@ def iterate_state_dict(
     yield layout.get_path(embedding), read(embedding)
     for block in layout.blocks:
         if block.kind == "decoder":
-            yield from iterate_block_state(block, read, without)
+            yield from iterate_block_state(meta_model, block, read, without)
     for spec in layout.final_tensors:
         yield layout.get_path(spec.name), read(spec.name)
     if layout.head:
@@ -141,12 +145,9 @@ def iterate_state_dict(
 
 
 def iterate_block_state(
-    block: Block, read: TensorReader, without: Collection[str]
+    meta_model: MetaModel, block: Block, read: TensorReader, without: Collection[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield a block's tensors under transformers' names.
-
-    Gate and up of all experts are one tensor [experts, 2 * intermediate, hidden].
-    """
+    """Yield a block's tensors under transformers' names."""
     names = [spec.name for spec in block.others]
     plain = [
         linear
@@ -155,22 +156,44 @@ def iterate_block_state(
     ]
     names += [f"{linear.name}.weight" for linear in plain]
     names += [f"{linear.name}.bias" for linear in block.linears if linear.bias]
-    for name in names:
-        yield f"{block.path}.{get_layer_name(block, name)}", read(name)
+    for name, tensor in join_parts(block, ((name, read(name)) for name in names)):
+        yield f"{block.path}.{name}", tensor
     experts = block.experts
-    if experts is None or experts.linear(0, experts.gate) in without:
+    if experts is None or experts.first in without:
         return
+    module = find_experts_module(meta_model.model, block, experts)
+    path = f"{block.path}.{get_layer_name(block, experts.module)}"
+    for kind, tensor in stack_experts(experts, read, module):
+        yield f"{path}.{kind}", tensor
 
-    def read_weight(e: int, projection: str) -> Tensor:
-        return read(f"{experts.linear(e, projection)}.weight")
 
-    gate_up = [
-        torch.cat([read_weight(e, experts.gate), read_weight(e, experts.up)])
-        for e in range(experts.count)
-    ]
-    module = f"{block.path}.{get_layer_name(block, experts.module)}"
-    yield f"{module}.gate_up_proj", torch.stack(gate_up)  # [experts, 2 * intermediate, hidden]
-    yield (
-        f"{module}.down_proj",
-        torch.stack([read_weight(e, experts.down) for e in range(experts.count)]),
-    )
+def stack_experts(
+    experts: Experts, read: TensorReader, module: Any
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the two tensors of transformers' experts module by local name.
+
+    Gate and up of all experts are one tensor [experts, 2 * intermediate, hidden], in the order of
+    the module; up alone without a gate.
+    """
+    is_transposed = getattr(module, "is_transposed", False)
+
+    def stack(projections: tuple[str, ...]) -> Tensor:
+        weights = [
+            join_rows(
+                [read(f"{experts.linear(e, x)}.weight") for x in projections],
+                interleaved=not getattr(module, "is_concatenated", True),
+            )
+            for e in range(experts.count)
+        ]
+        stacked = torch.stack(weights)  # [experts, out, in]
+        return stacked.mT.contiguous() if is_transposed else stacked
+
+    yield "up_proj" if experts.gate is None else "gate_up_proj", stack(experts.inputs)
+    yield "down_proj", stack((experts.down,))
+
+
+def join_rows(weights: Sequence[Tensor], interleaved: bool) -> Tensor:
+    """Return matrices [out, in] as one, one after the other or row by row in turn."""
+    if interleaved and len(weights) > 1:
+        return torch.stack(list(weights), 1).flatten(0, 1)  # [out, n, in] -> [n * out, in]
+    return torch.cat(list(weights))  # [n * out, in]

@@ -1,29 +1,29 @@
-"""The layout of a dense model without a table, from transformers' modules on the meta device.
+"""The layout of a model without a table, from transformers' modules on the meta device.
 
 The only assumptions: an embedding, a list of blocks, a linear head. In the blocks each `nn.Linear`
-can be quantized; vectors, convolutions and small matrices are kept, and so is everything outside
-the blocks. Experts in one tensor are a reason to reject the model. Names do not tell which
-linears share an input: `layout_checks` runs the blocks for that, so groups are empty here.
+can be quantized, and each projection of routed experts; vectors, convolutions and small matrices
+are kept, and so is everything outside the blocks. Names do not tell which linears share an input
+or which of them route: `layout_checks` runs the blocks for that, so groups are empty here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import revert_weight_conversion
 
 from quantkit import registry
-from quantkit.contracts import Block, Config, Layout, Linear, Role, TensorSpec
+from quantkit.contracts import Block, Config, Experts, Layout, Linear, Role, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.formats.common.engine_names import FUSED_MODULES, LM_HEAD
 from quantkit.models.layers import MetaModel
 from quantkit.models.outer_model import find_layers, get_module_name
-from quantkit.models.text_part import find_relocation, find_text_root, relocate
+from quantkit.models.stored_names import ExpertNames, StoredNames
 
 MAX_REASON_CHARS = 300
 """Longest reason in a message: transformers' errors can be long."""
@@ -43,13 +43,11 @@ def make_refusal(config: Config, reason: str) -> CheckpointError:
     )
 
 
-def inspect_layout(config: Config, meta_model: MetaModel, disk: Mapping[str, str] = {}) -> Layout:
+def inspect_layout(config: Config, meta_model: MetaModel, names: StoredNames) -> Layout:
     """Return the layout of transformers' model of `config`, with empty groups.
 
     Every tensor is claimed once, under its name in the checkpoint. Raises CheckpointError with the
     first module or tensor that has no place in it.
-
-    disk: the name in the checkpoint of tensors by their name in transformers, where it is known.
     """
     model = meta_model.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -57,9 +55,9 @@ def inspect_layout(config: Config, meta_model: MetaModel, disk: Mapping[str, str
         found = f"{type(embedding).__name__} and {type(head).__name__}"
         raise make_refusal(config, f"expected an embedding and a linear head, found {found}")
     name, stack = find_layers(model)
-    stored = find_stored_names(config, meta_model, disk)
+    stored = names.tensors
     blocks = tuple(
-        inspect_block(config, f"{name}.{number}", layer, stored)
+        inspect_block(config, f"{name}.{number}", layer, names)
         for number, layer in enumerate(stack)
     )
     ends = {x: f"{get_module_name(model, x)}.weight" for x in (embedding, head)}
@@ -90,34 +88,6 @@ def inspect_layout(config: Config, meta_model: MetaModel, disk: Mapping[str, str
     )
 
 
-def find_stored_names(
-    config: Config, meta_model: MetaModel, disk: Mapping[str, str] = {}
-) -> dict[str, str]:
-    """Return the name in a checkpoint of each tensor, by its name in transformers' model.
-
-    It is that of `disk`; for other tensors of the text model that with which transformers saves it,
-    with the prefix of the tensors in `disk`. Raises CheckpointError if transformers stores a tensor
-    in another form, such as in parts.
-    """
-    tensors = meta_model.model.state_dict()
-    written = revert_weight_conversion(meta_model.model, dict(tensors))
-    stored = {id(tensor): name for name, tensor in written.items()}
-    for name, tensor in tensors.items():
-        if id(tensor) not in stored:
-            raise make_refusal(
-                config,
-                f"transformers makes {name} from other tensors of the checkpoint; experts and "
-                "convolutions in parts need a table",
-            )
-    saved = {name: stored[id(tensor)] for name, tensor in tensors.items()}
-    layers, _ = find_layers(meta_model.model)
-    root = f"{find_text_root(meta_model.model)}."
-    known = next((x for x in saved if x.startswith(f"{layers}.") and x in disk), None)
-    prefixes = find_relocation(saved[known], disk[known]) if known else ("", "")
-    moved = {x: relocate(y, prefixes) if x.startswith(root) else y for x, y in saved.items()}
-    return {name: disk.get(name, other) for name, other in moved.items()}
-
-
 def is_head_tied(config: Config, meta_model: MetaModel) -> bool:
     """Return whether the head is tied to the embedding.
 
@@ -146,19 +116,19 @@ def make_linear(name: str, linear: nn.Linear, role: Role) -> Linear:
     )
 
 
-def name_block(path: str, layer: nn.Module, stored: Mapping[str, str]) -> str:
+def name_block(path: str, layer: nn.Module, stored: StoredNames) -> str:
     """Return the name in the checkpoint of a block, whose name in transformers is `path`."""
     for tensor in layer.state_dict():
-        full = stored[f"{path}.{tensor}"]
+        full = stored.tensors.get(f"{path}.{tensor}", "")
         if full.endswith(f".{tensor}"):
             return full.removesuffix(f".{tensor}")
     return path
 
 
-def inspect_block(config: Config, path: str, layer: nn.Module, stored: Mapping[str, str]) -> Block:
+def inspect_block(config: Config, path: str, layer: nn.Module, stored: StoredNames) -> Block:
     """Return the layout of a block; raises CheckpointError for matrices other than linears.
 
-    path: the block's name in transformers; stored: names in the checkpoint by those.
+    path: the block's name in transformers.
     """
     name = name_block(path, layer, stored)
     modules = {
@@ -166,41 +136,174 @@ def inspect_block(config: Config, path: str, layer: nn.Module, stored: Mapping[s
         for local, module in layer.named_modules()
         if isinstance(module, nn.Linear) and is_linear_class(type(module))  # type: ignore[arg-type]  # a class is hashable
     }
-    if not modules:
+    found = {
+        local: stored.experts[f"{path}.{local}"]
+        for local, _ in layer.named_modules()
+        if f"{path}.{local}" in stored.experts
+    }
+    if len(found) > 1:
+        raise make_refusal(config, f"{name} has experts in {' and '.join(found)}")
+    if not modules and not found:
         kinds = {type(x).__name__ for x in layer.modules() if has_matrix(x)}
         raise make_refusal(
             config, f"{name} has no nn.Linear; its matrices are in {', '.join(sorted(kinds))}"
         )
-    names = {x: stored[f"{path}.{x}.weight"].removesuffix(".weight") for x in modules}
-    linears = {full: make_linear(full, modules[x], get_role(x)) for x, full in names.items()}
+    names = {x: find_linear_name(config, f"{path}.{x}", stored) for x in modules}
+    linears = {
+        full: make_linear(full, modules[x], get_role(x, bool(found))) for x, full in names.items()
+    }
     claimed = {f"{x}.{kind}" for x in modules for kind in ("weight", "bias")}
+    claimed |= {f"{x}.{kind}" for x in found for kind in list_parameters(layer.get_submodule(x))}
     state = layer.state_dict()
     kept = {x: tensor for x, tensor in state.items() if x not in claimed}
-    check_kept_tensors(config, name, kept, sum(tensor.numel() for tensor in state.values()))
-    others = [
-        TensorSpec(name=stored[f"{path}.{x}"], dtype="BF16", shape=tuple(tensor.shape))
-        for x, tensor in kept.items()
-    ]
+    buffers = {x for x, _ in layer.named_buffers()}  # tables that training does not change
+    check_kept_tensors(
+        config,
+        name,
+        {x: tensor for x, tensor in kept.items() if x not in buffers},
+        sum(tensor.numel() for x, tensor in state.items() if x not in buffers),
+    )
+    joined = {x: stored.joined[f"{path}.{x}"] for x in kept if f"{path}.{x}" in stored.joined}
+    others = list_kept_specs(path, kept, stored)
+    experts = [make_experts(layer.get_submodule(x), y) for x, y in found.items()]
+    routed = [linear for each in experts for linear in list_expert_linears(each)]
     if outside := [
-        x for x in (*linears, *(y.name for y in others)) if not x.startswith(f"{name}.")
+        x
+        for x in (*linears, *(y.name for y in others), *(z.module for z in experts))
+        if not x.startswith(f"{name}.")
     ]:
         raise make_refusal(config, f"{outside[0]} is stored outside {name}")
-    stored_as = {x: full.removeprefix(f"{name}.") for x, full in names.items()}
     return Block(
         name=name,
         kind="decoder",
-        linears=tuple(linears.values()),
+        linears=(*linears.values(), *routed),
         others=tuple(others),
         groups=(),
-        fused=tuple(find_fused_sets(linears)),
-        renames=tuple((full, x) for x, full in stored_as.items() if full != x),
+        fused=(*find_fused_sets(linears), *([tuple(x.name for x in routed)] if routed else [])),
+        experts=experts[0] if experts else None,
+        renames=list_renames(
+            name,
+            {
+                **{f"{x}.weight": f"{full}.weight" for x, full in names.items()},
+                **{f"{x}.bias": f"{full}.bias" for x, full in names.items()},
+                **{x: stored.tensors[f"{path}.{x}"] for x in kept if x not in joined},
+                **{x: y.module for x, y in found.items()},
+            },
+        ),
         module=path if path != name else "",
+        joined=tuple(joined.items()),
+        stacked=tuple(each for x in found.values() for each in x.stacked),
     )
 
 
-def get_role(path: str) -> Role:
-    """Return the role of a linear of a dense block by its path."""
-    return "attention" if "attn" in path or "attention" in path else "mlp"
+def find_linear_name(config: Config, module: str, stored: StoredNames) -> str:
+    """Return the name of a linear in the checkpoint."""
+    name = stored.tensors.get(f"{module}.weight")
+    if name is None:
+        raise make_refusal(config, f"{module} is stored in parts")
+    return name.removesuffix(".weight")
+
+
+def list_parameters(module: nn.Module) -> list[str]:
+    """Return the local names of a module's parameters, those of its children included."""
+    return [name for name, _ in module.named_parameters()]
+
+
+def list_kept_specs(path: str, kept: Mapping[str, Tensor], stored: StoredNames) -> list[TensorSpec]:
+    """Return the tensors of a block that are no linears, as stored.
+
+    path: the block's name in transformers; kept: by name in transformers' layer.
+    """
+    specs = []
+    for local, tensor in kept.items():
+        full = f"{path}.{local}"
+        names = stored.joined.get(full) or (stored.tensors[full],)
+        sizes = stored.rows.get(full) or tuple(tensor.shape[:1])
+        for part, rows in zip(names, sizes or (0,), strict=True):
+            shape = (rows, *tensor.shape[1:]) if tensor.dim() else ()
+            specs.append(TensorSpec(name=part, dtype="BF16", shape=shape))
+    return specs
+
+
+def list_renames(name: str, stored: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Return local names in the checkpoint that differ from those in transformers, longest first.
+
+    stored: full names in the checkpoint by path in transformers' layer.
+    """
+    pairs = {(full.removeprefix(f"{name}."), path) for path, full in stored.items()}
+    pairs |= {
+        (full.removesuffix(".weight"), path.removesuffix(".weight"))
+        for full, path in pairs
+        if full.endswith(".weight") and path.endswith(".weight")
+    }  # modules, whose inputs are observed
+    changed = {full for full, path in pairs if full != path}
+    needed = {
+        (full, path)
+        for full, path in pairs
+        if full != path or any(full.startswith(f"{other}.") for other in changed)
+    }
+    return tuple(sorted(needed, key=lambda x: (-len(x[0]), x)))
+
+
+def make_experts(module: Any, names: ExpertNames) -> Experts:
+    """Return the experts of transformers' module; `expert_checks` finds the rest by running it."""
+    count, *sizes = module.down_proj.shape
+    hidden, intermediate = reversed(sizes) if module.is_transposed else sizes
+    return Experts(
+        module=names.module,
+        router="",
+        count=count,
+        top_k=0,
+        hidden=hidden,
+        intermediate=intermediate,
+        gate=names.gate,
+        up=names.up,
+        down=names.down,
+    )
+
+
+def list_expert_linears(experts: Experts) -> Iterator[Linear]:
+    """Yield the linears of experts, expert by expert."""
+    for e in range(experts.count):
+        for projection in experts.projections:
+            out, into = experts.intermediate, experts.hidden
+            if projection == experts.down:
+                out, into = into, out
+            yield Linear(
+                name=experts.linear(e, projection),
+                out_features=out,
+                in_features=into,
+                role="routed_expert",
+            )
+
+
+def get_role(path: str, has_experts: bool = False) -> Role:
+    """Return the role of a linear by its path; `has_experts`: its block has routed experts."""
+    if "attn" in path or "attention" in path:
+        return "attention"
+    return "shared_expert" if has_experts and "shared" in path else "mlp"
+
+
+def mark_routers(block: Block, names: Collection[str]) -> Block:
+    """Return a block in which these modules are linears of a router, which no rule quantizes by
+    accident: linears, or kept matrices of a router's own class.
+    """
+    matrices = {
+        spec.name.removesuffix(".weight"): spec for spec in block.others if len(spec.shape) == 2
+    }
+    dense = [x for x in block.linears if x.role != "routed_expert"]
+    routed = [x for x in block.linears if x.role == "routed_expert"]
+    marked = [replace(x, role="router") if x.name in names else x for x in dense]
+    for name in names:
+        if name in matrices:
+            out, into = matrices[name].shape
+            marked.append(Linear(name=name, out_features=out, in_features=into, role="router"))
+    moved = {f"{name}.weight" for name in names if name in matrices}
+    return replace(
+        block,
+        linears=(*marked, *routed),
+        others=tuple(spec for spec in block.others if spec.name not in moved),
+    )
 
 
 def check_kept_tensors(config: Config, name: str, kept: Mapping[str, Tensor], total: int) -> None:

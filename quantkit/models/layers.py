@@ -4,14 +4,15 @@ quantkit never holds a model. `MetaModel` lives on the meta device; one layer at
 tensors, and runs with the arguments that transformers' own forward makes (`outer_model`). In place
 of routed experts, `ExpertTap` records the router's output and returns zeros, so that a layer runs
 in the memory of its dense part and the experts can follow in waves. Their output is added to the
-layer's, because every supported family adds it to the residual (the contract tests compare the sum
-with transformers' own forward).
+layer's where the layer adds it to the residual; a layer that does more with it (a norm, a factor)
+runs once more with the sum as the tap's answer (contract tests and layout checks compare both with
+transformers' own forward).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,16 +58,23 @@ class RouterOutput:
 
 
 class ExpertTap(nn.Module):
-    """Placeholder of routed experts: keeps the last router output and returns zeros."""
+    """Placeholder of routed experts: keeps the last router output and returns zeros, or `answer`.
 
-    def __init__(self) -> None:
+    `inside`: the layer does more with the answer than to add it to its output.
+    """
+
+    def __init__(self, inside: bool = False) -> None:
         super().__init__()
         self.last: RouterOutput | None = None
+        self.answer: Tensor | None = None
+        self.inside = inside
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return zeros [tokens, hidden]."""
         self.last = RouterOutput(hidden=hidden_states, index=top_k_index, weight=top_k_weights)
-        return torch.zeros_like(hidden_states)
+        if self.answer is None:
+            return torch.zeros_like(hidden_states)
+        return self.answer.to(hidden_states).reshape(hidden_states.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,18 +141,18 @@ def make_decoder_layer(
     tap = None
     if block.experts:
         parent, _, leaf = get_layer_name(block, block.experts.module).rpartition(".")
-        tap = ExpertTap()
+        tap = ExpertTap(block.experts.inside)
         setattr(layer.get_submodule(parent), leaf, tap)
     for name, module in list(layer.named_modules()):
         if type(module) is nn.Linear:
             layer.set_submodule(name, MatmulLinear(module.weight, module.bias))
     buffers = {name for name, _ in layer.named_buffers()}
     state = {
-        get_layer_name(block, name): tensor.to(
+        name: tensor.to(
             device=meta_model.device,
-            dtype=torch.float32 if get_layer_name(block, name) in buffers else meta_model.dtype,
+            dtype=torch.float32 if name in buffers else meta_model.dtype,
         )
-        for name, tensor in tensors.items()
+        for name, tensor in join_parts(block, tensors.items())
     }
     load_tensors(layer, state, block.name)
     return DecoderLayer(name=block.path, module=layer, tap=tap)
@@ -166,8 +174,25 @@ def get_layer_name(block: Block, name: str) -> str:
     local = name.removeprefix(f"{block.name}.")
     for stored, renamed in block.renames:
         if local == stored or local.startswith(f"{stored}."):
-            local = renamed + local.removeprefix(stored)
+            return renamed + local.removeprefix(stored)
     return local
+
+
+def join_parts(block: Block, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors by their names in transformers' layer; those stored in parts are joined.
+
+    tensors: by full name.
+    """
+    owner = {part: (name, parts) for name, parts in block.joined for part in parts}
+    waiting: dict[str, Tensor] = {}
+    for full, tensor in tensors:
+        if full not in owner:
+            yield get_layer_name(block, full), tensor
+            continue
+        waiting[full] = tensor
+        name, parts = owner[full]
+        if all(part in waiting for part in parts):
+            yield name, torch.cat([waiting.pop(part) for part in parts])  # along the rows
 
 
 @contextmanager
@@ -214,6 +239,25 @@ def run_layer(
     with torch.no_grad():
         out = call.run(layer.module, hidden)
     return out[valid], valid.reshape(-1)  # [sequences, longest, h] -> [tokens, h]
+
+
+def run_layer_with_sum(
+    meta_model: MetaModel,
+    layer: DecoderLayer,
+    rows: Tensor,
+    lengths: Sequence[int],
+    total: Tensor,
+) -> Tensor:
+    """Return the states after a layer whose experts return `total`; both [tokens, hidden]."""
+    assert layer.tap is not None  # the caller has experts
+    valid = make_padding_mask(lengths, meta_model.device)  # [sequences, longest]
+    answer = torch.zeros(*valid.shape, total.shape[-1], device=meta_model.device)
+    answer[valid] = total.to(answer)  # [tokens, h] -> [sequences, longest, h]
+    layer.tap.answer = answer
+    try:
+        return run_layer(meta_model, layer, rows, lengths)[0]
+    finally:
+        layer.tap.answer = None
 
 
 def embed_tokens(outer: OuterModel, ids: Tensor, lengths: Sequence[int]) -> Tensor:

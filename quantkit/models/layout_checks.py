@@ -1,7 +1,6 @@
 """Checks of a derived layout on a small random instance of the same configuration.
 
-The instance has all blocks of the real model and every switch of its config.json, with small
-widths. Checked on it:
+Checked on it (`small_instance`), experts first (`expert_checks`):
 
     logits       block by block, as in a build, they equal those of transformers' own forward, for
                  texts shorter and longer than every window, alone and in a padded batch;
@@ -24,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.checkpoint.hf_config import find_text_key
 from quantkit.contracts import Absorber, Block, Config, HeadRows, Layout, Linear, LinearGroup
 from quantkit.errors import CheckpointError
 from quantkit.models import full_model, scaling
-from quantkit.models.inspect import make_refusal
+from quantkit.models.experts import BlockRun, run_block
+from quantkit.models.inspect import make_refusal, mark_routers
 from quantkit.models.layers import (
     MetaModel,
     embed_tokens,
@@ -38,13 +37,12 @@ from quantkit.models.layers import (
     run_layer,
 )
 from quantkit.models.outer_model import name_tensors
+from quantkit.models.small_instance import VOCABULARY, count_kv_heads, read_size
 
 LENGTHS = (20, 13)
 """Tokens of the two sequences: unequal, to test padding, and longer than the window."""
 BATCHES = (LENGTHS, LENGTHS, (6, 4), (5,))
 """Batches of the comparison of logits: two of one shape, and texts shorter than the window."""
-WINDOW = 8
-VOCABULARY = 96
 LOGITS_TOLERANCE = 1e-4
 """Largest relative difference of logits; a missing part of the model causes 1e-2 and more."""
 SCALING_TOLERANCE = 1e-6
@@ -61,89 +59,7 @@ class InputReaders:
     readers: tuple[str, ...]  # within the block
     absorber: str | None = None
     rows: str = ""
-
-
-# ------------------------------------------------------------------------------- the small instance
-
-
-def reduce_config(config: Config, meta_model: MetaModel) -> Config:
-    """Return the configuration with few heads, small widths, a small vocabulary and window.
-
-    That of a wrapper is the same but for its text model.
-    """
-    hf_config = meta_model.config
-    heads, hidden = read_size(hf_config, "num_attention_heads") or 1, hf_config.hidden_size
-    kv_heads = count_kv_heads(hf_config)
-    width = read_size(hf_config, "head_dim") or hidden // heads
-    n_kv_heads = min(kv_heads, 2)
-    n_heads = n_kv_heads * min(heads // kv_heads, 2)
-    small_hidden = n_heads * width + (0 if hidden == heads * width else 64)
-    sizes = {
-        "hidden_size": small_hidden,
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": n_kv_heads,
-        "num_kv_heads": n_kv_heads,
-        "intermediate_size": small_hidden + 32,
-        "vocab_size": VOCABULARY,
-        "sliding_window": WINDOW,
-        "attention_chunk_size": WINDOW,
-        "word_embed_proj_dim": small_hidden,
-    }
-    names = {key: hf_config.attribute_map.get(key, key) for key in sizes}
-    changes = {
-        names[key]: value for key, value in sizes.items() if read_size(hf_config, key) is not None
-    }
-    changes |= reduce_state_space(hf_config)
-    tokens: dict[str, int | None] = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
-    key = find_text_key(meta_model.full_config)
-    if key is None:
-        return Config(values={**config.values, **changes, **tokens}, where=config.where)
-    whole = meta_model.full_config.to_dict()
-    if hf_config.pad_token_id is not None:  # some wrappers put it in the place of images
-        tokens["pad_token_id"] = 0
-    values = {**whole, key: {**whole[key], **changes, **tokens}}
-    return Config(values=values, where=config.where)
-
-
-def reduce_state_space(hf_config: Any) -> dict[str, int]:
-    """Return small widths of a model of state spaces alone, whose heads must fit its width."""
-    keys = ("expand", "num_heads", "head_dim", "n_groups")
-    sizes = {key: size for key in keys if (size := read_size(hf_config, key))}
-    if len(sizes) < len(keys) or read_size(hf_config, "num_attention_heads"):
-        return {}
-    count = max(2, sizes["n_groups"])
-    return {"num_heads": sizes["expand"] * count, "hidden_size": sizes["head_dim"] * count}
-
-
-def count_kv_heads(hf_config: Any) -> int:
-    """Return the key/value heads of a configuration: as many as heads if it has no key for them."""
-    sizes = (read_size(hf_config, key) for key in ("num_key_value_heads", "num_kv_heads"))
-    return next(filter(None, sizes), read_size(hf_config, "num_attention_heads") or 1)
-
-
-def read_size(hf_config: Any, key: str) -> int | None:
-    """Return an integer of a configuration; None if it has none, or one for each layer."""
-    try:
-        value = getattr(hf_config, key, None)
-    except RuntimeError:  # transformers' own for a value that layers do not share
-        return None
-    return value if isinstance(value, int) else None
-
-
-def make_random_tensors(meta_model: MetaModel, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return random tensors: matrices that keep their input's scale, norms around 1, biases.
-
-    names: of each tensor in the checkpoint, by its name in transformers.
-    """
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, tensor in meta_model.model.state_dict().items():
-        value = torch.randn(tensor.shape, generator=generator)
-        if tensor.dim() > 1:
-            tensors[names[name]] = value * tensor.shape[-1] ** -0.5
-        else:
-            tensors[names[name]] = 0.1 * value + (0 if name.endswith(".bias") else 1)
-    return tensors
+    routed_experts: bool = False
 
 
 def select_block_tensors(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -212,9 +128,9 @@ def compute_logits(
     parts = ids.split([sum(batch) for batch in batches])
     states = [embed_tokens(outer, part, batch) for part, batch in zip(parts, batches, strict=True)]
     for block in layout.blocks:
-        layer = make_decoder_layer(meta_model, block, select_block_tensors(block, tensors))
+        own = select_block_tensors(block, tensors)
         states = [
-            run_layer(meta_model, layer, rows, batch)[0]
+            run_block(meta_model, block, own, rows, batch).out
             for rows, batch in zip(states, batches, strict=True)
         ]
     return outer.compute_logits(torch.cat(states))
@@ -261,14 +177,32 @@ class BlockTrial:
 
     def run(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the output [tokens, hidden] of the block with these tensors."""
-        layer = make_decoder_layer(self.meta_model, self.block, tensors)
-        return run_layer(self.meta_model, layer, self.rows, LENGTHS)[0]
+        return run_block(self.meta_model, self.block, tensors, self.rows, LENGTHS).out
+
+    @cached_property
+    def plain(self) -> BlockRun:
+        """The unchanged block."""
+        return run_block(self.meta_model, self.block, self.tensors, self.rows, LENGTHS)
+
+    @cached_property
+    def dense(self) -> tuple[Linear, ...]:
+        """The linears of the block without routed experts."""
+        return tuple(x for x in self.block.linears if x.role != "routed_expert")
 
     @cached_property
     def calls(self) -> dict[str, list[Tensor]]:
-        """Return the inputs of every call of each linear, by its full name."""
-        layer = make_decoder_layer(self.meta_model, self.block, self.tensors)
-        paths = {x.name: get_layer_name(self.block, x.name) for x in self.block.linears}
+        """Return the inputs of every call of each dense linear, by its full name."""
+        return self.record_calls(None)
+
+    def record_calls(self, total: Tensor | None) -> dict[str, list[Tensor]]:
+        """Return the inputs of every call of each dense linear while the experts return `total`
+        [positions, hidden], or zeros.
+        """
+        dense = select_dense_tensors(self.block, self.tensors)
+        layer = make_decoder_layer(self.meta_model, self.block, dense)
+        if layer.tap is not None:
+            layer.tap.answer = total
+        paths = {x.name: get_layer_name(self.block, x.name) for x in self.dense}
         calls = record_inputs(
             layer.module,
             list(paths.values()),
@@ -276,22 +210,45 @@ class BlockTrial:
         )
         return {name: calls[path] for name, path in paths.items()}
 
+    @cached_property
+    def after_experts(self) -> frozenset[str]:
+        """Names of the dense linears whose input depends on what the experts return."""
+        if self.plain.total is None:
+            return frozenset()
+        other = self.record_calls(self.plain.total)
+        return frozenset(
+            name
+            for name, inputs in self.calls.items()
+            if any(not torch.equal(x, y) for x, y in zip(inputs, other[name], strict=True))
+        )
+
     def is_called_once(self, linear: Linear) -> bool:
-        """Return whether a linear is called once, with every token."""
+        """Return whether a linear is called once, with every token, before the experts."""
         inputs, tokens = self.calls[linear.name], len(LENGTHS) * max(LENGTHS)
-        return len(inputs) == 1 and inputs[0].numel() == tokens * linear.in_features
+        is_called = len(inputs) == 1 and inputs[0].numel() == tokens * linear.in_features
+        return is_called and linear.name not in self.after_experts
 
     def readings(self) -> tuple[InputReaders, ...]:
         """Return the linears that are called once, grouped by input values."""
         groups: list[tuple[Tensor, list[str]]] = []
-        for linear in filter(self.is_called_once, self.block.linears):
+        for linear in filter(self.is_called_once, self.dense):
             (x,) = self.calls[linear.name]
-            same = (readers for y, readers in groups if y.shape == x.shape and torch.equal(y, x))
+            same = (readers for y, readers in groups if is_same_input(x, y))
             match = next(same, None)
             if match is None:
                 groups.append((x, match := []))
             match.append(linear.name.removeprefix(f"{self.block.name}."))
-        return tuple(InputReaders(readers=tuple(readers)) for _, readers in groups)
+        return tuple(
+            InputReaders(readers=tuple(readers), routed_experts=self.is_read_by_experts(x))
+            for x, readers in groups
+        )
+
+    def is_read_by_experts(self, x: Tensor) -> bool:
+        """Return whether the routed experts read this input."""
+        routed = self.plain.routed
+        if routed is None or x.numel() != routed.hidden.numel():
+            return False
+        return torch.equal(x.reshape(routed.hidden.shape), routed.hidden)
 
     def holds(self, groups: tuple[LinearGroup, ...]) -> bool:
         """Return whether scaling the inputs of these groups leaves the block's output unchanged."""
@@ -302,9 +259,62 @@ class BlockTrial:
                 scale = make_random_scale(group.absorber, width, generator)
                 scaling.divide_absorber(changed, group.absorber, scale)
                 scaling.multiply_readers(changed, group, scale)
+                self.multiply_experts(changed, group, scale)
         return float((self.run(changed) - self.out).norm()) <= SCALING_TOLERANCE * float(
             self.out.norm()
         )
+
+    def multiply_experts(
+        self, tensors: dict[str, Tensor], group: LinearGroup, scale: Tensor
+    ) -> None:
+        """Multiply the input channels of the routed experts, if they read the group's input."""
+        experts = self.block.experts
+        if experts is None or not group.routed_experts:
+            return
+        for e in range(experts.count):
+            for projection in experts.inputs:
+                name = f"{experts.linear(e, projection)}.weight"
+                tensors[name] = tensors[name] * scale  # [out, in] * [in]
+
+    def find_routers(self) -> tuple[str, ...]:
+        """Return the modules that the routing depends on, and not by the experts' input; and gates
+        with one row. By full name.
+        """
+        gates = [x.name for x in self.dense if self.block.experts and x.out_features == 1]
+        routed = self.plain.routed
+        if routed is None:
+            return ()
+        own = {x.name for x in self.dense}
+        matrices = [
+            x.name.removesuffix(".weight")
+            for x in self.block.others
+            if x.name.endswith(".weight") and len(x.shape) == 2
+        ]
+        routers = []
+        for name in (*own, *matrices):
+            weight = self.tensors[f"{name}.weight"]
+            changed = {**self.tensors, f"{name}.weight": weight.flip(0) * 1.5}
+            run = run_block(self.meta_model, self.block, changed, self.rows, LENGTHS).routed
+            if run is None or not torch.equal(run.hidden, routed.hidden):
+                continue
+            if not (
+                torch.equal(run.index, routed.index) and torch.equal(run.weight, routed.weight)
+            ):
+                routers.append(name)
+        return tuple(sorted({*routers, *gates}))
+
+
+def is_same_input(x: Tensor, y: Tensor) -> bool:
+    """Return whether two linears are given the same values, flattened or not."""
+    if x.shape[-1] != y.shape[-1] or x.numel() != y.numel():
+        return False
+    return torch.equal(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
+
+
+def select_dense_tensors(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a block's tensors without those of routed experts."""
+    routed = {f"{x.name}.weight" for x in block.linears if x.role == "routed_expert"}
+    return {name: x for name, x in tensors.items() if name not in routed}
 
 
 def record_inputs(
@@ -368,6 +378,11 @@ def list_row_maps(out: int, into: int, hf_config: Any) -> dict[str, HeadRows | N
             stride=(queries + 2) * width,
             offset=(queries + 1) * width,
         )
+    if out % heads == 0 and out // heads > width:  # multi-head latent attention: keys, then values
+        stride = out // heads
+        maps["end of each head"] = HeadRows(
+            heads=heads, kv_heads=heads, width=width, stride=stride, offset=stride - width
+        )
     is_possible = width * heads == into or "row by row" in maps or "second half" in maps
     return maps if is_possible else {}
 
@@ -411,6 +426,7 @@ def make_groups(
             name=f"{block.name}.{reading.readers[0]}.in",
             readers=tuple(f"{block.name}.{reader}" for reader in reading.readers),
             absorber=make_absorber(block, reading, hf_config),
+            routed_experts=reading.routed_experts,
         )
         for reading in readings
     )
@@ -441,12 +457,13 @@ def find_absorbers(
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFindings:
-    """What the instance shows of one block: readings with absorbers, and linears that are not
-    called once with every token, by full name.
+    """What the instance shows of one block: readings with absorbers; by full name, linears that are
+    not called once with every token before the experts, and modules of the router.
     """
 
     readings: tuple[InputReaders, ...]
     uncalled: tuple[str, ...]
+    routers: tuple[str, ...] = ()
 
 
 def inspect_blocks(
@@ -469,6 +486,9 @@ def inspect_blocks(
             tensors=select_block_tensors(block, tensors),
             rows=rows,
         )
+        routers = trial.find_routers()
+        if routers:
+            trial = replace(trial, block=mark_routers(block, routers))
         readings = trial.readings()
         kind = tuple(name.removeprefix(block.name) for name in trial.tensors)
         best = known.get(kind, ())
@@ -476,6 +496,6 @@ def inspect_blocks(
         if not (is_same and trial.holds(make_groups(block, best, meta_model.config))):
             best = find_absorbers(trial, readings)
         known[kind] = best
-        uncalled = tuple(x.name for x in block.linears if not trial.is_called_once(x))
-        result.append(BlockFindings(readings=best, uncalled=uncalled))
+        uncalled = tuple(x.name for x in trial.dense if not trial.is_called_once(x))
+        result.append(BlockFindings(readings=best, uncalled=uncalled, routers=routers))
     return result

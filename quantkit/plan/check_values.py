@@ -37,7 +37,8 @@ def find_value_faults(source: Checkpoint, checks: Sequence[ValueCheck]) -> Itera
 
 def find_different_row(source: Checkpoint, check: ValueCheck) -> int | None:
     """Return the first row in which two tensors of one shape differ; None if they are equal."""
-    if source.shards.locate(check.name)[0] == source.shards.locate(check.other)[0]:
+    plain = not {check.name, check.other} & set(source.logical.encoded)
+    if plain and source.shards.locate(check.name)[0] == source.shards.locate(check.other)[0]:
         header = source.shards.locate(check.name)[1]
         if header.offsets[check.name] == header.offsets[check.other]:
             return None

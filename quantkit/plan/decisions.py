@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from quantkit import registry
-from quantkit.checkpoint.fp8_pairs import FP8
+from quantkit.checkpoint.encoding import FP8
 from quantkit.contracts import (
     PROTECTED_ROLES,
     Block,
@@ -169,7 +169,7 @@ def select_quantized_groups(
     block: Block, decisions: Mapping[str, Decision]
 ) -> dict[str, LinearGroup]:
     """Return the groups with a quantized reader, routed experts included: they need grams."""
-    gate = block.experts.linear(0, block.experts.gate) if block.experts else ""
+    gate = block.experts.first if block.experts else ""
 
     def read(group: LinearGroup) -> bool:
         readers = (*group.readers, gate) if group.routed_experts and gate else group.readers
@@ -189,7 +189,7 @@ def find_rescale(
     experts = block.experts
     names = [
         *group.readers,
-        *([experts.linear(0, experts.gate)] if group.routed_experts and experts else []),
+        *([experts.first] if group.routed_experts and experts else []),
     ]
     used = {method for reader in names if (method := decisions[reader].method)}
     if block.kind == "mtp" or group.absorber is None or len(used) != 1:
@@ -345,7 +345,7 @@ def find_fused_faults(
     )
     faults = []
     for block in layout.blocks:
-        routed = block.experts.linear(0, block.experts.gate) if block.experts else None
+        routed = block.experts.first if block.experts else None
         for members in block.fused:
             if not merging and routed not in members:
                 continue

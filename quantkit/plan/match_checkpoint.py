@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from quantkit.checkpoint.fp8_pairs import FP8
+from quantkit.checkpoint.encoding import FP8
 from quantkit.contracts import Architecture, Block, Config, Layout, Linear, Role, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.io.files import shorten_repr
@@ -38,32 +38,30 @@ class MatchedLayout:
 
 
 def read_fp8_block_size(config: Config) -> int | None:
-    """Return the side of the FP8 blocks in the config, or None for an unquantized checkpoint.
+    """Return the side of the FP8 blocks that the config states, or None.
 
-    Raises CheckpointError for any other quantization: quantizing codes again compounds two errors.
+    Headers say whether there are any, and describe every other encoding.
     """
     entry = config.values.get("quantization_config")
-    if entry is None:
-        return None
     if not isinstance(entry, Mapping) or entry.get("quant_method") != "fp8":
-        method = entry.get("quant_method") if isinstance(entry, Mapping) else entry
-        raise CheckpointError(
-            f"{config.where}: quantization_config.quant_method: expected fp8 or an unquantized "
-            f"checkpoint, found {method!r}; start from the original weights"
-        )
+        return None
     size = entry.get("weight_block_size")
-    if not (
-        isinstance(size, list)
-        and len(size) == 2
-        and size[0] == size[1]
-        and isinstance(size[0], int)
-        and size[0]
-    ):
+    if not isinstance(size, list) or len(size) != 2 or size[0] != size[1]:
+        return None
+    return size[0] if type(size[0]) is int and size[0] > 0 else None
+
+
+def check_assumed_dtypes(config: Config) -> None:
+    """Check that tensors can be assumed without headers: plain ones or FP8 in square blocks.
+
+    Raises CheckpointError otherwise.
+    """
+    if config.values.get("quantization_config") and read_fp8_block_size(config) is None:
         raise CheckpointError(
-            f"{config.where}: quantization_config.weight_block_size: expected [n, n], found "
-            f"{size!r}; only FP8 in square blocks with weight_scale_inv can be read"
+            f"{config.where}: quantization_config: expected none or FP8 in square blocks, as no "
+            "header is at hand, found another; connect, or download the model and give its folder "
+            "as source.model"
         )
-    return int(size[0])
 
 
 def make_linear_specs(linear: Linear, dtype: str) -> tuple[TensorSpec, ...]:
@@ -127,6 +125,7 @@ def match_layout(
         (architecture.derived,) if architecture.derived else (),
     )
     if specs is None:
+        check_assumed_dtypes(config)
         specs = list_expected_tensors(layout, config)
         return MatchedLayout(
             architecture=architecture, layout=layout, specs=specs, warnings=warnings

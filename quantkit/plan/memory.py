@@ -90,9 +90,8 @@ def iterate_solves(block: Block, decisions: Mapping[str, Decision]) -> Iterator[
     sized = {linear.name: linear for linear in block.linears}
     sets = [group.readers for group in block.groups]
     if block.experts:  # all have one size, and most have one rule
-        first = [block.experts.linear(e, block.experts.gate) for e in range(block.experts.count)]
-        second = [block.experts.linear(e, block.experts.up) for e in range(block.experts.count)]
-        sets += zip(first, second)
+        experts = block.experts
+        sets += [tuple(experts.linear(e, x) for x in experts.inputs) for e in range(experts.count)]
     for names in (*sets, *((name,) for name in sized)):
         if linears := tuple(sized[name] for name in names if decisions[name].action == "quantize"):
             yield linears
@@ -149,7 +148,7 @@ def estimate_scaled_expert_bytes(
     A slice is scaled expert by expert.
     """
     experts = block.experts
-    if not grams or experts is None or decisions[experts.linear(0, experts.gate)].scheme is None:
+    if not grams or experts is None or decisions[experts.first].scheme is None:
         return 0
     hidden, width = experts.hidden, experts.intermediate
     return 4 * (3 * hidden * width + grams * (hidden**2 + width**2))
@@ -157,7 +156,7 @@ def estimate_scaled_expert_bytes(
 
 def estimate_expert_bytes(experts: Experts, quantized: bool, grams: int) -> int:
     """Return the bytes of one expert of a wave: weights as in a block, and grams if quantized."""
-    weights = COPIES_BYTES * 3 * experts.hidden * experts.intermediate
+    weights = COPIES_BYTES * len(experts.projections) * experts.hidden * experts.intermediate
     if not (quantized and grams):
         return weights
     return weights + 4 * grams * (experts.hidden**2 + experts.intermediate**2)
@@ -172,7 +171,7 @@ def estimate_batch_bytes(layout: Layout, block: Block, longest: int) -> int:
     linears = [
         linear for linear in block.linears if linear.role in {"attention", "mlp", "shared_expert"}
     ]
-    widest = max(max(linear.in_features, linear.out_features) for linear in linears)
+    widest = max((max(x.in_features, x.out_features) for x in linears), default=0)
     activations = BATCH_TOKENS * 4 * (4 * layout.embedding.in_features + 4 * widest)
     # heads * length^2 of each sequence; a batch holds one sequence, or BATCH_TOKENS in all
     scores = layout.eager_heads * longest * max(longest, BATCH_TOKENS if longest else 0)
@@ -207,7 +206,7 @@ def plan_memory(
     expert, max_experts = 0, 0
     for block in blocks:
         if block.experts:
-            quantized = decisions[block.experts.linear(0, block.experts.gate)].action == "quantize"
+            quantized = decisions[block.experts.first].action == "quantize"
             expert = max(expert, estimate_expert_bytes(block.experts, quantized, grams))
             max_experts = max(max_experts, block.experts.count)
     room = budget_bytes - BASE_BYTES - dense - batch

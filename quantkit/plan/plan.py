@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
-from quantkit.checkpoint.fp8_pairs import FP8
+from quantkit.checkpoint.encoding import FP8, EncodedWeight
 from quantkit.contracts import Architecture, Config, Format, Layout, Scheme, TensorSpec
 from quantkit.errors import RecipeError
 from quantkit.formats.common.engine_names import SERVERS
@@ -54,8 +54,8 @@ class SourceFacts:
     """The source before weights are read. `specs` None: assumed from the published config.
 
     `code`: the Python files that the artifact carries over; None if they are not on this machine.
-    `folder`: the weights, if they are on this machine. `notes`: what differs from the files that
-    transformers reads.
+    `folder`: the weights, if they are on this machine. `encoded`: weights that are stored in codes.
+    `notes`: what differs from the files that transformers reads, and what else headers say.
     """
 
     model: str
@@ -66,7 +66,20 @@ class SourceFacts:
     where: str
     code: tuple[str, ...] | None = None
     folder: Path | None = None
+    encoded: Mapping[str, EncodedWeight] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @cached_property  # read once per linear
+    def fp8_side(self) -> int | None:
+        """Side of the source's FP8 blocks; None without any."""
+        sides = (weight.block[0] for weight in self.encoded.values() if weight.block)
+        return next(sides, None) or read_fp8_block_size(self.config)
+
+    def count_bytes(self, spec: TensorSpec) -> int:
+        """Return the stored bytes of a logical tensor, with scales."""
+        if weight := self.encoded.get(spec.name):
+            return weight.n_bytes
+        return compute_stored_bytes(spec, self.fp8_side)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +110,7 @@ class Plan:
         return KeptStorage(
             specs=self.specs,
             scale=self.format.fp8_scale,
-            side=read_fp8_block_size(self.source.config),
+            side=self.source.fp8_side,
         )
 
     @property
@@ -121,9 +134,8 @@ class Plan:
 
     def source_bytes(self, names: Iterable[str] | None = None) -> int:
         """Return the bytes of some (default: all) logical source tensors as stored, with scales."""
-        side = read_fp8_block_size(self.source.config)
         return sum(
-            compute_stored_bytes(self.specs[name], side)
+            self.source.count_bytes(self.specs[name])
             for name in (self.specs if names is None else names)
         )
 
@@ -222,7 +234,7 @@ def resolve_rules(recipe: Recipe, architecture: Architecture) -> tuple[Rule, ...
 
 def collect_warnings(
     matched: MatchedLayout,
-    config: Config,
+    source: SourceFacts,
     recipe: Recipe,
     format_name: str,
     decisions: Mapping[str, Decision],
@@ -236,6 +248,7 @@ def collect_warnings(
     warnings += summarize_left_out(matched.left_out)
     if not any(decision.action == "quantize" for decision in decisions.values()):
         warnings.append("no linear is quantized: the artifact is a copy of the source")
+    warnings += describe_decoded(source.encoded, decisions, format_name)
     warnings += find_fp8_warnings(matched, format_name, decisions)
     mtp = [b.name for b in matched.layout.blocks if b.kind == "mtp"]
     if mtp and recipe.mtp == "quantize" and needs_calibration(decisions):
@@ -250,7 +263,7 @@ def collect_warnings(
         )
     engines: dict[str, list[str]] = {}
     for engine, why in find_unsupported_engines(
-        registry.get_format(format_name), config, matched.layout, decisions
+        registry.get_format(format_name), source.config, matched.layout, decisions
     ).items():
         engines.setdefault(why, []).append(engine)
     return warnings + [f"{', '.join(names)}: {why}" for why, names in engines.items()]
@@ -305,6 +318,30 @@ def find_fp8_warnings(
     return warnings
 
 
+def describe_decoded(
+    encoded: Mapping[str, EncodedWeight], decisions: Mapping[str, Decision], format_name: str
+) -> list[str]:
+    """Return a warning for kept weights that are stored in codes and become plain."""
+    plain = [
+        weight
+        for name, decision in decisions.items()
+        if decision.action == "keep" and (weight := encoded.get(f"{name}.weight"))
+        if weight.block is None
+    ]
+    if not plain:
+        return []
+    labels = ", ".join(dict.fromkeys(weight.label for weight in plain))
+    before, after = (
+        sum(sizes)
+        for sizes in zip(*((weight.n_bytes, weight.spec.n_bytes) for weight in plain), strict=True)
+    )
+    return [
+        f"{len(plain)} kept weights in {labels} are decoded to {plain[0].spec.dtype}, "
+        f"{after / 1e9:.3g} GB instead of {before / 1e9:.3g} GB, because format {format_name} does "
+        "not hold their codes: a rule with quantize makes them smaller"
+    ]
+
+
 def apply_rules(
     recipe: Recipe, source: SourceFacts, matched: MatchedLayout, format_name: str
 ) -> tuple[tuple[Rule, ...], dict[str, Decision], list[str]]:
@@ -312,7 +349,7 @@ def apply_rules(
     output, rules, side = (
         registry.get_format(format_name),
         resolve_rules(recipe, matched.architecture),
-        read_fp8_block_size(source.config),
+        source.fp8_side,
     )
     decisions = keep_fp8_blocks(
         decide_all(matched.layout, rules, recipe, matched.specs), matched.specs, output
@@ -339,9 +376,7 @@ def list_written_tensors(
 ) -> list[TensorSpec]:
     """Return every tensor of the artifact in writing order."""
     output = registry.get_format(format_name)
-    kept = KeptStorage(
-        specs=matched.specs, scale=output.fp8_scale, side=read_fp8_block_size(source.config)
-    )
+    kept = KeptStorage(specs=matched.specs, scale=output.fp8_scale, side=source.fp8_side)
     return list_output_tensors(matched.layout, decisions, kept, output)
 
 
@@ -402,7 +437,7 @@ def make_plan(
         ),
         memory=memory,
         warnings=(
-            *collect_warnings(matched, source.config, recipe, format_name, decisions),
+            *collect_warnings(matched, source, recipe, format_name, decisions),
             *find_idle_rules(rules, decisions),
         ),
     )

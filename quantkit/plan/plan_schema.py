@@ -15,6 +15,7 @@ class PlanSource(BaseModel):
     revision: str | None = None
     architecture: str
     dtype: str
+    compared_with: str = ""  # the weights that the figures of fidelity refer to
     parameters: int
     parameters_without_mtp: int | None = (
         None  # the number in the model's name; None without an MTP layer

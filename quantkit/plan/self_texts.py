@@ -4,6 +4,7 @@ nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,10 +145,12 @@ def describe_self_texts(recipe: Recipe, compute: str) -> tuple[str, ...]:
         return ()
     folder = hub.find_local_folder(recipe.source.model)
     fingerprint = Checkpoint.open(folder).compute_fingerprint() if folder is not None else ""
+    several = Counter(text.stream for text in texts)
     for text in texts:
         endpoint = recipe.endpoint
         by = f"in this process, {compute}" if endpoint is None else f"by {endpoint.url}"
-        line = f"{text.stream}: {text.n_tokens:,} tokens of the model's own text"
+        part = f" ({text.part})" if several[text.stream] > 1 else ""
+        line = f"{text.stream}{part}: {text.n_tokens:,} tokens of the model's own text"
         held = 0
         if folder is not None:
             identity = make_identity(recipe, text, fingerprint, folder, compute)

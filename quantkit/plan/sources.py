@@ -122,12 +122,13 @@ def read_model_facts(model: str, revision: str | None = None) -> SourceFacts:
         model=model,
         revision=headers.revision,
         config=headers.config,
-        specs=headers.specs,
+        specs=headers.logical.specs,
+        encoded=headers.logical.encoded,
         fingerprint=None,
         where=model,
         code=headers.code,
         folder=hub.find_local_folder(model),
-        notes=headers.notes,
+        notes=(*headers.notes, *headers.logical.describe()),
     )
 
 
@@ -138,11 +139,12 @@ def make_source_facts(recipe: Recipe, source: Checkpoint, revision: str | None) 
         revision=revision,
         config=source.config,
         specs=source.specs,
+        encoded=source.logical.encoded,
         fingerprint=source.compute_fingerprint(),
         where=recipe.source.model,
         code=list_code_files(source.folder),
         folder=source.folder,
-        notes=source.shards.notes,
+        notes=(*source.shards.notes, *source.logical.describe()),
     )
 
 
@@ -284,7 +286,7 @@ def check_values(source: SourceFacts, matched: MatchedLayout) -> None:
     """
     checks = [item.check for item in matched.left_out if item.check is not None]
     if checks and source.folder is not None:
-        faults = list(find_value_faults(Checkpoint.open(source.folder), checks))
+        faults = list(find_value_faults(Checkpoint.open(source.folder, decode=True), checks))
         if faults:
             raise CheckpointError(join_faults(faults))
 

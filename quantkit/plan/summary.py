@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from quantkit.checkpoint.logical_tensors import describe_encodings
 from quantkit.contracts import Scheme
 from quantkit.plan.decisions import Decision
-from quantkit.plan.match_checkpoint import read_fp8_block_size
 from quantkit.plan.plan import Plan
 from quantkit.plan.plan_schema import (
     PlanMemory,
@@ -68,6 +68,7 @@ def summarize_source(plan: Plan) -> PlanSource:
         revision=plan.source.revision,
         architecture=plan.source.config.text("model_type"),
         dtype=format_source_dtype(plan),
+        compared_with=format_baseline(plan),
         parameters=plan.parameters,
         parameters_without_mtp=count_parameters_without_mtp(plan),
         bytes=plan.source_bytes(),
@@ -95,11 +96,23 @@ def count_parameters_without_mtp(plan: Plan) -> int | None:
 
 
 def format_source_dtype(plan: Plan) -> str:
-    """Return the dtype of the source's matrices: "FP8 128x128", "BF16"."""
-    block = read_fp8_block_size(plan.source.config)
-    if block:
-        return f"FP8 {block}x{block}"
+    """Return the dtype of the source's matrices: "FP8 128x128", "INT4 g32 symmetric", "BF16"."""
+    if plan.source.encoded:
+        return ", ".join(label for label, _ in describe_encodings(plan.source.encoded))
+    if plan.assumed and plan.source.fp8_side:
+        return f"FP8 {plan.source.fp8_side}x{plan.source.fp8_side}"
     return plan.specs[f"{plan.layout.embedding.name}.weight"].dtype
+
+
+def format_baseline(plan: Plan) -> str:
+    """Return what the artifact is compared with: "BF16", "BF16 dequantization of FP8 128x128"."""
+    stored = format_source_dtype(plan)
+    if not plan.source.encoded and not stored.startswith("FP8"):
+        return stored
+    decoded = dict.fromkeys(
+        "BF16" if weight.block else weight.spec.dtype for weight in plan.source.encoded.values()
+    )
+    return f"{', '.join(decoded) or 'BF16'} dequantization of {stored}"
 
 
 def format_scheme(scheme: Scheme) -> str:

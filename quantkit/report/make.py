@@ -17,7 +17,7 @@ from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
 from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.records import BlockRecord, ModuleRecord
 from quantkit.build.quantize_linear import FALLBACKS
-from quantkit.checkpoint.fp8_pairs import FP8
+from quantkit.checkpoint.encoding import FP8
 from quantkit.contracts import PROTECTED_ROLES
 from quantkit.contracts import Role as LinearRole
 from quantkit.evaluate.token_fidelity import TextFidelity
@@ -27,6 +27,7 @@ from quantkit.plan.decisions import NO_RULE, Decision
 from quantkit.plan.plan import Plan, find_unsupported_engines
 from quantkit.plan.summary import (
     compute_bytes_after,
+    format_baseline,
     format_kept_dtype,
     format_scheme,
     format_source_dtype,
@@ -229,14 +230,13 @@ def summarize_source(
     plan: Plan, license: fidelity_schema.License | None
 ) -> fidelity_schema.SourceModel:
     """Summarize the source model and the baseline of the figures."""
-    dtype = format_source_dtype(plan)
     return fidelity_schema.SourceModel(
         model=plan.source.model,
         revision=plan.source.revision,
         hash=plan.source.fingerprint or "",
         architecture=plan.source.config.text("model_type"),
-        dtype=dtype,
-        baseline=f"BF16 dequantization of {dtype}" if dtype.startswith("FP8") else dtype,
+        dtype=format_source_dtype(plan),
+        baseline=format_baseline(plan),
         license=license,
     )
 
@@ -258,10 +258,12 @@ def summarize_text(
     *,
     has_template: bool = True,
     chosen: str = "",
+    labels: Sequence[str] | None = None,
 ) -> fidelity_schema.TextSet:
     """Summarize a calibration or fidelity text.
 
-    has_template: the model has a chat template; chosen: why `auto` stands for the set.
+    has_template: the model has a chat template; chosen: why `auto` stands for the set; labels: the
+    kind of each sequence before small ones were pooled.
     """
     return fidelity_schema.TextSet(
         set=corpus.name,
@@ -273,9 +275,20 @@ def summarize_text(
         seed=seed,
         description=corpus.origin,
         kinds=count_tokens(tokens, tokens.domains),
+        pooled=list_pools(labels or tokens.domains, tokens.domains),
         parts=summarize_parts(corpus, tokens, has_template),
         chosen=chosen,
     )
+
+
+def list_pools(labels: Sequence[str], pooled: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the members of each label that pools others; both have one label per sequence."""
+    members: dict[str, set[str]] = {}
+    for label, pool in zip(labels, pooled, strict=True):
+        members.setdefault(pool, set()).add(label)
+    return {
+        pool: tuple(sorted(found)) for pool, found in sorted(members.items()) if found != {pool}
+    }
 
 
 def count_tokens(tokens: Tokens, labels: Sequence[str]) -> dict[str, int]:

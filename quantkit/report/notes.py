@@ -5,7 +5,7 @@ from __future__ import annotations
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.figures import list_seen_kinds
 from quantkit.plan.size_gain import describe_small_gain
-from quantkit.texts.exposure import describe_exposure, describe_narrowness
+from quantkit.texts.exposure import LEAST_TOKENS, describe_exposure, describe_narrowness
 
 
 def list_notes(fidelity: Fidelity) -> list[str]:
@@ -31,6 +31,10 @@ def list_text_notes(fidelity: Fidelity) -> list[str]:
         for use, text in texts.items()
         if text and text.chosen
     ]
+    pooled = fidelity.measured_on.pooled if fidelity.measured_on else {}
+    if pooled:
+        rows = "; ".join(f"{label}: {', '.join(members)}" for label, members in pooled.items())
+        notes.append(f"Kinds with fewer than {LEAST_TOKENS:,} tokens are pooled: {rows}")
     overlaps = fidelity.calibration.overlaps if fidelity.calibration else ()
     notes += [
         f"{row.task}: {row.overlapping:,} of {row.items:,} prompts appear in the calibration text; "

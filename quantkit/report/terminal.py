@@ -18,6 +18,7 @@ from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.report import card, format_numbers, notes, tables
 from quantkit.report.tables import Table
+from quantkit.texts.exposure import format_labels
 
 _STYLES = {"accepted": "green", "rejected": "bold red", "not judged": "yellow"}
 SHARDS = 4  # output files that a plan shows
@@ -305,7 +306,7 @@ def make_texts_table(plan: PlanSummary) -> Table:
         (
             row.use,
             f"{row.set}: {row.part}" if row.part else row.set,
-            ", ".join(row.kinds),
+            format_labels(row.kinds),
             f"{row.share:.1%}",
             "all" if row.tokens is None else format_numbers.format_count(row.tokens),
             row.license,

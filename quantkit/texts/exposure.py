@@ -5,7 +5,8 @@ A label is a kind of text, "web", with its language unless that is English: "web
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
 from quantkit.texts.self_prompts import ENGLISH
 
@@ -13,6 +14,12 @@ FEWEST_KINDS = 4
 FEWEST_LANGUAGES = 2
 LEAST_UNSEEN = 0.5
 """Share of the fidelity text that has kinds or languages that were not calibrated on."""
+MOST_LABELS = 12
+"""Labels of a fidelity text above which those with few tokens are pooled."""
+LEAST_TOKENS = 1024
+"""Tokens of a label below which it is pooled: the largest of 40 noisy means measures noise."""
+SEEN_POOL, UNSEEN_POOL = "mul", "other"
+"""Languages of pooled labels. mul: several languages (ISO 639-2), all calibrated on."""
 
 
 def get_language(label: str) -> str:
@@ -60,6 +67,43 @@ def compute_unseen_share(fidelity: Mapping[str, float], calibrated: Collection[s
     total = sum(fidelity.values())
     unseen = sum(value for label, value in fidelity.items() if label not in calibrated)
     return unseen / total if total else 0.0
+
+
+def pool_small_kinds(
+    labels: Sequence[str], lengths: Sequence[int], calibrated: Collection[str]
+) -> tuple[str, ...]:
+    """Return the label under which each sequence is reported: of a text with many labels, those
+    with few tokens are pooled over languages, calibrated and other ones apart.
+
+    labels, lengths: one per sequence, lengths in tokens. "web-ko" and "web" with 300 tokens each
+    become "web-mul" if both are calibrated on, "web-other" if neither is.
+    """
+    counts = Counter[str]()
+    for label, length in zip(labels, lengths, strict=True):
+        counts[label] += length
+    if len(counts) <= MOST_LABELS:
+        return tuple(labels)
+    return tuple(
+        label if counts[label] >= LEAST_TOKENS else name_pool(label, calibrated) for label in labels
+    )
+
+
+def name_pool(label: str, calibrated: Collection[str]) -> str:
+    """Return the label that pools the languages of a kind."""
+    return f"{label.partition('-')[0]}-{SEEN_POOL if label in calibrated else UNSEEN_POOL}"
+
+
+def format_labels(labels: Sequence[str]) -> str:
+    """Return labels, many of them by kind with the number of languages: "chat (12 languages)"."""
+    if len(labels) <= MOST_LABELS:
+        return ", ".join(labels)
+    kinds: dict[str, list[str]] = {}
+    for label in labels:
+        kinds.setdefault(label.partition("-")[0], []).append(label)
+    return ", ".join(
+        rows[0] if len(rows) == 1 else f"{kind} ({len(rows)} languages)"
+        for kind, rows in kinds.items()
+    )
 
 
 def raise_unseen_share(

@@ -12,7 +12,7 @@ from typing import get_args
 
 from quantkit import registry
 from quantkit.artifact.layout import MANIFEST
-from quantkit.checkpoint.fp8_pairs import FP8
+from quantkit.checkpoint.encoding import FP8
 from quantkit.contracts import Contents, Format, Linear, ScaleDtype, Scheme, TensorSpec
 from quantkit.errors import UsageError
 from quantkit.formats.common.checks import FINITE, MAGNITUDE, FormatChecks, ValueCheck

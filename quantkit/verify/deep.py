@@ -196,8 +196,7 @@ def iterate_read_tensors(
             for reader in later.readers
         ]
     for name in names:
-        yield name
-        yield name + pair.source.scale_suffix
+        yield from pair.source.list_parts(name)
 
 
 def iterate_report_lines(deep: DeepReport) -> Iterator[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit import registry
-from quantkit.checkpoint.fp8_pairs import FP8
+from quantkit.checkpoint.encoding import FP8
 from quantkit.checkpoint.tensors import TORCH_DTYPES
 from quantkit.contracts import Absorber, Method, Scheme
 from quantkit.numerics import gram

@@ -195,7 +195,7 @@ def open_pair(path: Path, source: str | None) -> SourcePair:
         raise CheckpointError(
             f"{path}: its source {model} cannot be read, and --deep needs it: {fault}"
         ) from fault
-    source_checkpoint = Checkpoint.open(folder)
+    source_checkpoint = Checkpoint.open(folder, decode=True)
     if source_checkpoint.compute_fingerprint() != source_entry.get("fingerprint"):
         raise make_changed_error(path, model, "its names, headers, config or tokenizer differ")
     modules: dict[str, Mapping[str, Any]] = {

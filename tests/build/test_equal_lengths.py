@@ -29,6 +29,8 @@ from quantkit.models.layers import (
     make_decoder_layer,
     make_meta_model,
 )
+from quantkit.models.small_instance import make_random_tensors
+from quantkit.models.stored_names import find_stored_names
 from quantkit.texts.tokens import Tokens, TokenSequence, pack_tokens
 
 LENGTHS = (100, 100, 24, 9)
@@ -43,9 +45,8 @@ def longrope() -> tuple[MetaModel, Layout, dict[str, Tensor]]:
     """A small Phi-3 with other rotary factors for texts of more than 64 tokens."""
     config = Config(values=family("phi3", **LONGROPE))
     meta = make_meta_model(config, torch.device("cpu"), torch.float32)
-    names = inspect.find_stored_names(config, meta)
-    layout = inspect.inspect_layout(config, meta)
-    return meta, layout, layout_checks.make_random_tensors(meta, names)
+    names, tensors = find_stored_names(meta, make_random_tensors(meta))
+    return meta, inspect.inspect_layout(config, meta, names), tensors
 
 
 def make_text(lengths: tuple[int, ...]) -> Tokens:

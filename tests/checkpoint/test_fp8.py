@@ -191,8 +191,8 @@ def test_tiny_model_in_fp8_is_close_to_its_bf16_twin(where: str) -> None:
         (
             {"a.weight": WEIGHT, "a.weight_scale_inv": SCALE.to(torch.int32)},
             CONFIG,
-            "F: tensor 'a.weight': expected a scale of F32, BF16, F16, found I32; fetch the "
-            "checkpoint again",
+            "F: tensor 'a.weight': expected a scale of F32, BF16, F16, F8_E8M0, U8, found "
+            "I32; fetch the checkpoint again",
         ),
         (
             {"a.weight_scale_inv": SCALE},
@@ -209,7 +209,7 @@ def test_tiny_model_in_fp8_is_close_to_its_bf16_twin(where: str) -> None:
         (
             {"a.weight": WEIGHT[0]},
             CONFIG,
-            "F: tensor 'a.weight': expected two dimensions for FP8 blocks, found shape [3]; "
+            "F: tensor 'a.weight': expected two or three dimensions for FP8, found shape [3]; "
             "convert it to BF16",
         ),
         (
@@ -220,8 +220,9 @@ def test_tiny_model_in_fp8_is_close_to_its_bf16_twin(where: str) -> None:
         (
             {"a.weight": WEIGHT, "a.weight_scale_inv": SCALE},
             {"quantization_config": {"weight_block_size": [0, True]}},
-            "F/config.json: quantization_config.weight_block_size: expected two positive integers, "
-            "as the weights are FP8, found [0, True]; quantkit reads FP8 in blocks only",
+            "F: tensor 'a.weight': quantization_config.weight_block_size: expected two positive "
+            "integers, as the weight [3, 3] is FP8 with scales [2, 2], found [0, True]; add the "
+            "size of the blocks",
         ),
     ],
 )

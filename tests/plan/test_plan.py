@@ -21,11 +21,11 @@ from tools.calibration_sets.specs import TINY_HELD_OUT, format_spec
 
 from quantkit import registry
 from quantkit.artifact.model_files import make_config
-from quantkit.contracts import TensorSpec
+from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, RecipeError, UsageError
 from quantkit.plan import sources
 from quantkit.plan.output_tensors import split_into_shards
-from quantkit.plan.plan import Plan, SourceFacts
+from quantkit.plan.plan import Plan, SourceFacts, match_source
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.plan.summary import summarize_plan
 from quantkit.recipe.parse import parse_recipe
@@ -647,24 +647,27 @@ def test_unused_tensors_are_dropped_with_a_warning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "sentence"),
+    "entry",
     [
-        (
-            {"quant_method": "gptq"},
-            "quantization_config.quant_method: expected fp8 or an unquantized checkpoint",
-        ),
-        (
-            {"quant_method": "fp8"},
-            "quantization_config.weight_block_size: expected [n, n], found None; only FP8",
-        ),
-        ("int4", "found 'int4'; start from the original weights"),
+        {"quant_method": "gptq"},
+        {"quant_method": "fp8"},
+        {"quant_method": "fp8", "weight_block_size": [128, 64]},
+        "int4",
     ],
 )
-def test_source_with_another_quantization_is_refused(entry: object, sentence: str) -> None:
-    specs = make_specs(registry.get_architecture("llama").tiny)
+def test_packed_sizes_are_not_assumed_without_headers(entry: object) -> None:
+    values = {**registry.get_architecture("llama").tiny, "quantization_config": entry}
+    facts = SourceFacts(
+        model="org/name",
+        revision=None,
+        config=Config(values=values),
+        specs=None,
+        fingerprint=None,
+        where="org/name",
+    )
     with pytest.raises(CheckpointError) as caught:
-        plan_checkpoint("llama", specs=specs, config={"quantization_config": entry})
-    assert sentence in str(caught.value)
+        match_source(facts)
+    assert "expected none or FP8 in square blocks, as no header is at hand" in str(caught.value)
 
 
 def test_unknown_family_is_a_usage_error() -> None:

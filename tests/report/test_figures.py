@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.diff_example import make_side_a, make_side_b
@@ -13,13 +14,13 @@ from support.report_example import FIDELITY
 from support.report_variants import make_example, render_to_text
 
 from quantkit import figures
-from quantkit.artifact.fidelity_schema import DistributionResult, Fidelity
+from quantkit.artifact.fidelity_schema import DistributionResult, Fidelity, TextSet
 from quantkit.diff import page as diff_page
 from quantkit.diff import render_text
 from quantkit.diff import tables as diff_tables
 from quantkit.diff.compare import compare_sides
 from quantkit.errors import RecipeError
-from quantkit.figures import FigureDefinition, Pairing, Reading
+from quantkit.figures import FigureDefinition, Pairing, Reading, list_seen_kinds
 from quantkit.recipe.parse import parse_gates
 from quantkit.report import card, gates, html_page, runs, tables, terminal
 from quantkit.report.runs import Run
@@ -193,3 +194,15 @@ def test_keys_and_run_columns_are_unique() -> None:
     for name in ("key", "run_column"):
         names = [getattr(row, name) for row in figures.list_figures() if getattr(row, name)]
         assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(("members", "is_seen"), [(("web", "web-de"), True), (("web-ko",), False)])
+def test_pooled_kind_is_seen_if_all_its_members_are(
+    members: tuple[str, ...], is_seen: bool
+) -> None:
+    text = {"set": "a", "license": "b", "sha256": "c", "sequences": 1, "length": 1, "tokens": 1}
+    report = SimpleNamespace(
+        calibration=TextSet.model_validate({**text, "kinds": {"web": 9, "web-de": 9}}),
+        measured_on=TextSet.model_validate({**text, "pooled": {"web-mul": members}}),
+    )
+    assert list_seen_kinds(report) == {"web", "web-de"} | ({"web-mul"} if is_seen else set())

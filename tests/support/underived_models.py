@@ -41,7 +41,7 @@ def write_model(folder: Path, config: dict[str, object]) -> Path:
 def family(model_type: str, **changes: object) -> dict[str, object]:
     """Return a small config.json of a model type without a table."""
     named = {"architectures": [type_of(model_type)], "model_type": model_type}
-    own = FAMILIES.get(model_type) or REPLAYED.get(model_type, {})
+    own = {**FAMILIES, **MIXTURES, **REPLAYED}.get(model_type, {})
     return {**TINY_COMMON, **named, **own, **changes}
 
 
@@ -64,6 +64,34 @@ FAMILIES: dict[str, dict[str, object]] = {
         "no_rope_layers": [1, 0],
         "tie_word_embeddings": True,
     },  # a layer without rotation
+}
+
+MIXTURES: dict[str, dict[str, object]] = {
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128},
+    "flex_olmo": {  # a norm after the experts' sum
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 128,
+        "pad_token_id": 0,
+    },
+    "minimax_m2": {  # names of the checkpoint: block_sparse_moe.experts.0.w1
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 128,
+        "head_dim": 32,
+    },
+    "qwen3_next": {  # a gate of the shared expert, linear attention, convolutions
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
 }
 
 REPLAYED: dict[str, dict[str, object]] = {

@@ -12,7 +12,9 @@ from quantkit.texts.exposure import (
     compute_unseen_share,
     describe_exposure,
     describe_narrowness,
+    format_labels,
     get_language,
+    pool_small_kinds,
     raise_unseen_share,
 )
 
@@ -77,3 +79,23 @@ def test_fidelity_mixture_is_sampled_with_raised_shares(tmp_path: Path) -> None:
     raised = sample_sequences(corpus, WordTokenizer(), 60, 50, 0, {"a", "b"})
     assert [even.domains.count(name) for name in "abc"] == [20, 20, 20]
     assert [raised.domains.count(name) for name in "abc"] == [15, 15, 30]
+
+
+def test_small_kinds_of_a_text_with_many_labels_are_pooled_over_languages() -> None:
+    kinds = ("prose", "web", "chat", "math")
+    labels = [f"{kind}-{code}" for kind in kinds for code in ("de", "zh", "ko")] + ["web", "docs"]
+    lengths = [300] * 12 + [2000, 5000]
+    calibrated = {label for label in labels if not label.endswith("-ko")} - {"docs"}
+    pooled = pool_small_kinds(labels, lengths, calibrated)
+    assert pooled[:6] == (
+        "prose-mul", "prose-mul", "prose-other", "web-mul", "web-mul", "web-other"
+    )  # fmt: skip
+    assert pooled[-2:] == ("web", "docs")  # enough tokens of their own
+    few = pool_small_kinds(labels[:12], lengths[:12], calibrated)
+    assert few == tuple(labels[:12])  # few labels stay as they are
+
+
+def test_many_labels_are_shown_by_kind() -> None:
+    labels = [f"chat-{number}" for number in range(12)]
+    assert format_labels(["web", "chat-de"]) == "web, chat-de"
+    assert format_labels(["prose", *labels]) == "prose, chat (12 languages)"

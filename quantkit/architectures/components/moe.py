@@ -54,7 +54,7 @@ def make_moe_mlp(
     router = Linear(
         name=experts.router, out_features=experts.count, in_features=hidden, role="router"
     )
-    projections = (experts.gate, experts.up, experts.down)
+    projections = (experts.inputs[0], experts.up, experts.down)
     routed = tuple(
         linear
         for e in range(experts.count)

@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantkit import registry
-from quantkit.checkpoint.fp8_pairs import FP8
+from quantkit.checkpoint.encoding import FP8
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.files import make_config_error

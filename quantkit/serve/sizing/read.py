@@ -13,7 +13,7 @@ from typing import Literal
 
 from quantkit import registry
 from quantkit.checkpoint.file_names import CONFIG, INDEX, SINGLE
-from quantkit.checkpoint.fp8_pairs import get_scale_suffix, select_logical_specs
+from quantkit.checkpoint.logical_tensors import find_logical_tensors
 from quantkit.checkpoint.shards import open_shards
 from quantkit.checkpoint.source_config import make_source_config
 from quantkit.contracts import Config, Scheme, TensorSpec
@@ -23,6 +23,7 @@ from quantkit.io.package_data import BUILTIN_PREFIX, locate_model
 from quantkit.plan import published
 from quantkit.plan.match_checkpoint import (
     MatchedLayout,
+    check_assumed_dtypes,
     list_expected_tensors,
     read_fp8_block_size,
 )
@@ -117,6 +118,7 @@ def plan_from_config(config: Config, name: str) -> Model:
         )
     if not has_architecture(config):
         return read_unknown_family(config, name, "config", "BF16")
+    check_assumed_dtypes(config)
     layout, block_size = load_architecture(config).layout(config), read_fp8_block_size(config)
     tensors = [*list_expected_tensors(layout, config).values()]
     tensors += [scale for spec in tensors if (scale := make_scale_spec(spec, block_size))]
@@ -219,12 +221,13 @@ def read_source_facts(recipe: Recipe) -> SourceFacts:
     if folder.is_dir():
         values = read_json(folder / CONFIG, infinite=True)
         config = make_source_config(values, str(folder / CONFIG))
-        specs = select_logical_specs(open_shards(folder).specs, get_scale_suffix(config))
+        logical = find_logical_tensors(config, open_shards(folder).specs, str(folder))
         return SourceFacts(
             model=model,
             revision=revision,
             config=config,
-            specs=specs,
+            specs=logical.specs,
+            encoded=logical.encoded,
             fingerprint=None,
             where=str(folder),
         )

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from quantkit.checkpoint.fp8_pairs import FP8, read_block_entry
+from quantkit.checkpoint.encoding import FP8, SourceQuantization
 from quantkit.contracts import Config, Experts, Layout, Linear, TensorSpec
 from quantkit.serve.sizing.attention import read_attention
 from quantkit.serve.sizing.model import (
@@ -227,7 +227,7 @@ def _widen_group(units: _ShardingUnits, linear: Linear, n_groups: int, by_row: b
 
 def get_fp8_block_size(config: Config) -> int:
     """Return the side of an FP8 block; 1, which divides everything, if the config names none."""
-    size = read_block_entry(config)[1]
+    size = SourceQuantization(config=config).read_block_entry()[1]
     return (
         size[1]
         if isinstance(size, list) and len(size) == 2 and isinstance(size[1], int) and size[1] > 0

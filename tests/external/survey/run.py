@@ -29,6 +29,7 @@ import transformers
 from click.testing import CliRunner
 from external.survey.checkpoints import get_auto_class, write_random_model
 from external.survey.families import GROUPS, resolve_type
+from safetensors import safe_open
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -58,10 +59,17 @@ RECIPE: Mapping[str, str] = {
 }
 
 
+LATENT_RULES = '[{match: "*.kv_b_proj", keep: source}, {match: "*", quantize: default}]'
+"""SGLang looks for kv_b_proj's plain weight in compressed-tensors files."""
+
+
 def make_recipe(source: Path, output: Path, keys: Mapping[str, str]) -> str:
-    """Return a recipe of every linear, with some keys replaced."""
-    places = {"source": f"{{model: {source}}}", "output": f"{{path: {output}}}"}
-    return "\n".join(f"{k}: {v}" for k, v in {**RECIPE, **places, **keys}.items()) + "\n"
+    """Return a recipe of every linear, with some keys replaced; kv_b_proj is kept."""
+    own = {"source": f"{{model: {source}}}", "output": f"{{path: {output}}}"}
+    with safe_open(next(source.glob("*.safetensors")), "pt") as file:
+        if any(name.endswith(".kv_b_proj.weight") for name in file.keys()):  # noqa: SIM118
+            own["rules"] = LATENT_RULES
+    return "\n".join(f"{k}: {v}" for k, v in {**RECIPE, **own, **keys}.items()) + "\n"
 
 
 def run_command(arguments: Sequence[str]) -> tuple[int, str]:

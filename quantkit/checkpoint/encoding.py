@@ -1,0 +1,221 @@
+"""What a source encoding is: stored codes, the weight they stand for, and how to decode it.
+
+An encoding is one file of `encodings/` that sets `ENCODING`. It recognizes its codes by names,
+dtypes and shapes of stored tensors, without reading data; config.json gives what headers leave
+open. No torch: plans read headers only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from quantkit.contracts import Config, TensorSpec
+from quantkit.errors import ArtifactError, CheckpointError
+from quantkit.formats.common.checks import check_pattern, compile_any
+from quantkit.io.files import shorten_repr
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FP8 = "F8_E4M3"
+E8M0_DTYPES = ("F8_E8M0", "U8")
+"""Dtypes of scales that are powers of two: a byte e stands for 2**(e - 127)."""
+SCALE_DTYPES = ("F32", "BF16", "F16")
+FETCH_AGAIN = "fetch the checkpoint again"
+_MODEL_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+PartReader = Callable[[str, int, int | None], "Tensor"]
+"""Part of an encoded weight ("scale"), first row, row after the last (None: all) -> the rows as
+stored.
+"""
+
+Decode = Callable[[PartReader, int, int], "Tensor"]
+"""Reader, first row, row after the last -> these rows of the weight in its logical dtype."""
+
+
+class EncodingFault(Exception):
+    """Why codes are malformed: the message after the name of the tensor."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedWeight:
+    """A weight that the checkpoint stores in an encoding.
+
+    label: the encoding for people, "FP8 128x128"; spec: the logical tensor; parts: its stored
+    tensors; block: rows and columns of an FP8 block, which an artifact may keep.
+    """
+
+    label: str
+    spec: TensorSpec
+    parts: Mapping[str, TensorSpec]
+    decode: Decode
+    block: tuple[int, int] | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.n_bytes for part in self.parts.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceQuantization:
+    """The quantization that config.json states; `method` is "" without one."""
+
+    config: Config
+
+    @cached_property
+    def values(self) -> Mapping[str, object]:
+        """The entry quantization_config; empty without one."""
+        entry = self.config.values.get("quantization_config")
+        return entry if isinstance(entry, dict) else {}
+
+    @property
+    def method(self) -> str:
+        """The quantization method that config.json states, "" without one."""
+        entry = self.config.values.get("quantization_config")
+        if not isinstance(entry, dict):
+            return shorten_repr(entry) if entry else ""
+        return str(entry.get("quant_method") or ("no method" if entry else ""))
+
+    @property
+    def where(self) -> str:
+        """Where the entry stands, for messages."""
+        return f"{self.config.where}: quantization_config"
+
+    @cached_property
+    def model_dtype(self) -> str:
+        """The dtype that the model computes in: of weights whose scales have no 16-bit dtype."""
+        name = self.config.values.get("dtype") or self.config.values.get("torch_dtype")
+        return _MODEL_DTYPES.get(str(name), "BF16")
+
+    def get_integer(self, *keys: str) -> int | None:
+        """Return the first integer under one of the keys; None without one."""
+        found = (self.values.get(key) for key in keys)
+        return next((value for value in found if type(value) is int), None)
+
+    @cached_property
+    def groups(self) -> tuple[Mapping[str, object], ...]:
+        """The groups of compressed-tensors that quantize weights."""
+        entry = self.values.get("config_groups")
+        groups = list(entry.values()) if isinstance(entry, dict) else []
+        return tuple(
+            group
+            for group in groups
+            if isinstance(group, dict) and isinstance(group.get("weights"), dict)
+        )
+
+    def list_arguments(self, module: str) -> list[Mapping[str, object]]:
+        """Return the weight arguments that may apply to a module: of the groups that name it, else
+        of those that select all linears, else all.
+        """
+        named = [group for group in self.groups if _selects(group, module)]
+        general = [group for group in self.groups if "Linear" in _list_targets(group)]
+        arguments = [group["weights"] for group in named or general or self.groups]
+        return [entry for entry in arguments if isinstance(entry, dict)]
+
+    def read_block_entry(self, module: str = "") -> tuple[str, object]:
+        """Return the config key of a module's FP8 block size, and its value; None: no blocks."""
+        if self.method != "compressed-tensors":
+            return "quantization_config.weight_block_size", self.values.get("weight_block_size")
+        entries = [*self.list_arguments(module), *(group["weights"] for group in self.groups)]
+        sizes = [
+            entry["block_structure"]
+            for entry in entries
+            if isinstance(entry, dict) and entry.get("block_structure") is not None
+        ]
+        size = sizes[0] if sizes else None
+        if isinstance(size, str) and size.replace("x", "").isdecimal():  # of old versions: "2x4"
+            size = [int(side) for side in size.split("x") if side]
+        return "quantization_config.config_groups: block_structure", size
+
+
+def _list_targets(group: Mapping[str, object]) -> list[str]:
+    targets = group.get("targets")
+    return [str(target) for target in targets] if isinstance(targets, list) else []
+
+
+def _selects(group: Mapping[str, object], module: str) -> bool:
+    """Return whether a group names a module.
+
+    Expressions that could take exponential time are skipped: shapes then decide between groups.
+    """
+    for target in _list_targets(group):
+        if target == module:
+            return True
+        if target.startswith("re:"):
+            try:
+                pattern = check_pattern(target.removeprefix("re:"), "config_groups")
+                if compile_any((pattern,)).match(module):
+                    return True
+            except (ArtifactError, re.error):
+                continue
+    return False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredCodes:
+    """A stored tensor that an encoding may claim, and the tensors next to it.
+
+    read_bytes: reads a small tensor; None where only headers are at hand.
+    """
+
+    spec: TensorSpec
+    stored: Mapping[str, TensorSpec]
+    quantization: SourceQuantization
+    read_bytes: Callable[[str], bytes] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+    def require(self, name: str, what: str, dtypes: Sequence[str]) -> TensorSpec:
+        """Return the spec of a tensor that belongs to the codes; raises EncodingFault."""
+        spec = self.stored.get(name)
+        if spec is None:
+            raise EncodingFault(
+                f"expected its {what} {shorten_repr(name)}, found none in any file; {FETCH_AGAIN}"
+            )
+        if spec.dtype not in dtypes:
+            raise EncodingFault(
+                f"expected a {what} of {', '.join(dtypes)}, found {spec.dtype}; {FETCH_AGAIN}"
+            )
+        return spec
+
+    def choose_dtype(self, scale: TensorSpec) -> str:
+        """Return the dtype of the decoded weight: that of 16-bit scales, else the model's."""
+        return scale.dtype if scale.dtype in ("BF16", "F16") else self.quantization.model_dtype
+
+
+def require_shape(spec: TensorSpec, shapes: Sequence[tuple[int, ...]], what: str) -> None:
+    """Raise EncodingFault unless a tensor has one of these shapes."""
+    if spec.shape not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise EncodingFault(
+            f"expected a {what} of shape {expected}, found {list(spec.shape)}; {FETCH_AGAIN}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoding:
+    """An encoding of weights.
+
+    claim: the weight of stored codes; None if they are not in this encoding; raises EncodingFault
+    for malformed ones.
+    """
+
+    title: str  # for messages: "compressed-tensors pack-quantized"
+    claim: Callable[[StoredCodes], EncodedWeight | None]
+
+
+def check_values(found: bool, message: str) -> None:
+    """Raise CheckpointError for data that contradicts the headers."""
+    if not found:
+        raise CheckpointError(f"{message}; {FETCH_AGAIN}")

@@ -1,0 +1,1 @@
+"""Source encodings: how a checkpoint stores weights in codes. The file name is the registration."""

@@ -1,0 +1,80 @@
+"""NVFP4: pairs of FP4 codes (E2M1) with an FP8 scale per 16 values and one float32 per tensor.
+
+    X.weight [out, in / 2] uint8, X.weight_scale [out, in / 16] E4M3, X.weight_scale_2 [] float32
+        modelopt: weight = fp4 * (scale * scale_2)
+    X.weight_packed, X.weight_scale as above, X.weight_global_scale [1] float32
+        compressed-tensors: weight = fp4 * (scale / global_scale)
+
+Both are computed in float32 and rounded once. The low bits of a byte come first.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from quantkit.checkpoint.encoding import (
+    FP8,
+    EncodedWeight,
+    Encoding,
+    EncodingFault,
+    PartReader,
+    StoredCodes,
+    check_values,
+    require_shape,
+)
+from quantkit.contracts import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GROUP = 16
+SCALARS = ((), (1,))
+
+
+def claim(codes: StoredCodes) -> EncodedWeight | None:
+    """Return the weight of NVFP4 codes."""
+    base = codes.name.removesuffix("_packed")
+    scale = codes.stored.get(f"{base}_scale")
+    is_weight = base != codes.name or codes.name.endswith(".weight")
+    if codes.spec.dtype != "U8" or not is_weight or scale is None or scale.dtype != FP8:
+        return None
+    if len(codes.shape) != 2:
+        raise EncodingFault(f"expected two dimensions, found shape {list(codes.shape)}")
+    rows, width = codes.shape[0], 2 * codes.shape[1]
+    require_shape(scale, [(rows, width // GROUP if width % GROUP == 0 else -1)], "scale")
+    divides = base != codes.name
+    ending = "global_scale" if divides else "scale_2"
+    factor = codes.require(f"{base}_{ending}", "scale of the tensor", ("F32",))
+    require_shape(factor, SCALARS, "scale of the tensor")
+    dtype = codes.quantization.model_dtype
+    return EncodedWeight(
+        label="NVFP4 g16",
+        spec=TensorSpec(name=base, dtype=dtype, shape=(rows, width)),
+        parts={"codes": codes.spec, "scale": scale, "factor": factor},
+        decode=partial(decode, width=width, dtype=dtype, divides=divides, where=factor.name),
+    )
+
+
+def decode(
+    read: PartReader, start: int, stop: int, *, width: int, dtype: str, divides: bool, where: str
+) -> Tensor:
+    """Return rows start .. stop-1 of the weight: [stop - start, in]."""
+    from quantkit.checkpoint.fp8 import convert_fp8
+    from quantkit.checkpoint.strips import decode_strips
+    from quantkit.numerics.groups import multiply_groups
+    from quantkit.numerics.microscaling import unpack_e2m1
+
+    factor = read("factor", 0, None).reshape(())
+    check_values(bool(factor > 0), f"{where}: expected a positive number, found {float(factor)}")
+
+    def strip(first: int, last: int) -> Tensor:
+        scale = convert_fp8(read("scale", first, last))  # [rows of the strip, n_groups]
+        scale = scale.div_(factor) if divides else scale.mul_(factor)
+        # [rows of the strip, in / 2] -> [rows of the strip, in]
+        return multiply_groups(unpack_e2m1(read("codes", first, last)), scale)
+
+    return decode_strips(strip, start, stop, (width,), dtype)
+
+
+ENCODING = Encoding(title="NVFP4 (modelopt, compressed-tensors)", claim=claim)

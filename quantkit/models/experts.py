@@ -1,0 +1,143 @@
+"""Routed experts one by one: the function between their projections, and a block with its experts.
+
+transformers keeps the experts of a layer in 3-D tensors and flags how they are used
+(`use_experts_implementation`). quantkit runs expert after expert: `make_gating` takes from the
+module what lies between the projections, a clamp or another activation included, and the layout
+checks compare the sum with the module's own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations import moe as transformers_moe
+
+from quantkit.contracts import Block, Experts
+from quantkit.models.layers import (
+    MetaModel,
+    RouterOutput,
+    get_layer_name,
+    make_decoder_layer,
+    run_layer,
+    run_layer_with_sum,
+    select_expert_tokens,
+)
+
+DEFAULT_GATE = getattr(transformers_moe, "_default_apply_gate", None)
+"""transformers' own act(gate) * up, which needs no copy of both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gating:
+    """The function between the projections of transformers' experts module.
+
+    interleaved: the module expects gate and up row by row in turn, not one after the other.
+    """
+
+    module: Any
+    interleaved: bool = False
+
+    def __call__(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        """Return the input of the down projection: gate, up [tokens, n] -> [tokens, n]."""
+        module = self.module
+        if gate is None:
+            result: Tensor = module.act_fn(up)
+        elif getattr(type(module), "_apply_gate", DEFAULT_GATE) is DEFAULT_GATE:
+            result = module.act_fn(gate) * up
+        elif self.interleaved:
+            # [tokens, n, 2] -> [tokens, 2 n]
+            result = module._apply_gate(torch.stack([gate, up], -1).flatten(-2))
+        else:
+            result = module._apply_gate(torch.cat([gate, up], -1))
+        return result
+
+
+def make_gating(meta_model: MetaModel, block: Block) -> Gating | None:
+    """Return the function of a block's experts; None without experts that transformers runs."""
+    if block.experts is None or block.kind != "decoder":
+        return None
+    return make_module_gating(find_experts_module(meta_model.model, block, block.experts))
+
+
+def make_module_gating(module: nn.Module) -> Gating:
+    """Return the function between the projections of an experts module."""
+    return Gating(module=module, interleaved=not getattr(module, "is_concatenated", True))
+
+
+def find_experts_module(model: Any, block: Block, experts: Experts) -> nn.Module:
+    """Return transformers' module of a block's experts."""
+    path = get_layer_name(block, experts.module)
+    module: nn.Module = model.get_submodule(f"{block.path}.{path}")
+    return module
+
+
+# ------------------------------------------------------------------- blocks of a small instance
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRun:
+    """A block run with its experts, in the layer's padded positions.
+
+    out: states after the block [tokens, hidden]; routed: what the experts were given, None without
+    experts; total: their sum [positions, hidden].
+    """
+
+    out: Tensor
+    routed: RouterOutput | None = None
+    total: Tensor | None = None
+
+
+def sum_experts(
+    experts: Experts, tensors: Mapping[str, Tensor], routed: RouterOutput, gating: Gating
+) -> Tensor:
+    """Return the weighted sum of experts, one by one: [positions, hidden]."""
+    total = torch.zeros_like(routed.hidden)
+    for e in range(experts.count):
+        rows, weight = select_expert_tokens(routed.index, routed.weight, e)
+        if not len(rows):
+            continue
+        x = routed.hidden[rows]  # [n, hidden]
+        into = [x @ tensors[f"{experts.linear(e, p)}.weight"].T for p in experts.inputs]
+        inner = gating(into[0] if len(into) > 1 else None, into[-1])  # [n, intermediate]
+        y = inner @ tensors[f"{experts.linear(e, experts.down)}.weight"].T
+        total.index_add_(0, rows, y * weight[:, None].to(y))
+    return total
+
+
+def run_block(
+    meta_model: MetaModel,
+    block: Block,
+    tensors: Mapping[str, Tensor],
+    rows: Tensor,
+    lengths: Sequence[int],
+) -> BlockRun:
+    """Run a block as a build does, with all its experts in memory: rows [tokens, hidden].
+
+    tensors: of the block, by full name.
+    """
+    experts = block.experts
+    prefix = "" if experts is None else f"{experts.module}."
+    routed_names = {f"{x.name}.weight" for x in block.linears if x.role == "routed_expert"}
+    dense = {name: x for name, x in tensors.items() if name not in routed_names or not prefix}
+    layer = make_decoder_layer(meta_model, block, dense)
+    out, valid = run_layer(meta_model, layer, rows, lengths)
+    gating = make_gating(meta_model, block)
+    if experts is None or gating is None or layer.tap is None or layer.tap.last is None:
+        return BlockRun(out=out)
+    routed = layer.tap.last
+    total = sum_experts(experts, tensors, routed, gating)
+    if experts.inside:
+        out = run_layer_with_sum(meta_model, layer, rows, lengths, total[valid])
+    else:
+        out = out + total[valid]
+    return BlockRun(out=out, routed=routed, total=total)
+
+
+def keep_inside(block: Block) -> Block:
+    """Return the block with experts whose sum is returned inside the layer."""
+    assert block.experts is not None  # the caller has experts
+    return replace(block, experts=replace(block.experts, inside=True))

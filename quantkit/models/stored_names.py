@@ -1,0 +1,295 @@
+"""Under which names a checkpoint stores the tensors of transformers' model.
+
+transformers renames tensors when it loads a checkpoint, stacks the experts of a layer into 3-D
+tensors, and joins others. `find_stored_names` reverts that for random values with transformers' own
+conversion and compares values: no name tells what a tensor is. Experts that no reader knows
+(biases, a norm of their own, a class of their own) are a reason to reject the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from quantkit.contracts import StackedTensor
+from quantkit.models.layers import MetaModel
+from quantkit.models.outer_model import find_layers
+from quantkit.models.text_part import find_relocation, find_text_root, relocate
+
+NO_READER = "which no reader here knows"
+PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+MIXTRAL = ("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"})
+"""Experts in a module of this name have these names in every engine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """Names of the experts of a layer in the checkpoint: expert e's up is MODULE.e.UP.
+
+    `stacked`: the tensors of the checkpoint that hold all experts; engines read single experts by
+    these names from a quantized artifact.
+    """
+
+    module: str
+    gate: str | None
+    up: str
+    down: str
+    stacked: tuple[StackedTensor, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredNames:
+    """Names in a checkpoint, by names in transformers' model.
+
+    tensors: of those that are stored as they are; joined: of those that are stored in parts along
+    the rows, and rows: how many each part has; experts: of experts, by the path of their module;
+    saved: the names with which transformers saves the parts, which may have another prefix.
+    """
+
+    tensors: Mapping[str, str]
+    joined: Mapping[str, tuple[str, ...]]
+    rows: Mapping[str, tuple[int, ...]]
+    experts: Mapping[str, ExpertNames]
+    saved: Mapping[str, str]
+
+
+class UnknownForm(Exception):
+    """A tensor or module that no reader knows; the message is the reason."""
+
+
+def find_stored_names(
+    meta_model: MetaModel, values: Mapping[str, Tensor], disk: Mapping[str, str] = {}
+) -> tuple[StoredNames, dict[str, Tensor]]:
+    """Return the names in a checkpoint, and the values of logical tensors under them.
+
+    values: random tensors by their names in transformers' model; disk: the name in the checkpoint
+    of tensors by those names, where it is known. Other tensors of the text model have the name with
+    which transformers saves them, with the prefix of the tensors in `disk`. Raises UnknownForm.
+    """
+    model = meta_model.model
+    written: dict[str, Tensor] = revert_weight_conversion(model, dict(values))
+    names = {id(tensor): name for name, tensor in written.items()}
+    saved = {name: names[id(x)] for name, x in values.items() if id(x) in names}
+    move = make_relocation(model, saved, disk)
+    tensors = {name: disk.get(name) or move(name, x) for name, x in saved.items()}
+    own = {*saved.values()}
+    parts = {move(name, name): x for name, x in written.items() if name not in own}
+    saved_parts = {move(name, name): name for name in written if name not in own}
+    result = {stored: values[name] for name, stored in tensors.items()}
+    experts: dict[str, ExpertNames] = {}
+    claimed: set[str] = set()
+    for path, module in model.named_modules():
+        if not is_experts_module(module):
+            continue
+        check_experts_class(path, module)
+        kinds = {kind: f"{path}.{kind}" for kind in module._parameters}
+        pieces = split_experts(module, {kind: values[x] for kind, x in kinds.items()})
+        if all(x in disk or x in saved for x in kinds.values()):
+            stored = {kind: tensors.get(x) or disk[x] for kind, x in kinds.items()}
+            experts[path] = name_stacked(name_on_disk(model, path, tensors), module, stored)
+        else:
+            experts[path] = name_experts(path, pieces, parts)
+        result |= name_pieces(experts[path], pieces)
+        claimed |= {*kinds.values()}
+    joined = {
+        name: find_parts(name, x, parts)
+        for name, x in values.items()
+        if name not in tensors and name not in claimed
+    }
+    result |= {part: parts[part] for found in joined.values() for part in found}
+    stored_names = StoredNames(
+        tensors=tensors,
+        joined=joined,
+        rows={name: tuple(len(parts[x]) for x in found) for name, found in joined.items()},
+        experts=experts,
+        saved=saved_parts,
+    )
+    return stored_names, result
+
+
+def measure_parts(meta_model: MetaModel, stored: StoredNames) -> StoredNames:
+    """Return the names with the rows that the parts have in another model of the same kind."""
+    if not stored.joined:
+        return stored
+    model = meta_model.model
+    written = revert_weight_conversion(model, dict(model.state_dict()))
+    rows = {
+        name: tuple(len(written[stored.saved[x]]) for x in found)
+        for name, found in stored.joined.items()
+    }
+    return replace(stored, rows=rows)
+
+
+def make_relocation(
+    model: Any, saved: Mapping[str, str], disk: Mapping[str, str]
+) -> Callable[[str, str], str]:
+    """Return a function that gives a saved name of the text model the prefix of the checkpoint.
+
+    saved: names with which transformers saves tensors; the function takes a tensor's name in the
+    model and the one to change.
+    """
+    layers, _ = find_layers(model)
+    root = f"{find_text_root(model)}."
+    known = next((x for x in saved if x.startswith(f"{layers}.") and x in disk), None)
+    prefixes = find_relocation(saved[known], disk[known]) if known else ("", "")
+
+    def move(name: str, stored: str) -> str:
+        return relocate(stored, prefixes) if name.startswith(root) else stored
+
+    return move
+
+
+# ------------------------------------------------------------------------------------------ experts
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Return whether a module holds the experts of a layer: its parameters have an expert each."""
+    shapes = [x.shape for x in module._parameters.values() if x is not None]
+    is_stacked = len(shapes) > 1 and all(len(x) >= 2 and x[0] == shapes[0][0] for x in shapes)
+    return is_stacked and any(len(x) == 3 for x in shapes)
+
+
+def check_experts_class(path: str, module: Any) -> None:
+    """Check that experts are used as transformers' flags say; raises UnknownForm."""
+    if not hasattr(module, "has_gate"):
+        raise UnknownForm(
+            f"its experts {path} ({type(module).__name__}) are of a class of their own, {NO_READER}"
+        )
+    for flag, what in (("has_bias", "biases"), ("has_post_expert_norm", "a norm of their own")):
+        if getattr(module, flag, False):
+            raise UnknownForm(f"its experts {path} have {what}, {NO_READER}")
+    expected = {"gate_up_proj" if module.has_gate else "up_proj", "down_proj"}
+    if set(module._parameters) != expected:
+        raise UnknownForm(
+            f"its experts {path} hold {', '.join(sorted(module._parameters))}, {NO_READER}"
+        )
+
+
+def split_experts(module: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return gate (if any), up and down of all experts, [experts, out, in] each."""
+    values = {kind: x.mT if module.is_transposed else x for kind, x in values.items()}
+    if not module.has_gate:
+        return {"up": values["up_proj"], "down": values["down_proj"]}
+    both = values["gate_up_proj"]  # [experts, 2 * intermediate, hidden]
+    halves = both.chunk(2, dim=1) if module.is_concatenated else (both[:, 0::2], both[:, 1::2])
+    return {"gate": halves[0], "up": halves[1], "down": values["down_proj"]}
+
+
+def name_experts(
+    path: str, pieces: Mapping[str, Tensor], parts: Mapping[str, Tensor]
+) -> ExpertNames:
+    """Return the names of the experts among `parts` of the checkpoint; raises UnknownForm.
+
+    pieces: projections of all experts [experts, out, in].
+    """
+    known = {make_key(x): name for name, x in parts.items() if x.dim() == 2}
+    found: dict[str, set[tuple[str, str]]] = {}
+    for projection, stacked in pieces.items():
+        for e, weight in enumerate(stacked):
+            name = known.get(make_key(weight))
+            if name is None or not torch.equal(parts[name], weight):
+                raise UnknownForm(
+                    f"its experts {path} are not stored one by one: no tensor of the checkpoint is "
+                    f"the {projection} projection of one"
+                )
+            owner, mark, last = name.removesuffix(".weight").rpartition(f".{e}.")
+            if not mark or not name.endswith(".weight"):
+                raise UnknownForm(f"expert {e} of {path} is stored as {name}, {NO_READER}")
+            found.setdefault(projection, set()).add((owner, last))
+    pairs = [pair for names in found.values() for pair in names]
+    if len(pairs) != len(found) or len({owner for owner, _ in pairs}) > 1:
+        raise UnknownForm(f"the experts of {path} have names that differ, {NO_READER}")
+    names = {projection: next(iter(pair))[1] for projection, pair in found.items()}
+    return ExpertNames(
+        module=pairs[0][0], gate=names.get("gate"), up=names["up"], down=names["down"]
+    )
+
+
+def name_on_disk(model: Any, path: str, tensors: Mapping[str, str]) -> str:
+    """Return a module's name below the stored name of its layer."""
+    layers, _ = find_layers(model)
+    number, _, local = path.removeprefix(f"{layers}.").partition(".")
+    layer = f"{layers}.{number}"
+    for name, stored in tensors.items():
+        own = name.removeprefix(f"{layer}.")
+        if own != name and stored.endswith(f".{own}"):
+            return f"{stored.removesuffix(f'.{own}')}.{local}"
+    return path
+
+
+def name_stacked(path: str, module: Any, stored: Mapping[str, str]) -> ExpertNames:
+    """Return names of experts whose tensors are stored as they are, by their local names."""
+    names = MIXTRAL[1] if MIXTRAL[0] in path.split(".") else PROJECTIONS
+    inputs = (names["gate"], names["up"]) if module.has_gate else (names["up"],)
+    return ExpertNames(
+        module=path,
+        gate=names["gate"] if module.has_gate else None,
+        up=names["up"],
+        down=names["down"],
+        stacked=(
+            StackedTensor(
+                name=stored["gate_up_proj" if module.has_gate else "up_proj"],
+                projections=inputs,
+                transposed=module.is_transposed,
+                interleaved=not module.is_concatenated,
+            ),
+            StackedTensor(
+                name=stored["down_proj"],
+                projections=(names["down"],),
+                transposed=module.is_transposed,
+            ),
+        ),
+    )
+
+
+def name_pieces(names: ExpertNames, pieces: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the matrices of experts by full name."""
+    local = {"gate": names.gate, "up": names.up, "down": names.down}
+    for projection, stacked in pieces.items():
+        for e, weight in enumerate(stacked):
+            yield f"{names.module}.{e}.{local[projection]}.weight", weight.contiguous()
+
+
+def make_key(weight: Tensor) -> tuple[object, ...]:
+    """Return shape and first values of a random matrix, which identify it."""
+    return (*weight.shape, *weight.flatten()[:4].tolist())
+
+
+# --------------------------------------------------------------------------------- tensors in parts
+
+
+def find_parts(name: str, tensor: Tensor, parts: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the parts of a tensor along its rows, in order; raises UnknownForm."""
+    places = {
+        start: (part, len(value))
+        for part, value in parts.items()
+        for start in find_rows(tensor, value)
+    }
+    row, result = 0, list[str]()
+    while row < len(tensor):
+        if row not in places:
+            raise UnknownForm(
+                f"transformers makes {name} from other tensors of the checkpoint, and not by "
+                "joining their rows"
+            )
+        part, count = places[row]
+        result.append(part)
+        row += count
+    return tuple(result)
+
+
+def find_rows(tensor: Tensor, part: Tensor) -> Iterator[int]:
+    """Yield the rows at which `part` is contained in `tensor`."""
+    if tensor.dim() == 0 or part.dim() != tensor.dim() or part.shape[1:] != tensor.shape[1:]:
+        return
+    if not 0 < len(part) <= len(tensor):
+        return
+    first = (tensor == part[0]).flatten(1).all(1) if tensor.dim() > 1 else tensor == part[0]
+    for start in first.nonzero()[:, 0].tolist():
+        if torch.equal(tensor[start : start + len(part)], part):
+            yield start

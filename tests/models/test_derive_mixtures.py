@@ -1,0 +1,170 @@
+"""Mixtures without a table: experts are derived, proven one by one, and never mistaken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.builds import build
+from support.checkpoints import make_recipe_text, make_tiny_config
+from support.underived_models import family, write_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from quantkit import pipeline, registry
+from quantkit.artifact import load_model
+from quantkit.contracts import PROTECTED_ROLES, Block, Config, Experts, Layout, LinearGroup
+from quantkit.errors import CheckpointError
+from quantkit.models import derive, expert_checks
+from quantkit.models.experts import Gating
+from quantkit.recipe.parse import parse_recipe
+
+
+def derive_layout(config: dict[str, object]) -> Layout:
+    return derive.derive_layout(Config(values=config))
+
+
+def describe_group(block: Block, group: LinearGroup) -> tuple[object, ...]:
+    """Return readers, whether experts read it too, and the absorber with its rows."""
+    absorber = group.absorber
+    widths = {x.name: x.in_features for x in block.linears}
+    rows = None
+    if absorber and absorber.module in widths:
+        whole = range(widths[group.readers[0]])
+        rows = tuple(absorber.rows.index() if absorber.rows else whole)
+    return frozenset(group.readers), group.routed_experts, absorber and absorber.module, rows
+
+
+# ---------------------------------------------------------------------------------- derived layouts
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v3"])
+def test_derived_mixture_equals_its_table(model_type: str) -> None:
+    """Same linears with the same roles, experts, kept tensors, readers and absorbers."""
+    config = make_tiny_config(model_type, num_nextn_predict_layers=0)
+    table = registry.get_architecture(model_type).layout(Config(values=config))
+    derived = derive_layout(config)
+    assert {x.name: x for x in derived.linears} == {x.name: x for x in table.linears}
+    for block, expected in zip(derived.blocks, table.blocks, strict=True):
+        assert block.experts == expected.experts
+        assert {x.name: x.shape for x in block.others} == {x.name: x.shape for x in expected.others}
+        assert {describe_group(block, x) for x in block.groups} == {
+            describe_group(expected, x) for x in expected.groups
+        }
+        assert set(block.fused) == set(expected.fused)
+
+
+def test_sum_of_experts_before_a_norm_is_returned_inside_the_layer() -> None:
+    inside = {
+        name: derive_layout(family(name)).blocks[0].experts for name in ("olmoe", "flex_olmo")
+    }
+    assert inside["olmoe"] and not inside["olmoe"].inside
+    assert inside["flex_olmo"] and inside["flex_olmo"].inside
+
+
+def test_experts_have_their_names_in_the_checkpoint() -> None:
+    block = derive_layout(family("minimax_m2")).blocks[0]
+    assert block.experts == Experts(
+        module="model.layers.0.block_sparse_moe.experts",
+        router="model.layers.0.block_sparse_moe.gate",
+        count=8,
+        top_k=2,
+        hidden=128,
+        intermediate=128,
+        gate="w1",
+        up="w3",
+        down="w2",
+    )
+    names = [x.name for x in block.linears if x.role == "routed_expert"]
+    assert names[:3] == [f"{block.experts.module}.0.{x}" for x in ("w1", "w3", "w2")]
+    assert "model.layers.0.block_sparse_moe.e_score_correction_bias" in {
+        x.name for x in block.others
+    }
+
+
+def test_routers_and_gates_have_a_role_that_no_general_rule_selects() -> None:
+    """Also a router of a class of its own, which is no nn.Linear."""
+    assert "router" in PROTECTED_ROLES
+    for block in derive_layout(family("qwen3_next")).blocks:
+        routers = {x.name.removeprefix(block.name) for x in block.linears if x.role == "router"}
+        assert routers == {".mlp.gate", ".mlp.shared_expert_gate"}
+        (group,) = (group for group in block.groups if group.routed_experts)
+        assert {f"{block.name}{name}" for name in routers} <= set(group.readers)
+
+
+def test_number_of_experts_is_that_of_the_real_model() -> None:
+    """The checks run on fewer experts."""
+    layout = derive_layout(family("olmoe", num_experts=48, num_hidden_layers=1))
+    experts = layout.blocks[0].experts
+    assert experts and experts.count == 48
+    assert sum(x.role == "routed_expert" for x in layout.linears) == 3 * 48
+
+
+# ---------------------------------------------------------------------------------- rejected models
+
+
+def refuse(config: dict[str, object]) -> str:
+    """Return the reason why a config is rejected."""
+    with pytest.raises(CheckpointError) as caught:
+        derive.derive_architecture(Config(values=config))
+    return str(caught.value).partition("derived: ")[2]
+
+
+def test_gate_and_up_in_the_wrong_order_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Gating.__call__
+
+    def swap(gating: Gating, gate: Tensor | None, up: Tensor) -> Tensor:
+        assert gate is not None
+        return run(gating, up, gate)
+
+    monkeypatch.setattr(Gating, "__call__", swap)
+    assert "run one by one, the experts model.layers.0.mlp.experts give another sum" in refuse(
+        family("olmoe")
+    )
+
+
+def test_sum_that_cannot_be_returned_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm follows the experts, and the tap's answer is not used."""
+    monkeypatch.setattr(expert_checks, "keep_inside", lambda block: block)
+    assert "its layer gives other states than transformers' own" in refuse(family("flex_olmo"))
+
+
+def test_experts_with_biases_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derive, "UNSUPPORTED", {})
+    config = family("gpt_oss", num_local_experts=4, head_dim=32, intermediate_size=128)
+    assert "experts model.layers.0.mlp.experts have biases, which no reader here" in refuse(config)
+
+
+# ---------------------------------------------------------------------------- from plan to artifact
+
+
+@pytest.mark.parametrize("model_type", ["olmoe", "flex_olmo"])
+def test_reported_kl_equals_that_of_two_transformers_models(
+    model_type: str, tmp_path: Path
+) -> None:
+    """Source and artifact run by transformers' own forward, with its own experts."""
+    folder = write_model(tmp_path / "source", family(model_type))
+    keys = {
+        "rules": "all-linear",
+        "quantize": "{method: awq, rounding: gptq, bits: 4, group_size: 64}",
+        "format": "compressed_tensors",
+        "calibration": "{set: tiny-v3, sequences: 8, length: 64, min_expert_tokens: 8}",
+        "fidelity": "{set: tiny-v3-heldout, windows: 3, length: 64}",
+    }
+    keys["quantize"] = keys["quantize"].replace("}", ", symmetric: true}")
+    result = build(folder, tmp_path / "artifact", **keys)
+    names = {module.name.rpartition(".")[2] for module in result.fidelity.modules}
+    assert {"gate_proj", "up_proj", "down_proj"} <= names and "gate" not in names
+    source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    artifact = load_model.load_model(result.path, device="cpu", dtype="float32")
+    recipe = parse_recipe(make_recipe_text(folder, tmp_path / "artifact", **keys), "test.yaml")
+    tokens, lost = pipeline.tokenize(recipe, folder).tokens["fidelity"], []
+    with torch.no_grad():
+        for number in range(tokens.n_sequences):
+            ids = tokens.sequence(number).long()[None]
+            p, q = (x(ids).logits[0, :-1].double().log_softmax(-1) for x in (source, artifact))
+            lost.append((p.exp() * (p - q)).sum(-1))
+    reported = result.fidelity.distribution[0].kl_mean
+    assert reported is not None and reported.value is not None and reported.value > 1e-4
+    assert reported.value == pytest.approx(float(torch.cat(lost).mean()), rel=1e-3)
