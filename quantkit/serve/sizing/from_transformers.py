@@ -138,10 +138,8 @@ def make_meta_model(config: Config) -> tuple[Any, Any]:
 
     In a wrapper the language model is a part.
     """
-    text = config.values.get("text_config")
-    is_known = isinstance(text, dict) and isinstance(text.get("model_type"), str)
-    model_type = str(text["model_type"] if is_known else config.values.get("model_type"))
-    if not has_language_model(str(config.values.get("model_type"))):
+    model_type = str(config.values.get("model_type"))
+    if not has_language_model(model_type):
         families = registry.list_names("architectures")
         raise UsageError(
             f"{config.where}: model_type: {format_unknown_name('family', model_type, families)} "
