@@ -456,7 +456,8 @@ class Contents:
 
     schemes: of each quantized linear; kept: the others; fp8: those of `kept` in FP8 blocks of
     `fp8_block` by `fp8_block`. parts: of a wrapper, the modules of each part that text does not run
-    through; text_prefixes: where its text model lies in the checkpoint and in transformers.
+    through; text_prefixes: where its text model lies in the checkpoint and in transformers;
+    aliases: names in transformers of modules whose names differ in more than that.
     """
 
     schemes: Mapping[str, Scheme]
@@ -465,6 +466,7 @@ class Contents:
     fp8_block: int | None = None
     parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     text_prefixes: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ recipe.yaml.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from quantkit.artifact.layout import CONFIG, INDEX, RECIPE
@@ -11,6 +12,7 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Contents, ModelPart
 from quantkit.formats.common.engine_names import LM_HEAD
 from quantkit.io.files import make_folder, write_atomic, write_json
+from quantkit.models.layers import get_layer_name
 from quantkit.plan.plan import Plan
 from quantkit.recipe.parse import apply_overrides
 
@@ -35,6 +37,7 @@ def make_config(plan: Plan) -> dict[str, object]:
         fp8_block=plan.kept.side,
         parts=parts,
         text_prefixes=list_text_prefixes(plan),
+        aliases=dict(iterate_aliases(plan)) if parts else {},
     )
     entry = plan.format.quantization_config(contents) if contents.schemes else None
     if entry is not None:
@@ -50,6 +53,13 @@ def list_text_prefixes(plan: Plan) -> tuple[str, ...]:
     """Return where the text model lies in the checkpoint and in transformers."""
     names = (name for block in plan.layout.blocks[:1] for name in (block.name, block.path))
     return tuple(dict.fromkeys(name.rsplit(".", 2)[0] for name in names))
+
+
+def iterate_aliases(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield the linears of blocks that have another name in transformers, with it."""
+    for block in plan.layout.blocks:
+        for linear in block.linears if block.module or block.renames else ():
+            yield linear.name, f"{block.path}.{get_layer_name(block, linear.name)}"
 
 
 def list_modules(part: ModelPart) -> list[str]:

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
+from transformers.utils import logging
 
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError
@@ -62,10 +63,15 @@ def make_hf_config(config: Config) -> Any:
 
 @contextmanager
 def hide_warnings() -> Iterator[None]:
-    """Hide Python warnings: transformers warns about keys that it reads under an older name."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Hide warnings and log messages: transformers warns about keys with an older name."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def check_counts(

@@ -94,11 +94,12 @@ def make_meta_model(config: Config, device: torch.device, dtype: torch.dtype) ->
     """
     hf_config = make_hf_config(config)
     try:
-        with torch.device("meta"), hide_warnings():
-            model = get_auto_class(hf_config).from_config(hf_config, dtype=dtype)
-        left_out = leave_out_parts(model) if find_text_key(model.config) else {}
-        fill_computed_buffers(model, device)
-        outer = make_outer_model(model.eval(), device, dtype)
+        with hide_warnings():
+            with torch.device("meta"):
+                model = get_auto_class(hf_config).from_config(hf_config, dtype=dtype)
+            left_out = leave_out_parts(model) if find_text_key(model.config) else {}
+            fill_computed_buffers(model, device)
+            outer = make_outer_model(model.eval(), device, dtype)
     except CheckpointError as fault:
         raise CheckpointError(f"{config.where}: {fault}") from fault
     except Exception as fault:

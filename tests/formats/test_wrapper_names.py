@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from quantkit import registry
@@ -107,3 +109,20 @@ def test_language_model_has_no_prefixes() -> None:
     assert wrapper_names.make_relative(contents) is contents
     assert wrapper_names.get_prefix(contents) == ""
     assert wrapper_names.add_prefixes(["lm_head"], contents) == ["lm_head"]
+
+
+def test_module_with_another_name_in_transformers_has_both() -> None:
+    contents = replace(
+        make_contents("compressed_tensors", "language_model.model"),
+        aliases={
+            "language_model.model.layers.1.mlp.down_proj": (
+                "model.language_model.blocks.1.mlp.down_proj"
+            )
+        },
+    )
+    entry = registry.get_format("compressed_tensors").quantization_config(contents)
+    assert entry is not None
+    (loader,) = registry.get_checks("compressed_tensors").loaders
+    treatment = loader.classify(entry)
+    assert treatment("language_model.model.layers.1.mlp.down_proj") == "plain"
+    assert treatment("model.language_model.blocks.1.mlp.down_proj") == "plain"

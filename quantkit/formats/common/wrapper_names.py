@@ -34,16 +34,30 @@ def get_prefix(contents: Contents) -> str:
 
 
 def make_relative(contents: Contents) -> Contents:
-    """Return the contents of a wrapper with names of the text model from its layers on."""
+    """Return the contents of a wrapper with names of the text model from its layers on.
+
+    A module has one name, or the checkpoint's and transformers'.
+    """
     if not is_wrapper(contents):
         return contents
-    schemes = {strip_prefix(x, contents): scheme for x, scheme in contents.schemes.items()}
     return replace(
         contents,
-        schemes=schemes,
-        kept=list(dict.fromkeys(strip_prefix(x, contents) for x in contents.kept)),
-        fp8=[strip_prefix(x, contents) for x in contents.fp8],
+        schemes={
+            name: scheme
+            for module, scheme in contents.schemes.items()
+            for name in list_relative_names(module, contents)
+        },
+        kept=list(
+            dict.fromkeys(y for x in contents.kept for y in list_relative_names(x, contents))
+        ),
+        fp8=[y for x in contents.fp8 for y in list_relative_names(x, contents)],
     )
+
+
+def list_relative_names(module: str, contents: Contents) -> list[str]:
+    """Return the names of a module of the text model from its layers on."""
+    names = (module, contents.aliases.get(module, module))
+    return list(dict.fromkeys(strip_prefix(name, contents) for name in names))
 
 
 def strip_prefix(name: str, contents: Contents) -> str:
@@ -62,7 +76,7 @@ def list_part_names(contents: Contents) -> list[str]:
     that lies in a quantized module.
     """
     text = [*contents.schemes, *contents.kept]
-    relative = {strip_prefix(name, contents) for name in contents.schemes}
+    relative = {y for name in contents.schemes for y in list_relative_names(name, contents)}
     quantized = {*contents.schemes, *(y for x in relative for y in list_full_names(x, contents))}
     paths = [f".{name}." for name in quantized]
     names: dict[str, None] = {}
