@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quantkit.artifact.layout import CONFIG, INDEX, RECIPE
 from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.checkpoint.encoding import remove_quantization
 from quantkit.contracts import Contents, ModelPart
 from quantkit.formats.common.engine_names import LM_HEAD
 from quantkit.io.files import make_folder, write_atomic, write_json
@@ -19,12 +20,8 @@ def make_config(plan: Plan) -> dict[str, object]:
     """Return the artifact's config.json: the source's, with quantization_config replaced by the
     artifact's own.
     """
-    values = {
-        key: value
-        for key, value in plan.source.config.values.items()
-        if key != "quantization_config"
-    }
-    kept = [name for name, decision in plan.decisions.items() if decision.action == "keep"]
+    values = remove_quantization(plan.source.config.values)
+    kept = [name for name, d in plan.decisions.items() if d.action == "keep" and d.codes is None]
     fp8 = [name for name in kept if plan.decisions[name].keep == "fp8"]
     kept += [] if plan.layout.head else [LM_HEAD]
     parts = {part.name: list_modules(part) for part in plan.layout.parts}

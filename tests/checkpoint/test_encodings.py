@@ -65,6 +65,19 @@ def test_weights_equal_the_owners_dequantization_bit_for_bit(
         opened.read_rows("m.weight", 100, ROWS + 1)
 
 
+def test_weights_have_the_dtype_of_the_model(tmp_path: Path) -> None:
+    """AWQ stores float16 scales; a bfloat16 model rounds the product once, to bfloat16."""
+    tensors, expected = encode(EXAMPLES["awq"])
+    folder = save(tmp_path, tensors, EXAMPLES["awq"].config)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
+    opened = Checkpoint.open(folder, decode=True)
+    assert opened.specs["m.weight"].dtype == "BF16"
+    weight = opened.read(["m.weight"])["m.weight"]
+    assert weight.dtype == torch.bfloat16
+    assert (weight.float() - expected.float()).abs().max() <= expected.float().abs().max() * 2**-8
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_codes_of_the_example_differ_between_rows(name: str) -> None:
     """The comparison can fail: no two rows of the expected weight are equal."""

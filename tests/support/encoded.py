@@ -497,6 +497,11 @@ def write_encoded(plain: Path, folder: Path, decoded: Path, example: Example) ->
             for local, part in {**parts, **example.extra}.items():
                 stored[f"{module}.{local}"] = part.clone().contiguous()
     config = json.loads((plain / "config.json").read_text())
+    if any(tensor.dtype == torch.float16 for tensor in expected.values()):
+        config["torch_dtype"] = "float16"
+        for content in (stored, expected):
+            plain_names = [name for name, part in content.items() if part.dtype == torch.bfloat16]
+            content |= {name: content[name].half() for name in plain_names}
     for target, content, entry in (
         (folder, stored, {"quantization_config": example.config}),
         (decoded, expected, {}),
