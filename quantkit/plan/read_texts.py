@@ -1,0 +1,85 @@
+"""Tokenizes the texts of a recipe for its plan, where model and text are on this machine.
+
+What only tokens tell is then said before a build: too few windows, empty and short documents, a
+tokenizer or a chat template that fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from quantkit.checkpoint.remote_code import allows_remote_code
+from quantkit.io import package_data
+from quantkit.plan.plan import Plan, SourceFacts
+from quantkit.plan.self_texts import list_self_texts
+from quantkit.plan.sources import plan_recipe
+from quantkit.recipe.schema import Recipe
+from quantkit.texts import corpora
+from quantkit.texts.corpus_spec import CorpusSpec, read_spec
+
+Stream = Literal["calibration", "fidelity"]
+
+
+def select_texts(recipe: Recipe) -> list[tuple[Stream, str, int | None, int, int]]:
+    """Return (stream, set, sequences, length, seed) of the texts that a build runs."""
+    selected: list[tuple[Stream, str, int | None, int, int]] = []
+    calibration = recipe.calibration if recipe.needs_calibration else None
+    if calibration:
+        selected.append((
+            "calibration",
+            calibration.set,
+            calibration.sequences,
+            calibration.length,
+            calibration.seed,
+        ))
+    if fidelity := recipe.fidelity:
+        selected.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
+    return selected
+
+
+def plan_with_texts(recipe: Recipe, source: SourceFacts) -> tuple[Plan, ...]:
+    """Return one plan per format, whose warnings say what the tokens of the texts tell.
+
+    Raises as `plan_recipe` does, and what tokenizing the texts raises.
+    """
+    plans = plan_recipe(recipe, source)
+    notes = describe_texts(plans[0].recipe, source.folder)
+    return tuple(replace(plan, warnings=(*plan.warnings, *notes)) for plan in plans)
+
+
+def describe_texts(recipe: Recipe, folder: Path | None) -> tuple[str, ...]:
+    """Return a sentence per kind of rows that give no tokens; raises what the build would raise.
+
+    folder: the model's; nothing is read if it, or a text, is not on this machine.
+    """
+    place, notes = package_data.locate_folder("calibration"), list[str]()
+    selected = select_texts(recipe)
+    specs = [read_spec(name, place) for _, name, *_ in selected]
+    if not selected or folder is None or list_self_texts(recipe) or not all(map(is_local, specs)):
+        return ()
+    is_code_allowed = allows_remote_code(recipe.source.trust_remote_code, folder)
+    tokenizer = corpora.load_tokenizer(folder, is_code_allowed)
+    calibrated = set[str]()
+    for stream, name, sequences, length, seed in selected:
+        corpus = corpora.load_set(name, place)
+        tokens = corpora.sample_sequences(corpus, tokenizer, sequences, length, seed, calibrated)
+        if stream == "calibration":
+            calibrated = set(tokens.domains)
+        notes += corpora.describe_left_out(corpus, tokens, tokenizer)
+    return tuple(notes)
+
+
+def is_local(spec: CorpusSpec) -> bool:
+    """Return whether all text of a set is on this machine."""
+    if not spec.parts:
+        return spec.file is not None or (spec.local is not None and spec.local.path is not None)
+    place = package_data.locate_folder("calibration")
+    return all(
+        part.file is not None
+        or part.builtin is not None
+        or (part.local_path is not None and part.local_path.exists())
+        or (part.set is not None and is_local(read_spec(part.set, place)))
+        for part in spec.parts
+    )
