@@ -43,6 +43,7 @@ MEDIUM_FILES = frozenset({
     "build/test_tensors_in_the_wild.py",
     "build/test_tied_heads.py",
     "checkpoint/test_encodings.py",
+    "build/test_wrapper_build.py",
     "checkpoint/test_hostile_hub.py",
     "checkpoint/test_tensors.py",
     "cli/test_cli.py",

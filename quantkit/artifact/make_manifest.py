@@ -13,10 +13,10 @@ from platform import python_version
 import torch
 
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.artifact.model_files import make_config
+from quantkit.artifact.model_files import list_text_prefixes, make_config
 from quantkit.artifact.records import BlockRecord, ModuleRecord, list_kept_codes
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.formats.common.engine_names import list_parents
+from quantkit.formats.common.wrapper_names import list_roots
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan
 from quantkit.plan.summary import format_action, summarize_plan
@@ -59,9 +59,8 @@ def make_manifest(
 def list_part_roots(plan: Plan) -> list[str]:
     """Return the modules that hold a wrapper's copied parts and nothing else of the model."""
     copied = [name for part in plan.layout.parts for name in part.tensors]
-    busy = {parent for name in plan.specs.keys() - {*copied} for parent in list_parents(name)}
-    roots = (next((x for x in list_parents(name) if x not in busy), name) for name in copied)
-    return list(dict.fromkeys(roots))
+    text = plan.specs.keys() - {*copied}
+    return list(list_roots(copied, text, list_text_prefixes(plan)))
 
 
 def make_module_entry(record: ModuleRecord) -> dict[str, object]:

@@ -25,18 +25,13 @@ def make_config(plan: Plan) -> dict[str, object]:
     fp8 = [name for name in kept if plan.decisions[name].keep == "fp8"]
     kept += [] if plan.layout.head else [LM_HEAD]
     parts = {part.name: list_modules(part) for part in plan.layout.parts}
-    prefixes = [
-        name.rsplit(".", 2)[0]
-        for block in plan.layout.blocks[:1]
-        for name in (block.name, block.path)
-    ]
     contents = Contents(
         schemes=plan.schemes,
         kept=kept,
         fp8=fp8,
         fp8_block=plan.kept.side,
         parts=parts,
-        text_prefixes=tuple(dict.fromkeys(prefixes)),
+        text_prefixes=list_text_prefixes(plan),
     )
     entry = plan.format.quantization_config(contents) if contents.schemes else None
     if entry is not None:
@@ -46,6 +41,12 @@ def make_config(plan: Plan) -> dict[str, object]:
     if dropped or absent:
         values["num_nextn_predict_layers"] = 0  # otherwise engines look for the MTP tensors
     return values
+
+
+def list_text_prefixes(plan: Plan) -> tuple[str, ...]:
+    """Return where the text model lies in the checkpoint and in transformers."""
+    names = (name for block in plan.layout.blocks[:1] for name in (block.name, block.path))
+    return tuple(dict.fromkeys(name.rsplit(".", 2)[0] for name in names))
 
 
 def list_modules(part: ModelPart) -> list[str]:

@@ -112,7 +112,10 @@ def read_value(config: Config, key: str) -> object:
     model_type = config.values.get("model_type")
     if not isinstance(model_type, str) or not has_language_model(model_type):
         return None
-    value = getattr(get_text_config(make_hf_config(config)), key, None)
+    try:
+        value = getattr(get_text_config(make_hf_config(config)), key, None)
+    except RuntimeError:  # transformers' own for a value that layers do not share
+        return None
     return value if isinstance(value, bool | int | float | str | list | dict) else None
 
 

@@ -18,7 +18,7 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Block, Experts, Layout, Scheme
 from quantkit.models.experts import find_experts_module
 from quantkit.models.layers import MetaModel, get_layer_name, join_parts, load_tensors
-from quantkit.models.outer_model import get_module_name
+from quantkit.models.outer_model import get_head, get_module_name
 
 TensorReader = Callable[[str], Tensor]
 """Full name of a logical tensor ("model.layers.0.mlp.up_proj.weight") -> its values."""
@@ -122,7 +122,7 @@ def name_head(meta_model: MetaModel, layout: Layout) -> tuple[str, str]:
 
     A tied head is the embedding in the checkpoint.
     """
-    module = get_module_name(meta_model.model, meta_model.model.get_output_embeddings())
+    module = get_module_name(meta_model.model, get_head(meta_model.model))
     return f"{(layout.head or layout.embedding).name}.weight", f"{module}.weight"
 
 

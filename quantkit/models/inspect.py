@@ -22,7 +22,7 @@ from quantkit.contracts import Block, Config, Experts, Layout, Linear, Role, Ten
 from quantkit.errors import CheckpointError
 from quantkit.formats.common.engine_names import FUSED_MODULES, LM_HEAD
 from quantkit.models.layers import MetaModel
-from quantkit.models.outer_model import find_layers, get_module_name
+from quantkit.models.outer_model import find_layers, get_head, get_module_name
 from quantkit.models.stored_names import ExpertNames, StoredNames
 
 MAX_REASON_CHARS = 300
@@ -50,7 +50,7 @@ def inspect_layout(config: Config, meta_model: MetaModel, names: StoredNames) ->
     first module or tensor that has no place in it.
     """
     model = meta_model.model
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), get_head(model)
     if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
         found = f"{type(embedding).__name__} and {type(head).__name__}"
         raise make_refusal(config, f"expected an embedding and a linear head, found {found}")

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from quantkit.errors import CheckpointError
 from quantkit.models.modules import MatmulLinear, freeze, list_prefixes
@@ -97,6 +98,7 @@ class EmbeddingStub(Stub):
     def __init__(self, original: nn.Embedding, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(original)
         self.zero = torch.zeros((), device=device, dtype=dtype)
+        self.__dict__["weight"] = self.zero.expand(original.weight.shape)  # no parameter
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] -> [..., hidden]."""
@@ -111,6 +113,7 @@ class RowEmbedding(Stub):
     ) -> None:
         super().__init__(original)
         self.__dict__["rows"] = (weight, device, dtype)
+        self.__dict__["weight"] = weight  # no parameter; some models read a row of it
         original.padding_idx = None  # of training only; the rows here have other numbers
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -207,20 +210,20 @@ class OuterModel:
 
         Raises CheckpointError if no form gives each layer states [sequences, tokens, width] once.
         """
-        faults = []
+        faults, forms = list[str](), list[str]()
         for n_extra in (None, *range(MAX_EXTRA_OUTPUTS + 1)):
             for stub in self._stubs:
                 stub.n_extra = n_extra
             try:
                 logits = self._forward(torch.zeros(PROBE_SHAPE, dtype=torch.long))
             except FORM_ERRORS as error:
-                faults.append(f"{type(error).__name__}: {error}")
+                forms.append(f"{type(error).__name__}: {error}")
                 continue
             fault = self._find_fault(width, logits)
             if fault is None:
                 return
             faults.append(fault)
-        raise CheckpointError(f"its layers cannot be run one by one ({faults[0]})")
+        raise CheckpointError(f"its layers cannot be run one by one ({(faults or forms)[0]})")
 
     def _find_fault(self, width: int, logits: Tensor) -> str | None:
         """Return how the last forward differs from one that calls each layer once."""
@@ -254,7 +257,7 @@ def make_outer_model(
     CheckpointError for a model whose layers cannot be replaced.
     """
     name, layers = find_layers(model)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), get_head(model)
     stubs = [LayerStub(layer) for layer in layers]
     replaced = {
         id(layers): nn.ModuleList(stubs),
@@ -298,6 +301,17 @@ def find_lists(model: Any, scope: str) -> dict[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{x}.") for x in lists):
             lists[name] = module
     return lists
+
+
+def get_head(model: Any) -> Any:
+    """Return a model's language head: its own, or that of a model inside; None without one."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        return head
+    embedding = get_module_name(model, model.get_input_embeddings())
+    inner = (model.get_submodule(path) for path in list_prefixes(embedding)[1:-1])
+    heads = (x.get_output_embeddings() for x in inner if isinstance(x, PreTrainedModel))
+    return next((x for x in heads if x is not None), None)
 
 
 def get_module_name(model: Any, module: nn.Module) -> str:

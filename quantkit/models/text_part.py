@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from quantkit.contracts import ModelPart
 from quantkit.errors import CheckpointError
 from quantkit.models.modules import list_prefixes
-from quantkit.models.outer_model import Stub, find_layers, get_module_name
+from quantkit.models.outer_model import Stub, find_layers, get_head, get_module_name
 
 SHOWN = 3
 
@@ -52,7 +52,7 @@ def leave_out_parts(model: Any) -> dict[str, nn.Module]:
     """Replace everything around the text model and the head; return what was there, by name."""
     root = find_text_root(model)
     kept = {*list_prefixes(root)}
-    head = model.get_output_embeddings()
+    head = get_head(model)
     if head is not None:
         kept |= {*list_prefixes(get_module_name(model, head))}
     parts: dict[str, nn.Module] = {}

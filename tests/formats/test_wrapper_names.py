@@ -6,6 +6,7 @@ import pytest
 
 from quantkit import registry
 from quantkit.contracts import Contents, Scheme
+from quantkit.errors import UsageError
 from quantkit.formats.common import wrapper_names
 
 ROOTS = ("language_model.model", "model.language_model", "model")
@@ -39,7 +40,11 @@ def make_contents(format_name: str, root: str, kept: str = "layers.1.mlp.down_pr
         kept=[f"{root}.embed_tokens", f"{root}.{kept}", "lm_head"],
         parts={
             "model.vision_tower": [f"vision_tower.{name}" for name in TOWER],
-            "model.multi_modal_projector": ["multi_modal_projector.linear_1"],
+            # kimi_k25 is stored with both prefixes
+            "model.multi_modal_projector": [
+                "multi_modal_projector.linear_1",
+                "model.multi_modal_projector.norm",
+            ],
             "mtp": ["mtp.layers.0.mlp.up_proj"],
         },
         text_prefixes=(root, "model.language_model"),
@@ -74,6 +79,17 @@ def test_part_is_named_by_its_path_where_a_quantized_module_has_its_name() -> No
         text_prefixes=("model.text",),
     )
     assert wrapper_names.list_part_names(contents) == ["vision", "model.vision.mlp"]
+
+
+def test_part_inside_a_quantized_module_is_refused() -> None:
+    contents = Contents(
+        schemes={"model.text.layers.0.mlp": make_scheme("gptq")},
+        kept=[],
+        parts={"layers.0": ["layers.0.mlp"]},
+        text_prefixes=("model.text",),
+    )
+    with pytest.raises(UsageError, match="keep that module"):
+        wrapper_names.list_part_names(contents)
 
 
 def test_skipped_layer_is_named_by_its_number() -> None:

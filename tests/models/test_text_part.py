@@ -2,76 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import cache
 
 import pytest
 import torch
+from support.wrappers import make_wrapper_config
 from transformers.core_model_loading import revert_weight_conversion
 
 from quantkit.checkpoint import hf_config
-from quantkit.contracts import Architecture, Config
+from quantkit.contracts import Architecture
 from quantkit.errors import CheckpointError
 from quantkit.models import derive, text_part
 from quantkit.models.layers import MetaModel, make_meta_model
 from quantkit.models.outer_model import find_layers
 
-TEXT: Mapping[str, object] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "vocab_size": 128,
-    "max_position_embeddings": 256,
-}
-VISION: Mapping[str, object] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,  # as many layers as the text
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-QWEN_VISION: Mapping[str, object] = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_heads": 2,
-    "out_hidden_size": 64,
-}
-MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
-WRAPPERS: Mapping[str, Mapping[str, object]] = {
-    "llava": {
-        "text_config": {"model_type": "llama", **TEXT},
-        "vision_config": {"model_type": "clip_vision_model", **VISION},
-    },
-    "gemma3": {
-        "text_config": {"model_type": "gemma3_text", "sliding_window": 16, **TEXT},
-        "vision_config": {"model_type": "siglip_vision_model", **VISION},
-    },
-    "qwen2_5_vl": {
-        "text_config": {**TEXT, "rope_parameters": MROPE},
-        "vision_config": QWEN_VISION,
-    },
-    "qwen3_5": {
-        "text_config": {**TEXT, "layer_types": ["linear_attention", "full_attention"]},
-        "vision_config": QWEN_VISION,
-    },
-}
-"""A wrapper per form of names on disk: as they were published, as transformers 4.52 saved them."""
-
-
-def make_config(model_type: str, **changes: object) -> Config:
-    """Return a small config.json of a wrapper."""
-    return Config(values={"model_type": model_type, **WRAPPERS[model_type], **changes})
-
 
 @cache
 def make_meta(model_type: str) -> MetaModel:
     """Return the wrapper's model without its parts."""
-    return make_meta_model(make_config(model_type), torch.device("cpu"), torch.float32)
+    return make_meta_model(make_wrapper_config(model_type), torch.device("cpu"), torch.float32)
 
 
 def list_names(model_type: str, form: str = "saved") -> list[str]:
@@ -86,7 +36,7 @@ def list_names(model_type: str, form: str = "saved") -> list[str]:
 
 def derive_named(model_type: str, names: Collection[str]) -> Architecture:
     """Derive the architecture of a checkpoint with these tensors."""
-    return derive.derive_architecture(make_config(model_type), names)
+    return derive.derive_architecture(make_wrapper_config(model_type), names)
 
 
 def test_text_list_is_found_next_to_one_of_the_same_length() -> None:
@@ -121,7 +71,7 @@ def test_every_tensor_belongs_to_the_text_or_to_a_part(
 ) -> None:
     names = list_names(model_type, form)
     architecture = derive_named(model_type, names)
-    layout = architecture.layout(make_config(model_type))
+    layout = architecture.layout(make_wrapper_config(model_type))
     assert layout.blocks[0].name == block
     assert layout.blocks[0].path == "model.language_model.layers.0"
     assert sorted(part.name for part in layout.parts) == parts
@@ -135,14 +85,14 @@ def test_packed_tensors_say_where_the_text_lies() -> None:
         name if "visual" in name else name.replace("_proj.weight", "_proj.weight_packed")
         for name in list_names("qwen2_5_vl", "modules")
     ]
-    layout = derive_named("qwen2_5_vl", names).layout(make_config("qwen2_5_vl"))
+    layout = derive_named("qwen2_5_vl", names).layout(make_wrapper_config("qwen2_5_vl"))
     assert layout.blocks[1].name == "model.language_model.layers.1"
     assert layout.blocks[1].linears[0].name.startswith("model.language_model.layers.1.")
 
 
 def test_tensors_that_transformers_does_not_load_are_a_part() -> None:
     names = [*list_names("qwen3_5"), "mtp.layers.0.mlp.up_proj.weight", "mtp.norm.weight"]
-    layout = derive_named("qwen3_5", names).layout(make_config("qwen3_5"))
+    layout = derive_named("qwen3_5", names).layout(make_wrapper_config("qwen3_5"))
     (mtp,) = [part for part in layout.parts if part.name == "mtp"]
     assert mtp.tensors == ("mtp.layers.0.mlp.up_proj.weight", "mtp.norm.weight")
 
@@ -160,6 +110,6 @@ def test_part_cannot_be_called() -> None:
 
 
 def test_text_model_alone_has_no_parts() -> None:
-    config = make_config("qwen3_5", architectures=["Qwen3_5ForCausalLM"])
+    config = make_wrapper_config("qwen3_5", architectures=["Qwen3_5ForCausalLM"])
     meta = make_meta_model(config, torch.device("cpu"), torch.float32)
     assert type(meta.model).__name__ == "Qwen3_5ForCausalLM" and not meta.left_out

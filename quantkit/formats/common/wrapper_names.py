@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from quantkit.contracts import Contents
+from quantkit.errors import UsageError
 from quantkit.formats.common.engine_names import LM_HEAD, list_parents
 
 ANY_PREFIX = r"(.*\.)?"
@@ -54,22 +55,46 @@ def strip_prefix(name: str, contents: Contents) -> str:
 
 
 def list_part_names(contents: Contents) -> list[str]:
-    """Return the names of a wrapper's parts that no quantized module has in its name.
+    """Return the names of a wrapper's parts, none of which is in the name of a quantized module.
 
-    Each is the last component of the part's highest module that holds nothing of the text model,
-    or its whole path where that is a number or in the name of a quantized module.
+    Each is the last component of a highest module that holds nothing of the text model, or its
+    whole path where that component is a number or is in such a name. Raises UsageError for a part
+    that lies in a quantized module.
     """
     text = [*contents.schemes, *contents.kept]
-    busy = {parent for name in text for parent in list_parents(name)}
-    components = {piece for name in contents.schemes for piece in name.split(".")}
+    relative = {strip_prefix(name, contents) for name in contents.schemes}
+    quantized = {*contents.schemes, *(y for x in relative for y in list_full_names(x, contents))}
+    paths = [f".{name}." for name in quantized]
     names: dict[str, None] = {}
     for part, modules in contents.parts.items():
-        roots = [next((x for x in list_parents(m) if x not in busy), m) for m in modules]
-        for root in dict.fromkeys((*roots, part)):
+        for root in (*list_roots(modules, text, contents.text_prefixes), part):
             last = root.rpartition(".")[2]
-            is_own = not last.isdigit() and last not in components
-            names[last if is_own else strip_prefix(root, contents)] = None
+            candidates = ([] if last.isdigit() else [last], [strip_prefix(root, contents)])
+            free = (
+                x for group in candidates for x in group if not any(f".{x}." in y for y in paths)
+            )
+            name = next(free, None)
+            if name is None:
+                raise UsageError(
+                    f"{root} is copied, but engines would take its name for a quantized module's; "
+                    "keep that module"
+                )
+            names[name] = None
     return list(names)
+
+
+def list_roots(
+    modules: Iterable[str], text: Iterable[str], prefixes: Sequence[str]
+) -> dict[str, None]:
+    """Return the highest modules around these that hold nothing of the text model, in order.
+
+    text: modules of the text model; prefixes: where it lies in the checkpoint and elsewhere.
+    """
+    outside = [*text, *(f"{prefix}." for prefix in (*prefixes, ENGINE_PREFIX) if prefix)]
+    busy = {parent for name in outside for parent in list_parents(name)}
+    return dict.fromkeys(
+        next((x for x in (*list_parents(name), name) if x not in busy), name) for name in modules
+    )
 
 
 def list_part_patterns(contents: Contents) -> list[str]:

@@ -6,7 +6,6 @@ most families is assumed.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,16 +14,22 @@ from math import prod
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantkit import registry
 from quantkit.checkpoint.encoding import FP8
+from quantkit.checkpoint.hf_config import (
+    find_text_key,
+    get_auto_class,
+    get_text_config,
+    has_language_model,
+    hide_warnings,
+    make_hf_config,
+)
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.files import make_config_error
 from quantkit.io.suggestions import format_unknown_name
+from quantkit.models.text_part import leave_out_parts
 from quantkit.serve.sizing.attention import read_attention
 from quantkit.serve.sizing.model import (
     Attention,
@@ -42,8 +47,6 @@ EXPERTS = re.compile(r"\bexperts\b")
 KEYS_VALUES = re.compile(r"\b(?:k_proj|v_proj|key|value|k_lin|v_lin)\.weight$")
 FUSED = re.compile(r"\b(?:qkv_proj|query_key_value|c_attn|Wqkv|qkv|att_proj|in_proj)\.weight$")
 EMBEDDING = re.compile(r"\b(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\b")
-
-MAX_LAYERS = 10_000  # no model has more; transformers would create modules for hours
 
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
@@ -131,37 +134,27 @@ def make_specs(parameters: Mapping[str, Sequence[int]]) -> list[TensorSpec]:
 
 
 def make_meta_model(config: Config) -> tuple[Any, Any]:
-    """Return transformers' configuration of the language model, and the model on meta."""
-    values = {
-        key: value
-        for key, value in config.values.items()
-        if key not in {"quantization_config", "auto_map"}
-    }
-    text_config = values.get("text_config")
-    if isinstance(text_config, dict) and isinstance(text_config.get("model_type"), str):
-        values = text_config
-    model_type = str(values.get("model_type"))
-    if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    """Return transformers' configuration of the language model, and the model on meta.
+
+    In a wrapper the language model is a part.
+    """
+    model_type = str(config.values.get("model_type"))
+    if not has_language_model(model_type):
         families = registry.list_names("architectures")
         raise UsageError(
             f"{config.where}: model_type: {format_unknown_name('family', model_type, families)} "
             "transformers has no language model of that type either"
         )
-    for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-        count = values.get(key)
-        if isinstance(count, int) and count > MAX_LAYERS:
-            raise CheckpointError(
-                f"{config.where}: {key}: expected at most {MAX_LAYERS:,}, found {count:,}; "
-                "repair it"
-            )
+    hf_config = make_hf_config(config)
     try:
-        hf_config = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(values))
-        with torch.device("meta"):
+        with torch.device("meta"), hide_warnings():
             # a config may name a kernel of the Hub, which transformers would load
-            model = AutoModelForCausalLM.from_config(
+            model = get_auto_class(hf_config).from_config(
                 hf_config, dtype=torch.bfloat16, attn_implementation="eager"
             )
-        return hf_config, model
+        if find_text_key(model.config):
+            leave_out_parts(model)
+        return get_text_config(hf_config), model
     except Exception as fault:
         raise make_config_error(config.where, model_type, fault) from fault
 
@@ -198,8 +191,16 @@ def measure_attention(
 
 def read_config_values(hf_config: Any) -> dict[str, object]:
     """Return the configuration under the names that all families share, without absent ones."""
-    values = {key: getattr(hf_config, key, None) for key in KEYS}
+    values = {key: read_key(hf_config, key) for key in KEYS}
     return {key: value for key, value in values.items() if value is not None}
+
+
+def read_key(hf_config: Any, key: str) -> object:
+    """Return a value of a configuration; None if it has none, or one for each layer."""
+    try:
+        return getattr(hf_config, key, None)
+    except RuntimeError:  # transformers' own for a value that layers do not share
+        return None
 
 
 def sum_weights(

@@ -135,6 +135,7 @@ QWEN4_EXP = {
     "indexer_head_dim": 32,
     "indexer_budget": 64,
     "indexer_compress_ratio": 8,
+    "ngram_vocab_size_base": 2000,
 }
 LFM2 = {"layer_types": ["conv", "full_attention"] * 2}
 DBRX_FFN = {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 128}
@@ -161,6 +162,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "gemma4": {"text_config": GEMMA4},
     "qwen4_exp_text": QWEN4_EXP,
     "qwen4_exp": {"text_config": QWEN4_EXP},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**MROPE, "mrope_section": [6, 6, 4]}}},
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0}},
     "nemotron_h_omni": {
         "text_config": NEMOTRON_H,

@@ -1,0 +1,80 @@
+"""Small vision-language models, as transformers makes and saves them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForMultimodalLM
+
+from quantkit.contracts import Config
+from quantkit.io.package_data import locate_model
+
+TEXT: Mapping[str, object] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 768,
+    "max_position_embeddings": 256,
+}
+VISION: Mapping[str, object] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,  # as many layers as the text
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_VISION: Mapping[str, object] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+}
+MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
+WRAPPERS: Mapping[str, Mapping[str, object]] = {
+    "llava": {
+        "text_config": {"model_type": "llama", **TEXT},
+        "vision_config": {"model_type": "clip_vision_model", **VISION},
+    },
+    "gemma3": {
+        "text_config": {"model_type": "gemma3_text", "sliding_window": 16, **TEXT},
+        "vision_config": {"model_type": "siglip_vision_model", **VISION},
+    },
+    "qwen2_5_vl": {
+        "text_config": {**TEXT, "rope_parameters": MROPE},
+        "vision_config": QWEN_VISION,
+    },
+    "qwen3_5": {
+        "text_config": {**TEXT, "layer_types": ["linear_attention", "full_attention"]},
+        "vision_config": QWEN_VISION,
+    },
+}
+"""A wrapper for each form of names in checkpoints, and one with linear attention."""
+
+
+def make_wrapper_config(model_type: str, **changes: object) -> Config:
+    """Return a small config.json of a wrapper."""
+    return Config(values={"model_type": model_type, **WRAPPERS[model_type], **changes})
+
+
+def write_wrapper(folder: Path, model_type: str) -> Path:
+    """Save a random wrapper with tiny-v3's tokenizer and a processor's file."""
+    config = AutoConfig.for_model(**make_wrapper_config(model_type).values)
+    torch.manual_seed(0)
+    model = AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(locate_model("builtin:tiny-v3") / name, folder / name)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": 28}))
+    return folder
