@@ -4,6 +4,7 @@ recipe.yaml.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from quantkit.artifact.layout import CONFIG, INDEX, RECIPE
@@ -66,6 +67,16 @@ def holds_mtp(plan: Plan) -> bool:
 def list_mtp_blocks(plan: Plan) -> tuple[str, ...]:
     """Return the names of the MTP blocks that the artifact holds."""
     return tuple(block.name for block in plan.layout.blocks if block.kind == "mtp")
+
+
+def check_model_files(plans: Sequence[Plan], recipe_text: str) -> None:
+    """Make config.json and recipe.yaml of each plan, so that a fault shows before the build.
+
+    Raises QuantkitError as `write_model_files` would.
+    """
+    for plan in plans:
+        make_config(plan)
+        apply_overrides(recipe_text, plan.recipe)
 
 
 def write_model_files(folder: Path, plan: Plan, source: Checkpoint, recipe_text: str) -> None:

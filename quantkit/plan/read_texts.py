@@ -6,18 +6,17 @@ tokenizer or a chat template that fails.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from quantkit.checkpoint.remote_code import allows_remote_code
 from quantkit.io import package_data
-from quantkit.plan.plan import Plan, SourceFacts
 from quantkit.plan.self_texts import list_self_texts
-from quantkit.plan.sources import plan_recipe
 from quantkit.recipe.schema import Recipe
 from quantkit.texts import corpora
 from quantkit.texts.corpus_spec import CorpusSpec, read_spec
+from quantkit.texts.tokens import Tokens
 
 Stream = Literal["calibration", "fidelity"]
 
@@ -39,26 +38,24 @@ def select_texts(recipe: Recipe) -> list[tuple[Stream, str, int | None, int, int
     return selected
 
 
-def plan_with_texts(recipe: Recipe, source: SourceFacts) -> tuple[Plan, ...]:
-    """Return one plan per format, whose warnings say what the tokens of the texts tell.
+@dataclass(frozen=True, kw_only=True)
+class TextFacts:
+    """What tokens tell: a sentence per kind of rows without tokens, the largest id of each text."""
 
-    Raises as `plan_recipe` does, and what tokenizing the texts raises.
+    notes: tuple[str, ...] = ()
+    largest_ids: tuple[int, ...] = ()
+
+
+def read_texts(recipe: Recipe, folder: Path) -> TextFacts:
+    """Tokenize the texts of a recipe with the tokenizer in `folder`; raises as the build would.
+
+    Nothing is read if a text is not on this machine, or is the model's own.
     """
-    plans = plan_recipe(recipe, source)
-    notes = describe_texts(plans[0].recipe, source.folder)
-    return tuple(replace(plan, warnings=(*plan.warnings, *notes)) for plan in plans)
-
-
-def describe_texts(recipe: Recipe, folder: Path | None) -> tuple[str, ...]:
-    """Return a sentence per kind of rows that give no tokens; raises what the build would raise.
-
-    folder: the model's; nothing is read if it, or a text, is not on this machine.
-    """
-    place, notes = package_data.locate_folder("calibration"), list[str]()
+    place, notes, largest = package_data.locate_folder("calibration"), list[str](), list[int]()
     selected = select_texts(recipe)
     specs = [read_spec(name, place) for _, name, *_ in selected]
-    if not selected or folder is None or list_self_texts(recipe) or not all(map(is_local, specs)):
-        return ()
+    if not selected or list_self_texts(recipe) or not all(map(is_local, specs)):
+        return TextFacts()
     is_code_allowed = allows_remote_code(recipe.source.trust_remote_code, folder)
     tokenizer = corpora.load_tokenizer(folder, is_code_allowed)
     calibrated = set[str]()
@@ -68,7 +65,13 @@ def describe_texts(recipe: Recipe, folder: Path | None) -> tuple[str, ...]:
         if stream == "calibration":
             calibrated = set(tokens.domains)
         notes += corpora.describe_left_out(corpus, tokens, tokenizer)
-    return tuple(notes)
+        largest.append(find_largest_id(tokens))
+    return TextFacts(notes=tuple(notes), largest_ids=tuple(largest))
+
+
+def find_largest_id(tokens: Tokens) -> int:
+    """Return the largest token id of a text; -1 for no tokens."""
+    return int(tokens.ids.max()) if tokens.n_tokens else -1
 
 
 def is_local(spec: CorpusSpec) -> bool:

@@ -10,10 +10,10 @@ from support.checkpoints import make_plan, make_recipe_text, make_tiny_config, w
 
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import UsageError
+from quantkit.evaluate.check_plan import plan_and_check
 from quantkit.plan.context_length import find_context_faults, read_context_length
 from quantkit.plan.match_checkpoint import match_layout
 from quantkit.plan.plan import load_architecture
-from quantkit.plan.read_texts import plan_with_texts
 from quantkit.plan.sources import resolve_source_facts
 from quantkit.recipe.parse import parse_recipe
 
@@ -58,7 +58,7 @@ def test_texts_longer_than_a_table_of_positions_are_refused(tmp_path: Path) -> N
 def plan_texts(folder: Path, **keys: str) -> tuple[str, ...]:
     """Return the warnings of a plan whose texts were tokenized."""
     recipe = parse_recipe(make_recipe_text(folder, folder.parent / "out", **keys), "r.yaml")
-    (plan,) = plan_with_texts(recipe, resolve_source_facts(recipe))
+    (plan,) = plan_and_check(recipe, resolve_source_facts(recipe))
     return plan.warnings
 
 

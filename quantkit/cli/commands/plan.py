@@ -56,8 +56,8 @@ def command(
              quantkit plan ./my-model --bits 8
     """
     # Reading headers needs torch's dtypes: `quantkit plan --help` starts without.
+    from quantkit.evaluate.check_plan import plan_and_check
     from quantkit.plan.model_recipe import read_target
-    from quantkit.plan.read_texts import plan_with_texts
     from quantkit.plan.recipe_draft import RecipeRequest
     from quantkit.plan.sources import describe_sampled_texts, resolve_source_facts
 
@@ -73,7 +73,7 @@ def command(
         if recipe_file is not None:
             save_chosen(read.text, read.recipe, recipe_file)
     parsed = read.recipe
-    plans = plan_with_texts(parsed, resolve_source_facts(parsed))
+    plans = plan_and_check(parsed, resolve_source_facts(parsed))
     sampled = describe_sampled_texts(plans[0].recipe)
     summaries = [summarize_plan(plan, sampled) for plan in plans]
     if json_out:
