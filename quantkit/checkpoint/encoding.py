@@ -96,11 +96,6 @@ class SourceQuantization:
         names = (place.get(key) for place in places for key in ("dtype", "torch_dtype"))
         return next((_MODEL_DTYPES[name] for name in names if name in _MODEL_DTYPES), "")
 
-    def get_integer(self, *keys: str) -> int | None:
-        """Return the first integer under one of the keys; None without one."""
-        found = (self.values.get(key) for key in keys)
-        return next((value for value in found if type(value) is int), None)
-
     @cached_property
     def groups(self) -> tuple[Mapping[str, object], ...]:
         """The groups of compressed-tensors that quantize weights."""
@@ -196,16 +191,16 @@ class StoredCodes:
     def shape(self) -> tuple[int, ...]:
         return self.spec.shape
 
-    def require(self, name: str, what: str, dtypes: Sequence[str]) -> TensorSpec:
+    def require(self, name: str, kind: str, dtypes: Sequence[str]) -> TensorSpec:
         """Return the spec of a tensor that belongs to the codes; raises EncodingFault."""
         spec = self.stored.get(name)
         if spec is None:
             raise EncodingFault(
-                f"expected its {what} {shorten_repr(name)}, found none in any file; {FETCH_AGAIN}"
+                f"expected its {kind} {shorten_repr(name)}, found none in any file; {FETCH_AGAIN}"
             )
         if spec.dtype not in dtypes:
             raise EncodingFault(
-                f"expected a {what} of {', '.join(dtypes)}, found {spec.dtype}; {FETCH_AGAIN}"
+                f"expected a {kind} of {', '.join(dtypes)}, found {spec.dtype}; {FETCH_AGAIN}"
             )
         return spec
 
@@ -218,12 +213,12 @@ class StoredCodes:
         return self.quantization.model_dtype or own
 
 
-def require_shape(spec: TensorSpec, shapes: Sequence[tuple[int, ...]], what: str) -> None:
+def require_shape(spec: TensorSpec, shapes: Sequence[tuple[int, ...]], kind: str) -> None:
     """Raise EncodingFault unless a tensor has one of these shapes."""
     if spec.shape not in shapes:
         expected = " or ".join(str(list(shape)) for shape in shapes)
         raise EncodingFault(
-            f"expected a {what} of shape {expected}, found {list(spec.shape)}; {FETCH_AGAIN}"
+            f"expected a {kind} of shape {expected}, found {list(spec.shape)}; {FETCH_AGAIN}"
         )
 
 
@@ -239,7 +234,7 @@ class Encoding:
     claim: Callable[[StoredCodes], EncodedWeight | None]
 
 
-def check_values(found: bool, message: str) -> None:
+def check_values(is_valid: bool, message: str) -> None:
     """Raise CheckpointError for data that contradicts the headers."""
-    if not found:
+    if not is_valid:
         raise CheckpointError(f"{message}; {FETCH_AGAIN}")

@@ -60,5 +60,5 @@ def describe_model_file(name: str) -> str:
 
 
 def _list_names(names: Collection[str], endings: tuple[str, ...]) -> str:
-    found = sorted(name for name in names if name.casefold().endswith(endings))
-    return ", ".join(found[:_SHOWN])
+    matching = sorted(name for name in names if name.casefold().endswith(endings))
+    return ", ".join(matching[:_SHOWN])

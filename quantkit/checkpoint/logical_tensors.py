@@ -211,10 +211,10 @@ def format_faults(faults: Sequence[tuple[str, str]], where: str) -> list[str]:
         kind = reason.replace(f"{module}.", "*.") if module else reason
         kinds.setdefault(kind, []).append((name, reason))
     return [
-        f"{where}: tensor {shorten_repr(found[0][0])}"
-        + (f" and {len(found) - 1} more" if len(found) > 1 else "")
-        + f": {found[0][1]}"
-        for found in kinds.values()
+        f"{where}: tensor {shorten_repr(members[0][0])}"
+        + (f" and {len(members) - 1} more" if len(members) > 1 else "")
+        + f": {members[0][1]}"
+        for members in kinds.values()
     ]
 
 

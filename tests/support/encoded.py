@@ -301,6 +301,14 @@ def encode_gptq(bits: int, *, v2: bool = False, act_order: bool = False) -> Enco
     return encode
 
 
+def encode_llm_int8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Store LLM.int8, decoded by bitsandbytes."""
+    largest = weight.abs().amax(1)
+    codes = torch.round(weight / largest[:, None] * 127).to(torch.int8)
+    decode = import_module("bitsandbytes.functional").int8_vectorwise_dequant
+    return {"weight": codes, "SCB": largest}, decode(codes, largest).bfloat16()
+
+
 def encode_nf4(double: bool) -> Encode:
     """Return bitsandbytes' NF4 encoder, decoded by bitsandbytes."""
 
@@ -424,6 +432,12 @@ EXAMPLES: Mapping[str, Example] = {
             "int-quantized", num_bits=8, type="int", strategy="channel", symmetric=False
         ),
         label="INT8 per row asymmetric",
+    ),
+    "llm-int8": Example(
+        encode=encode_llm_int8,
+        config={"quant_method": "bitsandbytes", "load_in_8bit": True},
+        label="LLM.int8 per row",
+        extra={"weight_format": torch.tensor(0, dtype=torch.uint8)},
     ),
     "mxfp4-compressed": Example(
         encode=encode_mxfp4_compressed,
