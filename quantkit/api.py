@@ -62,12 +62,13 @@ def plan(
         UsageError: if there is no such recipe or model.
     """
     apply_settings()
+    from quantkit.evaluate.check_plan import plan_and_check
     from quantkit.plan import sources  # imports torch
     from quantkit.plan.model_recipe import read_target
 
     request = _make_request(target, method, bits, format, rules, output)
     parsed = read_target(request, _as_text(overrides)).recipe
-    plans = sources.plan_recipe(parsed, sources.resolve_source_facts(parsed))
+    plans = plan_and_check(parsed, sources.resolve_source_facts(parsed))
     sampled = sources.describe_sampled_texts(plans[0].recipe)
     return tuple(summarize_plan(plan, sampled) for plan in plans)
 

@@ -481,6 +481,7 @@ class Format:
     quantization_config: the entry for config.json, or None for an ordinary unquantized checkpoint;
     fp8_scale: local name of the block scales of a kept FP8 `weight`; None: a kept FP8 weight
     becomes BF16;
+    copies_codes: whether kept integer codes of compressed-tensors are stored unchanged;
     accepts_fp8: None, or why this linear of a block that transformers runs cannot stay in FP8
     blocks of that side;
     holds_codes: whether `dequantize` gives (codes - zero) * scale in float32: equal codes are equal
@@ -498,6 +499,7 @@ class Format:
     # engine -> the exact command that serves the artifact, "{path}" for its folder
     engines: Mapping[str, str]
     fp8_scale: str | None = None
+    copies_codes: bool = False
     accepts_fp8: Callable[[Linear, int], str | None] | None = None
     holds_codes: bool = True
     ordinary: bool = False  # stores plain weights, which engines may fuse in any case

@@ -36,6 +36,7 @@ EXTRAS: Mapping[str, str] = {
     "oci": "publishing to and pulling from oci://",
     "openai": "quantkit eval --backend openai",
     "s3": "publishing to and pulling from s3://",
+    "sentencepiece": "models whose tokenizer is a tokenizer.model alone",
     "serve": "quantkit serve with --gateway or the transformers engine",
     "sign": "quantkit sign, and checks of signatures",
 }

@@ -22,7 +22,7 @@ from quantkit.artifact import layout
 from quantkit.artifact.fidelity_schema import Fidelity, TextSet
 from quantkit.artifact.front_matter import read_front_matter
 from quantkit.artifact.make_manifest import format_plan, make_manifest
-from quantkit.artifact.model_files import write_model_files
+from quantkit.artifact.model_files import check_model_files, write_model_files
 from quantkit.artifact.read_report import read_report
 from quantkit.artifact.seal import seal_artifact
 from quantkit.artifact.staging import get_staging_path, prepare_staging, rename_into_place
@@ -38,6 +38,7 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.remote_code import allows_remote_code
 from quantkit.checkpoint.tensors import WrittenFile
 from quantkit.evaluate import solution_likelihood
+from quantkit.evaluate.check_plan import check_before_build
 from quantkit.evaluate.item_results import write_pairs
 from quantkit.evaluate.prompt_overlap import check_overlaps
 from quantkit.evaluate.self_sampler import open_self_source
@@ -56,6 +57,7 @@ from quantkit.io.host import HEAP_BYTES, keep_freed_memory, return_freed_memory
 from quantkit.models.layers import make_meta_model
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan, SourceFacts
+from quantkit.plan.read_texts import find_largest_id, select_texts
 from quantkit.plan.self_texts import list_self_texts
 from quantkit.progress import ProgressCallback
 from quantkit.recipe.schema import Recipe
@@ -89,6 +91,7 @@ class TokenizedTexts:
     tokens: Mapping[TextName, Tokens]
     descriptions: Mapping[TextName, TextSet]
     solutions: GoldSolutions  # run after the fidelity text
+    notes: tuple[str, ...] = ()  # rows and documents that are left out
 
     def stream_texts(self) -> StreamTexts:
         """Return the tokens that the build runs."""
@@ -155,7 +158,7 @@ def build_artifacts(
     chosen = {} if restart else session.read_chosen_texts(recipe)
     recipe = sources.resolve_texts(recipe, facts, chosen)
     texts = check_and_tokenize(recipe, facts, source, trusted_code, on_progress)
-    plans = sources.plan_recipe(recipe, facts, texts.counts())
+    plans = plan_checked(recipe, facts, texts, text, trusted_code if evaluate else None)
     keep_memory_if_free(plans)
     with session.exclusive_lock(plans):
         journal = session.find_interrupted(plans, overwrite=overwrite, restart=restart)
@@ -187,6 +190,23 @@ def build_artifacts(
             build.add_resume_note(error)
             raise
     return tuple(read_result(plan) for plan in plans)
+
+
+def plan_checked(
+    recipe: Recipe,
+    facts: SourceFacts,
+    texts: TokenizedTexts,
+    text: str,
+    trusted_code: Sequence[str] | None,
+) -> tuple[Plan, ...]:
+    """Return the plans of a build after every check that needs no weights.
+
+    text: the recipe's file. trusted_code: None without benchmarks.
+    """
+    plans = sources.plan_recipe(recipe, facts, texts.counts(), texts.notes)
+    check_model_files(plans, text)
+    largest = [find_largest_id(tokens) for tokens in texts.stream_texts().values()]
+    return check_before_build(plans, largest, trusted_code)
 
 
 def keep_memory_if_free(plans: Sequence[Plan]) -> None:
@@ -308,12 +328,14 @@ def tokenize(
     is_code_allowed = allows_remote_code(recipe.source.trust_remote_code, folder)
     tokenizer = corpora.load_tokenizer(folder, is_code_allowed)
     tokens, descriptions = dict[TextName, Tokens](), dict[TextName, TextSet]()
+    notes = list[str]()
     sets = load_sets(recipe, folder, source, tokenizer, on_progress)
     for name, _, sequences, length, seed in select_texts(recipe):
         corpus = sets[name]
         calibrated = set(tokens["calibration"].domains if "calibration" in tokens else ())
         sampled = corpora.sample_sequences(corpus, tokenizer, sequences, length, seed, calibrated)
         tokens[name] = pool_fidelity_kinds(sampled, calibrated) if name == "fidelity" else sampled
+        notes += corpora.describe_left_out(corpus, sampled, tokenizer)
         descriptions[name] = evidence.summarize_text(
             corpus,
             tokens[name],
@@ -339,6 +361,7 @@ def tokenize(
         tokens={"calibration": nothing, "fidelity": nothing, **tokens},
         descriptions=descriptions,
         solutions=solutions,
+        notes=tuple(notes),
     )
 
 
@@ -365,23 +388,6 @@ def load_sets(
             sampler = own.make_sampler(name, sequences, length, seed) if own is not None else None
             sets[name] = corpora.load_set(set_name, place, sampler)
     return sets
-
-
-def select_texts(recipe: Recipe) -> list[tuple[TextName, str, int | None, int, int]]:
-    """Return (stream, set, sequences, length, seed) of the texts that a build runs."""
-    selected: list[tuple[TextName, str, int | None, int, int]] = []
-    calibration = recipe.calibration if recipe.needs_calibration else None
-    if calibration:
-        selected.append((
-            "calibration",
-            calibration.set,
-            calibration.sequences,
-            calibration.length,
-            calibration.seed,
-        ))
-    if fidelity := recipe.fidelity:
-        selected.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
-    return selected
 
 
 def decode_sequences(tokenizer: corpora.Tokenizer, tokens: Tokens) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.artifact.model_files import list_text_prefixes, make_config
-from quantkit.artifact.records import BlockRecord, ModuleRecord
+from quantkit.artifact.records import BlockRecord, ModuleRecord, list_kept_codes
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.formats.common.wrapper_names import list_roots
 from quantkit.plan import sources
@@ -44,7 +44,9 @@ def make_manifest(
             t.name: [t.dtype, list(t.shape)] for shard in plan.shards for t in shard.tensors
         },
         "modules": {
-            record.module: make_module_entry(record) for block in blocks for record in block.modules
+            record.module: make_module_entry(record)
+            for records in (*(block.modules for block in blocks), list_kept_codes(plan))
+            for record in records
         },
         "blocks": {block.name: make_block_entry(block) for block in blocks},
         **({"parts": list_part_roots(plan)} if plan.layout.parts else {}),

@@ -4,11 +4,12 @@ recipe.yaml.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from quantkit.artifact.layout import CONFIG, INDEX, RECIPE
 from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.checkpoint.encoding import remove_quantization
 from quantkit.contracts import Contents, ModelPart
 from quantkit.formats.common.engine_names import LM_HEAD
 from quantkit.io.files import make_folder, write_atomic, write_json
@@ -21,12 +22,8 @@ def make_config(plan: Plan) -> dict[str, object]:
     """Return the artifact's config.json: the source's, with quantization_config replaced by the
     artifact's own.
     """
-    values = {
-        key: value
-        for key, value in plan.source.config.values.items()
-        if key != "quantization_config"
-    }
-    kept = [name for name, decision in plan.decisions.items() if decision.action == "keep"]
+    values = remove_quantization(plan.source.config.values)
+    kept = [name for name, d in plan.decisions.items() if d.action == "keep" and d.codes is None]
     fp8 = [name for name in kept if plan.decisions[name].keep == "fp8"]
     kept += [] if plan.layout.head else [LM_HEAD]
     parts = {part.name: list_modules(part) for part in plan.layout.parts}
@@ -79,6 +76,16 @@ def holds_mtp(plan: Plan) -> bool:
 def list_mtp_blocks(plan: Plan) -> tuple[str, ...]:
     """Return the names of the MTP blocks that the artifact holds."""
     return tuple(block.name for block in plan.layout.blocks if block.kind == "mtp")
+
+
+def check_model_files(plans: Sequence[Plan], recipe_text: str) -> None:
+    """Make config.json and recipe.yaml of each plan, so that a fault shows before the build.
+
+    Raises QuantkitError as `write_model_files` would.
+    """
+    for plan in plans:
+        make_config(plan)
+        apply_overrides(recipe_text, plan.recipe)
 
 
 def write_model_files(folder: Path, plan: Plan, source: Checkpoint, recipe_text: str) -> None:

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 
 from quantkit.contracts import Scheme
 from quantkit.models.scaling import ScaleChoice
+from quantkit.plan.plan import Plan
+
+KEPT_CODES = "source"
+"""Method and rounding of a linear whose codes are the source's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,27 @@ class ModuleRecord:
     tokens: int
     rescaled: bool
     fallbacks: tuple[str, ...]
+
+
+def list_kept_codes(plan: Plan) -> list[ModuleRecord]:
+    """Return the records of linears that keep the source's codes: nothing is lost."""
+    return [
+        ModuleRecord(
+            module=name,
+            rule=decision.rule,
+            method=KEPT_CODES,
+            rounding=KEPT_CODES,
+            scheme=decision.codes,
+            relative_error=0.0,
+            sqnr_db=None,
+            output_error=None,
+            tokens=0,
+            rescaled=False,
+            fallbacks=(),
+        )
+        for name, decision in plan.decisions.items()
+        if decision.codes is not None
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,10 @@ class ArtifactWriter:
             if tensor_names and file not in self.written:
                 _check_started(folder / file)
 
+    def holds(self, name: str) -> bool:
+        """Return whether a tensor of this name is in the plan."""
+        return name in self._specs
+
     def spec(self, name: str) -> TensorSpec:
         """Return the planned dtype and shape of a tensor."""
         if name not in self._specs:

@@ -61,6 +61,9 @@ class BuildContext:
         """
         stored = []
         for writer, output in zip(self.writers, self.formats, strict=True):
+            if not writer.holds(name):
+                stored.append(self._copy_codes(name, tensor, writer))
+                continue
             dtype = writer.spec(name).dtype
             if dtype == FP8:
                 stored.append(self._copy_fp8_blocks(name, tensor, writer, output))
@@ -68,6 +71,19 @@ class BuildContext:
             stored.append(tensor.to(TORCH_DTYPES[dtype]))
             writer.write({name: stored[-1]})
         return stored[0]
+
+    def _copy_codes(self, name: str, tensor: Tensor, writer: ArtifactWriter) -> Tensor:
+        """Copy the codes of a kept weight bit for bit; NumericsError unless they hold the values of
+        `tensor`.
+        """
+        values = self.source.read([name])[name]
+        if not torch.equal(values.to(tensor), tensor):
+            raise NumericsError(
+                f"{name}: expected the source's values, because its codes are kept, found others: "
+                "its input or its rows were rescaled; plan.decisions.changes_fp8 lacks a group"
+            )
+        writer.write(self.source.read_parts(name))
+        return values.to(tensor.device)
 
     def _copy_fp8_blocks(
         self, name: str, tensor: Tensor, writer: ArtifactWriter, output: Format

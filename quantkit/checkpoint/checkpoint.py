@@ -28,7 +28,7 @@ from quantkit.checkpoint.folder_rules import find_redirects, is_sidecar
 from quantkit.checkpoint.logical_tensors import LogicalTensors, find_logical_tensors
 from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.scan import read_small_tensor
-from quantkit.checkpoint.shards import Shards, leads_outside, open_shards
+from quantkit.checkpoint.shards import Shards, find_foreign_weights, leads_outside, open_shards
 from quantkit.checkpoint.source_config import make_source_config
 from quantkit.checkpoint.stored_names import name_tensors
 from quantkit.checkpoint.tensors import read_rows, read_tensor
@@ -74,6 +74,8 @@ class Checkpoint:
         decode: of a source, whose codes are decoded in every encoding; otherwise only FP8 is, as an
         artifact's codes belong to its format. Raises one CheckpointError with all faults.
         """
+        if foreign := find_foreign_weights(folder):
+            raise CheckpointError(foreign)
         faults: list[str] = []
         config, shards = None, None
         try:
@@ -112,6 +114,13 @@ class Checkpoint:
     def stored_specs(self) -> Mapping[str, TensorSpec]:
         """Specs of all stored tensors, scales included."""
         return self.shards.specs
+
+    def read_parts(self, name: str) -> dict[str, Tensor]:
+        """Read the stored tensors of an encoded weight, by their names. Raises as `read` does."""
+        weight = self.logical.encoded[name]
+        return {
+            spec.name: self._read_part(weight, part, 0, None) for part, spec in weight.parts.items()
+        }
 
     def list_parts(self, name: str) -> tuple[str, ...]:
         """Return the stored tensors of a logical one: its own name, or codes and scales."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from quantkit.contracts import Config, TensorSpec
+from quantkit.contracts import Config, Scheme, TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.formats.common.checks import check_pattern, compile_any
 from quantkit.io.files import shorten_repr
@@ -46,13 +46,15 @@ class EncodedWeight:
     """A weight that the checkpoint stores in an encoding.
 
     label: the encoding for people, "FP8 128x128"; spec: the logical tensor; parts: its stored
-    tensors; block: rows and columns of an FP8 block, which an artifact may keep.
+    tensors; scheme: of integer codes whose tensors format compressed_tensors stores unchanged;
+    block: rows and columns of an FP8 block, which an artifact may keep.
     """
 
     label: str
     spec: TensorSpec
     parts: Mapping[str, TensorSpec]
     decode: Decode
+    scheme: Scheme | None = None
     block: tuple[int, int] | None = None
 
     @property
@@ -70,13 +72,13 @@ class SourceQuantization:
     @cached_property
     def values(self) -> Mapping[str, object]:
         """The entry quantization_config; empty without one."""
-        entry = self.config.values.get("quantization_config")
+        entry = find_entry(self.config.values)
         return entry if isinstance(entry, dict) else {}
 
     @property
     def method(self) -> str:
         """The quantization method that config.json states, "" without one."""
-        entry = self.config.values.get("quantization_config")
+        entry = find_entry(self.config.values)
         if not isinstance(entry, dict):
             return shorten_repr(entry) if entry else ""
         return str(entry.get("quant_method") or ("no method" if entry else ""))
@@ -88,14 +90,11 @@ class SourceQuantization:
 
     @cached_property
     def model_dtype(self) -> str:
-        """The dtype that the model computes in: of weights whose scales have no 16-bit dtype."""
-        name = self.config.values.get("dtype") or self.config.values.get("torch_dtype")
-        return _MODEL_DTYPES.get(str(name), "BF16")
-
-    def get_integer(self, *keys: str) -> int | None:
-        """Return the first integer under one of the keys; None without one."""
-        found = (self.values.get(key) for key in keys)
-        return next((value for value in found if type(value) is int), None)
+        """The dtype that the model computes in, "" if config.json states none."""
+        nested = self.config.values.get("text_config")
+        places = (self.config.values, nested if isinstance(nested, dict) else {})
+        names = (place.get(key) for place in places for key in ("dtype", "torch_dtype"))
+        return next((_MODEL_DTYPES[name] for name in names if name in _MODEL_DTYPES), "")
 
     @cached_property
     def groups(self) -> tuple[Mapping[str, object], ...]:
@@ -131,6 +130,22 @@ class SourceQuantization:
         if isinstance(size, str) and size.replace("x", "").isdecimal():  # of old versions: "2x4"
             size = [int(side) for side in size.split("x") if side]
         return "quantization_config.config_groups: block_structure", size
+
+
+def find_entry(values: Mapping[str, object]) -> object:
+    """Return the quantization_config of a model, which wrappers may keep in their text_config."""
+    nested = values.get("text_config")
+    own = values.get("quantization_config")
+    return nested.get("quantization_config") if not own and isinstance(nested, dict) else own
+
+
+def remove_quantization(values: Mapping[str, object]) -> dict[str, object]:
+    """Return a config.json without quantization_config, also in nested configurations."""
+    return {
+        key: remove_quantization(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key != "quantization_config"
+    }
 
 
 def _list_targets(group: Mapping[str, object]) -> list[str]:
@@ -176,30 +191,34 @@ class StoredCodes:
     def shape(self) -> tuple[int, ...]:
         return self.spec.shape
 
-    def require(self, name: str, what: str, dtypes: Sequence[str]) -> TensorSpec:
+    def require(self, name: str, kind: str, dtypes: Sequence[str]) -> TensorSpec:
         """Return the spec of a tensor that belongs to the codes; raises EncodingFault."""
         spec = self.stored.get(name)
         if spec is None:
             raise EncodingFault(
-                f"expected its {what} {shorten_repr(name)}, found none in any file; {FETCH_AGAIN}"
+                f"expected its {kind} {shorten_repr(name)}, found none in any file; {FETCH_AGAIN}"
             )
         if spec.dtype not in dtypes:
             raise EncodingFault(
-                f"expected a {what} of {', '.join(dtypes)}, found {spec.dtype}; {FETCH_AGAIN}"
+                f"expected a {kind} of {', '.join(dtypes)}, found {spec.dtype}; {FETCH_AGAIN}"
             )
         return spec
 
     def choose_dtype(self, scale: TensorSpec) -> str:
-        """Return the dtype of the decoded weight: that of 16-bit scales, else the model's."""
-        return scale.dtype if scale.dtype in ("BF16", "F16") else self.quantization.model_dtype
+        """Return the dtype of the decoded weight: the model's, else that of the scales.
+
+        Engines compute in the model's dtype, so that another one would be rounded a second time.
+        """
+        own = scale.dtype if scale.dtype in ("BF16", "F16") else "BF16"
+        return self.quantization.model_dtype or own
 
 
-def require_shape(spec: TensorSpec, shapes: Sequence[tuple[int, ...]], what: str) -> None:
+def require_shape(spec: TensorSpec, shapes: Sequence[tuple[int, ...]], kind: str) -> None:
     """Raise EncodingFault unless a tensor has one of these shapes."""
     if spec.shape not in shapes:
         expected = " or ".join(str(list(shape)) for shape in shapes)
         raise EncodingFault(
-            f"expected a {what} of shape {expected}, found {list(spec.shape)}; {FETCH_AGAIN}"
+            f"expected a {kind} of shape {expected}, found {list(spec.shape)}; {FETCH_AGAIN}"
         )
 
 
@@ -215,7 +234,7 @@ class Encoding:
     claim: Callable[[StoredCodes], EncodedWeight | None]
 
 
-def check_values(found: bool, message: str) -> None:
+def check_values(is_valid: bool, message: str) -> None:
     """Raise CheckpointError for data that contradicts the headers."""
-    if not found:
+    if not is_valid:
         raise CheckpointError(f"{message}; {FETCH_AGAIN}")

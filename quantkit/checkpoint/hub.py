@@ -35,6 +35,7 @@ from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defin
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.file_names import CHAT_TEMPLATES, CONFIG, HUB_ID, INDEX, SINGLE
 from quantkit.checkpoint.folder_rules import is_sidecar
+from quantkit.checkpoint.foreign_weights import describe_foreign_weights, describe_model_file
 from quantkit.checkpoint.header import PREFIX_BYTES, Header, parse_header, parse_header_length
 from quantkit.checkpoint.logical_tensors import LogicalTensors, find_logical_tensors
 from quantkit.checkpoint.remote_code import list_code_files
@@ -218,13 +219,15 @@ def _locate_local(model: str, revision: str | None) -> Path | None:
     """Return the folder of a local model; None for a Hub id."""
     try:
         path = Path(model).expanduser()
-        is_local = path.is_dir()
+        is_local, is_single_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError):  # a name too long for any file; an unknown user's home
-        path, is_local = Path(), False
+        path, is_local, is_single_file = Path(), False, False
     if model.startswith(BUILTIN_PREFIX):
         folder = locate_model(model)
     elif is_local:
         folder = path.absolute()
+    elif is_single_file:
+        raise CheckpointError(describe_model_file(path.name))
     elif model.startswith(("/", "./", "../", "~")) or not HUB_ID.fullmatch(model):
         raise CheckpointError(
             f"source.model: expected a folder, {BUILTIN_PREFIX}<name> or a Hub id like org/name, "
@@ -243,6 +246,8 @@ def _locate_local(model: str, revision: str | None) -> Path | None:
 def _fetch_headers(model: str, revision: str | None, reader: HubReader) -> ModelHeaders:
     commit = _fetch_commit(reader, model, revision)
     present = {file.path for file in reader.list_files(commit)}
+    if foreign := describe_foreign_weights([n for n in present if "/" not in n], model):
+        raise CheckpointError(foreign)
     values = _fetch_json(reader, model, CONFIG, commit, infinite=True)
     config = make_source_config(values, f"{model}: {CONFIG}")
     index, unindexed = None, list[str]()

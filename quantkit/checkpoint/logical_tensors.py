@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -82,19 +82,20 @@ def find_logical_tensors(
     claimed, faults = claim_codes(stored, quantization, decode, read_bytes)
     parts = {part.name for weight in claimed.values() for part in weight.parts.values()}
     unused = find_unused(stored, parts, claimed, quantization) if decode else ()
-    rest = [spec for name, spec in stored.items() if name not in parts and name not in unused]
+    hidden = parts | {name for name, _ in faults} | set(unused)
+    rest = [spec for name, spec in stored.items() if name not in hidden]
     for spec in rest:
         if reason := find_leftover_fault(spec, stored, quantization, decode):
-            faults.setdefault(reason, []).append(spec.name)
+            faults.append((spec.name, reason))
     logical = {weight.spec.name for weight in claimed.values()}
     for spec in rest:
         if spec.name in logical:
             reason = "expected the weight once, found it plain and in codes; remove one of them"
-            faults.setdefault(reason, []).append(spec.name)
+            faults.append((spec.name, reason))
     if faults:
         raise CheckpointError(join_faults(format_faults(faults, where)))
-    specs = list_specs(stored, claimed, parts | set(unused))
-    notes = find_notes(config, quantization, stored, claimed) if decode else ()
+    specs = list_specs(stored, claimed, hidden)
+    notes = find_notes(quantization, stored, claimed) if decode else ()
     return LogicalTensors(
         specs=specs,
         encoded={weight.spec.name: weight for weight in claimed.values()},
@@ -116,11 +117,11 @@ def claim_codes(
     quantization: SourceQuantization,
     decode: bool,
     read_bytes: Callable[[str], bytes] | None,
-) -> tuple[dict[str, EncodedWeight], dict[str, list[str]]]:
-    """Return the weights of all codes by the codes' name, and names of malformed ones by reason."""
+) -> tuple[dict[str, EncodedWeight], list[tuple[str, str]]]:
+    """Return the weights of all codes by the codes' name, and (name, reason) of malformed ones."""
     known = load_encodings()
     tried = list(known.values()) if decode else [known[_FP8_ENCODING]]
-    claimed, faults = dict[str, EncodedWeight](), dict[str, list[str]]()
+    claimed, faults = dict[str, EncodedWeight](), list[tuple[str, str]]()
     for name, spec in stored.items():
         if spec.dtype not in CODE_DTYPES:
             continue
@@ -133,7 +134,7 @@ def claim_codes(
                     claimed[name] = weight
                     break
         except EncodingFault as fault:
-            faults.setdefault(str(fault), []).append(name)
+            faults.append((name, str(fault)))
     return keep_one_block_size(claimed), faults
 
 
@@ -199,13 +200,21 @@ def find_leftover_fault(
     return None
 
 
-def format_faults(faults: Mapping[str, list[str]], where: str) -> list[str]:
-    """Return one sentence per reason, with its first tensor and the number of others."""
+def format_faults(faults: Sequence[tuple[str, str]], where: str) -> list[str]:
+    """Return one sentence per kind of fault, with its first tensor and the number of others.
+
+    faults: (tensor, reason). Reasons are of one kind if they differ in the module's name only.
+    """
+    kinds = dict[str, list[tuple[str, str]]]()
+    for name, reason in faults:
+        module = name.rpartition(".")[0]
+        kind = reason.replace(f"{module}.", "*.") if module else reason
+        kinds.setdefault(kind, []).append((name, reason))
     return [
-        f"{where}: tensor {shorten_repr(names[0])}"
-        + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        + f": {reason}"
-        for reason, names in faults.items()
+        f"{where}: tensor {shorten_repr(members[0][0])}"
+        + (f" and {len(members) - 1} more" if len(members) > 1 else "")
+        + f": {members[0][1]}"
+        for members in kinds.values()
     ]
 
 
@@ -223,7 +232,6 @@ def list_specs(
 
 
 def find_notes(
-    config: Config,
     quantization: SourceQuantization,
     stored: Mapping[str, TensorSpec],
     claimed: Mapping[str, EncodedWeight],
@@ -233,9 +241,9 @@ def find_notes(
         return ()
     dtypes = ", ".join(sorted({spec.dtype for spec in stored.values()}))
     return (
-        f"{config.where}: quantization_config states {quantization.method}, but no weight is "
-        f"stored in codes (all are {dtypes}): the entry is stale and ignored, the weights are used "
-        "as they are",
+        f"config.json: quantization_config states {quantization.method}, but no weight is stored "
+        f"in codes (all are {dtypes}): the entry is stale and ignored, the weights are used as "
+        "they are",
     )
 
 

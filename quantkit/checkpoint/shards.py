@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from quantkit.checkpoint.file_names import INDEX, SINGLE
 from quantkit.checkpoint.folder_rules import SHARD
+from quantkit.checkpoint.foreign_weights import describe_foreign_weights
 from quantkit.checkpoint.header import Header, read_header
 from quantkit.contracts import TensorSpec
 from quantkit.errors import CheckpointError
@@ -26,7 +27,6 @@ from quantkit.io.files import (
 from quantkit.progress import Progress, ProgressCallback
 
 MAX_NAME_LENGTH = 256  # no file has a longer one
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,8 @@ def open_shards(folder: Path) -> Shards:
     """Read the index and every header of a folder; raises one CheckpointError with all faults."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a model folder, found none; check the path")
+    if foreign := find_foreign_weights(folder):
+        raise CheckpointError(foreign)
     index, notes = _read_index(folder), tuple[str, ...]()
     names = [SINGLE] if index is None else list(dict.fromkeys(index.values()))
     if index is None and not is_present(folder / SINGLE):
@@ -108,6 +110,13 @@ def open_shards(folder: Path) -> Shards:
     if faults:
         raise CheckpointError(join_faults(faults))
     return Shards(folder=folder, headers=headers, files=files, notes=notes)
+
+
+def find_foreign_weights(folder: Path) -> str | None:
+    """Return what a folder holds in place of safetensors, and what to do; None if nothing known."""
+    if not folder.is_dir():
+        return None
+    return describe_foreign_weights([path.name for path in folder.iterdir()], str(folder))
 
 
 def make_index(headers: Mapping[str, Header]) -> dict[str, str]:
@@ -264,18 +273,12 @@ def _read_index(folder: Path) -> dict[str, str] | None:
 
 def _describe_missing_weights(folder: Path) -> str:
     expected = f"{folder}: expected {SINGLE} or {INDEX}"
-    pickled = _list_files(folder, _PICKLED)
     names = _list_files(folder, ("*.safetensors",))
     if names.count(".safetensors") == 1 and not SHARD.fullmatch(names):
         return f"{expected}, found {names}; rename it to {SINGLE} if it holds the whole model"
     if names:
         return (
             f"{expected}, found {names} without an index; fetch the index, or all shards of one set"
-        )
-    if pickled:
-        return (
-            f"{expected}, found pickled weights ({pickled}) only; quantkit reads safetensors only, "
-            "convert them"
         )
     return f"{expected}, found neither; check the path or fetch the checkpoint again"
 

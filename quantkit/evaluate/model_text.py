@@ -21,7 +21,7 @@ from quantkit.models.layers import make_meta_model
 from quantkit.numerics.nucleus import sample_nucleus
 from quantkit.plan.plan import load_architecture
 from quantkit.plan.sources import ResolvedCompute
-from quantkit.texts.corpora import adds_bos
+from quantkit.texts.corpora import add_prefix, find_prefix
 from quantkit.texts.self_text import SampledText, Sampling, TextRequest, draw_uniform
 
 MIN_NEW_TOKENS = 16
@@ -102,8 +102,8 @@ class ModelTextGenerator:
         tokenizer = self._renderer.tokenizer
         text = self._renderer.render_prompt(request.prompt)
         ids = list(tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"][0])
-        if adds_bos(tokenizer):
-            return [tokenizer.bos_token_id, *ids]
+        if prefix := find_prefix(tokenizer):
+            return add_prefix(prefix, ids)
         first = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
         return ids or [next(number for number in first if number is not None)]
 
@@ -130,7 +130,7 @@ class ModelTextGenerator:
         self, request: TextRequest, prompt: Sequence[int], tokens: Sequence[int]
     ) -> SampledText:
         tokenizer = self._renderer.tokenizer
-        shown = prompt[1:] if adds_bos(tokenizer) else prompt
+        shown = prompt[len(find_prefix(tokenizer)) :]
         start, text = (
             tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             for ids in (shown, [*shown, *tokens])

@@ -8,7 +8,7 @@ from typing import Any
 from quantkit.errors import CalibrationError
 from quantkit.io.templates import TemplateFault, TemplateWorker
 from quantkit.texts.chat_templates import render_chat, render_finished_chat, render_unfinished_chat
-from quantkit.texts.corpora import adds_bos
+from quantkit.texts.corpora import find_prefix
 from quantkit.texts.self_prompts import SeedPrompt
 
 _THINK = ("<think>\n", "\n</think>\n\n")
@@ -64,9 +64,9 @@ class PromptRenderer:
         return start + joined + answer, len(start)
 
     def strip_bos(self, text: str) -> str:
-        """Return a text without the BOS that the tokenizer adds to it."""
-        bos = getattr(self.tokenizer, "bos_token", None)
-        return text.removeprefix(bos) if bos and adds_bos(self.tokenizer) else text
+        """Return a text without BOS, or the tokens that the tokenizer puts in front of it."""
+        prefix = find_prefix(self.tokenizer)
+        return text.removeprefix(self.tokenizer.decode(prefix)) if prefix else text
 
     def _render(self, messages: Sequence[dict[str, object]], way: str) -> str:
         render = {

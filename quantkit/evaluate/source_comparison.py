@@ -88,14 +88,8 @@ def compare_with_source(
     names = plan.recipe.evaluation.tasks
     if not names or not evaluate:
         return make_not_run_rows(names, "skipped by --skip-evaluation")
-    parameter_bytes = compute.hidden_bytes * full_model.count_parameters(plan.layout)
-    needed = BASE_BYTES + int(WHOLE_MODEL_COPIES * parameter_bytes)
-    if needed > plan.memory.budget_bytes:
-        return make_not_run_rows(
-            names,
-            f"the whole model needs {needed / 1e9:.0f} GB in {compute.dtype}, memory allows "
-            f"{plan.memory.budget_bytes / 1e9:.0f} GB",
-        )
+    if reason := find_memory_reason(plan, compute):
+        return make_not_run_rows(names, reason)
     try:
         loaded = tasks.load_tasks(names, trusted=trusted_code)
         context = ComparisonContext(
@@ -124,6 +118,18 @@ def compare_with_source(
         ),
         pairs=tuple(pairs),
         conditions=describe_conditions(context),
+    )
+
+
+def find_memory_reason(plan: Plan, compute: ResolvedCompute) -> str:
+    """Return why the whole model does not fit into memory; "" if it does."""
+    parameter_bytes = compute.hidden_bytes * full_model.count_parameters(plan.layout)
+    needed = BASE_BYTES + int(WHOLE_MODEL_COPIES * parameter_bytes)
+    if needed <= plan.memory.budget_bytes:
+        return ""
+    return (
+        f"the whole model needs {needed / 1e9:.0f} GB in {compute.dtype}, memory allows "
+        f"{plan.memory.budget_bytes / 1e9:.0f} GB"
     )
 
 

@@ -424,6 +424,7 @@ FORMAT = Format(
     quantization_config=make_quantization_config,
     one_scheme=False,
     fp8_scale="weight_scale",
+    copies_codes=True,
     accepts_fp8=find_fp8_rejection,
     limits=find_engine_limits,
     engines={**SERVERS, **TRANSFORMERS},

@@ -37,9 +37,9 @@ from quantkit.models.stored_names import StoredNames, UnknownForm, find_stored_n
 from quantkit.models.text_part import find_parts, name_in_model, put_parts_back
 
 UNSUPPORTED: Mapping[str, str] = {
-    "gpt_oss": "its experts are stored in MXFP4 with biases, gate and up interleaved and clamped, "
-    "which no reader here knows, and at 4.25 bits a weight there is nothing to gain from 4 bits; "
-    "serve the release as it is",
+    "gpt_oss": "its experts have biases, and gate and up are interleaved and clamped, which no "
+    "layout here describes; the release has 4.25 bits a weight, so that 4 bits gain nothing; serve "
+    "it as it is",
 }
 """Model types that transformers supports and quantkit does not, with the reason and the remedy."""
 

@@ -120,7 +120,9 @@ def _unpack_nibbles(words: Tensor, axis: int) -> Tensor:
     """Unpack sequential 4-bit codes byte by byte, ten times as fast as word by word."""
     import torch
 
-    data = words.movedim(axis, -1).contiguous().view(torch.uint8)  # [..., words] -> [..., 4 words]
+    # a copy: `contiguous` may keep another stride of an axis of size 1, and bytes need stride 1
+    runs = words.movedim(axis, -1).clone(memory_format=torch.contiguous_format)
+    data = runs.view(torch.uint8)  # [..., words] -> [..., 4 words]
     codes = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)  # [..., 8 words]
     return codes.movedim(-1, axis).contiguous()
 

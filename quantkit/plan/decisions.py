@@ -33,9 +33,9 @@ class Decision:
     block: str | None  # block name; None outside the blocks
     action: Literal["quantize", "keep", "drop"]
     rule: str
-    keep: Literal["source", "bf16", "fp8"] = (
-        "source"  # how a kept weight is stored; fp8: as the source's blocks
-    )
+    # how a kept weight is stored; fp8: as the source's blocks; codes: as the source's codes
+    keep: Literal["source", "bf16", "fp8", "codes"] = "source"
+    codes: Scheme | None = None  # of a weight that keeps the source's codes
     method: str | None = None
     rounding: str | None = None
     scheme: Scheme | None = None
@@ -158,11 +158,33 @@ def keep_fp8_blocks(
     return {n: replace(d, keep="fp8") if holds and stays(n, d) else d for n, d in decisions.items()}
 
 
+def keep_codes(
+    decisions: Mapping[str, Decision], schemes: Mapping[str, Scheme], output: Format
+) -> dict[str, Decision]:
+    """Return the decisions with keep "codes" for kept weights whose codes the format stores.
+
+    schemes: of integer codes in the source, by module. If nothing is quantized no codes are kept.
+    """
+    if not output.copies_codes or not any(d.action == "quantize" for d in decisions.values()):
+        return dict(decisions)
+
+    def decide(name: str, decision: Decision) -> Decision:
+        scheme = schemes.get(name)
+        if scheme is None or (decision.action, decision.keep) != ("keep", "source"):
+            return decision
+        is_stored = output.accepts(scheme, decision.linear) is None
+        return replace(decision, keep="codes", codes=scheme) if is_stored else decision
+
+    return {name: decide(name, decision) for name, decision in decisions.items()}
+
+
 def changes_fp8(group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
-    """Return whether rescaling a group would change kept FP8 bits of a reader or the absorber."""
+    """Return whether rescaling a group would change kept bits of a reader or the absorber: FP8
+    blocks or codes.
+    """
     absorber = (group.absorber.module,) if group.absorber else ()
     names = (*group.readers, *absorber)
-    return any(name in decisions and decisions[name].keep == "fp8" for name in names)
+    return any(name in decisions and decisions[name].keep in ("fp8", "codes") for name in names)
 
 
 def select_quantized_groups(
@@ -351,8 +373,11 @@ def find_fused_faults(
                 continue
             outcomes: dict[tuple[str, Scheme | None], str] = {}
             for name in members:
-                kept = " in FP8" if decisions[name].keep == "fp8" else ""
-                outcomes.setdefault((decisions[name].action + kept, decisions[name].scheme), name)
+                decision = decisions[name]
+                kept = {"fp8": " in FP8", "codes": " in codes"}.get(decision.keep, "")
+                outcomes.setdefault(
+                    (decision.action + kept, decision.scheme or decision.codes), name
+                )
             if len(outcomes) > 1:
                 members_text = ", ".join(
                     f"{name} ({decisions[name].rule}: {action})"

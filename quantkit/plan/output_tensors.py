@@ -39,12 +39,15 @@ class KeptStorage:
     specs: Mapping[str, TensorSpec]
     scale: str | None
     side: int | None
+    output: Format
 
     def weight(self, decision: Decision) -> tuple[TensorSpec, ...]:
         """Return the weight of a kept linear as written, for FP8 blocks with its scales."""
+        if decision.codes is not None:
+            return self.output.layout(decision.linear, decision.codes)
         spec = self.specs[f"{decision.linear.name}.weight"]
         if decision.keep != "fp8":
-            return (make_kept_spec(spec, decision.keep),)
+            return (make_kept_spec(spec, "bf16" if decision.keep == "bf16" else "source"),)
         assert self.scale is not None and self.side is not None  # checked by keep_fp8_blocks
         shape = tuple(
             ceil(size / self.side) for size in spec.shape

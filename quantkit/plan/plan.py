@@ -28,6 +28,7 @@ from quantkit.plan.decisions import (
     find_storage_faults,
     find_unmatched_rules,
     is_unscaled_for_fp8,
+    keep_codes,
     keep_fp8_blocks,
 )
 from quantkit.plan.left_out import LeftOut, summarize_left_out
@@ -75,6 +76,15 @@ class SourceFacts:
         sides = (weight.block[0] for weight in self.encoded.values() if weight.block)
         return next(sides, None) or read_fp8_block_size(self.config)
 
+    @property
+    def code_schemes(self) -> dict[str, Scheme]:
+        """Schemes of weights whose integer codes an artifact may hold unchanged, by module."""
+        return {
+            name.removesuffix(".weight"): weight.scheme
+            for name, weight in self.encoded.items()
+            if weight.scheme is not None
+        }
+
     def count_bytes(self, spec: TensorSpec) -> int:
         """Return the stored bytes of a logical tensor, with scales."""
         if weight := self.encoded.get(spec.name):
@@ -111,15 +121,16 @@ class Plan:
             specs=self.specs,
             scale=self.format.fp8_scale,
             side=self.source.fp8_side,
+            output=self.format,
         )
 
     @property
     def schemes(self) -> dict[str, Scheme]:
-        """Scheme of each quantized linear by module name."""
+        """Scheme of each linear in codes by module name: quantized, or kept as in the source."""
         return {
-            name: decision.scheme
+            name: scheme
             for name, decision in self.decisions.items()
-            if decision.scheme is not None
+            if (scheme := decision.scheme or decision.codes) is not None
         }
 
     @property
@@ -279,9 +290,11 @@ def find_unsupported_engines(
     mtp_linears = {
         linear.name for block in layout.blocks if block.kind == "mtp" for linear in block.linears
     }
-    schemes = {d.linear: d.scheme for d in decisions.values() if d.scheme}
+    schemes = {d.linear: scheme for d in decisions.values() if (scheme := d.scheme or d.codes)}
     kept = [
-        d.linear for name, d in decisions.items() if d.action == "keep" and name not in mtp_linears
+        d.linear
+        for name, d in decisions.items()
+        if d.action == "keep" and d.codes is None and name not in mtp_linears
     ]
     limits = output.limits(config.text("model_type"), schemes, kept) if schemes else {}
     return {**unnamed, **limits}
@@ -325,8 +338,9 @@ def describe_decoded(
     plain = [
         weight
         for name, decision in decisions.items()
-        if decision.action == "keep" and (weight := encoded.get(f"{name}.weight"))
-        if weight.block is None
+        if (decision.action, decision.keep) == ("keep", "source")
+        and (weight := encoded.get(f"{name}.weight")) is not None
+        and weight.block is None
     ]
     if not plain:
         return []
@@ -354,6 +368,7 @@ def apply_rules(
     decisions = keep_fp8_blocks(
         decide_all(matched.layout, rules, recipe, matched.specs), matched.specs, output
     )
+    decisions = keep_codes(decisions, source.code_schemes, output)
     refusing = find_unsupported_engines(output, source.config, matched.layout, decisions)
     faults = find_unmatched_rules(rules, matched.layout, recipe.name)
     faults += [
@@ -376,7 +391,9 @@ def list_written_tensors(
 ) -> list[TensorSpec]:
     """Return every tensor of the artifact in writing order."""
     output = registry.get_format(format_name)
-    kept = KeptStorage(specs=matched.specs, scale=output.fp8_scale, side=source.fp8_side)
+    kept = KeptStorage(
+        specs=matched.specs, scale=output.fp8_scale, side=source.fp8_side, output=output
+    )
     return list_output_tensors(matched.layout, decisions, kept, output)
 
 

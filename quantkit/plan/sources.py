@@ -19,6 +19,7 @@ from quantkit.io.host import get_available_memory, has_bfloat16_instructions
 from quantkit.io.suggestions import format_unknown_name
 from quantkit.plan.check_values import find_value_faults
 from quantkit.plan.choose_texts import resolve_text_sets
+from quantkit.plan.context_length import find_context_faults, find_context_warnings
 from quantkit.plan.left_out import format_names
 from quantkit.plan.match_checkpoint import MatchedLayout
 from quantkit.plan.plan import Plan, SourceFacts, make_plan, match_source
@@ -233,11 +234,13 @@ def plan_recipe(
     recipe: Recipe,
     source: SourceFacts,
     tokens: Mapping[Literal["calibration", "fidelity"], int] | None = None,
+    notes: Sequence[str] = (),
 ) -> tuple[Plan, ...]:
     """Return one plan per format of the recipe, for this machine.
 
-    tokens: of the streams; by default upper bounds, before a tokenizer is loaded. Raises
-    RecipeError with every fault of the recipe, unknown benchmarks included.
+    tokens: of the streams; by default upper bounds, before a tokenizer is loaded. notes: on texts
+    that were tokenized. Raises RecipeError with every fault of the recipe, unknown benchmarks
+    included.
     """
     recipe = resolve_texts(recipe, source)
     tokens = bound_text_tokens(recipe) if tokens is None else tokens
@@ -253,6 +256,8 @@ def plan_recipe(
         *source.notes,
         *describe_set_choices(recipe),
         *find_text_warnings(texts),
+        *notes,
+        *find_context_warnings(recipe, source.config),
         *describe_unread_values(source, matched),
     )
     for name in recipe.format:
@@ -270,6 +275,7 @@ def plan_recipe(
             faults += error.faults
         else:
             plans.append(replace(plan, texts=texts, warnings=(*plan.warnings, *warnings)))
+    faults += find_context_faults(recipe, source.config, matched.layout)
     faults += find_output_faults(recipe, matched)
     faults += find_text_faults(recipe, texts) + find_task_faults(recipe) + find_gate_faults(recipe)
     value_bytes = resolve_compute(recipe).value_bytes

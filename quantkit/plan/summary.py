@@ -126,7 +126,9 @@ def format_scheme(scheme: Scheme) -> str:
 def format_action(decision: Decision) -> str:
     """Format a decision: "awq int4 g128 asymmetric", "keep", "keep FP8", "drop"."""
     if decision.scheme is None:
-        return f"{decision.action} FP8" if decision.keep == "fp8" else decision.action
+        stored = format_scheme(decision.codes) if decision.codes else "FP8"
+        has_codes = decision.keep in ("fp8", "codes")
+        return f"{decision.action} {stored}" if has_codes else decision.action
     rounding = (
         f"+{decision.rounding}"
         if decision.rounding not in {None, "nearest", decision.method}
@@ -147,6 +149,8 @@ def compute_bytes_after(plan: Plan, decision: Decision) -> int:
 
 def format_kept_dtype(plan: Plan, decision: Decision) -> str:
     """Return the dtype of a kept weight in the artifact: "BF16", "F8_E4M3 128x128"."""
+    if decision.codes is not None:
+        return f"{format_scheme(decision.codes)} of the source"
     dtype = plan.kept.weight(decision)[0].dtype
     return f"{dtype} {plan.kept.side}x{plan.kept.side}" if decision.keep == "fp8" else dtype
 

@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from quantkit.checkpoint.file_names import HUB_ID
+from quantkit.checkpoint.foreign_weights import PICKLED
 from quantkit.errors import UsageError
 from quantkit.io.files import is_file, write_output
 from quantkit.io.package_data import BUILTIN_PREFIX, is_recipe_name, locate_folder
 from quantkit.io.yaml_document import printable
 from quantkit.recipe.parse import parse_recipe
 from quantkit.recipe.schema import Recipe
+
+WEIGHT_ENDINGS = (".gguf", ".safetensors", *PICKLED)
+"""Endings of files that hold weights: none is a recipe."""
 
 
 def read_recipe(name: str, overrides: Mapping[str, str]) -> tuple[str, Recipe]:
@@ -50,8 +54,8 @@ def is_model(target: str) -> bool:
     A YAML file, with or without its ending, and the name of a shipped recipe without a folder of
     that name are recipes.
     """
-    if target.startswith(BUILTIN_PREFIX):
-        return True
+    if target.startswith(BUILTIN_PREFIX) or target.casefold().endswith(WEIGHT_ENDINGS):
+        return True  # a file of weights is refused with its right step, where models are located
     if is_recipe_name(target) or any(is_file(Path(target + end)) for end in ("", ".yaml")):
         return False
     return is_folder(Path(target).expanduser()) or HUB_ID.fullmatch(target) is not None

@@ -87,7 +87,8 @@ class Calibration(BaseModel):
     set: Annotated[
         Text,
         describe(
-            "A text set of calibration/, or the path of a spec. `auto`: the mixture `everyday` "
+            "A text set of calibration/, or the path of a spec or of a text file (.jsonl, "
+            ".parquet, .txt). `auto`: the mixture `everyday` "
             "of the hub; without the hub that of local files, text of the model itself, or the "
             "built-in text, in this order.",
             "everyday",
@@ -161,7 +162,8 @@ class FidelityText(BaseModel):
     set: Annotated[
         Text,
         describe(
-            "A text set of calibration/, or the path of a spec; never the calibration set. `auto`: "
+            "A text set of calibration/, or the path of a spec or of a text file; never the "
+            "calibration set. `auto`: "
             "the held-out set that belongs to the calibration set of `auto`.",
             "everyday-heldout",
         ),

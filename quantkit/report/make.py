@@ -15,7 +15,7 @@ from typing import Literal
 from quantkit.artifact import fidelity_schema
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
 from quantkit.artifact.make_manifest import read_versions
-from quantkit.artifact.records import BlockRecord, ModuleRecord
+from quantkit.artifact.records import BlockRecord, ModuleRecord, list_kept_codes
 from quantkit.build.quantize_linear import FALLBACKS
 from quantkit.checkpoint.encoding import FP8
 from quantkit.contracts import PROTECTED_ROLES
@@ -60,6 +60,7 @@ def make_report(
 ) -> Fidelity:
     """Return the report before its gates are judged."""
     records = [record for block in blocks for record in block.modules]
+    records += list_kept_codes(plan)
     return Fidelity(
         artifact=summarize_artifact(plan),
         source=summarize_source(plan, license),
@@ -123,6 +124,7 @@ def summarize_artifact(plan: Plan) -> fidelity_schema.ArtifactSummary:
             *((UNFUSED_NOTE,) if unfused else ()),
             *(f"Not for {engine}: {reason}." for engine, reason in unsupported.items()),
             *make_fp8_notes(plan),
+            *(f"Source: {note}." for note in plan.source.notes),
         ),
         tags=(plan.format_name.replace("_", "-"), f"{plan.recipe.quantize.bits}-bit"),
     )

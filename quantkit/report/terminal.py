@@ -190,13 +190,10 @@ def render_plan(plan: PlanSummary) -> Group:
         else ""
     )
     facts = f"{source.architecture}{revision}, {weights} parameters{mtp}, {source.dtype}, "
-    head.append(
-        "\n"
-        + strip_control_characters(
-            f"{facts}{format_numbers.format_size(source.bytes)}; read from {source.read_from}"
-        ),
-        style="not bold",
-    )
+    facts += f"{format_numbers.format_size(source.bytes)}; read from {source.read_from}"
+    if source.compared_with != source.dtype:
+        facts += f"; compared with the {source.compared_with}"
+    head.append("\n" + strip_control_characters(facts), style="not bold")
     totals = plan.totals
     size = format_numbers.format_size_change(totals.bytes_before, totals.bytes_after)
     head.append(f"\n{totals.bits_per_weight:.2f} bits per weight overall; {size}", style="not bold")

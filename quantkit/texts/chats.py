@@ -62,6 +62,23 @@ def read_chats(
     return chats, skipped
 
 
+def is_message_list(cell: object) -> bool:
+    """Return whether a cell looks like a chat: a list of objects with a role."""
+    return (
+        isinstance(cell, list)
+        and bool(cell)
+        and all(isinstance(entry, Mapping) and ({"role", "from"} & {*entry}) for entry in cell)
+    )
+
+
+def read_content(content: object) -> object:
+    """Return the text of a message; content in parts is joined if all of them are text."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content  # type: ignore[arg-type]
+
+
 def _iterate_messages(cell: object, where: str) -> Iterator[Message]:
     """Yield the messages of a cell under the names role and content."""
     if not isinstance(cell, Sequence) or isinstance(cell, str):
@@ -69,7 +86,7 @@ def _iterate_messages(cell: object, where: str) -> Iterator[Message]:
     for number, entry in enumerate(cell, start=1):
         values = entry if isinstance(entry, Mapping) else {}
         role = values.get("role", values.get("from"))
-        content = values.get("content", values.get("value"))
+        content = read_content(values.get("content", values.get("value")))
         role = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES or not isinstance(content, str) or not is_encodable(content):
             raise CalibrationError(
@@ -80,11 +97,12 @@ def _iterate_messages(cell: object, where: str) -> Iterator[Message]:
 
 
 def cut_chats(
-    chats: Sequence[Chat], tokenizer: Any, length: int
+    chats: Sequence[Chat], tokenizer: Any, length: int, *, count_all: bool = False
 ) -> list[tuple[list[int], tuple[tuple[int, int], ...]]]:
     """Return the ids of each chat, at most `length`, and the ranges of its answers' tokens.
 
-    A chat without an answer in its first `length` tokens is left out. A model without a chat
+    A chat without an answer in its first `length` tokens is left out; with `count_all` every token
+    is in a range, and the chat stays. A model without a chat
     template gets the messages joined by blank lines. Raises CalibrationError if the model's
     template fails.
     """
@@ -94,6 +112,8 @@ def cut_chats(
         with TemplateWorker() as worker:
             pieces = [_render_segments(worker, tokenizer, chat) for chat in chats]
     rows = (_encode_segments(tokenizer, segments, length) for segments in pieces)
+    if count_all:
+        return [(ids, ((0, len(ids)),)) for ids, _ in rows if ids]
     return [row for row in rows if row[1]]
 
 

@@ -180,13 +180,14 @@ def sample_sequences(
             calibrated,
         )
         return _sample_parts(corpus, shares, tokenizer, sequences, length, seed)
-    candidates = {
+    every = {
         domain: _list_candidates(corpus, domain, tokenizer, length) for domain in corpus.domains
     }
+    candidates = {domain: [row for row in rows if len(row) > 1] for domain, rows in every.items()}
+    too_short = sum(len(rows) - len(candidates[domain]) for domain, rows in every.items())
     picks = _choose_sequences(corpus, candidates, sequences, length, seed)
-    return pack_tokens([
-        TokenSequence(domain=domain, ids=candidates[domain][index]) for domain, index in picks
-    ])
+    rows = [TokenSequence(domain=domain, ids=candidates[domain][index]) for domain, index in picks]
+    return pack_tokens(rows, too_short)
 
 
 def encode_continuation(
@@ -201,7 +202,7 @@ def encode_continuation(
     """
     stripped = prompt.rstrip()
     prompt_ids, ids = _encode(tokenizer, [stripped, prompt + text])
-    text_ids, bos = ids[len(prompt_ids) :], _find_bos(tokenizer)
+    text_ids, bos = ids[len(prompt_ids) :], find_prefix(tokenizer)
     room = length - len(bos) - len(text_ids)
     if not text_ids or room < 0 or len(bos) + min(room, len(prompt_ids)) < 1:
         return [], 0
@@ -282,7 +283,9 @@ def _cut_part(part: CorpusPart, tokenizer: Tokenizer, length: int) -> list[Token
     if spec.packing == "chats":
         return [
             make(ids=ids, answers=answers)
-            for ids, answers in cut_chats(part.chats, tokenizer, length)
+            for ids, answers in cut_chats(
+                part.chats, tokenizer, length, count_all=spec.count == "all"
+            )
         ]
     rows = _cut_sequences(part.texts, spec.packing, spec.end_of_document, tokenizer, length)
     if part.labels:  # one per text: such texts are not joined
@@ -291,15 +294,56 @@ def _cut_part(part: CorpusPart, tokenizer: Tokenizer, length: int) -> list[Token
     return [make(ids=row) for row in rows if len(row) > 1]
 
 
+def count_too_short(part: CorpusPart, tokenizer: Tokenizer) -> int:
+    """Return the documents of a part that have fewer than two tokens with BOS and EOS."""
+    if part.spec.packing != "documents":
+        return 0
+    rows = _cut_sequences(part.texts, "documents", part.spec.end_of_document, tokenizer, 2)
+    return sum(len(row) < 2 for row in rows)
+
+
+def describe_left_out(corpus: CorpusSet, tokens: Tokens, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return a sentence per kind of rows that give no tokens: empty ones, and short documents."""
+    found = list[str]()
+    short = {"": tokens.too_short}
+    for part in corpus.parts:
+        kind = "an answer" if part.chats else "text"
+        if part.skipped:
+            found.append(
+                f"{corpus.name}: part {part.spec.name}: {part.skipped:,} rows without {kind} are "
+                "skipped"
+            )
+        short[part.spec.name] = count_too_short(part, tokenizer)
+    for name, count in short.items():
+        if count:
+            where = f"{corpus.name}: part {name}" if name else corpus.name
+            found.append(
+                f"{where}: {count:,} documents of fewer than two tokens are left out: they predict "
+                "no token"
+            )
+    return tuple(found)
+
+
 def count_sequence_tokens(tokenizer: Tokenizer, text: str, length: int) -> int:
     """Return the tokens of a text that is one sequence; 0 if it is too short for one."""
     (row,) = _cut_sequences([text], "documents", False, tokenizer, length)
     return len(row) if len(row) > 1 else 0
 
 
-def adds_bos(tokenizer: Tokenizer) -> bool:
-    """Return whether the tokenizer starts a text with BOS."""
-    return bool(_find_bos(tokenizer))
+def find_prefix(tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens that the tokenizer puts in front of a text: BOS, several, or none.
+
+    Many tokenizers define a BOS and add none (GPT-2's, SmolLM2's); ChatGLM's adds two tokens.
+    """
+    (plain,) = tokenizer(["a"], add_special_tokens=False, verbose=False)["input_ids"]
+    (whole,) = tokenizer(["a"], add_special_tokens=True, verbose=False)["input_ids"]
+    starts = range(len(whole) - len(plain) + 1)
+    return next((whole[:n] for n in starts if whole[n : n + len(plain)] == plain), [])
+
+
+def add_prefix(prefix: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Return ids after the prefix, which text that was rendered before may have already."""
+    return list(ids) if prefix and list(ids[: len(prefix)]) == [*prefix] else [*prefix, *ids]
 
 
 def _list_candidates(
@@ -318,28 +362,20 @@ def _cut_sequences(
     length: int,
 ) -> list[list[int]]:
     """Return all sequences of texts: one per document, or windows of exactly `length` tokens."""
-    bos = _find_bos(tokenizer)
+    prefix = find_prefix(tokenizer)
     if packing == "documents":
         eos = (
             [tokenizer.eos_token_id]
             if end_of_document and tokenizer.eos_token_id is not None
             else []
         )
-        return [[*bos, *ids, *eos][:length] for ids in _encode(tokenizer, list(texts))]
+        rows = (add_prefix(prefix, ids) for ids in _encode(tokenizer, list(texts)))
+        return [[*ids, *(() if ids[-1:] == eos else eos)][:length] for ids in rows]
     stream = _encode(tokenizer, [WINDOW_JOIN.join(texts)])[0]
-    room = length - len(bos)
+    room = length - len(prefix)
     return [
-        [*bos, *stream[start : start + room]] for start in range(0, len(stream) - room + 1, room)
+        [*prefix, *stream[start : start + room]] for start in range(0, len(stream) - room + 1, room)
     ]
-
-
-def _find_bos(tokenizer: Tokenizer) -> list[int]:
-    """Return the BOS that the tokenizer adds to a text, as a list.
-
-    Many tokenizers define a BOS and add none (GPT-2's, SmolLM2's).
-    """
-    first = tokenizer(["a"], add_special_tokens=True, verbose=False)["input_ids"][0][:1]
-    return list(first) if first == [tokenizer.bos_token_id] else []
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:

@@ -381,8 +381,14 @@ def read_hub_dataset(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:
 def _collect_texts(rows: Any, spec: CorpusSpec, hub: HubDataset) -> list[str]:
     """Return the texts of the column, at most MAX_BYTES of them."""
     texts, n_characters = list[str](), 0
-    for text in rows[hub.column]:
-        texts.append(str(text))
+    for number, text in enumerate(rows[hub.column], start=1):
+        if not isinstance(text, str):
+            raise CalibrationError(
+                f"{spec.where}: datasets: row {number}: {hub.column}: expected text, found "
+                f"{shorten_repr(text)}. Name another column, or use a mixture with `template` or "
+                "`messages`"
+            )
+        texts.append(text)
         n_characters += len(texts[-1])
         if n_characters > MAX_BYTES:
             raise CalibrationError(

@@ -37,6 +37,7 @@ from quantkit.texts.mixture_spec import (
     check_end,
     make_parts,
 )
+from quantkit.texts.plain_files import make_plain_mixture, parse_plain_file
 
 Domain = Literal["prose", "math", "code"]
 
@@ -171,10 +172,12 @@ class CorpusSpec:
 
 
 def read_spec(name_or_path: str, folder: Path) -> CorpusSpec:
-    """Find, read and check the spec of a set.
+    """Find, read and check the spec of a set, or make that of a text file.
 
     Raises UsageError if there is no such spec, CalibrationError with every fault and its line.
     """
+    if (plain := parse_plain_file(name_or_path)) is not None:
+        return _make_mixture(plain.path, make_plain_mixture(plain))
     where = _find_spec(name_or_path, folder)
     document = _read_document(where)
     if document.values.get("version") == 2:
@@ -244,7 +247,8 @@ def _find_spec(name_or_path: str, folder: Path) -> Path:
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise UsageError(
         f"{folder}: no set of documents named {shorten_repr(name_or_path)}.{hint} "
-        f"Known: {', '.join(known) or 'none'}; or give the path of a .yaml spec"
+        f"Known: {', '.join(known) or 'none'}; or give the path of a .yaml spec or of a "
+        ".jsonl, .parquet or .txt file"
     )
 
 

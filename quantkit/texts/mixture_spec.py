@@ -38,6 +38,8 @@ from quantkit.texts.self_prompts import (
 
 Packing = Literal["documents", "windows"]
 PartPacking = Literal["documents", "windows", "chats"]
+Count = Literal["answers", "all"]
+"""Tokens of a chat that count: those of the assistant's messages, or all."""
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 MAX_PARTS = 64
@@ -179,6 +181,7 @@ class PartFile(BaseModel):
     rows: Rows = DEFAULT_ROWS
     template: Template = "{text}"
     messages: Text | None = Field(default=None, validate_default=True)
+    count: Count = "answers"
     file: InnerPath | None = None
     sha256: Sha256 | None = None
     domain: Text | None = None
@@ -189,6 +192,13 @@ class PartFile(BaseModel):
     set: Text | None = Field(default=None, validate_default=True)
 
     _check_end = field_validator("end")(check_end)
+
+    @field_validator("count")
+    @classmethod
+    def _check_count(cls, count: Count, info: ValidationInfo) -> Count:
+        if count != "answers" and info.data.get("messages", "faulty") is None:
+            raise ValueError("expected `count: all` with `messages` only. Remove the key")
+        return count
 
     @field_validator("license")
     @classmethod
@@ -296,6 +306,7 @@ class PartSpec:
     builtin: BuiltinName | None = None
     draw: Draw | None = None
     sampled: SelfText | None = None
+    count: Count = "answers"
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -336,6 +347,7 @@ def make_parts(values: MixtureFile, folder: Path, data: Path | None) -> tuple[Pa
             builtin=part.builtin,
             draw=part.draw,
             sampled=part.sampled,
+            count=part.count,
         )
         for part in values.parts
     )

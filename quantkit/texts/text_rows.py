@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import CalibrationError
-from quantkit.io.files import is_encodable, is_file, read_bytes, shorten_repr
-from quantkit.texts.chats import Chat, read_chats
+from quantkit.io.files import is_encodable, is_file, read_bytes, read_prefix_at_most, shorten_repr
+from quantkit.texts.chats import Chat, is_message_list, read_chats
 from quantkit.texts.mixture_spec import list_template_columns
 
 MAX_BYTES = 1_000_000_000
 """Size limit of a file; calibration uses thousands of times less text."""
+
+PROBED_BYTES = 4_000_000
+"""Bytes of a file in which its columns are searched."""
 
 MAX_FOLDER_FILES = 10_000
 PLAIN_SUFFIXES = (".md", ".raw", ".txt")  # wikitext's files end in .raw
@@ -107,10 +110,22 @@ def list_text_files(path: Path) -> list[Path]:
     return [path]
 
 
+def iterate_first_rows(file: Path) -> Iterator[Mapping[str, object]]:
+    """Yield the rows in the first bytes of a `.jsonl` file, or those of a Parquet file."""
+    if file.suffix == ".parquet":
+        yield from _iterate_parquet(file, str(file))
+        return
+    data = read_prefix_at_most(file, PROBED_BYTES)
+    whole = data if len(data) < PROBED_BYTES else data.rpartition(b"\n")[0]
+    yield from iterate_rows(file, whole)
+
+
 def iterate_rows(file: Path, data: bytes) -> Iterator[Mapping[str, object]]:
     """Yield the rows of a file as mappings of columns."""
     if file.suffix == ".parquet":
-        yield from _iterate_parquet(file, data)
+        import pyarrow  # noqa: PLC0415  # a heavy library that only Parquet files need
+
+        yield from _iterate_parquet(file, pyarrow.BufferReader(data))
         return
     try:
         text = data.decode("utf-8-sig")
@@ -140,12 +155,12 @@ def iterate_rows(file: Path, data: bytes) -> Iterator[Mapping[str, object]]:
         yield row
 
 
-def _iterate_parquet(file: Path, data: bytes) -> Iterator[Mapping[str, object]]:
+def _iterate_parquet(file: Path, source: Any) -> Iterator[Mapping[str, object]]:
     import pyarrow as arrow  # noqa: PLC0415  # a heavy library that only Parquet files need
     import pyarrow.parquet as parquet  # noqa: PLC0415
 
     try:
-        table = parquet.ParquetFile(arrow.BufferReader(data))
+        table = parquet.ParquetFile(source)
         for batch in table.iter_batches(batch_size=1024):
             yield from batch.to_pylist()
     except (arrow.ArrowException, OSError, ValueError) as error:
@@ -176,9 +191,14 @@ def fill_template(
             )
         for column, cell in cells.items():
             if cell is not None and not isinstance(cell, str):
+                advice = (
+                    f"Use `messages: {column}` with `packing: chats`"
+                    if is_message_list(cell)
+                    else "Name another column in `template`"
+                )
                 raise CalibrationError(
                     f"{where}: row {number}: {column}: expected text, found "
-                    f"{shorten_repr(cell)}. Name another column in `template`"
+                    f"{shorten_repr(cell)}. {advice}"
                 )
         if any(cell is None or not cell.strip() for cell in cells.values()):
             skipped += 1

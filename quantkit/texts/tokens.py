@@ -38,7 +38,8 @@ class Tokens:
     """Ragged token sequences: ids [n_tokens] int32; sequence i is ids[starts[i] : starts[i + 1]].
 
     domains, parts, answers: one per sequence, as in TokenSequence. hash: sha256 of the ids (int32),
-    the starts (int64), both little-endian, and of the answers if a sequence has any.
+    the starts (int64), both little-endian, and of the answers if a sequence has any. too_short:
+    documents of fewer than two tokens, which predict none and were left out.
     """
 
     ids: Tensor
@@ -47,6 +48,7 @@ class Tokens:
     hash: str
     parts: tuple[str, ...]
     answers: tuple[tuple[tuple[int, int], ...] | None, ...]
+    too_short: int = 0
 
     @property
     def n_sequences(self) -> int:
@@ -80,7 +82,7 @@ class Tokens:
         ]
 
 
-def pack_tokens(rows: Sequence[TokenSequence]) -> Tokens:
+def pack_tokens(rows: Sequence[TokenSequence], too_short: int = 0) -> Tokens:
     """Pack sequences into one flat tensor."""
     import torch
 
@@ -101,4 +103,5 @@ def pack_tokens(rows: Sequence[TokenSequence]) -> Tokens:
         hash=digest.hexdigest(),
         parts=tuple(row.part for row in rows),
         answers=answers,
+        too_short=too_short,
     )

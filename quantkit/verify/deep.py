@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 from quantkit.artifact.read_manifest import get_section, read_manifest
+from quantkit.checkpoint.encoding import remove_quantization
 from quantkit.checkpoint.scan import scan_file
 from quantkit.errors import ArtifactError
 from quantkit.plan.check_values import find_value_faults
@@ -112,11 +113,13 @@ def find_carried_faults(pair: SourcePair) -> Iterator[str]:
     Both directions: a chat template, tokenizer file or setting that only the artifact has changes
     what the model says as much as a changed one.
     """
-    source_values, stored_values = pair.source.config.values, pair.stored.config.values
+    source_values, stored_values = (
+        remove_quantization(side.config.values) for side in (pair.source, pair.stored)
+    )
     for key in dict.fromkeys([*source_values, *stored_values]):
         expected, actual = source_values.get(key, ABSENT), stored_values.get(key, ABSENT)
         is_left_out = key == MTP_LAYERS and type(actual) is int and actual == 0
-        if key != "quantization_config" and not is_left_out and not is_same(expected, actual):
+        if not is_left_out and not is_same(expected, actual):
             yield f"config.json: {key}: expected the source's, found {describe_value(actual)}"
     sources, carried = (
         {file.relative_to(side.folder).as_posix(): file for file in side.sidecars}

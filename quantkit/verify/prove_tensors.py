@@ -8,6 +8,7 @@ channel.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkit import registry
+from quantkit.artifact.records import KEPT_CODES
 from quantkit.checkpoint.encoding import FP8
 from quantkit.checkpoint.tensors import TORCH_DTYPES
 from quantkit.contracts import Absorber, Method, Scheme
@@ -126,6 +128,8 @@ def prove_linear(pair: SourcePair, module: str) -> Proof:
     """Prove a quantized linear."""
     assert pair.format is not None  # set if a module is quantized
     scheme, record, tensors = pair.schemes[module], pair.modules[module], pair.read_tensors(module)
+    if record.get("method") == KEPT_CODES:
+        return prove_codes(pair, module, tensors)
     source = load_unquantized(pair, module)
     if isinstance(source, str):
         return Proof(name=module, kind="unproven", reason=source)
@@ -320,6 +324,20 @@ def fit_row_factors(pair: SourcePair, module: str) -> tuple[Tensor, Tensor] | No
 
 
 # ------------------------------------------------------------------------------------- kept tensors
+
+
+def prove_codes(pair: SourcePair, module: str, tensors: Mapping[str, Tensor]) -> Proof:
+    """Prove a linear that keeps the source's codes: every stored tensor has the source's bits."""
+    name = f"{module}.weight"
+    if name not in pair.source.logical.encoded:
+        return Proof(name=module, kind="equal", fault="codes of a weight that the source lacks")
+    source = pair.source.read_parts(name)
+    stored = {f"{module}.{local}": tensor for local, tensor in tensors.items()}
+    is_equal = set(source) == set(stored) and all(
+        have_same_bytes(source[part], tensor) for part, tensor in stored.items()
+    )
+    fault = None if is_equal else "expected the source's codes and scales, found others"
+    return Proof(name=module, kind="equal", fault=fault)
 
 
 def prove_kept(pair: SourcePair, name: str) -> Proof:

@@ -12,7 +12,10 @@ from support.builds import build
 from support.checkpoints import make_plan, make_tiny_config, write_checkpoint
 from support.encoded import EXAMPLES, write_encoded
 
+from quantkit.artifact.load_model import load_model
 from quantkit.plan.summary import summarize_plan
+from quantkit.verify.deep import verify_deep
+from quantkit.verify.shallow import verify_artifact
 
 RECIPE = {
     "quantize": "{method: rtn, bits: 4, group_size: 32}",
@@ -28,15 +31,17 @@ def test_build_equals_that_of_the_dequantized_source(tmp_path: Path, name: str) 
     plain, encoded, decoded = (tmp_path / part for part in ("plain", "encoded", "decoded"))
     write_checkpoint(plain, make_tiny_config("llama"))
     write_encoded(plain, encoded, decoded, EXAMPLES[name])
+    dtype = "F16" if name.startswith(("awq", "gptq")) else "BF16"
+    baseline = f"{dtype} dequantization of {EXAMPLES[name].label}"
     summary = summarize_plan(make_plan(encoded, **RECIPE))
     assert summary.source.dtype == EXAMPLES[name].label
-    assert summary.source.compared_with == f"BF16 dequantization of {EXAMPLES[name].label}"
+    assert summary.source.compared_with == baseline
     results = [
         build(folder, tmp_path / f"out-{folder.name}", **RECIPE) for folder in (encoded, decoded)
     ]
     reports = [result.fidelity for result in results]
-    assert reports[0].source.baseline == f"BF16 dequantization of {EXAMPLES[name].label}"
-    assert reports[1].source.baseline == "BF16"
+    assert reports[0].source.baseline == baseline
+    assert reports[1].source.baseline == dtype
     assert reports[0].distribution == reports[1].distribution
     assert reports[0].distribution[0].kl_mean.value > 0
     own, twin = (load_file(result.path / "model.safetensors") for result in results)
@@ -51,3 +56,58 @@ def test_build_equals_that_of_the_dequantized_source(tmp_path: Path, name: str) 
             entry
             == json.loads((results[1].path / "config.json").read_text())["quantization_config"]
         )
+
+
+def test_kept_codes_are_copied_bit_for_bit_into_compressed_tensors(tmp_path: Path) -> None:
+    """A kept linear of a compressed-tensors source keeps its codes where the format holds them."""
+    plain, encoded, decoded = (tmp_path / part for part in ("plain", "encoded", "decoded"))
+    write_checkpoint(plain, make_tiny_config("llama"))
+    write_encoded(plain, encoded, decoded, EXAMPLES["int4-packed"])
+    plan = make_plan(encoded, **RECIPE)
+    kept = [name for name in plan.decisions if name.endswith("o_proj")]
+    assert [plan.decisions[name].keep for name in kept] == ["codes"] * len(kept)
+    assert not any("decoded to" in warning for warning in plan.warnings)
+    actions = {rule.action for rule in summarize_plan(plan).rules}
+    assert "keep int4 g32 symmetric" in actions
+    result, twin = (
+        build(folder, tmp_path / f"out-{folder.name}", **RECIPE) for folder in (encoded, decoded)
+    )
+    assert result.fidelity.distribution == twin.fidelity.distribution
+    source, stored = (load_file(folder / "model.safetensors") for folder in (encoded, result.path))
+    for name in kept:
+        parts = {key for key in source if key.startswith(f"{name}.")}
+        assert parts == {key for key in stored if key.startswith(f"{name}.")} != set()
+        for part in parts:
+            assert torch.equal(source[part], stored[part])
+    verify_artifact(result.path)
+    deep = verify_deep(result.path, None, None, 0, lambda _: None)
+    assert {proof.kind for proof in deep.proofs if proof.name in kept} == {"equal"}
+    state, expected = (load_model(folder).state_dict() for folder in (result.path, twin.path))
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_inputs_of_kept_codes_are_not_rescaled(tmp_path: Path) -> None:
+    """AWQ scales neither the rows of a kept up_proj nor the norm before it."""
+    plain, encoded, decoded = (tmp_path / part for part in ("plain", "encoded", "decoded"))
+    write_checkpoint(plain, make_tiny_config("llama"))
+    write_encoded(plain, encoded, decoded, EXAMPLES["int4-packed"])
+    keys = {
+        "quantize": "{method: awq, rounding: nearest, bits: 4, group_size: 32, symmetric: true}",
+        "rules": '[{match: "*.gate_proj", keep: source}, {match: "*.up_proj", keep: source}, '
+        '{match: "*_proj", quantize: {}}]',
+    }
+    result = build(encoded, tmp_path / "out", **{**RECIPE, **keys})
+    source, stored = (load_file(folder / "model.safetensors") for folder in (encoded, result.path))
+    same = [key for key in source if ".up_proj." in key or ".gate_proj." in key]
+    assert same
+    assert all(torch.equal(source[key], stored[key]) for key in same)
+
+
+def test_kept_codes_that_the_format_cannot_hold_are_decoded_and_said(tmp_path: Path) -> None:
+    plain, encoded, decoded = (tmp_path / part for part in ("plain", "encoded", "decoded"))
+    write_checkpoint(plain, make_tiny_config("llama"))
+    write_encoded(plain, encoded, decoded, EXAMPLES["nf4"])
+    plan = make_plan(encoded, **RECIPE)
+    (warning,) = (text for text in plan.warnings if "decoded to" in text)
+    assert warning.startswith("2 kept weights in NF4 g64 are decoded to BF16, ")
+    assert "because format compressed_tensors does not hold their codes" in warning

@@ -239,7 +239,8 @@ def test_folders_without_weights_are_rejected(tmp_path: Path) -> None:
     (folder / "pytorch_model.bin").touch()
     assert get_error(folder) == (
         f"{expected}, found pickled weights (pytorch_model.bin) only; quantkit reads safetensors "
-        "only, convert them"
+        "only, convert them with transformers (from_pretrained, then save_pretrained into a new "
+        "folder)"
     )
     (folder / "model-00001-of-00002.safetensors").touch()
     assert get_error(folder) == (

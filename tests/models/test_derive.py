@@ -353,7 +353,7 @@ def test_plan_without_headers_describes_derived_layout(tmp_path: Path) -> None:
         (
             "gpt_oss",
             {},
-            "its experts are stored in MXFP4 with biases, gate and up interleaved and clamped",
+            "its experts have biases, and gate and up are interleaved and clamped",
         ),
         ("gpt2", {}, "transformer.h.0 has no nn.Linear; its matrices are in Conv1D"),
         ("hrm_text", {}, "expected one list of"),

@@ -103,3 +103,16 @@ def test_pack_rejects_codes_that_do_not_fit() -> None:
         bitpack.pack(
             torch.zeros(1, 8, dtype=torch.int64), 4, axis=1, order=(0, 1, 2, 3, 4, 5, 6, 6)
         )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_first_codes_of_a_cut_run_are_unpacked(bits: int, axis: int) -> None:
+    """compressed-tensors cuts the words after the last code; one word along the axis is enough."""
+    for count in (1, 7, 32, 33):
+        shape = (3, count) if axis else (count, 3)
+        codes = torch.randint(2**bits, shape, generator=torch.Generator().manual_seed(count))
+        padding = [0, -count % 32] if axis else [0, 0, 0, -count % 32]
+        words = bitpack.pack(torch.nn.functional.pad(codes, padding), bits, axis)
+        cut = words.narrow(axis, 0, -(-count * bits // 32))
+        assert torch.equal(bitpack.unpack_first(cut, bits, axis, count).long(), codes)

@@ -301,6 +301,14 @@ def encode_gptq(bits: int, *, v2: bool = False, act_order: bool = False) -> Enco
     return encode
 
 
+def encode_llm_int8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Store LLM.int8, decoded by bitsandbytes."""
+    largest = weight.abs().amax(1)
+    codes = torch.round(weight / largest[:, None] * 127).to(torch.int8)
+    decode = import_module("bitsandbytes.functional").int8_vectorwise_dequant
+    return {"weight": codes, "SCB": largest}, decode(codes, largest).bfloat16()
+
+
 def encode_nf4(double: bool) -> Encode:
     """Return bitsandbytes' NF4 encoder, decoded by bitsandbytes."""
 
@@ -425,6 +433,12 @@ EXAMPLES: Mapping[str, Example] = {
         ),
         label="INT8 per row asymmetric",
     ),
+    "llm-int8": Example(
+        encode=encode_llm_int8,
+        config={"quant_method": "bitsandbytes", "load_in_8bit": True},
+        label="LLM.int8 per row",
+        extra={"weight_format": torch.tensor(0, dtype=torch.uint8)},
+    ),
     "mxfp4-compressed": Example(
         encode=encode_mxfp4_compressed,
         config=make_entry(
@@ -497,6 +511,11 @@ def write_encoded(plain: Path, folder: Path, decoded: Path, example: Example) ->
             for local, part in {**parts, **example.extra}.items():
                 stored[f"{module}.{local}"] = part.clone().contiguous()
     config = json.loads((plain / "config.json").read_text())
+    if any(tensor.dtype == torch.float16 for tensor in expected.values()):
+        config["torch_dtype"] = "float16"
+        for content in (stored, expected):
+            plain_names = [name for name, part in content.items() if part.dtype == torch.bfloat16]
+            content |= {name: content[name].half() for name in plain_names}
     for target, content, entry in (
         (folder, stored, {"quantization_config": example.config}),
         (decoded, expected, {}),

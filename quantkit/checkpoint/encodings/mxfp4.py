@@ -54,7 +54,7 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
         raise EncodingFault(f"expected two dimensions, found shape {list(codes.shape)}")
     rows, width = codes.shape[0], 2 * codes.shape[1]
     require_shape(scale, [(rows, width // GROUP if width % GROUP == 0 else -1)], "scale")
-    dtype = codes.quantization.model_dtype
+    dtype = codes.choose_dtype(scale)
     return EncodedWeight(
         label=LABEL,
         spec=TensorSpec(name=logical, dtype=dtype, shape=(rows, width)),
@@ -74,7 +74,7 @@ def claim_blocks(codes: StoredCodes) -> EncodedWeight:
     scale = codes.require(f"{name}_scales", "scale", E8M0_DTYPES)
     require_shape(scale, [codes.shape[:3]], "scale")
     experts, rows, groups, _ = codes.shape
-    dtype = codes.quantization.model_dtype
+    dtype = codes.choose_dtype(scale)
     return EncodedWeight(
         label=LABEL,
         spec=TensorSpec(name=name, dtype=dtype, shape=(experts, groups * GROUP, rows)),

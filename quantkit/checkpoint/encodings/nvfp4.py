@@ -47,7 +47,7 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
     ending = "global_scale" if divides else "scale_2"
     factor = codes.require(f"{base}_{ending}", "scale of the tensor", ("F32",))
     require_shape(factor, SCALARS, "scale of the tensor")
-    dtype = codes.quantization.model_dtype
+    dtype = codes.choose_dtype(scale)
     return EncodedWeight(
         label="NVFP4 g16",
         spec=TensorSpec(name=base, dtype=dtype, shape=(rows, width)),

@@ -13,6 +13,7 @@ Shapes decide between the groups of config.json that may apply: only one fits th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from quantkit.checkpoint.encoding import (
     check_values,
     require_shape,
 )
-from quantkit.contracts import TensorSpec
+from quantkit.contracts import Scheme, TensorSpec
 from quantkit.io.files import shorten_repr
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
         label=f"INT{bits} {group} {'asymmetric' if 'zero' in parts else 'symmetric'}",
         spec=TensorSpec(name=base, dtype=dtype, shape=(rows, width)),
         parts=parts,
+        scheme=make_scheme(parts, bits, width, dtype),
         decode=partial(
             decode,
             bits=bits,
@@ -76,6 +78,22 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
             parts=frozenset(parts),
             where=base,
         ),
+    )
+
+
+def make_scheme(
+    parts: Mapping[str, TensorSpec], bits: int, width: int, dtype: str
+) -> Scheme | None:
+    """Return the scheme of codes that an artifact may hold unchanged, with the model's dtype."""
+    is_plain = "shape" in parts and "g_idx" not in parts
+    if not is_plain or dtype == "F32" or parts["scale"].dtype != dtype:
+        return None
+    n_groups = parts["scale"].shape[1]
+    return Scheme(
+        bits=bits,
+        group_size=-1 if n_groups == 1 else width // n_groups,
+        symmetric="zero" not in parts,
+        scale_dtype="float16" if dtype == "F16" else "bfloat16",
     )
 
 

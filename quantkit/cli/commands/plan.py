@@ -47,17 +47,19 @@ def command(
 
     RECIPE is a file or the name of a recipe that ships with quantkit. MODEL is a folder, a hub id
     (owner/name) or builtin:tiny-v3: a recipe is chosen for it and printed with the reasons, as
-    `quantkit build MODEL` does. Only headers or the published config of the source are read: no
-    weights. Nothing is written without --recipe.
+    `quantkit build MODEL` does. Of the source only headers or the published config are read, and
+    tied weights that are stored twice; texts on this machine are tokenized. Nothing is written
+    without --recipe.
 
     \b
     Example: quantkit plan v3-awq4
              quantkit plan ./my-model --bits 8
     """
     # Reading headers needs torch's dtypes: `quantkit plan --help` starts without.
+    from quantkit.evaluate.check_plan import plan_and_check
     from quantkit.plan.model_recipe import read_target
     from quantkit.plan.recipe_draft import RecipeRequest
-    from quantkit.plan.sources import describe_sampled_texts, plan_recipe, resolve_source_facts
+    from quantkit.plan.sources import describe_sampled_texts, resolve_source_facts
 
     request = RecipeRequest(
         model=target, method=method, bits=bits, format=format_name, rules=rules, output=output
@@ -71,7 +73,7 @@ def command(
         if recipe_file is not None:
             save_chosen(read.text, read.recipe, recipe_file)
     parsed = read.recipe
-    plans = plan_recipe(parsed, resolve_source_facts(parsed))
+    plans = plan_and_check(parsed, resolve_source_facts(parsed))
     sampled = describe_sampled_texts(plans[0].recipe)
     summaries = [summarize_plan(plan, sampled) for plan in plans]
     if json_out:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -420,6 +421,91 @@ def fuzz_checkpoint(folder: Path) -> object:
     checkpoint = Checkpoint.open(folder)
     checkpoint.compute_fingerprint()
     return checkpoint.read(checkpoint.specs)
+
+
+def make_encoded_shard() -> bytes:
+    """Return a shard with a weight in each source encoding; all codes are zero."""
+    shapes: dict[str, tuple[str, tuple[int, ...], int]] = {
+        "a.weight_packed": ("I32", (8, 8), 4),
+        "a.weight_scale": ("BF16", (8, 2), 2),
+        "a.weight_zero_point": ("I32", (1, 2), 4),
+        "a.weight_g_idx": ("I32", (64,), 4),
+        "b.weight": ("I8", (8, 64), 1),
+        "b.weight_scale": ("F32", (8, 1), 4),
+        "c.weight_packed": ("U8", (8, 32), 1),
+        "c.weight_scale": ("U8", (8, 2), 1),
+        "d.weight": ("U8", (8, 32), 1),
+        "d.weight_scale": ("F8_E4M3", (8, 4), 1),
+        "d.weight_scale_2": ("F32", (), 4),
+        "e.qweight": ("I32", (64, 1), 4),
+        "e.qzeros": ("I32", (2, 1), 4),
+        "e.scales": ("F16", (2, 8), 2),
+        "f.qweight": ("I32", (8, 8), 4),
+        "f.qzeros": ("I32", (2, 1), 4),
+        "f.scales": ("F16", (2, 8), 2),
+        "f.g_idx": ("I32", (64,), 4),
+        "g.weight": ("U8", (256, 1), 1),
+        "g.weight.absmax": ("F32", (8,), 4),
+        "g.weight.quant_map": ("F32", (16,), 4),
+        "g.weight.quant_state.bitsandbytes__nf4": ("U8", (len(NF4_STATE),), 1),
+        "h.weight": ("F8_E4M3", (8, 64), 1),
+        "h.weight_scale": ("F8_E8M0", (8, 2), 1),
+        "h.input_scale": ("F32", (), 4),
+        "i_blocks": ("U8", (2, 8, 2, 16), 1),
+        "i_scales": ("U8", (2, 8, 2), 1),
+    }
+    header, data = dict[str, object](), b""
+    for name, (dtype, shape, width) in shapes.items():
+        n_bytes = math.prod(shape) * width
+        content = NF4_STATE if "quant_state" in name else bytes(n_bytes)
+        content = bytes([0, 0, 128, 63]) if name == "d.weight_scale_2" else content
+        offsets = [len(data), len(data) + n_bytes]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        data += content
+    return join_shard(encode_json(header), data)
+
+
+NF4_STATE = b'{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [8, 64]}'
+
+
+def make_encoded_config() -> bytes:
+    """Return the config.json of the shard with source encodings."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    group = {"targets": ["Linear", "re:.*a"], "weights": weights}
+    entry = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    return encode_json({"model_type": "x", "quantization_config": entry})
+
+
+def read_encoded(folder: Path) -> object:
+    """Read every tensor of a source with encodings."""
+    from quantkit.checkpoint.checkpoint import Checkpoint
+
+    source = Checkpoint.open(folder, decode=True)
+    return source.read(source.specs)
+
+
+@register_target(
+    "encodings",
+    "model.safetensors",
+    lambda: (make_encoded_shard(),),
+    mutate_shard,
+    lambda: {"config.json": make_encoded_config()},
+)
+def fuzz_encodings(folder: Path) -> object:
+    """Decode the weights of a shard with source encodings."""
+    return read_encoded(folder)
+
+
+@register_target(
+    "quantization config",
+    "config.json",
+    lambda: (make_encoded_config(),),
+    mutate_json,
+    lambda: {"model.safetensors": make_encoded_shard()},
+)
+def fuzz_quantization_config(folder: Path) -> object:
+    """Decode source encodings by a quantization_config."""
+    return read_encoded(folder)
 
 
 @register_target("model card", "README.md", lambda: (CARD.encode(),), mutate_yaml)

@@ -1,0 +1,88 @@
+"""Tokenizes the texts of a recipe for its plan, where model and text are on this machine.
+
+What only tokens tell is then said before a build: too few windows, empty and short documents, a
+tokenizer or a chat template that fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from quantkit.checkpoint.remote_code import allows_remote_code
+from quantkit.io import package_data
+from quantkit.plan.self_texts import list_self_texts
+from quantkit.recipe.schema import Recipe
+from quantkit.texts import corpora
+from quantkit.texts.corpus_spec import CorpusSpec, read_spec
+from quantkit.texts.tokens import Tokens
+
+Stream = Literal["calibration", "fidelity"]
+
+
+def select_texts(recipe: Recipe) -> list[tuple[Stream, str, int | None, int, int]]:
+    """Return (stream, set, sequences, length, seed) of the texts that a build runs."""
+    selected: list[tuple[Stream, str, int | None, int, int]] = []
+    calibration = recipe.calibration if recipe.needs_calibration else None
+    if calibration:
+        selected.append((
+            "calibration",
+            calibration.set,
+            calibration.sequences,
+            calibration.length,
+            calibration.seed,
+        ))
+    if fidelity := recipe.fidelity:
+        selected.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
+    return selected
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFacts:
+    """What tokens tell: a sentence per kind of rows without tokens, the largest id of each text."""
+
+    notes: tuple[str, ...] = ()
+    largest_ids: tuple[int, ...] = ()
+
+
+def read_texts(recipe: Recipe, folder: Path) -> TextFacts:
+    """Tokenize the texts of a recipe with the tokenizer in `folder`; raises as the build would.
+
+    Nothing is read if a text is not on this machine, or is the model's own.
+    """
+    place, notes, largest = package_data.locate_folder("calibration"), list[str](), list[int]()
+    selected = select_texts(recipe)
+    specs = [read_spec(name, place) for _, name, *_ in selected]
+    if not selected or list_self_texts(recipe) or not all(map(is_local, specs)):
+        return TextFacts()
+    is_code_allowed = allows_remote_code(recipe.source.trust_remote_code, folder)
+    tokenizer = corpora.load_tokenizer(folder, is_code_allowed)
+    calibrated = set[str]()
+    for stream, name, sequences, length, seed in selected:
+        corpus = corpora.load_set(name, place)
+        tokens = corpora.sample_sequences(corpus, tokenizer, sequences, length, seed, calibrated)
+        if stream == "calibration":
+            calibrated = set(tokens.domains)
+        notes += corpora.describe_left_out(corpus, tokens, tokenizer)
+        largest.append(find_largest_id(tokens))
+    return TextFacts(notes=tuple(notes), largest_ids=tuple(largest))
+
+
+def find_largest_id(tokens: Tokens) -> int:
+    """Return the largest token id of a text; -1 for no tokens."""
+    return int(tokens.ids.max()) if tokens.n_tokens else -1
+
+
+def is_local(spec: CorpusSpec) -> bool:
+    """Return whether all text of a set is on this machine."""
+    if not spec.parts:
+        return spec.file is not None or (spec.local is not None and spec.local.path is not None)
+    place = package_data.locate_folder("calibration")
+    return all(
+        part.file is not None
+        or part.builtin is not None
+        or (part.local_path is not None and part.local_path.exists())
+        or (part.set is not None and is_local(read_spec(part.set, place)))
+        for part in spec.parts
+    )
