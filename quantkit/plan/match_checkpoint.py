@@ -193,16 +193,16 @@ def check_model_class(config: Config, where: str) -> None:
         )
 
 
-def names_no_class(config: Config) -> bool:
-    """Return whether `architectures` is missing or empty: engines do not know the model's class."""
-    return not config.values.get("architectures")
+def names_no_class(values: Mapping[str, object]) -> bool:
+    """Return whether config.json has no `architectures`: engines do not know the model's class."""
+    return not values.get("architectures")
 
 
 def find_class_warning(config: Config, architecture: Architecture) -> str | None:
     """Return what is unusual about `architectures`, by which vLLM and SGLang choose the class."""
     names, classes = config.values.get("architectures"), architecture.classes
     expected = f"expected {' or '.join(classes) or 'the class of the model'}"
-    if names_no_class(config):
+    if names_no_class(config.values):
         return f"architectures: {expected}, found none: {NO_CLASS}; add it to config.json"
     if read_output_kind(config) != "logits":
         return None

@@ -284,7 +284,7 @@ def find_unsupported_engines(
     output: Format, config: Config, layout: Layout, decisions: Mapping[str, Decision]
 ) -> Mapping[str, str]:
     """Return the engines that cannot load the artifact of these decisions, with the reason."""
-    unnamed = dict.fromkeys(SERVERS, NO_CLASS_REASON) if names_no_class(config) else {}
+    unnamed = dict.fromkeys(SERVERS, NO_CLASS_REASON) if names_no_class(config.values) else {}
     if output.limits is None:
         return unnamed
     mtp_linears = {

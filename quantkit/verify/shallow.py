@@ -43,6 +43,7 @@ from quantkit.contracts import TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.formats.common.checks import ValueCheck
 from quantkit.io.files import read_json
+from quantkit.plan.match_checkpoint import NO_CLASS, names_no_class
 from quantkit.verify.check_config import find_config_faults, find_model_faults
 from quantkit.verify.check_report import find_report_faults
 from quantkit.verify.classify_tensors import TensorContents, classify_tensors, read_parts
@@ -390,6 +391,8 @@ def check_configs(
             faults += [*find_config_faults(config, contents), *model_faults]
             notes += [note] if note else []
         faults += find_redirects(config, CONFIG)
+        if names_no_class(config):
+            notes.append(f"config.json: architectures: expected a class, found none: {NO_CLASS}")
     configs: dict[str, Mapping[str, object]] = {CONFIG: config or {}}
     for name in sorted(file for file in files if file.endswith("_config.json")):
         try:

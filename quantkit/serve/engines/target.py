@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
-from quantkit.artifact.layout import FIDELITY, MANIFEST
+from quantkit.artifact.layout import CONFIG, FIDELITY, MANIFEST
 from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.checkpoint.shards import open_shards
 from quantkit.errors import ArtifactError, UsageError
@@ -16,6 +16,7 @@ from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, has_sepa
 from quantkit.io.files import read_json
 from quantkit.io.package_data import is_recipe_name
 from quantkit.io.suggestions import format_unknown_name
+from quantkit.plan.plan import NO_CLASS_REASON
 from quantkit.serve.sizing.model import Model
 from quantkit.serve.sizing.read import read_model
 
@@ -68,7 +69,7 @@ def read_target(target: str) -> Target:
         kind=kind,
         model=model,
         engines={**SERVERS, **TRANSFORMERS},
-        refused={},
+        refused=find_class_reasons(path),
         has_separate_experts=has_separate_shared_experts(tensor_names),
         has_chat_template=has_chat_template(path) if path.is_dir() else None,
     )
@@ -91,6 +92,7 @@ def read_artifact_target(path: Path, model: Model) -> Target:
     refused = {
         engine: reason for engine in engines if reported is not None and engine not in reported
     }
+    refused |= find_class_reasons(path)
     return Target(
         path=str(path),
         name=path.resolve().name,
@@ -102,6 +104,14 @@ def read_artifact_target(path: Path, model: Model) -> Target:
         has_chat_template=has_chat_template(path),
         status=str(manifest.get("status")),
     )
+
+
+def find_class_reasons(path: Path) -> dict[str, str]:
+    """Return the engines that do not find the model's class in a folder's config.json."""
+    file = path / CONFIG if path.is_dir() else path
+    if not file.is_file() or read_json(file, UsageError, infinite=True).get("architectures"):
+        return {}
+    return dict.fromkeys(SERVERS, NO_CLASS_REASON)
 
 
 def infer_format(entry: object) -> str:
