@@ -20,15 +20,14 @@ from torch import Tensor
 from quantkit.checkpoint.encoding import FP8, EncodedWeight
 from quantkit.checkpoint.file_names import (
     ADAPTER_CONFIG,
-    CHAT_TEMPLATES,
     CONFIG,
     GENERATION_CONFIG,
 )
-from quantkit.checkpoint.folder_rules import find_redirects, is_sidecar
+from quantkit.checkpoint.folder_rules import find_redirects
 from quantkit.checkpoint.logical_tensors import LogicalTensors, find_logical_tensors
-from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.scan import read_small_tensor
 from quantkit.checkpoint.shards import Shards, find_foreign_weights, leads_outside, open_shards
+from quantkit.checkpoint.side_files import list_side_files
 from quantkit.checkpoint.source_config import make_source_config
 from quantkit.checkpoint.stored_names import name_tensors
 from quantkit.checkpoint.tensors import read_rows, read_tensor
@@ -164,23 +163,10 @@ class Checkpoint:
 
     @cached_property
     def sidecars(self) -> tuple[Path, ...]:
-        """Other files that an artifact carries over: tokenizer, chat template, license, and the
-        code that an auto_map names.
+        """Other files that an artifact carries over: tokenizer, chat templates, licenses, other
+        data, and the code that an auto_map names.
         """
-        code = list_code_files(self.folder)
-        paths = {
-            path
-            for path in (*self.folder.glob("*"), *self.folder.glob(f"{CHAT_TEMPLATES}/*"))
-            if is_sidecar(path.relative_to(self.folder).as_posix()) and path.is_file()
-        }
-        paths = {path for path in paths if path.suffix != ".py" or path.name in code}
-        outside = sorted(path for path in paths if leads_outside(self.folder, path))
-        if outside:
-            raise CheckpointError(
-                f"{outside[0]}: expected a file inside the folder, found a link that leads out of "
-                "it; copy the file"
-            )
-        return tuple(sorted(paths))
+        return list_side_files(self.folder)
 
     def compute_fingerprint(self) -> str:
         """Return the sha256 of names, sizes and headers of the weights and of config and sidecars;
