@@ -157,6 +157,8 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": LFM2,
+    "axk2": {"gated_norm_rank": 32},
+    "llama4_text": {"num_experts_per_tok": 1},
     "lfm2": LFM2,
     "gemma4_text": GEMMA4,
     "gemma4": {"text_config": GEMMA4},
