@@ -30,8 +30,8 @@ class ExpertPart:
         """First row of the expert in the stored tensor, and the one after its last."""
         if not self.stacked.flat:
             return self.expert, self.expert + 1
-        size = self.shape[1] if self.stacked.transposed else self.shape[0]
-        size *= len(self.stacked.projections)
+        out, into = self.shape
+        size = into if self.stacked.transposed else out * len(self.stacked.projections)
         return self.expert * size, (self.expert + 1) * size
 
     def take(self, rows: Tensor) -> Tensor:

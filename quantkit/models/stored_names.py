@@ -85,9 +85,9 @@ def find_stored_names(
     experts: dict[str, ExpertNames] = {}
     claimed: set[str] = set()
     for path, module in model.named_modules():
-        if not is_experts_module(module):
+        form = get_form(path, module) if is_experts_module(module) else None
+        if form is None:  # kept as it is, if it is a small part of its block
             continue
-        form = get_form(path, module)
         kinds = {kind: f"{path}.{kind}" for kind in module._parameters}
         pieces = split_experts(form, {kind: values[x] for kind, x in kinds.items()})
         if all(x in disk or x in saved for x in kinds.values()):
@@ -149,17 +149,12 @@ def make_relocation(
 # ------------------------------------------------------------------------------------------ experts
 
 
-def get_form(path: str, module: Any) -> ExpertForm:
-    """Return the form of an experts module; raises UnknownForm."""
+def get_form(path: str, module: Any) -> ExpertForm | None:
+    """Return the form of an experts module, None for a class of its own; raises UnknownForm."""
     for flag, what in (("has_bias", "biases"), ("has_post_expert_norm", "a norm of their own")):
         if getattr(module, flag, False):
             raise UnknownForm(f"its experts {path} have {what}, {NO_READER}")
-    form = read_form(module)
-    if form is None:
-        raise UnknownForm(
-            f"its experts {path} ({type(module).__name__}) are of a class of their own, {NO_READER}"
-        )
-    return form
+    return read_form(module)
 
 
 def split_experts(form: ExpertForm, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -157,6 +157,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": LFM2,
+    "inkling_text": {"n_routed_experts": 32},
     "axk2": {"gated_norm_rank": 32},
     "llama4_text": {"num_experts_per_tok": 1},
     "lfm2": LFM2,
