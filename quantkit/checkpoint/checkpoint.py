@@ -35,6 +35,7 @@ from quantkit.checkpoint.tensors import read_rows, read_tensor
 from quantkit.contracts import Block, Config, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.io.files import is_file, join_faults, read_bytes, read_json, shorten_repr
+from quantkit.numerics.microscaling import decode_e8m0
 from quantkit.progress import ProgressCallback
 
 _SIDECAR_LIMIT_BYTES = 1_000_000_000
@@ -45,8 +46,8 @@ _CHECK_ELEMENTS = 1 << 24
 class Fp8Blocks:
     """An FP8 weight as stored and dequantized.
 
-    codes: [out, in] float8_e4m3fn; scale: [block rows, block columns], both bit for bit; values:
-    [out, in] bfloat16.
+    codes: [out, in] float8_e4m3fn; scale: [block rows, block columns], both bit for bit, but scales
+    that are powers of two (E8M0) as float32; values: [out, in] bfloat16.
     """
 
     codes: Tensor
@@ -167,7 +168,10 @@ class Checkpoint:
 
         values = weight.decode(read, 0, spec.shape[0])
         self._check_finite(name, values)
-        return Fp8Blocks(codes=codes, scale=scale, values=values)
+        is_power = scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
+        return Fp8Blocks(
+            codes=codes, scale=decode_e8m0(scale) if is_power else scale, values=values
+        )
 
     @cached_property
     def sidecars(self) -> tuple[Path, ...]:

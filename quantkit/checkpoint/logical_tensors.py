@@ -36,7 +36,7 @@ _UNUSED = (
     *("prob_output_scale", "qkv_output_scale", "weight_format"),
 )
 """Last components of tensors for activations and the KV cache: no weight depends on them."""
-_CODE_ENDINGS = (".weight", ".qweight", "_packed", "_blocks")
+_CODE_ENDINGS = (".weight", ".qweight", ".q_weight", ".W_q", ".codes", "_packed", "_blocks")
 _SCALE_ENDINGS = ("_scale_inv", ".weight_scale")
 
 
