@@ -194,7 +194,8 @@ class Experts:
 
     scales_down: the rows of an expert's up projection absorb the input scale of its down
     projection. inside: the block does more with the experts' sum than to add it to its output, so
-    that its layer runs once more with the sum in place.
+    that its layer runs once more with the sum in place. scaled_inputs: the router's weight
+    multiplies the input of an expert, not its output, and each token has one expert.
     """
 
     module: str  # "model.layers.3.mlp.experts"; expert e is module.e
@@ -208,6 +209,7 @@ class Experts:
     down: str = "down_proj"
     scales_down: bool = True
     inside: bool = False
+    scaled_inputs: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:

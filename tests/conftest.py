@@ -45,6 +45,7 @@ MEDIUM_FILES = frozenset({
     "checkpoint/test_encodings.py",
     "build/test_wrapper_build.py",
     "checkpoint/test_hostile_hub.py",
+    "checkpoint/test_side_files.py",
     "checkpoint/test_tensors.py",
     "cli/test_cli.py",
     "cli/test_environment.py",

@@ -10,7 +10,7 @@ from pathlib import Path
 from quantkit.artifact.layout import CONFIG, INDEX, RECIPE
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.encoding import remove_quantization
-from quantkit.contracts import Contents, ModelPart
+from quantkit.contracts import Contents, Layout, ModelPart
 from quantkit.formats.common.engine_names import LM_HEAD
 from quantkit.io.files import make_folder, write_atomic, write_json
 from quantkit.models.layers import get_layer_name
@@ -25,6 +25,7 @@ def make_config(plan: Plan) -> dict[str, object]:
     values = remove_quantization(plan.source.config.values)
     kept = [name for name, d in plan.decisions.items() if d.action == "keep" and d.codes is None]
     fp8 = [name for name in kept if plan.decisions[name].keep == "fp8"]
+    kept += list_kept_matrices(plan.layout)
     kept += [] if plan.layout.head else [LM_HEAD]
     parts = {part.name: list_modules(part) for part in plan.layout.parts}
     contents = Contents(
@@ -57,6 +58,26 @@ def iterate_aliases(plan: Plan) -> Iterator[tuple[str, str]]:
     for block in plan.layout.blocks:
         for linear in block.linears if block.module or block.renames else ():
             yield linear.name, f"{block.path}.{get_layer_name(block, linear.name)}"
+
+
+def list_kept_matrices(layout: Layout) -> list[str]:
+    """Return the modules of the matrices that no rule selects: transformers may run linears there.
+
+    Also the name in transformers of a router or gate that is stored under another one.
+    """
+    names = [
+        spec.name.removesuffix(".weight")
+        for block in layout.blocks
+        for spec in block.others
+        if spec.name.endswith(".weight") and len(spec.shape) == 2
+    ]
+    for block in layout.blocks:
+        renames = dict(block.renames)
+        for linear in block.linears:
+            local = linear.name.removeprefix(f"{block.name}.")
+            if linear.role == "router" and local in renames:
+                names.append(f"{block.name}.{renames[local]}")
+    return names
 
 
 def list_modules(part: ModelPart) -> list[str]:

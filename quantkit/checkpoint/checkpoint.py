@@ -20,21 +20,22 @@ from torch import Tensor
 from quantkit.checkpoint.encoding import FP8, EncodedWeight
 from quantkit.checkpoint.file_names import (
     ADAPTER_CONFIG,
-    CHAT_TEMPLATES,
     CONFIG,
     GENERATION_CONFIG,
 )
-from quantkit.checkpoint.folder_rules import find_redirects, is_sidecar
+from quantkit.checkpoint.folder_rules import find_redirects
 from quantkit.checkpoint.logical_tensors import LogicalTensors, find_logical_tensors
-from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.scan import read_small_tensor
 from quantkit.checkpoint.shards import Shards, find_foreign_weights, leads_outside, open_shards
+from quantkit.checkpoint.side_files import list_side_files
 from quantkit.checkpoint.source_config import make_source_config
+from quantkit.checkpoint.stacked import split_specs
 from quantkit.checkpoint.stored_names import name_tensors
 from quantkit.checkpoint.tensors import read_rows, read_tensor
-from quantkit.contracts import Config, TensorSpec
+from quantkit.contracts import Block, Config, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.io.files import is_file, join_faults, read_bytes, read_json, shorten_repr
+from quantkit.numerics.microscaling import decode_e8m0
 from quantkit.progress import ProgressCallback
 
 _SIDECAR_LIMIT_BYTES = 1_000_000_000
@@ -45,8 +46,8 @@ _CHECK_ELEMENTS = 1 << 24
 class Fp8Blocks:
     """An FP8 weight as stored and dequantized.
 
-    codes: [out, in] float8_e4m3fn; scale: [block rows, block columns], both bit for bit; values:
-    [out, in] bfloat16.
+    codes: [out, in] float8_e4m3fn; scale: [block rows, block columns], both bit for bit, but scales
+    that are powers of two (E8M0) as float32; values: [out, in] bfloat16.
     """
 
     codes: Tensor
@@ -115,6 +116,11 @@ class Checkpoint:
         """Specs of all stored tensors, scales included."""
         return self.shards.specs
 
+    def split_experts(self, blocks: Iterable[Block]) -> Checkpoint:
+        """Return the checkpoint with the experts of stacked tensors as logical tensors."""
+        specs, parts = split_specs(self.specs, blocks)
+        return replace(self, logical=replace(self.logical, specs=specs, experts=parts))
+
     def read_parts(self, name: str) -> dict[str, Tensor]:
         """Read the stored tensors of an encoded weight, by their names. Raises as `read` does."""
         weight = self.logical.encoded[name]
@@ -124,8 +130,10 @@ class Checkpoint:
 
     def list_parts(self, name: str) -> tuple[str, ...]:
         """Return the stored tensors of a logical one: its own name, or codes and scales."""
-        weight = self.logical.encoded.get(name)
-        return tuple(part.name for part in weight.parts.values()) if weight else (name,)
+        part = self.logical.experts.get(name)
+        stored = part.stacked.name if part else name
+        weight = self.logical.encoded.get(stored)
+        return tuple(part.name for part in weight.parts.values()) if weight else (stored,)
 
     def read(self, names: Iterable[str], finite: bool = True) -> dict[str, Tensor]:
         """Read logical tensors: BF16, FP16, FP32 and integers as stored, codes dequantized.
@@ -160,27 +168,17 @@ class Checkpoint:
 
         values = weight.decode(read, 0, spec.shape[0])
         self._check_finite(name, values)
-        return Fp8Blocks(codes=codes, scale=scale, values=values)
+        is_power = scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
+        return Fp8Blocks(
+            codes=codes, scale=decode_e8m0(scale) if is_power else scale, values=values
+        )
 
     @cached_property
     def sidecars(self) -> tuple[Path, ...]:
-        """Other files that an artifact carries over: tokenizer, chat template, license, and the
-        code that an auto_map names.
+        """Other files that an artifact carries over: tokenizer, chat templates, licenses, other
+        data, and the code that an auto_map names.
         """
-        code = list_code_files(self.folder)
-        paths = {
-            path
-            for path in (*self.folder.glob("*"), *self.folder.glob(f"{CHAT_TEMPLATES}/*"))
-            if is_sidecar(path.relative_to(self.folder).as_posix()) and path.is_file()
-        }
-        paths = {path for path in paths if path.suffix != ".py" or path.name in code}
-        outside = sorted(path for path in paths if leads_outside(self.folder, path))
-        if outside:
-            raise CheckpointError(
-                f"{outside[0]}: expected a file inside the folder, found a link that leads out of "
-                "it; copy the file"
-            )
-        return tuple(sorted(paths))
+        return list_side_files(self.folder)
 
     def compute_fingerprint(self) -> str:
         """Return the sha256 of names, sizes and headers of the weights and of config and sidecars;
@@ -259,23 +257,30 @@ class Checkpoint:
         return spec
 
     def _read(self, name: str, start: int, stop: int | None, finite: bool = True) -> Tensor:
-        spec = self._spec(name)
-        weight = self.logical.encoded.get(name)
-        if weight is not None:
-            last = spec.shape[0] if stop is None else stop
-            if not 0 <= start <= last <= spec.shape[0]:
-                raise CheckpointError(
-                    f"{self.folder}: tensor {shorten_repr(name)}: expected rows within "
-                    f"{spec.shape}, found {start}:{last}"
-                )
-            tensor = weight.decode(partial(self._read_part, weight), start, last)
-        elif stop is None:
-            tensor = read_tensor(*self.shards.locate(name), name)
+        self._spec(name)  # it must be known
+        if part := self.logical.experts.get(name):
+            tensor = part.take(self._read_stored(part.stacked.name, *part.rows))[start:stop]
         else:
-            tensor = read_rows(*self.shards.locate(name), name, start, stop)
+            tensor = self._read_stored(name, start, stop)
         if finite:
             self._check_finite(name, tensor)
         return tensor
+
+    def _read_stored(self, name: str, start: int, stop: int | None) -> Tensor:
+        """Read rows of a stored tensor, or of the weight that codes of that name stand for."""
+        weight = self.logical.encoded.get(name)
+        if weight is not None:
+            shape = weight.spec.shape
+            last = shape[0] if stop is None else stop
+            if not 0 <= start <= last <= shape[0]:
+                raise CheckpointError(
+                    f"{self.folder}: tensor {shorten_repr(name)}: expected rows within "
+                    f"{shape}, found {start}:{last}"
+                )
+            return weight.decode(partial(self._read_part, weight), start, last)
+        if stop is None:
+            return read_tensor(*self.shards.locate(name), name)
+        return read_rows(*self.shards.locate(name), name, start, stop)
 
     def _read_part(self, weight: EncodedWeight, part: str, start: int, stop: int | None) -> Tensor:
         """Read rows of a stored part of an encoded weight, all of them for stop None."""
@@ -290,6 +295,8 @@ class Checkpoint:
 
     def _locate(self, name: str) -> Path:
         """Return the file of a stored tensor, or of the codes of an encoded one."""
+        part = self.logical.experts.get(name)
+        name = part.stacked.name if part else name
         weight = self.logical.encoded.get(name)
         return self.shards.locate(weight.parts["codes"].name if weight else name)[0]
 

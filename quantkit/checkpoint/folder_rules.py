@@ -16,7 +16,10 @@ from quantkit.io.files import shorten_repr
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
 """The name of a shard, as `format_shard_name` makes it."""
 
-_SIDECARS = re.compile(
+MODULES = "modules.json"
+"""The list of modules of sentence-transformers."""
+
+_NAMED_SIDECARS = re.compile(
     "|".join((
         r"generation_config\.json",
         r"tokenizer(_config|\.\d+(\.\d+)*)?\.json",  # tokenizer.4.0.json: for newer transformers
@@ -31,6 +34,28 @@ _SIDECARS = re.compile(
     )),
     re.ASCII,
 )
+_DATA = re.compile(
+    r"([A-Za-z0-9_][\w+-]*(\.[\w+-]+)*/){0,3}[A-Za-z0-9_][\w+-]*(\.[\w+-]+)*"
+    r"\.(json|jsonl|jinja|txt|md|rst|yaml|yml|csv|tsv|pdf|png|jpe?g|gif|webp|model|tiktoken)",
+    re.ASCII,
+)
+"""Documents, images, tables and settings: data that no engine runs, also in subfolders."""
+_LICENSE_NAMES = re.compile(
+    r"([A-Za-z0-9_-]+/)?[\w-]*(licen[cs]e|notice|copying|copyright|policy|agreement|terms)[\w-]*",
+    re.ASCII | re.IGNORECASE,
+)
+"""Licenses under other names, without a suffix."""
+_MODULE_CONFIG = re.compile(r"\d+_[A-Za-z]+/config\.json", re.ASCII)
+"""Settings of a module of sentence-transformers, 1_Pooling/config.json."""
+_OTHER_MODELS = re.compile(
+    r"(.*/)?(config|params|model_index|adapter\w*|lora\w*|.*quant(ize)?_config|.*\.index)\.json",
+    re.ASCII | re.IGNORECASE,
+)
+"""Files by which an engine would load another model, other weights or another quantization."""
+_OWN_NAMES = re.compile(
+    r"readme\.md|recipe\.yaml|(.*/)?modules\.json|quantkit(/.*)?", re.ASCII | re.IGNORECASE
+)
+"""Names of the artifact's own files; modules.json belongs into the model's folder only."""
 _PICKLES = (
     *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".cloudpickle"),
     *(".mar", ".npy", ".npz"),  # archives and arrays that may hold pickles
@@ -57,10 +82,12 @@ def is_sidecar(name: str) -> bool:
 
     name: relative to the model's folder. Never weights, indexes, config.json or the model card.
     """
-    return _SIDECARS.fullmatch(name) is not None and not name.casefold().endswith((
-        *_PICKLES,
-        *_WEIGHTS,
-    ))
+    if name.casefold().endswith((*_PICKLES, *_WEIGHTS)):
+        return False
+    if name == MODULES or _MODULE_CONFIG.fullmatch(name) or _NAMED_SIDECARS.fullmatch(name):
+        return True
+    is_other = _OTHER_MODELS.fullmatch(name) or _OWN_NAMES.fullmatch(name)
+    return not is_other and bool(_DATA.fullmatch(name) or _LICENSE_NAMES.fullmatch(name))
 
 
 def is_weight_file(name: str) -> bool:
@@ -103,6 +130,12 @@ def describe_foreign_file(name: str) -> str:
         return "a second set of weights, which engines may load in place of the first"
     if folded.endswith(".index.json"):
         return f"an index of a second set of weights; an artifact has {INDEX} only"
+    if folded.endswith((".py", ".pyc", ".ipynb", ".sh", ".so")):
+        return "code that no auto_map names; an artifact holds none"
+    if _OTHER_MODELS.fullmatch(name) or base == MODULES:
+        return "a file by which an engine would load something else than this model"
+    if _OWN_NAMES.fullmatch(name):
+        return "the name of a file that the artifact writes itself"
     return "a kind of file that an artifact does not hold"
 
 

@@ -33,7 +33,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.file_names import CHAT_TEMPLATES, CONFIG, HUB_ID, INDEX, SINGLE
+from quantkit.checkpoint.file_names import CONFIG, HUB_ID, INDEX, SINGLE
 from quantkit.checkpoint.folder_rules import is_sidecar
 from quantkit.checkpoint.foreign_weights import describe_foreign_weights, describe_model_file
 from quantkit.checkpoint.header import PREFIX_BYTES, Header, parse_header, parse_header_length
@@ -47,6 +47,7 @@ from quantkit.checkpoint.shards import (
     make_index,
     read_weight_map,
 )
+from quantkit.checkpoint.side_files import describe_left_files, describe_left_names
 from quantkit.checkpoint.source_config import make_source_config
 from quantkit.checkpoint.stored_names import name_tensors
 from quantkit.contracts import Config, TensorSpec
@@ -107,6 +108,7 @@ class ModelHeaders:
     revision: str | None
     code: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()  # what differs from the files that transformers reads
+    left_files: tuple[str, ...] = ()  # files that stay behind, a sentence per reason
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -158,8 +160,9 @@ def _list_wanted(model: str, commit: str, reader: HubReader) -> dict[str, int]:
     files = {file.path: file.size for file in reader.list_files(commit)}
     wanted = [
         *filter_repo_objects(files, allow_patterns=_ALLOWED_FILES, ignore_patterns=_IGNORED_FILES),
-        *(name for name in files if name.startswith(f"{CHAT_TEMPLATES}/") and is_sidecar(name)),
+        *(name for name in files if is_sidecar(name) and not name.startswith(".")),
     ]
+    wanted = list(dict.fromkeys(wanted))
     if len(wanted) > _MAX_FILES:
         raise CheckpointError(
             f"{model}: expected at most {_MAX_FILES:,} files of a model, found {len(wanted):,}; "
@@ -205,6 +208,7 @@ def read_model_headers(model: str, revision: str | None = None) -> ModelHeaders:
             revision=None,
             code=list_code_files(local),
             notes=opened.shards.notes,
+            left_files=describe_left_files(local, opened.sidecars),
         )
     with _translate_errors(model, revision), HubReader(model) as reader:
         return _fetch_headers(model, revision, reader)
@@ -286,6 +290,7 @@ def _fetch_headers(model: str, revision: str | None, reader: HubReader) -> Model
         stored_specs=stored,
         revision=commit,
         notes=(*(describe_unindexed(unindexed) if unindexed else ()), *named.notes),
+        left_files=describe_left_names(sorted(x for x in present if not is_sidecar(x))),
     )
 
 

@@ -20,6 +20,7 @@ from quantkit.checkpoint.encoding import (
     SourceQuantization,
     StoredCodes,
 )
+from quantkit.checkpoint.stacked import ExpertPart
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.io.files import join_faults, shorten_repr
@@ -35,7 +36,7 @@ _UNUSED = (
     *("prob_output_scale", "qkv_output_scale", "weight_format"),
 )
 """Last components of tensors for activations and the KV cache: no weight depends on them."""
-_CODE_ENDINGS = (".weight", ".qweight", "_packed", "_blocks")
+_CODE_ENDINGS = (".weight", ".qweight", ".q_weight", ".W_q", ".codes", "_packed", "_blocks")
 _SCALE_ENDINGS = ("_scale_inv", ".weight_scale")
 
 
@@ -43,12 +44,14 @@ _SCALE_ENDINGS = ("_scale_inv", ".weight_scale")
 class LogicalTensors:
     """The tensors that a model computes with, and how some of them are stored.
 
-    encoded: those that are stored in codes; unused: stored tensors that no weight depends on;
-    notes: one sentence for each statement of config.json that the weights contradict.
+    encoded: those that are stored in codes; experts: those that are parts of a stored tensor with
+    all experts; unused: stored tensors that no weight depends on; notes: one sentence for each
+    statement of config.json that the weights contradict.
     """
 
     specs: Mapping[str, TensorSpec]
     encoded: Mapping[str, EncodedWeight] = field(default_factory=dict)
+    experts: Mapping[str, ExpertPart] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -142,7 +142,9 @@ def load_target_model(target: EvaluationTarget, options: EvaluationOptions) -> A
         source = Checkpoint.open(target.folder, decode=True)
         layout = load_architecture(source.config, source.specs).layout(source.config)
         meta = make_meta_model(source.config, get_device(first_device), getattr(torch, dtype))
-        model = full_model.make_model(meta, layout, full_model.make_reader(source))
+        model = full_model.make_model(
+            meta, layout, full_model.make_reader(source.split_experts(layout.blocks))
+        )
     return dispatch_model(model, device) if is_spread else model
 
 

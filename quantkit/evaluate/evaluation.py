@@ -24,6 +24,7 @@ from quantkit.evaluate import (
     task_runner,
 )
 from quantkit.evaluate.backends import describe_backend, open_backend, select_device_and_dtype
+from quantkit.evaluate.chat_answers import read_number_answer
 from quantkit.evaluate.item_results import ItemResult
 from quantkit.evaluate.lm_eval_tasks import LoadedTasks
 from quantkit.evaluate.options import Decoding, EvaluationOptions
@@ -147,6 +148,7 @@ def run_each_task(
                     model_key,
                     make_answer_callback(on_progress, stage),
                     options.decoding.think_end,
+                    make_readers(single) if options.decoding.chat else None,
                 )
                 task_runs.append(
                     task_runner.run_loaded_tasks(
@@ -163,6 +165,11 @@ def run_each_task(
             for run, items in zip(runs, task_runs, strict=True):
                 run += items
     return runs, failed
+
+
+def make_readers(loaded: LoadedTasks) -> dict[str, Callable[[str], str]]:
+    """Return the readers of chat answers by task; none for tasks that take answers as they are."""
+    return {task.name: read_number_answer for task in loaded.tasks if task.chat == "number"}
 
 
 def format_stage(model: str, task: str, seed: int, seeds: int) -> str:

@@ -117,6 +117,7 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm-eval is untyped
 
     model_key: the hash under which answers are stored; think_end: the text that ends a reasoning
     model's thoughts. Only the text after it is scored, and stop strings do not end the thoughts.
+    readers: task -> what is scored of an answer; `answers` keeps the whole.
     """
 
     def __init__(
@@ -126,8 +127,10 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm-eval is untyped
         model_key: str,
         on_answers: AnswerCallback | None = None,
         think_end: str = "",
+        readers: Mapping[str, Callable[[str], str]] | None = None,
     ) -> None:
         super().__init__()
+        self._readers = dict(readers or {})
         self.answers: dict[tuple[str, int], GeneratedAnswer] = {}
         self._backend, self._store, self._model_key = backend, store, model_key
         self._on_answers, self._think_end = on_answers, think_end
@@ -157,7 +160,8 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm-eval is untyped
             self.answers[request.task_name, request.doc_id] = GeneratedAnswer(
                 text=text, n_tokens=int(str(n_tokens)), truncated=bool(truncated)
             )
-            texts.append(text)
+            reader = self._readers.get(request.task_name)
+            texts.append(text if reader is None else reader(text))
         return texts
 
     def loglikelihood(

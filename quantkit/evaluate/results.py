@@ -58,7 +58,7 @@ class TaskResult:
 
     Score None: not judged.
 
-    The field names are keys of results.json.
+    The field names are keys of results.json. variant: how answers were read.
     """
 
     task: str
@@ -73,6 +73,7 @@ class TaskResult:
     not_run: str
     task_sha256: str
     items_sha256: str
+    variant: str = "plain"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ def write_results(
         for task in runs.loaded.tasks
         if pairs
     )
-    task_results = summarize_tasks(runs)
+    task_results = summarize_tasks(runs, chat=options.decoding.chat)
     not_run = runs.loaded.failed
     document = {
         "version": 1,
@@ -208,7 +209,7 @@ def read_baseline(
     return items
 
 
-def summarize_tasks(runs: EvaluationRuns) -> tuple[TaskResult, ...]:
+def summarize_tasks(runs: EvaluationRuns, *, chat: bool = False) -> tuple[TaskResult, ...]:
     """Return one row per task and filter: score and interval over items, rates over all answers."""
     tasks = {task.name: task for task in runs.loaded.tasks}
     answers = [item for run in runs.runs for item in run]
@@ -216,11 +217,13 @@ def summarize_tasks(runs: EvaluationRuns) -> tuple[TaskResult, ...]:
     groups: dict[tuple[str, str], list[ItemResult]] = {}
     for item in runs.items:
         groups.setdefault((item.task, item.filter), []).append(item)
-    return tuple(summarize_task(tasks[key[0]], items, rates[key]) for key, items in groups.items())
+    return tuple(
+        summarize_task(tasks[key[0]], items, rates[key], chat=chat) for key, items in groups.items()
+    )
 
 
 def summarize_task(
-    task: Task, items: Sequence[ItemResult], rates: task_runner.TaskScore
+    task: Task, items: Sequence[ItemResult], rates: task_runner.TaskScore, *, chat: bool = False
 ) -> TaskResult:
     """Return the row of one task and filter."""
     scores = [item.score for item in items if item.score is not None]
@@ -239,6 +242,7 @@ def summarize_task(
         not_run=rates.not_run,
         task_sha256=task.sha256,
         items_sha256=hashlib.sha256(hashes.encode()).hexdigest(),
+        variant=task_runner.describe_variant(task, chat=chat),
     )
 
 

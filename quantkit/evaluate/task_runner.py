@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import EvaluationError, UnsuitedError
 from quantkit.evaluate import answer_store, lm_eval_tasks, sandbox
+from quantkit.evaluate.chat_answers import VARIANTS, ChatAnswer, make_completion
 from quantkit.evaluate.item_results import ItemResult
 from quantkit.evaluate.lm_eval_tasks import LoadedTasks
 from quantkit.evaluate.task_schema import CodeRules
@@ -36,6 +37,7 @@ BATCH_SIZE = 64
 
 _INVALID = "[invalid]"  # the result of lm-eval's regex filter for a text without a match
 _NOT_RUN = "not run: "
+_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a completion in the source of a program
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +117,8 @@ def run_loaded_tasks(
     """
     from lm_eval.evaluator import evaluate  # seconds to import
 
+    if chat:
+        set_chat_stops(loaded)
     results = evaluate(
         lm=adapter,
         task_dict={"tasks": dict(loaded.lm_eval_tasks), "groups": {}, "group_map": {}},
@@ -133,9 +137,30 @@ def run_loaded_tasks(
         ]
         if task.code is not None:
             jail = jail or sandbox.probe_sandbox()
-            task_items = _judge_programs(task_items, samples, task.code, jail)
+            form = task.chat if chat else None
+            task_items = _judge_programs(task_items, samples, task.code, jail, form)
         items += task_items
     return items
+
+
+def set_chat_stops(loaded: LoadedTasks) -> None:
+    """Remove the stop strings of code tasks: a fence begins with the text that ends a completion.
+
+    A conversation ends with the model's own end of turn.
+    """
+    for task in loaded.tasks:
+        config = loaded.lm_eval_tasks[task.name].config
+        if task.chat == "code" and config.generation_kwargs is not None:
+            settings = {**config.generation_kwargs, "until": []}
+            loaded.lm_eval_tasks[task.name].set_config("generation_kwargs", settings)
+
+
+def describe_variant(task: Task, *, chat: bool) -> str:
+    """Return how answers were read, for the results: "plain", or the name of a chat variant."""
+    if not chat:
+        return "plain"
+    note = "" if "chat" in task.validated else "; not validated in this form"
+    return VARIANTS[task.chat] + note
 
 
 def probe_sandbox_for(tasks: Sequence[Task]) -> sandbox.Sandbox:
@@ -221,11 +246,15 @@ def _judge_programs(
     samples: Sequence[Mapping[str, Any]],
     rules: CodeRules,
     jail: sandbox.Sandbox,
+    chat: ChatAnswer | None,
 ) -> list[ItemResult]:
-    """Return the items of a code task with their programs run, or marked as not run."""
+    """Return the items of a code task with their programs run, or marked as not run.
+
+    chat: how answers of a conversation are read; None for continuations.
+    """
     with TemplateWorker() as worker:
         programs = [
-            build_program(worker, item.task, rules, sample["doc"], item.response)
+            build_program(worker, item.task, rules, sample["doc"], item.response, chat)
             for item, sample in zip(items, samples, strict=True)
         ]
     if jail.kind == "none":
@@ -242,13 +271,24 @@ def _judge_programs(
 
 
 def build_program(
-    worker: TemplateWorker, name: str, rules: CodeRules, doc: Mapping[str, Any], completion: str
+    worker: TemplateWorker,
+    name: str,
+    rules: CodeRules,
+    doc: Mapping[str, Any],
+    completion: str,
+    chat: ChatAnswer | None = None,
 ) -> sandbox.Program:
-    """Build the program of a completion of task `name`, and its tests."""
-    if rules.cut == "first_unindented_line":
-        completion = cut_at_unindented_line(completion)
-    values = {**doc, "completion": completion}
+    """Build the program of a completion of task `name`, and its tests.
+
+    chat: how an answer of a conversation is read; None for a continuation.
+    """
     try:
+        if chat == "code":
+            head, _, _ = worker.render(rules.source, {**doc, "completion": _MARK}).partition(_MARK)
+            completion = make_completion(completion, head)
+        elif rules.cut == "first_unindented_line":
+            completion = cut_at_unindented_line(completion)
+        values = {**doc, "completion": completion}
         source, tests = (worker.render(text, values) for text in (rules.source, rules.tests))
     except TemplateFault as fault:
         raise make_template_error(f"{name}: quantkit.code", fault) from None

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from quantkit.evaluate.chat_answers import ChatAnswer
 from quantkit.io.files import shorten_repr
 from quantkit.io.yaml_document import KeyPath
 from quantkit.texts import task_files
@@ -85,6 +86,9 @@ def _check_rows(value: object) -> object:
 def _wrap_file_name(value: object) -> object:
     return {"file": value} if isinstance(value, str) else value
 
+
+TaskForm = Literal["plain", "chat"]
+"""How prompts are asked: as text to continue, or as a conversation."""
 
 Text = Annotated[str, Field(min_length=1)]
 Rows = Annotated[tuple[int, int], BeforeValidator(_check_rows)]
@@ -150,6 +154,8 @@ class QuantkitBlock(BaseModel):
     gold: Text | None = None
     code: CodeRules | None = None
     python: InnerPath | None = None
+    chat: ChatAnswer | None = None
+    validated: Annotated[tuple[TaskForm, ...], Field(strict=False, min_length=1)] = ("plain",)
 
     @field_validator("local")
     @classmethod

@@ -18,6 +18,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from quantkit.errors import EvaluationError, RecipeError, UnsuitedError, UntrustedCode
+from quantkit.evaluate.chat_answers import ChatAnswer
 from quantkit.evaluate.task_schema import (
     DATA_VARIABLE,
     REFUSED_KEYS,
@@ -25,6 +26,7 @@ from quantkit.evaluate.task_schema import (
     DataFolders,
     SplitFile,
     TaskFile,
+    TaskForm,
     list_known_keys,
 )
 from quantkit.io import yaml_document
@@ -55,8 +57,9 @@ class Task:
     """One checked task. `files` is split -> file; empty means that the data comes from `hub`.
 
     `config` is lm-eval's part of the file; `gold` a Jinja template of the solution that follows the
-    prompt; `python` the task's own code, which the user trusts; `sha256` covers the file's text,
-    its data and its code.
+    prompt; `python` the task's own code, which the user trusts; `chat`: how answers of a
+    conversation are read; `validated`: the forms in which the task was compared with published
+    scores; `sha256` covers the file's text, its data and its code.
     """
 
     name: str
@@ -68,6 +71,8 @@ class Task:
     sha256: str
     gold: str | None = None
     python: PythonFile | None = None
+    chat: ChatAnswer = "text"
+    validated: tuple[TaskForm, ...] = ("plain",)
 
     @property
     def is_local(self) -> bool:
@@ -220,6 +225,8 @@ def _load_task(name: str, data_folder: Path | None, trusted: Sequence[str]) -> T
         code=block.code,
         gold=block.gold,
         python=python,
+        chat=block.chat or ("text" if block.code is None else "code"),
+        validated=block.validated,
         sha256=_hash_task(text, files, hub, python),
     )
 

@@ -33,7 +33,7 @@ from quantkit.models.small_instance import (
     read_size,
     reduce_config,
 )
-from quantkit.models.stored_names import StoredNames, UnknownForm, find_stored_names, measure_parts
+from quantkit.models.stored_names import UnknownForm, find_stored_names, measure_parts
 from quantkit.models.text_part import find_parts, name_in_model, put_parts_back
 
 UNSUPPORTED: Mapping[str, str] = {
@@ -90,7 +90,6 @@ def derive_layout(config: Config, names: Collection[str] = ()) -> Layout:
         raise make_refusal(config, "a small instance of it has other tensors")
     try:
         stored, tensors = find_stored_names(small_model, make_random_tensors(small_model), disk)
-        check_stacked(stored)
         layout = inspect_layout(config, meta_model, measure_parts(meta_model, stored))
         small = inspect_layout(config, small_model, stored)
         small = expert_checks.check_experts(small_model, small, tensors, layout_checks.LENGTHS)
@@ -121,13 +120,6 @@ def count_eager_heads(meta_model: MetaModel) -> int:
     return (read_size(meta_model.config, "num_attention_heads") or 0) * is_eager
 
 
-def check_stacked(stored: StoredNames) -> None:
-    """Check that experts are stored one by one; raises UnknownForm."""
-    for names in stored.experts.values():
-        if names.stacked:
-            raise UnknownForm(f"its experts are stored together, in {names.stacked[0].name}")
-
-
 def finish_block(
     config: Config, block: Block, found: BlockFindings, like: Experts | None, hf_config: Any
 ) -> Block:
@@ -143,6 +135,7 @@ def finish_block(
                 top_k=like.top_k,
                 scales_down=like.scales_down,
                 inside=like.inside,
+                scaled_inputs=like.scaled_inputs,
             ),
         )
     return replace(block, groups=layout_checks.make_groups(block, found.readings, hf_config))

@@ -26,6 +26,7 @@ from quantkit.models.layers import (
     get_layer_name,
     load_tensors,
     run_layer,
+    split_scaled_inputs,
 )
 from quantkit.models.stored_names import UnknownForm
 
@@ -78,6 +79,11 @@ def check_block(
     if len(full.calls) != 1:
         raise UnknownForm(f"its experts {module} are called {len(full.calls)} times in a layer")
     [(arguments, answer)] = full.calls
+    if len(arguments) == 1 and len(arguments[0]) == experts.count * positions:
+        experts = replace(experts, scaled_inputs=True)
+        routed = split_scaled_inputs(arguments[0], experts.count)
+        arguments = (routed.hidden, routed.index, routed.weight)
+        answer = answer.reshape(experts.count, positions, -1).sum(0)
     if not is_routed(arguments, positions, experts):
         raise UnknownForm(
             f"its experts {module} are not called with the states of every token, the selected "

@@ -16,6 +16,7 @@ from torch import Tensor
 from quantkit import registry
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Block, Experts, Layout, Scheme
+from quantkit.models.expert_form import read_form
 from quantkit.models.experts import find_experts_module
 from quantkit.models.layers import MetaModel, get_layer_name, join_parts, load_tensors
 from quantkit.models.outer_model import get_head, get_module_name
@@ -175,18 +176,19 @@ def stack_experts(
     Gate and up of all experts are one tensor [experts, 2 * intermediate, hidden], in the order of
     the module; up alone without a gate.
     """
-    is_transposed = getattr(module, "is_transposed", False)
+    form = read_form(module)
+    assert form is not None  # the layout has experts in it
 
     def stack(projections: tuple[str, ...]) -> Tensor:
         weights = [
             join_rows(
                 [read(f"{experts.linear(e, x)}.weight") for x in projections],
-                interleaved=not getattr(module, "is_concatenated", True),
+                interleaved=form.interleaved,
             )
             for e in range(experts.count)
         ]
         stacked = torch.stack(weights)  # [experts, out, in]
-        return stacked.mT.contiguous() if is_transposed else stacked
+        return stacked.mT.contiguous() if form.transposed else stacked
 
     yield "up_proj" if experts.gate is None else "gate_up_proj", stack(experts.inputs)
     yield "down_proj", stack((experts.down,))

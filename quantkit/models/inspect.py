@@ -21,6 +21,7 @@ from quantkit import registry
 from quantkit.contracts import Block, Config, Experts, Layout, Linear, Role, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.formats.common.engine_names import FUSED_MODULES, LM_HEAD
+from quantkit.models.expert_form import read_form
 from quantkit.models.layers import MetaModel
 from quantkit.models.outer_model import find_layers, get_head, get_module_name
 from quantkit.models.stored_names import ExpertNames, StoredNames
@@ -28,6 +29,7 @@ from quantkit.models.stored_names import ExpertNames, StoredNames
 MAX_REASON_CHARS = 300
 """Longest reason in a message: transformers' errors can be long."""
 
+PARAMETERS = ("weight", "bias")
 MAX_KEPT_SHARE = 0.1
 """Largest part of a block's weights in convolutions, decay rates, gates: in all but linears."""
 
@@ -136,36 +138,24 @@ def inspect_block(config: Config, path: str, layer: nn.Module, stored: StoredNam
         for local, module in layer.named_modules()
         if isinstance(module, nn.Linear) and is_linear_class(type(module))  # type: ignore[arg-type]  # a class is hashable
     }
-    found = {
-        local: stored.experts[f"{path}.{local}"]
-        for local, _ in layer.named_modules()
-        if f"{path}.{local}" in stored.experts
-    }
-    if len(found) > 1:
-        raise make_refusal(config, f"{name} has experts in {' and '.join(found)}")
-    if not modules and not found:
+    mixtures = find_mixtures(config, path, layer, stored)
+    if not modules and not mixtures:
         kinds = {type(x).__name__ for x in layer.modules() if has_matrix(x)}
         raise make_refusal(
             config, f"{name} has no nn.Linear; its matrices are in {', '.join(sorted(kinds))}"
         )
     names = {x: find_linear_name(config, f"{path}.{x}", stored) for x in modules}
     linears = {
-        full: make_linear(full, modules[x], get_role(x, bool(found))) for x, full in names.items()
+        full: make_linear(full, modules[x], get_role(x, bool(mixtures)))
+        for x, full in names.items()
     }
-    claimed = {f"{x}.{kind}" for x in modules for kind in ("weight", "bias")}
-    claimed |= {f"{x}.{kind}" for x in found for kind in list_parameters(layer.get_submodule(x))}
-    state = layer.state_dict()
-    kept = {x: tensor for x, tensor in state.items() if x not in claimed}
-    buffers = {x for x, _ in layer.named_buffers()}  # tables that training does not change
-    check_kept_tensors(
-        config,
-        name,
-        {x: tensor for x, tensor in kept.items() if x not in buffers},
-        sum(tensor.numel() for x, tensor in state.items() if x not in buffers),
-    )
+    claimed = {f"{x}.{kind}" for x in modules for kind in PARAMETERS}
+    claimed |= {f"{x}.{kind}" for x in mixtures for kind in list_parameters(layer.get_submodule(x))}
+    kept = {x: tensor for x, tensor in layer.state_dict().items() if x not in claimed}
+    check_kept_tensors(config, name, layer, kept)
     joined = {x: stored.joined[f"{path}.{x}"] for x in kept if f"{path}.{x}" in stored.joined}
     others = list_kept_specs(path, kept, stored)
-    experts = [make_experts(layer.get_submodule(x), y) for x, y in found.items()]
+    experts = [make_experts(layer.get_submodule(x), y) for x, y in mixtures.items()]
     routed = [linear for each in experts for linear in list_expert_linears(each)]
     if outside := [
         x
@@ -173,6 +163,11 @@ def inspect_block(config: Config, path: str, layer: nn.Module, stored: StoredNam
         if not x.startswith(f"{name}.")
     ]:
         raise make_refusal(config, f"{outside[0]} is stored outside {name}")
+    stored_as = {
+        **{f"{x}.{kind}": f"{full}.{kind}" for x, full in names.items() for kind in PARAMETERS},
+        **{x: stored.tensors[f"{path}.{x}"] for x in kept if x not in joined},
+        **{x: y.module for x, y in mixtures.items()},
+    }
     return Block(
         name=name,
         kind="decoder",
@@ -181,19 +176,28 @@ def inspect_block(config: Config, path: str, layer: nn.Module, stored: StoredNam
         groups=(),
         fused=(*find_fused_sets(linears), *([tuple(x.name for x in routed)] if routed else [])),
         experts=experts[0] if experts else None,
-        renames=list_renames(
-            name,
-            {
-                **{f"{x}.weight": f"{full}.weight" for x, full in names.items()},
-                **{f"{x}.bias": f"{full}.bias" for x, full in names.items()},
-                **{x: stored.tensors[f"{path}.{x}"] for x in kept if x not in joined},
-                **{x: y.module for x, y in found.items()},
-            },
-        ),
+        renames=list_renames(name, stored_as),
         module=path if path != name else "",
         joined=tuple(joined.items()),
-        stacked=tuple(each for x in found.values() for each in x.stacked),
+        stacked=tuple(each for x in mixtures.values() for each in x.stacked),
     )
+
+
+def find_mixtures(
+    config: Config, path: str, layer: nn.Module, stored: StoredNames
+) -> dict[str, ExpertNames]:
+    """Return the names of the experts of a layer, by the path of their module in the layer.
+
+    Raises CheckpointError for several.
+    """
+    found = {
+        local: stored.experts[f"{path}.{local}"]
+        for local, _ in layer.named_modules()
+        if f"{path}.{local}" in stored.experts
+    }
+    if len(found) > 1:
+        raise make_refusal(config, f"{path} has experts in {' and '.join(found)}")
+    return found
 
 
 def find_linear_name(config: Config, module: str, stored: StoredNames) -> str:
@@ -248,7 +252,8 @@ def list_renames(name: str, stored: Mapping[str, str]) -> tuple[tuple[str, str],
 def make_experts(module: Any, names: ExpertNames) -> Experts:
     """Return the experts of transformers' module; `expert_checks` finds the rest by running it."""
     count, *sizes = module.down_proj.shape
-    hidden, intermediate = reversed(sizes) if module.is_transposed else sizes
+    form = read_form(module)
+    hidden, intermediate = reversed(sizes) if form and form.transposed else sizes
     return Experts(
         module=names.module,
         router="",
@@ -306,17 +311,23 @@ def mark_routers(block: Block, names: Collection[str]) -> Block:
     )
 
 
-def check_kept_tensors(config: Config, name: str, kept: Mapping[str, Tensor], total: int) -> None:
-    """Check that the tensors of a block other than linears can be kept as they are.
+def check_kept_tensors(
+    config: Config, name: str, layer: nn.Module, kept: Mapping[str, Tensor]
+) -> None:
+    """Check that the tensors of a block other than linears and experts can be kept as they are.
 
-    kept: by name in transformers; total: elements of the block. Raises CheckpointError.
+    kept: by name in transformers. Buffers do not count: they are no weights. Raises
+    CheckpointError.
     """
+    buffers = {x for x, _ in layer.named_buffers()}
     for path, tensor in kept.items():
         if not tensor.is_floating_point():
             raise make_refusal(
                 config, f"{name}.{path} has {tensor.dtype} values, which no reader knows"
             )
-    sizes = {f"{name}.{path}": tuple(x.shape) for path, x in kept.items() if x.dim() > 1}
+    total = sum(x.numel() for path, x in layer.state_dict().items() if path not in buffers)
+    matrices = {path: x for path, x in kept.items() if x.dim() > 1 and path not in buffers}
+    sizes = {f"{name}.{path}": tuple(x.shape) for path, x in matrices.items()}
     check_kept_share(config, name, sizes, total, "are not in an nn.Linear")
 
 
@@ -329,8 +340,7 @@ def check_kept_share(
         largest, shape = max(shapes.items(), key=lambda item: prod(item[1]))
         raise make_refusal(
             config,
-            f"{share:.0%} of the weights of {name} {why}: {largest} {list(shape)}; experts need a "
-            "table",
+            f"{share:.0%} of the weights of {name} {why}: {largest} {list(shape)}",
         )
 
 

@@ -27,7 +27,7 @@ from quantkit.checkpoint.hf_config import (
     hide_warnings,
     make_hf_config,
 )
-from quantkit.contracts import Block, Config
+from quantkit.contracts import Block, Config, Experts
 from quantkit.errors import CheckpointError
 from quantkit.io.files import make_config_error
 from quantkit.models.modules import MatmulLinear, fill_computed_buffers
@@ -75,6 +75,34 @@ class ExpertTap(nn.Module):
         if self.answer is None:
             return torch.zeros_like(hidden_states)
         return self.answer.to(hidden_states).reshape(hidden_states.shape)
+
+
+class ScaledInputTap(ExpertTap):
+    """Placeholder of experts that are all given every token [experts * tokens, hidden], multiplied
+    by the router's weight, which is 0 but for one expert.
+    """
+
+    def __init__(self, count: int, inside: bool = False) -> None:
+        super().__init__(inside)
+        self.count = count
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]  # of their own
+        """Return zeros [experts * tokens, hidden]."""
+        self.last = split_scaled_inputs(hidden_states, self.count)
+        result = torch.zeros_like(hidden_states)
+        if self.answer is not None:
+            first = result[: len(self.last.hidden)]
+            first.copy_(self.answer.to(first).reshape(first.shape))
+        return result
+
+
+def split_scaled_inputs(hidden: Tensor, count: int) -> RouterOutput:
+    """Return the one input of each token, from [experts * tokens, hidden], and its expert."""
+    each = hidden.reshape(count, -1, hidden.shape[-1])  # [experts, tokens, hidden]
+    index = each.abs().sum(-1).argmax(0)[:, None]  # [tokens, 1]
+    return RouterOutput(
+        hidden=each.sum(0), index=index, weight=torch.ones_like(index, dtype=hidden.dtype)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +170,7 @@ def make_decoder_layer(
     tap = None
     if block.experts:
         parent, _, leaf = get_layer_name(block, block.experts.module).rpartition(".")
-        tap = ExpertTap(block.experts.inside)
+        tap = make_tap(block.experts)
         setattr(layer.get_submodule(parent), leaf, tap)
     for name, module in list(layer.named_modules()):
         if type(module) is nn.Linear:
@@ -157,6 +185,13 @@ def make_decoder_layer(
     }
     load_tensors(layer, state, block.name)
     return DecoderLayer(name=block.path, module=layer, tap=tap)
+
+
+def make_tap(experts: Experts) -> ExpertTap:
+    """Return the placeholder of a block's experts."""
+    if experts.scaled_inputs:
+        return ScaledInputTap(experts.count, experts.inside)
+    return ExpertTap(experts.inside)
 
 
 def load_tensors(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.contracts import Absorber, Block, Config, HeadRows, Layout, Linear, LinearGroup
+from quantkit.contracts import Absorber, Block, Config, Layout, Linear, LinearGroup
 from quantkit.errors import CheckpointError
 from quantkit.models import full_model, scaling
 from quantkit.models.experts import BlockRun, run_block
@@ -37,7 +37,8 @@ from quantkit.models.layers import (
     run_layer,
 )
 from quantkit.models.outer_model import name_tensors
-from quantkit.models.small_instance import VOCABULARY, count_kv_heads, read_size
+from quantkit.models.row_maps import list_row_maps
+from quantkit.models.small_instance import VOCABULARY
 
 LENGTHS = (20, 13)
 """Tokens of the two sequences: unequal, to test padding, and longer than the window."""
@@ -285,6 +286,14 @@ class BlockTrial:
         if routed is None:
             return ()
         own = {x.name for x in self.dense}
+        experts = self.block.experts
+        if experts and experts.scaled_inputs:  # they change the experts' input too
+            gates += [
+                x.name.removesuffix(".weight")
+                for x in self.block.others
+                if x.name.endswith(".weight") and x.shape == (experts.count, experts.hidden)
+            ]
+            gates += [x.name for x in self.dense if x.out_features == experts.count]
         matrices = [
             x.name.removesuffix(".weight")
             for x in self.block.others
@@ -348,43 +357,6 @@ def make_random_scale(absorber: Absorber, width: int, generator: torch.Generator
 
 
 # ---------------------------------------------------------------------------------------- absorbers
-
-
-def list_row_maps(out: int, into: int, hf_config: Any) -> dict[str, HeadRows | None]:
-    """Return the maps from `out` rows of a linear to `into` channels, by name."""
-    heads = read_size(hf_config, "num_attention_heads") or 1
-    kv_heads = count_kv_heads(hf_config)
-    width = into // heads
-    maps: dict[str, HeadRows | None] = {}
-    if out == into:
-        maps["row by row"] = None
-    if out == 2 * into:
-        maps["second half"] = HeadRows(heads=1, kv_heads=1, width=into, stride=into, offset=into)
-    if out == kv_heads * width:
-        maps["values"] = HeadRows(
-            heads=heads, kv_heads=kv_heads, width=width, stride=width, offset=0
-        )
-    if out == (heads + 2 * kv_heads) * width:
-        start = (heads + kv_heads) * width
-        maps["values last"] = HeadRows(
-            heads=heads, kv_heads=kv_heads, width=width, stride=width, offset=start
-        )
-    queries = heads // kv_heads  # of each key/value head
-    if out == kv_heads * (queries + 2) * width:
-        maps["values of each head last"] = HeadRows(
-            heads=heads,
-            kv_heads=kv_heads,
-            width=width,
-            stride=(queries + 2) * width,
-            offset=(queries + 1) * width,
-        )
-    if out % heads == 0 and out // heads > width:  # multi-head latent attention: keys, then values
-        stride = out // heads
-        maps["end of each head"] = HeadRows(
-            heads=heads, kv_heads=heads, width=width, stride=stride, offset=stride - width
-        )
-    is_possible = width * heads == into or "row by row" in maps or "second half" in maps
-    return maps if is_possible else {}
 
 
 def make_absorber(block: Block, reading: InputReaders, hf_config: Any) -> Absorber | None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from quantkit.checkpoint.hf_config import find_text_key
 from quantkit.contracts import Config
+from quantkit.models.expert_form import is_experts_module
 from quantkit.models.layers import MetaModel
-from quantkit.models.stored_names import is_experts_module
 
 WINDOW = 8
 VOCABULARY = 96

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from quantkit.contracts import StackedTensor
+from quantkit.models.expert_form import ExpertForm, is_experts_module, read_form
 from quantkit.models.layers import MetaModel
 from quantkit.models.outer_model import find_layers
 from quantkit.models.text_part import find_relocation, find_text_root, relocate
@@ -80,22 +81,23 @@ def find_stored_names(
     own = {*saved.values()}
     parts = {move(name, name): x for name, x in written.items() if name not in own}
     saved_parts = {move(name, name): name for name in written if name not in own}
-    result = {stored: values[name] for name, stored in tensors.items()}
+    result: dict[str, Tensor] = {}
     experts: dict[str, ExpertNames] = {}
     claimed: set[str] = set()
     for path, module in model.named_modules():
-        if not is_experts_module(module):
+        form = get_form(path, module) if is_experts_module(module) else None
+        if form is None:  # kept as it is, if it is a small part of its block
             continue
-        check_experts_class(path, module)
         kinds = {kind: f"{path}.{kind}" for kind in module._parameters}
-        pieces = split_experts(module, {kind: values[x] for kind, x in kinds.items()})
+        pieces = split_experts(form, {kind: values[x] for kind, x in kinds.items()})
         if all(x in disk or x in saved for x in kinds.values()):
             stored = {kind: tensors.get(x) or disk[x] for kind, x in kinds.items()}
-            experts[path] = name_stacked(name_on_disk(model, path, tensors), module, stored)
+            experts[path] = name_stacked(name_on_disk(model, path, tensors), form, stored)
         else:
             experts[path] = name_experts(path, pieces, parts)
         result |= name_pieces(experts[path], pieces)
         claimed |= {*kinds.values()}
+    result |= {tensors[name]: values[name] for name in tensors if name not in claimed}
     joined = {
         name: find_parts(name, x, parts)
         for name, x in values.items()
@@ -147,36 +149,21 @@ def make_relocation(
 # ------------------------------------------------------------------------------------------ experts
 
 
-def is_experts_module(module: nn.Module) -> bool:
-    """Return whether a module holds the experts of a layer: its parameters have an expert each."""
-    shapes = [x.shape for x in module._parameters.values() if x is not None]
-    is_stacked = len(shapes) > 1 and all(len(x) >= 2 and x[0] == shapes[0][0] for x in shapes)
-    return is_stacked and any(len(x) == 3 for x in shapes)
-
-
-def check_experts_class(path: str, module: Any) -> None:
-    """Check that experts are used as transformers' flags say; raises UnknownForm."""
-    if not hasattr(module, "has_gate"):
-        raise UnknownForm(
-            f"its experts {path} ({type(module).__name__}) are of a class of their own, {NO_READER}"
-        )
+def get_form(path: str, module: Any) -> ExpertForm | None:
+    """Return the form of an experts module, None for a class of its own; raises UnknownForm."""
     for flag, what in (("has_bias", "biases"), ("has_post_expert_norm", "a norm of their own")):
         if getattr(module, flag, False):
             raise UnknownForm(f"its experts {path} have {what}, {NO_READER}")
-    expected = {"gate_up_proj" if module.has_gate else "up_proj", "down_proj"}
-    if set(module._parameters) != expected:
-        raise UnknownForm(
-            f"its experts {path} hold {', '.join(sorted(module._parameters))}, {NO_READER}"
-        )
+    return read_form(module)
 
 
-def split_experts(module: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def split_experts(form: ExpertForm, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return gate (if any), up and down of all experts, [experts, out, in] each."""
-    values = {kind: x.mT if module.is_transposed else x for kind, x in values.items()}
-    if not module.has_gate:
+    values = {kind: x.mT if form.transposed else x for kind, x in values.items()}
+    if not form.has_gate:
         return {"up": values["up_proj"], "down": values["down_proj"]}
     both = values["gate_up_proj"]  # [experts, 2 * intermediate, hidden]
-    halves = both.chunk(2, dim=1) if module.is_concatenated else (both[:, 0::2], both[:, 1::2])
+    halves = (both[:, 0::2], both[:, 1::2]) if form.interleaved else both.chunk(2, dim=1)
     return {"gate": halves[0], "up": halves[1], "down": values["down_proj"]}
 
 
@@ -222,26 +209,26 @@ def name_on_disk(model: Any, path: str, tensors: Mapping[str, str]) -> str:
     return path
 
 
-def name_stacked(path: str, module: Any, stored: Mapping[str, str]) -> ExpertNames:
+def name_stacked(path: str, form: ExpertForm, stored: Mapping[str, str]) -> ExpertNames:
     """Return names of experts whose tensors are stored as they are, by their local names."""
     names = MIXTRAL[1] if MIXTRAL[0] in path.split(".") else PROJECTIONS
-    inputs = (names["gate"], names["up"]) if module.has_gate else (names["up"],)
+    inputs = (names["gate"], names["up"]) if form.has_gate else (names["up"],)
     return ExpertNames(
         module=path,
-        gate=names["gate"] if module.has_gate else None,
+        gate=names["gate"] if form.has_gate else None,
         up=names["up"],
         down=names["down"],
         stacked=(
             StackedTensor(
-                name=stored["gate_up_proj" if module.has_gate else "up_proj"],
+                name=stored["gate_up_proj" if form.has_gate else "up_proj"],
                 projections=inputs,
-                transposed=module.is_transposed,
-                interleaved=not module.is_concatenated,
+                transposed=form.transposed,
+                interleaved=form.interleaved,
             ),
             StackedTensor(
                 name=stored["down_proj"],
                 projections=(names["down"],),
-                transposed=module.is_transposed,
+                transposed=form.transposed,
             ),
         ),
     )

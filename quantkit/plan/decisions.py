@@ -352,6 +352,25 @@ def find_group_size_fault(decision: Decision) -> str | None:
     return f"group_size {scheme.group_size} does not divide {width} input features; {use}"
 
 
+def find_stacked_faults(layout: Layout, decisions: Mapping[str, Decision]) -> list[str]:
+    """Return a fault for kept experts that the checkpoint stores in one tensor.
+
+    An artifact names single experts, which engines read when they are quantized.
+    """
+    kept = [
+        block
+        for block in layout.blocks
+        if block.stacked and block.experts and decisions[block.experts.first].action == "keep"
+    ]
+    if not kept:
+        return []
+    return [
+        f"{kept[0].name}: expected a rule that quantizes the routed experts, found one that keeps "
+        f"them; the checkpoint stores them together ({kept[0].stacked[0].name}), and an artifact "
+        "would hold unquantized single experts, which no engine reads"
+    ]
+
+
 def find_fused_faults(
     layout: Layout, decisions: Mapping[str, Decision], output: Format, refusing: Collection[str]
 ) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from quantkit.checkpoint.encoding import FP8
+from quantkit.checkpoint.stacked import split_specs
 from quantkit.contracts import Architecture, Block, Config, Layout, Linear, Role, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.io.files import shorten_repr
@@ -130,6 +131,7 @@ def match_layout(
         return MatchedLayout(
             architecture=architecture, layout=layout, specs=specs, warnings=warnings
         )
+    specs, _ = split_specs(specs, layout.blocks)
     absent = tuple(
         b
         for b in layout.blocks

@@ -25,6 +25,7 @@ from quantkit.plan.decisions import (
     find_fp8_faults,
     find_fused_faults,
     find_idle_rules,
+    find_stacked_faults,
     find_storage_faults,
     find_unmatched_rules,
     is_unscaled_for_fp8,
@@ -378,6 +379,8 @@ def apply_rules(
         f"{recipe.name}: {fault}"
         for fault in find_fused_faults(matched.layout, decisions, output, refusing)
     ]
+    stacked = find_stacked_faults(matched.layout, decisions)
+    faults += [f"{recipe.name}: {fault}" for fault in stacked]
     if side is not None:
         faults += [
             f"{recipe.name}: {fault}"

@@ -12,6 +12,7 @@ from quantkit import figures
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.remote_code import list_code_files
+from quantkit.checkpoint.side_files import describe_left_files
 from quantkit.errors import CheckpointError, HubUnreachable, RecipeError, UsageError
 from quantkit.io import package_data
 from quantkit.io.files import join_faults
@@ -129,7 +130,7 @@ def read_model_facts(model: str, revision: str | None = None) -> SourceFacts:
         where=model,
         code=headers.code,
         folder=hub.find_local_folder(model),
-        notes=(*headers.notes, *headers.logical.describe()),
+        notes=(*headers.notes, *headers.logical.describe(), *headers.left_files),
     )
 
 
@@ -145,7 +146,11 @@ def make_source_facts(recipe: Recipe, source: Checkpoint, revision: str | None) 
         where=recipe.source.model,
         code=list_code_files(source.folder),
         folder=source.folder,
-        notes=(*source.shards.notes, *source.logical.describe()),
+        notes=(
+            *source.shards.notes,
+            *source.logical.describe(),
+            *describe_left_files(source.folder, source.sidecars),
+        ),
     )
 
 

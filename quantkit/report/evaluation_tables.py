@@ -27,6 +27,8 @@ def make_evaluation_tables(outcome: EvaluationResult, setup: EvaluationOptions) 
     columns = ("task", "filter", ">n", ">score", ">95 %", ">cut", ">no result", ">tokens")
     note = "cut: answers that reached the token limit; no result: answers without an extractable "
     note += "result; tokens: mean per answer."
+    variants = {row.task: row.variant for row in outcome.task_results if row.variant != "plain"}
+    note += "".join(f"\n{task}: {variant}." for task, variant in variants.items())
     note += "".join(f"\nNot run: {reason}." for reason in outcome.not_run.values())
     rows += [(name, "", "0", "not run", "", "", "", "") for name in outcome.not_run]
     tables = [Table(title="Scores", columns=columns, rows=tuple(rows), note=note)]

@@ -32,6 +32,7 @@ from quantkit.artifact.layout import (
 )
 from quantkit.artifact.read_manifest import get_format_name, get_section, read_manifest
 from quantkit.checkpoint.folder_rules import (
+    MODULES,
     find_redirects,
     find_remote_code,
     find_tokenizer_redirects,
@@ -39,6 +40,7 @@ from quantkit.checkpoint.folder_rules import (
 from quantkit.checkpoint.header import Header, read_header
 from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.scan import read_small_tensor, scan_file
+from quantkit.checkpoint.side_files import find_module_faults
 from quantkit.contracts import TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.formats.common.checks import ValueCheck
@@ -215,6 +217,8 @@ def find_code_faults(path: Path, files: Mapping[str, object]) -> Iterator[str]:
     for name in modules:
         if name not in named:
             yield f"{name}: code that no auto_map of the artifact names; an artifact holds none"
+    if MODULES in files:
+        yield from (f"{MODULES}: {fault}" for fault in find_module_faults(path))
 
 
 def find_added_faults(path: Path, added: Sequence[str]) -> Iterator[str]:

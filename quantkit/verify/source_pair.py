@@ -224,7 +224,7 @@ def open_pair(path: Path, source: str | None) -> SourcePair:
         source_name=model,
         format=registry.get_format(str(name)) if schemes else None,
         stored=Checkpoint.open(path),
-        source=source_checkpoint,
+        source=source_checkpoint.split_experts(matched.layout.blocks),
         layout=architecture.layout(config),
         left_out=matched.left_out,
         modules=modules,

@@ -399,11 +399,17 @@ CARRIED = (
     *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
     *("configuration_x.py", "LICENSE", "LICENSE.txt", "LICENSE-MODEL", "LICENCE.md", "NOTICE.txt"),
     *("LICENSE-APACHE-2.0", "additional_chat_templates/tool_use.jinja"),
+    *("USE_POLICY", "Notice", "MODEL_LICENSE_AGREEMENT", "licenses/LICENSE", "Gemma-Terms.pdf"),
+    *("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "x/tokenizer.json"),
+    *("assets/figure.png", "configuration.json", "original/tokenizer.model", "audio.v2.yaml"),
+    *("additional_chat_templates/x/y.jinja", "trainer_state.json", "evaluation_results.csv"),
 )
 LEFT = (
     *("vocab.pkl", "vocab.bin", "tokenizer.pkl", "LICENSE.bin", "LICENSE.safetensors", "NOTICE.PT"),
     *("tokenizer_quant_config.json", "hf_quant_config.json", "config.json", "README.md"),
-    *("x/tokenizer.json", "additional_chat_templates/x/y.jinja", "../tokenizer.json"),
+    *("x/params.json", "x/config.json", "../tokenizer.json", "2_Dense/model.safetensors"),
+    *("x/modules.json", "quantkit/manifest.json", "recipe.yaml", "model_index.json", "page.html"),
+    *("x/y.py", "figure.svg", "run.sh", "a/b/c/d/e.txt", "x/LICENSE.bin", "adapter_x.json", "data"),
     *("tokenizer\u200b.json", "spiece\u202e.model", "modeling_x.pyc", "chat_template.jinja\n"),
     *("model.bin.model.pt", ".model", "adapter_config.json", "params.json"),
 )

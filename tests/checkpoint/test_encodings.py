@@ -16,6 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from quantkit.checkpoint import strips
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.encoding import remove_quantization
+from quantkit.checkpoint.logical_tensors import find_logical_tensors
 from quantkit.errors import CheckpointError
 from quantkit.numerics.microscaling import decode_scale
 
@@ -210,3 +211,23 @@ def test_quantization_config_of_a_text_config_is_read_and_removed(tmp_path: Path
     opened = Checkpoint.open(folder, decode=True)
     assert torch.equal(opened.read(["m.weight"])["m.weight"], expected)
     assert remove_quantization(config) == {"model_type": "x", "text_config": {}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.uint8])
+def test_fp8_blocks_give_powers_of_two_as_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    """An artifact stores them as compressed-tensors does, in float32."""
+    codes = torch.randn(130, 129).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[127, 120], [128, 0]], dtype=torch.uint8)
+    tensors = {"m.weight": codes, "m.weight_scale_inv": scale.view(dtype)}
+    entry = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    blocks = Checkpoint.open(save(tmp_path, tensors, entry)).read_fp8_blocks("m.weight")
+    assert blocks.scale.dtype == torch.float32
+    assert blocks.scale.tolist() == [[1.0, 2.0**-7], [2.0, 2.0**-127]]
+    assert torch.equal(blocks.values[:128, :128], codes[:128, :128].bfloat16())
+
+
+def test_shape_of_nf4_needs_the_files(tmp_path: Path) -> None:
+    tensors, _ = encode(EXAMPLES["nf4"])
+    opened = Checkpoint.open(save(tmp_path, tensors, EXAMPLES["nf4"].config), decode=True)
+    with pytest.raises(CheckpointError, match="download the model and give its folder as source"):
+        find_logical_tensors(opened.config, opened.stored_specs, "org/name")

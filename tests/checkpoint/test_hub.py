@@ -160,8 +160,8 @@ def test_model_is_downloaded_and_opened(fake_hub: FakeHub) -> None:
     ]
 
 
-def test_named_chat_templates_are_downloaded_and_no_other_folder(fake_hub: FakeHub) -> None:
-    """As a folder's are carried over; names are allow-listed, and never patterns."""
+def test_data_in_subfolders_is_downloaded_and_nothing_else(fake_hub: FakeHub) -> None:
+    """As a folder's is carried over; names are allow-listed, and never patterns."""
     folder = "additional_chat_templates"
     fake_hub.files |= {
         f"{folder}/tool_use.jinja": b"{{ 1 }}",
@@ -173,7 +173,11 @@ def test_named_chat_templates_are_downloaded_and_no_other_folder(fake_hub: FakeH
     }
     model = hub.resolve_model("org/tiny", "v1")
     found = {path.relative_to(model.folder).as_posix() for path in model.folder.rglob("*.*")}
-    assert {name for name in found if "/" in name} == {f"{folder}/tool_use.jinja"}
+    assert {name for name in found if "/" in name} == {
+        f"{folder}/tool_use.jinja",
+        f"{folder}/deep/x.jinja",
+        "other/x.jinja",
+    }
     assert "[a-z].json" in found
     assert [path.name for path in Checkpoint.open(model.folder).sidecars].count(
         "tool_use.jinja"

@@ -349,7 +349,7 @@ def test_plan_without_headers_describes_derived_layout(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "changes", "words"),
     [
-        ("llama4_text", {"num_local_experts": 4}, "are of a class of their own, which no reader"),
+        ("jetmoe", {"num_local_experts": 4}, "are not in an nn.Linear: model.layers.0.mlp."),
         (
             "gpt_oss",
             {},

@@ -83,6 +83,27 @@ def test_experts_have_their_names_in_the_checkpoint() -> None:
     }
 
 
+def test_experts_stored_together_are_named_one_by_one() -> None:
+    """With Mixtral's names, which vLLM reads for this family."""
+    block = derive_layout(family("granitemoe")).blocks[0]
+    experts = block.experts
+    assert experts and experts.linear(3, experts.up) == (
+        "model.layers.0.block_sparse_moe.experts.3.w3"
+    )
+    assert experts.inside  # the layer multiplies the sum by residual_multiplier
+    assert [x.name.removeprefix(block.name) for x in block.stacked] == [
+        ".block_sparse_moe.input_linear.weight",
+        ".block_sparse_moe.output_linear.weight",
+    ]
+
+
+def test_experts_without_a_gate() -> None:
+    """The square of a ReLU lies between their projections: no row of up absorbs a scale."""
+    experts = derive_layout(family("nemotron_h")).blocks[1].experts
+    assert experts and experts.gate is None and not experts.scales_down
+    assert experts.projections == ("up_proj", "down_proj")
+
+
 def test_routers_and_gates_have_a_role_that_no_general_rule_selects() -> None:
     """Also a router of a class of its own, which is no nn.Linear."""
     assert "router" in PROTECTED_ROLES
@@ -139,7 +160,7 @@ def test_experts_with_biases_are_rejected(monkeypatch: pytest.MonkeyPatch) -> No
 # ---------------------------------------------------------------------------- from plan to artifact
 
 
-@pytest.mark.parametrize("model_type", ["olmoe", "flex_olmo"])
+@pytest.mark.parametrize("model_type", ["olmoe", "granitemoe", "nemotron_h"])
 def test_reported_kl_equals_that_of_two_transformers_models(
     model_type: str, tmp_path: Path
 ) -> None:
@@ -155,7 +176,8 @@ def test_reported_kl_equals_that_of_two_transformers_models(
     keys["quantize"] = keys["quantize"].replace("}", ", symmetric: true}")
     result = build(folder, tmp_path / "artifact", **keys)
     names = {module.name.rpartition(".")[2] for module in result.fidelity.modules}
-    assert {"gate_proj", "up_proj", "down_proj"} <= names and "gate" not in names
+    expected = {"w1", "w2", "w3"} if model_type == "granitemoe" else {"up_proj", "down_proj"}
+    assert expected <= names and not names & {"gate", "layer", "router"}
     source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     artifact = load_model.load_model(result.path, device="cpu", dtype="float32")
     recipe = parse_recipe(make_recipe_text(folder, tmp_path / "artifact", **keys), "test.yaml")

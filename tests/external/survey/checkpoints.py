@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from quantkit.io.package_data import locate_model
 
-MAX_PARAMETERS = 80_000_000
+MAX_PARAMETERS = 90_000_000
 MAX_DEPTH = 3
 LOUD = 3.0
 """Factor of every eighth input channel, so that scaling has something to do."""
