@@ -118,8 +118,7 @@ def match_layout(
 
     An MTP block that config.json announces but that has no tensors (common in re-uploads) is left
     out with a warning, and so is one that the recipe drops (`drop_mtp`) and that does not fit.
-    Raises CheckpointError with tensors that are missing, unexpected or of
-    another shape, and for `architectures` of another family.
+    Raises CheckpointError with tensors that are missing, unexpected or of another shape.
     """
     layout, warnings = (
         adapt_head(architecture.layout(config), config, specs),
@@ -152,13 +151,7 @@ def match_layout(
     ignored = {*copied, *(item.name for item in left_out)}
     faults = find_mismatches(expected, specs, ignored, layout)
     if faults:
-        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
-        raise CheckpointError(
-            f"{where}: the tensors do not fit model_type {config.text('model_type')} with this "
-            "config.json: "
-            + "; ".join(faults[:SHOWN_FAULTS])
-            + f"{more}; check that config.json and weights belong together"
-        )
+        raise make_mismatch_error(where, config, faults)
     if not architecture.derived:
         check_model_class(config, where)
     class_warning = find_class_warning(config, architecture)
@@ -172,6 +165,17 @@ def match_layout(
             *(format_absent_mtp(block) for block in absent),
             *((class_warning,) if class_warning else ()),
         ),
+    )
+
+
+def make_mismatch_error(where: str, config: Config, faults: Sequence[str]) -> CheckpointError:
+    """Return the error for tensors that do not fit config.json."""
+    more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+    return CheckpointError(
+        f"{where}: the tensors do not fit model_type {config.text('model_type')} with this "
+        "config.json: "
+        + "; ".join(faults[:SHOWN_FAULTS])
+        + f"{more}; check that config.json and weights belong together"
     )
 
 
