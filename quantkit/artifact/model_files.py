@@ -50,7 +50,7 @@ def make_config(plan: Plan) -> dict[str, object]:
 def list_text_prefixes(plan: Plan) -> tuple[str, ...]:
     """Return where the text model lies in the checkpoint and in transformers."""
     names = (name for block in plan.layout.blocks[:1] for name in (block.name, block.path))
-    return tuple(dict.fromkeys(name.rsplit(".", 2)[0] for name in names))
+    return tuple(dict.fromkeys(".".join(name.split(".")[:-2]) for name in names))
 
 
 def iterate_aliases(plan: Plan) -> Iterator[tuple[str, str]]:

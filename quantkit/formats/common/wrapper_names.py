@@ -64,7 +64,8 @@ def strip_prefix(name: str, contents: Contents) -> str:
     """Return a module's name from the layers on; a head is "lm_head" wherever it lies."""
     if name.rpartition(".")[2] == LM_HEAD:
         return LM_HEAD
-    prefix = next((x for x in contents.text_prefixes if name.startswith(f"{x}.")), "")
+    prefixes = (x for x in contents.text_prefixes if x and name.startswith(f"{x}."))
+    prefix = next(prefixes, "")
     return name.removeprefix(f"{prefix}.") if prefix else name
 
 
@@ -130,4 +131,4 @@ def add_prefixes(entries: Iterable[str], contents: Contents) -> list[str]:
 def list_full_names(name: str, contents: Contents) -> Sequence[str]:
     """Return the full names of a module of the text model, given from its layers on."""
     prefixes = dict.fromkeys((*contents.text_prefixes, ENGINE_PREFIX))
-    return [f"{prefix}.{name}" for prefix in prefixes]
+    return [f"{prefix}.{name}" if prefix else name for prefix in prefixes]
