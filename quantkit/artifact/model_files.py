@@ -13,7 +13,6 @@ from quantkit.checkpoint.encoding import remove_quantization
 from quantkit.contracts import Contents, Layout, ModelPart
 from quantkit.formats.common.engine_names import LM_HEAD
 from quantkit.io.files import make_folder, write_atomic, write_json
-from quantkit.models.layers import get_layer_name
 from quantkit.plan.plan import Plan
 from quantkit.recipe.parse import apply_overrides
 
@@ -55,6 +54,8 @@ def list_text_prefixes(plan: Plan) -> tuple[str, ...]:
 
 def iterate_aliases(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield the linears of blocks that have another name in transformers, with it."""
+    from quantkit.models.layers import get_layer_name  # imports transformers: seconds
+
     for block in plan.layout.blocks:
         for linear in block.linears if block.module or block.renames else ():
             yield linear.name, f"{block.path}.{get_layer_name(block, linear.name)}"
