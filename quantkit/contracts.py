@@ -27,16 +27,8 @@ DTYPE_BYTES: Mapping[str, int] = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
-Role = Literal[
-    "attention",
-    "mlp",
-    "shared_expert",
-    "routed_expert",
-    "router",
-    "embedding",
-    "head",
-    "mtp_projection",
-]
+Role = Literal["attention", "mlp", "shared_expert", "routed_expert",
+               "router", "embedding", "head", "mtp_projection"]  # fmt: skip
 PROTECTED_ROLES: frozenset[Role] = frozenset({"router", "embedding", "head", "mtp_projection"})
 """Roles that a rule quantizes only if its pattern names them (recipe.schema.Rule)."""
 
@@ -83,16 +75,17 @@ class Config:
         value = self.values.get(key)
         return self.read_missing(self, key) if value is None and self.read_missing else value
 
+    def _make_fault(self, key: str, expected: str, value: object) -> CheckpointError:
+        found = "nothing" if value is None else repr(value)[:80]
+        return CheckpointError(f"{self.where}: {key}: expected {expected}, found {found}")
+
     def integer(self, key: str, default: int | None = None) -> int:
         """Return the integer of `key`, from 0 to 2**31 - 1; `default` if the key is absent."""
         if self.values.get(key) is None and default is not None:
             return default
         value = self._read(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-            found = "nothing" if value is None else repr(value)[:80]
-            raise CheckpointError(
-                f"{self.where}: {key}: expected an integer from 0 to 2**31 - 1, found {found}"
-            )
+            raise self._make_fault(key, "an integer from 0 to 2**31 - 1", value)
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -101,9 +94,7 @@ class Config:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise CheckpointError(
-                f"{self.where}: {key}: expected true or false, found {repr(value)[:80]}"
-            )
+            raise self._make_fault(key, "true or false", value)
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -112,8 +103,7 @@ class Config:
             return default
         value = self._read(key)
         if not isinstance(value, str):
-            found = "nothing" if value is None else repr(value)[:80]
-            raise CheckpointError(f"{self.where}: {key}: expected a string, found {found}")
+            raise self._make_fault(key, "a string", value)
         return value
 
     def has(self, key: str) -> bool:
@@ -336,9 +326,7 @@ class Architecture:
     serving_notes: tuple[str, ...] = ()  # flags an operator must know, for the model card
     # globs of checkpoint tensors that no engine reads; the plan lists the tensors it drops
     dropped: tuple[str, ...] = ()
-    derived: str | None = (
-        None  # of a family without a table: how the layout was derived and checked
-    )
+    derived: str | None = None  # without a table: how the layout was derived and checked
     classes: tuple[str, ...] = ()  # of a family without a table: its models in transformers
 
 
@@ -481,8 +469,7 @@ class Format:
     pack: Quantized of one linear [out, in] -> tensors by local name ("qweight");
     dequantize: back to [out, in] float32;
     quantization_config: the entry for config.json, or None for an ordinary unquantized checkpoint;
-    fp8_scale: local name of the block scales of a kept FP8 `weight`; None: a kept FP8 weight
-    becomes BF16;
+    fp8_scale: local name of a kept FP8 weight's block scales; None: it becomes BF16;
     copies_codes: whether kept integer codes of compressed-tensors are stored unchanged;
     accepts_fp8: None, or why this linear of a block that transformers runs cannot stay in FP8
     blocks of that side;

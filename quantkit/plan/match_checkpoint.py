@@ -143,22 +143,13 @@ def match_layout(
     )
     expected = list_expected_tensors(layout, config)
     parts = list_dropped_parts(layout, unfit) if drop_mtp else ()
-    kept_parts = (
-        part for part in layout.parts if not any(x.startswith(parts) for x in part.tensors)
-    )
-    layout = replace(layout, parts=tuple(kept_parts))
+    layout = remove_parts(layout, parts)
     copied = {name: specs[name] for part in layout.parts for name in part.tensors}
     left_out = find_left_out(architecture, layout, {**expected, **copied}, specs, parts)
     ignored = {*copied, *(item.name for item in left_out)}
     faults = find_mismatches(expected, specs, ignored, layout)
     if faults:
-        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
-        raise CheckpointError(
-            f"{where}: the tensors do not fit model_type {config.text('model_type')} with this "
-            "config.json: "
-            + "; ".join(faults[:SHOWN_FAULTS])
-            + f"{more}; check that config.json and weights belong together"
-        )
+        raise make_mismatch_error(faults, config, where)
     if not architecture.derived:
         check_model_class(config, where)
     class_warning = find_class_warning(config, architecture)
@@ -172,6 +163,23 @@ def match_layout(
             *(format_absent_mtp(block) for block in absent),
             *((class_warning,) if class_warning else ()),
         ),
+    )
+
+
+def remove_parts(layout: Layout, prefixes: tuple[str, ...]) -> Layout:
+    """Return the layout without the parts that have a tensor with one of these prefixes."""
+    kept = (part for part in layout.parts if not any(x.startswith(prefixes) for x in part.tensors))
+    return replace(layout, parts=tuple(kept))
+
+
+def make_mismatch_error(faults: Sequence[str], config: Config, where: str) -> CheckpointError:
+    """Return the error for tensors that do not fit config.json."""
+    more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+    return CheckpointError(
+        f"{where}: the tensors do not fit model_type {config.text('model_type')} with this "
+        "config.json: "
+        + "; ".join(faults[:SHOWN_FAULTS])
+        + f"{more}; check that config.json and weights belong together"
     )
 
 

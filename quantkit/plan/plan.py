@@ -410,16 +410,13 @@ def make_plan(
     tokens: Mapping[Literal["calibration", "fidelity"], int],
     hidden_bytes: Literal[2, 4],
 ) -> Plan:
-    """Make the plan of the artifact in one format.
+    """Make the plan of the artifact in one format; raises RecipeError with every fault.
 
     Args:
         matched: the result of `match_source`.
         budget_bytes: host memory that the build may use.
         tokens: lengths of the streams.
         hidden_bytes: bytes of a hidden value on disk.
-
-    Raises:
-        RecipeError: with every fault of the recipe.
     """
     rules, decisions, faults = apply_rules(recipe, source, matched, format_name)
     if needs_calibration(decisions) and recipe.calibration is None:
