@@ -61,21 +61,17 @@ class TensorSpec:
 class Config:
     """The source's config.json with typed access; a wrong key raises CheckpointError.
 
-    `read_missing` returns the value of a key that config.json lacks, or None: transformers may read
-    it under another name, or have a default for it.
-    """
+    `read_missing` returns a value that config.json has under another name than `key`, or None."""
 
     values: Mapping[str, object]
     where: str = "config.json"
-    read_missing: Callable[[Config, str], object] | None = field(
-        default=None, compare=False, repr=False
-    )
+    read_missing: Callable[[Config, str], object] | None = field(default=None, compare=False)
 
     def _read(self, key: str) -> object:
         value = self.values.get(key)
         return self.read_missing(self, key) if value is None and self.read_missing else value
 
-    def _make_fault(self, key: str, expected: str, value: object) -> CheckpointError:
+    def _make_error(self, key: str, expected: str, value: object) -> CheckpointError:
         found = "nothing" if value is None else repr(value)[:80]
         return CheckpointError(f"{self.where}: {key}: expected {expected}, found {found}")
 
@@ -85,7 +81,7 @@ class Config:
             return default
         value = self._read(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-            raise self._make_fault(key, "an integer from 0 to 2**31 - 1", value)
+            raise self._make_error(key, "an integer from 0 to 2**31 - 1", value)
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -94,7 +90,7 @@ class Config:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self._make_fault(key, "true or false", value)
+            raise self._make_error(key, "true or false", value)
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -103,7 +99,7 @@ class Config:
             return default
         value = self._read(key)
         if not isinstance(value, str):
-            raise self._make_fault(key, "a string", value)
+            raise self._make_error(key, "a string", value)
         return value
 
     def has(self, key: str) -> bool:
@@ -271,13 +267,10 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelPart:
-    """A part of a model that text does not run through: an image or audio encoder, a projector.
-
-    Its tensors, by their names in the checkpoint, are copied bit for bit.
-    """
+    """A part that text does not run through, such as an image encoder; copied bit for bit."""
 
     name: str  # "model.visual"
-    tensors: tuple[str, ...]
+    tensors: tuple[str, ...]  # by their names in the checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -112,14 +112,21 @@ def get_text_config(hf_config: Any) -> Any:
 def read_value(config: Config, key: str) -> object:
     """Return the value that transformers reads for a key that config.json lacks, None if none.
 
-    It may be there under another name (`attribute_map`), belong to the text model of a wrapper, or
-    be a default of the config class. Raises CheckpointError if the class refuses the configuration.
+    It may be there under another name (`attribute_map`), or belong to the text model of a wrapper.
+    A default of the config class is no value of the model: None. Raises CheckpointError if the
+    class refuses the configuration.
     """
     model_type = config.values.get("model_type")
     if not isinstance(model_type, str) or not has_language_model(model_type):
         return None
+    hf_config = make_hf_config(config)
+    text_config, part = get_text_config(hf_config), find_text_key(hf_config)
+    nested = config.values.get(part) if part else None
+    pairs = (text_config.attribute_map or {}).items()
+    names = {key, *(x for x, y in pairs if y == key), *(y for x, y in pairs if x == key)}
+    present = {*config.values, *(nested if isinstance(nested, Mapping) else ())}
     try:
-        value = getattr(get_text_config(make_hf_config(config)), key, None)
+        value = getattr(text_config, key, None) if names & present else None
     except RuntimeError:  # transformers' own for a value that layers do not share
         return None
     return value if isinstance(value, bool | int | float | str | list | dict) else None

@@ -29,7 +29,7 @@ SHOWN = 3
 class LeftOut(Stub):
     """Stands for a part of a wrapper that text does not run through; it cannot be called."""
 
-    def forward(self, *_arguments: Any, **_keywords: Any) -> Any:
+    def __call__(self, *_arguments: Any, **_keywords: Any) -> Any:
         """Raise NotImplementedError."""
         raise NotImplementedError(
             "this part of the model is not loaded, as text does not run through it; load the "

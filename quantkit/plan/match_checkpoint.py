@@ -118,8 +118,7 @@ def match_layout(
 
     An MTP block that config.json announces but that has no tensors (common in re-uploads) is left
     out with a warning, and so is one that the recipe drops (`drop_mtp`) and that does not fit.
-    Raises CheckpointError with tensors that are missing, unexpected or of
-    another shape, and for `architectures` of another family.
+    Raises CheckpointError with tensors that are missing, unexpected or of another shape.
     """
     layout, warnings = (
         adapt_head(architecture.layout(config), config, specs),
@@ -149,7 +148,7 @@ def match_layout(
     ignored = {*copied, *(item.name for item in left_out)}
     faults = find_mismatches(expected, specs, ignored, layout)
     if faults:
-        raise make_mismatch_error(faults, config, where)
+        raise make_mismatch_error(where, config, faults)
     if not architecture.derived:
         check_model_class(config, where)
     class_warning = find_class_warning(config, architecture)
@@ -172,7 +171,7 @@ def remove_parts(layout: Layout, prefixes: tuple[str, ...]) -> Layout:
     return replace(layout, parts=tuple(kept))
 
 
-def make_mismatch_error(faults: Sequence[str], config: Config, where: str) -> CheckpointError:
+def make_mismatch_error(where: str, config: Config, faults: Sequence[str]) -> CheckpointError:
     """Return the error for tensors that do not fit config.json."""
     more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
     return CheckpointError(

@@ -424,7 +424,6 @@ def make_plan(
             f"{recipe.where('calibration')}: calibration: method {recipe.quantize.method} needs a "
             "set, found none"
         )
-    texts = (recipe.calibration if needs_calibration(decisions) else None, recipe.fidelity)
     memory = plan_memory(
         matched.layout,
         decisions,
@@ -433,7 +432,7 @@ def make_plan(
         * (2 if resolve_propagation(recipe, matched.layout) == "both" else 1),
         tokens=tokens,
         hidden_bytes=hidden_bytes,
-        longest=max((text.length for text in texts if text is not None), default=0),
+        longest=find_longest_text(recipe, decisions),
     )
     if memory.needed_bytes > budget_bytes:
         faults.append(f"{recipe.where('memory')}: memory: {format_memory_fault(memory)}")
@@ -458,6 +457,12 @@ def make_plan(
             *find_idle_rules(rules, decisions),
         ),
     )
+
+
+def find_longest_text(recipe: Recipe, decisions: Mapping[str, Decision]) -> int:
+    """Return the tokens of the longest sequence that runs through the model."""
+    calibration = recipe.calibration if needs_calibration(decisions) else None
+    return max((text.length for text in (calibration, recipe.fidelity) if text), default=0)
 
 
 def format_memory_fault(memory: MemoryPlan) -> str:

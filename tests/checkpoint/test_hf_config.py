@@ -28,11 +28,15 @@ def test_key_under_another_name_is_found() -> None:
     assert registry.get_architecture("qwen3_moe").layout(config) == layout
 
 
-def test_default_of_the_class_is_the_last_resort() -> None:
+def test_default_of_the_class_is_no_size_of_the_model() -> None:
     config = source_config.make_source_config({"model_type": "mixtral"}, "config.json")
-    assert config.integer("num_experts_per_tok") == 2
-    with pytest.raises(CheckpointError, match="no_such_key: expected an integer"):
-        config.integer("no_such_key")
+    with pytest.raises(CheckpointError, match="num_hidden_layers: expected an integer"):
+        config.integer("num_hidden_layers")
+
+
+def test_key_of_the_text_model_in_a_wrapper_is_found() -> None:
+    values = make_wrapper_config("llava").values
+    assert source_config.make_source_config(values, "config.json").integer("hidden_size") == 64
 
 
 def test_unknown_type_has_no_defaults() -> None:
