@@ -97,6 +97,17 @@ def test_experts_stored_together_are_named_one_by_one() -> None:
     ]
 
 
+def test_router_whose_weight_multiplies_the_input_of_experts() -> None:
+    """Their input is none of the block's others: it is not scaled, and the router is one."""
+    block = derive_layout(family("llama4_text")).blocks[0]
+    assert block.experts and block.experts.scaled_inputs
+    assert not any(group.routed_experts for group in block.groups)
+    assert [x.name for x in block.linears if x.role == "router"] == [
+        "model.layers.0.feed_forward.router"
+    ]
+    assert all(x.transposed for x in block.stacked)
+
+
 def test_experts_without_a_gate() -> None:
     """The square of a ReLU lies between their projections: no row of up absorbs a scale."""
     experts = derive_layout(family("nemotron_h")).blocks[1].experts
