@@ -150,15 +150,8 @@ def match_layout(
     copied = {name: specs[name] for part in layout.parts for name in part.tensors}
     left_out = find_left_out(architecture, layout, {**expected, **copied}, specs, parts)
     ignored = {*copied, *(item.name for item in left_out)}
-    faults = find_mismatches(expected, specs, ignored, layout)
-    if faults:
-        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
-        raise CheckpointError(
-            f"{where}: the tensors do not fit model_type {config.text('model_type')} with this "
-            "config.json: "
-            + "; ".join(faults[:SHOWN_FAULTS])
-            + f"{more}; check that config.json and weights belong together"
-        )
+    if faults := find_mismatches(expected, specs, ignored, layout):
+        raise make_mismatch_error(config, faults, where)
     if not architecture.derived:
         check_model_class(config, where)
     class_warning = find_class_warning(config, architecture)
@@ -172,6 +165,17 @@ def match_layout(
             *(format_absent_mtp(block) for block in absent),
             *((class_warning,) if class_warning else ()),
         ),
+    )
+
+
+def make_mismatch_error(config: Config, faults: Sequence[str], where: str) -> CheckpointError:
+    """Return the error for tensors that do not fit the layout."""
+    more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+    return CheckpointError(
+        f"{where}: the tensors do not fit model_type {config.text('model_type')} with this "
+        "config.json: "
+        + "; ".join(faults[:SHOWN_FAULTS])
+        + f"{more}; check that config.json and weights belong together"
     )
 
 
