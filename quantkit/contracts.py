@@ -189,9 +189,8 @@ class LinearGroup:
 class Experts:
     """The routed experts of a block: `count` MLPs down(act(gate x) * up x), or down(act(up x)).
 
-    scales_down: rows of up absorb the input scale of down. inside: the block does more with the sum
-    than to add it to its output, and runs once more with it. scaled_inputs: the router's weight
-    multiplies the input of a token's only expert.
+    scales_down: rows of up absorb down's input scale. inside: the block does more than to add their
+    sum to its output. scaled_inputs: the router's weight multiplies the input of the only expert.
     """
 
     module: str  # "model.layers.3.mlp.experts"; expert e is module.e
