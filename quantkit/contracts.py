@@ -35,9 +35,6 @@ PROTECTED_ROLES: frozenset[Role] = frozenset({"router", "embedding", "head", "mt
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
 
 
-# ------------------------------------------------------------------------------- tensors and models
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
     """Name, safetensors dtype ("BF16", "F8_E4M3", "I32", ...) and shape of one tensor; no data."""
@@ -178,10 +175,8 @@ class LinearGroup:
 class Experts:
     """The routed experts of a block: `count` MLPs down(act(gate x) * up x), or down(act(up x)).
 
-    scales_down: the rows of an expert's up projection absorb the input scale of its down
-    projection. inside: the block does more with the experts' sum than to add it to its output, so
-    that its layer runs once more with the sum in place. scaled_inputs: the router's weight
-    multiplies the input of an expert, not its output, and each token has one expert.
+    scales_down: rows of up absorb down's input scale. inside: the block does more than to add their
+    sum to its output. scaled_inputs: the router's weight multiplies the input of the only expert.
     """
 
     module: str  # "model.layers.3.mlp.experts"; expert e is module.e
@@ -219,11 +214,9 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StackedTensor:
-    """A tensor of a checkpoint that holds a matrix [out, in] of every expert of a block.
+    """A stored tensor with a matrix [out, in], or [in, out] if `transposed`, of each expert.
 
-    With several projections, their rows follow one another, or alternate if `interleaved`.
-    `transposed`: the matrix is stored as [in, out]. The experts are the first dimension, or, if
-    `flat`, follow one another in it.
+    Projections follow one another, or alternate if `interleaved`; experts too, if `flat`.
     """
 
     name: str
@@ -240,11 +233,10 @@ class Block:
     `linears` holds every matrix, the experts' included (experts last, expert by expert); `others`
     all further tensors (norms, biases of routers); `fused` the sets that an engine fuses at load,
     which must share one decision. kind "mtp" is a multi-token-prediction block that transformers
-    does not run. `renames`: modules or tensors of the block with another name in transformers,
-    ("block_sparse_moe", "mlp"); the first that fits applies. `module`: the block's own name in
-    transformers, if it is another. `joined`: tensors of transformers' layer that the checkpoint
-    stores in parts, along the rows: (name in the layer, full names). `stacked`: tensors of the
-    checkpoint that hold matrices of all experts.
+    does not run. `renames`: modules or tensors with another name in transformers, (stored, there):
+    the first that fits applies. `module`: the block's own name there, if it is another.
+    `joined`: those of transformers' layer stored in parts along the rows, (name there, full names).
+    `stacked`: stored tensors with matrices of all experts.
     """
 
     name: str  # "model.layers.3"
@@ -321,9 +313,6 @@ class Architecture:
     dropped: tuple[str, ...] = ()
     derived: str | None = None  # without a table: how the layout was derived and checked
     classes: tuple[str, ...] = ()  # of a family without a table: its models in transformers
-
-
-# ------------------------------------------------------------------------------------- quantization
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

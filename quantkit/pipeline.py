@@ -158,7 +158,6 @@ def build_artifacts(
     recipe = sources.resolve_texts(recipe, facts, session.read_chosen_texts(recipe, restart))
     texts = check_and_tokenize(recipe, facts, source, trusted_code, on_progress)
     plans = plan_checked(recipe, facts, texts, text, trusted_code if evaluate else None)
-    source = source.split_experts(plans[0].layout.blocks)
     keep_memory_if_free(plans)
     with session.exclusive_lock(plans):
         journal = session.find_interrupted(plans, overwrite=overwrite, restart=restart)
@@ -174,7 +173,7 @@ def build_artifacts(
                     build_group(
                         build,
                         loop,
-                        source,
+                        source.split_experts(plans[0].layout.blocks),
                         texts,
                         text,
                         timer,

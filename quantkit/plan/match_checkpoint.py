@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
+from quantkit import registry
 from quantkit.checkpoint.encoding import FP8
 from quantkit.checkpoint.stacked import split_specs
 from quantkit.contracts import Architecture, Block, Config, Layout, Linear, Role, TensorSpec
@@ -189,7 +190,7 @@ def check_model_class(config: Config, where: str) -> None:
     names two families is two models. Raises CheckpointError.
     """
     model_type, names = config.text("model_type"), config.values.get("architectures")
-    family = model_type.replace("_", "")
+    family = registry.resolve_model_type(model_type).replace("_", "")
     fits = isinstance(names, list) and [str(name).casefold() for name in names] == [
         f"{family}forcausallm"
     ]

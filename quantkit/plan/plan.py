@@ -215,7 +215,7 @@ def load_architecture(config: Config, names: Collection[str] = ()) -> Architectu
 
     Raises UsageError for an unknown model type, CheckpointError if no table can be derived.
     """
-    model_type = config.text("model_type")
+    model_type = registry.resolve_model_type(config.text("model_type"))
     if model_type in registry.list_names("architectures"):
         return registry.get_architecture(model_type)
     from quantkit.models import (

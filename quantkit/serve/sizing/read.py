@@ -129,7 +129,8 @@ def plan_from_config(config: Config, name: str) -> Model:
 
 def has_architecture(config: Config) -> bool:
     """Return whether the family has a table in architectures/."""
-    return config.text("model_type") in registry.list_names("architectures")
+    model_type = registry.resolve_model_type(config.text("model_type"))
+    return model_type in registry.list_names("architectures")
 
 
 def read_unknown_family(
