@@ -352,7 +352,7 @@ def describe_decoded(
     )
     return [
         f"{len(plain)} kept weights in {labels} are decoded to {plain[0].spec.dtype}, "
-        f"{after / 1e9:.3g} GB instead of {before / 1e9:.3g} GB, because format {format_name} does "
+        f"{after / 1e9:.2f} GB instead of {before / 1e9:.2f} GB, because format {format_name} does "
         "not hold their codes: a rule with quantize makes them smaller"
     ]
 
