@@ -27,23 +27,12 @@ DTYPE_BYTES: Mapping[str, int] = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
-Role = Literal[
-    "attention",
-    "mlp",
-    "shared_expert",
-    "routed_expert",
-    "router",
-    "embedding",
-    "head",
-    "mtp_projection",
-]
+Role = Literal["attention", "mlp", "shared_expert", "routed_expert",
+               "router", "embedding", "head", "mtp_projection"]  # fmt: skip
 PROTECTED_ROLES: frozenset[Role] = frozenset({"router", "embedding", "head", "mtp_projection"})
 """Roles that a rule quantizes only if its pattern names them (recipe.schema.Rule)."""
 
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
-
-
-# ------------------------------------------------------------------------------- tensors and models
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,10 +175,8 @@ class LinearGroup:
 class Experts:
     """The routed experts of a block: `count` MLPs down(act(gate x) * up x), or down(act(up x)).
 
-    scales_down: the rows of an expert's up projection absorb the input scale of its down
-    projection. inside: the block does more with the experts' sum than to add it to its output, so
-    that its layer runs once more with the sum in place. scaled_inputs: the router's weight
-    multiplies the input of an expert, not its output, and each token has one expert.
+    scales_down: rows of up absorb down's input scale. inside: the block does more than to add their
+    sum to its output. scaled_inputs: the router's weight multiplies the input of the only expert.
     """
 
     module: str  # "model.layers.3.mlp.experts"; expert e is module.e
@@ -227,11 +214,9 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StackedTensor:
-    """A tensor of a checkpoint that holds a matrix [out, in] of every expert of a block.
+    """A stored tensor with a matrix [out, in], or [in, out] if `transposed`, of each expert.
 
-    With several projections, their rows follow one another, or alternate if `interleaved`.
-    `transposed`: the matrix is stored as [in, out]. The experts are the first dimension, or, if
-    `flat`, follow one another in it.
+    Projections follow one another, or alternate if `interleaved`; experts too, if `flat`.
     """
 
     name: str
@@ -248,11 +233,10 @@ class Block:
     `linears` holds every matrix, the experts' included (experts last, expert by expert); `others`
     all further tensors (norms, biases of routers); `fused` the sets that an engine fuses at load,
     which must share one decision. kind "mtp" is a multi-token-prediction block that transformers
-    does not run. `renames`: modules or tensors of the block with another name in transformers,
-    ("block_sparse_moe", "mlp"); the first that fits applies. `module`: the block's own name in
-    transformers, if it is another. `joined`: tensors of transformers' layer that the checkpoint
-    stores in parts, along the rows: (name in the layer, full names). `stacked`: tensors of the
-    checkpoint that hold matrices of all experts.
+    does not run. `renames`: modules or tensors with another name in transformers, (stored, there):
+    the first that fits applies. `module`: the block's own name there, if it is another.
+    `joined`: those of transformers' layer stored in parts along the rows, (name there, full names).
+    `stacked`: stored tensors with matrices of all experts.
     """
 
     name: str  # "model.layers.3"
@@ -329,9 +313,6 @@ class Architecture:
     dropped: tuple[str, ...] = ()
     derived: str | None = None  # without a table: how the layout was derived and checked
     classes: tuple[str, ...] = ()  # of a family without a table: its models in transformers
-
-
-# ------------------------------------------------------------------------------------- quantization
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -470,8 +451,7 @@ class Format:
     pack: Quantized of one linear [out, in] -> tensors by local name ("qweight");
     dequantize: back to [out, in] float32;
     quantization_config: the entry for config.json, or None for an ordinary unquantized checkpoint;
-    fp8_scale: local name of the block scales of a kept FP8 `weight`; None: a kept FP8 weight
-    becomes BF16;
+    fp8_scale: local name of a kept FP8 weight's block scales; None: it becomes BF16;
     copies_codes: whether kept integer codes of compressed-tensors are stored unchanged;
     accepts_fp8: None, or why this linear of a block that transformers runs cannot stay in FP8
     blocks of that side;

@@ -155,11 +155,9 @@ def build_artifacts(
     located = hub.resolve_model(recipe.source.model, recipe.source.revision)
     source = Checkpoint.open(located.folder, decode=True)
     facts = sources.make_source_facts(recipe, source, located.revision)
-    chosen = {} if restart else session.read_chosen_texts(recipe)
-    recipe = sources.resolve_texts(recipe, facts, chosen)
+    recipe = sources.resolve_texts(recipe, facts, session.read_chosen_texts(recipe, restart))
     texts = check_and_tokenize(recipe, facts, source, trusted_code, on_progress)
     plans = plan_checked(recipe, facts, texts, text, trusted_code if evaluate else None)
-    source = source.split_experts(plans[0].layout.blocks)
     keep_memory_if_free(plans)
     with session.exclusive_lock(plans):
         journal = session.find_interrupted(plans, overwrite=overwrite, restart=restart)
@@ -175,7 +173,7 @@ def build_artifacts(
                     build_group(
                         build,
                         loop,
-                        source,
+                        source.split_experts(plans[0].layout.blocks),
                         texts,
                         text,
                         timer,

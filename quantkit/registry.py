@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -30,6 +31,15 @@ _PACKAGES = {
     "formats": formats,
     "architectures": architectures,
 }
+
+
+SAME_MODELS: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
+"""Model types that are another one under a name of their own, which transformers does not know."""
+
+
+def resolve_model_type(model_type: str) -> str:
+    """Return the model type that quantkit and transformers know for one of config.json."""
+    return SAME_MODELS.get(model_type, model_type)
 
 
 @cache  # read once per linear by plans and layouts

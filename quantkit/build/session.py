@@ -182,14 +182,15 @@ def locate_scratch(recipe: Recipe) -> Path:
     return staging.with_name(f"{staging.name}.scratch")
 
 
-def read_chosen_texts(recipe: Recipe) -> dict[str, tuple[str, str]]:
+def read_chosen_texts(recipe: Recipe, restart: bool) -> dict[str, tuple[str, str]]:
     """Return what `auto` stands for in the interrupted build of a recipe: text -> (set, reason).
 
-    Empty without such a build, or if it did not choose the sets that this recipe leaves open: the
-    build resumes with its own texts, whatever this machine can reach now.
+    Empty without such a build, with `restart`, or if it did not choose the sets that this recipe
+    leaves open: the build resumes with its own texts, whatever this machine can reach now.
     """
     scratch = locate_scratch(recipe)
-    entry = (read_first_entry(scratch / JOURNAL) if scratch.is_dir() else None) or {}
+    resumes = scratch.is_dir() and not restart
+    entry = (read_first_entry(scratch / JOURNAL) if resumes else None) or {}
     try:
         chosen = _CHOSEN_TEXTS.validate_python(entry.get("of", {}).get(CHOSEN_TEXTS, {}))
     except (AttributeError, ValidationError):

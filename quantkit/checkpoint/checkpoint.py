@@ -26,7 +26,13 @@ from quantkit.checkpoint.file_names import (
 from quantkit.checkpoint.folder_rules import find_redirects
 from quantkit.checkpoint.logical_tensors import LogicalTensors, find_logical_tensors
 from quantkit.checkpoint.scan import read_small_tensor
-from quantkit.checkpoint.shards import Shards, find_foreign_weights, leads_outside, open_shards
+from quantkit.checkpoint.shards import (
+    OUTSIDE_LINK,
+    Shards,
+    find_foreign_weights,
+    leads_outside,
+    open_shards,
+)
 from quantkit.checkpoint.side_files import list_side_files
 from quantkit.checkpoint.source_config import make_source_config
 from quantkit.checkpoint.stacked import split_specs
@@ -351,9 +357,7 @@ def read_config(folder: Path) -> Config:
             f"{path}: expected the model's configuration, found no file; check the path"
         )
     if leads_outside(folder, path):
-        raise CheckpointError(
-            f"{path}: expected a file inside the folder, found a link out of it; copy the file"
-        )
+        raise CheckpointError(f"{path}: {OUTSIDE_LINK}")
     return make_source_config(read_json(path, infinite=True), str(path))
 
 

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
+from quantkit import registry
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError
 from quantkit.io.files import make_config_error
@@ -45,7 +46,7 @@ def make_hf_config(config: Config) -> Any:
     Raises CheckpointError for an unknown model type, an absurd number of layers, and whatever the
     config class refuses.
     """
-    model_type = config.text("model_type")
+    model_type = registry.resolve_model_type(config.text("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{config.where}: model_type {model_type!r} is not part of this transformers release; "
@@ -53,6 +54,7 @@ def make_hf_config(config: Config) -> Any:
         )
     check_counts(config.where, config.values)
     values = {key: value for key, value in config.values.items() if key not in IGNORED_KEYS}
+    values["model_type"] = model_type
     try:
         with hide_warnings():
             # a copy: transformers writes into nested values

@@ -6,6 +6,7 @@ No torch: `quantkit verify` and `quantkit plan` use this module alone.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,12 @@ from quantkit.io.files import (
 )
 from quantkit.progress import Progress, ProgressCallback
 
+LINKS_VARIABLE = "QUANTKIT_LINKS"
+"""Environment variable with folders that links of a checkpoint may lead into."""
+OUTSIDE_LINK = (
+    "expected a file inside the folder, found a link that leads out of it; copy the file, or set "
+    f"{LINKS_VARIABLE} to the folder that it leads to"
+)
 MAX_NAME_LENGTH = 256  # no file has a longer one
 
 
@@ -109,6 +116,7 @@ def open_shards(folder: Path) -> Shards:
     faults += find_index_faults(files, headers, str(folder / INDEX))
     if faults:
         raise CheckpointError(join_faults(faults))
+    notes = (*notes, *describe_links(folder, list(headers)))
     return Shards(folder=folder, headers=headers, files=files, notes=notes)
 
 
@@ -221,10 +229,7 @@ def find_path_fault(folder: Path, name: str) -> str | None:
             "the checkpoint"
         )
     if leads_outside(folder, folder / name):
-        return (
-            f"{folder / name}: expected a file inside the folder, found a link that leads out of "
-            "it; copy the file"
-        )
+        return f"{folder / name}: {OUTSIDE_LINK}"
     if not is_file(folder / name):
         place = folder / name if len(name) < MAX_NAME_LENGTH else f"{folder}: {shorten_repr(name)}"
         return (
@@ -233,13 +238,35 @@ def find_path_fault(folder: Path, name: str) -> str | None:
     return None
 
 
+def list_link_targets() -> list[Path]:
+    """Return the folders that links of a checkpoint may lead into; relative paths are skipped."""
+    names = os.environ.get(LINKS_VARIABLE, "").split(os.pathsep)
+    return [Path(name).resolve() for name in names if Path(name).is_absolute()]
+
+
+def describe_links(folder: Path, names: Collection[str]) -> tuple[str, ...]:
+    """Return the note for weight files that are links which LINKS_VARIABLE allows."""
+    targets = list_link_targets()
+    count = sum(
+        (folder / name).is_symlink()
+        and any((folder / name).resolve().is_relative_to(target) for target in targets)
+        for name in names
+    )
+    return (
+        (f"{count} weight files are links out of the folder, which {LINKS_VARIABLE} allows",)
+        if count
+        else ()
+    )
+
+
 def leads_outside(folder: Path, path: Path) -> bool:
     """Return whether a path resolves outside its folder.
 
-    Links of the Hugging Face cache to its blobs count as inside.
+    Links of the Hugging Face cache to its blobs count as inside, and links into the folders that
+    the user of this machine names in LINKS_VARIABLE. A recipe cannot name any.
     """
     home = folder.resolve()
-    roots = [home]
+    roots = [home, *list_link_targets()]
     if home.parent.name == "snapshots":
         cache = home.parent.parent  # <cache>/models--org--name/snapshots/<commit>
         roots += [
@@ -258,9 +285,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     single, index = folder / SINGLE, folder / INDEX
     if index.is_file():
         if leads_outside(folder, index):
-            raise CheckpointError(
-                f"{index}: expected a file inside the folder, found a link out of it; copy the file"
-            )
+            raise CheckpointError(f"{index}: {OUTSIDE_LINK}")
         table = read_weight_map(read_json(index), str(index))
         if single.is_file():
             check_single_set(table, str(folder))

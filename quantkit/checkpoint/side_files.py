@@ -19,7 +19,7 @@ from quantkit.checkpoint.folder_rules import (
     is_weight_file,
 )
 from quantkit.checkpoint.remote_code import list_code_files
-from quantkit.checkpoint.shards import leads_outside
+from quantkit.checkpoint.shards import OUTSIDE_LINK, leads_outside
 from quantkit.errors import CheckpointError
 from quantkit.io.files import is_file, parse_json, read_bytes, shorten_repr
 
@@ -41,10 +41,7 @@ def list_side_files(folder: Path) -> tuple[Path, ...]:
     carried = [folder / name for name in names if is_carried(folder, name, code)]
     outside = [path for path in carried if leads_outside(folder, path)]
     if outside:
-        raise CheckpointError(
-            f"{outside[0]}: expected a file inside the folder, found a link that leads out of "
-            "it; copy the file"
-        )
+        raise CheckpointError(f"{outside[0]}: {OUTSIDE_LINK}")
     return tuple(sorted(carried))
 
 

@@ -29,7 +29,8 @@ def read_text_config(config: Config) -> Config:
     That of a family with a table is returned unchanged: its keys have their usual names, and
     `read_missing` finds the others.
     """
-    if config.values.get("model_type") in registry.list_names("architectures"):
+    model_type = registry.resolve_model_type(str(config.values.get("model_type")))
+    if model_type in registry.list_names("architectures"):
         return config
     from quantkit.checkpoint.hf_config import make_text_config  # imports transformers: seconds
 

@@ -164,9 +164,12 @@ def describe_layout(model_type: str, layout: Layout) -> str:
     linears = sum(len(block.linears) for block in layout.blocks)
     scaled = sum(group.absorber is not None for group in groups)
     alone = "; texts of unequal length run in batches of their own" if layout.equal_lengths else ""
+    mixtures = [block.experts for block in layout.blocks if block.experts]
+    inside = " returned inside the layer" if any(x.inside for x in mixtures) else ""
+    sums = f", the sum of experts run one by one{inside}" if mixtures else ""
     return (
         f"generic: model_type {model_type} has no table; found {linears} linears in "
         f"{len(layout.blocks)} blocks of transformers' own, reading {len(groups)} inputs, of which "
         f"{scaled} can be scaled; proven on a small random instance, whose logits block by block "
-        f"equal transformers' own{alone}."
+        f"equal transformers' own{sums}{alone}."
     )

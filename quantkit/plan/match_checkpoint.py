@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
+from quantkit import registry
 from quantkit.checkpoint.encoding import FP8
 from quantkit.checkpoint.stacked import split_specs
 from quantkit.contracts import Architecture, Block, Config, Layout, Linear, Role, TensorSpec
@@ -142,10 +143,7 @@ def match_layout(
     )
     expected = list_expected_tensors(layout, config)
     parts = list_dropped_parts(layout, unfit) if drop_mtp else ()
-    kept_parts = (
-        part for part in layout.parts if not any(x.startswith(parts) for x in part.tensors)
-    )
-    layout = replace(layout, parts=tuple(kept_parts))
+    layout = remove_parts(layout, parts)
     copied = {name: specs[name] for part in layout.parts for name in part.tensors}
     left_out = find_left_out(architecture, layout, {**expected, **copied}, specs, parts)
     ignored = {*copied, *(item.name for item in left_out)}
@@ -168,6 +166,12 @@ def match_layout(
     )
 
 
+def remove_parts(layout: Layout, prefixes: tuple[str, ...]) -> Layout:
+    """Return the layout without the parts that have a tensor with one of these prefixes."""
+    kept = (part for part in layout.parts if not any(x.startswith(prefixes) for x in part.tensors))
+    return replace(layout, parts=tuple(kept))
+
+
 def make_mismatch_error(where: str, config: Config, faults: Sequence[str]) -> CheckpointError:
     """Return the error for tensors that do not fit config.json."""
     more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
@@ -186,7 +190,7 @@ def check_model_class(config: Config, where: str) -> None:
     names two families is two models. Raises CheckpointError.
     """
     model_type, names = config.text("model_type"), config.values.get("architectures")
-    family = model_type.replace("_", "")
+    family = registry.resolve_model_type(model_type).replace("_", "")
     fits = isinstance(names, list) and [str(name).casefold() for name in names] == [
         f"{family}forcausallm"
     ]

@@ -215,7 +215,7 @@ def load_architecture(config: Config, names: Collection[str] = ()) -> Architectu
 
     Raises UsageError for an unknown model type, CheckpointError if no table can be derived.
     """
-    model_type = config.text("model_type")
+    model_type = registry.resolve_model_type(config.text("model_type"))
     if model_type in registry.list_names("architectures"):
         return registry.get_architecture(model_type)
     from quantkit.models import (
@@ -352,7 +352,7 @@ def describe_decoded(
     )
     return [
         f"{len(plain)} kept weights in {labels} are decoded to {plain[0].spec.dtype}, "
-        f"{after / 1e9:.3g} GB instead of {before / 1e9:.3g} GB, because format {format_name} does "
+        f"{after / 1e9:.2f} GB instead of {before / 1e9:.2f} GB, because format {format_name} does "
         "not hold their codes: a rule with quantize makes them smaller"
     ]
 
@@ -410,16 +410,13 @@ def make_plan(
     tokens: Mapping[Literal["calibration", "fidelity"], int],
     hidden_bytes: Literal[2, 4],
 ) -> Plan:
-    """Make the plan of the artifact in one format.
+    """Make the plan of the artifact in one format; raises RecipeError with every fault.
 
     Args:
         matched: the result of `match_source`.
         budget_bytes: host memory that the build may use.
         tokens: lengths of the streams.
         hidden_bytes: bytes of a hidden value on disk.
-
-    Raises:
-        RecipeError: with every fault of the recipe.
     """
     rules, decisions, faults = apply_rules(recipe, source, matched, format_name)
     if needs_calibration(decisions) and recipe.calibration is None:

@@ -25,6 +25,7 @@ PROOF_MEANINGS: dict[ProofKind, str] = {
     "them is not proven)",
     "scaled": "the source's by an unrecorded factor per channel: error no more than recorded, "
     "pairs cancel to rounding",
+    "copied": "the source's codes and scales, bit for bit",
     "equal": "the source's values, bit for bit",
     "power_of_two": "the source's values by powers of two, bit for bit",
     "factor": "the source's values by one unrecorded factor per row, to rounding",
@@ -210,7 +211,7 @@ def iterate_report_lines(deep: DeepReport) -> Iterator[str]:
     )
     yield f"config.json but for quantization, and {deep.carried} other files: equal to the source's"
     parts: tuple[tuple[str, tuple[int, int], Sequence[ProofKind]], ...] = (
-        ("quantized linears", deep.modules, ("requantized", "reproduced", "scaled")),
+        ("quantized linears", deep.modules, ("requantized", "reproduced", "scaled", "copied")),
         ("kept tensors", deep.tensors, ("equal", "power_of_two", "factor")),
     )
     for description, (n_checked, total), kinds in parts:

@@ -24,7 +24,7 @@ from quantkit.numerics import gram
 from quantkit.verify.source_pair import SourcePair
 
 ProofKind = Literal[
-    "requantized", "reproduced", "scaled", "equal", "power_of_two", "factor", "unproven"
+    "requantized", "reproduced", "scaled", "copied", "equal", "power_of_two", "factor", "unproven"
 ]
 
 ERROR_TOLERANCE = 1e-6
@@ -330,14 +330,14 @@ def prove_codes(pair: SourcePair, module: str, tensors: Mapping[str, Tensor]) ->
     """Prove a linear that keeps the source's codes: every stored tensor has the source's bits."""
     name = f"{module}.weight"
     if name not in pair.source.logical.encoded:
-        return Proof(name=module, kind="equal", fault="codes of a weight that the source lacks")
+        return Proof(name=module, kind="copied", fault="codes of a weight that the source lacks")
     source = pair.source.read_parts(name)
     stored = {f"{module}.{local}": tensor for local, tensor in tensors.items()}
     is_equal = set(source) == set(stored) and all(
         have_same_bytes(source[part], tensor) for part, tensor in stored.items()
     )
     fault = None if is_equal else "expected the source's codes and scales, found others"
-    return Proof(name=module, kind="equal", fault=fault)
+    return Proof(name=module, kind="copied", fault=fault)
 
 
 def prove_kept(pair: SourcePair, name: str) -> Proof:

@@ -81,9 +81,27 @@ def test_kept_codes_are_copied_bit_for_bit_into_compressed_tensors(tmp_path: Pat
             assert torch.equal(source[part], stored[part])
     verify_artifact(result.path)
     deep = verify_deep(result.path, None, None, 0, lambda _: None)
-    assert {proof.kind for proof in deep.proofs if proof.name in kept} == {"equal"}
+    assert {proof.kind for proof in deep.proofs if proof.name in kept} == {"copied"}
     state, expected = (load_model(folder).state_dict() for folder in (result.path, twin.path))
     assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_kept_codes_of_experts_are_copied(tmp_path: Path) -> None:
+    """Kimi-K2's experts are INT4; a recipe that quantizes attention alone keeps them."""
+    plain, encoded, decoded = (tmp_path / part for part in ("plain", "encoded", "decoded"))
+    write_checkpoint(plain, make_tiny_config("qwen3_moe"))
+    write_encoded(plain, encoded, decoded, EXAMPLES["int4-packed"])
+    rules = '[{match: "*.experts.*", keep: source}, {match: "*_proj", quantize: {}}]'
+    symmetric = "{method: rtn, bits: 4, group_size: 32, symmetric: true}"
+    keys = {**RECIPE, "rules": rules, "quantize": symmetric}
+    result, twin = (
+        build(folder, tmp_path / f"out-{folder.name}", **keys) for folder in (encoded, decoded)
+    )
+    assert result.fidelity.distribution == twin.fidelity.distribution
+    source, stored = (load_file(folder / "model.safetensors") for folder in (encoded, result.path))
+    experts = [name for name in source if ".experts." in name]
+    assert len(experts) > 100
+    assert all(torch.equal(source[name], stored[name]) for name in experts)
 
 
 def test_inputs_of_kept_codes_are_not_rescaled(tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_links_out_of_the_folder_are_rejected_except_in_the_hub_cache(tmp_path: 
     (folder / "model.safetensors").symlink_to(outside / "model.safetensors")
     assert get_error(folder) == (
         "F/model.safetensors: expected a file inside the folder, found a link that leads out of "
-        "it; copy the file"
+        "it; copy the file, or set QUANTKIT_LINKS to the folder that it leads to"
     )
     snapshot = tmp_path / "models--o--n" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -325,6 +325,24 @@ def test_links_out_of_the_folder_are_rejected_except_in_the_hub_cache(tmp_path: 
         CheckpointError, match="tokenizer.json: expected a file inside the folder, found a link"
     ):
         _ = Checkpoint.open(snapshot).sidecars
+
+
+def test_links_into_a_named_folder_are_read_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside, folder = save(tmp_path / "outside", A), save(tmp_path / "m", A)
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(outside / name)
+    for wrong in ("", "outside", str(tmp_path / "other"), str(tmp_path / "out")):
+        monkeypatch.setenv("QUANTKIT_LINKS", wrong)
+        assert "set QUANTKIT_LINKS to the folder" in get_error(folder)
+    monkeypatch.setenv("QUANTKIT_LINKS", f"/nowhere:{outside}")
+    opened = Checkpoint.open(folder)
+    assert list(opened.specs) == ["a"]
+    assert opened.shards.notes == (
+        "1 weight files are links out of the folder, which QUANTKIT_LINKS allows",
+    )
 
 
 @pytest.mark.parametrize(

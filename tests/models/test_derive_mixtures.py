@@ -18,6 +18,9 @@ from quantkit.contracts import PROTECTED_ROLES, Block, Config, Experts, Layout, 
 from quantkit.errors import CheckpointError
 from quantkit.models import derive, expert_checks
 from quantkit.models.experts import Gating
+from quantkit.models.layers import make_meta_model
+from quantkit.plan.match_checkpoint import check_model_class, match_layout
+from quantkit.plan.plan import load_architecture
 from quantkit.recipe.parse import parse_recipe
 
 
@@ -97,6 +100,17 @@ def test_experts_stored_together_are_named_one_by_one() -> None:
     ]
 
 
+def test_router_whose_weight_multiplies_the_input_of_experts() -> None:
+    """Their input is none of the block's others: it is not scaled, and the router is one."""
+    block = derive_layout(family("llama4_text")).blocks[0]
+    assert block.experts and block.experts.scaled_inputs
+    assert not any(group.routed_experts for group in block.groups)
+    assert [x.name for x in block.linears if x.role == "router"] == [
+        "model.layers.0.feed_forward.router"
+    ]
+    assert all(x.transposed for x in block.stacked)
+
+
 def test_experts_without_a_gate() -> None:
     """The square of a ReLU lies between their projections: no row of up absorbs a scale."""
     experts = derive_layout(family("nemotron_h")).blocks[1].experts
@@ -120,6 +134,17 @@ def test_number_of_experts_is_that_of_the_real_model() -> None:
     experts = layout.blocks[0].experts
     assert experts and experts.count == 48
     assert sum(x.role == "routed_expert" for x in layout.linears) == 3 * 48
+
+
+def test_kimi_k2_is_deepseek_v3() -> None:
+    """Under a model type that transformers does not know; its class is DeepseekV3ForCausalLM."""
+    known = Config(values=make_tiny_config("deepseek_v3"))
+    config = Config(values={**known.values, "model_type": "kimi_k2"})
+    architecture = load_architecture(config)
+    assert architecture.layout(config) == load_architecture(known).layout(known)
+    assert match_layout(architecture, config, None, "here").layout.blocks[1].experts
+    check_model_class(config, "config.json")
+    assert make_meta_model(config, torch.device("cpu"), torch.float32).config.q_lora_rank == 128
 
 
 # ---------------------------------------------------------------------------------- rejected models

@@ -364,7 +364,7 @@ SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
             shutil.move(s / "config.json", s.parent),
             (s / "config.json").symlink_to(s.parent / "config.json"),
         ),
-        "a link out of it",
+        "a link that leads out of it",
     ),
     "index: ../": (
         add_index("../real.safetensors", copy_weights_to("../real.safetensors")),

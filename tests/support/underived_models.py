@@ -99,6 +99,14 @@ MIXTURES: dict[str, dict[str, object]] = {
         "moe_latent_size": None,
         "pad_token_id": 0,
     },
+    "llama4_text": {  # the router's weight multiplies the experts' input
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 128,
+        "intermediate_size_mlp": 128,
+        "head_dim": 32,
+        "pad_token_id": 0,
+    },
     "qwen3_next": {  # a gate of the shared expert, linear attention, convolutions
         "num_experts": 8,
         "num_experts_per_tok": 2,

@@ -31,6 +31,7 @@ from quantkit.io.files import make_config_error
 from quantkit.io.suggestions import format_unknown_name
 from quantkit.models.text_part import leave_out_parts
 from quantkit.serve.sizing.attention import read_attention
+from quantkit.serve.sizing.group_sizes import get_split_unit
 from quantkit.serve.sizing.model import (
     Attention,
     Layer,
@@ -114,7 +115,9 @@ def size_with_transformers(
         mtp=Weights(),
         moe=moe,
         sharding_constraints=tuple(
-            iterate_sharding_constraints(plain, moe, attention[0], get_group_size(config))
+            iterate_sharding_constraints(
+                plain, moe, attention[0], get_split_unit(config.values.get("quantization_config"))
+            )
         ),
         hidden_size=hidden_size,
         max_intermediate_size=plain.integer("intermediate_size", 4 * hidden_size),
@@ -262,13 +265,6 @@ def read_moe_config(hf_config: Any, num_layers: int) -> MoeConfig | None:
     return MoeConfig(
         num_experts=num_experts, top_k=top_k, intermediate_size=width, num_layers=num_layers
     )
-
-
-def get_group_size(config: Config) -> int:
-    """Return the weights per scale along the split dimension; 1 if nothing is quantized."""
-    entry = config.values.get("quantization_config")
-    size = entry.get("group_size") if isinstance(entry, Mapping) else None
-    return size if isinstance(size, int) and size > 0 else 1
 
 
 def iterate_sharding_constraints(

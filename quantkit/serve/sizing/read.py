@@ -35,6 +35,7 @@ from quantkit.plan.plan import (
     match_source,
 )
 from quantkit.recipe.schema import Recipe
+from quantkit.serve.sizing.group_sizes import has_row_scales, read_stored_schemes
 from quantkit.serve.sizing.model import Layer, Model, ReadFrom, Weights
 from quantkit.serve.sizing.weight_bytes import make_model
 
@@ -83,7 +84,7 @@ def read_stored_model(folder: Path) -> Model:
         return read_unknown_family(config, name, "headers", scheme, shards.specs.values())
     layout = load_architecture(config).layout(config)
     entry = config.values.get("quantization_config")
-    by_row = any(word in str(entry) for word in ("'group_size': -1", "'channel'"))
+    by_row = has_row_scales(entry)
     return make_model(
         layout,
         shards.specs.values(),
@@ -128,7 +129,8 @@ def plan_from_config(config: Config, name: str) -> Model:
 
 def has_architecture(config: Config) -> bool:
     """Return whether the family has a table in architectures/."""
-    return config.text("model_type") in registry.list_names("architectures")
+    model_type = registry.resolve_model_type(config.text("model_type"))
+    return model_type in registry.list_names("architectures")
 
 
 def read_unknown_family(
@@ -256,18 +258,10 @@ def describe_scheme(config: Config, specs: Mapping[str, TensorSpec]) -> str:
     method = str(entry.get("quant_method"))
     if method == "fp8":
         return f"FP8 {size}x{size}" if (size := read_fp8_block_size(config)) else "FP8"
-    parts: list[object] = [entry]
-    if isinstance(groups := entry.get("config_groups"), Mapping):  # compressed-tensors
-        parts = [
-            group["weights"]
-            for group in groups.values()
-            if isinstance(group, Mapping) and "weights" in group
-        ]
-    elif isinstance(dynamic := entry.get("dynamic"), Mapping):  # gptq: exceptions by module
-        parts += dynamic.values()
-    schemes = [part for part in parts if isinstance(part, Mapping)]
-    bits = [scheme.get("bits", scheme.get("num_bits")) for scheme in schemes]
-    return format_scheme(method, bits, [scheme.get("group_size") for scheme in schemes])
+    schemes = read_stored_schemes(entry)
+    return format_scheme(
+        method, [scheme.bits for scheme in schemes], [scheme.group_size for scheme in schemes]
+    )
 
 
 # --------------------------------------------------------------------------------- rule of thumb

@@ -158,6 +158,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": LFM2,
     "inkling_text": {"n_routed_experts": 32},
+    "kimi_linear": {"linear_num_heads": 4, "linear_head_dim": 32},
     "axk2": {"gated_norm_rank": 32},
     "llama4_text": {"num_experts_per_tok": 1},
     "lfm2": LFM2,
