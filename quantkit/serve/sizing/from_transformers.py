@@ -122,9 +122,7 @@ def size_with_transformers(
         hidden_size=hidden_size,
         max_intermediate_size=plain.integer("intermediate_size", 4 * hidden_size),
         vocab_size=plain.integer("vocab_size"),
-        max_context=plain.integer("max_position_embeddings")
-        if plain.has("max_position_embeddings")
-        else None,
+        max_context=plain.integer("max_position_embeddings", 0) or None,
     )
 
 
