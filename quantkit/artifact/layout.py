@@ -17,8 +17,10 @@ from quantkit.checkpoint.file_names import INDEX as INDEX
 from quantkit.checkpoint.file_names import MODEL_CARD as MODEL_CARD
 from quantkit.checkpoint.file_names import SINGLE as SINGLE
 from quantkit.checkpoint.folder_rules import (
+    MODULES,
     describe_foreign_file,
     find_weight_set_faults,
+    is_module_config,
     is_sidecar,
     is_weight_file,
 )
@@ -75,4 +77,6 @@ def find_layout_faults(names: Collection[str]) -> Iterator[str]:
     for name in sorted(names):
         if name not in OWN_FILES and not is_weight_file(name) and not is_sidecar(name):
             yield f"{name}: {describe_foreign_file(name)}"
+        elif is_module_config(name) and MODULES not in names:
+            yield f"{name}: settings of a module without the {MODULES} that names it"
     yield from find_weight_set_faults(names)

@@ -48,7 +48,8 @@ _LICENSE_NAMES = re.compile(
 _MODULE_CONFIG = re.compile(r"\d+_[A-Za-z]+/config\.json", re.ASCII)
 """Settings of a module of sentence-transformers, 1_Pooling/config.json."""
 _OTHER_MODELS = re.compile(
-    r"(.*/)?(config|params|model_index|adapter\w*|lora\w*|.*quant(ize)?_config|.*\.index)\.json",
+    r"(.*/)?(config(\.[\w.-]+)?|params|model_index|adapter\w*|lora\w*|.*quant(ize)?_config"
+    r"|.*\.index(\..*)?|.*safetensors.*)\.json",
     re.ASCII | re.IGNORECASE,
 )
 """Files by which an engine would load another model, other weights or another quantization."""
@@ -88,6 +89,14 @@ def is_sidecar(name: str) -> bool:
         return True
     is_other = _OTHER_MODELS.fullmatch(name) or _OWN_NAMES.fullmatch(name)
     return not is_other and bool(_DATA.fullmatch(name) or _LICENSE_NAMES.fullmatch(name))
+
+
+def is_module_config(name: str) -> bool:
+    """Return whether a file has the settings of a module of sentence-transformers.
+
+    Engines read it if modules.json names the module; without one it belongs to nothing.
+    """
+    return _MODULE_CONFIG.fullmatch(name) is not None
 
 
 def is_weight_file(name: str) -> bool:

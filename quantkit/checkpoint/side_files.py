@@ -15,6 +15,7 @@ from quantkit.checkpoint.file_names import CONFIG, MODEL_CARD
 from quantkit.checkpoint.folder_rules import (
     MODULES,
     describe_foreign_file,
+    is_module_config,
     is_sidecar,
     is_weight_file,
 )
@@ -49,7 +50,9 @@ def is_carried(folder: Path, name: str, code: Sequence[str]) -> bool:
     """Return whether a file travels: a kind of data, or code that an auto_map names."""
     if not is_sidecar(name) or (name.endswith(".py") and name not in code):
         return False
-    return name != MODULES or not list(find_module_faults(folder))
+    if name == MODULES or is_module_config(name):
+        return is_file(folder / MODULES) and not list(find_module_faults(folder))
+    return True
 
 
 def list_files(folder: Path) -> list[str]:

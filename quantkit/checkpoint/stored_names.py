@@ -112,8 +112,8 @@ def find_model_class(config: Config) -> type | None:
     if not isinstance(name, str):
         return None
     module = importlib.import_module("transformers")
-    found = getattr(module, name, None)
-    return found if isinstance(found, type) else None
+    model_class = getattr(module, name, None)
+    return model_class if isinstance(model_class, type) else None
 
 
 def check_distinct(config: Config, renames: Mapping[str, str]) -> None:

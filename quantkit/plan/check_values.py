@@ -66,5 +66,5 @@ def read_stored(source: Checkpoint, name: str, first: int, last: int) -> Tensor:
 
 def find_nonzero(source: Checkpoint, name: str) -> int | None:
     """Return the first element that is not zero; None if all are."""
-    found = source.read([name])[name].reshape(-1).nonzero()  # [...] -> [n_elements] -> [k, 1]
-    return int(found[0]) if len(found) else None
+    positions = source.read([name])[name].reshape(-1).nonzero()  # [...] -> [n_elements] -> [k, 1]
+    return int(positions[0]) if len(positions) else None

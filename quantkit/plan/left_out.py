@@ -2,7 +2,7 @@
 
 Left out is what no engine reads: buffers that engines compute, a tied weight stored twice, biases
 of zeros, parts that the recipe drops. Everything else is refused, with the nearest expected name.
-Pure: conditions on values are returned as checks for whoever can read them.
+Pure: conditions on values are returned as checks, which `check_values` reads.
 """
 
 from __future__ import annotations
@@ -67,19 +67,19 @@ def find_left_out(
 
     dropped_parts: prefixes of tensors that the recipe drops.
     """
-    found = list[LeftOut]()
+    items = list[LeftOut]()
     for name, spec in specs.items():
         if name in expected:
             continue
         if reason := describe_buffer(spec):
-            found.append(LeftOut(name=name, reason=reason))
+            items.append(LeftOut(name=name, reason=reason))
         elif any(fnmatchcase(name, glob) for glob in architecture.dropped):
-            found.append(LeftOut(name=name, reason="no engine reads it"))
+            items.append(LeftOut(name=name, reason="no engine reads it"))
         elif dropped_parts and name.startswith(tuple(dropped_parts)):
-            found.append(LeftOut(name=name, reason="the recipe drops it (mtp: drop)"))
+            items.append(LeftOut(name=name, reason="the recipe drops it (mtp: drop)"))
         elif item := find_duplicate(layout, expected, spec) or find_zero_bias(expected, spec):
-            found.append(item)
-    return tuple(found)
+            items.append(item)
+    return tuple(items)
 
 
 def describe_buffer(spec: TensorSpec) -> str:
@@ -148,9 +148,9 @@ def describe_foreign_part(name: str, layout: Layout) -> str:
     if any(part in name for part in _ADAPTER_PARTS):
         return " (part of an adapter; merge it into the weights)"
     stack = layout.blocks[0].name.rpartition(".")[0] if layout.blocks else ""
-    found = _BLOCK.match(name)
-    if found and found[1] == f"{stack}." and int(found[2]) >= len(layout.blocks):
-        return f" (block {found[2]}; config.json announces {len(layout.blocks)} blocks, from 0 on)"
+    match = _BLOCK.match(name)
+    if match and match[1] == f"{stack}." and int(match[2]) >= len(layout.blocks):
+        return f" (block {match[2]}; config.json announces {len(layout.blocks)} blocks, from 0 on)"
     return ""
 
 

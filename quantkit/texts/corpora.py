@@ -304,12 +304,12 @@ def count_too_short(part: CorpusPart, tokenizer: Tokenizer) -> int:
 
 def describe_left_out(corpus: CorpusSet, tokens: Tokens, tokenizer: Tokenizer) -> tuple[str, ...]:
     """Return a sentence per kind of rows that give no tokens: empty ones, and short documents."""
-    found = list[str]()
+    notes = list[str]()
     short = {"": tokens.too_short}
     for part in corpus.parts:
         kind = "an answer" if part.chats else "text"
         if part.skipped:
-            found.append(
+            notes.append(
                 f"{corpus.name}: part {part.spec.name}: {part.skipped:,} rows without {kind} are "
                 "skipped"
             )
@@ -317,11 +317,11 @@ def describe_left_out(corpus: CorpusSet, tokens: Tokens, tokenizer: Tokenizer) -
     for name, count in short.items():
         if count:
             where = f"{corpus.name}: part {name}" if name else corpus.name
-            found.append(
+            notes.append(
                 f"{where}: {count:,} documents of fewer than two tokens are left out: they predict "
                 "no token"
             )
-    return tuple(found)
+    return tuple(notes)
 
 
 def count_sequence_tokens(tokenizer: Tokenizer, text: str, length: int) -> int:

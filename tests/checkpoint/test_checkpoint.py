@@ -427,6 +427,7 @@ LEFT = (
     *("tokenizer_quant_config.json", "hf_quant_config.json", "config.json", "README.md"),
     *("x/params.json", "x/config.json", "../tokenizer.json", "2_Dense/model.safetensors"),
     *("x/modules.json", "quantkit/manifest.json", "recipe.yaml", "model_index.json", "page.html"),
+    *("config.4.0.0.json", "model.safetensors.index.fp8.json", "x/hf_quant_config.json"),
     *("x/y.py", "figure.svg", "run.sh", "a/b/c/d/e.txt", "x/LICENSE.bin", "adapter_x.json", "data"),
     *("tokenizer\u200b.json", "spiece\u202e.model", "modeling_x.pyc", "chat_template.jinja\n"),
     *("model.bin.model.pt", ".model", "adapter_config.json", "params.json"),

@@ -78,9 +78,13 @@ def test_data_travels_and_the_rest_is_said(tmp_path: Path) -> None:
 )
 def test_modules_of_other_code_stay_behind(entry: object, tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(json.dumps([entry]))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text("{}")
     assert list_names(tmp_path) == []
     (said,) = describe_left_files(tmp_path, ())
-    assert said.startswith("stays behind: modules.json: a file by which an engine would load")
+    assert said.startswith(
+        "stays behind: 1_Pooling/config.json, modules.json: a file by which an engine would load"
+    )
 
 
 def test_linked_folders_are_not_followed(tmp_path: Path) -> None:

@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 
+from quantkit.contracts import Config
 from quantkit.serve.sizing.group_sizes import (
     get_split_unit,
     has_row_scales,
     read_stored_schemes,
 )
+
+
+def make_config(entry: object) -> Config:
+    return Config(values={"quantization_config": entry})
 
 
 def group(**weights: object) -> dict[str, object]:
@@ -57,10 +62,10 @@ def test_every_form_is_read(
     entry: dict[str, Any], schemes: list[tuple[int | None, int | None]], unit: int
 ) -> None:
     assert [(x.bits, x.group_size) for x in read_stored_schemes(entry)] == schemes
-    assert get_split_unit(entry) == unit
+    assert get_split_unit(make_config(entry)) == unit
     assert has_row_scales(entry) == any(size == -1 for _, size in schemes)
 
 
 @pytest.mark.parametrize("entry", [None, [], "awq"])
 def test_no_quantization_has_no_groups(entry: object) -> None:
-    assert read_stored_schemes(entry) == () and get_split_unit(entry) == 1
+    assert read_stored_schemes(entry) == () and get_split_unit(make_config(entry)) == 1

@@ -242,12 +242,13 @@ def move_shard_into_folder(path: Path) -> None:
 SECOND = "a second set of weights"
 PICKLE = "a pickle, which runs code"
 ADAPTER = "an adapter, which engines may add"
+ELSEWHERE = "a file by which an engine would load something else"
 OTHER = "a kind of file that an artifact does not hold"
 PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     # ------------------------------------------------------------------------------ other weights
     "half precision": (write_weights("model.fp16.safetensors"), SECOND),
     "Mistral's format": (write_weights("consolidated.safetensors"), SECOND),
-    "Mistral's config": (write("params.json"), OTHER),
+    "Mistral's config": (write("params.json"), ELSEWHERE),
     "MTP weights that SGLang adds": (write_weights("mtp.safetensors"), SECOND),
     "other case": (write_weights("MODEL.safetensors"), SECOND),
     "other case of the suffix": (write_weights("model.SafeTensors"), SECOND),
@@ -263,7 +264,7 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "PyTorch": (write("pytorch_model.bin"), PICKLE),
     "PyTorch in capitals": (write("pytorch_model.BIN"), PICKLE),
     "PyTorch's index": (write("pytorch_model.bin.index.json"), "an index of a second set"),
-    "another index": (write("model.safetensors.index.fp8.json"), OTHER),
+    "another index": (write("model.safetensors.index.fp8.json"), ELSEWHERE),
     "an index of a variant": (write("model.fp8.safetensors.index.json"), "an index of a second"),
     "TensorFlow": (write("tf_model.h5"), SECOND),
     "Flax": (write("flax_model.msgpack"), SECOND),
@@ -284,19 +285,19 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle in capitals": (write("tokenizer.PKL"), PICKLE),
     "a license that is a pickle": (write("LICENSE.bin"), PICKLE),
     "a license that is weights": (write_weights("LICENSE.safetensors"), SECOND),
-    "a compiled module": (write("modeling_x.pyc"), OTHER),
-    "a library": (write("modeling_x.so"), OTHER),
+    "a compiled module": (write("modeling_x.pyc"), "code that no auto_map"),
+    "a library": (write("modeling_x.so"), "code that no auto_map"),
     "a module that Python runs": (write("usercustomize.py"), "code that no auto_map"),
     "a module that hides a library": (write("torch.py"), "code that no auto_map"),
-    "a module in a folder": (write("custom_generate/generate.py"), OTHER),
+    "a module in a folder": (write("custom_generate/generate.py"), "code that no auto_map"),
     # ----------------------------------------------------------------- files that engines look for
-    "ModelOpt's quantization": (write("hf_quant_config.json"), OTHER),
-    "a quantization that vLLM globs": (write("tokenizer_quant_config.json"), OTHER),
-    "an older quantization": (write("quantize_config.json"), OTHER),
-    "a pooling model": (write("1_Pooling/config.json"), OTHER),
-    "modules": (write("modules.json"), OTHER),
-    "a config for newer versions": (write("config.4.0.0.json"), OTHER),
-    "a page": (write("quantkit/loadtest.html", "<script>"), OTHER),
+    "ModelOpt's quantization": (write("hf_quant_config.json"), ELSEWHERE),
+    "a quantization that vLLM globs": (write("tokenizer_quant_config.json"), ELSEWHERE),
+    "an older quantization": (write("quantize_config.json"), ELSEWHERE),
+    "a pooling model": (write("1_Pooling/config.json"), "without the modules.json"),
+    "modules": (write("modules.json"), "expected a class of sentence_transformers"),
+    "a config for newer versions": (write("config.4.0.0.json"), ELSEWHERE),
+    "a page": (write("quantkit/loadtest.html", "<script>"), "a file that the artifact writes"),
     "another page": (write("index.html", "<script>"), OTHER),
     # -------------------------------------------------------------------------------------- names
     "an invisible character": (write("tokenizer\u200b.json"), "holds a control character"),

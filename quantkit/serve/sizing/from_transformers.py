@@ -115,9 +115,7 @@ def size_with_transformers(
         mtp=Weights(),
         moe=moe,
         sharding_constraints=tuple(
-            iterate_sharding_constraints(
-                plain, moe, attention[0], get_split_unit(config.values.get("quantization_config"))
-            )
+            iterate_sharding_constraints(plain, moe, attention[0], get_split_unit(config))
         ),
         hidden_size=hidden_size,
         max_intermediate_size=plain.integer("intermediate_size", 4 * hidden_size),

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import lcm
 
+from quantkit.contracts import Config
+
 BNB_BLOCK = 64
 """Weights per scale of bitsandbytes in 4 bits, if the config does not say."""
 FIXED_GROUPS: Mapping[str, int] = {"mxfp4": 32, "nvfp4": 16, "mxfp8": 32}
@@ -76,7 +78,8 @@ def has_row_scales(entry: object) -> bool:
     return any(scheme.group_size == -1 for scheme in read_stored_schemes(entry))
 
 
-def get_split_unit(entry: object) -> int:
+def get_split_unit(config: Config) -> int:
     """Return the inputs that no rank may cut: a multiple of every group; 1 without groups."""
-    sizes = [scheme.group_size for scheme in read_stored_schemes(entry)]
+    schemes = read_stored_schemes(config.values.get("quantization_config"))
+    sizes = [scheme.group_size for scheme in schemes]
     return lcm(*(size for size in sizes if size is not None and size > 0))
