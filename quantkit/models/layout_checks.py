@@ -279,7 +279,7 @@ class BlockTrial:
 
     def find_routers(self) -> tuple[str, ...]:
         """Return the modules that the routing depends on, and not by the experts' input; and gates
-        with one row. By full name.
+        with one row. By name after that of the block.
         """
         gates = [x.name for x in self.dense if self.block.experts and x.out_features == 1]
         routed = self.plain.routed
@@ -310,7 +310,7 @@ class BlockTrial:
                 torch.equal(run.index, routed.index) and torch.equal(run.weight, routed.weight)
             ):
                 routers.append(name)
-        return tuple(sorted({*routers, *gates}))
+        return tuple(sorted(x.removeprefix(self.block.name) for x in {*routers, *gates}))
 
 
 def is_same_input(x: Tensor, y: Tensor) -> bool:
@@ -449,6 +449,7 @@ def inspect_blocks(
     shape = (sum(LENGTHS), layout.embedding.in_features)
     rows = torch.randn(shape, generator=generator)  # [tokens, hidden]
     known: dict[tuple[str, ...], tuple[InputReaders, ...]] = {}
+    known_routers: dict[tuple[str, ...], tuple[str, ...]] = {}
     result = []
     for block in layout.blocks:
         trial = BlockTrial(
@@ -458,11 +459,13 @@ def inspect_blocks(
             tensors=select_block_tensors(block, tensors),
             rows=rows,
         )
-        routers = trial.find_routers()
+        kind = tuple(name.removeprefix(block.name) for name in trial.tensors)
+        if kind not in known_routers:
+            known_routers[kind] = trial.find_routers()
+        routers = tuple(f"{block.name}{local}" for local in known_routers[kind])
         if routers:
             trial = replace(trial, block=mark_routers(block, routers))
         readings = trial.readings()
-        kind = tuple(name.removeprefix(block.name) for name in trial.tensors)
         best = known.get(kind, ())
         is_same = [r.readers for r in best] == [r.readers for r in readings]
         if not (is_same and trial.holds(make_groups(block, best, meta_model.config))):

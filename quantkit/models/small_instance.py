@@ -6,7 +6,6 @@ experts.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,13 +13,15 @@ from torch import Tensor
 
 from quantkit.checkpoint.hf_config import find_text_key
 from quantkit.contracts import Config
-from quantkit.models.expert_form import is_experts_module
+from quantkit.models.expert_form import is_experts_module, read_form
 from quantkit.models.layers import MetaModel
 
 WINDOW = 8
 VOCABULARY = 96
-EXPERTS = 32
-"""Experts of a block, rounded up to whole groups of the router; each needs a few tokens at most."""
+EXPERTS = 16
+"""Experts of a block, rounded up to whole groups of the router."""
+EXPERT_WIDTH = 48
+"""Inner width of experts: all blocks are in memory at once."""
 EXPERT_COUNTS = (
     "num_experts",
     "n_routed_experts",
@@ -68,7 +69,7 @@ def reduce_config(config: Config, meta_model: MetaModel) -> Config:
         names[key]: value for key, value in sizes.items() if read_size(hf_config, key) is not None
     }
     changes |= reduce_state_space(hf_config)
-    changes |= reduce_experts(hf_config, count_experts(meta_model.model), small_hidden)
+    changes |= reduce_experts(hf_config, meta_model.model)
     changes |= reduce_linear_attention(config, hf_config)
     tokens: dict[str, int | None] = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
     key = find_text_key(meta_model.full_config)
@@ -81,9 +82,13 @@ def reduce_config(config: Config, meta_model: MetaModel) -> Config:
     return Config(values=values, where=config.where)
 
 
-def reduce_experts(hf_config: Any, counts: Collection[int], hidden: int) -> dict[str, int]:
-    """Return a small number of experts, and widths other than `hidden`."""
+def reduce_experts(hf_config: Any, model: Any) -> dict[str, int]:
+    """Return a small number of experts, and small inner widths."""
     changes = {}
+    counts, widths = count_experts(model), list_expert_widths(model)
+    if read_size(hf_config, "intermediate_size") in widths:
+        key = hf_config.attribute_map.get("intermediate_size", "intermediate_size")
+        changes[key] = EXPERT_WIDTH
     for key in EXPERT_COUNTS:
         groups = read_size(hf_config, "n_group") or read_size(hf_config, "num_expert_group") or 1
         size, few = read_size(hf_config, key), -(-EXPERTS // groups) * groups
@@ -92,7 +97,7 @@ def reduce_experts(hf_config: Any, counts: Collection[int], hidden: int) -> dict
     for key in EXPERT_WIDTHS:
         size = read_size(hf_config, key) if counts else None
         if size:
-            changes[hf_config.attribute_map.get(key, key)] = hidden + 16
+            changes[hf_config.attribute_map.get(key, key)] = EXPERT_WIDTH
     return changes
 
 
@@ -108,6 +113,16 @@ def reduce_linear_attention(config: Config, hf_config: Any) -> dict[str, object]
         if isinstance(nested, dict):
             changes["linear_attn_config"] = {**nested, "num_heads": 3, "head_dim": 16}
     return changes
+
+
+def list_expert_widths(model: Any) -> frozenset[int]:
+    """Return the inner widths of the experts of a model's blocks."""
+    widths = set[int]()
+    for module in model.modules():
+        form = read_form(module) if is_experts_module(module) else None
+        if form is not None:
+            widths.add(module.down_proj.shape[1 if form.transposed else 2])
+    return frozenset(widths)
 
 
 def count_experts(model: Any) -> frozenset[int]:
