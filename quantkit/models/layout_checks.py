@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from quantkit.contracts import Absorber, Block, Config, Layout, Linear, LinearGroup
 from quantkit.errors import CheckpointError
-from quantkit.models import full_model, scaling
+from quantkit.models import full_model, layer_states, scaling
 from quantkit.models.experts import BlockRun, run_block
 from quantkit.models.inspect import make_refusal, mark_routers
 from quantkit.models.layers import (
@@ -92,6 +92,13 @@ def check_logits(
             changes.append(float((logits - expected).norm() / expected.norm()))
             if changes[-1] <= LOGITS_TOLERANCE:
                 return len(changes) > 1
+        if any(block.experts for block in layout.blocks):
+            states = layer_states.record_states(model, ids.split(lengths))
+            changes.append(
+                layer_states.compare_blocks(meta_model, layout, tensors, states, BATCHES)
+            )
+            if changes[-1] <= LOGITS_TOLERANCE:
+                return False
     except CheckpointError:
         raise
     except Exception as fault:  # an argument that transformers' layer needs

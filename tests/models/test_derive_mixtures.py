@@ -16,8 +16,8 @@ from quantkit import pipeline, registry
 from quantkit.artifact import load_model
 from quantkit.contracts import PROTECTED_ROLES, Block, Config, Experts, Layout, LinearGroup
 from quantkit.errors import CheckpointError
-from quantkit.models import derive, expert_checks
-from quantkit.models.experts import Gating
+from quantkit.models import derive, expert_checks, layer_states, layout_checks
+from quantkit.models.experts import BlockRun, Gating
 from quantkit.models.layers import make_meta_model
 from quantkit.plan.match_checkpoint import check_model_class, match_layout
 from quantkit.plan.plan import load_architecture
@@ -168,6 +168,14 @@ def test_gate_and_up_in_the_wrong_order_are_found(monkeypatch: pytest.MonkeyPatc
     assert "run one by one, the experts model.layers.0.mlp.experts give another sum" in refuse(
         family("olmoe")
     )
+
+
+def test_blocks_are_compared_on_states_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rounding changes the logits of a deep mixture; here they are made different."""
+    monkeypatch.setattr(layout_checks, "compute_logits", lambda *_: torch.zeros(1))
+    assert derive_layout(family("olmoe")).blocks[0].experts
+    monkeypatch.setattr(layer_states, "run_block", lambda *x: BlockRun(out=2 * x[3]))
+    assert "gives other logits than transformers" in refuse(family("olmoe"))
 
 
 def test_sum_that_cannot_be_returned_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,67 @@
+"""The hidden states between the layers of a transformers model, and blocks that run on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.contracts import Layout
+from quantkit.models.experts import run_block
+from quantkit.models.layers import MetaModel
+from quantkit.models.outer_model import find_layers
+
+
+def record_states(model: Any, sequences: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return the states before each layer and after the last one [tokens, hidden], per sequence."""
+    states: list[Tensor] = []
+    last: list[Tensor] = []
+
+    def before(_layer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+        states.append(hidden[0])
+
+    def after(_layer: Any, _arguments: Any, out: Any) -> None:
+        last[:] = [out[0][0] if isinstance(out, tuple) else out[0]]
+
+    _, layers = find_layers(model)
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(after))
+    result = []
+    try:
+        for ids in sequences:
+            states.clear()
+            with torch.no_grad():
+                model(ids[None], use_cache=False)
+            result.append([*states, *last])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result
+
+
+def compare_blocks(
+    meta_model: MetaModel,
+    layout: Layout,
+    tensors: Mapping[str, Tensor],
+    states: Sequence[Sequence[Tensor]],
+    batches: Sequence[tuple[int, ...]],
+) -> float:
+    """Return the largest relative change of a block's output, each run on transformers' own states.
+
+    In deep mixtures rounding changes the routing of single tokens, and then everything after it.
+    states: of each sequence, before each block and after the last one [tokens, hidden].
+    """
+    largest = 0.0
+    for number, block in enumerate(layout.blocks):
+        own = {name: x for name, x in tensors.items() if name.startswith(f"{block.name}.")}
+        first = 0
+        for batch in batches:
+            parts = states[first : first + len(batch)]
+            first += len(batch)
+            rows, expected = (torch.cat([x[n] for x in parts]) for n in (number, number + 1))
+            out = run_block(meta_model, block, own, rows, batch).out
+            largest = max(largest, float((out - expected).norm() / expected.norm()))
+    return largest
