@@ -191,7 +191,7 @@ def render_plan(plan: PlanSummary) -> Group:
     )
     facts = f"{source.architecture}{revision}, {weights} parameters{mtp}, {source.dtype}, "
     facts += f"{format_numbers.format_size(source.bytes)}; read from {source.read_from}"
-    if source.compared_with != source.dtype:
+    if source.compared_with not in ("", source.dtype):
         facts += f"; compared with the {source.compared_with}"
     head.append("\n" + strip_control_characters(facts), style="not bold")
     totals = plan.totals

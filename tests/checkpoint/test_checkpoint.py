@@ -56,7 +56,11 @@ def get_error(folder: Path) -> str:
 
 
 def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
-    folder = save(tmp_path, {f"a{i}.weight": WEIGHT.clone() for i in range(25)})
+    tensors = {f"a{i}.weight": WEIGHT.clone() for i in range(25)}
+    scales = {f"a{i}.weight_scale_inv": torch.ones(3 + i, 7) for i in range(25)}
+    folder = save(tmp_path, tensors)
+    assert "'a0.weight' and 24 more: expected its scale" in get_error(folder)  # one kind of fault
+    save(tmp_path, {**tensors, **scales})
     lines = get_error(folder).splitlines()
     assert len(lines) == 21
     assert lines[-1] == "and 5 more faults of this checkpoint"
