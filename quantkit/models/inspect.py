@@ -119,12 +119,20 @@ def make_linear(name: str, linear: nn.Linear, role: Role) -> Linear:
 
 
 def name_block(path: str, layer: nn.Module, stored: StoredNames) -> str:
-    """Return the name in the checkpoint of a block, whose name in transformers is `path`."""
+    """Return the name in the checkpoint of a block, whose name in transformers is `path`.
+
+    It is what a tensor with the same local name has in front; without one, what all names have in
+    front up to the block's number.
+    """
+    names = list[str]()
     for tensor in layer.state_dict():
         full = stored.tensors.get(f"{path}.{tensor}", "")
         if full.endswith(f".{tensor}"):
             return full.removesuffix(f".{tensor}")
-    return path
+        names += [full] if full else []
+    number = path.rpartition(".")[2]
+    owners = {before for before, mark, _ in (x.partition(f".{number}.") for x in names) if mark}
+    return f"{owners.pop()}.{number}" if len(owners) == 1 else path
 
 
 def inspect_block(config: Config, path: str, layer: nn.Module, stored: StoredNames) -> Block:

@@ -161,6 +161,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "kimi_linear": {"linear_num_heads": 4, "linear_head_dim": 32},
     "axk2": {"gated_norm_rank": 32},
     "llama4_text": {"num_experts_per_tok": 1},
+    "llama4": {"text_config": {"num_experts_per_tok": 1}},
     "lfm2": LFM2,
     "gemma4_text": GEMMA4,
     "gemma4": {"text_config": GEMMA4},
