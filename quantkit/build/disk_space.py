@@ -26,8 +26,8 @@ def describe_disk_shortage(plans: Sequence[Plan]) -> str:
     if needed <= room:
         return ""
     return (
-        f"expected {needed / 1e9:.1f} GB of disk for the artifacts and scratch files of the build "
-        f"in {folder}, found {room / 1e9:.1f} GB free; free some space, or set output.path to "
+        f"expected {needed / 1e9:.3g} GB of disk for the artifacts and scratch files of the build "
+        f"in {folder}, found {room / 1e9:.3g} GB free; free some space, or set output.path to "
         "another disk"
     )
 

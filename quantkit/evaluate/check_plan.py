@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from quantkit.build.disk_space import describe_disk_shortage
-from quantkit.errors import EvaluationError, UntrustedCode, UsageError
+from quantkit.errors import ArtifactError, EvaluationError, UntrustedCode
 from quantkit.evaluate import source_comparison, task_runner, tasks
 from quantkit.plan.check_model import check_model, check_token_ids
 from quantkit.plan.plan import Plan, SourceFacts
@@ -47,7 +47,7 @@ def check_before_build(
     check_model(plans[0])
     check_token_ids(plans[0], largest_ids)
     if shortage := describe_disk_shortage(plans):
-        raise UsageError(shortage)
+        raise ArtifactError(shortage)
     if trusted_code is None:
         return tuple(plans)
     return add_warnings(plans, describe_benchmarks(plans[0], trusted_code))

@@ -150,13 +150,19 @@ def make_routing(shape: Shape, folder: Path, device: torch.device) -> Routing:
     return Routing(index=index, weight=weight, expert_inputs=seen)
 
 
+def apply_gate(gate: Tensor | None, up: Tensor) -> Tensor:
+    """Return the input of the down projection: gate, up [tokens, intermediate] -> the same."""
+    assert gate is not None  # DeepSeek-V3's experts have one
+    return silu(gate) * up
+
+
 def run_slice(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases) -> int:
     """Calibrate, search, factorize, round and pack one slice; return the packed bytes."""
     hidden, width, n = shape.hidden, shape.intermediate, len(wave)
     pairs = shape.tokens * shape.top_k * n / shape.experts  # tokens routed to this slice
     with phases.timed("calibrate", pairs * (2 * hidden**2 + 2 * width**2 + 4 * hidden * width)):
         tokens = RoutedStream(routing=routing, device=wave.gate.device)
-        (stats,) = collect_stats([wave], tokens, silu, frozenset())
+        (stats,) = collect_stats([wave], tokens, apply_gate, frozenset())
     judged = min(awq_scales.SAMPLED_ROWS, width)
     with phases.timed("search", 20 * 2 * n * judged * 2 * hidden**2):
         tried = awq.METHOD.rescale

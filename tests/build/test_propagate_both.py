@@ -33,6 +33,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+def apply_gate(gate: Tensor | None, up: Tensor) -> Tensor:
+    assert gate is not None
+    return silu(gate) * up
+
+
 def spool(path: Path, rows: Tensor) -> Spool:
     made = Spool.create(path, len(rows), rows.shape[1], "float32")
     made.write(0, rows)
@@ -57,8 +62,8 @@ def test_crosses_of_experts_are_sums_over_their_tokens(
     cpu = torch.device("cpu")
     stream = RoutedStream(routing=routing, device=cpu)
     both = RoutedStream(routing=routing, device=cpu, original=spool(tmp_path / "o", original))
-    (actual,) = collect_stats([wave], both, silu, everyone, has_original=True)
-    (plain,) = collect_stats([wave], stream, silu, everyone)
+    (actual,) = collect_stats([wave], both, apply_gate, everyone, has_original=True)
+    (plain,) = collect_stats([wave], stream, apply_gate, everyone)
     assert plain.into.cross is None and plain.inner.cross is None
     assert torch.equal(plain.into.gram, actual.into.gram) and torch.equal(
         plain.inner.gram, actual.inner.gram

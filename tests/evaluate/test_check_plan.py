@@ -12,7 +12,7 @@ from support.checkpoints import make_recipe_text, make_tiny_config, write_checkp
 
 from quantkit.build import disk_space, session
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.errors import CheckpointError, UsageError
+from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.evaluate.check_plan import plan_and_check
 from quantkit.plan.plan import Plan
 from quantkit.plan.sources import resolve_source_facts
@@ -72,7 +72,7 @@ def test_tokens_beyond_the_embedding_are_refused_first(tmp_path: Path) -> None:
 def test_full_disk_is_said_and_refused_first(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_space, "get_free_bytes", lambda _: 1000)
     assert any("GB of disk for the artifacts and scratch" in x for x in plan(source).warnings)
-    with pytest.raises(UsageError, match="free some space, or set output.path"):
+    with pytest.raises(ArtifactError, match=r"found 1e-06 GB free; free some space, or set output"):
         build(source, source.parent / "out")
 
 
