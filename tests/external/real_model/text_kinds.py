@@ -1,7 +1,7 @@
 """`make bench-texts`: how far calibration carries over to kinds of text, on SmolLM2-135M-Instruct.
 
     PYTHONPATH=tests .venv/bin/python -m external.real_model.text_kinds \\
-        [--model FOLDER] [--place FOLDER] [--recipe gptq4 awq4] [--only NAME ...]
+        [--model FOLDER] [--place FOLDER] [--recipe gptq4 awq4] [--only NAME ...] [--shrinkage A]
 
 Each build calibrates on 128 x 512 tokens of one set and is measured on the same seven kinds of
 text, of which none of the sets contains a document. Sets: the interpreter's text, WikiText-2
@@ -202,8 +202,8 @@ def prepare_mixture_bench(model: Path, place: Path) -> Bench | None:
     )
 
 
-def list_builds(place: Path, recipe: str) -> Iterator[Build]:
-    """Yield RTN and a build for each calibration set."""
+def list_builds(place: Path, recipe: str, shrinkage: str = "") -> Iterator[Build]:
+    """Yield RTN and a build for each calibration set, with `calibration.shrinkage` if given."""
     fidelity = str(write_mixture(place, "kinds", KINDS, held_out=True))
     common = {
         "fidelity.set": fidelity,
@@ -215,7 +215,9 @@ def list_builds(place: Path, recipe: str) -> Iterator[Build]:
     yield Build(name=f"{recipe} RTN", recipe=name, changes={**common, **rtn})
     for title, calibration in list_sets(place):
         text = {"calibration.set": calibration, "calibration.sequences": str(SEQUENCES)}
-        yield Build(name=f"{recipe} {title}", recipe=name, changes={**common, **text})
+        text |= {"calibration.shrinkage": shrinkage} if shrinkage else {}
+        mark = f" shrinkage {shrinkage}" if shrinkage else ""
+        yield Build(name=f"{recipe} {title}{mark}", recipe=name, changes={**common, **text})
 
 
 def read_kinds(folder: Path) -> dict[str, float]:
@@ -256,6 +258,7 @@ def main() -> None:
     parser.add_argument("--place", type=Path, default=PLACE / "texts")
     parser.add_argument("--recipe", nargs="+", choices=("gptq4", "awq4"), default=["gptq4", "awq4"])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="builds, as in the first column")
+    parser.add_argument("--shrinkage", default="", help="of grams; adds its builds to the table")
     options = parser.parse_args()
     data = find_data()
     if data is None:
@@ -265,7 +268,9 @@ def main() -> None:
     copy_texts(data, place)
     unused = Sets(calibration=place, fidelity=place, form="")
     bench = Bench(model=options.model.resolve(), sets=unused, tokens=place, place=place)
-    builds = [build for recipe in options.recipe for build in list_builds(place, recipe)]
+    marks = ("", options.shrinkage) if options.shrinkage else ("",)
+    listed = [x for recipe in options.recipe for a in marks for x in list_builds(place, recipe, a)]
+    builds = list({build.name: build for build in listed}.values())  # RTN once
     for build in builds:
         title = build.name.partition(" ")[2]
         if options.only and title not in options.only:
