@@ -308,8 +308,8 @@ def test_unknown_set_names_raise(tmp_path: Path) -> None:
         UsageError, match=r"no set of documents named 'tiny-v4'\. Did you mean 'tiny-v3'\?"
     ):
         load_set("tiny-v4", SETS)
-    with pytest.raises(UsageError, match=r"no set of documents named '\.\./x'"):
-        load_set("../x", SETS)
+    with pytest.raises(UsageError, match=r"no set of documents named '\.\./absent'"):
+        load_set("../absent", SETS)
     with pytest.raises(
         UsageError, match=r"absent\.yaml: expected the spec of a set, found no such file"
     ):
