@@ -5,6 +5,7 @@ exists.
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,12 @@ def test_page_names_existing_modules(page: Path) -> None:
     files = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")}
     for name in re.findall(r"`([a-z0-9_/]+\.py)`", text):
         assert any(file == name or file.endswith(f"/{name}") for file in files), name
+
+
+def test_pytest_collects_every_folder(pytestconfig: pytest.Config) -> None:
+    """pytest leaves out folders called "build" unless it is configured otherwise."""
+    files = (ROOT / "tests").rglob("test_*.py")
+    folders = {part for path in files for part in path.relative_to(ROOT).parent.parts}
+    patterns = pytestconfig.getini("norecursedirs")
+    assert "build" in folders
+    assert not [x for x in folders if any(fnmatch(x, pattern) for pattern in patterns)]

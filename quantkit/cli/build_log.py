@@ -12,7 +12,7 @@ import platform
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -50,7 +50,7 @@ class BuildLog:
             message = f"no log file: {path}: {describe_os_error(error)}"
             click.echo(escape_controls(message), err=True)
             return
-        self._handlers.enter_context(stream)
+        self._handlers.callback(close_quietly, stream)
         self._handlers.enter_context(attach(make_handler(stream)))
         LOG.info(
             "quantkit %s, Python %s, %s",
@@ -83,6 +83,12 @@ def log_build(*, verbose: bool) -> Iterator[BuildLog]:
             raise
 
 
+def close_quietly(stream: TextIO) -> None:
+    """Close a log file; what a full disk did not take is lost, and LogHandler has said so."""
+    with suppress(OSError):
+        stream.close()
+
+
 def open_to_append(path: Path) -> int:
     """Return a descriptor of a log file, made if it is absent; raises OSError for a link."""
     try:
@@ -91,9 +97,23 @@ def open_to_append(path: Path) -> int:
         return create_file(path)
 
 
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Writes to a stream until that fails, and then says so once: a full disk stops no build by its
+    log.
+    """
+
+    has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        """Print why the log ends, instead of logging's traceback."""
+        if not self.has_failed:
+            self.has_failed = True
+            click.echo(escape_controls(f"the log ends: {sys.exc_info()[1]}"), err=True)
+
+
 def make_handler(stream: TextIO) -> logging.Handler:
     """Return a handler that writes to a stream; names from untrusted files are escaped."""
-    handler = logging.StreamHandler(stream)
+    handler = LogHandler(stream)
     handler.setFormatter(FORMAT)
     handler.addFilter(escape_record)
     return handler

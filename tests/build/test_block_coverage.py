@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM
 from quantkit import pipeline
 from quantkit.artifact.fidelity_schema import Fidelity, InputCoverage
 from quantkit.build.coverage import SAMPLED_TOKENS, sample_tokens
-from quantkit.build.hidden_states import open_stream
+from quantkit.build.hidden_states import StreamShape, open_stream
+from quantkit.contracts import Config
+from quantkit.models.layers import load_outer_model, make_meta_model
+from quantkit.models.small_instance import make_random_tensors
 from quantkit.recipe.parse import parse_recipe
 from quantkit.texts.tokens import TokenSequence, pack_tokens
 
@@ -163,9 +166,12 @@ def test_sample_takes_every_kind_evenly_and_no_solution(tmp_path: Path) -> None:
     )
     text = pack_tokens([math] * 200 + [prose])
     solutions = pack_tokens([TokenSequence(domain="gsm8k", ids=[3] * 50)] * 4)
-    stream = open_stream(
-        "reference", text, solutions, torch.zeros(8, 4), tmp_path, False, "float32"
+    meta = make_meta_model(
+        Config(values=make_tiny_config("llama")), torch.device("cpu"), torch.float32
     )
+    outer = load_outer_model(meta, make_random_tensors(meta))
+    shape = StreamShape(folder=tmp_path, width=128, routed=False, equal_lengths=False)
+    stream = open_stream("reference", text, solutions, outer, 8, shape, "float32")
     sample = sample_tokens(stream)
     assert sample.labels == ("math", "prose")
     counts = sample.kinds.bincount().tolist()

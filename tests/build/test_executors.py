@@ -92,10 +92,12 @@ def test_experts_are_read_and_calibrated_once_without_a_search(
     reads, calibrated = Counter[str](), Counter[int]()
     real_read, real_collect = Checkpoint.read, moe.collect_stats
 
-    def count_reads(self: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def count_reads(
+        self: Checkpoint, names: Iterable[str], finite: bool = True
+    ) -> dict[str, torch.Tensor]:
         names = list(names)
         reads.update(name for name in names if ".experts." in name)
-        return real_read(self, names)
+        return real_read(self, names, finite)
 
     def count_stats(slices: Any, *args: Any, **kwargs: Any) -> Any:
         calibrated.update(experts.first for experts in slices)

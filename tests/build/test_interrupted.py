@@ -94,7 +94,7 @@ def test_signals_report_how_far_the_build_is(
             assert end.stderr.endswith(f"{says}\n{stands.format(done)}starts over\n")
     assert (place / "x.building.scratch").is_dir() and not (place / "x").exists()
     assert differing(finish_build(mortals, place), whole) == []
-    assert sorted(path.name for path in place.iterdir()) == ["r.yaml", "x"]
+    assert sorted(path.name for path in place.iterdir()) == ["r.yaml", "x", "x.build.log"]
 
 
 def test_full_disk_is_one_sentence_and_no_loss(

@@ -65,7 +65,7 @@ def build(
 
 
 def files(place: Path) -> dict[str, bytes]:
-    """Read every file below a folder, except timings."""
+    """Read every file below a folder, except timings and the log."""
     actual = {
         path.relative_to(place).as_posix(): path.read_bytes()
         for path in place.rglob("*")
@@ -74,7 +74,7 @@ def files(place: Path) -> dict[str, bytes]:
     return {
         name: content
         for name, content in actual.items()
-        if not name.endswith("quantkit/timings.json")
+        if not name.endswith(("quantkit/timings.json", ".build.log"))
     }
 
 

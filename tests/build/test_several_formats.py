@@ -137,7 +137,7 @@ def test_architecture_is_derived_once_for_all_formats(
     monkeypatch.setattr(
         plan_module,
         "load_architecture",
-        lambda config: asked.append(config) or load_architecture(config),
+        lambda config, names: asked.append(config) or load_architecture(config, names),
     )
     recipe = parse_recipe(make_recipe_text(source, tmp_path / "x", format="[awq, dense]"), "r.yaml")
     assert len(sources.plan_recipe(recipe, sources.resolve_source_facts(recipe))) == 2

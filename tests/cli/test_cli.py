@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from support.command_line import RECIPE, build, overrides, read_error, run
 from quantkit import pipeline, registry
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.artifact.read_manifest import read_manifest
+from quantkit.cli.build_log import attach, close_quietly, log_build, make_handler
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError
 from quantkit.io.package_data import locate_folder, locate_model
@@ -256,6 +258,18 @@ def test_failure_and_interruption_are_in_the_log(
     text = (tmp_path / "artifact.build.log").read_text()
     assert "ERROR   error: model.layers.1: a planted fault \\x1b[31m" in text
     assert "Traceback" not in text
+
+
+def test_full_disk_ends_the_log_and_not_the_build(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", encoding="utf-8")
+    with log_build(verbose=False) as log:
+        log._handlers.callback(close_quietly, full)
+        log._handlers.enter_context(attach(make_handler(full)))
+        for _ in range(2):
+            logging.getLogger("quantkit.build").info("a block")
+    assert capsys.readouterr().err.count("the log ends: [Errno 28]") == 1
 
 
 def test_log_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
