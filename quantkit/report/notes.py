@@ -12,7 +12,7 @@ def list_notes(fidelity: Fidelity) -> list[str]:
     """Return sentences on the artifact's size, if little is gained, and on its texts."""
     artifact = fidelity.artifact
     note = describe_small_gain(artifact.bytes_source, artifact.bytes_artifact)
-    size = [f"{note[0].upper()}{note[1:]}."] if note and fidelity.modules else []
+    size = [f"{capitalize_first(note)}."] if note and fidelity.modules else []
     return [*size, *list_text_notes(fidelity)]
 
 
@@ -24,7 +24,7 @@ def list_text_notes(fidelity: Fidelity) -> list[str]:
     seen = list_seen_kinds(fidelity) or ()
     measured = fidelity.measured_on.kinds if fidelity.measured_on else {}
     kinds = [describe_narrowness(seen), describe_exposure(measured, seen) if measured else ""]
-    notes = [f"{note[0].upper()}{note[1:]}" for note in kinds if note]
+    notes = [capitalize_first(note) for note in kinds if note]
     texts = {"calibration": fidelity.calibration, "fidelity": fidelity.measured_on}
     notes += [
         f"{use.capitalize()} text: auto stands for {text.set}: {text.chosen}"
@@ -43,3 +43,8 @@ def list_text_notes(fidelity: Fidelity) -> list[str]:
         if row.overlapping
     ]
     return [f"{note}." for note in notes if note]
+
+
+def capitalize_first(sentence: str) -> str:
+    """Return a sentence with its first letter in upper case, and the others as they are."""
+    return f"{sentence[:1].upper()}{sentence[1:]}"
