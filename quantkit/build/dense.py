@@ -318,7 +318,7 @@ def scale_groups(
             added = torch.cat(list(expert_errors), dim=1).sum(1)  # [n, experts] -> [n]
         choice = scaling.search_scales(name, added, batches, gram, rescale, scales)
         context.state.record.choices.append(choice)
-        if choice.rescaled:
+        if choice.is_rescaled:
             scale = scales[choice.candidate]
             scaling.divide_absorber(changed, group.absorber, scale)
             scaling.multiply_readers(changed, group, scale)

@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
+from quantkit.checkpoint.canonical_names import name_tensors
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.file_names import CONFIG, HUB_ID, INDEX, SINGLE
 from quantkit.checkpoint.folder_rules import is_sidecar
@@ -49,7 +50,6 @@ from quantkit.checkpoint.shards import (
 )
 from quantkit.checkpoint.side_files import describe_left_files, describe_left_names
 from quantkit.checkpoint.source_config import make_source_config
-from quantkit.checkpoint.stored_names import name_tensors
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, HubUnreachable, UsageError
 from quantkit.io.bounded_http import ResponseLimits

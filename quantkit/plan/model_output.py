@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from quantkit.checkpoint.stored_names import HEADS
+from quantkit.checkpoint.canonical_names import HEADS
 from quantkit.contracts import Config, Layout, Linear, TensorSpec
 from quantkit.formats.common.engine_names import LM_HEAD
 
