@@ -143,7 +143,7 @@ def run_reference(
             routings += [routing] if routing else []
             meters.add(batch, valid, inputs)
     context.state.record.coverage = meters.finish()
-    return Routing.joined(routings)
+    return Routing.concatenate(routings)
 
 
 def run_sample(context: BlockContext, layer: DecoderLayer) -> ScalingCheckSample | None:
@@ -221,11 +221,11 @@ def calibrate_dense(
                     )
                 total.add(strip_padding(inputs[name], valid), original_inputs.get(name), gap)
     count = block.experts.count if block.experts else 0
-    joined = Routing.joined(routings)
+    joined = Routing.concatenate(routings)
     return BlockCalibration(
         stats={name: total.stats() for name, total in sums.items()},
         routing=joined,
-        original=Routing.joined(original_routings),
+        original=Routing.concatenate(original_routings),
         sample=sample,
         expert_tokens=tuple(count_tokens(joined, count).tolist()) if joined else (),
     )
