@@ -1,4 +1,4 @@
-"""Coverage in a build: what it records, against transformers' own activations."""
+"""Coverage that a build records, compared with transformers' own activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes that are chosen for a model: what the model and the engines need, each with a reason."""
+"""Recipes that are chosen for a model: keys that model and engines need, each with a reason."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ def print_figures(bench: Bench, builds: Sequence[Build]) -> None:
 
 
 def main() -> None:
-    """Build what is missing, print the table after each build."""
+    """Build missing artifacts, print the table after each build."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
