@@ -274,7 +274,7 @@ class ExpertCoverage(BaseModel):
     policy: str  # treatment of an expert below min_tokens
     layers: tuple[ExpertTokens, ...]
 
-    def uncalibrated(self) -> list[tuple[str, int, int]]:
+    def list_uncalibrated(self) -> list[tuple[str, int, int]]:
         """Return (block, expert, tokens) of every expert that saw fewer than `min_tokens`."""
         return [
             (layer.block, expert, tokens)

@@ -23,7 +23,7 @@ from quantkit.plan.decisions import (
     is_unscaled_for_fp8,
     select_quantized_groups,
 )
-from quantkit.plan.memory import slice_size
+from quantkit.plan.memory import choose_slice_size
 from quantkit.plan.plan import Plan
 
 
@@ -267,7 +267,7 @@ def plan_experts(plan: Plan, block: Block, groups: Mapping[str, GroupPlan]) -> E
     """Plan the routed experts of a block."""
     experts = block.experts
     assert experts is not None  # the caller has checked
-    count, size = experts.count, slice_size(experts.count)
+    count, size = experts.count, choose_slice_size(experts.count)
     scheme = plan.decisions[experts.first].scheme
     group = next((group for group in groups.values() if group.group.routed_experts), None)
     down = None

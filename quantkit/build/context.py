@@ -105,7 +105,7 @@ class BuildContext:
 
 @dataclass(kw_only=True)
 class ExpertPassState:
-    """How far the passes over a block's experts are: mutable, and what a wave checkpoint saves.
+    """Progress of the passes over a block's experts. Mutable; a wave checkpoint saves it.
 
     `searched`, `quantized`: experts that each pass has finished; `held`: slices and statistics that
     the search pass keeps in memory for the quantize pass, when all fit; `errors`: [candidates,

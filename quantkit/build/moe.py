@@ -6,8 +6,8 @@ the error of a candidate is summed over all of them: it gathers statistics and e
 slices if all fit into memory; otherwise the quantize pass reads them once more. Either pass
 continues after the experts that an interrupted build has finished.
 
-The pure functions of `expert_ops` and `quantize_experts` run on the executor. What is below reads,
-reduces their results in ascending order of experts, writes, and saves checkpoints.
+The pure functions of `expert_ops` and `quantize_experts` run on the executor. The passes below
+read, reduce their results in ascending order of experts, write, and save checkpoints.
 """
 
 from __future__ import annotations

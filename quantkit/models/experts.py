@@ -82,7 +82,7 @@ def find_experts_module(model: Any, block: Block, experts: Experts) -> nn.Module
 class BlockRun:
     """A block run with its experts, in the layer's padded positions.
 
-    out: states after the block [tokens, hidden]; routed: what the experts were given, None without
+    out: states after the block [tokens, hidden]; routed: the input of the experts, None without
     experts; total: their sum [positions, hidden].
     """
 

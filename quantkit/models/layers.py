@@ -42,7 +42,7 @@ class MetaModel:
     config: Any  # transformers PretrainedConfig of the text model
     model: Any  # transformers' causal language model on the meta device
     full_config: Any  # of the wrapper, if the text model lies in one
-    outer: OuterModel  # what the model gives its layers, in `dtype` on `device`
+    outer: OuterModel  # the model around the layers, in `dtype` on `device`
     device: torch.device
     dtype: torch.dtype
     left_out: Mapping[str, nn.Module] = field(default_factory=dict)  # a wrapper's parts, by name

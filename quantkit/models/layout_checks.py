@@ -220,7 +220,7 @@ class BlockTrial:
 
     @cached_property
     def after_experts(self) -> frozenset[str]:
-        """Names of the dense linears whose input depends on what the experts return."""
+        """Names of the dense linears whose input depends on the experts' output."""
         if self.plain.total is None:
             return frozenset()
         other = self.record_calls(self.plain.total)
@@ -436,8 +436,8 @@ def find_absorbers(
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFindings:
-    """What the instance shows of one block: readings with absorbers; by full name, linears that are
-    not called once with every token before the experts, and modules of the router.
+    """Findings on one block of the instance: readings with absorbers; by full name, linears that
+    are not called once with every token before the experts, and modules of the router.
     """
 
     readings: tuple[InputReaders, ...]

@@ -1,4 +1,4 @@
-"""transformers' model around its decoder layers: what it gives them, and what follows them.
+"""transformers' model around its decoder layers: embedding, arguments of the layers, and logits.
 
 A layer is run with the arguments that the model's own forward makes: masks, rotary tables,
 positions. `OuterModel` is transformers' model with a stub in place of each layer. One forward of it
@@ -26,10 +26,10 @@ from quantkit.models.modules import MatmulLinear, freeze, list_prefixes
 MAX_KEPT_BYTES = 1 << 26
 """Recorded arguments that are kept for the next layer; the largest are masks [n, 1, t, t]."""
 PROBE_SHAPE = (2, 3)
-"""Sequences and tokens of the forward that shows what a layer has to return."""
+"""Sequences and tokens of the forward that determines the form of a layer's output."""
 MAX_EXTRA_OUTPUTS = 3
 FORM_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What transformers' forward raises when a layer returns another form than it expects."""
+"""Exceptions of transformers' forward when a layer's output has an unexpected form."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Stub(nn.Module):
 class LayerStub(Stub):
     """Records the calls of a layer and returns its input, or `answer` if that is set.
 
-    `hidden` are the states of the last call. `n_extra`: what the layer returns after the states,
+    `hidden` are the states of the last call. `n_extra`: the number of outputs after the states;
     None for a layer that returns no tuple.
     """
 
@@ -159,13 +159,13 @@ class OuterModel:
         shape = (sequences, tokens)
         if shape not in self._kept:
             self._forward(torch.zeros(shape, dtype=torch.long))
-            made = {
+            calls = {
                 name: stub.calls[0] for name, stub in zip(self._names, self._stubs, strict=True)
             }
-            self._kept[shape] = made
+            self._kept[shape] = calls
             while count_bytes(self._kept) > MAX_KEPT_BYTES:
                 del self._kept[next(iter(self._kept))]
-            return made
+            return calls
         return self._kept[shape]
 
     def record_for(self, ids: Tensor) -> Mapping[str, LayerCall]:
@@ -206,7 +206,7 @@ class OuterModel:
         )
 
     def find_outputs(self, width: int) -> None:
-        """Find what the layers have to return; `width` is that of their states.
+        """Determine the form of the layers' output; `width` is that of their states.
 
         Raises CheckpointError if no form gives each layer states [sequences, tokens, width] once.
         """
@@ -265,7 +265,7 @@ def make_outer_model(
         id(head): make_head(model, head, device, dtype, tensors),
         id(model.config): model.config,
     }
-    outer = copy.deepcopy(model, replaced)  # takes what it finds in its second argument
+    outer = copy.deepcopy(model, replaced)  # an object in its second argument is not copied
     for module_name, module in outer.named_modules():
         fill_tensors(module, module_name, device, dtype, tensors)
     result = OuterModel(outer, name, stubs, device)
@@ -327,7 +327,7 @@ def make_embedding(
     dtype: torch.dtype,
     tensors: Mapping[str, Tensor],
 ) -> Stub:
-    """Make what embeds tokens: the embedding itself if its weight is among `tensors`."""
+    """Make the module that embeds tokens: the embedding itself if its weight is among `tensors`."""
     weight = tensors.get(f"{get_module_name(model, embedding)}.weight")
     if weight is None:
         return EmbeddingStub(embedding, device, dtype)

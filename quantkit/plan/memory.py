@@ -74,7 +74,7 @@ class MemoryPlan:
         return self.base_bytes + max(block, self.head_bytes)
 
 
-def slice_size(experts: int) -> int:
+def choose_slice_size(experts: int) -> int:
     """Return how many of a layer's routed experts form a slice.
 
     It depends neither on the budget nor on the number of devices.
@@ -210,7 +210,7 @@ def plan_memory(
             expert = max(expert, estimate_expert_bytes(block.experts, quantized, grams))
             max_experts = max(max_experts, block.experts.count)
     room = budget_bytes - BASE_BYTES - dense - batch
-    part, fitting = (slice_size(max_experts), room // expert) if expert else (0, 0)
+    part, fitting = (choose_slice_size(max_experts), room // expert) if expert else (0, 0)
     wave = max_experts if fitting >= max_experts else max(part, fitting // part * part)
     head = layout.head or layout.embedding
     spools = 2 * (tokens["calibration"] + 2 * tokens["fidelity"])  # before and after a block

@@ -289,7 +289,7 @@ def list_pools(labels: Sequence[str], pooled: Sequence[str]) -> dict[str, tuple[
     for label, pool in zip(labels, pooled, strict=True):
         members.setdefault(pool, set()).add(label)
     return {
-        pool: tuple(sorted(found)) for pool, found in sorted(members.items()) if found != {pool}
+        pool: tuple(sorted(pooled)) for pool, pooled in sorted(members.items()) if pooled != {pool}
     }
 
 

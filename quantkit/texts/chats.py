@@ -1,6 +1,6 @@
 """Conversations: rows with messages, and their token sequences through the model's chat template.
 
-Only the tokens of the assistant's messages count: they are what the model writes. The prompts are
+Only the tokens of the assistant's messages count, because the model writes them. The prompts are
 part of the sequence, since answers attend to them.
 """
 

@@ -220,7 +220,7 @@ def _sample_parts(
 ) -> Tokens:
     """Sample each part's share of `sequences * length` tokens; None: as many as every part has."""
     if sequences is None:
-        # whole sequences of each part, so that no share is rounded up beyond what a part has
+        # whole sequences of each part, so that no rounded share exceeds a part
         whole = {
             part.spec.name: _count_tokens(_cut_part(part, tokenizer, length)) // length
             for part in corpus.parts
@@ -416,7 +416,7 @@ def _choose_sequences(
 
 
 def split_proportionally(available: Mapping[str, int], total_share: int) -> dict[str, int]:
-    """Split `total_share` over the domains in proportion to what is available in each.
+    """Split `total_share` over the domains in proportion to their available sequences.
 
     A domain never gets more than it has, and at least one if there is room.
     """

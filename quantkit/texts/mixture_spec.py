@@ -48,7 +48,7 @@ MAX_ROWS = 5_000_000
 KIND_PATTERN = "[a-z][a-z0-9_]{0,31}"
 LANGUAGE_PATTERN = "[a-z]{2,3}(-[A-Za-z0-9]{2,8}){0,3}"
 LABEL_PATTERN = f"{KIND_PATTERN}(-{LANGUAGE_PATTERN})?"
-"""What `make_label` returns."""
+"""The form of the labels of `make_label`."""
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

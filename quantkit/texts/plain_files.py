@@ -32,7 +32,7 @@ PROBED_ROWS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class PlainFile:
-    """A path, and what its query says: the column, and the tokens of chats that count."""
+    """A path and its query: the column, and the tokens of chats that count."""
 
     path: Path
     column: str | None
@@ -70,7 +70,7 @@ def parse_plain_file(name: str) -> PlainFile | None:
 
 
 def make_plain_mixture(plain: PlainFile) -> MixtureFile:
-    """Return the mixture of one part that a file is; reads its first rows.
+    """Return a file as a mixture of one part; reads its first rows.
 
     Raises CalibrationError if no column has text or messages.
     """

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from support.checkpoints import make_tiny_config
 
+from quantkit.checkpoint.canonical_names import find_renames
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.stored_names import find_renames
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError
 
