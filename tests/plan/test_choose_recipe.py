@@ -54,6 +54,7 @@ def test_chosen_recipe_is_planned_and_loaded_by_vllm(model_type: str) -> None:
     )
     assert plan.schemes and "vLLM" in chosen.engines
     assert chosen.recipe.quantize.rounding == "gptq"
+    assert chosen.recipe.calibration and chosen.recipe.calibration.shrinkage == 0.05
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
