@@ -7,9 +7,11 @@ that is too large or too deep for a recipe. Pure: text in, values out.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -106,8 +108,14 @@ def parse_document(
     """The mapping that `text` holds; RecipeError with every fault otherwise.
 
     Messages call the file `name`, and its kind of document `kind`. Raises RecipeError with every
-    fault.
+    fault. The caller may change the values.
     """
+    document = _parse_document(text, name, kind, first_key)
+    return replace(document, values=copy.deepcopy(document.values))
+
+
+@lru_cache(maxsize=32)  # a build reads its sets and tasks up to six times, .01 s each
+def _parse_document(text: str, name: str, kind: str, first_key: str) -> YamlDocument:
     reader = _Reader(name=name, kind=kind, first_key=first_key, lines={}, faults=[])
     try:
         if len(text) > MAX_CHARACTERS:
