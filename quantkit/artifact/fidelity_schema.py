@@ -112,7 +112,8 @@ class SourceModel(BaseModel):
 
 
 class TextPart(BaseModel):
-    """A part of a mixture: the tokens that it contributed; `skipped` counts rows without text.
+    """A part of a mixture: the tokens that it contributed; `skipped` counts rows without text, and
+    chats that were refused.
 
     answers: those of the tokens that are an assistant's; None for text that is no chat.
     """

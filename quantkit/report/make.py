@@ -317,7 +317,7 @@ def summarize_parts(
             sequences=tokens.parts.count(part.spec.name),
             tokens=counts[part.spec.name],
             answers=answers.get(part.spec.name),
-            skipped=part.skipped,
+            skipped=part.skipped + tokens.refused.get(part.spec.name, 0),
             description=part.spec.origin
             if has_template or not part.chats
             else f"{part.spec.origin}; {NO_CHAT_TEMPLATE}",
