@@ -275,7 +275,8 @@ class Layout:
     outside the blocks with another name in transformers. `output`: a classifier or reward model
     returns labels, an embedding model states; both have no language head. `eager_heads`: heads of
     an attention that transformers only runs with a matrix of scores [heads, tokens, tokens] per
-    sequence.
+    sequence. `state_width`: numbers per token between two blocks, if they are more than a token's
+    embedding: several streams, or token ids that blocks read; 0 otherwise.
     """
 
     embedding: Linear
@@ -287,6 +288,7 @@ class Layout:
     renames: tuple[tuple[str, str], ...] = ()
     output: Literal["logits", "labels", "states"] = "logits"
     eager_heads: int = 0
+    state_width: int = 0
 
     def get_path(self, name: str) -> str:
         """Return a tensor's name in transformers' model; `name` is that in the checkpoint."""

@@ -153,6 +153,12 @@ class BlockPlan:
         """
         return next((group for group in self.groups.values() if group.group.routed_experts), None)
 
+    @property
+    def target_width(self) -> int:
+        """The channels of the sums of experts that the layer takes inside; 0: those of states."""
+        experts = self.block.experts
+        return experts.hidden if experts and experts.inside else 0
+
     def iterate_reads(self, searched: int = 0, quantized: int = 0) -> Iterator[ReadRequest]:
         """Yield the requests in the order in which the build takes them.
 

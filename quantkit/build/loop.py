@@ -176,7 +176,10 @@ def open_block(
     wave, targets = build.progress.wave, {}
     if plan.mode == "run":
         mark = f".again-{wave.searched}-{wave.quantized}" if wave else ""
-        targets = {name: create_target(x, plan.block.name, mark) for name, x in streams.items()}
+        targets = {
+            name: create_target(x, plan.block.name, mark, plan.target_width)
+            for name, x in streams.items()
+        }
     return BlockContext(
         build=build,
         plan=plan,

@@ -91,7 +91,7 @@ def derive_layout(config: Config, names: Collection[str] = ()) -> Layout:
     try:
         stored, tensors = find_stored_names(small_model, make_random_tensors(small_model), disk)
         layout = inspect_layout(config, meta_model, measure_parts(meta_model, stored))
-        small = inspect_layout(config, small_model, stored)
+        small = inspect_layout(config, small_model, stored, is_small=True)
         small = expert_checks.check_experts(small_model, small, tensors, layout_checks.LENGTHS)
     except UnknownForm as fault:
         raise make_refusal(config, str(fault)) from fault
@@ -113,6 +113,7 @@ def derive_layout(config: Config, names: Collection[str] = ()) -> Layout:
         equal_lengths=runs_alone,
         parts=parts,
         eager_heads=count_eager_heads(meta_model),
+        state_width=get_state_width(meta_model, layout),
     )
 
 
@@ -120,6 +121,12 @@ def count_eager_heads(meta_model: MetaModel) -> int:
     """Return the heads of a model that transformers runs with eager attention only, else 0."""
     is_eager = getattr(meta_model.config, "_attn_implementation", None) == "eager"
     return (read_size(meta_model.config, "num_attention_heads") or 0) * is_eager
+
+
+def get_state_width(meta_model: MetaModel, layout: Layout) -> int:
+    """Return the numbers per token between two blocks, 0 if they are those of an embedding."""
+    width = meta_model.outer.form.width
+    return 0 if width == layout.embedding.in_features else width
 
 
 def finish_block(

@@ -60,7 +60,7 @@ def run_blocks(
 ) -> Stream:
     """Return the stream after the last block, as in a build."""
     meta, layout, tensors = model
-    shape = StreamShape(folder=folder, width=128, routed=False, equal_lengths=equal_lengths)
+    shape = StreamShape(folder=folder, width=128, expert_width=0, equal_lengths=equal_lengths)
     outer = load_outer_model(meta, tensors)
     stream = open_stream("reference", make_text(LENGTHS), None, outer, 768, shape, "float32")
     for block in layout.blocks:
