@@ -27,7 +27,7 @@ from quantkit.models.state_rows import StateForm, StatePart, find_token_axes
 MAX_KEPT_BYTES = 1 << 26
 """Recorded arguments that are kept for the next layer; the largest are masks [n, 1, t, t]."""
 PROBE_SHAPES = ((2, 3), (3, 5))
-"""Sequences and tokens of the forwards that determine the form of states and of a layer's output."""
+"""Sequences and tokens of the forwards that determine the form of states and outputs."""
 PROBE_TOKENS = (5, 6)
 """Token ids that begin two texts: what differs between them depends on the text."""
 MAX_EXTRA_OUTPUTS = 3

@@ -226,10 +226,8 @@ def plan_memory(
     # states before and after a block; sums and inputs of the experts, for calibration those from
     # original weights and those from stored ones
     numbers = (2 * width + sums + expert_width) * texts + expert_width * tokens["calibration"]
-    if (
-        wave < max_experts
-    ):  # a wave advances two of them in addition to the states that the journal keeps
-        numbers += max(sums, width if not sums else 0) * (tokens["calibration"] + tokens["fidelity"])
+    if wave < max_experts:  # a wave advances two of them in addition to those of the journal
+        numbers += (sums or width) * (tokens["calibration"] + tokens["fidelity"])
     return MemoryPlan(
         budget_bytes=budget_bytes,
         base_bytes=BASE_BYTES,
