@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from build.test_resume import SMALL, SYMMETRIC, differing, files
 from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
+from support.interruptions import SMALL, SYMMETRIC, differing, files
 from support.mortal import Order, Server, server
 
 from quantkit.errors import UsageError

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
+from support.interruptions import SMALL, SYMMETRIC, differing, files
 
 from quantkit import pipeline
 from quantkit.artifact.make_manifest import read_versions
@@ -31,14 +32,10 @@ from quantkit.plan import plan, sources
 from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.shallow import verify_artifact
 
-SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 THREE = {"format": "[gptq, compressed_tensors, dense]", "quantize": SYMMETRIC}
 """Two formats that share a build loop, and one with a loop of its own."""
-SMALL = {
-    "calibration": "{set: tiny-v3, sequences: 12, length: 64, min_expert_tokens: 8}",
-    "fidelity": "{set: tiny-v3-heldout, windows: 4, length: 64}",
-    "output": "{path: x, shard_bytes: 200kB}",
-}
 
 
 class Killed(BaseException):
@@ -62,25 +59,6 @@ def build(
         restart=restart,
     )
     return said
-
-
-def files(place: Path) -> dict[str, bytes]:
-    """Read every file below a folder, except timings and the log."""
-    actual = {
-        path.relative_to(place).as_posix(): path.read_bytes()
-        for path in place.rglob("*")
-        if path.is_file()
-    }
-    return {
-        name: content
-        for name, content in actual.items()
-        if not name.endswith(("quantkit/timings.json", ".build.log"))
-    }
-
-
-def differing(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
-    """Return the names of files that differ."""
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
 def dying(patch: pytest.MonkeyPatch, owner: object, name: str, call: int, after: bool) -> None:
