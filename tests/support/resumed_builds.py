@@ -1,4 +1,4 @@
-"""Recipes and comparisons of builds that are interrupted."""
+"""Small builds that are interrupted and resumed: recipe keys, and comparison of their files."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ SMALL = {
 }
 
 
-def files(place: Path) -> dict[str, bytes]:
+def read_files(place: Path) -> dict[str, bytes]:
     """Read every file below a folder, except timings and the log."""
-    actual = {
+    files = {
         path.relative_to(place).as_posix(): path.read_bytes()
         for path in place.rglob("*")
         if path.is_file()
     }
     return {
         name: content
-        for name, content in actual.items()
+        for name, content in files.items()
         if not name.endswith(("quantkit/timings.json", ".build.log"))
     }
 
 
-def differing(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
+def list_differences(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
     """Return the names of files that differ."""
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
