@@ -22,6 +22,8 @@ from quantkit.models.small_instance import make_random_tensors
 from quantkit.recipe.parse import parse_recipe
 from quantkit.texts.tokens import TokenSequence, pack_tokens
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 PART = "  - {{name: {0}, kind: {0}, licence: Apache-2.0, set: tiny-v3, domain: {0}}}\n"
 FLOAT32 = "{device: cpu, dtype: float32, calibration: float32}"
 

@@ -23,6 +23,8 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.prefetch import ScheduledReads
 from quantkit.plan import plan
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 AWQ = "{method: awq, rounding: gptq, bits: 4, group_size: 64}"
 GPTQ = "{method: gptq, bits: 4, group_size: 64}"
 

@@ -32,6 +32,8 @@ from quantkit.plan import plan, sources
 from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.shallow import verify_artifact
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 THREE = {"format": "[gptq, compressed_tensors, dense]", "quantize": SYMMETRIC}
 """Two formats that share a build loop, and one with a loop of its own."""
 

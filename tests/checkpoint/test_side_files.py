@@ -15,6 +15,8 @@ from quantkit.checkpoint.side_files import describe_left_files, list_files, list
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.verify.shallow import verify_artifact
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 TRAVEL = {
     "1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}',
     "LICENSES/Terms of use": "left: a blank in its name",

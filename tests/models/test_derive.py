@@ -39,6 +39,8 @@ from quantkit.progress import Progress
 from quantkit.recipe.parse import parse_recipe
 from quantkit.verify import shallow
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 SCALED = {
     "olmo2": {"self_attn.o_proj", "mlp.down_proj"},
     "phi3": {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"},

@@ -93,7 +93,12 @@ def server(wrapper: Sequence[str] = ()) -> Iterator[Server]:
     """
     command = [*wrapper, sys.executable, __file__]
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "QUANTKIT_CACHE": cache}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "QUANTKIT_CACHE": cache,
+            "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
+        }
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         ) as actual:
@@ -295,10 +300,12 @@ def serve() -> None:
 
     os.environ.update(REPRODUCIBLE)
     import torch
+    from support.quick_builds import shorten_searches
 
     from quantkit import pipeline
     from quantkit.report import html_page, terminal
 
+    shorten_searches(setattr)
     assert pipeline and terminal  # the imports of a build
     # made by the first build and found by others: each shall make the same calls
     html_page.load_vega_bundle()

@@ -26,6 +26,8 @@ from quantkit.artifact.layout import INDEX, MANIFEST, SINGLE
 from quantkit.errors import ArtifactError
 from quantkit.verify.shallow import VerifyReport, verify_artifact
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 SYMMETRIC = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
 FORMATS: Mapping[str, tuple[str, dict[str, str]]] = {
     "dense": ("llama", {"quantize": "{method: rtn, bits: 3, group_size: 32}"}),
