@@ -276,7 +276,8 @@ class Layout:
     returns labels, an embedding model states; both have no language head. `eager_heads`: heads of
     an attention that transformers only runs with a matrix of scores [heads, tokens, tokens] per
     sequence. `state_width`: numbers per token between two blocks, if they are more than a token's
-    embedding: several streams, or token ids that blocks read; 0 otherwise.
+    embedding: several streams, or token ids that blocks read; 0 otherwise. `tables`: final tensors
+    on which the arguments of blocks depend, such as a learned factor of rotary tables.
     """
 
     embedding: Linear
@@ -289,6 +290,7 @@ class Layout:
     output: Literal["logits", "labels", "states"] = "logits"
     eager_heads: int = 0
     state_width: int = 0
+    tables: tuple[str, ...] = ()
 
     def get_path(self, name: str) -> str:
         """Return a tensor's name in transformers' model; `name` is that in the checkpoint."""

@@ -46,6 +46,7 @@ class MetaModel:
     device: torch.device
     dtype: torch.dtype
     left_out: Mapping[str, nn.Module] = field(default_factory=dict)  # a wrapper's parts, by name
+    tables: Mapping[str, Tensor] = field(default_factory=dict)  # weights that arguments depend on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +148,18 @@ def cast_meta_model(meta_model: MetaModel, dtype: torch.dtype) -> MetaModel:
     """Return the model to compute in another dtype."""
     if dtype == meta_model.dtype:
         return meta_model
-    outer = make_outer_model(meta_model.model, meta_model.device, dtype)
+    outer = make_outer_model(meta_model.model, meta_model.device, dtype, meta_model.tables)
     return replace(meta_model, outer=outer, dtype=dtype)
+
+
+def load_tables(meta_model: MetaModel, tables: Mapping[str, Tensor]) -> MetaModel:
+    """Return the model with weights outside its layers on which the arguments of layers depend,
+    such as a learned factor of a rotary table; by their names in transformers.
+    """
+    if not tables:
+        return meta_model
+    outer = load_outer_model(meta_model, tables)
+    return replace(meta_model, outer=outer, tables=tables)
 
 
 def load_outer_model(meta_model: MetaModel, tensors: Mapping[str, Tensor]) -> OuterModel:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from quantkit.contracts import Absorber, Block, Config, Layout, Linear, LinearGroup
 from quantkit.errors import CheckpointError
-from quantkit.models import full_model, layer_states, scaling
+from quantkit.models import expert_checks, full_model, layer_states, scaling
 from quantkit.models.experts import BlockRun, run_block, run_router
 from quantkit.models.inspect import make_refusal, mark_routers
 from quantkit.models.layers import (
@@ -33,6 +33,7 @@ from quantkit.models.layers import (
     embed_tokens,
     get_layer_name,
     load_outer_model,
+    load_tables,
     make_decoder_layer,
     make_random_rows,
     run_layer,
@@ -40,6 +41,7 @@ from quantkit.models.layers import (
 from quantkit.models.outer_model import name_tensors
 from quantkit.models.row_maps import list_row_maps
 from quantkit.models.small_instance import VOCABULARY
+from quantkit.models.stored_names import UnknownForm
 
 LENGTHS = (20, 13)
 """Tokens of the two sequences: unequal, to test padding, and longer than the window."""
@@ -64,6 +66,41 @@ class InputReaders:
     routed_experts: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What the instance has shown: its layout with proven experts, whether sequences must run
+    alone, the final tensors on which arguments of blocks depend, and the findings of each block.
+    """
+
+    layout: Layout
+    runs_alone: bool
+    tables: tuple[str, ...]
+    findings: Sequence[BlockFindings]
+
+
+def prove_layout(
+    config: Config, meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
+) -> Proof:
+    """Check a layout on the instance; tensors: by stored name.
+
+    Raises CheckpointError with the first property that it does not have.
+    """
+    try:
+        tables = find_tables(meta_model, layout, tensors)
+        meta_model = load_tables(meta_model, {layout.get_path(x): tensors[x] for x in tables})
+        layout = expert_checks.check_experts(meta_model, layout, tensors, LENGTHS)
+        runs_alone = check_logits(config, meta_model, layout, tensors)
+    except CheckpointError:
+        raise
+    except UnknownForm as fault:
+        raise make_refusal(config, str(fault)) from fault
+    except Exception as fault:  # an argument that transformers' layer needs
+        reason = meta_model.outer.find_exchange() or f"{type(fault).__name__}: {fault}"
+        raise make_refusal(config, f"its layers cannot be run one by one ({reason})") from fault
+    findings = inspect_blocks(config, meta_model, layout, tensors)
+    return Proof(layout=layout, runs_alone=runs_alone, tables=tables, findings=findings)
+
+
 def select_block_tensors(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a block's tensors by full name."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith(f"{block.name}.")}
@@ -77,40 +114,52 @@ def check_logits(
 ) -> bool:
     """Compare logits of both ways to run the instance; return whether sequences must run alone.
 
-    Raises CheckpointError if the logits differ even so, or if a layer cannot be run alone.
+    Raises CheckpointError if the logits differ even so, and what transformers' layers raise.
     """
     lengths = [length for batch in BATCHES for length in batch]
     ids = torch.randint(0, VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(1))
-    try:
-        model = full_model.make_model(meta_model, layout, tensors.__getitem__)
-        with torch.no_grad():
-            parts = [model(part[None], use_cache=False).logits[0] for part in ids.split(lengths)]
-        expected = torch.cat(parts)  # [tokens, vocabulary]
-        check_arguments(config, meta_model, layout, tensors)
-        changes = []
-        for batches in (BATCHES, tuple((length,) for length in lengths)):
-            logits = compute_logits(meta_model, layout, tensors, ids, batches)
-            changes.append(float((logits - expected).norm() / expected.norm()))
-            if changes[-1] <= LOGITS_TOLERANCE:
-                return len(changes) > 1
-        if any(block.experts for block in layout.blocks):
-            states = layer_states.record_states(model, meta_model.outer.form, ids.split(lengths))
-            changes.append(
-                layer_states.compare_blocks(meta_model, layout, tensors, states, BATCHES)
-            )
-            if changes[-1] <= LOGITS_TOLERANCE:
-                return False
-    except CheckpointError:
-        raise
-    except Exception as fault:  # an argument that transformers' layer needs
-        raise make_refusal(
-            config, f"its layers cannot be run one by one ({type(fault).__name__}: {fault})"
-        ) from fault
+    model = full_model.make_model(meta_model, layout, tensors.__getitem__)
+    with torch.no_grad():
+        parts = [model(part[None], use_cache=False).logits[0] for part in ids.split(lengths)]
+    expected = torch.cat(parts)  # [tokens, vocabulary]
+    check_arguments(config, meta_model, layout, tensors)
+    changes = []
+    for batches in (BATCHES, tuple((length,) for length in lengths)):
+        logits = compute_logits(meta_model, layout, tensors, ids, batches)
+        changes.append(float((logits - expected).norm() / expected.norm()))
+        if changes[-1] <= LOGITS_TOLERANCE:
+            return len(changes) > 1
+    if any(block.experts for block in layout.blocks):
+        states = layer_states.record_states(model, meta_model.outer.form, ids.split(lengths))
+        changes.append(layer_states.compare_blocks(meta_model, layout, tensors, states, BATCHES))
+        if changes[-1] <= LOGITS_TOLERANCE:
+            return False
+    exchange = meta_model.outer.find_exchange()
     raise make_refusal(
         config,
         f"run block by block, a small instance gives other logits than transformers (by "
-        f"{min(changes):.0e} of their size), so its blocks exchange more than hidden states",
+        f"{min(changes):.0e} of their size)" + (f": {exchange}" if exchange else ""),
     )
+
+
+def find_tables(
+    meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """Return the final tensors on which the arguments of layers depend, by their stored names."""
+
+    def record(names: Sequence[str]) -> dict[str, Tensor]:
+        chosen = {layout.get_path(name): tensors[name] for name in names}
+        outer = load_outer_model(meta_model, chosen) if names else meta_model.outer
+        return dict(name_tensors(outer.record(1, max(LENGTHS))))
+
+    def changes(names: Sequence[str]) -> bool:
+        found = record(names)
+        return any(
+            name not in found or not torch.equal(x, found[name]) for name, x in plain.items()
+        )
+
+    plain, names = record(()), [spec.name for spec in layout.final_tensors]
+    return tuple(name for name in names if changes([name])) if changes(names) else ()
 
 
 def select_outer_tensors(
