@@ -294,12 +294,13 @@ def _pick_rows(
 def _take_turns(
     rows: Sequence[TokenSequence], length: int, rng: random.Random
 ) -> list[TokenSequence]:
-    """Return whole windows by seed, labels in turn, and then the shorter ones."""
+    """Return sequences so that each label has one per turn; its shorter window is its last one."""
     stacks = dict[str, list[TokenSequence]]()
     for row in rng.sample(rows, len(rows)):
         stacks.setdefault(row.domain, []).append(row)
-    turns = [row for turn in zip_longest(*stacks.values()) for row in turn if row is not None]
-    return sorted(turns, key=lambda row: len(row.ids) < length)
+    for stack in stacks.values():
+        stack.sort(key=lambda row: len(row.ids) < length)
+    return [row for turn in zip_longest(*stacks.values()) for row in turn if row is not None]
 
 
 def _count_tokens(rows: Sequence[TokenSequence]) -> int:

@@ -221,6 +221,8 @@ class PartFile(BaseModel):
     ) -> tuple[LabelledFile, ...] | None:
         if texts is not None and info.data.get("packing", "windows") != "windows":
             raise ValueError("expected `packing: windows` with `texts`. Remove the key `packing`")
+        if texts is not None and info.data.get("template", "{text}") != "{text}":
+            raise ValueError("expected plain text with `texts`, found `template`. Remove the key")
         return texts and _check_files(texts)
 
     @field_validator("count")

@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.places import ROOT
+from support.paths import ROOT
 
 from quantkit.errors import CalibrationError, UsageError
 from quantkit.io import package_data
 from quantkit.texts.corpora import load_set, load_tokenizer, sample_sequences
 from quantkit.texts.corpus_spec import read_spec
 from quantkit.texts.exposure import compute_unseen_share, pick_label
-from quantkit.texts.interpreter_text import read_documentation
+from quantkit.texts.interpreter_text import find_standard_library, read_documentation
 from quantkit.texts.proportions import move_missing
-from quantkit.texts.self_prompts import list_prompts
+from quantkit.texts.self_prompts import SELF_KINDS, SELF_LANGUAGES, list_prompts
 
 SETS = ROOT / "calibration"
 TINY = ROOT / "quantkit/data/models/tiny_v3/checkpoint"
@@ -75,8 +75,9 @@ def iterate_other_text() -> Iterator[str]:
     """Yield the shipped sets, the prompts of `self`, and documentation of Python."""
     for path in SETS.glob("*.jsonl"):
         yield from (json.loads(line)["text"] for line in path.read_text("utf-8").splitlines())
-    yield from (str(prompt) for prompt in list_prompts())
-    yield from read_documentation(Path(json.__file__).parents[1], "calibration")
+    prompts = list_prompts(SELF_KINDS, SELF_LANGUAGES, has_openings=True, has_messages=True)
+    yield from (prompt.text for rows in prompts.values() for prompt in rows)
+    yield from read_documentation(find_standard_library(), "calibration")
 
 
 @pytest.mark.parametrize("name", USES)
@@ -165,8 +166,8 @@ def test_files_take_turns_and_end_with_a_shorter_window(tmp_path: Path) -> None:
         rows.append(f"{{file: {name}.txt, kind: {name}, sha256: {sha256}}}")
     corpus = load_set(str(write_mixture(tmp_path, ", ".join(rows))), tmp_path)
     tokenizer = load_tokenizer(TINY)
-    few = sample_sequences(corpus, tokenizer, 6, 64, 0)
-    assert Counter(few.domains) == {"one": 3, "two": 3}
+    few = sample_sequences(corpus, tokenizer, 4, 64, 0)
+    assert Counter(few.domains) == {"one": 2, "two": 2}
     assert all(n == 64 for n in few.lengths)
     total = {
         name: len(tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"][0])
@@ -187,6 +188,7 @@ def test_files_take_turns_and_end_with_a_shorter_window(tmp_path: Path) -> None:
         (f"{{file: a.txt, kind: x, sha256: {'0' * 64}}}", "packing: documents, ", "packing: wind"),
         (f"{{file: a.txt, kind: x, sha256: {'0' * 64}}}", "file: b.txt, ", "file and texts"),
         (f"{{file: ../a.txt, kind: x, sha256: {'0' * 64}}}", "", "file"),
+        (f"{{file: a.txt, kind: x, sha256: {'0' * 64}}}", "template: '{a}', ", "found `template`"),
         ("", "", "texts"),
     ],
 )
