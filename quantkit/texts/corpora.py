@@ -409,8 +409,8 @@ def _cut_sequences(
         )
         rows = (add_prefix(prefix, ids) for ids in _encode(tokenizer, list(texts)))
         return [[*ids, *(() if ids[-1:] == eos else eos)][:length] for ids in rows]
-    rows = _cut_windows(DOCUMENT_JOIN.join(texts), tokenizer, length)
-    return [row for row in rows if len(row) == length]
+    windows = _cut_windows(DOCUMENT_JOIN.join(texts), tokenizer, length)
+    return [row for row in windows if len(row) == length]
 
 
 def _cut_windows(text: str, tokenizer: Tokenizer, length: int) -> list[list[int]]:

@@ -406,7 +406,9 @@ def _find_sha256(part: PartFile) -> str | None:
 
 
 def _locate_texts(part: PartFile, folder: Path) -> tuple[LabelledText, ...] | None:
-    return part.texts and tuple(
+    if part.texts is None:
+        return None
+    return tuple(
         LabelledText(
             path=folder / text.file,
             sha256=text.sha256,
