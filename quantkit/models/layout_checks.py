@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from quantkit.contracts import Absorber, Block, Config, Layout, Linear, LinearGroup
 from quantkit.errors import CheckpointError
 from quantkit.models import full_model, layer_states, scaling
-from quantkit.models.experts import BlockRun, run_block
+from quantkit.models.experts import BlockRun, run_block, run_router
 from quantkit.models.inspect import make_refusal, mark_routers
 from quantkit.models.layers import (
     MetaModel,
@@ -34,6 +34,7 @@ from quantkit.models.layers import (
     get_layer_name,
     load_outer_model,
     make_decoder_layer,
+    make_random_rows,
     run_layer,
 )
 from quantkit.models.outer_model import name_tensors
@@ -93,7 +94,7 @@ def check_logits(
             if changes[-1] <= LOGITS_TOLERANCE:
                 return len(changes) > 1
         if any(block.experts for block in layout.blocks):
-            states = layer_states.record_states(model, ids.split(lengths))
+            states = layer_states.record_states(model, meta_model.outer.form, ids.split(lengths))
             changes.append(
                 layer_states.compare_blocks(meta_model, layout, tensors, states, BATCHES)
             )
@@ -147,7 +148,8 @@ def compute_logits(
 def check_arguments(
     config: Config, meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Check that what layers are given depends on the shape of a batch, not on its tokens.
+    """Check that what layers are given depends on the shape of a batch, not on its tokens, but for
+    states and token ids.
 
     Raises CheckpointError.
     """
@@ -157,6 +159,8 @@ def check_arguments(
         dict(name_tensors(outer.record_for(torch.full(shape, token)))) for token in (3, 7)
     )
     for name, tensor in first.items():
+        if outer.is_ids_argument(name):
+            continue
         if name not in second or not torch.equal(tensor, second[name]):
             raise make_refusal(
                 config,
@@ -176,16 +180,17 @@ class BlockTrial:
     meta_model: MetaModel
     block: Block
     tensors: Mapping[str, Tensor]  # of the block, by full name
-    rows: Tensor  # [tokens, hidden]
+    rows: Tensor  # of states [tokens, width]
 
     @cached_property
     def out(self) -> Tensor:
-        """Output [tokens, hidden] of the unchanged block."""
+        """States [tokens, n] after the unchanged block."""
         return self.run(self.tensors)
 
     def run(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the output [tokens, hidden] of the block with these tensors."""
-        return run_block(self.meta_model, self.block, tensors, self.rows, LENGTHS).out
+        """Return the states [tokens, n] after the block with these tensors."""
+        run = run_block(self.meta_model, self.block, tensors, self.rows, LENGTHS)
+        return self.meta_model.outer.form.get_hidden(run.out)
 
     @cached_property
     def plain(self) -> BlockRun:
@@ -220,7 +225,7 @@ class BlockTrial:
 
     @cached_property
     def after_experts(self) -> frozenset[str]:
-        """Names of the dense linears whose input depends on what the experts return."""
+        """Names of the dense linears whose input depends on the experts' output."""
         if self.plain.total is None:
             return frozenset()
         other = self.record_calls(self.plain.total)
@@ -301,16 +306,16 @@ class BlockTrial:
                 if x.name.endswith(".weight") and x.shape == (experts.count, experts.hidden)
             ]
             gates += [x.name for x in self.dense if x.out_features == experts.count]
+        in_parts = {part for _, parts in self.block.joined for part in parts}
         matrices = [
             x.name.removesuffix(".weight")
             for x in self.block.others
-            if x.name.endswith(".weight") and len(x.shape) == 2
+            if x.name.endswith(".weight") and len(x.shape) == 2 and x.name not in in_parts
         ]
-        routers = []
+        routers, dense = [], select_dense_tensors(self.block, self.tensors)
         for name in (*own, *matrices):
-            weight = self.tensors[f"{name}.weight"]
-            changed = {**self.tensors, f"{name}.weight": weight.flip(0) * 1.5}
-            run = run_block(self.meta_model, self.block, changed, self.rows, LENGTHS).routed
+            changed = {**dense, f"{name}.weight": dense[f"{name}.weight"].flip(0) * 1.5}
+            run = run_router(self.meta_model, self.block, changed, self.rows, LENGTHS)
             if run is None or not torch.equal(run.hidden, routed.hidden):
                 continue
             if not (
@@ -436,8 +441,8 @@ def find_absorbers(
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFindings:
-    """What the instance shows of one block: readings with absorbers; by full name, linears that are
-    not called once with every token before the experts, and modules of the router.
+    """Findings on one block of the instance: readings with absorbers; by full name, linears that
+    are not called once with every token before the experts, and modules of the router.
     """
 
     readings: tuple[InputReaders, ...]
@@ -452,9 +457,7 @@ def inspect_blocks(
 
     Blocks of one structure first try the readings of the first such block.
     """
-    generator = torch.Generator().manual_seed(3)
-    shape = (sum(LENGTHS), layout.embedding.in_features)
-    rows = torch.randn(shape, generator=generator)  # [tokens, hidden]
+    rows = make_random_rows(meta_model.outer, LENGTHS, seed=3)  # [tokens, width]
     known: dict[tuple[str, ...], tuple[InputReaders, ...]] = {}
     known_routers: dict[tuple[str, ...], tuple[str, ...]] = {}
     result = []

@@ -1,6 +1,6 @@
-"""The texts of a recipe in its plan: parts, kinds, tokens, licenses, and what they do not cover.
+"""The texts of a recipe in its plan: parts, kinds, tokens, licenses, and gaps in coverage.
 
-Specs are read, and built-in texts for their hash; tokens are what the recipe requests.
+Specs are read, and built-in texts for their hash; tokens are the requested number.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def describe_hub_set(spec: CorpusSpec) -> str:
 
 
 def describe_version(spec: CorpusSpec, part: PartSpec) -> str:
-    """Return what fixes the text of a part: hash, or data set and revision.
+    """Return the version of a part's text: hash, or data set and revision.
 
     The hash of built-in text belongs to one version of Python, which its origin names.
     """
@@ -105,5 +105,5 @@ def find_text_warnings(texts: tuple[PlanText, ...]) -> tuple[str, ...]:
         if row.use == "fidelity":
             for label in row.kinds:
                 measured[label] = measured.get(label, 0.0) + row.share / len(row.kinds)
-    found = (describe_narrowness(calibrated), describe_exposure(measured, calibrated))
-    return tuple(sentence for sentence in found if sentence)
+    sentences = (describe_narrowness(calibrated), describe_exposure(measured, calibrated))
+    return tuple(sentence for sentence in sentences if sentence)

@@ -232,9 +232,9 @@ def _sample_parts(
     unseen: names of the parts that take over what a part with `texts` has too little text for.
     """
     if sequences is None:
-        # whole sequences of each part, so that no share is rounded up beyond what a part has
+        # whole sequences of each part, so that no rounded share exceeds a part
         whole = {
-            part.spec.name: _count_tokens(_cut_part(part, tokenizer, length)) // length
+            part.spec.name: _count_tokens(_cut_part(part, tokenizer, length).rows) // length
             for part in corpus.parts
         }
         sequences = int(min(whole[name] / share for name, share in shares.items()))
@@ -245,50 +245,72 @@ def _sample_parts(
         )
     weights = {name: max(1, round(share * SHARE_UNITS)) for name, share in shares.items()}
     little = {
-        part.spec.name: _count_tokens(_cut_part(part, tokenizer, length)) // length
+        part.spec.name: _count_tokens(_cut_part(part, tokenizer, length).rows) // length
         for part in corpus.parts
         if part.spec.texts is not None
     }
     counts = move_missing(split_proportionally(weights, sequences), little, unseen)
-    picks = list[TokenSequence]()
+    picks, refused = list[TokenSequence](), dict[str, int]()
     for part in corpus.parts:
         budget = counts[part.spec.name] * length
-        rows = _pick_rows(part, tokenizer, length, budget, f"{seed} {part.spec.name}")
-        if (available := _count_tokens(rows)) < budget:
+        cut = _pick_rows(part, tokenizer, length, budget, f"{seed} {part.spec.name}")
+        if cut.refused:
+            refused[part.spec.name] = cut.refused
+        if (available := _count_tokens(cut.rows)) < budget:
             raise UsageError(
                 f"{corpus.where}: part {part.spec.name}: expected {budget:,} tokens, its share of "
                 f"{sequences} sequences of {length}, found {available:,}, enough for "
-                f"{int(available // length / shares[part.spec.name])}. Lower `share` or "
-                "`sequences`, or add text"
+                f"{int(available // length / shares[part.spec.name])}{cut.describe_refused()}. "
+                "Lower `share` or `sequences`, or add text"
             )
-        picks += rows
+        picks += cut.rows
     random.Random(seed).shuffle(picks)  # any prefix of the sequences is then a mixture of parts
-    return pack_tokens(picks)
+    return pack_tokens(picks, refused=refused)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CutPart:
+    """Sequences of a part, and how many of its chats the chat template refused, with the first
+    reason.
+    """
+
+    rows: list[TokenSequence]
+    refused: int = 0
+    reason: str = ""
+
+    def describe_refused(self) -> str:
+        """Return the rest of a sentence about refused chats, or ""."""
+        return (
+            f"; the model's chat template refuses {self.refused:,} chats ({self.reason})"
+            if self.refused
+            else ""
+        )
 
 
 def _pick_rows(
     part: CorpusPart, tokenizer: Tokenizer, length: int, budget: int, seed: str
-) -> list[TokenSequence]:
+) -> CutPart:
     """Return sequences of a part, chosen by seed, until `budget` tokens count or none is left."""
-    rng, picks = random.Random(seed), list[TokenSequence]()
+    rng, picks, refused, reason = random.Random(seed), list[TokenSequence](), 0, ""
     if part.chats:  # rendering takes time: only as many as the budget needs
         order = rng.sample(part.chats, len(part.chats))
         for start in range(0, len(order), CHATS_AT_ONCE):
             chats = order[start : start + CHATS_AT_ONCE]
-            picks += _cut_part(replace(part, chats=tuple(chats)), tokenizer, length)
+            cut = _cut_part(replace(part, chats=tuple(chats)), tokenizer, length)
+            picks, refused, reason = picks + cut.rows, refused + cut.refused, reason or cut.reason
             if _count_tokens(picks) >= budget:
                 break
         rows = picks[::-1]
     elif part.spec.texts is not None:
-        rows = _take_turns(_cut_part(part, tokenizer, length), length, rng)[::-1]
+        rows = _take_turns(_cut_part(part, tokenizer, length).rows, length, rng)[::-1]
     else:
-        rows = _cut_part(part, tokenizer, length)
+        rows = _cut_part(part, tokenizer, length).rows
         rng.shuffle(rows)
     chosen = list[TokenSequence]()
     while budget > 0 and rows:
         chosen.append(rows.pop())
         budget -= chosen[-1].n_counted
-    return chosen
+    return CutPart(rows=chosen, refused=refused, reason=reason)
 
 
 def _take_turns(
@@ -307,29 +329,34 @@ def _count_tokens(rows: Sequence[TokenSequence]) -> int:
     return sum(row.n_counted for row in rows)
 
 
-def _cut_part(part: CorpusPart, tokenizer: Tokenizer, length: int) -> list[TokenSequence]:
+def _cut_part(part: CorpusPart, tokenizer: Tokenizer, length: int) -> CutPart:
     """Return all sequences of a part; one of a single token predicts none and is left out."""
     spec = part.spec
     make = partial(TokenSequence, domain=spec.label, part=spec.name)
     if spec.packing == "chats":
-        return [
-            make(ids=ids, answers=answers)
-            for ids, answers in cut_chats(
-                part.chats, tokenizer, length, count_all=spec.count == "all"
-            )
-        ]
+        cut = cut_chats(
+            part.chats,
+            tokenizer,
+            length,
+            count_all=spec.count == "all",
+            skip_refused=spec.refused == "skip",
+        )
+        sequences = [make(ids=ids, answers=answers) for ids, answers in cut.rows]
+        return CutPart(rows=sequences, refused=cut.refused, reason=cut.reason)
     if spec.texts is not None:  # little text: the rest of a file is a shorter window
-        return [
-            make(ids=row, domain=label)
-            for text, label in zip(part.texts, part.labels, strict=True)
-            for row in _cut_windows(text, tokenizer, length)
-            if len(row) > 1
-        ]
+        return CutPart(
+            rows=[
+                make(ids=row, domain=label)
+                for text, label in zip(part.texts, part.labels, strict=True)
+                for row in _cut_windows(text, tokenizer, length)
+                if len(row) > 1
+            ]
+        )
     rows = _cut_sequences(part.texts, spec.packing, spec.end_of_document, tokenizer, length)
     if part.labels:  # one per text: such texts are not joined
         pairs = zip(rows, part.labels, strict=True)
-        return [make(ids=row, domain=label) for row, label in pairs if len(row) > 1]
-    return [make(ids=row) for row in rows if len(row) > 1]
+        return CutPart(rows=[make(ids=row, domain=x) for row, x in pairs if len(row) > 1])
+    return CutPart(rows=[make(ids=row) for row in rows if len(row) > 1])
 
 
 def count_too_short(part: CorpusPart, tokenizer: Tokenizer) -> int:
@@ -350,6 +377,11 @@ def describe_left_out(corpus: CorpusSet, tokens: Tokens, tokenizer: Tokenizer) -
             notes.append(
                 f"{corpus.name}: part {part.spec.name}: {part.skipped:,} rows without {kind} are "
                 "skipped"
+            )
+        if count := tokens.refused.get(part.spec.name):
+            notes.append(
+                f"{corpus.name}: part {part.spec.name}: {count:,} chats that the model's chat "
+                "template refuses are skipped"
             )
         short[part.spec.name] = count_too_short(part, tokenizer)
     for name, count in short.items():

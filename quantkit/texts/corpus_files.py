@@ -101,7 +101,7 @@ def _read_part(
         return _read_labelled_texts(where, part, part.texts)
     if (rows := _read_builtin(spec, part)) is not None:
         return CorpusPart(spec=part, texts=rows.texts, chats=(), skipped=0, sha256=rows.sha256)
-    path, reader = part.file, RowReader(template=part.template, messages=part.messages)
+    path, reader = part.file, _make_reader(part)
     local = part.local_path
     if part.local is not None and local is not None and local.exists():
         path = local
@@ -155,6 +155,15 @@ def _read_labelled_texts(where: str, part: PartSpec, texts: tuple[LabelledText, 
         skipped=sum(rows.skipped for rows in files),
         sha256=part.sha256 or "",
         labels=tuple(text.label for text in texts),
+    )
+
+
+def _make_reader(part: PartSpec) -> RowReader:
+    """Return the reader of a part's rows."""
+    return RowReader(
+        template=part.template,
+        messages=part.messages,
+        skip_unreadable=part.refused == "skip",
     )
 
 
@@ -215,9 +224,9 @@ def read_hub_rows(where: str, part: PartSpec) -> TextRows:
 
 def make_rows(rows: Iterable[Mapping[str, Any]], part: PartSpec, where: str) -> TextRows:
     """Return the documents or chats that a part makes of rows, and their sha256."""
-    reader = RowReader(template=part.template, messages=part.messages)
-    texts, chats, skipped = reader.read(rows, where, part.rows)
-    content = "\0".join(texts) if texts else json.dumps(chats)
+    texts, chats, skipped = _make_reader(part).read(rows, where, part.rows)
+    # values of other keys may be dates
+    content = "\0".join(texts) if texts else json.dumps(chats, default=str)
     digest = hashlib.sha256(content.encode()).hexdigest()
     return TextRows(texts=tuple(texts), chats=tuple(chats), skipped=skipped, sha256=digest)
 

@@ -41,6 +41,8 @@ Packing = Literal["documents", "windows"]
 PartPacking = Literal["documents", "windows", "chats"]
 Count = Literal["answers", "all"]
 """Tokens of a chat that count: those of the assistant's messages, or all."""
+Refused = Literal["stop", "skip"]
+"""What follows a chat that quantkit or the model's chat template refuses: an error, or a count."""
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 MAX_PARTS = 64
@@ -49,7 +51,7 @@ MAX_ROWS = 5_000_000
 KIND_PATTERN = "[a-z][a-z0-9_]{0,31}"
 LANGUAGE_PATTERN = "[a-z]{2,3}(-[A-Za-z0-9]{2,8}){0,3}"
 LABEL_PATTERN = f"{KIND_PATTERN}(-{LANGUAGE_PATTERN})?"
-"""What `make_label` returns."""
+"""The form of the labels of `make_label`."""
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -200,6 +202,7 @@ class PartFile(BaseModel):
     template: Template = "{text}"
     messages: Text | None = Field(default=None, validate_default=True)
     count: Count = "answers"
+    refused: Refused = "stop"
     file: InnerPath | None = None
     sha256: Sha256 | None = None
     domain: Text | None = None
@@ -225,12 +228,15 @@ class PartFile(BaseModel):
             raise ValueError("expected plain text with `texts`, found `template`. Remove the key")
         return texts and _check_files(texts)
 
-    @field_validator("count")
+    @field_validator("count", "refused")
     @classmethod
-    def _check_count(cls, count: Count, info: ValidationInfo) -> Count:
-        if count != "answers" and info.data.get("messages", "faulty") is None:
-            raise ValueError("expected `count: all` with `messages` only. Remove the key")
-        return count
+    def _check_chat_key(cls, value: str, info: ValidationInfo) -> str:
+        is_default = value == cls.model_fields[info.field_name or ""].default
+        if not is_default and info.data.get("messages", "faulty") is None:
+            raise ValueError(
+                f"expected `{info.field_name}: {value}` with `messages` only. Remove the key"
+            )
+        return value
 
     @field_validator("license")
     @classmethod
@@ -349,6 +355,7 @@ class PartSpec:
     sampled: SelfText | None = None
     count: Count = "answers"
     texts: tuple[LabelledText, ...] | None = None
+    refused: Refused = "stop"
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -393,6 +400,7 @@ def make_parts(values: MixtureFile, folder: Path, data: Path | None) -> tuple[Pa
             sampled=part.sampled,
             count=part.count,
             texts=_locate_texts(part, folder),
+            refused=part.refused,
         )
         for part in values.parts
     )

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 
 def split_proportionally(available: Mapping[str, int], total_share: int) -> dict[str, int]:
-    """Split `total_share` over the domains in proportion to what is available in each.
+    """Split `total_share` over the domains in proportion to their available sequences.
 
     A domain never gets more than it has, and at least one if there is room.
     """

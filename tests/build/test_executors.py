@@ -39,10 +39,10 @@ def limit_waves(patch: pytest.MonkeyPatch, size: int) -> None:
     """Hold so many experts at once."""
     real = plan.plan_memory
 
-    def limited(*args: Any, **kwargs: Any) -> Any:
+    def plan_limited_waves(*args: Any, **kwargs: Any) -> Any:
         return replace(real(*args, **kwargs), wave_experts=size)
 
-    patch.setattr(plan, real.__name__, limited)
+    patch.setattr(plan, real.__name__, plan_limited_waves)
 
 
 class ThreadExecutor:

@@ -1,4 +1,4 @@
-"""Files next to the weights: which travel, and the sentence for those that stay behind."""
+"""Files next to the weights: which are copied, and the sentence for those that are not."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_modules_of_other_code_stay_behind(entry: object, tmp_path: Path) -> Non
     assert list_names(tmp_path) == []
     (said,) = describe_left_files(tmp_path, ())
     assert said.startswith(
-        "stays behind: 1_Pooling/config.json, modules.json: a file by which an engine would load"
+        "not copied: 1_Pooling/config.json, modules.json: a file by which an engine would load"
     )
 
 

@@ -239,7 +239,7 @@ def test_general_set_has_its_measured_tokens() -> None:
 
 
 def test_too_many_sequences_name_the_most() -> None:
-    """The error names what the first part that lacks text suffices for."""
+    """The error names the number of sequences for which the first short part suffices."""
     tokenizer, corpus = load_tokenizer(TINY), load_set(GENERAL[1], SETS)
     most = sample_sequences(corpus, tokenizer, None, 2048, 0).n_tokens // 2048
     with pytest.raises(UsageError, match=r"expected [\d,]+ tokens.*, enough for (\d+)\.") as caught:
