@@ -268,8 +268,8 @@ def build_group(
     artifacts = [
         ArtifactInProgress(
             plan=plan,
-            folder=prepare_staging(plan, progress.stored(number), build.owner),
-            stored=progress.stored(number),
+            folder=prepare_staging(plan, progress.get_written_state(number), build.owner),
+            stored=progress.get_written_state(number),
         )
         for number, plan in enumerate(session.group_by_solve(build.plans)[loop])
     ]

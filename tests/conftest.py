@@ -187,6 +187,16 @@ def artifact(built: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def quick_builds() -> Iterator[None]:
+    """Builds of this module search little (support/quick_builds.py)."""
+    from support.quick_builds import shorten_searches
+
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_searches(patch.setattr)
+        yield
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Headless Chromium; tests that use it are skipped where CHROMIUM is None."""
     from playwright.sync_api import sync_playwright

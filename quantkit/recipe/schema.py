@@ -112,7 +112,7 @@ class Quantize(BaseModel):
             else values
         )
 
-    def changed(self, changes: Mapping[str, object]) -> dict[str, object]:
+    def apply_changes(self, changes: Mapping[str, object]) -> dict[str, object]:
         """Return these values with the `changes` of a rule; defaults of one method do not pass to
         another.
         """
@@ -140,12 +140,13 @@ class Quantize(BaseModel):
         }
         wrong = {key: getattr(self, key) for key in fixed if getattr(self, key) != fixed[key]}
         if wrong:
-            expected, found = (
+            expected, actual = (
                 ", ".join(f"{key}: {str(value).lower()}" for key, value in values.items())
                 for values in (fixed, wrong)
             )
             raise ValueError(
-                f"method nf4 is {expected}, found {found}; leave that out, or choose another method"
+                f"method nf4 is {expected}, found {actual}; leave that out, or choose another "
+                "method"
             )
         if self.double_quant is None:
             raise ValueError(

@@ -287,7 +287,7 @@ def list_pools(labels: Sequence[str], pooled: Sequence[str]) -> dict[str, tuple[
     for label, pool in zip(labels, pooled, strict=True):
         members.setdefault(pool, set()).add(label)
     return {
-        pool: tuple(sorted(found)) for pool, found in sorted(members.items()) if found != {pool}
+        pool: tuple(sorted(pooled)) for pool, pooled in sorted(members.items()) if pooled != {pool}
     }
 
 
@@ -315,7 +315,7 @@ def summarize_parts(
             sequences=tokens.parts.count(part.spec.name),
             tokens=counts[part.spec.name],
             answers=answers.get(part.spec.name),
-            skipped=part.skipped,
+            skipped=part.skipped + tokens.refused.get(part.spec.name, 0),
             description=part.spec.origin
             if has_template or not part.chats
             else f"{part.spec.origin}; {NO_CHAT_TEMPLATE}",

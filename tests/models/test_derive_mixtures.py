@@ -23,6 +23,8 @@ from quantkit.plan.match_checkpoint import check_model_class, match_layout
 from quantkit.plan.plan import load_architecture
 from quantkit.recipe.parse import parse_recipe
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 
 def derive_layout(config: dict[str, object]) -> Layout:
     return derive.derive_layout(Config(values=config))

@@ -59,13 +59,13 @@ def make_meta(config: dict[str, object]) -> MetaModel:
 
 
 def run_layers(meta: MetaModel, model: Any, ids: Tensor) -> Tensor:
-    """Run the layers of `model` with recorded arguments: ids [n, t] -> states [n, t, hidden]."""
+    """Run the layers of `model` with recorded arguments: ids [n, t] -> rows [n, t, width]."""
     outer = load_outer_model(meta, model.state_dict())
-    hidden = embed_tokens(outer, ids.flatten(), [ids.shape[1]] * len(ids)).unflatten(0, ids.shape)
+    rows = embed_tokens(outer, ids.flatten(), [ids.shape[1]] * len(ids)).unflatten(0, ids.shape)
     for name, call in meta.outer.record(*ids.shape).items():
         with torch.no_grad():
-            hidden = call.run(model.get_submodule(name), hidden)
-    return hidden
+            rows = call.run(model.get_submodule(name), outer.form, rows)
+    return rows
 
 
 @pytest.mark.parametrize("config", CASES, ids=lambda config: config["model_type"])
@@ -77,7 +77,7 @@ def test_layers_with_recorded_arguments_equal_transformers(config: dict[str, obj
         ids = torch.randint(3, 700, (2, tokens), generator=torch.Generator().manual_seed(tokens))
         last, expected = run_transformers(model, layers[-1], ids)
         ours = run_layers(meta, model, ids)
-        assert torch.equal(ours, last), name
+        assert torch.equal(meta.outer.form.unpack(ours)[0], last), name
         logits = load_outer_model(meta, model.state_dict()).compute_logits(ours.flatten(0, 1))
         assert torch.allclose(logits, expected.flatten(0, 1), atol=2e-4, rtol=1e-4)
 
