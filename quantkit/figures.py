@@ -277,20 +277,33 @@ def read_fallbacks(report: Any, _part: str) -> Reading:
     return Reading(value=float(len({name for row in report.fallbacks for name in row.modules})))
 
 
-def read_bits_per_weight(report: Any, _part: str) -> Reading:
-    """Read the bits per quantized weight, scales and zero points included."""
-    return Reading(value=report.artifact.bits_per_weight)
-
-
-def read_size(report: Any, _part: str) -> Reading:
-    """Read the bytes of the artifact's tensors."""
-    return Reading(value=float(report.artifact.bytes_artifact))
+def read_artifact(key: str) -> Reader:
+    """Return a reader of a number of the artifact's summary."""
+    return lambda report, _part: Reading(value=float(getattr(report.artifact, key)))
 
 
 # ---------------------------------------------------------------------------------------- the table
 
 
 FIGURES: tuple[FigureDefinition, ...] = (
+    FigureDefinition(
+        key="size", label="size", style="bytes", direction="lower", unit="bytes", scope="artifact",
+        is_streamed=False, reader=read_artifact("bytes_artifact"),
+        meaning="Bytes of all tensors.",
+        tile="Size", run_column="size", run_heading="size",
+    ),
+    FigureDefinition(
+        key="bits_overall", label="bits per weight, overall", style="bits", direction="lower",
+        unit="bits", scope="artifact", is_streamed=False, reader=read_artifact("bits_overall"),
+        meaning="Bits of all tensors per parameter of the model.", run_column="bits",
+        run_heading="bits", tile="Bits per weight", tile_note="overall; {bits} of quantized",
+    ),
+    FigureDefinition(
+        key="bits_per_weight", label="bits per weight", style="bits", direction="lower",
+        unit="bits", scope="artifact", is_streamed=False, reader=read_artifact("bits_per_weight"),
+        meaning="Bits per quantized weight, scales and zero points included.",
+        run_column="bits_quantized", run_heading="quantized",
+    ),
     FigureDefinition(
         key="kl_worst_kind", label="KL mean, worst kind [nats/token]", style="nats",
         direction="lower", unit="nats/token", scope="artifact", reader=read_worst_kind,
@@ -427,19 +440,6 @@ FIGURES: tuple[FigureDefinition, ...] = (
         direction="lower", unit="items", scope="artifact", is_streamed=False,
         reader=read_overlapping_items,
         meaning="Benchmark prompts, over all tasks, that appear in the calibration text.",
-    ),
-    FigureDefinition(
-        key="size", label="size", style="bytes", direction="lower", unit="bytes", scope="artifact",
-        is_streamed=False, reader=read_size,
-        meaning="Bytes of all tensors.",
-        tile="Size", run_column="size", run_heading="size",
-    ),
-    FigureDefinition(
-        key="bits_per_weight", label="bits per weight", style="bits", direction="lower",
-        unit="bits", scope="artifact", is_streamed=False, reader=read_bits_per_weight,
-        meaning="Bits per quantized weight, scales and zero points included.",
-        tile="Bits per weight", tile_note="quantized weights only", run_column="bits",
-        run_heading="bits",
     ),
     FigureDefinition(
         key="likelihood", label="gold solutions", style="nats", direction="higher",

@@ -20,7 +20,6 @@ import torch
 from quantkit import registry
 from quantkit.artifact import layout
 from quantkit.artifact.fidelity_schema import Fidelity, TextSet
-from quantkit.artifact.front_matter import read_front_matter
 from quantkit.artifact.make_manifest import format_plan, make_manifest
 from quantkit.artifact.model_files import check_model_files, write_model_files
 from quantkit.artifact.read_report import read_report
@@ -319,7 +318,7 @@ def report_artifact(
             plan.recipe.evaluation.tasks, measured.texts.solutions, measured.figures.solutions
         ),
         measured.compared.rows,
-        evidence.parse_license(read_front_matter(source.folder)),
+        evidence.read_stated_facts(source.folder),
         command,
     )
     versions = {**report.versions, **measured.compared.conditions}
