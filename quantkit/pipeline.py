@@ -60,7 +60,7 @@ from quantkit.plan.read_texts import find_largest_id, select_texts
 from quantkit.plan.self_texts import list_self_texts
 from quantkit.progress import ProgressCallback
 from quantkit.recipe.schema import Recipe
-from quantkit.report import card, gates, html_page
+from quantkit.report import bom, card, gates, html_page
 from quantkit.report import make as evidence
 from quantkit.report.make import TextName
 from quantkit.report.reproduce import make_build_command
@@ -296,6 +296,7 @@ def build_group(
         )
         report = report_artifact(artifact.plan, source, measured, command)
         write_evidence(artifact.plan, artifact.folder, report, figures, compared)
+        write_atomic(artifact.folder / layout.BOM, bom.render_bom(report, files).encode())
         write_timings(artifact.folder, built.blocks, timer)
         manifest = make_manifest(artifact.plan, source, report, built.blocks)
         sealed[artifact.plan.format_name] = seal_artifact(artifact.folder, manifest, files)
