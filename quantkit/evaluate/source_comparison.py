@@ -27,7 +27,7 @@ from quantkit.io import user_cache
 from quantkit.io.templates import describe_isolation
 from quantkit.models import full_model
 from quantkit.models.layers import make_meta_model
-from quantkit.plan.memory import BASE_BYTES, WHOLE_MODEL_COPIES
+from quantkit.plan.memory import BASE_BYTES, WHOLE_MODEL_COPIES, count_parameters
 from quantkit.plan.plan import Plan
 from quantkit.plan.sources import ResolvedCompute
 from quantkit.progress import Progress, ProgressCallback
@@ -123,7 +123,7 @@ def compare_with_source(
 
 def find_memory_reason(plan: Plan, compute: ResolvedCompute) -> str:
     """Return why the whole model does not fit into memory; "" if it does."""
-    parameter_bytes = compute.hidden_bytes * full_model.count_parameters(plan.layout)
+    parameter_bytes = compute.hidden_bytes * count_parameters(plan.layout)
     needed = BASE_BYTES + int(WHOLE_MODEL_COPIES * parameter_bytes)
     if needed <= plan.memory.budget_bytes:
         return ""

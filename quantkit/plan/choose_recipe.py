@@ -7,7 +7,7 @@ choice depends on the model and the request only, never on the machine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from quantkit import registry
 from quantkit.errors import RecipeError, UsageError
@@ -24,6 +24,7 @@ from quantkit.recipe.schema import Recipe
 from quantkit.recipe.write_recipe import Section, write_recipe
 
 GROUP_SIZES = (128, 64, 32)
+NF4_BLOCK = 64
 CHOSEN_NAME = "recipe.yaml"
 
 
@@ -80,7 +81,9 @@ def choose_recipe(
     Raises UsageError for an unknown name in the request, RecipeError if no storage holds the model.
     """
     check_request(request)
-    drafts = [draft_recipe(request, source, matched, storage) for storage in list_storages(request)]
+    storages = list_storages(request)
+    group_size = choose_group_size(request, source, matched, storages[0])
+    drafts = [draft_recipe(request, matched, storage, group_size) for storage in storages]
     outcomes = [evaluate_draft(draft, source, matched) for draft in drafts]
     usable = [outcome for outcome in outcomes if not outcome.faults]
     if not usable:
@@ -153,24 +156,32 @@ class Outcome:
 
 
 def draft_recipe(
-    request: RecipeRequest, source: SourceFacts, matched: MatchedLayout, storage: Storage
+    request: RecipeRequest, matched: MatchedLayout, storage: Storage, group_size: int
 ) -> Draft:
-    """Return the draft of a storage, with the largest group size that divides every width."""
+    """Return the draft of a storage."""
     has_experts = any(block.experts for block in matched.layout.blocks)
-    draft = Draft(
+    return Draft(
         request=request,
         method=request.method or "awq",
         bits=request.bits or 4,
         rules=request.rules or ("experts-only" if has_experts else "all-linear"),
         storage=storage,
-        group_size=64 if request.method == "nf4" else GROUP_SIZES[0],
+        group_size=group_size,
     )
-    if draft.method == "nf4":
-        return draft
+
+
+def choose_group_size(
+    request: RecipeRequest, source: SourceFacts, matched: MatchedLayout, storage: Storage
+) -> int:
+    """Return the largest group size that divides every quantized width, -1 without one; any storage
+    quantizes the same linears.
+    """
+    if request.method == "nf4":
+        return NF4_BLOCK
+    draft = draft_recipe(request, matched, storage, GROUP_SIZES[0])
     _, decisions, _ = apply_rules(parse_draft(draft), source, matched, storage.format_name)
     widths = list_widths(decisions)
-    fitting = (size for size in GROUP_SIZES if all(width % size == 0 for width in widths))
-    return replace(draft, group_size=next(fitting, -1))
+    return next((x for x in GROUP_SIZES if all(width % x == 0 for width in widths)), -1)
 
 
 def evaluate_draft(draft: Draft, source: SourceFacts, matched: MatchedLayout) -> Outcome:

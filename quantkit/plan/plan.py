@@ -32,6 +32,7 @@ from quantkit.plan.decisions import (
     keep_codes,
     keep_fp8_blocks,
 )
+from quantkit.plan.derive_once import DerivationKey, derive_once
 from quantkit.plan.left_out import LeftOut, summarize_left_out
 from quantkit.plan.match_checkpoint import (
     MatchedLayout,
@@ -218,11 +219,7 @@ def load_architecture(config: Config, names: Collection[str] = ()) -> Architectu
     model_type = registry.resolve_model_type(config.text("model_type"))
     if model_type in registry.list_names("architectures"):
         return registry.get_architecture(model_type)
-    from quantkit.models import (
-        derive,
-    )  # imports transformers: seconds that a plan with a table saves
-
-    return derive.derive_architecture(config, names)
+    return derive_once(DerivationKey(config=config, names=tuple(names)))
 
 
 def match_source(source: SourceFacts, *, drop_mtp: bool = False) -> MatchedLayout:
