@@ -31,6 +31,7 @@ from quantkit.plan.decisions import (
     is_unscaled_for_fp8,
     keep_codes,
     keep_fp8_blocks,
+    note_decoded,
 )
 from quantkit.plan.derive_once import DerivationKey, derive_once
 from quantkit.plan.left_out import LeftOut, summarize_left_out
@@ -333,22 +334,19 @@ def describe_decoded(
     encoded: Mapping[str, EncodedWeight], decisions: Mapping[str, Decision], format_name: str
 ) -> list[str]:
     """Return a warning for kept weights that are stored in codes and become plain."""
-    plain = [
-        weight
-        for name, decision in decisions.items()
-        if (decision.action, decision.keep) == ("keep", "source")
-        and (weight := encoded.get(f"{name}.weight")) is not None
-        and weight.block is None
-    ]
+    names = [name for name, decision in decisions.items() if decision.decoded_from]
+    plain = [encoded[f"{name}.weight"] for name in names]
     if not plain:
         return []
     labels = ", ".join(dict.fromkeys(weight.label for weight in plain))
+    more = ", ..." if len(names) > 1 else ""
     before, after = (
         sum(sizes)
         for sizes in zip(*((weight.n_bytes, weight.spec.n_bytes) for weight in plain), strict=True)
     )
     return [
-        f"{len(plain)} kept weights in {labels} are decoded to {plain[0].spec.dtype}, "
+        f"{len(plain)} kept weights in {labels} ({names[0]}{more}) are decoded to "
+        f"{plain[0].spec.dtype}, "
         f"{after / 1e9:.2f} GB instead of {before / 1e9:.2f} GB, because format {format_name} does "
         "not hold their codes: a rule with quantize makes them smaller"
     ]
@@ -367,6 +365,7 @@ def apply_rules(
         decide_all(matched.layout, rules, recipe, matched.specs), matched.specs, output
     )
     decisions = keep_codes(decisions, source.code_schemes, output)
+    decisions = note_decoded(decisions, source.encoded)
     refusing = find_unsupported_engines(output, source.config, matched.layout, decisions)
     faults = find_unmatched_rules(rules, matched.layout, recipe.name)
     faults += [
