@@ -7,7 +7,7 @@ choice depends on the model and the request only, never on the machine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantkit import registry
 from quantkit.errors import RecipeError, UsageError
@@ -63,6 +63,9 @@ SYMMETRIC = (
     Storage(format_name="awq", symmetric=False),
     Storage(format_name="gptq_v2", symmetric=False),
 )
+KEEPING = SYMMETRIC[0]
+"""The storage that holds codes of the source next to integers."""
+KEPT_CODES = "keeps the source's codes of the other linears, bit for bit, where others store BF16"
 STORAGES: Mapping[str, tuple[Storage, ...]] = {
     "gptq": SYMMETRIC,
     "nf4": (Storage(format_name="bitsandbytes", symmetric=True),),
@@ -81,6 +84,7 @@ def choose_recipe(
     Raises UsageError for an unknown name in the request, RecipeError if no storage holds the model.
     """
     check_request(request)
+    request = prefer_kept_codes(request, source, matched)
     storages = list_storages(request)
     group_size = choose_group_size(request, source, matched, storages[0])
     drafts = [draft_recipe(request, matched, storage, group_size) for storage in storages]
@@ -140,6 +144,34 @@ def list_storages(request: RecipeRequest) -> tuple[Storage, ...]:
         Storage(format_name=request.format, symmetric=False),
         Storage(format_name=request.format, symmetric=True),
     )
+
+
+def prefer_kept_codes(
+    request: RecipeRequest, source: SourceFacts, matched: MatchedLayout
+) -> RecipeRequest:
+    """Return the request with GPTQ in the format that holds the source's codes, if linears are kept
+    in FP8 blocks or other codes, vLLM loads the result, and the request names nothing else.
+
+    Other formats would store them as BF16. AWQ scales no input that such a linear reads.
+    """
+    is_plain = not source.encoded and source.fp8_side is None
+    if is_plain or request.method or request.format not in {None, KEEPING.format_name}:
+        return request
+    keeping = replace(
+        request,
+        method="gptq",
+        format=KEEPING.format_name,
+        reasons={
+            "method": "as low a loss as AWQ with GPTQ, whose scaling stops at kept codes",
+            **({"format": KEPT_CODES} if request.format is None else {}),
+            **request.reasons,
+        },
+    )
+    group_size = choose_group_size(keeping, source, matched, KEEPING)
+    outcome = evaluate_draft(draft_recipe(keeping, matched, KEEPING, group_size), source, matched)
+    is_kept = any(decision.keep in ("fp8", "codes") for decision in outcome.decisions.values())
+    loads = next(iter(SERVERS)) in outcome.engines
+    return keeping if is_kept and loads and not outcome.faults else request
 
 
 # ------------------------------------------------------------------------------------------ drafts
