@@ -71,7 +71,7 @@ class Config:
         return self.read_missing(self, key) if value is None and self.read_missing else value
 
     def _make_error(self, key: str, expected: str, value: object) -> CheckpointError:
-        found = "nothing" if value is None else repr(value)[:80]
+        found = "nothing; add it" if value is None else f"{repr(value)[:80]}; repair the value"
         return CheckpointError(f"{self.where}: {key}: expected {expected}, found {found}")
 
     def integer(self, key: str, default: int | None = None) -> int:

@@ -22,6 +22,7 @@ COLUMNS = (
     "fallbacks",
 )  # fmt: skip
 """Columns of the modules' table from the manifest (artifact/records.py has their units)."""
+FIGURES = ("relative_error", "sqnr_db", "output_error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +59,10 @@ class Artifact:
         ]
         if find_spec("pandas") is None:
             return rows
-        return import_module("pandas").DataFrame(
+        table = import_module("pandas").DataFrame(
             rows, columns=["module", *SCHEME_COLUMNS, *COLUMNS]
         )
+        return table.astype(dict.fromkeys(FIGURES, float))  # None, without calibration, is NaN
 
     def _make_row(self, name: str, entry: object) -> dict[str, object]:
         """Return the row of a module."""

@@ -213,8 +213,9 @@ def _make_template_error(fault: TemplateFault) -> CalibrationError:
         if fault.is_limit
         else "Correct the rows or the chat template, or leave such chats out with `refused: skip`"
     )
+    sentence = str(fault).rstrip(".")
     return CalibrationError(
-        f"chat template: expected the text of a conversation, found: {fault}. {advice}"
+        f"chat template: expected the text of a conversation, found: {sentence}. {advice}"
     )
 
 
