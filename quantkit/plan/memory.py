@@ -34,6 +34,11 @@ COPIES_BYTES = 2 + 2 + 4 + 4
 SCORE_COPIES = 3
 """float32 copies of the scores of eager attention; 2.1 measured with Gemma 2."""
 
+STREAM_COPIES = 8
+"""float32 copies of a batch's states in a block that mixes several streams; 8 measured with
+DeepSeek-V4.
+"""
+
 SLICE_EXPERTS = 16
 """Routed experts of a layer that are scaled and quantized as one unit, at most."""
 
@@ -172,7 +177,8 @@ def estimate_batch_bytes(layout: Layout, block: Block, longest: int) -> int:
         linear for linear in block.linears if linear.role in {"attention", "mlp", "shared_expert"}
     ]
     widest = max((max(x.in_features, x.out_features) for x in linears), default=0)
-    activations = BATCH_TOKENS * 4 * (4 * get_state_width(layout) + 4 * widest)
+    copies = STREAM_COPIES if layout.state_width else 4
+    activations = BATCH_TOKENS * 4 * (copies * get_state_width(layout) + 4 * widest)
     # heads * length^2 of each sequence; a batch holds one sequence, or BATCH_TOKENS in all
     scores = layout.eager_heads * longest * max(longest, BATCH_TOKENS if longest else 0)
     return activations + SCORE_COPIES * 4 * scores
