@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from quantkit.contracts import Absorber, Block, Config, Layout, Linear, LinearGroup
 from quantkit.errors import CheckpointError
 from quantkit.models import expert_checks, full_model, layer_states, scaling
-from quantkit.models.experts import BlockRun, run_block, run_router
+from quantkit.models.experts import BlockRun, run_block, run_router, select_dense_tensors
 from quantkit.models.inspect import make_refusal, mark_routers
 from quantkit.models.layers import (
     MetaModel,
@@ -379,12 +379,6 @@ def is_same_input(x: Tensor, y: Tensor) -> bool:
     if x.shape[-1] != y.shape[-1] or x.numel() != y.numel():
         return False
     return torch.equal(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
-
-
-def select_dense_tensors(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a block's tensors without those of routed experts."""
-    routed = {f"{x.name}.weight" for x in block.linears if x.role == "routed_expert"}
-    return {name: x for name, x in tensors.items() if name not in routed}
 
 
 def record_inputs(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quantkit.contracts import Block, Experts, Layout, Linear
-from quantkit.plan.decisions import Decision, select_quantized_groups
+from quantkit.plan.decisions import Decision, keeps_stacked, select_quantized_groups
 
 BASE_BYTES = 900_000_000
 """Python, torch and transformers without a model: 620 MB measured on Linux x86-64 with torch 2.13,
@@ -142,7 +142,16 @@ def estimate_dense_bytes(block: Block, decisions: Mapping[str, Decision], grams:
         summed += 2 * BATCH_TOKENS * 4 * sum(reader.in_features for reader in readers)
         summed += sum(4 * x.n_parameters + 2 * BATCH_TOKENS * 4 * x.out_features for x in adding)
     scaled = estimate_scaled_expert_bytes(block, decisions, grams)
-    return sum(sizes) + solving + scaled + summed
+    return sum(sizes) + solving + scaled + summed + estimate_stacked_bytes(block, decisions)
+
+
+def estimate_stacked_bytes(block: Block, decisions: Mapping[str, Decision]) -> int:
+    """Return the bytes of the largest tensor with all experts that is copied, in BF16."""
+    experts = block.experts
+    if experts is None or not keeps_stacked(block, decisions):
+        return 0
+    widest = max(len(stacked.projections) for stacked in block.stacked)
+    return 2 * experts.count * widest * experts.hidden * experts.intermediate
 
 
 def estimate_scaled_expert_bytes(

@@ -15,6 +15,7 @@ from typing import Literal
 from quantkit.artifact import fidelity_schema
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
 from quantkit.artifact.make_manifest import read_versions
+from quantkit.artifact.read_report import NOT_FOR
 from quantkit.artifact.records import BlockRecord, ModuleRecord, list_kept_codes
 from quantkit.build.quantize_linear import FALLBACKS
 from quantkit.checkpoint.encoding import FP8
@@ -24,7 +25,8 @@ from quantkit.evaluate.token_fidelity import TextFidelity
 from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, has_separate_shared_experts
 from quantkit.numerics.fidelity import Estimate
 from quantkit.plan.decisions import NO_RULE, Decision
-from quantkit.plan.plan import Plan, find_unsupported_engines
+from quantkit.plan.engine_limits import find_unsupported_engines
+from quantkit.plan.plan import Plan
 from quantkit.plan.summary import (
     compute_bytes_after,
     format_baseline,
@@ -122,7 +124,7 @@ def summarize_artifact(plan: Plan) -> fidelity_schema.ArtifactSummary:
             *plan.architecture.serving_notes,
             *make_parts_notes(plan),
             *((UNFUSED_NOTE,) if unfused else ()),
-            *(f"Not for {engine}: {reason}." for engine, reason in unsupported.items()),
+            *(f"{NOT_FOR}{engine}: {reason}." for engine, reason in unsupported.items()),
             *make_fp8_notes(plan),
             *(f"Source: {note}." for note in plan.source.notes),
         ),
