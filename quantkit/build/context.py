@@ -52,8 +52,9 @@ class BuildContext:
         return self.model.device
 
     def read(self, request: ReadRequest) -> dict[str, Tensor]:
-        """Read tensors of the source, in float32 on the device."""
-        return {name: x.to(self.device).float() for name, x in self.reads.take(request).items()}
+        """Read tensors of the source, in float32 on the device; integers stay."""
+        tensors = self.reads.take(request)
+        return {name: to_float32(x.to(self.device)) for name, x in tensors.items()}
 
     def write_kept(self, name: str, tensor: Tensor) -> Tensor:
         """Store a tensor that is not quantized, in the dtype that each plan gives it; return what
@@ -81,6 +82,17 @@ class BuildContext:
         encoded = self.source.logical.encoded.get(name)
         is_code = encoded is not None and encoded.scheme is not None
         return is_code and writer.spec(name).dtype in ("I8", FP8)
+
+    def copy_stacked(self, name: str) -> None:
+        """Copy a stored tensor with all experts of a block: its codes where the plan has them, else
+        its values.
+        """
+        for writer in self.writers:
+            is_plain = writer.holds(name)
+            tensors = self.source.read_stacked(name, codes=not is_plain)
+            if is_plain:
+                tensors = {name: tensors[name].to(TORCH_DTYPES[writer.spec(name).dtype])}
+            writer.write(tensors)
 
     def _copy_codes(self, name: str, tensor: Tensor, writer: ArtifactWriter) -> Tensor:
         """Copy the codes of a kept weight bit for bit; NumericsError unless they hold the values of
@@ -115,7 +127,7 @@ class BuildContext:
 
 @dataclass(kw_only=True)
 class ExpertPassState:
-    """How far the passes over a block's experts are: mutable, and what a wave checkpoint saves.
+    """Progress of the passes over a block's experts. Mutable; a wave checkpoint saves it.
 
     `searched`, `quantized`: experts that each pass has finished; `held`: slices and statistics that
     the search pass keeps in memory for the quantize pass, when all fit; `errors`: [candidates,
@@ -193,5 +205,10 @@ class BlockContext:
         self.state.record.modules.extend(records)
 
     def write_kept(self, name: str, tensor: Tensor) -> Tensor:
-        """Store a tensor that is not quantized; return it as stored, in float32."""
-        return self.build.write_kept(name, tensor).float()
+        """Store a tensor that is not quantized; return it as stored, in float32; integers stay."""
+        return to_float32(self.build.write_kept(name, tensor))
+
+
+def to_float32(tensor: Tensor) -> Tensor:
+    """Return floating point numbers in float32, and integers as they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor

@@ -1,4 +1,4 @@
-"""Rules of a model folder: one set of weights, an allow-list of files, no key that leads elsewhere.
+"""Rules of a model folder: one set of weights, an allow-list of files, no redirecting keys.
 
 Engines choose weight files by name, each by its own rule, so a folder with two sets is two models.
 `quantkit/verify/README.md` has the rules of transformers, vLLM and SGLang. File names only, no
@@ -82,7 +82,7 @@ _TOKENIZER_FILES = ("tokenizer_file", "vocab_file", "merges_file", "spm_file")
 
 
 def is_sidecar(name: str) -> bool:
-    """Return whether a file next to weights and config.json is carried over into an artifact.
+    """Return whether a file next to weights and config.json is copied into an artifact.
 
     name: relative to the model's folder. Never indexes, config.json, the model card or weights, but
     for those of a module of sentence-transformers.
@@ -124,7 +124,7 @@ def find_weight_set_faults(names: Collection[str]) -> Iterator[str]:
 
     names: all files of the folder; those that are no weight file are skipped.
     """
-    parsed = {name: found for name in sorted(names) if (found := SHARD.fullmatch(name))}
+    parsed = {name: match for name in sorted(names) if (match := SHARD.fullmatch(name))}
     shards = list(parsed)
     if SINGLE in names:
         if other := next((name for name in (INDEX, *shards) if name in names), None):
@@ -135,10 +135,10 @@ def find_weight_set_faults(names: Collection[str]) -> Iterator[str]:
         return
     if INDEX in names and not shards:
         yield f"{INDEX}: expected the shards that it names, found none"
-    counts = {int(found[2]) for found in parsed.values()}
+    counts = {int(match[2]) for match in parsed.values()}
     if len(counts) > 1:
         yield f"{shards[0]}: expected shards of one set, found {shards[-1]} too"
-    elif counts and {int(found[1]) for found in parsed.values()} != set(range(1, max(counts) + 1)):
+    elif counts and {int(match[1]) for match in parsed.values()} != set(range(1, max(counts) + 1)):
         yield f"{shards[0]}: expected shards 1 to {max(counts)}, found {len(shards)} of them"
 
 

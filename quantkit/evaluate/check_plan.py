@@ -1,6 +1,6 @@
-"""What headers, config, tokens and this machine tell about a build before it begins.
+"""Checks before a build: transformers' model, token ids, disk space, benchmarks that cannot run.
 
-`quantkit plan` says it, and the build checks it again before it hashes the source.
+`quantkit plan` prints their results, and the build runs them again before it hashes the source.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from quantkit.recipe.schema import Recipe
 
 
 def plan_and_check(recipe: Recipe, source: SourceFacts) -> tuple[Plan, ...]:
-    """Return one plan per format, with warnings of what a build on this machine would meet.
+    """Return one plan per format, with warnings about a build on this machine.
 
-    A model that is not on this machine is only planned. Raises as `plan_recipe` does, and what the
-    build would raise.
+    A model that is not on this machine is only planned. Raises the errors of `plan_recipe`, and
+    those that would end the build.
     """
     plans = plan_recipe(recipe, source)
     if source.folder is None:

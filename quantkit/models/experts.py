@@ -83,8 +83,8 @@ def find_experts_module(model: Any, block: Block, experts: Experts) -> nn.Module
 class BlockRun:
     """A block run with its experts, in the layer's padded positions.
 
-    out: states after the block [tokens, hidden]; routed: what the experts were given, None without
-    experts; total: their sum [positions, hidden].
+    out: rows of states after the block [tokens, width]; routed: the input of the experts, None
+    without experts; total: their sum [positions, hidden].
     """
 
     out: Tensor
@@ -102,11 +102,40 @@ def sum_experts(
         if not len(rows):
             continue
         x = routed.hidden[rows]  # [n, hidden]
-        into = [x @ tensors[f"{experts.linear(e, p)}.weight"].T for p in experts.inputs]
+        into = [project(x, tensors, experts.linear(e, p)) for p in experts.inputs]
         inner = gating(into[0] if len(into) > 1 else None, into[-1])  # [n, intermediate]
-        y = inner @ tensors[f"{experts.linear(e, experts.down)}.weight"].T
+        y = project(inner, tensors, experts.linear(e, experts.down))
         total.index_add_(0, rows, y * weight[:, None].to(y))
     return total
+
+
+def run_router(
+    meta_model: MetaModel,
+    block: Block,
+    tensors: Mapping[str, Tensor],
+    rows: Tensor,
+    lengths: Sequence[int],
+) -> RouterOutput | None:
+    """Return what a block gives its experts, None without any: rows [tokens, width].
+
+    tensors: of the block without its experts, by full name.
+    """
+    layer = make_decoder_layer(meta_model, block, tensors)
+    run_layer(meta_model, layer, rows, lengths)
+    return layer.tap.last if layer.tap else None
+
+
+def project(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the output [n, out] of the linear `name` among `tensors`, with its bias if any."""
+    y = x @ tensors[f"{name}.weight"].T
+    bias = tensors.get(f"{name}.bias")
+    return y if bias is None else y + bias
+
+
+def select_dense_tensors(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a block's tensors without those of routed experts."""
+    routed = {x.name for x in block.linears if x.role == "routed_expert"}
+    return {name: x for name, x in tensors.items() if name.rpartition(".")[0] not in routed}
 
 
 def run_block(
@@ -116,7 +145,7 @@ def run_block(
     rows: Tensor,
     lengths: Sequence[int],
 ) -> BlockRun:
-    """Run a block as a build does, with all its experts in memory: rows [tokens, hidden].
+    """Run a block as a build does, with all its experts in memory: rows [tokens, width].
 
     tensors: of the block, by full name.
     """
@@ -131,9 +160,7 @@ def run_block_batches(
     lengths: Sequence[Sequence[int]],
 ) -> Iterator[BlockRun]:
     """Run a block as `run_block` does, on several batches; the layer is made once."""
-    routed_names = {f"{x.name}.weight" for x in block.linears if x.role == "routed_expert"}
-    dense = {name: x for name, x in tensors.items() if name not in routed_names}
-    layer = make_decoder_layer(meta_model, block, dense if block.experts else tensors)
+    layer = make_decoder_layer(meta_model, block, select_dense_tensors(block, tensors))
     gating = make_gating(meta_model, block)
     for batch, sizes in zip(rows, lengths, strict=True):
         yield run_made_block(meta_model, block, layer, gating, tensors, batch, sizes)
@@ -158,7 +185,8 @@ def run_made_block(
     if experts.inside:
         out = run_layer_with_sum(meta_model, layer, rows, lengths, total[valid])
     else:
-        out = out + total[valid]
+        out = out.clone()
+        out[:, : experts.hidden] += total[valid].to(out)  # ids follow the states
     return BlockRun(out=out, routed=routed, total=total)
 
 

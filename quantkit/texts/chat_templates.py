@@ -1,6 +1,6 @@
 """A model's chat template, rendered with limits (io/templates.py) to the text of transformers.
 
-The template comes with the model: it is a stranger's code. transformers renders it in a sandbox
+The template comes with the model and is untrusted code. transformers renders it in a sandbox
 that bounds neither time nor memory.
 """
 

@@ -1,8 +1,8 @@
 """Conversations: rows with messages, and their token sequences through the model's chat template.
 
-Only the tokens of the assistant's messages count: they are what the model writes. The prompts are
-part of the sequence, since answers attend to them. Which roles and keys a message may have is the
-template's business: tool calls, tool results and reasoning reach it as transformers passes them.
+Only the tokens of the assistant's messages count, because the model writes them. The prompts are
+part of the sequence, since answers attend to them. The chat template decides which roles and keys a
+message may have: tool calls, tool results and reasoning reach it as transformers passes them.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ PROBED_ROWS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class PlainFile:
-    """A path, and what its query says: the column, the tokens of chats that count, and what follows
-    chats that cannot be used.
+    """A path and its query: the column, the tokens of chats that count, and how unusable chats are
+    treated.
     """
 
     path: Path
@@ -81,7 +81,7 @@ def parse_plain_file(name: str) -> PlainFile | None:
 
 
 def make_plain_mixture(plain: PlainFile) -> MixtureFile:
-    """Return the mixture of one part that a file is; reads its first rows.
+    """Return a file as a mixture of one part; reads its first rows.
 
     Raises CalibrationError if no column has text or messages.
     """

@@ -45,10 +45,10 @@ class TextRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowReader:
-    """What becomes of rows: chats of the column `messages`, or documents of a template.
+    """How rows are read: as chats of the column `messages`, or as documents of a template.
 
-    skip: rows of a file that are passed over, from the first. skip_unreadable: whether cells that
-    are no chats are counted rather than an error.
+    skip: rows at the start of a file that are skipped. skip_unreadable: whether cells that are no
+    chats are counted instead of raising an error.
     """
 
     template: str = "{text}"

@@ -1,4 +1,4 @@
-"""Files next to the weights: which travel, and the sentence for those that stay behind."""
+"""Files next to the weights: which are copied, and the sentence for those that are not."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from quantkit.artifact.layout import MANIFEST, find_layout_faults
 from quantkit.checkpoint.side_files import describe_left_files, list_files, list_side_files
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.verify.shallow import verify_artifact
+
+pytestmark = pytest.mark.usefixtures("quick_builds")
 
 TRAVEL = {
     "1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}',
@@ -95,7 +97,7 @@ def test_modules_of_other_code_stay_behind(entry: object, tmp_path: Path) -> Non
     assert list_names(tmp_path) == []
     (said,) = describe_left_files(tmp_path, ())
     assert said.startswith(
-        "stays behind: 1_Pooling/config.json, modules.json: a file by which an engine would load"
+        "not copied: 1_Pooling/config.json, modules.json: a file by which an engine would load"
     )
 
 

@@ -1,4 +1,4 @@
-"""Answers of a conversation are scored as what they say, not as how they are written."""
+"""Answers of a conversation are scored by their content, not by their form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A text file as a calibration set: chats, text columns and plain text; what is refused."""
+"""A text file as a calibration set: chats, text columns, plain text, and errors."""
 
 from __future__ import annotations
 
