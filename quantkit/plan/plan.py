@@ -350,8 +350,8 @@ def describe_decoded(
     )
     return [
         f"{len(plain)} kept weights in {labels} ({first}{more}) are decoded to "
-        f"{plain[0].spec.dtype}, {after / 1e9:.2f} GB instead of {before / 1e9:.2f} GB, because format {format_name} does "
-        "not hold their codes: a rule with quantize makes them smaller"
+        f"{plain[0].spec.dtype}, {after / 1e9:.2f} GB instead of {before / 1e9:.2f} GB, because "
+        f"format {format_name} does not hold their codes: a rule with quantize makes them smaller"
     ]
 
 
