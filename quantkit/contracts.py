@@ -69,8 +69,8 @@ class Config:
         return self.read_missing(self, key) if value is None and self.read_missing else value
 
     def _make_error(self, key: str, expected: str, value: object) -> CheckpointError:
-        found = "nothing" if value is None else repr(value)[:80]
-        return CheckpointError(f"{self.where}: {key}: expected {expected}, found {found}")
+        actual = "nothing" if value is None else repr(value)[:80]
+        return CheckpointError(f"{self.where}: {key}: expected {expected}, found {actual}")
 
     def integer(self, key: str, default: int | None = None) -> int:
         """Return the integer of `key`, from 0 to 2**31 - 1; `default` if the key is absent."""
@@ -284,11 +284,13 @@ class Layout:
 
     `final_tensors` are all others outside the blocks, in most models the final norm.
     `equal_lengths`: a batch must hold sequences of one length, because padding changes the states
-    of a shorter one. `parts`: what a wrapper holds besides its text model. `renames`: tensors
+    of a shorter one. `parts`: those of a wrapper next to its text model. `renames`: tensors
     outside the blocks with another name in transformers. `output`: a classifier or reward model
     returns labels, an embedding model states; both have no language head. `eager_heads`: heads of
     an attention that transformers only runs with a matrix of scores [heads, tokens, tokens] per
-    sequence.
+    sequence. `state_width`: numbers per token between two blocks, if they are more than a token's
+    embedding: several streams, or token ids that blocks read; 0 otherwise. `tables`: final tensors
+    on which the arguments of blocks depend, such as a learned factor of rotary tables.
     """
 
     embedding: Linear
@@ -300,6 +302,8 @@ class Layout:
     renames: tuple[tuple[str, str], ...] = ()
     output: Literal["logits", "labels", "states"] = "logits"
     eager_heads: int = 0
+    state_width: int = 0
+    tables: tuple[str, ...] = ()
 
     def get_path(self, name: str) -> str:
         """Return a tensor's name in transformers' model; `name` is that in the checkpoint."""
@@ -490,4 +494,4 @@ class Format:
     limits: Callable[[str, Mapping[Linear, Scheme], Sequence[Linear]], Mapping[str, str]] | None = (
         None
     )
-    packages: tuple[str, ...] = ()  # what it imports beyond quantkit's own dependencies
+    packages: tuple[str, ...] = ()  # imports beyond quantkit's own dependencies

@@ -26,7 +26,8 @@ def measure_block(
     """
     record, targets = context.state.record, context.state.targets
     rows = context.streams["reference"].text_rows
-    record.output_error = relative_error(targets["reference"], targets["quantized"], rows)
+    channels = context.build.model.outer.form.hidden.width
+    record.output_error = relative_error(targets["reference"], targets["quantized"], rows, channels)
     if reference and quantized:
         agreement = compute_router_agreement(reference.index[:rows], quantized.index[:rows])
         record.router_agreement = float(agreement.mean())
@@ -44,13 +45,13 @@ def check_finite(block: str, stream: StreamName, states: Spool) -> None:
         )
 
 
-def relative_error(reference: Spool, quantized: Spool, rows: int) -> float:
-    """Return ||q - r|| / ||r|| of the first `rows` hidden states [tokens, hidden], summed in
-    float64.
+def relative_error(reference: Spool, quantized: Spool, rows: int, channels: int) -> float:
+    """Return ||q - r|| / ||r|| of the first `channels` numbers of the first `rows` rows [tokens,
+    width], summed in float64.
     """
     lost, energy = 0.0, 0.0
     for first, stop in iterate_chunks(rows):
-        r, q = reference.read(first, stop).double(), quantized.read(first, stop).double()
+        r, q = (x.read(first, stop)[:, :channels].double() for x in (reference, quantized))
         for difference, part in zip(
             (q - r).flatten().split(ONE_THREAD), r.flatten().split(ONE_THREAD), strict=True
         ):

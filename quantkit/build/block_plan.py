@@ -24,7 +24,7 @@ from quantkit.plan.decisions import (
     keeps_stacked,
     select_quantized_groups,
 )
-from quantkit.plan.memory import slice_size
+from quantkit.plan.memory import choose_slice_size
 from quantkit.plan.plan import Plan
 
 
@@ -161,6 +161,12 @@ class BlockPlan:
         """
         return next((group for group in self.groups.values() if group.group.routed_experts), None)
 
+    @property
+    def target_width(self) -> int:
+        """The channels of the sums of experts that the layer takes inside; 0: those of states."""
+        experts = self.block.experts
+        return experts.hidden if experts and experts.inside else 0
+
     def iterate_reads(self, searched: int = 0, quantized: int = 0) -> Iterator[ReadRequest]:
         """Yield the requests in the order in which the build takes them.
 
@@ -277,7 +283,7 @@ def plan_experts(plan: Plan, block: Block, groups: Mapping[str, GroupPlan]) -> E
     """Plan the routed experts of a block."""
     experts = block.experts
     assert experts is not None  # the caller has checked
-    count, size = experts.count, slice_size(experts.count)
+    count, size = experts.count, choose_slice_size(experts.count)
     scheme = plan.decisions[experts.first].scheme
     group = next((group for group in groups.values() if group.group.routed_experts), None)
     down = None

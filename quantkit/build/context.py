@@ -52,8 +52,9 @@ class BuildContext:
         return self.model.device
 
     def read(self, request: ReadRequest) -> dict[str, Tensor]:
-        """Read tensors of the source, in float32 on the device."""
-        return {name: x.to(self.device).float() for name, x in self.reads.take(request).items()}
+        """Read tensors of the source, in float32 on the device; integers stay."""
+        tensors = self.reads.take(request)
+        return {name: to_float32(x.to(self.device)) for name, x in tensors.items()}
 
     def write_kept(self, name: str, tensor: Tensor) -> Tensor:
         """Store a tensor that is not quantized, in the dtype that each plan gives it; return what
@@ -116,7 +117,7 @@ class BuildContext:
 
 @dataclass(kw_only=True)
 class ExpertPassState:
-    """How far the passes over a block's experts are: mutable, and what a wave checkpoint saves.
+    """Progress of the passes over a block's experts. Mutable; a wave checkpoint saves it.
 
     `searched`, `quantized`: experts that each pass has finished; `held`: slices and statistics that
     the search pass keeps in memory for the quantize pass, when all fit; `errors`: [candidates,
@@ -194,5 +195,10 @@ class BlockContext:
         self.state.record.modules.extend(records)
 
     def write_kept(self, name: str, tensor: Tensor) -> Tensor:
-        """Store a tensor that is not quantized; return it as stored, in float32."""
-        return self.build.write_kept(name, tensor).float()
+        """Store a tensor that is not quantized; return it as stored, in float32; integers stay."""
+        return to_float32(self.build.write_kept(name, tensor))
+
+
+def to_float32(tensor: Tensor) -> Tensor:
+    """Return floating point numbers in float32, and integers as they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor

@@ -14,7 +14,7 @@ from quantkit.build.block_plan import BlockPlan, GroupPlan
 from quantkit.build.context import BlockContext
 from quantkit.build.coverage import CoverageMeters
 from quantkit.build.expert_ops import count_tokens
-from quantkit.build.hidden_states import Routing, Stream, StreamName, run_batch, run_stream
+from quantkit.build.hidden_states import Routing, StreamName, run_batch, run_stream
 from quantkit.build.quantize_linear import QuantizedLinear, QuantizeRequest, quantize_group
 from quantkit.contracts import InputStats, LinearGroup, Scheme
 from quantkit.models import scaling
@@ -45,8 +45,8 @@ class ScalingCheckSample:
     """The first calibration sequences at a block, run in the precision of the figures, not in that
     of calibration.
 
-    rows [tokens, hidden] go in, `out` comes out without routed experts; `routed` is the router's
-    output for them.
+    rows [tokens, width] go in, the states `out` [tokens, n] come out without routed experts;
+    `routed` is the router's output for them.
     """
 
     rows: Tensor
@@ -143,7 +143,7 @@ def run_reference(
             routings += [routing] if routing else []
             meters.add(batch, valid, inputs)
     context.state.record.coverage = meters.finish()
-    return Routing.joined(routings)
+    return Routing.concatenate(routings)
 
 
 def run_sample(context: BlockContext, layer: DecoderLayer) -> ScalingCheckSample | None:
@@ -157,8 +157,9 @@ def run_sample(context: BlockContext, layer: DecoderLayer) -> ScalingCheckSample
     lengths = longest[: max(1, SAMPLE_TOKENS // longest[0])]
     rows = stream.hidden.read(0, sum(lengths))
     out, valid = run_layer(context.build.model, layer, rows, lengths)
+    states = context.build.model.outer.form.get_hidden(out)
     return ScalingCheckSample(
-        rows=rows, lengths=lengths, out=out, routed=router_output(layer.tap, valid)
+        rows=rows, lengths=lengths, out=states, routed=router_output(layer.tap, valid)
     )
 
 
@@ -194,7 +195,7 @@ def calibrate_dense(
     block, model = context.plan.block, context.build.calibration_model
     groups = {name: group.group for name, group in context.plan.groups.items()}
     layer = make_decoder_layer(model, block, tensors)
-    sums = make_accumulators(context.plan, stream, model.device, original is not None)
+    sums = make_accumulators(context.plan, model.device, original is not None)
     routings, original_routings = list[Routing](), list[Routing]()
     with observe_inputs(
         layer.module, observed_modules(context.plan, original is not None)
@@ -221,27 +222,27 @@ def calibrate_dense(
                     )
                 total.add(strip_padding(inputs[name], valid), original_inputs.get(name), gap)
     count = block.experts.count if block.experts else 0
-    joined = Routing.joined(routings)
+    joined = Routing.concatenate(routings)
     return BlockCalibration(
         stats={name: total.stats() for name, total in sums.items()},
         routing=joined,
-        original=Routing.joined(original_routings),
+        original=Routing.concatenate(original_routings),
         sample=sample,
         expert_tokens=tuple(count_tokens(joined, count).tolist()) if joined else (),
     )
 
 
 def make_accumulators(
-    plan: BlockPlan, stream: Stream, device: torch.device, crossed: bool
+    plan: BlockPlan, device: torch.device, crossed: bool
 ) -> dict[str, GramAccumulator]:
     """Return empty sums for each group that is quantized, by its name."""
-    widths = {linear.name: linear.in_features for linear in plan.block.linears}
+    linears = {linear.name: linear for linear in plan.block.linears}
     return {
         name: GramAccumulator(
-            widths[group.group.readers[0]],
+            linears[group.group.readers[0]].in_features,
             device,
             crossed=crossed,
-            stream=stream.hidden.width if group.group.adds_to else 0,
+            stream=linears[group.group.readers[0]].out_features if group.group.adds_to else 0,
         )
         for name, group in plan.groups.items()
     }
@@ -318,7 +319,7 @@ def scale_groups(
             added = torch.cat(list(expert_errors), dim=1).sum(1)  # [n, experts] -> [n]
         choice = scaling.search_scales(name, added, batches, gram, rescale, scales)
         context.state.record.choices.append(choice)
-        if choice.rescaled:
+        if choice.is_rescaled:
             scale = scales[choice.candidate]
             scaling.divide_absorber(changed, group.absorber, scale)
             scaling.multiply_readers(changed, group, scale)
@@ -341,7 +342,8 @@ def check_scaling(
     layer = make_decoder_layer(model, block, scaled.tensors)
     out, valid = run_layer(model, layer, sample.rows, sample.lengths)
     part = "the block's output without its experts" if layer.tap else "the block's output"
-    change = scaling.check_unchanged(block.name, part, sample.out, out, context.tolerance)
+    states = model.outer.form.get_hidden(out)
+    change = scaling.check_unchanged(block.name, part, sample.out, states, context.tolerance)
     record.fold_change = max(record.fold_change, change)
     routed = router_output(layer.tap, valid)
     if routed is None or sample.routed is None or block.experts is None:

@@ -1,8 +1,8 @@
 """Routed experts in slices: pure functions of weights, statistics and tokens.
 
 Nothing here reads or writes a file of its own, keeps a journal or knows a model. A slice is a fixed
-range of experts (`plan.memory.slice_size`), so batched operations have the same shapes whatever the
-memory budget and the number of devices. Sums over tokens are formed chunk by chunk, sums over
+range of experts (`plan.memory.choose_slice_size`), so batched operations have the same shapes for
+every memory budget and number of devices. Sums over tokens are formed chunk by chunk, sums over
 experts in ascending order: neither the budget nor the number of threads or workers changes a bit.
 """
 
@@ -69,8 +69,8 @@ class SliceStats:
 class RoutedTokens:
     """Consecutive tokens and the router's decision: hidden [n, hidden]; index, weight [n, k].
 
-    `first` is the row of the first token; `original` [n, hidden] is what the original model has in
-    place of `hidden`.
+    `first` is the row of the first token; `original` [n, hidden]: the states of the original
+    model in place of `hidden`.
     """
 
     first: int

@@ -44,7 +44,7 @@ class Batch:
 class Routing:
     """The output of a block's router for every token of a stream: index and weight [tokens, k].
 
-    `expert_inputs` [tokens, hidden] are the inputs of the experts.
+    `expert_inputs` [tokens, n] are the inputs of the experts.
     """
 
     index: Tensor
@@ -52,7 +52,7 @@ class Routing:
     expert_inputs: Spool
 
     @staticmethod
-    def joined(parts: Sequence[Routing]) -> Routing | None:
+    def concatenate(parts: Sequence[Routing]) -> Routing | None:
         """Concatenate the routings of batches; None without batches."""
         if not parts:
             return None
@@ -73,7 +73,7 @@ class Routing:
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """Tokens and the files of their hidden states [tokens, hidden].
+    """Tokens and the files of their states [tokens, width], rows as in `models.state_rows`.
 
     `expert_inputs` are the inputs of the current block's routed experts; `calibration_inputs` are
     the same from the block's original weights (calibration stream only): statistics need them after
@@ -143,15 +143,15 @@ def concatenate_tokens(first: Tokens, second: Tokens) -> Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamShape:
-    """What the streams of a build share.
+    """Properties that the streams of a build share.
 
-    width: channels of a state; `routed`: the model has routed experts; `equal_lengths`: a batch
-    holds sequences of one length.
+    width: numbers of a row of states; `expert_width`: channels of the inputs of routed experts, 0
+    without experts; `equal_lengths`: a batch holds sequences of one length.
     """
 
     folder: Path
     width: int
-    routed: bool
+    expert_width: int
     equal_lengths: bool
 
 
@@ -213,9 +213,9 @@ def make_stream(
     names = ["seen", "learned"] if name == "calibration" else ["seen"]
     dtype = spool_dtype(hidden.dtype)
     spools = [
-        Spool.create(shape.folder / f"{name}.{part}", hidden.rows, hidden.width, dtype)
+        Spool.create(shape.folder / f"{name}.{part}", hidden.rows, shape.expert_width, dtype)
         for part in names
-        if shape.routed
+        if shape.expert_width
     ]
     return Stream(
         name=name,
@@ -241,11 +241,12 @@ def run_batch(
 
     Returns which padded positions [sequences * longest] are tokens, and the router's output; the
     inputs of the experts are written to `expert_inputs`. For a layer that takes the experts' sum
-    inside, zeros are written: the sum is formed in `target`.
+    inside, the sum [tokens, hidden] is formed in `target`, which has zeros until then.
     """
     out, valid = run_layer(model, layer, stream.hidden.read(batch.first, batch.stop), batch.lengths)
     tap = layer.tap
-    target.write(batch.first, torch.zeros_like(out) if tap is not None and tap.inside else out)
+    if tap is None or not tap.inside:
+        target.write(batch.first, out)
     if tap is None or tap.last is None or expert_inputs is None:
         return valid, None
     expert_inputs.write(batch.first, tap.last.hidden[valid])
@@ -269,14 +270,14 @@ def run_stream(
     routings = [
         run_batch(model, layer, stream, batch, target, expert_inputs)[1] for batch in stream.batches
     ]
-    return Routing.joined([routing for routing in routings if routing])
+    return Routing.concatenate([routing for routing in routings if routing])
 
 
 def run_stream_with_sums(
     model: MetaModel, layer: DecoderLayer, stream: Stream, sums: Spool, target: Spool
 ) -> None:
-    """Run a layer over a whole stream with the sums of its experts [tokens, hidden], into `target`,
-    which may be the same file.
+    """Run a layer over a whole stream with the sums of its experts [tokens, hidden], into `target`
+    [tokens, width], which may be the same file if both have one width.
     """
     for batch in stream.batches:
         total = sums.read(batch.first, batch.stop)
@@ -284,14 +285,13 @@ def run_stream_with_sums(
         target.write(batch.first, run_layer_with_sum(model, layer, rows, batch.lengths, total))
 
 
-def create_target(stream: Stream, block: str, mark: str = "") -> Spool:
-    """Create the file of a stream's states after a block; `mark` distinguishes files of the same
-    block.
+def create_target(stream: Stream, block: str, mark: str = "", width: int = 0) -> Spool:
+    """Create the file of a stream's states after a block, or of sums of `width` channels; `mark`
+    distinguishes files of the same block.
     """
-    dtype = spool_dtype(stream.hidden.dtype)
-    return Spool.create(
-        stream.folder / f"{stream.name}.{block}{mark}", stream.rows, stream.hidden.width, dtype
-    )
+    dtype, width = spool_dtype(stream.hidden.dtype), width or stream.hidden.width
+    path = stream.folder / f"{stream.name}.{block}{mark}"
+    return Spool.create(path, stream.rows, width, dtype)
 
 
 def spool_dtype(dtype: torch.dtype) -> SpoolDtype:

@@ -40,7 +40,12 @@ from quantkit.build.wave_checkpoint import load_wave_checkpoint, restore_streams
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.prefetch import ScheduledReads
 from quantkit.models.experts import make_gating
-from quantkit.models.layers import cast_meta_model, make_decoder_layer, make_meta_model
+from quantkit.models.layers import (
+    cast_meta_model,
+    load_tables,
+    make_decoder_layer,
+    make_meta_model,
+)
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress, ProgressCallback
 
@@ -82,8 +87,8 @@ def build_blocks(
     """Quantize a model into the writer of each plan, with hidden states in `folder`; return the
     streams for the figures.
 
-    The plans differ in their format alone. `progress` says what an interrupted build has finished,
-    and records each further step. Raises CheckpointError for weights that cannot be used and
+    The plans differ in their format alone. `progress` holds the finished steps of an interrupted
+    build, and records each further step. Raises CheckpointError for weights that cannot be used and
     NumericsError when scaling changes a block's output.
     """
     progress, block_plans = progress or BuildProgress(), plan_blocks(plans)
@@ -176,7 +181,10 @@ def open_block(
     wave, targets = build.progress.wave, {}
     if plan.mode == "run":
         mark = f".again-{wave.searched}-{wave.quantized}" if wave else ""
-        targets = {name: create_target(x, plan.block.name, mark) for name, x in streams.items()}
+        targets = {
+            name: create_target(x, plan.block.name, mark, plan.target_width)
+            for name, x in streams.items()
+        }
     return BlockContext(
         build=build,
         plan=plan,
@@ -198,6 +206,9 @@ def make_context(
 ) -> BuildContext:
     """Return what stays the same for every block."""
     model = make_meta_model(plans[0].source.config, precision.device, precision.dtype)
+    layout = plans[0].layout
+    tables = source.read(layout.tables)
+    model = load_tables(model, {layout.get_path(name): x for name, x in tables.items()})
     return BuildContext(
         plan=plans[0],
         model=model,
@@ -214,8 +225,8 @@ def make_context(
 def schedule_reads(
     plan: Plan, blocks: Sequence[BlockPlan], progress: BuildProgress
 ) -> list[ReadRequest]:
-    """Return the expected order of reads after the finished steps. It decides what is read ahead,
-    nothing else.
+    """Return the expected order of reads after the finished steps. It affects
+    prefetching only.
     """
     wave = progress.wave
     steps = [[embedding_read(plan)]]

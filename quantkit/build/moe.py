@@ -6,8 +6,8 @@ the error of a candidate is summed over all of them: it gathers statistics and e
 slices if all fit into memory; otherwise the quantize pass reads them once more. Either pass
 continues after the experts that an interrupted build has finished.
 
-The pure functions of `expert_ops` and `quantize_experts` run on the executor. What is below reads,
-reduces their results in ascending order of experts, writes, and saves checkpoints.
+The pure functions of `expert_ops` and `quantize_experts` run on the executor. The passes below
+read, reduce their results in ascending order of experts, write, and save checkpoints.
 """
 
 from __future__ import annotations
@@ -303,13 +303,15 @@ def add_to_stream(
     build, state = context.build, context.state
     before = target = state.targets[name]
     if name in state.saved:
-        target = create_target(context.streams[name], context.name, f".{slices[0].first}")
+        mark, width = f".{slices[0].first}", context.plan.target_width
+        target = create_target(context.streams[name], context.name, mark, width)
     for chunk in RoutedStream(routing=routing, device=build.device):
-        states = before.read(chunk.first, chunk.stop).to(chunk.hidden)  # [tokens, hidden]
+        states = before.read(chunk.first, chunk.stop).to(chunk.hidden)  # [tokens, width]
+        hidden = states[:, : chunk.hidden.shape[1]]  # without the ids
         outputs = partial(expert_outputs, tokens=chunk, activation=context.activation)
         for part in build.executor.map(outputs, slices):
             for output in part:  # in ascending order of experts
-                states.index_add_(0, output.rows, output.values)
+                hidden.index_add_(0, output.rows, output.values)
         target.write(chunk.first, states)
     if target is not before:
         state.targets[name] = target
@@ -330,14 +332,18 @@ def return_sums_inside(context: BlockContext, original: Tensors, stored: Tensors
         is_original = name in searched_streams(context)
         model = build.calibration_model if name in CALIBRATION_STREAMS else build.model
         layer = make_decoder_layer(model, block, original if is_original else stored)
-        target = sums
-        if name in state.saved:  # a checkpoint names the sums
-            target = create_target(context.streams[name], context.name, ".inside")
-        run_stream_with_sums(model, layer, context.streams[name], sums, target)
-        if target is not sums:
-            state.targets[name] = target
-            state.saved.discard(name)
+        target, stream = sums, context.streams[name]
+        if name in state.saved or sums.width != stream.hidden.width:
+            target = create_target(stream, context.name, ".inside")
+        run_stream_with_sums(model, layer, stream, sums, target)
+        if target is sums:
+            continue
+        state.targets[name] = target
+        if name in state.saved:  # a checkpoint names the sums: they are removed with it
             sums.close()
+        else:
+            sums.delete()
+        state.saved.discard(name)
 
 
 # -------------------------------------------------------------------------- experts with few tokens

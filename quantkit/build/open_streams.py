@@ -36,11 +36,11 @@ def open_streams(build: BuildContext, texts: StreamTexts, folder: Path) -> Strea
     stream_texts, layout = select_texts(build, texts), build.plan.layout
     shape = StreamShape(
         folder=folder,
-        width=layout.embedding.in_features,
-        routed=any(block.experts for block in layout.blocks),
+        width=build.model.outer.form.width,
+        expert_width=max((x.experts.hidden for x in layout.blocks if x.experts), default=0),
         equal_lengths=needs_equal_lengths(build, (*stream_texts.values(), texts["solutions"])),
     )
-    dtypes = stored_dtypes(build, stream_texts, shape.routed)
+    dtypes = stored_dtypes(build, stream_texts, bool(shape.expert_width))
     after: dict[StreamName, Tokens] = dict.fromkeys(("reference", "quantized"), texts["solutions"])
     if build.progress.done:
         states = build.progress.states
@@ -100,6 +100,6 @@ def stored_dtypes(
     """
     if has_experts:
         return dict.fromkeys(texts, "float32")
-    calibration, figures = build.calibration_model.dtype, build.model.dtype
+    calibration, figures = build.calibration_model.outer.form.dtype, build.model.outer.form.dtype
     dtypes: dict[StreamName, torch.dtype] = {"calibration": calibration, "original": calibration}
     return {name: spool_dtype(dtypes.get(name, figures)) for name in texts}

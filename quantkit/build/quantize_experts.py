@@ -250,7 +250,7 @@ def search_down_scale(
     nothing_added = torch.zeros(len(scales), dtype=torch.float64)
     batches = [(experts.down[e], plan.scheme)]
     choice = scaling.search_scales("down", nothing_added, batches, gram, rescale, scales)
-    return scales[choice.candidate] if choice.rescaled else None
+    return scales[choice.candidate] if choice.is_rescaled else None
 
 
 def quantize_expert(

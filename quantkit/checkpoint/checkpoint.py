@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint.canonical_names import name_tensors
 from quantkit.checkpoint.encoding import FP8, EncodedWeight
 from quantkit.checkpoint.file_names import (
     ADAPTER_CONFIG,
@@ -36,7 +37,6 @@ from quantkit.checkpoint.shards import (
 from quantkit.checkpoint.side_files import list_side_files
 from quantkit.checkpoint.source_config import make_source_config
 from quantkit.checkpoint.stacked import split_specs
-from quantkit.checkpoint.stored_names import name_tensors
 from quantkit.checkpoint.tensors import read_rows, read_tensor
 from quantkit.contracts import Block, Config, TensorSpec
 from quantkit.errors import CheckpointError

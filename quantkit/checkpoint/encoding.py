@@ -1,4 +1,4 @@
-"""What a source encoding is: stored codes, the weight they stand for, and how to decode it.
+"""Source encodings: stored codes, the weight that they represent, and its decoder.
 
 An encoding is one file of `encodings/` that sets `ENCODING`. It recognizes its codes by names,
 dtypes and shapes of stored tensors, without reading data; config.json gives what headers leave
@@ -236,6 +236,36 @@ class Encoding:
     title: str  # for messages: "compressed-tensors pack-quantized"
     claim: Callable[[StoredCodes], EncodedWeight | None]
     claim_kept: Callable[[StoredCodes], EncodedWeight | None] | None = None
+
+
+def require_matrix(codes: StoredCodes) -> None:
+    """Raise EncodingFault for codes that are no matrix."""
+    if len(codes.shape) != 2:
+        raise EncodingFault(f"expected two dimensions, found shape {list(codes.shape)}")
+
+
+def require_fp4_groups(codes: StoredCodes, scale: TensorSpec, group: int) -> tuple[int, int]:
+    """Return the shape [out, in] of a weight in FP4, two codes per byte of [out, in / 2].
+
+    Raises EncodingFault unless there is one scale per `group` columns.
+    """
+    require_matrix(codes)
+    rows, width = codes.shape[0], 2 * codes.shape[1]
+    require_shape(scale, [(rows, width // group if width % group == 0 else -1)], "scale")
+    return rows, width
+
+
+def read_group_index(read: PartReader, n_groups: int, name: str) -> Tensor:
+    """Return the group of each input, [in] int64, of the part g_idx, whose tensor is `name`.
+
+    Raises CheckpointError for a group that does not exist.
+    """
+    index = read("g_idx", 0, None).long()
+    check_values(
+        bool((index >= 0).all() & (index < n_groups).all()),
+        f"{name}: expected groups 0 to {n_groups - 1}, found others",
+    )
+    return index
 
 
 def check_values(is_valid: bool, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Logical tensors of a checkpoint: what the model computes with, from stored tensors.
+"""Logical tensors of a checkpoint: those that the model computes with, from stored tensors.
 
 Names, dtypes and shapes only, no torch.
 """

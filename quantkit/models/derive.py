@@ -19,7 +19,7 @@ from quantkit.checkpoint.hf_config import has_language_model, list_model_classes
 from quantkit.contracts import Architecture, Block, Config, Experts, Layout
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.suggestions import format_unknown_name
-from quantkit.models import expert_checks, layout_checks
+from quantkit.models import layout_checks
 from quantkit.models.inspect import (
     inspect_layout,
     keep_linears,
@@ -40,7 +40,7 @@ from quantkit.models.text_part import find_parts, name_in_model, put_parts_back
 def derive_architecture(config: Config, names: Collection[str] = ()) -> Architecture:
     """Derive the architecture of a model type without a table.
 
-    names: those of the checkpoint's tensors, which say where a wrapper's text model lies.
+    names: those of the checkpoint's tensors, which locate the text model of a wrapper.
 
     Raises UsageError if transformers does not know the type either, CheckpointError with the first
     check that fails.
@@ -82,15 +82,15 @@ def derive_layout(config: Config, names: Collection[str] = ()) -> Layout:
     try:
         stored, tensors = find_stored_names(small_model, make_random_tensors(small_model), disk)
         layout = inspect_layout(config, meta_model, measure_parts(meta_model, stored))
-        small = inspect_layout(config, small_model, stored)
-        small = expert_checks.check_experts(small_model, small, tensors, layout_checks.LENGTHS)
+        small = inspect_layout(config, small_model, stored, is_small=True)
     except UnknownForm as fault:
         raise make_refusal(config, str(fault)) from fault
-    runs_alone = layout_checks.check_logits(config, small_model, small, tensors)
-    findings = layout_checks.inspect_blocks(config, small_model, small, tensors)
+    proof = layout_checks.prove_layout(config, small_model, small, tensors)
     blocks = tuple(
-        finish_block(config, block, found, like.experts, meta_model.config)
-        for block, like, found in zip(layout.blocks, small.blocks, findings, strict=True)
+        finish_block(config, block, findings, small_block.experts, meta_model.config)
+        for block, small_block, findings in zip(
+            layout.blocks, proof.layout.blocks, proof.findings, strict=True
+        )
     )
     try:
         parts = find_parts(whole, meta_model.left_out, named, converted, list_tensors(layout))
@@ -99,9 +99,11 @@ def derive_layout(config: Config, names: Collection[str] = ()) -> Layout:
     return replace(
         layout,
         blocks=blocks,
-        equal_lengths=runs_alone,
+        equal_lengths=proof.runs_alone,
+        tables=proof.tables,
         parts=parts,
         eager_heads=count_eager_heads(meta_model),
+        state_width=get_state_width(meta_model, layout),
     )
 
 
@@ -111,25 +113,35 @@ def count_eager_heads(meta_model: MetaModel) -> int:
     return (read_size(meta_model.config, "num_attention_heads") or 0) * is_eager
 
 
+def get_state_width(meta_model: MetaModel, layout: Layout) -> int:
+    """Return the numbers per token between two blocks, 0 if they are those of an embedding."""
+    width = meta_model.outer.form.width
+    return 0 if width == layout.embedding.in_features else width
+
+
 def finish_block(
-    config: Config, block: Block, found: BlockFindings, like: Experts | None, hf_config: Any
+    config: Config,
+    block: Block,
+    findings: BlockFindings,
+    small_experts: Experts | None,
+    hf_config: Any,
 ) -> Block:
-    """Return a block of the real model with what its like in the small instance has shown."""
-    block = keep_linears(config, mark_routers(block, found.routers), found.uncalled)
-    if block.experts and like:
-        router = next((x for x in found.routers), like.router)
+    """Return a block of the real model with the findings on its counterpart in the small one."""
+    block = keep_linears(config, mark_routers(block, findings.routers), findings.uncalled)
+    if block.experts and small_experts:
+        router = next((x for x in findings.routers), small_experts.router)
         block = replace(
             block,
             experts=replace(
                 block.experts,
                 router=router,
-                top_k=like.top_k,
-                scales_down=like.scales_down,
-                inside=like.inside,
-                scaled_inputs=like.scaled_inputs,
+                top_k=small_experts.top_k,
+                scales_down=small_experts.scales_down,
+                inside=small_experts.inside,
+                scaled_inputs=small_experts.scaled_inputs,
             ),
         )
-    return replace(block, groups=layout_checks.make_groups(block, found.readings, hf_config))
+    return replace(block, groups=layout_checks.make_groups(block, findings.readings, hf_config))
 
 
 def make_checked_model(config: Config, values: Config) -> MetaModel:

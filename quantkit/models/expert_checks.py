@@ -25,6 +25,7 @@ from quantkit.models.layers import (
     MetaModel,
     get_layer_name,
     load_tensors,
+    make_random_rows,
     run_layer,
     split_scaled_inputs,
 )
@@ -36,7 +37,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class FullRun:
-    """transformers' layer with its experts: states after it [tokens, hidden], and each call of the
+    """transformers' layer with its experts: rows after it [tokens, width], and each call of the
     experts' module with its answer.
     """
 
@@ -50,12 +51,11 @@ def check_experts(
     tensors: Mapping[str, Tensor],
     lengths: Sequence[int],
 ) -> Layout:
-    """Return the layout of the instance with the experts of each block as they are proven to run.
+    """Return the layout of the instance with the checked experts of each block.
 
     tensors: of the instance, by full name. Raises UnknownForm.
     """
-    shape = (sum(lengths), layout.embedding.in_features)
-    rows = torch.randn(shape, generator=torch.Generator().manual_seed(4))  # [tokens, hidden]
+    rows = make_random_rows(meta_model.outer, lengths, seed=4)  # [tokens, width]
     blocks = tuple(
         check_block(meta_model, block, tensors, rows, lengths) if block.experts else block
         for block in layout.blocks
@@ -70,7 +70,7 @@ def check_block(
     rows: Tensor,
     lengths: Sequence[int],
 ) -> Block:
-    """Return a block with proven experts; raises UnknownForm."""
+    """Return a block with checked experts; raises UnknownForm."""
     experts, gating = block.experts, make_gating(meta_model, block)
     assert experts is not None and gating is not None  # the caller has checked
     module, own = experts.module, {k: x for k, x in tensors.items() if is_in(k, block)}
@@ -89,12 +89,16 @@ def check_block(
             f"its experts {module} are not called with the states of every token, the selected "
             "experts and their weights"
         )
+    form = meta_model.outer.form
     block = replace(block, experts=replace(experts, top_k=arguments[1].shape[1]))
+    if form.hidden.width != experts.hidden:  # several streams, or a projection after the experts
+        block = keep_inside(block)
     run = run_block(meta_model, block, own, rows, lengths)
     check_sum(module, run, arguments, answer)
-    if not is_close(run.out, full.out):
+    if not is_close(form.get_hidden(run.out), form.get_hidden(full.out)):
         block = keep_inside(block)
-        if not is_close(run_block(meta_model, block, own, rows, lengths).out, full.out):
+        run = run_block(meta_model, block, own, rows, lengths)
+        if not is_close(form.get_hidden(run.out), form.get_hidden(full.out)):
             raise UnknownForm(
                 f"with the sum of {module} returned by a tap, its layer gives other states than "
                 "transformers' own"
@@ -117,7 +121,7 @@ def run_full_layer(
     rows: Tensor,
     lengths: Sequence[int],
 ) -> FullRun:
-    """Run transformers' layer with its own experts; record what these are given and return."""
+    """Run transformers' layer with its own experts; record their inputs and outputs."""
     assert block.experts is not None  # the caller has checked
     layer = copy.deepcopy(meta_model.model.get_submodule(block.path))
     state = full_model.iterate_block_state(meta_model, block, tensors.__getitem__, ())
@@ -165,9 +169,9 @@ def check_sum(module: str, run: BlockRun, arguments: tuple[Any, ...], answer: Te
         )
 
 
-def is_close(found: Tensor, expected: Tensor) -> bool:
+def is_close(actual: Tensor, expected: Tensor) -> bool:
     """Return whether two tensors agree but for rounding."""
-    difference = float((found.float() - expected.float()).norm())
+    difference = float((actual.float() - expected.float()).norm())
     return difference <= TOLERANCE * float(expected.float().norm())
 
 

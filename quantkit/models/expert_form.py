@@ -1,4 +1,4 @@
-"""How transformers holds the experts of a layer: flags of its module, or what shapes tell."""
+"""How transformers holds the experts of a layer: flags of its module, or its shapes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def is_experts_module(module: nn.Module) -> bool:
 def read_form(module: Any) -> ExpertForm | None:
     """Return the form of an experts module; None for one that no reader here knows.
 
-    A class without transformers' flags has gate, then up, or up alone, as its shapes tell; whether
-    it runs so is checked on a small instance.
+    A class without transformers' flags has gate, then up, or up alone, according to its shapes; a
+    small instance is run to check that.
     """
     has_gate = bool(getattr(module, "has_gate", "gate_up_proj" in module._parameters))
     first = "gate_up_proj" if has_gate else "up_proj"

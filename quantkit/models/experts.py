@@ -82,8 +82,8 @@ def find_experts_module(model: Any, block: Block, experts: Experts) -> nn.Module
 class BlockRun:
     """A block run with its experts, in the layer's padded positions.
 
-    out: states after the block [tokens, hidden]; routed: what the experts were given, None without
-    experts; total: their sum [positions, hidden].
+    out: rows of states after the block [tokens, width]; routed: the input of the experts, None
+    without experts; total: their sum [positions, hidden].
     """
 
     out: Tensor
@@ -108,6 +108,22 @@ def sum_experts(
     return total
 
 
+def run_router(
+    meta_model: MetaModel,
+    block: Block,
+    tensors: Mapping[str, Tensor],
+    rows: Tensor,
+    lengths: Sequence[int],
+) -> RouterOutput | None:
+    """Return what a block gives its experts, None without any: rows [tokens, width].
+
+    tensors: of the block without its experts, by full name.
+    """
+    layer = make_decoder_layer(meta_model, block, tensors)
+    run_layer(meta_model, layer, rows, lengths)
+    return layer.tap.last if layer.tap else None
+
+
 def project(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """Return the output [n, out] of the linear `name` among `tensors`, with its bias if any."""
     y = x @ tensors[f"{name}.weight"].T
@@ -128,7 +144,7 @@ def run_block(
     rows: Tensor,
     lengths: Sequence[int],
 ) -> BlockRun:
-    """Run a block as a build does, with all its experts in memory: rows [tokens, hidden].
+    """Run a block as a build does, with all its experts in memory: rows [tokens, width].
 
     tensors: of the block, by full name.
     """
@@ -143,7 +159,8 @@ def run_block(
     if experts.inside:
         out = run_layer_with_sum(meta_model, layer, rows, lengths, total[valid])
     else:
-        out = out + total[valid]
+        out = out.clone()
+        out[:, : experts.hidden] += total[valid].to(out)  # ids follow the states
     return BlockRun(out=out, routed=routed, total=total)
 
 

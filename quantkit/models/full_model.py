@@ -16,6 +16,7 @@ from torch import Tensor
 from quantkit import registry
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Block, Experts, Layout, Scheme
+from quantkit.models import layers
 from quantkit.models.expert_form import BIAS, read_form
 from quantkit.models.experts import find_experts_module
 from quantkit.models.layers import MetaModel, get_layer_name, join_parts, load_tensors
@@ -103,13 +104,7 @@ def cast_tensors(
 
     A tied head is the embedding.
     """
-    buffers = {name for name, _ in model.named_buffers()}
-    state = {
-        name: tensor.to(
-            device=meta_model.device, dtype=torch.float32 if name in buffers else meta_model.dtype
-        )
-        for name, tensor in tensors
-    }
+    state = layers.cast_tensors(model, tensors, meta_model.device, meta_model.dtype)
     stored, name = name_head(meta_model, layout)
     if layout.head is None:
         state[name] = state[layout.get_path(stored)]

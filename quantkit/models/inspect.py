@@ -2,8 +2,8 @@
 
 The only assumptions: an embedding, a list of blocks, a linear head. In the blocks each `nn.Linear`
 can be quantized, and each projection of routed experts; vectors, convolutions and small matrices
-are kept, and so is everything outside the blocks. Names do not tell which linears share an input
-or which of them route: `layout_checks` runs the blocks for that, so groups are empty here.
+are kept, and so is everything outside the blocks. Names do not show which linears share an input
+or route tokens: `layout_checks` runs the blocks to determine that, so groups are empty here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import registry
+from quantkit.checkpoint.tensors import get_dtype_name
 from quantkit.contracts import Block, Config, Experts, Layout, Linear, Role, TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.formats.common.engine_names import FUSED_MODULES, LM_HEAD
@@ -30,6 +31,7 @@ MAX_REASON_CHARS = 300
 """Longest reason in a message: transformers' errors can be long."""
 
 PARAMETERS = ("weight", "bias")
+INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 MAX_KEPT_SHARE = 0.1
 """Largest part of a block's weights in convolutions, decay rates, gates: in all but linears."""
 
@@ -45,21 +47,24 @@ def make_refusal(config: Config, reason: str) -> CheckpointError:
     )
 
 
-def inspect_layout(config: Config, meta_model: MetaModel, names: StoredNames) -> Layout:
+def inspect_layout(
+    config: Config, meta_model: MetaModel, names: StoredNames, is_small: bool = False
+) -> Layout:
     """Return the layout of transformers' model of `config`, with empty groups.
 
-    Every tensor is claimed once, under its name in the checkpoint. Raises CheckpointError with the
+    is_small: it is an instance of small widths, whose small matrices may be a large part. Every
+    tensor is claimed once, under its name in the checkpoint. Raises CheckpointError with the
     first module or tensor that has no place in it.
     """
     model = meta_model.model
     embedding, head = model.get_input_embeddings(), get_head(model)
     if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
-        found = f"{type(embedding).__name__} and {type(head).__name__}"
-        raise make_refusal(config, f"expected an embedding and a linear head, found {found}")
+        classes = f"{type(embedding).__name__} and {type(head).__name__}"
+        raise make_refusal(config, f"expected an embedding and a linear head, found {classes}")
     name, stack = find_layers(model)
     stored = names.tensors
     blocks = tuple(
-        inspect_block(config, f"{name}.{number}", layer, names)
+        inspect_block(config, f"{name}.{number}", layer, names, is_small)
         for number, layer in enumerate(stack)
     )
     ends = {x: f"{get_module_name(model, x)}.weight" for x in (embedding, head)}
@@ -79,8 +84,7 @@ def inspect_layout(config: Config, meta_model: MetaModel, names: StoredNames) ->
         ),
         blocks=blocks,
         final_tensors=tuple(
-            TensorSpec(name=stored[tensor], dtype="BF16", shape=tuple(spec.shape))
-            for tensor, spec in rest.items()
+            make_kept_spec(stored[tensor], spec, tuple(spec.shape)) for tensor, spec in rest.items()
         ),
         # its bias, if any, is a final tensor: a tied head may have one too
         head=None
@@ -121,8 +125,8 @@ def make_linear(name: str, linear: nn.Linear, role: Role) -> Linear:
 def name_block(path: str, layer: nn.Module, stored: StoredNames) -> str:
     """Return the name in the checkpoint of a block, whose name in transformers is `path`.
 
-    It is what a tensor with the same local name has in front; without one, what all names have in
-    front up to the block's number.
+    It is the prefix of a tensor whose local name is the same; if there is none, the prefix that all
+    names share, up to the block's number.
     """
     names = list[str]()
     for tensor in layer.state_dict():
@@ -135,10 +139,12 @@ def name_block(path: str, layer: nn.Module, stored: StoredNames) -> str:
     return f"{owners.pop()}.{number}" if len(owners) == 1 else path
 
 
-def inspect_block(config: Config, path: str, layer: nn.Module, stored: StoredNames) -> Block:
+def inspect_block(
+    config: Config, path: str, layer: nn.Module, stored: StoredNames, is_small: bool
+) -> Block:
     """Return the layout of a block; raises CheckpointError for matrices other than linears.
 
-    path: the block's name in transformers.
+    path: the block's name in transformers; is_small: as for `inspect_layout`.
     """
     name = name_block(path, layer, stored)
     modules = {
@@ -160,7 +166,8 @@ def inspect_block(config: Config, path: str, layer: nn.Module, stored: StoredNam
     claimed = {f"{x}.{kind}" for x in modules for kind in PARAMETERS}
     claimed |= {f"{x}.{kind}" for x in mixtures for kind in list_parameters(layer.get_submodule(x))}
     kept = {x: tensor for x, tensor in layer.state_dict().items() if x not in claimed}
-    check_kept_tensors(config, name, layer, kept)
+    if not is_small:
+        check_kept_tensors(config, name, layer, kept)
     joined = {x: stored.joined[f"{path}.{x}"] for x in kept if f"{path}.{x}" in stored.joined}
     others = list_kept_specs(path, kept, stored)
     experts = [make_experts(layer.get_submodule(x), y) for x, y in mixtures.items()]
@@ -198,14 +205,14 @@ def find_mixtures(
 
     Raises CheckpointError for several.
     """
-    found = {
+    mixtures = {
         local: stored.experts[f"{path}.{local}"]
         for local, _ in layer.named_modules()
         if f"{path}.{local}" in stored.experts
     }
-    if len(found) > 1:
-        raise make_refusal(config, f"{path} has experts in {' and '.join(found)}")
-    return found
+    if len(mixtures) > 1:
+        raise make_refusal(config, f"{path} has experts in {' and '.join(mixtures)}")
+    return mixtures
 
 
 def find_linear_name(config: Config, module: str, stored: StoredNames) -> str:
@@ -222,7 +229,7 @@ def list_parameters(module: nn.Module) -> list[str]:
 
 
 def list_kept_specs(path: str, kept: Mapping[str, Tensor], stored: StoredNames) -> list[TensorSpec]:
-    """Return the tensors of a block that are no linears, as stored.
+    """Return the tensors of a block other than those of linears, as stored.
 
     path: the block's name in transformers; kept: by name in transformers' layer.
     """
@@ -233,8 +240,16 @@ def list_kept_specs(path: str, kept: Mapping[str, Tensor], stored: StoredNames) 
         sizes = stored.rows.get(full) or tuple(tensor.shape[:1])
         for part, rows in zip(names, sizes or (0,), strict=True):
             shape = (rows, *tensor.shape[1:]) if tensor.dim() else ()
-            specs.append(TensorSpec(name=part, dtype="BF16", shape=shape))
+            specs.append(make_kept_spec(part, tensor, shape))
     return specs
+
+
+def make_kept_spec(name: str, tensor: Tensor, shape: tuple[int, ...]) -> TensorSpec:
+    """Return the spec of a tensor that is kept: integers, such as a table of experts by token, have
+    their own dtype.
+    """
+    dtype = "BF16" if tensor.is_floating_point() else get_dtype_name(tensor.dtype)
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
 
 
 def list_renames(name: str, stored: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
@@ -300,8 +315,8 @@ def get_role(path: str, has_experts: bool = False) -> Role:
 
 
 def mark_routers(block: Block, names: Collection[str]) -> Block:
-    """Return a block in which these modules are linears of a router, which no rule quantizes by
-    accident: linears, or kept matrices of a router's own class.
+    """Return a block in which these modules have the role "router", which no general rule
+    selects: linears, or kept matrices of a router's own class.
     """
     matrices = {
         spec.name.removesuffix(".weight"): spec for spec in block.others if len(spec.shape) == 2
@@ -326,17 +341,18 @@ def check_kept_tensors(
 ) -> None:
     """Check that the tensors of a block other than linears and experts can be kept as they are.
 
-    kept: by name in transformers. Buffers do not count: they are no weights. Raises
-    CheckpointError.
+    kept: by name in transformers. Buffers and embeddings do not count: nothing multiplies them.
+    Raises CheckpointError.
     """
-    buffers = {x for x, _ in layer.named_buffers()}
+    tables = {x for x, _ in layer.named_buffers()}
+    tables |= {f"{x}.weight" for x, y in layer.named_modules() if isinstance(y, nn.Embedding)}
     for path, tensor in kept.items():
-        if not tensor.is_floating_point():
+        if not (tensor.is_floating_point() or tensor.dtype in INTEGERS):
             raise make_refusal(
                 config, f"{name}.{path} has {tensor.dtype} values, which no reader knows"
             )
-    total = sum(x.numel() for path, x in layer.state_dict().items() if path not in buffers)
-    matrices = {path: x for path, x in kept.items() if x.dim() > 1 and path not in buffers}
+    total = sum(x.numel() for path, x in layer.state_dict().items() if path not in tables)
+    matrices = {path: x for path, x in kept.items() if x.dim() > 1 and path not in tables}
     sizes = {f"{name}.{path}": tuple(x.shape) for path, x in matrices.items()}
     check_kept_share(config, name, sizes, total, "are not in an nn.Linear")
 
@@ -355,7 +371,7 @@ def check_kept_share(
 
 
 def keep_linears(config: Config, block: Block, names: Collection[str]) -> Block:
-    """Return a block in which these linears are tensors that are kept as they are.
+    """Return a block that keeps the tensors of these linears as they are.
 
     Raises CheckpointError if they are more than a small part of it, as experts are.
     """
@@ -384,7 +400,7 @@ def keep_linears(config: Config, block: Block, names: Collection[str]) -> Block:
 
 @cache
 def is_linear_class(kind: type[nn.Linear]) -> bool:
-    """Return whether modules of a class compute x W^T + b, shown by a small one of torch's own."""
+    """Return whether a class computes x W^T + b, tested with the weights of a small nn.Linear."""
     if kind is nn.Linear:
         return True
     generator = torch.Generator().manual_seed(0)
@@ -392,7 +408,7 @@ def is_linear_class(kind: type[nn.Linear]) -> bool:
     try:
         with torch.no_grad():
             return bool(torch.allclose(kind.forward(linear, x), linear(x), atol=1e-6))
-    except (AttributeError, TypeError, RuntimeError, ValueError):  # it needs what this class adds
+    except (AttributeError, TypeError, RuntimeError, ValueError):  # it uses attributes of its own
         return False
 
 

@@ -12,19 +12,22 @@ from quantkit.contracts import Layout
 from quantkit.models.experts import run_block
 from quantkit.models.layers import MetaModel
 from quantkit.models.outer_model import find_layers
+from quantkit.models.state_rows import StateForm
 
 
-def record_states(model: Any, sequences: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Return the states before each layer and after the last one [tokens, hidden], per sequence."""
+def record_states(model: Any, form: StateForm, sequences: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return the states before each layer and after the last one [tokens, width], per sequence."""
     states: list[Tensor] = []
     last: list[Tensor] = []
+    text: list[Tensor] = []
 
     def before(_layer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
-        states.append(hidden[0])
+        states.append(form.pack(hidden, text[0])[0])
 
     def after(_layer: Any, _arguments: Any, out: Any) -> None:
-        last[:] = [out[0][0] if isinstance(out, tuple) else out[0]]
+        hidden = out[0] if isinstance(out, tuple) else out
+        last[:] = [form.pack(hidden, text[0])[0]]
 
     _, layers = find_layers(model)
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
@@ -33,6 +36,7 @@ def record_states(model: Any, sequences: Sequence[Tensor]) -> list[list[Tensor]]
     try:
         for ids in sequences:
             states.clear()
+            text[:] = [ids[None]]
             with torch.no_grad():
                 model(ids[None], use_cache=False)
             result.append([*states, *last])
@@ -52,9 +56,9 @@ def compare_blocks(
     """Return the largest relative change of a block's output, each run on transformers' own states.
 
     In deep mixtures rounding changes the routing of single tokens, and then everything after it.
-    states: of each sequence, before each block and after the last one [tokens, hidden].
+    states: of each sequence, before each block and after the last one [tokens, width].
     """
-    largest = 0.0
+    largest, form = 0.0, meta_model.outer.form
     for number, block in enumerate(layout.blocks):
         own = {name: x for name, x in tensors.items() if name.startswith(f"{block.name}.")}
         first = 0
@@ -62,6 +66,7 @@ def compare_blocks(
             parts = states[first : first + len(batch)]
             first += len(batch)
             rows, expected = (torch.cat([x[n] for x in parts]) for n in (number, number + 1))
-            out = run_block(meta_model, block, own, rows, batch).out
+            out = form.get_hidden(run_block(meta_model, block, own, rows, batch).out)
+            expected = form.get_hidden(expected)
             largest = max(largest, float((out - expected).norm() / expected.norm()))
     return largest

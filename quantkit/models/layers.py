@@ -42,10 +42,11 @@ class MetaModel:
     config: Any  # transformers PretrainedConfig of the text model
     model: Any  # transformers' causal language model on the meta device
     full_config: Any  # of the wrapper, if the text model lies in one
-    outer: OuterModel  # what the model gives its layers, in `dtype` on `device`
+    outer: OuterModel  # the model around the layers, in `dtype` on `device`
     device: torch.device
     dtype: torch.dtype
     left_out: Mapping[str, nn.Module] = field(default_factory=dict)  # a wrapper's parts, by name
+    tables: Mapping[str, Tensor] = field(default_factory=dict)  # weights that arguments depend on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +148,18 @@ def cast_meta_model(meta_model: MetaModel, dtype: torch.dtype) -> MetaModel:
     """Return the model to compute in another dtype."""
     if dtype == meta_model.dtype:
         return meta_model
-    outer = make_outer_model(meta_model.model, meta_model.device, dtype)
+    outer = make_outer_model(meta_model.model, meta_model.device, dtype, meta_model.tables)
     return replace(meta_model, outer=outer, dtype=dtype)
+
+
+def load_tables(meta_model: MetaModel, tables: Mapping[str, Tensor]) -> MetaModel:
+    """Return the model with weights outside its layers on which the arguments of layers depend,
+    such as a learned factor of a rotary table; by their names in transformers.
+    """
+    if not tables:
+        return meta_model
+    outer = load_outer_model(meta_model, tables)
+    return replace(meta_model, outer=outer, tables=tables)
 
 
 def load_outer_model(meta_model: MetaModel, tensors: Mapping[str, Tensor]) -> OuterModel:
@@ -175,16 +186,32 @@ def make_decoder_layer(
     for name, module in list(layer.named_modules()):
         if type(module) is nn.Linear:
             layer.set_submodule(name, MatmulLinear(module.weight, module.bias))
-    buffers = {name for name, _ in layer.named_buffers()}
-    state = {
-        name: tensor.to(
-            device=meta_model.device,
-            dtype=torch.float32 if name in buffers else meta_model.dtype,
-        )
-        for name, tensor in join_parts(block, tensors.items())
-    }
+    named = join_parts(block, tensors.items())
+    state = cast_tensors(layer, named, meta_model.device, meta_model.dtype)
     load_tensors(layer, state, block.name)
     return DecoderLayer(name=block.path, module=layer, tap=tap)
+
+
+def cast_tensors(
+    module: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Return the tensors of a module by its names on a device, in `dtype`; buffers in float32,
+    integers in the module's dtype.
+    """
+    own: dict[str, Tensor] = module.state_dict()
+    buffers = {name for name, _ in module.named_buffers()}
+
+    def get_dtype(name: str, tensor: Tensor) -> torch.dtype:
+        if name in own and not own[name].is_floating_point():
+            return own[name].dtype
+        return torch.float32 if name in buffers else dtype
+
+    return {
+        name: tensor.to(device=device, dtype=get_dtype(name, tensor)) for name, tensor in tensors
+    }
 
 
 def make_tap(experts: Experts) -> ExpertTap:
@@ -220,15 +247,17 @@ def join_parts(block: Block, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[
     tensors: by full name.
     """
     owner = {part: (name, parts) for name, parts in block.joined for part in parts}
-    waiting: dict[str, Tensor] = {}
+    waiting: dict[str, dict[str, Tensor]] = {}
     for full, tensor in tensors:
         if full not in owner:
             yield get_layer_name(block, full), tensor
             continue
-        waiting[full] = tensor
         name, parts = owner[full]
-        if all(part in waiting for part in parts):
-            yield name, torch.cat([waiting.pop(part) for part in parts])  # along the rows
+        present = waiting.setdefault(name, {})
+        present[full] = tensor
+        if len(present) == len(parts):
+            del waiting[name]
+            yield name, torch.cat([present[part] for part in parts])  # along the rows
 
 
 @contextmanager
@@ -261,20 +290,18 @@ def run_layer(
 ) -> tuple[Tensor, Tensor]:
     """Run a layer over concatenated sequences, with the arguments of transformers' own forward.
 
-    rows [tokens, hidden] -> (output [tokens, hidden], valid [sequences * longest] bool: the padded
-    positions that are tokens). Sequences are padded on the right: under causal attention no token
-    sees the padding.
+    rows of states (`outer.form`) [tokens, width] -> (rows after it [tokens, width], valid
+    [sequences * longest] bool: the padded positions that are tokens). Sequences are padded on the
+    right: under causal attention no token sees the padding.
     """
     valid = make_padding_mask(lengths, meta_model.device)  # [sequences, longest]
-    hidden = torch.zeros(
-        *valid.shape, rows.shape[-1], dtype=meta_model.dtype, device=meta_model.device
-    )
-    # [tokens, h] -> [sequences, longest, h]
-    hidden[valid] = rows.to(device=meta_model.device, dtype=meta_model.dtype)
+    form = meta_model.outer.form
+    padded = torch.zeros(*valid.shape, form.width, dtype=form.dtype, device=meta_model.device)
+    padded[valid] = rows.to(padded)  # [tokens, width] -> [sequences, longest, width]
     call = meta_model.outer.record(*valid.shape)[layer.name]
     with torch.no_grad():
-        out = call.run(layer.module, hidden)
-    return out[valid], valid.reshape(-1)  # [sequences, longest, h] -> [tokens, h]
+        out = call.run(layer.module, form, padded)
+    return out[valid], valid.reshape(-1)  # [sequences, longest, width] -> [tokens, width]
 
 
 def run_layer_with_sum(
@@ -284,7 +311,7 @@ def run_layer_with_sum(
     lengths: Sequence[int],
     total: Tensor,
 ) -> Tensor:
-    """Return the states after a layer whose experts return `total`; both [tokens, hidden]."""
+    """Return rows after a layer whose experts return `total`: [tokens, width], [tokens, hidden]."""
     assert layer.tap is not None  # the caller has experts
     valid = make_padding_mask(lengths, meta_model.device)  # [sequences, longest]
     answer = torch.zeros(*valid.shape, total.shape[-1], device=meta_model.device)
@@ -297,12 +324,23 @@ def run_layer_with_sum(
 
 
 def embed_tokens(outer: OuterModel, ids: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return the states at the first layer of concatenated sequences: [tokens] -> [tokens, h]."""
+    """Return rows at the first layer of concatenated sequences: [tokens] -> [tokens, width]."""
     valid = make_padding_mask(lengths, ids.device)  # [sequences, longest]
     padded = torch.zeros(valid.shape, dtype=torch.long, device=ids.device)
     padded[valid] = ids.long()
-    hidden = outer.embed(padded)  # [sequences, longest, h]
-    return hidden[valid.to(hidden.device)]  # [tokens, h]
+    rows = outer.embed(padded)  # [sequences, longest, width]
+    return rows[valid.to(rows.device)]  # [tokens, width]
+
+
+def make_random_rows(outer: OuterModel, lengths: Sequence[int], seed: int) -> Tensor:
+    """Return rows [tokens, width] of random states at the layers, for checks; ids are below 64."""
+    generator = torch.Generator().manual_seed(seed)
+    count, form = sum(lengths), outer.form
+    hidden = torch.randn((count, form.hidden.width), generator=generator)
+    if not form.has_ids:
+        return hidden
+    ids = torch.randint(0, 64, (count, 1), generator=generator)
+    return torch.cat([hidden, ids.float()], -1)
 
 
 def make_padding_mask(lengths: Sequence[int], device: torch.device) -> Tensor:

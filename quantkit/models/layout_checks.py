@@ -25,20 +25,23 @@ from torch import Tensor, nn
 
 from quantkit.contracts import Absorber, Block, Config, Layout, Linear, LinearGroup
 from quantkit.errors import CheckpointError
-from quantkit.models import full_model, layer_states, scaling
-from quantkit.models.experts import BlockRun, run_block, select_dense_tensors
+from quantkit.models import expert_checks, full_model, layer_states, scaling
+from quantkit.models.experts import BlockRun, run_block, run_router, select_dense_tensors
 from quantkit.models.inspect import make_refusal, mark_routers
 from quantkit.models.layers import (
     MetaModel,
     embed_tokens,
     get_layer_name,
     load_outer_model,
+    load_tables,
     make_decoder_layer,
+    make_random_rows,
     run_layer,
 )
 from quantkit.models.outer_model import name_tensors
 from quantkit.models.row_maps import list_row_maps
 from quantkit.models.small_instance import VOCABULARY
+from quantkit.models.stored_names import UnknownForm
 
 LENGTHS = (20, 13)
 """Tokens of the two sequences: unequal, to test padding, and longer than the window."""
@@ -63,6 +66,41 @@ class InputReaders:
     routed_experts: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What the instance has shown: its layout with proven experts, whether sequences must run
+    alone, the final tensors on which arguments of blocks depend, and the findings of each block.
+    """
+
+    layout: Layout
+    runs_alone: bool
+    tables: tuple[str, ...]
+    findings: Sequence[BlockFindings]
+
+
+def prove_layout(
+    config: Config, meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
+) -> Proof:
+    """Check a layout on the instance; tensors: by stored name.
+
+    Raises CheckpointError with the first property that it does not have.
+    """
+    try:
+        tables = find_tables(meta_model, layout, tensors)
+        meta_model = load_tables(meta_model, {layout.get_path(x): tensors[x] for x in tables})
+        layout = expert_checks.check_experts(meta_model, layout, tensors, LENGTHS)
+        runs_alone = check_logits(config, meta_model, layout, tensors)
+    except CheckpointError:
+        raise
+    except UnknownForm as fault:
+        raise make_refusal(config, str(fault)) from fault
+    except Exception as fault:  # an argument that transformers' layer needs
+        reason = meta_model.outer.find_exchange() or f"{type(fault).__name__}: {fault}"
+        raise make_refusal(config, f"its layers cannot be run one by one ({reason})") from fault
+    findings = inspect_blocks(config, meta_model, layout, tensors)
+    return Proof(layout=layout, runs_alone=runs_alone, tables=tables, findings=findings)
+
+
 def select_block_tensors(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a block's tensors by full name."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith(f"{block.name}.")}
@@ -76,40 +114,52 @@ def check_logits(
 ) -> bool:
     """Compare logits of both ways to run the instance; return whether sequences must run alone.
 
-    Raises CheckpointError if the logits differ even so, or if a layer cannot be run alone.
+    Raises CheckpointError if the logits differ even so, and what transformers' layers raise.
     """
     lengths = [length for batch in BATCHES for length in batch]
     ids = torch.randint(0, VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(1))
-    try:
-        model = full_model.make_model(meta_model, layout, tensors.__getitem__)
-        with torch.no_grad():
-            parts = [model(part[None], use_cache=False).logits[0] for part in ids.split(lengths)]
-        expected = torch.cat(parts)  # [tokens, vocabulary]
-        check_arguments(config, meta_model, layout, tensors)
-        changes = []
-        for batches in (BATCHES, tuple((length,) for length in lengths)):
-            logits = compute_logits(meta_model, layout, tensors, ids, batches)
-            changes.append(float((logits - expected).norm() / expected.norm()))
-            if changes[-1] <= LOGITS_TOLERANCE:
-                return len(changes) > 1
-        if any(block.experts for block in layout.blocks):
-            states = layer_states.record_states(model, ids.split(lengths))
-            changes.append(
-                layer_states.compare_blocks(meta_model, layout, tensors, states, BATCHES)
-            )
-            if changes[-1] <= LOGITS_TOLERANCE:
-                return False
-    except CheckpointError:
-        raise
-    except Exception as fault:  # an argument that transformers' layer needs
-        raise make_refusal(
-            config, f"its layers cannot be run one by one ({type(fault).__name__}: {fault})"
-        ) from fault
+    model = full_model.make_model(meta_model, layout, tensors.__getitem__)
+    with torch.no_grad():
+        parts = [model(part[None], use_cache=False).logits[0] for part in ids.split(lengths)]
+    expected = torch.cat(parts)  # [tokens, vocabulary]
+    check_arguments(config, meta_model, layout, tensors)
+    changes = []
+    for batches in (BATCHES, tuple((length,) for length in lengths)):
+        logits = compute_logits(meta_model, layout, tensors, ids, batches)
+        changes.append(float((logits - expected).norm() / expected.norm()))
+        if changes[-1] <= LOGITS_TOLERANCE:
+            return len(changes) > 1
+    if any(block.experts for block in layout.blocks):
+        states = layer_states.record_states(model, meta_model.outer.form, ids.split(lengths))
+        changes.append(layer_states.compare_blocks(meta_model, layout, tensors, states, BATCHES))
+        if changes[-1] <= LOGITS_TOLERANCE:
+            return False
+    exchange = meta_model.outer.find_exchange()
     raise make_refusal(
         config,
         f"run block by block, a small instance gives other logits than transformers (by "
-        f"{min(changes):.0e} of their size), so its blocks exchange more than hidden states",
+        f"{min(changes):.0e} of their size)" + (f": {exchange}" if exchange else ""),
     )
+
+
+def find_tables(
+    meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """Return the final tensors on which the arguments of layers depend, by their stored names."""
+
+    def record(names: Sequence[str]) -> dict[str, Tensor]:
+        chosen = {layout.get_path(name): tensors[name] for name in names}
+        outer = load_outer_model(meta_model, chosen) if names else meta_model.outer
+        return dict(name_tensors(outer.record(1, max(LENGTHS))))
+
+    def changes(names: Sequence[str]) -> bool:
+        found = record(names)
+        return any(
+            name not in found or not torch.equal(x, found[name]) for name, x in plain.items()
+        )
+
+    plain, names = record(()), [spec.name for spec in layout.final_tensors]
+    return tuple(name for name in names if changes([name])) if changes(names) else ()
 
 
 def select_outer_tensors(
@@ -147,7 +197,8 @@ def compute_logits(
 def check_arguments(
     config: Config, meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Check that what layers are given depends on the shape of a batch, not on its tokens.
+    """Check that what layers are given depends on the shape of a batch, not on its tokens, but for
+    states and token ids.
 
     Raises CheckpointError.
     """
@@ -157,6 +208,8 @@ def check_arguments(
         dict(name_tensors(outer.record_for(torch.full(shape, token)))) for token in (3, 7)
     )
     for name, tensor in first.items():
+        if outer.is_ids_argument(name):
+            continue
         if name not in second or not torch.equal(tensor, second[name]):
             raise make_refusal(
                 config,
@@ -176,16 +229,17 @@ class BlockTrial:
     meta_model: MetaModel
     block: Block
     tensors: Mapping[str, Tensor]  # of the block, by full name
-    rows: Tensor  # [tokens, hidden]
+    rows: Tensor  # of states [tokens, width]
 
     @cached_property
     def out(self) -> Tensor:
-        """Output [tokens, hidden] of the unchanged block."""
+        """States [tokens, n] after the unchanged block."""
         return self.run(self.tensors)
 
     def run(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the output [tokens, hidden] of the block with these tensors."""
-        return run_block(self.meta_model, self.block, tensors, self.rows, LENGTHS).out
+        """Return the states [tokens, n] after the block with these tensors."""
+        run = run_block(self.meta_model, self.block, tensors, self.rows, LENGTHS)
+        return self.meta_model.outer.form.get_hidden(run.out)
 
     @cached_property
     def plain(self) -> BlockRun:
@@ -220,7 +274,7 @@ class BlockTrial:
 
     @cached_property
     def after_experts(self) -> frozenset[str]:
-        """Names of the dense linears whose input depends on what the experts return."""
+        """Names of the dense linears whose input depends on the experts' output."""
         if self.plain.total is None:
             return frozenset()
         other = self.record_calls(self.plain.total)
@@ -301,16 +355,16 @@ class BlockTrial:
                 if x.name.endswith(".weight") and x.shape == (experts.count, experts.hidden)
             ]
             gates += [x.name for x in self.dense if x.out_features == experts.count]
+        in_parts = {part for _, parts in self.block.joined for part in parts}
         matrices = [
             x.name.removesuffix(".weight")
             for x in self.block.others
-            if x.name.endswith(".weight") and len(x.shape) == 2
+            if x.name.endswith(".weight") and len(x.shape) == 2 and x.name not in in_parts
         ]
-        routers = []
+        routers, dense = [], select_dense_tensors(self.block, self.tensors)
         for name in (*own, *matrices):
-            weight = self.tensors[f"{name}.weight"]
-            changed = {**self.tensors, f"{name}.weight": weight.flip(0) * 1.5}
-            run = run_block(self.meta_model, self.block, changed, self.rows, LENGTHS).routed
+            changed = {**dense, f"{name}.weight": dense[f"{name}.weight"].flip(0) * 1.5}
+            run = run_router(self.meta_model, self.block, changed, self.rows, LENGTHS)
             if run is None or not torch.equal(run.hidden, routed.hidden):
                 continue
             if not (
@@ -430,8 +484,8 @@ def find_absorbers(
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFindings:
-    """What the instance shows of one block: readings with absorbers; by full name, linears that are
-    not called once with every token before the experts, and modules of the router.
+    """Findings on one block of the instance: readings with absorbers; by full name, linears that
+    are not called once with every token before the experts, and modules of the router.
     """
 
     readings: tuple[InputReaders, ...]
@@ -446,9 +500,7 @@ def inspect_blocks(
 
     Blocks of one structure first try the readings of the first such block.
     """
-    generator = torch.Generator().manual_seed(3)
-    shape = (sum(LENGTHS), layout.embedding.in_features)
-    rows = torch.randn(shape, generator=generator)  # [tokens, hidden]
+    rows = make_random_rows(meta_model.outer, LENGTHS, seed=3)  # [tokens, width]
     known: dict[tuple[str, ...], tuple[InputReaders, ...]] = {}
     known_routers: dict[tuple[str, ...], tuple[str, ...]] = {}
     result = []

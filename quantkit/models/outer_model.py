@@ -1,4 +1,4 @@
-"""transformers' model around its decoder layers: what it gives them, and what follows them.
+"""transformers' model around its decoder layers: embedding, arguments of the layers, and logits.
 
 A layer is run with the arguments that the model's own forward makes: masks, rotary tables,
 positions. `OuterModel` is transformers' model with a stub in place of each layer. One forward of it
@@ -12,8 +12,8 @@ Padding is on the right and no mask says so: under causal layers no token sees i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,35 +22,44 @@ from transformers import PreTrainedModel
 
 from quantkit.errors import CheckpointError
 from quantkit.models.modules import MatmulLinear, freeze, list_prefixes
+from quantkit.models.state_rows import StateForm, StatePart, find_token_axes
 
 MAX_KEPT_BYTES = 1 << 26
 """Recorded arguments that are kept for the next layer; the largest are masks [n, 1, t, t]."""
-PROBE_SHAPE = (2, 3)
-"""Sequences and tokens of the forward that shows what a layer has to return."""
+PROBE_SHAPES = ((2, 3), (3, 5))
+"""Sequences and tokens of the forwards that determine the form of states and outputs."""
+PROBE_TOKENS = (5, 6)
+"""Token ids that begin two texts: what differs between them depends on the text."""
 MAX_EXTRA_OUTPUTS = 3
 FORM_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What transformers' forward raises when a layer returns another form than it expects."""
+"""Exceptions of transformers' forward when a layer's output has an unexpected form."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCall:
     """One call of a layer without its hidden states.
 
-    `by_name`: the hidden states are passed as `hidden_states=`, not as the first argument.
+    `by_name`: the hidden states are passed as `hidden_states=`, not as the first argument; `ids`:
+    names (`name_tensors`) of the arguments that are the token ids.
     """
 
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
     by_name: bool
+    ids: frozenset[str] = frozenset()
 
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Call `layer` with hidden states [sequences, tokens, hidden]; return those after it."""
+    def run(self, layer: nn.Module, form: StateForm, rows: Tensor) -> Tensor:
+        """Call `layer` with rows of states [sequences, tokens, width]; return those after it."""
+        hidden, ids = form.unpack(rows)
+        arguments, keywords = self.arguments, dict(self.keywords)
+        if ids is not None and self.ids:
+            arguments = replace_tensors(arguments, dict.fromkeys(self.ids, ids))
+            keywords = replace_tensors(keywords, dict.fromkeys(self.ids, ids))
         if self.by_name:
-            out = layer(*self.arguments, **{**self.keywords, "hidden_states": hidden})
+            out = layer(*arguments, **{**keywords, "hidden_states": hidden})
         else:
-            out = layer(hidden, *self.arguments, **self.keywords)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
+            out = layer(hidden, *arguments, **keywords)
+        return form.pack(out[0] if isinstance(out, tuple) else out, ids)
 
 
 class Stub(nn.Module):
@@ -70,8 +79,8 @@ class Stub(nn.Module):
 class LayerStub(Stub):
     """Records the calls of a layer and returns its input, or `answer` if that is set.
 
-    `hidden` are the states of the last call. `n_extra`: what the layer returns after the states,
-    None for a layer that returns no tuple.
+    `hidden` are the states of the last call. `n_extra`: the number of outputs after the states;
+    None for a layer that returns no tuple. `marks`: tensors to return there.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -80,16 +89,19 @@ class LayerStub(Stub):
         self.hidden: Tensor | None = None
         self.answer: Tensor | None = None
         self.n_extra: int | None = None
+        self.marks: tuple[Tensor, ...] = ()
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """Return [sequences, tokens, hidden], in the form that the model expects."""
+        """Return states, in the form that the model expects."""
         by_name = "hidden_states" in keywords
         hidden = keywords.pop("hidden_states") if by_name else arguments[0]
         rest = arguments if by_name else arguments[1:]
         self.calls.append(LayerCall(arguments=rest, keywords=keywords, by_name=by_name))
         self.hidden = hidden
         out = hidden if self.answer is None else self.answer
-        return out if self.n_extra is None else (out, *([None] * self.n_extra))
+        if self.n_extra is None:
+            return out
+        return (out, *(self.marks or [None] * self.n_extra))
 
 
 class EmbeddingStub(Stub):
@@ -137,8 +149,11 @@ class HeadStub(Stub):
 class OuterModel:
     """transformers' model without its layers; see `make_outer_model`.
 
-    Mutable: it keeps the arguments that it recorded last.
+    form: of the rows of states at the layers. Mutable: it keeps the arguments that it recorded
+    last.
     """
+
+    form: StateForm
 
     def __init__(
         self, model: Any, name: str, stubs: Sequence[LayerStub], device: torch.device
@@ -152,6 +167,7 @@ class OuterModel:
             for path, module in model.named_modules()
             if module._non_persistent_buffers_set and not list(module.children())
         ]
+        self._ids = dict[str, frozenset[str]]()  # by name of the layer, see LayerCall
         self._kept: dict[tuple[int, int], dict[str, LayerCall]] = {}
 
     def record(self, sequences: int, tokens: int) -> Mapping[str, LayerCall]:
@@ -159,13 +175,14 @@ class OuterModel:
         shape = (sequences, tokens)
         if shape not in self._kept:
             self._forward(torch.zeros(shape, dtype=torch.long))
-            made = {
-                name: stub.calls[0] for name, stub in zip(self._names, self._stubs, strict=True)
+            calls = {
+                name: replace(stub.calls[0], ids=self._ids[name])
+                for name, stub in zip(self._names, self._stubs, strict=True)
             }
-            self._kept[shape] = made
+            self._kept[shape] = calls
             while count_bytes(self._kept) > MAX_KEPT_BYTES:
                 del self._kept[next(iter(self._kept))]
-            return made
+            return calls
         return self._kept[shape]
 
     def record_for(self, ids: Tensor) -> Mapping[str, LayerCall]:
@@ -174,24 +191,28 @@ class OuterModel:
         return {name: stub.calls[0] for name, stub in zip(self._names, self._stubs, strict=True)}
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the hidden states at the first layer: [sequences, tokens] -> [.., hidden]."""
+        """Return rows of states at the first layer: [sequences, tokens] -> [.., width]."""
         self._forward(ids)
         hidden = self._stubs[0].hidden
         assert hidden is not None  # the probe has shown one call
-        return hidden
+        return self.form.pack(hidden, ids)
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Return logits of states after the last layer: [tokens, hidden] -> [tokens, vocabulary].
+    def compute_logits(self, rows: Tensor) -> Tensor:
+        """Return logits of states after the last layer: [tokens, width] -> [tokens, vocabulary].
 
         Each token is a sequence of its own, so that no mask or table grows with their number.
         """
         last = self._stubs[-1]
-        last.answer = hidden[:, None]  # [tokens, 1, hidden]
+        last.answer, _ = self.form.unpack(rows[:, None])  # of [tokens, 1, width]
         try:
-            logits = self._forward(torch.zeros(len(hidden), 1, dtype=torch.long))
+            logits = self._forward(torch.zeros(len(rows), 1, dtype=torch.long))
         finally:
             last.answer = None
         return logits[:, 0]  # [tokens, 1, vocabulary] -> [tokens, vocabulary]
+
+    def is_ids_argument(self, name: str) -> bool:
+        """Return whether an argument is the token ids; name: as in `name_tensors` of a record."""
+        return any(name == f".{layer}{path}" for layer, x in self._ids.items() for path in x)
 
     def depends_on_length(self, shortest: int, longest: int) -> bool:
         """Return whether a sequence of `shortest` tokens gets other tables in a longer batch.
@@ -205,36 +226,97 @@ class OuterModel:
             if name in long and x.is_floating_point() and x.dim() == long[name].dim()
         )
 
-    def find_outputs(self, width: int) -> None:
-        """Find what the layers have to return; `width` is that of their states.
+    def find_form(self) -> None:
+        """Determine the form of states and of the layers' output, and which arguments are the token
+        ids.
 
-        Raises CheckpointError if no form gives each layer states [sequences, tokens, width] once.
+        Raises CheckpointError if no form gives each layer states of every token once.
         """
         faults, forms = list[str](), list[str]()
         for n_extra in (None, *range(MAX_EXTRA_OUTPUTS + 1)):
             for stub in self._stubs:
                 stub.n_extra = n_extra
             try:
-                logits = self._forward(torch.zeros(PROBE_SHAPE, dtype=torch.long))
+                fault = self._probe()
             except FORM_ERRORS as error:
                 forms.append(f"{type(error).__name__}: {error}")
                 continue
-            fault = self._find_fault(width, logits)
             if fault is None:
                 return
             faults.append(fault)
         raise CheckpointError(f"its layers cannot be run one by one ({(faults or forms)[0]})")
 
-    def _find_fault(self, width: int, logits: Tensor) -> str | None:
+    def _probe(self) -> str | None:
+        """Set `form`; return how a forward differs from one that calls each layer once."""
+        states, texts = list[list[Tensor]](), list[Tensor]()
+        named = list[dict[str, dict[str, Tensor]]]()
+        for shape, first in zip(PROBE_SHAPES, PROBE_TOKENS, strict=True):
+            ids = first + torch.arange(shape[0] * shape[1]).reshape(shape) % 2
+            logits = self._forward(ids)
+            fault = self._find_fault(logits, shape)
+            if fault is not None:
+                return fault
+            states.append([stub.hidden for stub in self._stubs if stub.hidden is not None])
+            texts.append(ids)
+            calls = zip(self._names, self._stubs, strict=True)
+            named.append({name: dict(name_tensors(stub.calls[0])) for name, stub in calls})
+        parts = set[StatePart]()
+        for name, pair in zip(self._names, zip(*states, strict=True), strict=True):
+            axis = find_token_axes([tuple(x.shape) for x in pair], PROBE_SHAPES)
+            if axis is None:
+                return f"{name} is given states {list(pair[0].shape)}, not one of each token"
+            shape = tuple(pair[0].shape)
+            other = (*shape[:axis], *shape[axis + 2 :])
+            parts.add(StatePart(axis=axis, shape=other, dtype=pair[0].dtype))
+        if len(parts) > 1:
+            shapes = " and ".join(sorted(str(list(x.shape)) for x in parts))
+            return f"its layers are given states of different shapes per token: {shapes}"
+        first_named, *others = named
+        self._ids = {
+            name: frozenset(
+                path
+                for path in tensors
+                if all(is_ids(x[name].get(path), ids) for x, ids in zip(named, texts, strict=True))
+            )
+            for name, tensors in first_named.items()
+        }
+        self.form = StateForm(hidden=parts.pop(), has_ids=any(self._ids.values()))
+        return None
+
+    def _find_fault(self, logits: Tensor, shape: tuple[int, int]) -> str | None:
         """Return how the last forward differs from one that calls each layer once."""
         for name, stub in zip(self._names, self._stubs, strict=True):
             if len(stub.calls) != 1:
                 return f"{name} is called {len(stub.calls)} times in one forward"
-            shape = tuple(stub.hidden.shape) if isinstance(stub.hidden, Tensor) else ()
-            if shape != (*PROBE_SHAPE, width):
-                return f"{name} is given states {list(shape)}, not [sequences, tokens, {width}]"
-        is_complete = tuple(logits.shape[:2]) == PROBE_SHAPE
+            if not isinstance(stub.hidden, Tensor):
+                return f"{name} is not given its states as a tensor"
+        is_complete = tuple(logits.shape[:2]) == shape
         return None if is_complete else f"logits {list(logits.shape)} do not cover every token"
+
+    def find_exchange(self) -> str | None:
+        """Return what a layer is given from an earlier one besides its states; None for nothing."""
+        stores = dict[int, str]()
+        for stub in self._stubs:
+            stub.marks = tuple(torch.zeros(()) for _ in range(stub.n_extra or 0))
+        try:
+            self._forward(torch.zeros(PROBE_SHAPES[0], dtype=torch.long))
+        except FORM_ERRORS:  # it computes with what layers return
+            return "its layers are given values that earlier layers return besides their states"
+        finally:
+            marks = {id(x): n for n, stub in enumerate(self._stubs) for x in stub.marks}
+            for stub in self._stubs:
+                stub.marks = ()
+        for name, stub in zip(self._names, self._stubs, strict=True):
+            for path, value in name_tensors(stub.calls[0]):
+                if id(value) in marks:
+                    owner = self._names[marks[id(value)]]
+                    return f"{name} is given {path[1:]}, which {owner} returns besides its states"
+            for key, value in stub.calls[0].keywords.items():
+                if isinstance(value, MutableMapping) and not value:
+                    if id(value) in stores:
+                        return f"its layers are given {key}, which earlier layers fill"
+                    stores[id(value)] = key
+        return None
 
     def _forward(self, ids: Tensor) -> Tensor:
         """Run transformers' forward on token ids [sequences, tokens]; return its logits."""
@@ -265,11 +347,11 @@ def make_outer_model(
         id(head): make_head(model, head, device, dtype, tensors),
         id(model.config): model.config,
     }
-    outer = copy.deepcopy(model, replaced)  # takes what it finds in its second argument
+    outer = copy.deepcopy(model, replaced)  # an object in its second argument is not copied
     for module_name, module in outer.named_modules():
         fill_tensors(module, module_name, device, dtype, tensors)
     result = OuterModel(outer, name, stubs, device)
-    result.find_outputs(embedding.weight.shape[1])
+    result.find_form()
     return result
 
 
@@ -327,7 +409,7 @@ def make_embedding(
     dtype: torch.dtype,
     tensors: Mapping[str, Tensor],
 ) -> Stub:
-    """Make what embeds tokens: the embedding itself if its weight is among `tensors`."""
+    """Make the module that embeds tokens: the embedding itself if its weight is among `tensors`."""
     weight = tensors.get(f"{get_module_name(model, embedding)}.weight")
     if weight is None:
         return EmbeddingStub(embedding, device, dtype)
@@ -382,6 +464,27 @@ def name_tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, tuple | list):
         for number, part in enumerate(value):
             yield from name_tensors(part, f"{path}.{number}")
+
+
+def replace_tensors(value: Any, changes: Mapping[str, Tensor], path: str = "") -> Any:
+    """Return arguments with other tensors in the place of those with these names."""
+    if path in changes:
+        return changes[path]
+    if not any(name.startswith(path) for name in changes):
+        return value
+    if isinstance(value, Mapping):
+        return {key: replace_tensors(x, changes, f"{path}.{key}") for key, x in value.items()}
+    if isinstance(value, tuple | list):
+        parts = [replace_tensors(x, changes, f"{path}.{n}") for n, x in enumerate(value)]
+        return parts if isinstance(value, list) else tuple(parts)
+    return value
+
+
+def is_ids(tensor: Tensor | None, ids: Tensor) -> bool:
+    """Return whether an argument is the token ids [sequences, tokens]."""
+    if tensor is None or tensor.is_floating_point() or tensor.shape != ids.shape:
+        return False
+    return torch.equal(tensor.to(ids), ids)
 
 
 def count_bytes(value: Any) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.hf_config import find_text_key
+from quantkit.checkpoint.hf_config import find_text_key, get_auto_class
 from quantkit.contracts import Config
 from quantkit.models.expert_form import is_experts_module, read_form
 from quantkit.models.layers import MetaModel
@@ -164,10 +164,10 @@ def make_random_tensors(meta_model: MetaModel) -> dict[str, Tensor]:
     scale, norms around 1, biases.
     """
     generator = torch.Generator().manual_seed(0)
-    tensors = {}
+    tensors, integers = {}, make_integers(meta_model)
     for name, tensor in meta_model.model.state_dict().items():
-        if not tensor.is_floating_point():
-            tensors[name] = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        if name in integers:
+            tensors[name] = integers[name]
             continue
         value = torch.randn(tensor.shape, generator=generator)
         if tensor.dim() > 1:
@@ -175,3 +175,24 @@ def make_random_tensors(meta_model: MetaModel) -> dict[str, Tensor]:
         else:
             tensors[name] = 0.1 * value + (0 if name.endswith(".bias") else 1)
     return tensors
+
+
+def make_integers(meta_model: MetaModel) -> dict[str, Tensor]:
+    """Return the integer tensors of the instance by name: those that transformers computes, such as
+    multipliers of a hash; in the place of zeros, numbers of experts for each token id.
+    """
+    names = [x for x, y in meta_model.model.state_dict().items() if not y.is_floating_point()]
+    if not names:
+        return {}
+    model = get_auto_class(meta_model.full_config).from_config(meta_model.full_config)
+    state = model.state_dict()
+    generator = torch.Generator().manual_seed(6)
+    count = min(count_experts(meta_model.model), default=2)
+    result = {}
+    for name in names:
+        value = state[name]
+        if not value.any():
+            first = torch.randint(0, count, (*value.shape[:-1], 1), generator=generator)
+            value = (first + torch.arange(value.shape[-1])).remainder(count).to(value.dtype)
+        result[name] = value
+    return result

@@ -1,9 +1,9 @@
-"""Under which names a checkpoint stores the tensors of transformers' model.
+"""Names under which a checkpoint stores the tensors of transformers' model.
 
 transformers renames tensors when it loads a checkpoint, stacks the experts of a layer into 3-D
 tensors, and joins others. `find_stored_names` reverts that for random values with transformers' own
-conversion and compares values: no name tells what a tensor is. Experts that no reader knows (a norm
-of their own, a class of their own) are a reason to reject the model.
+conversion and compares values; names are not interpreted. A model whose experts no reader knows
+(a norm of their own, a class of their own) is rejected.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class ExpertNames:
 class StoredNames:
     """Names in a checkpoint, by names in transformers' model.
 
-    tensors: of those that are stored as they are; joined: of those that are stored in parts along
-    the rows, and rows: how many each part has; experts: of experts, by the path of their module;
-    saved: the names with which transformers saves the parts, which may have another prefix.
+    tensors: of tensors stored as they are; joined: of tensors stored in parts along the rows; rows:
+    the number of rows of each part; experts: by the path of the experts' module; saved: the names
+    with which transformers saves the parts, which may have another prefix.
     """
 
     tensors: Mapping[str, str]
@@ -107,11 +107,11 @@ def find_stored_names(
         for name, x in values.items()
         if name not in tensors and name not in claimed
     }
-    result |= {part: parts[part] for found in joined.values() for part in found}
+    result |= {part: parts[part] for part_names in joined.values() for part in part_names}
     stored_names = StoredNames(
         tensors=tensors,
         joined=joined,
-        rows={name: tuple(len(parts[x]) for x in found) for name, found in joined.items()},
+        rows={name: tuple(len(parts[x]) for x in names) for name, names in joined.items()},
         experts=experts,
         saved=saved_parts,
     )
@@ -125,8 +125,8 @@ def measure_parts(meta_model: MetaModel, stored: StoredNames) -> StoredNames:
     model = meta_model.model
     written = revert_weight_conversion(model, dict(model.state_dict()))
     rows = {
-        name: tuple(len(written[stored.saved[x]]) for x in found)
-        for name, found in stored.joined.items()
+        name: tuple(len(written[stored.saved[x]]) for x in part_names)
+        for name, part_names in stored.joined.items()
     }
     return replace(stored, rows=rows)
 
@@ -191,7 +191,7 @@ def name_experts(
     pieces: projections of all experts [experts, out, in]; biases: theirs [experts, out].
     """
     known = {make_key(x): name for name, x in parts.items() if x.dim() == 2}
-    found: dict[str, set[tuple[str, str]]] = {}
+    matches: dict[str, set[tuple[str, str]]] = {}  # projection -> owner, local name
     for projection, stacked in pieces.items():
         for e, weight in enumerate(stacked):
             name = known.get(make_key(weight))
@@ -203,11 +203,11 @@ def name_experts(
             owner, mark, last = name.removesuffix(".weight").rpartition(f".{e}.")
             if not mark or not name.endswith(".weight"):
                 raise UnknownForm(f"expert {e} of {path} is stored as {name}, {NO_READER}")
-            found.setdefault(projection, set()).add((owner, last))
-    pairs = [pair for names in found.values() for pair in names]
-    if len(pairs) != len(found) or len({owner for owner, _ in pairs}) > 1:
+            matches.setdefault(projection, set()).add((owner, last))
+    pairs = [pair for names in matches.values() for pair in names]
+    if len(pairs) != len(matches) or len({owner for owner, _ in pairs}) > 1:
         raise UnknownForm(f"the experts of {path} have names that differ, {NO_READER}")
-    local = {projection: next(iter(pair))[1] for projection, pair in found.items()}
+    local = {projection: next(iter(pair))[1] for projection, pair in matches.items()}
     names = ExpertNames(
         module=pairs[0][0],
         gate=local.get("gate"),

@@ -18,6 +18,7 @@ from quantkit.plan.model_output import adapt_head, read_output_kind
 FP8_ROLES: frozenset[Role] = frozenset({"attention", "mlp", "shared_expert", "routed_expert"})
 """Roles that an FP8 DeepSeek checkpoint stores in 128x128 blocks; all others stay BF16."""
 
+INTEGER_DTYPES = frozenset({"I64", "I32", "I16", "I8", "U8"})
 READABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", FP8})
 """Dtypes of weights. Integers are codes of a quantization that config.json does not name."""
 
@@ -209,7 +210,7 @@ def names_no_class(values: Mapping[str, object]) -> bool:
 
 
 def find_class_warning(config: Config, architecture: Architecture) -> str | None:
-    """Return what is unusual about `architectures`, by which vLLM and SGLang choose the class."""
+    """Return a warning about `architectures`, by which vLLM and SGLang choose the class."""
     names, classes = config.values.get("architectures"), architecture.classes
     expected = f"expected {' or '.join(classes) or 'the class of the model'}"
     if names_no_class(config.values):
@@ -241,11 +242,18 @@ def find_mismatches(
         if name in specs and specs[name].shape != spec.shape
     ]
     faults += [
-        f"{name}: expected floating point numbers, found {specs[name].dtype}"
-        for name in expected
-        if name in specs and specs[name].dtype not in READABLE_DTYPES
+        f"{name}: expected {kind}, found {specs[name].dtype}"
+        for name, spec in expected.items()
+        if name in specs and (kind := find_other_kind(spec.dtype, specs[name].dtype))
     ]
     return faults
+
+
+def find_other_kind(expected: str, found: str) -> str | None:
+    """Return the kind of numbers that a tensor should have; None if the dtype found is of it."""
+    if expected in INTEGER_DTYPES:
+        return None if found in INTEGER_DTYPES else "integers"
+    return None if found in READABLE_DTYPES else "floating point numbers"
 
 
 def is_unfit(block: Block, config: Config, layout: Layout, specs: Mapping[str, TensorSpec]) -> bool:

@@ -34,6 +34,11 @@ COPIES_BYTES = 2 + 2 + 4 + 4
 SCORE_COPIES = 3
 """float32 copies of the scores of eager attention; 2.1 measured with Gemma 2."""
 
+STREAM_COPIES = 8
+"""float32 copies of a batch's states in a block that mixes several streams; 8 measured with
+DeepSeek-V4.
+"""
+
 SLICE_EXPERTS = 16
 """Routed experts of a layer that are scaled and quantized as one unit, at most."""
 
@@ -74,7 +79,7 @@ class MemoryPlan:
         return self.base_bytes + max(block, self.head_bytes)
 
 
-def slice_size(experts: int) -> int:
+def choose_slice_size(experts: int) -> int:
     """Return how many of a layer's routed experts form a slice.
 
     It depends neither on the budget nor on the number of devices.
@@ -181,10 +186,16 @@ def estimate_batch_bytes(layout: Layout, block: Block, longest: int) -> int:
         linear for linear in block.linears if linear.role in {"attention", "mlp", "shared_expert"}
     ]
     widest = max((max(x.in_features, x.out_features) for x in linears), default=0)
-    activations = BATCH_TOKENS * 4 * (4 * layout.embedding.in_features + 4 * widest)
+    copies = STREAM_COPIES if layout.state_width else 4
+    activations = BATCH_TOKENS * 4 * (copies * get_state_width(layout) + 4 * widest)
     # heads * length^2 of each sequence; a batch holds one sequence, or BATCH_TOKENS in all
     scores = layout.eager_heads * longest * max(longest, BATCH_TOKENS if longest else 0)
     return activations + SCORE_COPIES * 4 * scores
+
+
+def get_state_width(layout: Layout) -> int:
+    """Return the numbers that a build stores for each token between two blocks."""
+    return layout.state_width or layout.embedding.in_features
 
 
 def plan_memory(
@@ -209,28 +220,29 @@ def plan_memory(
         longest: tokens of the longest sequence.
     """
     blocks = layout.blocks
-    hidden = layout.embedding.in_features
+    width = get_state_width(layout)
     dense = max(estimate_dense_bytes(block, decisions, grams) for block in blocks)
     batch = max(estimate_batch_bytes(layout, block, longest) for block in blocks)
-    expert, max_experts = 0, 0
+    expert, max_experts, expert_width, sums = 0, 0, 0, 0
     for block in blocks:
         if block.experts:
+            expert_width = max(expert_width, block.experts.hidden)
+            if block.experts.inside and block.experts.hidden != width:  # in a file of their own
+                sums = max(sums, block.experts.hidden)
             quantized = decisions[block.experts.first].action == "quantize"
             expert = max(expert, estimate_expert_bytes(block.experts, quantized, grams))
             max_experts = max(max_experts, block.experts.count)
     room = budget_bytes - BASE_BYTES - dense - batch
-    part, fitting = (slice_size(max_experts), room // expert) if expert else (0, 0)
+    part, fitting = (choose_slice_size(max_experts), room // expert) if expert else (0, 0)
     wave = max_experts if fitting >= max_experts else max(part, fitting // part * part)
     head = layout.head or layout.embedding
-    spools = 2 * (tokens["calibration"] + 2 * tokens["fidelity"])  # before and after a block
-    if expert:  # input of the experts: from original weights, for calibration also from stored ones
-        spools += 2 * tokens["calibration"] + 2 * tokens["fidelity"]
-    if grams > 1:  # the calibration text in the original model
-        spools += (3 if expert else 2) * tokens["calibration"]
-    if (
-        wave < max_experts
-    ):  # a wave advances two of them in addition to the states that the journal keeps
-        spools += tokens["calibration"] + tokens["fidelity"]
+    both = 2 if grams > 1 else 1  # the calibration text, also in the original model
+    texts = both * tokens["calibration"] + 2 * tokens["fidelity"]
+    # states before and after a block; sums and inputs of the experts, for calibration those from
+    # original weights and those from stored ones
+    numbers = (2 * width + sums + expert_width) * texts + expert_width * tokens["calibration"]
+    if wave < max_experts:  # a wave advances two of them in addition to those of the journal
+        numbers += (sums or width) * (tokens["calibration"] + tokens["fidelity"])
     return MemoryPlan(
         budget_bytes=budget_bytes,
         base_bytes=BASE_BYTES,
@@ -240,7 +252,7 @@ def plan_memory(
         slice_experts=part,
         wave_experts=wave,
         head_bytes=(2 + 4) * head.n_parameters + 4 * 8 * HEAD_CHUNK * head.out_features,
-        scratch_bytes=spools * hidden * (4 if expert else hidden_bytes),  # waves sum in float32
+        scratch_bytes=numbers * (4 if expert else hidden_bytes),  # waves sum in float32
     )
 
 

@@ -44,8 +44,8 @@ class KeptStorage:
     output: Format
     encoded: Mapping[str, EncodedWeight] = field(default_factory=dict)
 
-    def weight(self, decision: Decision) -> tuple[TensorSpec, ...]:
-        """Return the weight of a kept linear as written, for FP8 blocks with its scales."""
+    def list_weight_tensors(self, decision: Decision) -> tuple[TensorSpec, ...]:
+        """Return the tensors of a kept weight as written, for FP8 blocks with its scales."""
         if decision.codes is not None:
             return self.output.layout(decision.linear, decision.codes)
         spec = self.specs[f"{decision.linear.name}.weight"]
@@ -111,7 +111,7 @@ def list_block_tensors(
         if decision.scheme is not None:
             tensors += output.layout(linear, decision.scheme)
         else:
-            tensors += kept.weight(decision)
+            tensors += kept.list_weight_tensors(decision)
         if linear.bias:
             tensors.append(make_kept_spec(kept.specs[f"{linear.name}.bias"]))
     if are_together and block.experts:
@@ -123,11 +123,11 @@ def list_output_tensors(
     layout: Layout, decisions: Mapping[str, Decision], kept: KeptStorage, output: Format
 ) -> list[TensorSpec]:
     """Return every tensor of the artifact in writing order."""
-    tensors = [*kept.weight(decisions[layout.embedding.name])]
+    tensors = [*kept.list_weight_tensors(decisions[layout.embedding.name])]
     for block in layout.blocks:
         tensors += list_block_tensors(block, decisions, kept, output)
     tensors += [make_kept_spec(kept.specs[spec.name]) for spec in layout.final_tensors]
-    tensors += [*kept.weight(decisions[layout.head.name])] if layout.head else []
+    tensors += [*kept.list_weight_tensors(decisions[layout.head.name])] if layout.head else []
     is_coded = any(decision.action == "quantize" for decision in decisions.values())
     copied = (name for part in layout.parts for name in part.tensors)
     return tensors + [spec for name in copied for spec in kept.copied(name, is_coded)]

@@ -56,7 +56,7 @@ class SourceFacts:
 
     `code`: the Python files that the artifact carries over; None if they are not on this machine.
     `folder`: the weights, if they are on this machine. `encoded`: weights that are stored in codes.
-    `notes`: what differs from the files that transformers reads, and what else headers say.
+    `notes`: differences from the files that transformers reads, and remarks on the headers.
     """
 
     model: str
@@ -181,7 +181,7 @@ class Plan:
         return self.recipe.path(self.format_name)
 
     @property
-    def assumed(self) -> bool:
+    def is_assumed(self) -> bool:
         """Whether tensors are assumed from the published config instead of read from headers."""
         return self.source.specs is None
 
@@ -216,7 +216,7 @@ class Plan:
 
 
 def resolve_propagation(recipe: Recipe, layout: Layout) -> Propagation:
-    """Return the recipe's `propagate`; `auto` is what measured best.
+    """Return the recipe's `propagate`; `auto` is the value that measured best.
 
     Dense models: `both`. Routed experts: `quantized`, since `both` changed nothing that could be
     resolved (numerics/README.md).

@@ -5,7 +5,6 @@ Nothing is recomputed and nothing is rounded here.
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -59,8 +58,12 @@ def make_report(
     likelihood: Sequence[fidelity_schema.LikelihoodResult],
     benchmarks: Sequence[BenchmarkResult],
     license: fidelity_schema.License | None,
+    command: tuple[str, tuple[str, ...]],
 ) -> Fidelity:
-    """Return the report before its gates are judged."""
+    """Return the report before its gates are judged.
+
+    command: builds the artifact again, with the local files that it reads.
+    """
     records = [record for block in blocks for record in block.modules]
     records += list_kept_codes(plan)
     return Fidelity(
@@ -88,14 +91,9 @@ def make_report(
         versions=read_versions(plan),
         seeds={"calibration": plan.recipe.calibration.seed} if plan.recipe.calibration else {},
         hashes={"recipe": plan.recipe.hash, "plan": plan.hash},
-        command=format_build_command(plan),
+        command=command[0],
+        needs=command[1],
     )
-
-
-def format_build_command(plan: Plan) -> str:
-    """Return the command that builds the artifact again."""
-    changes = [f"--set {shlex.quote(f'{key}={text}')}" for key, text in plan.recipe.overrides]
-    return " ".join(["quantkit build", PurePath(plan.recipe.name).name, *changes])
 
 
 def summarize_artifact(plan: Plan) -> fidelity_schema.ArtifactSummary:
@@ -291,7 +289,7 @@ def list_pools(labels: Sequence[str], pooled: Sequence[str]) -> dict[str, tuple[
     for label, pool in zip(labels, pooled, strict=True):
         members.setdefault(pool, set()).add(label)
     return {
-        pool: tuple(sorted(found)) for pool, found in sorted(members.items()) if found != {pool}
+        pool: tuple(sorted(pooled)) for pool, pooled in sorted(members.items()) if pooled != {pool}
     }
 
 
@@ -319,7 +317,7 @@ def summarize_parts(
             sequences=tokens.parts.count(part.spec.name),
             tokens=counts[part.spec.name],
             answers=answers.get(part.spec.name),
-            skipped=part.skipped,
+            skipped=part.skipped + tokens.refused.get(part.spec.name, 0),
             description=part.spec.origin
             if has_template or not part.chats
             else f"{part.spec.origin}; {NO_CHAT_TEMPLATE}",

@@ -200,8 +200,8 @@ def read_parts(parts: object, modules: Iterable[str]) -> tuple[list[str], str | 
     names = tuple(f"{part}." for part in parts)
     inside = (module for module in modules if f"{module}.".startswith(names))
     if module := next(inside, None):
-        found = f"found {module}, which is quantized"
-        return [], f"{MANIFEST}: parts: expected copied modules, {found}"
+        expected = f"{MANIFEST}: parts: expected copied modules"
+        return [], f"{expected}, found {module}, which is quantized"
     return parts, None
 
 

@@ -37,11 +37,13 @@ from quantkit.checkpoint.folder_rules import (
     find_redirects,
     find_remote_code,
     find_tokenizer_redirects,
+    is_module_weights,
+    is_weight_file,
 )
 from quantkit.checkpoint.header import Header, read_header
 from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.scan import read_small_tensor, scan_file
-from quantkit.checkpoint.side_files import find_module_faults
+from quantkit.checkpoint.side_files import find_module_faults, list_module_folders
 from quantkit.contracts import TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.formats.common.checks import ValueCheck
@@ -229,7 +231,12 @@ def find_code_faults(path: Path, files: Mapping[str, object]) -> Iterator[str]:
         if name not in named:
             yield f"{name}: code that no auto_map of the artifact names; an artifact holds none"
     if MODULES in files:
-        yield from (f"{MODULES}: {fault}" for fault in find_module_faults(path))
+        faults = [f"{MODULES}: {fault}" for fault in find_module_faults(path)]
+        folders = list_module_folders(path)
+        yield from faults
+        for name in filter(is_module_weights, files if not faults else ()):
+            if name.rpartition("/")[0] not in folders:
+                yield f"{name}: weights of a module that {MODULES} does not name"
 
 
 def find_added_faults(path: Path, added: Sequence[str]) -> Iterator[str]:
@@ -316,9 +323,12 @@ def read_headers(path: Path, files: Mapping[str, object]) -> tuple[dict[str, Hea
     for name in sorted(files):
         if name.endswith(".safetensors"):
             try:
-                headers[name] = read_header(path / name)
+                header = read_header(path / name)
             except CheckpointError as fault:
                 faults.append(str(fault))
+            else:
+                if not is_module_weights(name):  # its tensors are not the model's
+                    headers[name] = header
     return headers, faults
 
 
@@ -350,7 +360,7 @@ def find_index_faults(
     files: Mapping[str, object],
 ) -> Iterator[str]:
     """Yield entries of the index without a tensor, tensors without an entry, a wrong total."""
-    name, shards = INDEX, [file for file in files if file.endswith(".safetensors")]
+    name, shards = INDEX, [file for file in files if is_weight_file(file) and file != INDEX]
     if name not in files:
         if len(shards) != 1 or shards != [SINGLE]:
             yield f"{name}: missing, with {len(shards)} shards"

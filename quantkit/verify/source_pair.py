@@ -67,7 +67,7 @@ class SourcePair:
         return tuple(name for name in self.stored.specs if name not in packed)
 
     @cached_property
-    def copied(self) -> frozenset[str]:
+    def copied_tensors(self) -> frozenset[str]:
         """Names of the tensors of a wrapper's parts that text does not run through."""
         return frozenset(name for part in self.layout.parts for name in part.tensors)
 

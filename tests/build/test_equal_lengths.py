@@ -60,7 +60,7 @@ def run_blocks(
 ) -> Stream:
     """Return the stream after the last block, as in a build."""
     meta, layout, tensors = model
-    shape = StreamShape(folder=folder, width=128, routed=False, equal_lengths=equal_lengths)
+    shape = StreamShape(folder=folder, width=128, expert_width=0, equal_lengths=equal_lengths)
     outer = load_outer_model(meta, tensors)
     stream = open_stream("reference", make_text(LENGTHS), None, outer, 768, shape, "float32")
     for block in layout.blocks:
@@ -97,7 +97,7 @@ def test_short_text_next_to_a_long_one_keeps_its_rotary_tables(
 
 
 def test_padded_batch_changes_a_short_text(longrope: Any, tmp_path: Path) -> None:
-    """What the rule is for: padded to the longest, short texts get the long factors."""
+    """The reason for the rule: padded to the longest, short texts get the long factors."""
     stream = run_blocks(longrope, tmp_path, equal_lengths=False)
     differences = compute_differences(longrope, stream)
     assert max(differences[:2]) < 1e-4

@@ -19,6 +19,8 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.plan.summary import summarize_plan
 from quantkit.verify import deep, shallow
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 KEYS = {
     "format": "compressed_tensors",
     "rules": "all-linear",

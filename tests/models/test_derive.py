@@ -33,10 +33,13 @@ from quantkit.models import (
 )
 from quantkit.models.layers import make_meta_model
 from quantkit.models.outer_model import LayerCall
+from quantkit.models.state_rows import StateForm
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
 from quantkit.recipe.parse import parse_recipe
 from quantkit.verify import shallow
+
+pytestmark = pytest.mark.usefixtures("quick_builds")
 
 SCALED = {
     "olmo2": {"self_attn.o_proj", "mlp.down_proj"},
@@ -201,9 +204,11 @@ def test_different_logits_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check can fail: here the layers lack their windows."""
     run = LayerCall.run
 
-    def run_without_mask(call: LayerCall, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def run_without_mask(
+        call: LayerCall, layer: nn.Module, form: StateForm, rows: Tensor
+    ) -> Tensor:
         changed = replace(call, keywords={**call.keywords, "attention_mask": None})
-        return run(changed, layer, hidden)
+        return run(changed, layer, form, rows)
 
     monkeypatch.setattr(LayerCall, "run", run_without_mask)
     assert "gives other logits than transformers" in reason(family("phi3"))

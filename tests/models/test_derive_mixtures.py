@@ -24,6 +24,8 @@ from quantkit.plan.match_checkpoint import check_model_class, match_layout
 from quantkit.plan.plan import load_architecture
 from quantkit.recipe.parse import parse_recipe
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 
 def derive_layout(config: dict[str, object]) -> Layout:
     return derive.derive_layout(Config(values=config))
@@ -110,6 +112,18 @@ def test_router_whose_weight_multiplies_the_input_of_experts() -> None:
         "model.layers.0.feed_forward.router"
     ]
     assert all(x.transposed for x in block.stacked)
+
+
+def test_mixture_with_streams_and_experts_by_token_id() -> None:
+    """Experts read one stream's width; their sum is returned inside; the table stays integers."""
+    layout = derive_layout(family("deepseek_v4"))
+    assert layout.state_width == 2 * 128 + 1
+    assert all(x.experts and x.experts.inside and x.experts.hidden == 128 for x in layout.blocks)
+    tables = {spec.name: spec for spec in layout.blocks[0].others if spec.dtype != "BF16"}
+    assert {name: (x.dtype, x.shape) for name, x in tables.items()} == {
+        "model.layers.0.ffn.gate.tid2eid": ("I64", (768, 2))
+    }
+    assert not layout.equal_lengths  # the proof ran a padded batch of two lengths
 
 
 def test_experts_without_a_gate() -> None:
@@ -215,7 +229,7 @@ def test_sum_that_cannot_be_returned_is_found(monkeypatch: pytest.MonkeyPatch) -
 # ---------------------------------------------------------------------------- from plan to artifact
 
 
-@pytest.mark.parametrize("model_type", ["olmoe", "granitemoe", "nemotron_h"])
+@pytest.mark.parametrize("model_type", ["olmoe", "granitemoe", "nemotron_h", "deepseek_v4"])
 def test_reported_kl_equals_that_of_two_transformers_models(
     model_type: str, tmp_path: Path
 ) -> None:
@@ -231,7 +245,10 @@ def test_reported_kl_equals_that_of_two_transformers_models(
     keys["quantize"] = keys["quantize"].replace("}", ", symmetric: true}")
     result = build(folder, tmp_path / "artifact", **keys)
     names = {module.name.rpartition(".")[2] for module in result.fidelity.modules}
-    expected = {"w1", "w2", "w3"} if model_type == "granitemoe" else {"up_proj", "down_proj"}
+    expected = {
+        "granitemoe": {"w1", "w2", "w3"},
+        "deepseek_v4": {"w1", "w2", "w3"},
+    }.get(model_type, {"up_proj", "down_proj"})
     assert expected <= names and not names & {"gate", "layer", "router"}
     source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     artifact = load_model.load_model(result.path, device="cpu", dtype="float32")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import make_tiny_config
-from support.underived_models import REPLAYED, family
+from support.underived_models import REPLAYED, STREAMS, family
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,6 +41,7 @@ CASES = [
     *(make_tiny_config(name) for name in registry.list_names("architectures")),
     *(family(name) for name in REPLAYED),
     *(family(name, **changes) for name, changes in MORE.items()),
+    *(family(name) for name in STREAMS),
 ]
 
 
@@ -59,13 +60,13 @@ def make_meta(config: dict[str, object]) -> MetaModel:
 
 
 def run_layers(meta: MetaModel, model: Any, ids: Tensor) -> Tensor:
-    """Run the layers of `model` with recorded arguments: ids [n, t] -> states [n, t, hidden]."""
+    """Run the layers of `model` with recorded arguments: ids [n, t] -> rows [n, t, width]."""
     outer = load_outer_model(meta, model.state_dict())
-    hidden = embed_tokens(outer, ids.flatten(), [ids.shape[1]] * len(ids)).unflatten(0, ids.shape)
+    rows = embed_tokens(outer, ids.flatten(), [ids.shape[1]] * len(ids)).unflatten(0, ids.shape)
     for name, call in meta.outer.record(*ids.shape).items():
         with torch.no_grad():
-            hidden = call.run(model.get_submodule(name), hidden)
-    return hidden
+            rows = call.run(model.get_submodule(name), outer.form, rows)
+    return rows
 
 
 @pytest.mark.parametrize("config", CASES, ids=lambda config: config["model_type"])
@@ -77,7 +78,7 @@ def test_layers_with_recorded_arguments_equal_transformers(config: dict[str, obj
         ids = torch.randint(3, 700, (2, tokens), generator=torch.Generator().manual_seed(tokens))
         last, expected = run_transformers(model, layers[-1], ids)
         ours = run_layers(meta, model, ids)
-        assert torch.equal(ours, last), name
+        assert torch.equal(meta.outer.form.unpack(ours)[0], last), name
         logits = load_outer_model(meta, model.state_dict()).compute_logits(ours.flatten(0, 1))
         assert torch.allclose(logits, expected.flatten(0, 1), atol=2e-4, rtol=1e-4)
 
@@ -91,6 +92,23 @@ def run_transformers(model: Any, layer: Any, ids: Tensor) -> tuple[Tensor, Tenso
     handle.remove()
     [output] = [out[0] if isinstance(out, tuple) else out for out in outputs]
     return output, logits
+
+
+def test_states_have_the_width_that_layers_are_given() -> None:
+    """Two streams of 128 channels, and the token ids where some layer reads them."""
+    forms = {name: make_meta(family(name)).outer.form for name in (*STREAMS, "gemma2")}
+    assert forms["deepseek_v4"].hidden.shape == (2, 128) and forms["deepseek_v4"].width == 257
+    assert forms["qwen4_exp_text"].hidden.shape == (256,) and forms["qwen4_exp_text"].has_ids
+    assert forms["gemma2"].hidden.shape == (128,) and forms["gemma2"].width == 128
+
+
+def test_values_that_layers_return_besides_their_states_are_named() -> None:
+    """HY 4 shares the tokens that one layer selects with the next ones."""
+    outer = make_meta(family("hy_v4", hc_mult=2, qk_rope_head_dim=16, pad_token_id=0)).outer
+    assert outer.find_exchange() == (
+        "model.layers.1 is given prev_topk_indices, which model.layers.0 returns besides its states"
+    )
+    assert make_meta(family("deepseek_v4")).outer.find_exchange() is None
 
 
 def test_head_and_norm_matter() -> None:

@@ -2,7 +2,7 @@
 
     weight = fp8 * scale, in float32, rounded once
 
-The scale is multiplied, despite the name "inv". Its shape says what it belongs to: one value per
+The scale is multiplied, despite the name "inv". Its shape gives the granularity: one value per
 tensor, one per row, or one per block of `weight_block_size` (DeepSeek) or `block_structure`
 (compressed-tensors). A scale of dtype F8_E8M0 or U8 is a power of two (ue8m0).
 

@@ -21,6 +21,7 @@ from quantkit.checkpoint.encoding import (
     EncodingFault,
     PartReader,
     StoredCodes,
+    require_fp4_groups,
     require_shape,
 )
 from quantkit.contracts import TensorSpec
@@ -50,10 +51,7 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
     if scale is None or scale.dtype not in E8M0_DTYPES:
         return None
     scale = codes.require(scale_name, "scale", E8M0_DTYPES)
-    if len(codes.shape) != 2:
-        raise EncodingFault(f"expected two dimensions, found shape {list(codes.shape)}")
-    rows, width = codes.shape[0], 2 * codes.shape[1]
-    require_shape(scale, [(rows, width // GROUP if width % GROUP == 0 else -1)], "scale")
+    rows, width = require_fp4_groups(codes, scale, GROUP)
     dtype = codes.choose_dtype(scale)
     return EncodedWeight(
         label=LABEL,

@@ -19,6 +19,7 @@ MAX_PARAMETERS = 90_000_000
 MAX_DEPTH = 3
 LOUD = 3.0
 """Factor of every eighth input channel, so that scaling has something to do."""
+TABLES = "tid2eid"
 INITIALIZED = ("A_log", "dt_bias", "conv")
 """Parameters that keep transformers' own values: random ones would not be stable."""
 
@@ -98,6 +99,10 @@ def write_random_model(name: str, folder: Path) -> None:
 def randomize(model: Any) -> None:
     """Give a model random weights that keep the size of their inputs, and score biases too."""
     generator = torch.Generator().manual_seed(0)
+    for name, table in model.named_buffers():
+        if name.endswith(TABLES):  # numbers of experts by token id
+            count = model.config.get_text_config().num_local_experts
+            table.copy_(torch.randint(0, count, table.shape, generator=generator))
     buffers = [(n, x) for n, x in model.named_buffers() if n.endswith("correction_bias")]
     for name, parameter in [*model.named_parameters(), *buffers]:
         value = torch.randn(parameter.shape, generator=generator)
