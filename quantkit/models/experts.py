@@ -82,8 +82,8 @@ def find_experts_module(model: Any, block: Block, experts: Experts) -> nn.Module
 class BlockRun:
     """A block run with its experts, in the layer's padded positions.
 
-    out: rows of states after the block [tokens, width]; routed: what the experts were given, None without
-    experts; total: their sum [positions, hidden].
+    out: rows of states after the block [tokens, width]; routed: what the experts were given, None
+    without experts; total: their sum [positions, hidden].
     """
 
     out: Tensor

@@ -84,8 +84,7 @@ def inspect_layout(
         ),
         blocks=blocks,
         final_tensors=tuple(
-            make_kept_spec(stored[tensor], spec, tuple(spec.shape))
-            for tensor, spec in rest.items()
+            make_kept_spec(stored[tensor], spec, tuple(spec.shape)) for tensor, spec in rest.items()
         ),
         # its bias, if any, is a final tensor: a tied head may have one too
         head=None

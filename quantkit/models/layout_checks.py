@@ -154,7 +154,7 @@ def find_tables(
 
     def changes(names: Sequence[str]) -> bool:
         found = record(names)
-        return any(name not in found or not torch.equal(x, found[name]) for name, x in plain.items())
+        return any(x not in found or not torch.equal(y, found[x]) for x, y in plain.items())
 
     plain, names = record(()), [spec.name for spec in layout.final_tensors]
     return tuple(name for name in names if changes([name])) if changes(names) else ()

@@ -276,9 +276,7 @@ class OuterModel:
             name: frozenset(
                 path
                 for path in tensors
-                if all(
-                    is_ids(x[name].get(path), ids) for x, ids in zip(named, texts, strict=True)
-                )
+                if all(is_ids(x[name].get(path), ids) for x, ids in zip(named, texts, strict=True))
             )
             for name, tensors in first_named.items()
         }

@@ -235,7 +235,7 @@ def plan_memory(
     if (
         wave < max_experts
     ):  # a wave advances two of them in addition to the states that the journal keeps
-        numbers += max(sums, width if not sums else 0) * (tokens["calibration"] + tokens["fidelity"])
+        numbers += (sums or width) * (tokens["calibration"] + tokens["fidelity"])
     return MemoryPlan(
         budget_bytes=budget_bytes,
         base_bytes=BASE_BYTES,
