@@ -221,7 +221,7 @@ def _make_request(
     rules: str | None,
     output: str | Path | None,
 ) -> RecipeRequest:
-    """Return what a call requests."""
+    """Return the request of a call."""
     return RecipeRequest(
         model=str(target),
         method=method,

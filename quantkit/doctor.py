@@ -1,6 +1,6 @@
 """Checks of the environment: what works here, what does not, and what that disables.
 
-A check is "ok"; "note", something optional that is absent, with what it disables; or "broken",
+A check is "ok"; "note", something optional that is absent, with its effect; or "broken",
 something that quantkit needs.
 """
 
@@ -40,7 +40,7 @@ EXTRAS: Mapping[str, str] = {
     "serve": "quantkit serve with --gateway or the transformers engine",
     "sign": "quantkit sign, and checks of signatures",
 }
-"""Extra -> what it enables."""
+"""Extra -> feature that it enables."""
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "guidellm": "GuideLLM"}
 """Module -> program that quantkit starts; installed separately."""
 LEAST_PYTHON = (3, 11)

@@ -1,7 +1,7 @@
 """The table of figures: one row per figure of a fidelity report.
 
 Recipes accept the keys as gates; the report's tables, page and model card, `quantkit diff` and
-`quantkit runs` show what the rows say. Pure data and functions: a report is any value with the
+`quantkit runs` follow its rows. Pure data and functions: a report is any value with the
 attributes of `artifact.fidelity_schema.Fidelity`. Adding a figure is adding a row to `FIGURES`;
 quantkit/report/README.md describes how.
 """
@@ -259,7 +259,7 @@ def read_uncalibrated(report: Any, _part: str) -> Reading:
     """Read the number of routed experts that saw too few calibration tokens."""
     if report.experts is None:
         return Reading(value=None, reason=NOT_MEASURED)
-    return Reading(value=float(len(report.experts.uncalibrated())))
+    return Reading(value=float(len(report.experts.list_uncalibrated())))
 
 
 def read_coverage(report: Any, _part: str) -> Reading:

@@ -95,11 +95,11 @@ def _load_plugin(kind: Kind, name: str, attribute: str, expected: type[Plugin]) 
         raise UsageError(format_unknown_name(kind.removesuffix("s"), name, known))
     plugin = getattr(_import_module(kind, name), attribute, None)
     if not isinstance(plugin, expected):
-        found = "nothing" if plugin is None else f"a {type(plugin).__name__}"
+        actual = "nothing" if plugin is None else f"a {type(plugin).__name__}"
         file = "/".join(("quantkit", kind, f"{name}.py"))
         raise QuantkitError(
             f"{file}: {attribute}: expected a {expected.__name__}, "
-            f"found {found}; a file in quantkit/{kind}/ must set {attribute}"
+            f"found {actual}; a file in quantkit/{kind}/ must set {attribute}"
         )
     return plugin
 

@@ -93,6 +93,7 @@ MEDIUM_FILES = frozenset({
     "report/test_html.py",
     "report/test_html_browser.py",
     "report/test_narrow_calibration.py",
+    "report/test_reproduce.py",
     "serve/test_connections.py",
     "serve/test_cost.py",
     "serve/test_exchange.py",
@@ -183,6 +184,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def artifact(built: Path, tmp_path: Path) -> Path:
     """A copy of the built artifact that a test may change."""
     return Path(shutil.copytree(built, tmp_path / "artifact"))
+
+
+@pytest.fixture(scope="module")
+def quick_builds() -> Iterator[None]:
+    """Builds of this module search little (support/quick_builds.py)."""
+    from support.quick_builds import shorten_searches
+
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_searches(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="module")

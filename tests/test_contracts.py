@@ -31,6 +31,8 @@ from quantkit.plan.match_checkpoint import list_expected_tensors
 from quantkit.recipe.parse import parse_recipe
 from quantkit.verify import shallow
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 VARIANTS = [(name, {}) for name in registry.list_names("architectures")] + [
     ("deepseek_v3", {"q_lora_rank": None, "num_nextn_predict_layers": 0}),
     ("deepseek_v3", {"attention_bias": True, "first_k_dense_replace": 0}),
@@ -100,7 +102,11 @@ def test_block_by_block_logits_equal_transformers(
     """The reference stream, layer by layer and expert by expert, has transformers' logits."""
     folder = write_checkpoint(tmp_path / "source", make_tiny_config(name, **changes))
     plan, streams = run_streams(
-        folder, tmp_path, rules='[{match: "*", keep: source}]', quantize="{method: rtn}"
+        folder,
+        tmp_path,
+        rules='[{match: "*", keep: source}]',
+        quantize="{method: rtn}",
+        fidelity="{set: tiny-v3-heldout, windows: 4, length: 128}",
     )
     stream, source = streams["reference"], Checkpoint.open(folder)
     meta = make_meta_model(source.config, torch.device("cpu"), torch.float32)

@@ -1,4 +1,4 @@
-"""`quantkit doctor`: every check says what a missing part disables, and no token is printed."""
+"""`quantkit doctor`: every check names the effect of a missing part, and no token is printed."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from golden.artifacts import (
     write_record,
 )
 
-OTHER_KIND = {"cpu vendor": "nobody"}
+OTHER_KIND = {"cpu vendor": "another"}
 
 
 def test_artifacts_have_the_recorded_bytes() -> None:
@@ -84,4 +84,4 @@ def test_a_record_replaces_that_of_its_machine_kind_alone(tmp_path: Path) -> Non
     for wanted, value in ((OTHER_KIND, "0"), (kind, "2")):
         record = find_record(records, wanted)
         assert record is not None and record["artifacts"] == {"a": {"config.json": value}}
-    assert find_record(records, {"cpu vendor": "somebody"}) is None
+    assert find_record(records, {"cpu vendor": "a third"}) is None

@@ -78,11 +78,11 @@ def test_attribute_of_wrong_type_raises(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_missing_optional_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> ModuleType:
+    def fail_import(name: str) -> ModuleType:
         raise ModuleNotFoundError(f"No module named {name!r}", name="bitsandbytes.functional")
 
     monkeypatch.setattr(registry, "list_names", lambda kind: ("nf4",))
-    monkeypatch.setattr(registry.importlib, "import_module", absent)
+    monkeypatch.setattr(registry.importlib, "import_module", fail_import)
     with pytest.raises(
         UsageError, match="method 'nf4' needs the package 'bitsandbytes.functional'"
     ):
@@ -90,11 +90,11 @@ def test_missing_optional_package_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_wrong_import_inside_quantkit_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str) -> ModuleType:
+    def fail_import(name: str) -> ModuleType:
         raise ModuleNotFoundError("No module named 'quantkit.nowhere'", name="quantkit.nowhere")
 
     monkeypatch.setattr(registry, "list_names", lambda kind: ("awq",))
-    monkeypatch.setattr(registry.importlib, "import_module", broken)
+    monkeypatch.setattr(registry.importlib, "import_module", fail_import)
     with pytest.raises(ModuleNotFoundError):
         registry.get_method("awq")
 

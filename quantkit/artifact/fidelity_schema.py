@@ -112,7 +112,8 @@ class SourceModel(BaseModel):
 
 
 class TextPart(BaseModel):
-    """A part of a mixture: the tokens that it contributed; `skipped` counts rows without text.
+    """A part of a mixture: the tokens that it contributed; `skipped` counts rows without text, and
+    chats that were refused.
 
     answers: those of the tokens that are an assistant's; None for text that is no chat.
     """
@@ -274,7 +275,7 @@ class ExpertCoverage(BaseModel):
     policy: str  # treatment of an expert below min_tokens
     layers: tuple[ExpertTokens, ...]
 
-    def uncalibrated(self) -> list[tuple[str, int, int]]:
+    def list_uncalibrated(self) -> list[tuple[str, int, int]]:
         """Return (block, expert, tokens) of every expert that saw fewer than `min_tokens`."""
         return [
             (layer.block, expert, tokens)
@@ -377,7 +378,8 @@ class Fidelity(BaseModel):
     versions: dict[str, str] = {}
     seeds: dict[str, int] = {}
     hashes: dict[str, str] = {}  # "recipe", "plan", ...
-    command: str = ""
+    command: str = ""  # builds the artifact again in an empty folder
+    needs: tuple[str, ...] = ()  # local files that the command reads
 
     def find_worst_inputs(self) -> dict[str, tuple[Number, InputCoverage]]:
         """Return kind of text -> its largest unspanned share and the first input that has it.

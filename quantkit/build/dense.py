@@ -143,7 +143,7 @@ def run_reference(
             routings += [routing] if routing else []
             meters.add(batch, valid, inputs)
     context.state.record.coverage = meters.finish()
-    return Routing.joined(routings)
+    return Routing.concatenate(routings)
 
 
 def run_sample(context: BlockContext, layer: DecoderLayer) -> ScalingCheckSample | None:
@@ -222,11 +222,11 @@ def calibrate_dense(
                     )
                 total.add(strip_padding(inputs[name], valid), original_inputs.get(name), gap)
     count = block.experts.count if block.experts else 0
-    joined = Routing.joined(routings)
+    joined = Routing.concatenate(routings)
     return BlockCalibration(
         stats={name: total.stats() for name, total in sums.items()},
         routing=joined,
-        original=Routing.joined(original_routings),
+        original=Routing.concatenate(original_routings),
         sample=sample,
         expert_tokens=tuple(count_tokens(joined, count).tolist()) if joined else (),
     )
@@ -319,7 +319,7 @@ def scale_groups(
             added = torch.cat(list(expert_errors), dim=1).sum(1)  # [n, experts] -> [n]
         choice = scaling.search_scales(name, added, batches, gram, rescale, scales)
         context.state.record.choices.append(choice)
-        if choice.rescaled:
+        if choice.is_rescaled:
             scale = scales[choice.candidate]
             scaling.divide_absorber(changed, group.absorber, scale)
             scaling.multiply_readers(changed, group, scale)

@@ -52,7 +52,7 @@ class Routing:
     expert_inputs: Spool
 
     @staticmethod
-    def joined(parts: Sequence[Routing]) -> Routing | None:
+    def concatenate(parts: Sequence[Routing]) -> Routing | None:
         """Concatenate the routings of batches; None without batches."""
         if not parts:
             return None
@@ -143,7 +143,7 @@ def concatenate_tokens(first: Tokens, second: Tokens) -> Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamShape:
-    """What the streams of a build share.
+    """Properties that the streams of a build share.
 
     width: numbers of a row of states; `expert_width`: channels of the inputs of routed experts, 0
     without experts; `equal_lengths`: a batch holds sequences of one length.
@@ -270,7 +270,7 @@ def run_stream(
     routings = [
         run_batch(model, layer, stream, batch, target, expert_inputs)[1] for batch in stream.batches
     ]
-    return Routing.joined([routing for routing in routings if routing])
+    return Routing.concatenate([routing for routing in routings if routing])
 
 
 def run_stream_with_sums(

@@ -87,8 +87,8 @@ def build_blocks(
     """Quantize a model into the writer of each plan, with hidden states in `folder`; return the
     streams for the figures.
 
-    The plans differ in their format alone. `progress` says what an interrupted build has finished,
-    and records each further step. Raises CheckpointError for weights that cannot be used and
+    The plans differ in their format alone. `progress` holds the finished steps of an interrupted
+    build, and records each further step. Raises CheckpointError for weights that cannot be used and
     NumericsError when scaling changes a block's output.
     """
     progress, block_plans = progress or BuildProgress(), plan_blocks(plans)
@@ -225,8 +225,8 @@ def make_context(
 def schedule_reads(
     plan: Plan, blocks: Sequence[BlockPlan], progress: BuildProgress
 ) -> list[ReadRequest]:
-    """Return the expected order of reads after the finished steps. It decides what is read ahead,
-    nothing else.
+    """Return the expected order of reads after the finished steps. It affects
+    prefetching only.
     """
     wave = progress.wave
     steps = [[embedding_read(plan)]]

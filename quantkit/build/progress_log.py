@@ -155,7 +155,7 @@ class BuildProgress:
         last = frozenset(self.states.values()) if self.steps else frozenset[str]()
         return last | (self.wave.files if self.wave else frozenset())
 
-    def stored(self, writer: int) -> WrittenState:
+    def get_written_state(self, writer: int) -> WrittenState:
         """Return the tensors of the writer of that number on disk; raises ArtifactError for an
         entry without them.
         """

@@ -85,12 +85,12 @@ class Spool:
                 f"{path}: expected hidden states of an earlier run, found: "
                 f"{describe_os_error(fault)}; start over with --restart"
             ) from None
-        found = os.fstat(descriptor).st_size
-        if found != expected:
+        n_bytes = os.fstat(descriptor).st_size
+        if n_bytes != expected:
             os.close(descriptor)
             raise QuantkitError(
                 f"{path}: expected {expected} bytes of hidden states [{rows}, {width}] {dtype}, "
-                f"found {found}; start over with --restart"
+                f"found {n_bytes}; start over with --restart"
             )
         return cls(path, rows, width, dtype, descriptor)
 

@@ -25,8 +25,8 @@ from quantkit.io.files import sync_folder
 
 
 def load_wave_checkpoint(context: BlockContext) -> ExpertPassState:
-    """Return what an interrupted build knew of the routed experts of this block; an empty state
-    without a checkpoint.
+    """Return the saved state of the routed experts of this block; an empty state without a
+    checkpoint.
 
     Restores the streams that the search pass moves. Those of the quantize pass are restored by
     `restore_streams`, because the stored dense part overwrites them first.

@@ -1,4 +1,4 @@
-"""What a source encoding is: stored codes, the weight they stand for, and how to decode it.
+"""Source encodings: stored codes, the weight that they represent, and its decoder.
 
 An encoding is one file of `encodings/` that sets `ENCODING`. It recognizes its codes by names,
 dtypes and shapes of stored tensors, without reading data; config.json gives what headers leave
@@ -47,7 +47,8 @@ class EncodedWeight:
 
     label: the encoding for people, "FP8 128x128"; spec: the logical tensor; parts: its stored
     tensors; scheme: of integer codes whose tensors format compressed_tensors stores unchanged;
-    block: rows and columns of an FP8 block, which an artifact may keep.
+    block: rows and columns of an FP8 block, which an artifact may keep; is_copied: whether experts
+    stored together in this encoding are copied if a rule keeps them.
     """
 
     label: str
@@ -56,6 +57,7 @@ class EncodedWeight:
     decode: Decode
     scheme: Scheme | None = None
     block: tuple[int, int] | None = None
+    is_copied: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -227,11 +229,43 @@ class Encoding:
     """An encoding of weights.
 
     claim: the weight of stored codes; None if they are not in this encoding; raises EncodingFault
-    for malformed ones.
+    for malformed ones. claim_kept: the same for codes that an artifact holds next to those of its
+    format, copied from its source.
     """
 
     title: str  # for messages: "compressed-tensors pack-quantized"
     claim: Callable[[StoredCodes], EncodedWeight | None]
+    claim_kept: Callable[[StoredCodes], EncodedWeight | None] | None = None
+
+
+def require_matrix(codes: StoredCodes) -> None:
+    """Raise EncodingFault for codes that are no matrix."""
+    if len(codes.shape) != 2:
+        raise EncodingFault(f"expected two dimensions, found shape {list(codes.shape)}")
+
+
+def require_fp4_groups(codes: StoredCodes, scale: TensorSpec, group: int) -> tuple[int, int]:
+    """Return the shape [out, in] of a weight in FP4, two codes per byte of [out, in / 2].
+
+    Raises EncodingFault unless there is one scale per `group` columns.
+    """
+    require_matrix(codes)
+    rows, width = codes.shape[0], 2 * codes.shape[1]
+    require_shape(scale, [(rows, width // group if width % group == 0 else -1)], "scale")
+    return rows, width
+
+
+def read_group_index(read: PartReader, n_groups: int, name: str) -> Tensor:
+    """Return the group of each input, [in] int64, of the part g_idx, whose tensor is `name`.
+
+    Raises CheckpointError for a group that does not exist.
+    """
+    index = read("g_idx", 0, None).long()
+    check_values(
+        bool((index >= 0).all() & (index < n_groups).all()),
+        f"{name}: expected groups 0 to {n_groups - 1}, found others",
+    )
+    return index
 
 
 def check_values(is_valid: bool, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Rules of a model folder: one set of weights, an allow-list of files, no key that leads elsewhere.
+"""Rules of a model folder: one set of weights, an allow-list of files, no redirecting keys.
 
 Engines choose weight files by name, each by its own rule, so a folder with two sets is two models.
 `quantkit/verify/README.md` has the rules of transformers, vLLM and SGLang. File names only, no
@@ -47,6 +47,9 @@ _LICENSE_NAMES = re.compile(
 """Licenses under other names, without a suffix."""
 _MODULE_CONFIG = re.compile(r"\d+_[A-Za-z]+/config\.json", re.ASCII)
 """Settings of a module of sentence-transformers, 1_Pooling/config.json."""
+_MODULE_WEIGHTS = re.compile(r"\d+_[A-Za-z]+/model\.safetensors", re.ASCII)
+"""Weights of a module of sentence-transformers, 2_Dense/model.safetensors."""
+_MODULE_PICKLE = re.compile(r"(\d+_[A-Za-z]+)/pytorch_model\.bin", re.ASCII)
 _OTHER_MODELS = re.compile(
     r"(.*/)?(config(\.[\w.-]+)?|params|model_index|adapter\w*|lora\w*|.*quant(ize)?_config"
     r"|.*\.index(\..*)?|.*safetensors.*)\.json",
@@ -79,10 +82,13 @@ _TOKENIZER_FILES = ("tokenizer_file", "vocab_file", "merges_file", "spm_file")
 
 
 def is_sidecar(name: str) -> bool:
-    """Return whether a file next to weights and config.json is carried over into an artifact.
+    """Return whether a file next to weights and config.json is copied into an artifact.
 
-    name: relative to the model's folder. Never weights, indexes, config.json or the model card.
+    name: relative to the model's folder. Never indexes, config.json, the model card or weights, but
+    for those of a module of sentence-transformers.
     """
+    if is_module_weights(name):
+        return True
     if name.casefold().endswith((*_PICKLES, *_WEIGHTS)):
         return False
     if name == MODULES or _MODULE_CONFIG.fullmatch(name) or _NAMED_SIDECARS.fullmatch(name):
@@ -99,6 +105,15 @@ def is_module_config(name: str) -> bool:
     return _MODULE_CONFIG.fullmatch(name) is not None
 
 
+def is_module_weights(name: str) -> bool:
+    """Return whether a file has the weights of a module of sentence-transformers.
+
+    Only sentence-transformers, and vLLM for embeddings, read it, and only if modules.json names the
+    module.
+    """
+    return _MODULE_WEIGHTS.fullmatch(name) is not None
+
+
 def is_weight_file(name: str) -> bool:
     """Return whether a name is one of an artifact's weight files or of their index."""
     return name in {SINGLE, INDEX} or SHARD.fullmatch(name) is not None
@@ -109,7 +124,7 @@ def find_weight_set_faults(names: Collection[str]) -> Iterator[str]:
 
     names: all files of the folder; those that are no weight file are skipped.
     """
-    parsed = {name: found for name in sorted(names) if (found := SHARD.fullmatch(name))}
+    parsed = {name: match for name in sorted(names) if (match := SHARD.fullmatch(name))}
     shards = list(parsed)
     if SINGLE in names:
         if other := next((name for name in (INDEX, *shards) if name in names), None):
@@ -120,10 +135,10 @@ def find_weight_set_faults(names: Collection[str]) -> Iterator[str]:
         return
     if INDEX in names and not shards:
         yield f"{INDEX}: expected the shards that it names, found none"
-    counts = {int(found[2]) for found in parsed.values()}
+    counts = {int(match[2]) for match in parsed.values()}
     if len(counts) > 1:
         yield f"{shards[0]}: expected shards of one set, found {shards[-1]} too"
-    elif counts and {int(found[1]) for found in parsed.values()} != set(range(1, max(counts) + 1)):
+    elif counts and {int(match[1]) for match in parsed.values()} != set(range(1, max(counts) + 1)):
         yield f"{shards[0]}: expected shards 1 to {max(counts)}, found {len(shards)} of them"
 
 
@@ -131,6 +146,12 @@ def describe_foreign_file(name: str) -> str:
     """Return why an artifact does not hold a file of this name, which is in no list."""
     folded = name.casefold()
     base = folded.rpartition("/")[2]
+    if module := _MODULE_PICKLE.fullmatch(name):
+        return (
+            f"a pickle, which runs code when it is loaded; without it sentence-transformers does "
+            f"not load the module {module[1]}: save the model with sentence-transformers "
+            "(save_pretrained writes safetensors) and use that folder"
+        )
     if folded.endswith(_PICKLES):
         return "a pickle, which runs code when it is loaded; an artifact holds safetensors only"
     if base.startswith(_ADAPTERS):

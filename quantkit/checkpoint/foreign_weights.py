@@ -1,4 +1,4 @@
-"""Folders and files that hold weights in another form: what each is, and the one right step.
+"""Folders and files that hold weights in another form: a description, and the one right step.
 
 File names only, no file access: the same rules hold for folders and for repositories of the Hub.
 """
@@ -15,7 +15,7 @@ _SHOWN = 3
 
 
 def describe_foreign_weights(names: Collection[str], where: str) -> str | None:
-    """Return what a folder holds in place of safetensors; None if it holds a set or nothing known.
+    """Describe the weights of a folder without safetensors; None for a set, or for unknown files.
 
     names: its files, without those in sub-folders.
     """

@@ -31,7 +31,7 @@ IGNORED_KEYS = frozenset({
     "attn_implementation",
     "_attn_implementation",
 })
-"""Keys of config.json that say how someone ran the model, not what it is."""
+"""Keys of config.json about a run of the model, not about the model."""
 FLOAT_TAG = "__float__"
 """transformers 5 writes an infinite number as {"__float__": "Infinity"}."""
 MAX_LAYERS = 10_000

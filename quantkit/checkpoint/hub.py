@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
+from quantkit.checkpoint.canonical_names import name_tensors
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.file_names import CONFIG, HUB_ID, INDEX, SINGLE
 from quantkit.checkpoint.folder_rules import is_sidecar
@@ -49,7 +50,6 @@ from quantkit.checkpoint.shards import (
 )
 from quantkit.checkpoint.side_files import describe_left_files, describe_left_names
 from quantkit.checkpoint.source_config import make_source_config
-from quantkit.checkpoint.stored_names import name_tensors
 from quantkit.contracts import Config, TensorSpec
 from quantkit.errors import CheckpointError, HubUnreachable, UsageError
 from quantkit.io.bounded_http import ResponseLimits
@@ -108,7 +108,7 @@ class ModelHeaders:
     revision: str | None
     code: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()  # what differs from the files that transformers reads
-    left_files: tuple[str, ...] = ()  # files that stay behind, a sentence per reason
+    left_files: tuple[str, ...] = ()  # files that are not copied, a sentence per reason
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -156,7 +156,7 @@ def _download_snapshot(model: str, revision: str | None) -> ResolvedModel:
 
 
 def _list_wanted(model: str, commit: str, reader: HubReader) -> dict[str, int]:
-    """Return the files that a download needs, with their bytes: what a folder would carry over."""
+    """Return name -> bytes of the files to download: those that a build reads from a folder."""
     files = {file.path: file.size for file in reader.list_files(commit)}
     wanted = [
         *filter_repo_objects(files, allow_patterns=_ALLOWED_FILES, ignore_patterns=_IGNORED_FILES),

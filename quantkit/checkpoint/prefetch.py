@@ -65,7 +65,7 @@ class ScheduledReads(Generic[Request, Result]):
     """Reads by request, one ahead of the caller by a schedule.
 
     `take` returns the result of exactly the request it is given. The schedule is the expected
-    order: it decides only what is read ahead, so that a wrong one costs time and nothing else.
+    order. It affects prefetching only: a wrong schedule costs time and nothing else.
     Memory is that of `ReadAhead`. Use as a context manager.
     """
 
@@ -74,7 +74,7 @@ class ScheduledReads(Generic[Request, Result]):
         self._schedule = deque(schedule)
 
     def take(self, request: Request) -> Result:
-        """Return load(request), and start to read what the schedule has next. Errors are load's."""
+        """Return load(request), and prefetch the next of the schedule. Raises load's errors."""
         if request in self._schedule:
             while self._schedule.popleft() != request:
                 pass

@@ -34,29 +34,29 @@ class TensorRanges:
     """The byte ranges of a file's tensors."""
 
     def __init__(self, header: Header | None) -> None:
-        self._found: list[tuple[int, int, str, int]] = []  # begin, end, name, bytes of an element
+        self._ranges: list[tuple[int, int, str, int]] = []  # begin, end, name, bytes of an element
         if header is not None:
             start = header.data_start
-            self._found = sorted(
+            self._ranges = sorted(
                 (start + begin, start + end, name, DTYPE_BYTES[header.specs[name].dtype])
                 for name, (begin, end) in header.offsets.items()
                 if end > begin
             )
-        self._begins = [begin for begin, *_ in self._found]
+        self._begins = [begin for begin, *_ in self._ranges]
 
     def cut(self, position: int) -> int:
         """Return the last position up to `position` that does not divide an element."""
         index = bisect_right(self._begins, position) - 1
         if index < 0:
             return position
-        begin, end, _, width = self._found[index]
+        begin, end, _, width = self._ranges[index]
         return position if position >= end else position - (position - begin) % width
 
     def visit_piece(self, position: int, piece: memoryview, visit: Visit) -> None:
         """Visit every tensor with bytes in a piece of the file that begins at `position`."""
         last = position + len(piece)
         first_index = max(bisect_right(self._begins, position) - 1, 0)
-        for begin, end, name, _ in self._found[first_index : bisect_left(self._begins, last)]:
+        for begin, end, name, _ in self._ranges[first_index : bisect_left(self._begins, last)]:
             first, stop = max(begin, position), min(end, last)
             if first < stop:
                 visit(name, first - begin, piece[first - position : stop - position])

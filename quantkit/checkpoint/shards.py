@@ -121,7 +121,7 @@ def open_shards(folder: Path) -> Shards:
 
 
 def find_foreign_weights(folder: Path) -> str | None:
-    """Return what a folder holds in place of safetensors, and what to do; None if nothing known."""
+    """Describe the weights of a folder without safetensors, with the remedy; None if unknown."""
     if not folder.is_dir():
         return None
     return describe_foreign_weights([path.name for path in folder.iterdir()], str(folder))
@@ -144,8 +144,8 @@ def is_present(path: Path) -> bool:
 def choose_unindexed(names: Collection[str]) -> list[str]:
     """Return the shards of a folder without an index: 1 to n of n; empty if one is missing."""
     shards = sorted(name for name in names if SHARD.fullmatch(name))
-    found = [SHARD.fullmatch(name) for name in shards]
-    numbers = [(int(match[1]), int(match[2])) for match in found if match]
+    matches = [SHARD.fullmatch(name) for name in shards]
+    numbers = [(int(match[1]), int(match[2])) for match in matches if match]
     return shards if numbers == [(i, len(shards)) for i in range(1, len(shards) + 1)] else []
 
 

@@ -1,4 +1,4 @@
-"""The config.json of a source; what it lacks is read as transformers reads it, if anything asks.
+"""The config.json of a source; a missing key is read on demand, as transformers reads it.
 
 Without torch and transformers, whose import takes seconds, as long as no key is missing.
 """

@@ -206,7 +206,7 @@ class ShardWriter:
             self._hashed += len(view)
 
     def read(self, name: str) -> Tensor:
-        """Read a written tensor back from the disk: what is measured is what ships."""
+        """Read a written tensor back from the disk, so that the shipped bytes are measured."""
         if name not in self._written:
             raise ArtifactError(
                 f"{self.path}: tensor {shorten_repr(name)}: expected one that was written, found "

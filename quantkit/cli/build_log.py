@@ -60,7 +60,7 @@ class BuildLog:
 
 @contextmanager
 def log_build(*, verbose: bool) -> Iterator[BuildLog]:
-    """Log at every level while a build runs, and what ends it if it fails: the traceback too,
+    """Log at every level while a build runs, and the error of a failed one: with its traceback,
     unless it is one of quantkit's own errors.
     """
     level = LOG.level
@@ -84,7 +84,7 @@ def log_build(*, verbose: bool) -> Iterator[BuildLog]:
 
 
 def close_quietly(stream: TextIO) -> None:
-    """Close a log file; what a full disk did not take is lost, and LogHandler has said so."""
+    """Close a log file; text that a full disk refused is lost, as LogHandler has reported."""
     with suppress(OSError):
         stream.close()
 
@@ -98,8 +98,8 @@ def open_to_append(path: Path) -> int:
 
 
 class LogHandler(logging.StreamHandler[TextIO]):
-    """Writes to a stream until that fails, and then says so once: a full disk stops no build by its
-    log.
+    """Writes to a stream, and reports its first error only: a full disk ends the log and not the
+    build.
     """
 
     has_failed = False

@@ -258,7 +258,7 @@ def _pair_task(task: str, name: str, a: Side, b: Side, keys: Sequence[ItemKey]) 
 
 
 def _format_verdict(comparison: statistics.Comparison) -> str:
-    """Return the direction that the interval resolves, or what it excludes."""
+    """Return the direction that the interval resolves, or the differences that it excludes."""
     interval = comparison.difference.interval
     if interval.low > 0:
         return "better"

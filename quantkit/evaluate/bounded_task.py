@@ -155,14 +155,14 @@ def _bound_metric(
         ignore_numbers: bool = False,
     ) -> object:
         try:
-            found, expected = (
+            actual, expected = (
                 worker.remove_matches(regexes_to_ignore, [str(text) for text in texts])
                 for texts in (predictions, references)
             )
         except TemplateFault as fault:
             raise make_template_error(where, fault) from None
         return exact_match_fn(
-            predictions=found,
+            predictions=actual,
             references=expected,
             ignore_case=ignore_case,
             ignore_punctuation=ignore_punctuation,

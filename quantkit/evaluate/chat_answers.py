@@ -7,8 +7,10 @@ alone. Each way of reading has a name, which the results carry.
 
 from __future__ import annotations
 
+import ast
 import re
 import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -25,22 +27,27 @@ _FENCE = re.compile(
     r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.M | re.S
 )
 _PYTHON = frozenset({"", "python", "python3", "py"})
+_CURRENCY = r"(?:[$€£]|\\\$)"
+_SIGN = rf"(?:[-+]?{_CURRENCY}*|{_CURRENCY}+[-+])"
 _NUMBER = re.compile(
-    r"(?<![\w.,])[-+]?(?:[$€£]|\\\$)?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\w,])"
-    r"|(?<![\w.,])[-+]?(?:[$€£]|\\\$)?\d+(?:\.\d+)?(?![\w,])"
+    rf"(?<![\w.,]){_SIGN}\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?(?![\w,])"
+    rf"|(?<![\w.,]){_SIGN}\d+(?:\.\d+)?(?![\w,])"
 )
+_LATEX_COMMA = re.compile(r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))")
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _MARKS = re.compile(r"\*\*|__|`")
 _DEFINITION = re.compile(r"^(?:async[ \t]+)?def[ \t]+(\w+)", re.M)
+_MARK_LINES = re.compile(r"\A(?:\s*\[/?[A-Z]+\][ \t]*\n)+|(?:\n[ \t]*\[/?[A-Z]+\]\s*)+\Z")
 _INDENT = "    "
 
 
 def read_number_answer(text: str) -> str:
     """Return an answer with its numbers as a program writes them: "$1,000.00" is "1000".
 
-    Bold and code marks and LaTeX's \\boxed are removed.
+    Bold and code marks, LaTeX's \\boxed and its separators of thousands are removed.
     """
-    return _NUMBER.sub(_plain_number, _MARKS.sub("", _BOXED.sub(r"\1", text)))
+    plain = _BOXED.sub(r"\1", _LATEX_COMMA.sub("", text))
+    return _NUMBER.sub(_plain_number, _MARKS.sub("", plain))
 
 
 def _plain_number(match: re.Match[str]) -> str:
@@ -66,25 +73,47 @@ def make_completion(text: str, head: str) -> str:
 
     A head that ends in a function's signature or docstring is continued: by the function's body,
     whose lost indentation is restored, or by the whole function again, which then replaces it.
+    Marks of a prompt's examples around an answer, such as [BEGIN] and [DONE], are removed.
     """
-    code = textwrap.dedent(extract_code(text)) if "```" in text or "~~~" in text else text
+    code = _MARK_LINES.sub("", text)
+    if "```" in code or "~~~" in code:
+        code = textwrap.dedent(_MARK_LINES.sub("", extract_code(code)))
     names = _DEFINITION.findall(head)
     if not names:
         return code
     if names[-1] in _DEFINITION.findall(code):
         return f"\n{_INDENT}pass\n\n{code}"
-    return "\n" + restore_indent(code.strip("\n").split("\n"))
+    return "\n" + restore_indent(code.strip("\n").split("\n"), head)
 
 
-def restore_indent(lines: Sequence[str]) -> str:
-    """Return the body of a function with an indentation.
+def restore_indent(lines: Sequence[str], head: str) -> str:
+    """Return the body of a function with an indentation that continues `head`.
 
-    Chat templates strip an answer, so that the first line has lost it, or all lines have none.
+    A body in a fence has lost the indentation of the function. A chat template that strips an
+    answer takes it from the first line alone: the other form is then no Python.
     """
+    own = _read_indent(head)
     first, *rest = lines
-    rest_indents = [len(line) - len(line.lstrip()) for line in rest if line.strip()]
     if first.startswith((" ", "\t")):
         return "\n".join(lines)
-    if rest_indents and min(rest_indents) > 0:  # only the first line has lost it
-        return "\n".join((" " * min(rest_indents) + first, *rest))
-    return "\n".join(_INDENT + line if line.strip() else line for line in lines)
+    shifted = "\n".join(own + line if line.strip() else line for line in lines)
+    stripped = "\n".join((own + first, *rest))
+    forms = (shifted, stripped)
+    return next((form for form in forms if is_python(f"{head}\n{form}")), shifted)
+
+
+def _read_indent(head: str) -> str:
+    """Return the indentation of the body that a head ends in: that of its docstring, if any."""
+    last = next((line for line in reversed(head.split("\n")) if line.strip()), "")
+    return last[: len(last) - len(last.lstrip())] or _INDENT
+
+
+def is_python(source: str) -> bool:
+    """Return whether text is a Python program."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in generated text are no fault
+            ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True

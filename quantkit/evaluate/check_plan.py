@@ -1,7 +1,6 @@
-"""What headers, config, tokens and this machine tell about a build before it begins.
+"""Checks before a build: transformers' model, token ids, disk space, benchmarks that cannot run.
 
-`quantkit plan` says it, and the build checks it again before it hashes the source: transformers'
-model, token ids, room on the disk, benchmarks that cannot run.
+`quantkit plan` prints their results, and the build runs them again before it hashes the source.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from quantkit.recipe.schema import Recipe
 
 
 def plan_and_check(recipe: Recipe, source: SourceFacts) -> tuple[Plan, ...]:
-    """Return one plan per format, with warnings of what a build on this machine would meet.
+    """Return one plan per format, with warnings about a build on this machine.
 
-    A model that is not on this machine is only planned. Raises as `plan_recipe` does, and what the
-    build would raise.
+    A model that is not on this machine is only planned. Raises the errors of `plan_recipe`, and
+    those that would end the build.
     """
     plans = plan_recipe(recipe, source)
     notes = list[str]()
@@ -40,7 +39,7 @@ def plan_and_check(recipe: Recipe, source: SourceFacts) -> tuple[Plan, ...]:
 def check_before_build(
     plans: Sequence[Plan], largest_ids: Sequence[int], trusted_code: Sequence[str] | None
 ) -> tuple[Plan, ...]:
-    """Return the plans with their warnings; raises for what would stop the build later.
+    """Return the plans with their warnings; raises the errors that would end the build later.
 
     largest_ids: the largest token id of each text. trusted_code: None without benchmarks.
     """

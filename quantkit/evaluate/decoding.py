@@ -110,7 +110,7 @@ def count_shared_tokens(prompts: Sequence[Sequence[int]], cache: DynamicCache) -
     """
     if len(prompts) == 1 or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return 0
-    # all prompts share what the smallest and the largest share
+    # a prefix of the smallest and the largest prompt is a prefix of all
     smallest, largest = min(map(list, prompts)), max(map(list, prompts))
     pairs = enumerate(zip(smallest, largest, strict=False))
     common = next((index for index, (a, b) in pairs if a != b), len(smallest))

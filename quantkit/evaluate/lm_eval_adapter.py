@@ -117,7 +117,7 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm-eval is untyped
 
     model_key: the hash under which answers are stored; think_end: the text that ends a reasoning
     model's thoughts. Only the text after it is scored, and stop strings do not end the thoughts.
-    readers: task -> what is scored of an answer; `answers` keeps the whole.
+    readers: task -> the scored part of an answer; `answers` keeps the whole.
     """
 
     def __init__(

@@ -127,7 +127,7 @@ def get_served_model(server: ServerOptions) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamedAnswer:
-    """A complete answer. reasoning: what a thinking model wrote before it; usage: new tokens."""
+    """A complete answer. reasoning: the thoughts before it; usage: new tokens."""
 
     text: str
     reasoning: str

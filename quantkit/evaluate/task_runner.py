@@ -12,8 +12,6 @@ ties.
 
 from __future__ import annotations
 
-import ast
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -22,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import EvaluationError, UnsuitedError
 from quantkit.evaluate import answer_store, lm_eval_tasks, sandbox
-from quantkit.evaluate.chat_answers import VARIANTS, ChatAnswer, make_completion
+from quantkit.evaluate.chat_answers import VARIANTS, ChatAnswer, is_python, make_completion
 from quantkit.evaluate.item_results import ItemResult
 from quantkit.evaluate.lm_eval_tasks import LoadedTasks
 from quantkit.evaluate.task_schema import CodeRules
@@ -144,14 +142,18 @@ def run_loaded_tasks(
 
 
 def set_chat_stops(loaded: LoadedTasks) -> None:
-    """Remove the stop strings of code tasks: a fence begins with the text that ends a completion.
+    """Remove stop strings of code tasks that begin a line: they end a completion, and are part of
+    the program in a fence.
 
-    A conversation ends with the model's own end of turn.
+    Marks such as [DONE] stay. A conversation ends with the model's own end of turn.
     """
     for task in loaded.tasks:
         config = loaded.lm_eval_tasks[task.name].config
         if task.chat == "code" and config.generation_kwargs is not None:
-            settings = {**config.generation_kwargs, "until": []}
+            until = config.generation_kwargs.get("until") or []
+            stops = [until] if isinstance(until, str) else until
+            marks = [stop for stop in stops if not stop.startswith("\n")]
+            settings = {**config.generation_kwargs, "until": marks}
             loaded.lm_eval_tasks[task.name].set_config("generation_kwargs", settings)
 
 
@@ -265,7 +267,7 @@ def _judge_programs(
     for item, program, result in zip(items, programs, results, strict=True):
         score = None if result is None else float(result.passed)
         outcome = f"{_NOT_RUN}{jail.reason}" if result is None else result.reason
-        parsed = _is_python(program.source)
+        parsed = is_python(program.source)
         judged.append(replace(item, score=score, outcome=outcome, parsed=parsed))
     return judged
 
@@ -306,15 +308,3 @@ def cut_at_unindented_line(text: str) -> str:
         len(lines),
     )
     return "\n".join(lines[:end])
-
-
-def _is_python(source: str) -> bool:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # invalid escapes in generated text are no user's concern
-            ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True

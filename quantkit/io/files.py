@@ -244,8 +244,8 @@ def make_write_error(path: Path, fault: OSError) -> QuantkitError:
 def write_atomic(path: Path, content: bytes, token: str | None = None) -> None:
     """Write a new file next to its place and rename it; a link at `path` is replaced.
 
-    `token` names the new file, for a caller that must recognize what a killed process left; random
-    by default. Raises QuantkitError and keeps the old file if that fails.
+    `token` names the new file, for a caller that must recognize the remains of a killed process;
+    random by default. Raises QuantkitError and keeps the old file if that fails.
     """
     part = name_part(path.parent, token or secrets.token_hex(8))
     try:

@@ -203,7 +203,7 @@ def bound_hub(budget: HubBudget, *, allows_xet: bool = True) -> Iterator[None]:
     """Bound the requests of huggingface_hub and datasets to the Hub; one thread at a time.
 
     allows_xet: use Xet's own client, which no budget reaches, with the official Hub, whose storage
-    decides what it sends. Afterwards the client factory is the caller's again.
+    limits its answers. Afterwards the client factory is the caller's again.
     """
     with _SCOPE_LOCK:
         factory, has_no_xet = _http._GLOBAL_CLIENT_FACTORY, constants.HF_HUB_DISABLE_XET

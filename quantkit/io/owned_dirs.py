@@ -89,7 +89,7 @@ def parse_owner(values: object) -> str | None:
 def check_work_dir(folder: Path, remedy: str) -> str | None:
     """Return the id of a working folder; None for an absent one and for remains without a journal.
 
-    A journal that is alone is what a process left that was removing its folder.
+    A lone journal was left by a process that was killed while it removed the folder.
 
     remedy: the step to take, for the message. Raises UsageError for any other folder, a file or a
     link.

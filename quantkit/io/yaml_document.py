@@ -7,9 +7,11 @@ that is too large or too deep for a recipe. Pure: text in, values out.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -106,8 +108,14 @@ def parse_document(
     """The mapping that `text` holds; RecipeError with every fault otherwise.
 
     Messages call the file `name`, and its kind of document `kind`. Raises RecipeError with every
-    fault.
+    fault. The caller may change the values.
     """
+    document = _parse_document(text, name, kind, first_key)
+    return replace(document, values=copy.deepcopy(document.values))
+
+
+@lru_cache(maxsize=32)  # a build reads its sets and tasks up to six times, .01 s each
+def _parse_document(text: str, name: str, kind: str, first_key: str) -> YamlDocument:
     reader = _Reader(name=name, kind=kind, first_key=first_key, lines={}, faults=[])
     try:
         if len(text) > MAX_CHARACTERS:
@@ -208,7 +216,9 @@ class _Reader:
         for event in events:
             if isinstance(event, DocumentStartEvent):
                 if event.version or event.tags:
-                    self.fault(event, f"%YAML and %TAG directives are not allowed in a {self.kind}")
+                    self.add_fault(
+                        event, f"%YAML and %TAG directives are not allowed in a {self.kind}"
+                    )
                 if values is not None:
                     raise RecipeError([
                         f"{self.at(event)}: a {self.kind} is one YAML document, a second one "
@@ -237,7 +247,7 @@ class _Reader:
                 f"{self.at(event)}: nested more than {MAX_DEPTH} deep, no {self.kind} is"
             ])
         if isinstance(event, AliasEvent):
-            self.fault(
+            self.add_fault(
                 event, f"aliases (*name) are not allowed in a {self.kind}; write the value out"
             )
             return None
@@ -262,7 +272,7 @@ class _Reader:
             key = str(event.value)
             key_path = (*path, key)
             if key in values:
-                self.fault(
+                self.add_fault(
                     event,
                     f"{format_path(key_path)}: written twice, first in line {self.lines[key_path]}",
                 )
@@ -289,20 +299,20 @@ class _Reader:
         self.plain(event)
         text = str(event.value)
         if is_invalid_text(text):
-            self.fault(event, INVALID_TEXT)
+            self.add_fault(event, INVALID_TEXT)
         return parse_scalar(text) if event.implicit[0] else text
 
     def plain(self, event: NodeEvent) -> None:
         """Add a fault for an anchor or a tag."""
         if event.anchor:
-            self.fault(
+            self.add_fault(
                 event,
                 f"anchors (&{printable(str(event.anchor))}) are not allowed in a {self.kind}; "
                 "write the value out",
             )
         tag = getattr(event, "tag", None)
         if tag is not None:
-            self.fault(
+            self.add_fault(
                 event,
                 f"tags ({printable(str(tag))}) are not allowed in a {self.kind}; quote the value "
                 "to make it text",
@@ -312,7 +322,7 @@ class _Reader:
         """How a message calls a node that is no mapping."""
         return f"'{printable(event.value)}'" if isinstance(event, ScalarEvent) else "an alias"
 
-    def fault(self, event: Event, sentence: str) -> None:
+    def add_fault(self, event: Event, sentence: str) -> None:
         """Add a fault at the line of an event."""
         self.faults.append(f"{self.at(event)}: {sentence}")
 

@@ -7,7 +7,7 @@ checks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -36,25 +36,16 @@ from quantkit.models.small_instance import (
 from quantkit.models.stored_names import UnknownForm, find_stored_names, measure_parts
 from quantkit.models.text_part import find_parts, name_in_model, put_parts_back
 
-UNSUPPORTED: Mapping[str, str] = {
-    "gpt_oss": "its experts have biases, and gate and up are interleaved and clamped, which no "
-    "layout here describes; the release has 4.25 bits a weight, so that 4 bits gain nothing; serve "
-    "it as it is",
-}
-"""Model types that transformers supports and quantkit does not, with the reason and the remedy."""
-
 
 def derive_architecture(config: Config, names: Collection[str] = ()) -> Architecture:
     """Derive the architecture of a model type without a table.
 
-    names: those of the checkpoint's tensors, which say where a wrapper's text model lies.
+    names: those of the checkpoint's tensors, which locate the text model of a wrapper.
 
     Raises UsageError if transformers does not know the type either, CheckpointError with the first
     check that fails.
     """
     model_type = config.text("model_type")
-    if model_type in UNSUPPORTED:
-        raise make_refusal(config, UNSUPPORTED[model_type])
     if not has_language_model(model_type):
         own = (
             ", and the code of a checkpoint (auto_map) is never run"
@@ -96,8 +87,8 @@ def derive_layout(config: Config, names: Collection[str] = ()) -> Layout:
         raise make_refusal(config, str(fault)) from fault
     proof = layout_checks.prove_layout(config, small_model, small, tensors)
     blocks = tuple(
-        finish_block(config, block, found, like.experts, meta_model.config)
-        for block, like, found in zip(
+        finish_block(config, block, findings, small_block.experts, meta_model.config)
+        for block, small_block, findings in zip(
             layout.blocks, proof.layout.blocks, proof.findings, strict=True
         )
     )
@@ -129,24 +120,28 @@ def get_state_width(meta_model: MetaModel, layout: Layout) -> int:
 
 
 def finish_block(
-    config: Config, block: Block, found: BlockFindings, like: Experts | None, hf_config: Any
+    config: Config,
+    block: Block,
+    findings: BlockFindings,
+    small_experts: Experts | None,
+    hf_config: Any,
 ) -> Block:
-    """Return a block of the real model with what its like in the small instance has shown."""
-    block = keep_linears(config, mark_routers(block, found.routers), found.uncalled)
-    if block.experts and like:
-        router = next((x for x in found.routers), like.router)
+    """Return a block of the real model with the findings on its counterpart in the small one."""
+    block = keep_linears(config, mark_routers(block, findings.routers), findings.uncalled)
+    if block.experts and small_experts:
+        router = next((x for x in findings.routers), small_experts.router)
         block = replace(
             block,
             experts=replace(
                 block.experts,
                 router=router,
-                top_k=like.top_k,
-                scales_down=like.scales_down,
-                inside=like.inside,
-                scaled_inputs=like.scaled_inputs,
+                top_k=small_experts.top_k,
+                scales_down=small_experts.scales_down,
+                inside=small_experts.inside,
+                scaled_inputs=small_experts.scaled_inputs,
             ),
         )
-    return replace(block, groups=layout_checks.make_groups(block, found.readings, hf_config))
+    return replace(block, groups=layout_checks.make_groups(block, findings.readings, hf_config))
 
 
 def make_checked_model(config: Config, values: Config) -> MetaModel:

@@ -51,7 +51,7 @@ def check_experts(
     tensors: Mapping[str, Tensor],
     lengths: Sequence[int],
 ) -> Layout:
-    """Return the layout of the instance with the experts of each block as they are proven to run.
+    """Return the layout of the instance with the checked experts of each block.
 
     tensors: of the instance, by full name. Raises UnknownForm.
     """
@@ -70,7 +70,7 @@ def check_block(
     rows: Tensor,
     lengths: Sequence[int],
 ) -> Block:
-    """Return a block with proven experts; raises UnknownForm."""
+    """Return a block with checked experts; raises UnknownForm."""
     experts, gating = block.experts, make_gating(meta_model, block)
     assert experts is not None and gating is not None  # the caller has checked
     module, own = experts.module, {k: x for k, x in tensors.items() if is_in(k, block)}
@@ -121,7 +121,7 @@ def run_full_layer(
     rows: Tensor,
     lengths: Sequence[int],
 ) -> FullRun:
-    """Run transformers' layer with its own experts; record what these are given and return."""
+    """Run transformers' layer with its own experts; record their inputs and outputs."""
     assert block.experts is not None  # the caller has checked
     layer = copy.deepcopy(meta_model.model.get_submodule(block.path))
     state = full_model.iterate_block_state(meta_model, block, tensors.__getitem__, ())
@@ -169,9 +169,9 @@ def check_sum(module: str, run: BlockRun, arguments: tuple[Any, ...], answer: Te
         )
 
 
-def is_close(found: Tensor, expected: Tensor) -> bool:
+def is_close(actual: Tensor, expected: Tensor) -> bool:
     """Return whether two tensors agree but for rounding."""
-    difference = float((found.float() - expected.float()).norm())
+    difference = float((actual.float() - expected.float()).norm())
     return difference <= TOLERANCE * float(expected.float().norm())
 
 

@@ -2,8 +2,8 @@
 
 The only assumptions: an embedding, a list of blocks, a linear head. In the blocks each `nn.Linear`
 can be quantized, and each projection of routed experts; vectors, convolutions and small matrices
-are kept, and so is everything outside the blocks. Names do not tell which linears share an input
-or which of them route: `layout_checks` runs the blocks for that, so groups are empty here.
+are kept, and so is everything outside the blocks. Names do not show which linears share an input
+or route tokens: `layout_checks` runs the blocks to determine that, so groups are empty here.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def inspect_layout(
     model = meta_model.model
     embedding, head = model.get_input_embeddings(), get_head(model)
     if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
-        found = f"{type(embedding).__name__} and {type(head).__name__}"
-        raise make_refusal(config, f"expected an embedding and a linear head, found {found}")
+        classes = f"{type(embedding).__name__} and {type(head).__name__}"
+        raise make_refusal(config, f"expected an embedding and a linear head, found {classes}")
     name, stack = find_layers(model)
     stored = names.tensors
     blocks = tuple(
@@ -125,8 +125,8 @@ def make_linear(name: str, linear: nn.Linear, role: Role) -> Linear:
 def name_block(path: str, layer: nn.Module, stored: StoredNames) -> str:
     """Return the name in the checkpoint of a block, whose name in transformers is `path`.
 
-    It is what a tensor with the same local name has in front; without one, what all names have in
-    front up to the block's number.
+    It is the prefix of a tensor whose local name is the same; if there is none, the prefix that all
+    names share, up to the block's number.
     """
     names = list[str]()
     for tensor in layer.state_dict():
@@ -205,14 +205,14 @@ def find_mixtures(
 
     Raises CheckpointError for several.
     """
-    found = {
+    mixtures = {
         local: stored.experts[f"{path}.{local}"]
         for local, _ in layer.named_modules()
         if f"{path}.{local}" in stored.experts
     }
-    if len(found) > 1:
-        raise make_refusal(config, f"{path} has experts in {' and '.join(found)}")
-    return found
+    if len(mixtures) > 1:
+        raise make_refusal(config, f"{path} has experts in {' and '.join(mixtures)}")
+    return mixtures
 
 
 def find_linear_name(config: Config, module: str, stored: StoredNames) -> str:
@@ -229,7 +229,7 @@ def list_parameters(module: nn.Module) -> list[str]:
 
 
 def list_kept_specs(path: str, kept: Mapping[str, Tensor], stored: StoredNames) -> list[TensorSpec]:
-    """Return the tensors of a block that are no linears, as stored.
+    """Return the tensors of a block other than those of linears, as stored.
 
     path: the block's name in transformers; kept: by name in transformers' layer.
     """
@@ -287,6 +287,7 @@ def make_experts(module: Any, names: ExpertNames) -> Experts:
         gate=names.gate,
         up=names.up,
         down=names.down,
+        bias=names.bias,
     )
 
 
@@ -302,6 +303,7 @@ def list_expert_linears(experts: Experts) -> Iterator[Linear]:
                 out_features=out,
                 in_features=into,
                 role="routed_expert",
+                bias=experts.bias,
             )
 
 
@@ -313,8 +315,8 @@ def get_role(path: str, has_experts: bool = False) -> Role:
 
 
 def mark_routers(block: Block, names: Collection[str]) -> Block:
-    """Return a block in which these modules are linears of a router, which no rule quantizes by
-    accident: linears, or kept matrices of a router's own class.
+    """Return a block in which these modules have the role "router", which no general rule
+    selects: linears, or kept matrices of a router's own class.
     """
     matrices = {
         spec.name.removesuffix(".weight"): spec for spec in block.others if len(spec.shape) == 2
@@ -369,7 +371,7 @@ def check_kept_share(
 
 
 def keep_linears(config: Config, block: Block, names: Collection[str]) -> Block:
-    """Return a block in which these linears are tensors that are kept as they are.
+    """Return a block that keeps the tensors of these linears as they are.
 
     Raises CheckpointError if they are more than a small part of it, as experts are.
     """
@@ -398,7 +400,7 @@ def keep_linears(config: Config, block: Block, names: Collection[str]) -> Block:
 
 @cache
 def is_linear_class(kind: type[nn.Linear]) -> bool:
-    """Return whether modules of a class compute x W^T + b, shown by a small one of torch's own."""
+    """Return whether a class computes x W^T + b, tested with the weights of a small nn.Linear."""
     if kind is nn.Linear:
         return True
     generator = torch.Generator().manual_seed(0)
@@ -406,7 +408,7 @@ def is_linear_class(kind: type[nn.Linear]) -> bool:
     try:
         with torch.no_grad():
             return bool(torch.allclose(kind.forward(linear, x), linear(x), atol=1e-6))
-    except (AttributeError, TypeError, RuntimeError, ValueError):  # it needs what this class adds
+    except (AttributeError, TypeError, RuntimeError, ValueError):  # it uses attributes of its own
         return False
 
 

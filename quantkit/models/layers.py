@@ -42,7 +42,7 @@ class MetaModel:
     config: Any  # transformers PretrainedConfig of the text model
     model: Any  # transformers' causal language model on the meta device
     full_config: Any  # of the wrapper, if the text model lies in one
-    outer: OuterModel  # what the model gives its layers, in `dtype` on `device`
+    outer: OuterModel  # the model around the layers, in `dtype` on `device`
     device: torch.device
     dtype: torch.dtype
     left_out: Mapping[str, nn.Module] = field(default_factory=dict)  # a wrapper's parts, by name
@@ -201,7 +201,8 @@ def cast_tensors(
     """Return the tensors of a module by its names on a device, in `dtype`; buffers in float32,
     integers in the module's dtype.
     """
-    own, buffers = module.state_dict(), {name for name, _ in module.named_buffers()}
+    own: dict[str, Tensor] = module.state_dict()
+    buffers = {name for name, _ in module.named_buffers()}
 
     def get_dtype(name: str, tensor: Tensor) -> torch.dtype:
         if name in own and not own[name].is_floating_point():
@@ -291,8 +292,8 @@ def run_layer(
     """Run a layer over concatenated sequences, with the arguments of transformers' own forward.
 
     rows of states (`outer.form`) [tokens, width] -> (rows after it [tokens, width], valid
-    [sequences * longest] bool: the padded positions that are tokens). Sequences are padded on the right: under causal attention no token
-    sees the padding.
+    [sequences * longest] bool: the padded positions that are tokens). Sequences are padded on the
+    right: under causal attention no token sees the padding.
     """
     valid = make_padding_mask(lengths, meta_model.device)  # [sequences, longest]
     form = meta_model.outer.form

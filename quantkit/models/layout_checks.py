@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from quantkit.contracts import Absorber, Block, Config, Layout, Linear, LinearGroup
 from quantkit.errors import CheckpointError
 from quantkit.models import expert_checks, full_model, layer_states, scaling
-from quantkit.models.experts import BlockRun, run_block, run_router
+from quantkit.models.experts import BlockRun, run_block, run_router, select_dense_tensors
 from quantkit.models.inspect import make_refusal, mark_routers
 from quantkit.models.layers import (
     MetaModel,
@@ -272,7 +272,7 @@ class BlockTrial:
 
     @cached_property
     def after_experts(self) -> frozenset[str]:
-        """Names of the dense linears whose input depends on what the experts return."""
+        """Names of the dense linears whose input depends on the experts' output."""
         if self.plain.total is None:
             return frozenset()
         other = self.record_calls(self.plain.total)
@@ -379,12 +379,6 @@ def is_same_input(x: Tensor, y: Tensor) -> bool:
     return torch.equal(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
 
 
-def select_dense_tensors(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a block's tensors without those of routed experts."""
-    routed = {f"{x.name}.weight" for x in block.linears if x.role == "routed_expert"}
-    return {name: x for name, x in tensors.items() if name not in routed}
-
-
 def record_inputs(
     layer: nn.Module, names: list[str], forward: Callable[[], object]
 ) -> dict[str, list[Tensor]]:
@@ -488,8 +482,8 @@ def find_absorbers(
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFindings:
-    """What the instance shows of one block: readings with absorbers; by full name, linears that are
-    not called once with every token before the experts, and modules of the router.
+    """Findings on one block of the instance: readings with absorbers; by full name, linears that
+    are not called once with every token before the experts, and modules of the router.
     """
 
     readings: tuple[InputReaders, ...]

@@ -1,4 +1,4 @@
-"""transformers' model around its decoder layers: what it gives them, and what follows them.
+"""transformers' model around its decoder layers: embedding, arguments of the layers, and logits.
 
 A layer is run with the arguments that the model's own forward makes: masks, rotary tables,
 positions. `OuterModel` is transformers' model with a stub in place of each layer. One forward of it
@@ -27,12 +27,12 @@ from quantkit.models.state_rows import StateForm, StatePart, find_token_axes
 MAX_KEPT_BYTES = 1 << 26
 """Recorded arguments that are kept for the next layer; the largest are masks [n, 1, t, t]."""
 PROBE_SHAPES = ((2, 3), (3, 5))
-"""Sequences and tokens of the forwards that show the form of states and what a layer returns."""
+"""Sequences and tokens of the forwards that determine the form of states and outputs."""
 PROBE_TOKENS = (5, 6)
 """Token ids that begin two texts: what differs between them depends on the text."""
 MAX_EXTRA_OUTPUTS = 3
 FORM_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What transformers' forward raises when a layer returns another form than it expects."""
+"""Exceptions of transformers' forward when a layer's output has an unexpected form."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class Stub(nn.Module):
 class LayerStub(Stub):
     """Records the calls of a layer and returns its input, or `answer` if that is set.
 
-    `hidden` are the states of the last call. `n_extra`: what the layer returns after the states,
+    `hidden` are the states of the last call. `n_extra`: the number of outputs after the states;
     None for a layer that returns no tuple. `marks`: tensors to return there.
     """
 
@@ -175,14 +175,14 @@ class OuterModel:
         shape = (sequences, tokens)
         if shape not in self._kept:
             self._forward(torch.zeros(shape, dtype=torch.long))
-            made = {
+            calls = {
                 name: replace(stub.calls[0], ids=self._ids[name])
                 for name, stub in zip(self._names, self._stubs, strict=True)
             }
-            self._kept[shape] = made
+            self._kept[shape] = calls
             while count_bytes(self._kept) > MAX_KEPT_BYTES:
                 del self._kept[next(iter(self._kept))]
-            return made
+            return calls
         return self._kept[shape]
 
     def record_for(self, ids: Tensor) -> Mapping[str, LayerCall]:
@@ -227,8 +227,8 @@ class OuterModel:
         )
 
     def find_form(self) -> None:
-        """Find the form of the states, what the layers have to return, and which arguments are the
-        token ids.
+        """Determine the form of states and of the layers' output, and which arguments are the token
+        ids.
 
         Raises CheckpointError if no form gives each layer states of every token once.
         """
@@ -347,7 +347,7 @@ def make_outer_model(
         id(head): make_head(model, head, device, dtype, tensors),
         id(model.config): model.config,
     }
-    outer = copy.deepcopy(model, replaced)  # takes what it finds in its second argument
+    outer = copy.deepcopy(model, replaced)  # an object in its second argument is not copied
     for module_name, module in outer.named_modules():
         fill_tensors(module, module_name, device, dtype, tensors)
     result = OuterModel(outer, name, stubs, device)
@@ -409,7 +409,7 @@ def make_embedding(
     dtype: torch.dtype,
     tensors: Mapping[str, Tensor],
 ) -> Stub:
-    """Make what embeds tokens: the embedding itself if its weight is among `tensors`."""
+    """Make the module that embeds tokens: the embedding itself if its weight is among `tensors`."""
     weight = tensors.get(f"{get_module_name(model, embedding)}.weight")
     if weight is None:
         return EmbeddingStub(embedding, device, dtype)

@@ -40,7 +40,7 @@ class ScaleChoice:
     error_chosen: float
 
     @property
-    def rescaled(self) -> bool:
+    def is_rescaled(self) -> bool:
         """Whether the input is scaled."""
         return self.candidate != 0
 

@@ -2,8 +2,8 @@
 
 A wrapper is a vision-language or audio model of transformers. `leave_out_parts` takes its encoders
 and projectors out, so that the rest of quantkit sees a language model whose layers lie deeper. The
-names of tensors in a checkpoint come from transformers' own renaming of what it loads: the same
-model is stored with three prefixes of its text (`model.layers`, `model.language_model.layers`,
+names of tensors in a checkpoint come from transformers' own renaming at load: the same model is
+stored with three prefixes of its text (`model.layers`, `model.language_model.layers`,
 `language_model.model.layers`).
 """
 
@@ -49,7 +49,7 @@ def find_text_root(model: Any) -> str:
 
 
 def leave_out_parts(model: Any) -> dict[str, nn.Module]:
-    """Replace everything around the text model and the head; return what was there, by name."""
+    """Replace everything around the text model and the head; return the parts by name."""
     root = find_text_root(model)
     kept = {*list_prefixes(root)}
     head = get_head(model)
@@ -75,9 +75,9 @@ def put_parts_back(model: Any, parts: Mapping[str, nn.Module]) -> Any:
 
 
 def name_in_model(model: Any, names: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-    """Return the name in transformers' model of each stored tensor, as transformers loads it.
+    """Return stored name -> name in transformers' model, as transformers loads it.
 
-    Also returns the stored names that it converts to other tensors, whose name is of the first.
+    Also returns the stored names that it converts to other tensors, mapped to the first of them.
     model: with all parts.
     """
     known = model.state_dict()
@@ -103,7 +103,7 @@ def find_parts(
     converted: Collection[str],
     claimed: Collection[str],
 ) -> tuple[ModelPart, ...]:
-    """Return the parts that are copied: those left out, and what transformers does not load.
+    """Return the copied parts: those left out, and tensors that transformers does not load.
 
     model: with all parts; named: stored name -> name in the model; claimed: stored names of the
     text model. transformers lists patterns of tensors that it does not load, such as multi-token

@@ -1,4 +1,4 @@
-"""Texts that are longer than the model's context: said by the plan, or refused."""
+"""Texts that are longer than the model's context: a warning, or a fault of the recipe."""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ from quantkit.plan.plan import SourceFacts
 from quantkit.plan.recipe_draft import Draft, choose_rounding, list_scheme
 from quantkit.recipe.write_recipe import Choice, Section
 
+SHRINKAGE = 0.05
+"""`calibration.shrinkage` of real models; measured in numerics/README.md."""
 SMALL_MODEL = 10**9
 """Parameters below which short texts suffice: about 40 tokens per channel of the widest input."""
 BUILTIN_TEXTS: Mapping[str, tuple[str, str, int]] = {
@@ -216,6 +218,11 @@ def choose_texts(model: str, source: SourceFacts, parameters: int) -> tuple[Sect
                     reason=f"{sequences * length:,} tokens; {why} parameters",
                 ),
                 Choice(key="length", value=str(length), reason=why_length),
+                Choice(
+                    key="shrinkage",
+                    value=str(SHRINKAGE),
+                    reason="kinds of text that the mixture does not have lose less",
+                ),
             ),
         ),
         Section(

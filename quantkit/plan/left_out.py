@@ -1,8 +1,8 @@
 """Stored tensors that the layout of a model does not have: left out with a reason, or refused.
 
-Left out is what no engine reads: buffers that engines compute, a tied weight stored twice, biases
-of zeros, parts that the recipe drops. Everything else is refused, with the nearest expected name.
-Pure: conditions on values are returned as checks, which `check_values` reads.
+Tensors that no engine reads are left out: buffers that engines compute, a tied weight stored twice,
+biases of zeros, parts that the recipe drops. Everything else is refused, with the nearest expected
+name. Pure: conditions on values are returned as checks, which `check_values` reads.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_NEAREST = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ValueCheck:
-    """What must hold for the values of `name`: equal to `other`, or all zero."""
+    """A condition on the values of `name`: equal to `other`, or all zero."""
 
     kind: Literal["equal", "zero"]
     name: str
@@ -48,7 +48,7 @@ class ValueCheck:
 class LeftOut:
     """A stored tensor that the artifact does not hold, and why.
 
-    check: what must hold for its values; None if its name and shape suffice.
+    check: the condition on its values; None if its name and shape suffice.
     """
 
     name: str
@@ -144,7 +144,7 @@ def describe_unplaced(
 
 
 def describe_foreign_part(name: str, layout: Layout) -> str:
-    """Return in parentheses what part of a model a name belongs to, if it tells; "" otherwise."""
+    """Return in parentheses the part of a model that a name belongs to; "" if unknown."""
     if any(part in name for part in _ADAPTER_PARTS):
         return " (part of an adapter; merge it into the weights)"
     stack = layout.blocks[0].name.rpartition(".")[0] if layout.blocks else ""

@@ -210,7 +210,7 @@ def names_no_class(values: Mapping[str, object]) -> bool:
 
 
 def find_class_warning(config: Config, architecture: Architecture) -> str | None:
-    """Return what is unusual about `architectures`, by which vLLM and SGLang choose the class."""
+    """Return a warning about `architectures`, by which vLLM and SGLang choose the class."""
     names, classes = config.values.get("architectures"), architecture.classes
     expected = f"expected {' or '.join(classes) or 'the class of the model'}"
     if names_no_class(config.values):

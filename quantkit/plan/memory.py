@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quantkit.contracts import Block, Experts, Layout, Linear
-from quantkit.plan.decisions import Decision, select_quantized_groups
+from quantkit.plan.decisions import Decision, keeps_stacked, select_quantized_groups
 
 BASE_BYTES = 900_000_000
 """Python, torch and transformers without a model: 620 MB measured on Linux x86-64 with torch 2.13,
@@ -79,7 +79,7 @@ class MemoryPlan:
         return self.base_bytes + max(block, self.head_bytes)
 
 
-def slice_size(experts: int) -> int:
+def choose_slice_size(experts: int) -> int:
     """Return how many of a layer's routed experts form a slice.
 
     It depends neither on the budget nor on the number of devices.
@@ -142,7 +142,16 @@ def estimate_dense_bytes(block: Block, decisions: Mapping[str, Decision], grams:
         summed += 2 * BATCH_TOKENS * 4 * sum(reader.in_features for reader in readers)
         summed += sum(4 * x.n_parameters + 2 * BATCH_TOKENS * 4 * x.out_features for x in adding)
     scaled = estimate_scaled_expert_bytes(block, decisions, grams)
-    return sum(sizes) + solving + scaled + summed
+    return sum(sizes) + solving + scaled + summed + estimate_stacked_bytes(block, decisions)
+
+
+def estimate_stacked_bytes(block: Block, decisions: Mapping[str, Decision]) -> int:
+    """Return the bytes of the largest tensor with all experts that is copied, in BF16."""
+    experts = block.experts
+    if experts is None or not keeps_stacked(block, decisions):
+        return 0
+    widest = max(len(stacked.projections) for stacked in block.stacked)
+    return 2 * experts.count * widest * experts.hidden * experts.intermediate
 
 
 def estimate_scaled_expert_bytes(
@@ -224,7 +233,7 @@ def plan_memory(
             expert = max(expert, estimate_expert_bytes(block.experts, quantized, grams))
             max_experts = max(max_experts, block.experts.count)
     room = budget_bytes - BASE_BYTES - dense - batch
-    part, fitting = (slice_size(max_experts), room // expert) if expert else (0, 0)
+    part, fitting = (choose_slice_size(max_experts), room // expert) if expert else (0, 0)
     wave = max_experts if fitting >= max_experts else max(part, fitting // part * part)
     head = layout.head or layout.embedding
     both = 2 if grams > 1 else 1  # the calibration text, also in the original model
@@ -232,9 +241,7 @@ def plan_memory(
     # states before and after a block; sums and inputs of the experts, for calibration those from
     # original weights and those from stored ones
     numbers = (2 * width + sums + expert_width) * texts + expert_width * tokens["calibration"]
-    if (
-        wave < max_experts
-    ):  # a wave advances two of them in addition to the states that the journal keeps
+    if wave < max_experts:  # a wave advances two of them in addition to those of the journal
         numbers += (sums or width) * (tokens["calibration"] + tokens["fidelity"])
     return MemoryPlan(
         budget_bytes=budget_bytes,

@@ -1,4 +1,4 @@
-"""What the model of a config.json returns: logits of tokens, labels of a head, or hidden states."""
+"""The output of the model of a config.json: logits, labels of a head, or hidden states."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from quantkit.checkpoint.stored_names import HEADS
+from quantkit.checkpoint.canonical_names import HEADS
 from quantkit.contracts import Config, Layout, Linear, TensorSpec
 from quantkit.formats.common.engine_names import LM_HEAD
 
@@ -18,7 +18,7 @@ _STATES = re.compile(r"\w+Model")
 
 
 def read_output_kind(config: Config) -> Output:
-    """Return what the class in `architectures` returns; logits without one."""
+    """Return the kind of output of the class in `architectures`; logits without one."""
     names = config.values.get("architectures")
     name = str(names[0]) if isinstance(names, list) and len(names) == 1 else ""
     if _LABELS.fullmatch(name):

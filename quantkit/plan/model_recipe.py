@@ -18,7 +18,7 @@ from quantkit.recipe.schema import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class TargetRecipe:
-    """The text and the recipe of a target; chosen: what was chosen for a model, None for a recipe.
+    """The text and the recipe of a target; chosen: the choices for a model; None for a recipe.
 
     The text of a model's recipe has the overrides in it.
     """

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Literal
 
+from quantkit.checkpoint.encoding import EncodedWeight
 from quantkit.checkpoint.file_names import SINGLE, format_shard_name
+from quantkit.checkpoint.stacked import find_expert_parts, get_stacked_shape
 from quantkit.contracts import Block, Format, Layout, TensorSpec
-from quantkit.plan.decisions import Decision
+from quantkit.plan.decisions import Decision, keeps_stacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +35,17 @@ def make_kept_spec(spec: TensorSpec, keep: Literal["source", "bf16"] = "source")
 @dataclass(frozen=True, kw_only=True)
 class KeptStorage:
     """Storage of kept weights: `scale` (tensor suffix) and `side` of FP8 blocks if the format has
-    them.
+    them; `encoded`: the source's weights in codes.
     """
 
     specs: Mapping[str, TensorSpec]
     scale: str | None
     side: int | None
     output: Format
+    encoded: Mapping[str, EncodedWeight] = field(default_factory=dict)
 
-    def weight(self, decision: Decision) -> tuple[TensorSpec, ...]:
-        """Return the weight of a kept linear as written, for FP8 blocks with its scales."""
+    def list_weight_tensors(self, decision: Decision) -> tuple[TensorSpec, ...]:
+        """Return the tensors of a kept weight as written, for FP8 blocks with its scales."""
         if decision.codes is not None:
             return self.output.layout(decision.linear, decision.codes)
         spec = self.specs[f"{decision.linear.name}.weight"]
@@ -56,20 +59,39 @@ class KeptStorage:
             name=f"{decision.linear.name}.{self.scale}", dtype="F32", shape=shape
         )
 
+    def experts(self, block: Block, decision: Decision) -> Iterator[TensorSpec]:
+        """Yield the stored tensors of kept experts as written, which are those of the source."""
+        assert block.experts is not None  # the caller has checked
+        parts = find_expert_parts([block])
+        for stacked in block.stacked:
+            weight = self.encoded.get(stacked.name)
+            if weight is not None and decision.encoding is not None:
+                yield from weight.parts.values()
+                continue
+            name = f"{block.experts.linear(0, stacked.projections[0])}.{stacked.kind}"
+            shape = get_stacked_shape(stacked, parts[name], block.experts.count)
+            spec = TensorSpec(name=stacked.name, dtype=self.specs[name].dtype, shape=shape)
+            yield make_kept_spec(spec, "bf16" if decision.keep == "bf16" else "source")
+
 
 def list_block_tensors(
     block: Block, decisions: Mapping[str, Decision], kept: KeptStorage, output: Format
 ) -> list[TensorSpec]:
     """Return the tensors of a block in writing order: norms, then linears, routed experts last."""
     tensors = [make_kept_spec(kept.specs[spec.name]) for spec in block.others]
+    are_together = keeps_stacked(block, decisions)
     for linear in block.linears:
         decision = decisions[linear.name]
+        if are_together and block.stores_together(linear):
+            continue
         if decision.scheme is not None:
             tensors += output.layout(linear, decision.scheme)
         else:
-            tensors += kept.weight(decision)
+            tensors += kept.list_weight_tensors(decision)
         if linear.bias:
             tensors.append(make_kept_spec(kept.specs[f"{linear.name}.bias"]))
+    if are_together and block.experts:
+        tensors += kept.experts(block, decisions[block.experts.first])
     return [] if any(decisions[x.name].action == "drop" for x in block.linears) else tensors
 
 
@@ -77,11 +99,11 @@ def list_output_tensors(
     layout: Layout, decisions: Mapping[str, Decision], kept: KeptStorage, output: Format
 ) -> list[TensorSpec]:
     """Return every tensor of the artifact in writing order."""
-    tensors = [*kept.weight(decisions[layout.embedding.name])]
+    tensors = [*kept.list_weight_tensors(decisions[layout.embedding.name])]
     for block in layout.blocks:
         tensors += list_block_tensors(block, decisions, kept, output)
     tensors += [make_kept_spec(kept.specs[spec.name]) for spec in layout.final_tensors]
-    tensors += [*kept.weight(decisions[layout.head.name])] if layout.head else []
+    tensors += [*kept.list_weight_tensors(decisions[layout.head.name])] if layout.head else []
     copied = (name for part in layout.parts for name in part.tensors)
     return tensors + [make_kept_spec(kept.specs[name]) for name in copied]
 

@@ -1,6 +1,6 @@
-"""The texts of a recipe in its plan: parts, kinds, tokens, licenses, and what they do not cover.
+"""The texts of a recipe in its plan: parts, kinds, tokens, licenses, and gaps in coverage.
 
-Specs are read, and built-in texts for their hash; tokens are what the recipe requests.
+Specs are read, and built-in texts for their hash; tokens are the requested number.
 """
 
 from __future__ import annotations
@@ -10,7 +10,12 @@ from quantkit.plan.plan_schema import PlanText
 from quantkit.recipe.schema import Recipe
 from quantkit.texts.corpus_files import find_part_sha256
 from quantkit.texts.corpus_spec import CorpusSpec, read_spec
-from quantkit.texts.exposure import describe_exposure, describe_narrowness, raise_unseen_share
+from quantkit.texts.exposure import (
+    describe_exposure,
+    describe_narrowness,
+    pick_label,
+    raise_unseen_share,
+)
 from quantkit.texts.mixture_spec import PartSpec
 from quantkit.texts.self_prompts import PROMPTS_VERSION
 
@@ -51,7 +56,7 @@ def list_parts(
         ]  # fmt: skip
     shares = raise_unseen_share(
         {part.name: part.share for part in spec.parts},
-        {part.name: part.label for part in spec.parts},
+        {part.name: pick_label(part.labels, calibrated) for part in spec.parts},
         calibrated,
     )
     return [
@@ -70,7 +75,7 @@ def describe_hub_set(spec: CorpusSpec) -> str:
 
 
 def describe_version(spec: CorpusSpec, part: PartSpec) -> str:
-    """Return what fixes the text of a part: hash, or data set and revision.
+    """Return the version of a part's text: hash, or data set and revision.
 
     The hash of built-in text belongs to one version of Python, which its origin names.
     """
@@ -100,5 +105,5 @@ def find_text_warnings(texts: tuple[PlanText, ...]) -> tuple[str, ...]:
         if row.use == "fidelity":
             for label in row.kinds:
                 measured[label] = measured.get(label, 0.0) + row.share / len(row.kinds)
-    found = (describe_narrowness(calibrated), describe_exposure(measured, calibrated))
-    return tuple(sentence for sentence in found if sentence)
+    sentences = (describe_narrowness(calibrated), describe_exposure(measured, calibrated))
+    return tuple(sentence for sentence in sentences if sentence)

@@ -1,7 +1,7 @@
 """Tokenizes the texts of a recipe for its plan, where model and text are on this machine.
 
-What only tokens tell is then said before a build: too few windows, empty and short documents, a
-tokenizer or a chat template that fails.
+Problems that only tokens show are then reported before a build: too few windows, empty and short
+documents, a tokenizer or a chat template that fails.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def select_texts(recipe: Recipe) -> list[tuple[Stream, str, int | None, int, int
 
 @dataclass(frozen=True, kw_only=True)
 class TextFacts:
-    """What tokens tell: a sentence per kind of rows without tokens, the largest id of each text."""
+    """Facts from tokens: a sentence per kind of rows without any, the largest id of each text."""
 
     notes: tuple[str, ...] = ()
     largest_ids: tuple[int, ...] = ()
@@ -81,6 +81,7 @@ def is_local(spec: CorpusSpec) -> bool:
     place = package_data.locate_folder("calibration")
     return all(
         part.file is not None
+        or part.texts is not None
         or part.builtin is not None
         or (part.local_path is not None and part.local_path.exists())
         or (part.set is not None and is_local(read_spec(part.set, place)))

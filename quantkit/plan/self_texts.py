@@ -1,6 +1,4 @@
-"""Text of the model itself in a plan: how much is sampled, by what, whether it fits. Samples
-nothing.
-"""
+"""Text that the model samples itself, in a plan: tokens, generator, memory. Samples nothing."""
 
 from __future__ import annotations
 

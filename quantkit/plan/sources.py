@@ -247,7 +247,7 @@ def plan_recipe(
     that were tokenized. Raises RecipeError with every fault of the recipe, unknown benchmarks
     included.
     """
-    recipe = resolve_texts(recipe, source)
+    recipe = resolve_texts(recipe, source).pin_source(source.revision)
     tokens = bound_text_tokens(recipe) if tokens is None else tokens
     plans, faults = list[Plan](), list[str]()
     matched, budget_bytes, hidden_bytes = (
@@ -303,7 +303,7 @@ def check_values(source: SourceFacts, matched: MatchedLayout) -> None:
 
 
 def describe_unread_values(source: SourceFacts, matched: MatchedLayout) -> list[str]:
-    """Return a sentence if values that decide what is left out are read by the build only."""
+    """Return a sentence if only the build can read the values of left-out tensors."""
     names = [item.name for item in matched.left_out if item.check is not None]
     if not names or source.folder is not None:
         return []

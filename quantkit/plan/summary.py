@@ -74,7 +74,7 @@ def summarize_source(plan: Plan) -> PlanSource:
         bytes=plan.source_bytes(),
         code=plan.source.code,
         read_from="the published config; sizes are computed, no header was read"
-        if plan.assumed
+        if plan.is_assumed
         else "headers",
     )
 
@@ -99,13 +99,13 @@ def format_source_dtype(plan: Plan) -> str:
     """Return the dtype of the source's matrices: "FP8 128x128", "INT4 g32 symmetric", "BF16"."""
     if plan.source.encoded:
         return ", ".join(label for label, _ in describe_encodings(plan.source.encoded))
-    if plan.assumed and plan.source.fp8_side:
+    if plan.is_assumed and plan.source.fp8_side:
         return f"FP8 {plan.source.fp8_side}x{plan.source.fp8_side}"
     return plan.specs[f"{plan.layout.embedding.name}.weight"].dtype
 
 
 def format_baseline(plan: Plan) -> str:
-    """Return what the artifact is compared with: "BF16", "BF16 dequantization of FP8 128x128"."""
+    """Return the baseline of the figures: "BF16", "BF16 dequantization of FP8 128x128"."""
     stored = format_source_dtype(plan)
     if not plan.source.encoded and not stored.startswith("FP8"):
         return stored
@@ -125,6 +125,8 @@ def format_scheme(scheme: Scheme) -> str:
 
 def format_action(decision: Decision) -> str:
     """Format a decision: "awq int4 g128 asymmetric", "keep", "keep FP8", "drop"."""
+    if decision.encoding is not None:
+        return f"{decision.action} {decision.encoding}"
     if decision.scheme is None:
         stored = format_scheme(decision.codes) if decision.codes else "FP8"
         has_codes = decision.keep in ("fp8", "codes")
@@ -144,14 +146,18 @@ def compute_bytes_after(plan: Plan, decision: Decision) -> int:
         return 0
     if decision.scheme is not None:
         return sum(spec.n_bytes for spec in plan.format.layout(decision.linear, decision.scheme))
-    return sum(spec.n_bytes for spec in plan.kept.weight(decision))
+    if decision.encoding is not None:
+        return plan.source_bytes([f"{decision.linear.name}.weight"])
+    return sum(spec.n_bytes for spec in plan.kept.list_weight_tensors(decision))
 
 
 def format_kept_dtype(plan: Plan, decision: Decision) -> str:
     """Return the dtype of a kept weight in the artifact: "BF16", "F8_E4M3 128x128"."""
     if decision.codes is not None:
         return f"{format_scheme(decision.codes)} of the source"
-    dtype = plan.kept.weight(decision)[0].dtype
+    if decision.encoding is not None:
+        return f"{decision.encoding} of the source"
+    dtype = plan.kept.list_weight_tensors(decision)[0].dtype
     return f"{dtype} {plan.kept.side}x{plan.kept.side}" if decision.keep == "fp8" else dtype
 
 

@@ -1,7 +1,7 @@
 """JSON Schemas of recipes and of text sets, made from their pydantic models. Pure.
 
-Editors complete and check YAML files with them. What a schema cannot state (patterns that match
-nothing, keys that exclude each other, figures that exist) `quantkit plan` checks.
+Editors complete and check YAML files with them. `quantkit plan` checks what a schema
+cannot state: patterns that match nothing, keys that exclude each other, names of figures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Schema = dict[str, Any]
 def make_recipe_schema() -> Schema:
     """Return the JSON Schema of a recipe.
 
-    It also describes what the parser turns into the models: presets and lists of rules, partial
+    It also describes the short forms that the parser expands: presets and lists of rules, partial
     schemes of rules, `none`, and gates in short form.
     """
     schema = Recipe.model_json_schema()

@@ -103,7 +103,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
     document = _expand_gates(parse_document(text, name))
     check = _Check(document=document, faults=[])
     for key in document.values.keys() - Recipe.model_fields.keys():
-        check.fault(
+        check.add_fault(
             (key,),
             f"unknown key.{suggest_name(key, tuple(Recipe.model_fields))} Expected gates.",
         )
@@ -146,7 +146,7 @@ class _Check:
     document: YamlDocument
     faults: list[tuple[int, str]]
 
-    def fault(self, path: KeyPath, sentence: str) -> None:
+    def add_fault(self, path: KeyPath, sentence: str) -> None:
         """Add a fault of the value at `path`."""
         self.faults.append((
             self.document.line(path),
@@ -160,7 +160,7 @@ class _Check:
         except ValidationError as error:
             for details in error.errors(include_url=False):
                 place = (*path, *(part for part in details["loc"] if part != "[key]"))
-                self.fault(place, describe_fault(place, details, _allowed_keys(place[:-1])))
+                self.add_fault(place, describe_fault(place, details, _allowed_keys(place[:-1])))
             return None
 
     def rules(self, value: object, default: Quantize) -> tuple[Rule, ...] | None:
@@ -170,7 +170,7 @@ class _Check:
         if isinstance(value, str):
             return self.preset(value, ("rules",), default)
         if not isinstance(value, list) or not value:
-            self.fault(
+            self.add_fault(
                 ("rules",),
                 f"expected a preset ({', '.join(PRESETS)}) or a list of rules that is not empty",
             )
@@ -193,16 +193,16 @@ class _Check:
             or entry.preset is not None
             or (entry.quantize is None) == (entry.keep is None)
         ):
-            self.fault(path, _RULE_SHAPE)
+            self.add_fault(path, _RULE_SHAPE)
             return ()
         pattern_fault = find_pattern_fault(entry.match)
         if pattern_fault:
-            self.fault((*path, "match"), printable(pattern_fault, 200))
+            self.add_fault((*path, "match"), printable(pattern_fault, 200))
             return ()
         scheme = default if entry.quantize == "default" else None
         if entry.quantize is not None and scheme is None:
             changes = entry.quantize
-            changed = default.changed(changes) if isinstance(changes, dict) else changes
+            changed = default.apply_changes(changes) if isinstance(changes, dict) else changes
             scheme = self.model(Quantize, changed, (*path, "quantize"))
             if scheme is None:
                 return ()
@@ -220,7 +220,7 @@ class _Check:
     def preset(self, name: str, path: KeyPath, default: Quantize) -> tuple[Rule, ...]:
         """Return the rules of a preset that the recipe names."""
         if name not in PRESETS:
-            self.fault(path, format_unknown_name("preset", printable(name), tuple(PRESETS)))
+            self.add_fault(path, format_unknown_name("preset", printable(name), tuple(PRESETS)))
             return ()
         return expand_preset(name, default, self.document.line(path))
 
@@ -239,9 +239,9 @@ class _Check:
                 else figures.is_per_task(base) and domain in tasks
             )
             if figure not in (*figures.list_keys(), *tasks) and not is_partial:
-                self.fault(path, _describe_unknown_figure(str(figure), tasks))
+                self.add_fault(path, _describe_unknown_figure(str(figure), tasks))
             elif figures.is_streamed(base) and fidelity in (None, "none"):
-                self.fault(
+                self.add_fault(
                     path,
                     "needs a fidelity text, found fidelity: none; name a set, or drop this gate",
                 )
@@ -251,13 +251,13 @@ class _Check:
                 ]
                 bound_keys = {key for key, value in bounds.items() if value is not None}
                 if not bound_keys or bound_keys & set(Gate.model_fields) - set(allowed):
-                    self.fault(
+                    self.add_fault(
                         path, f"expected {' or '.join(f'{{{key}: NUMBER}}' for key in allowed)}"
                     )
                 if not figures.is_size(base) and any(
                     isinstance(bounds.get(key), str) for key in ("max", "min")
                 ):
-                    self.fault(path, "expected a number; only size takes one such as 400GB")
+                    self.add_fault(path, "expected a number; only size takes one such as 400GB")
 
 
 def _expand_gates(document: YamlDocument) -> YamlDocument:

@@ -112,7 +112,7 @@ class Quantize(BaseModel):
             else values
         )
 
-    def changed(self, changes: Mapping[str, object]) -> dict[str, object]:
+    def apply_changes(self, changes: Mapping[str, object]) -> dict[str, object]:
         """Return these values with the `changes` of a rule; defaults of one method do not pass to
         another.
         """
@@ -140,12 +140,13 @@ class Quantize(BaseModel):
         }
         wrong = {key: getattr(self, key) for key in fixed if getattr(self, key) != fixed[key]}
         if wrong:
-            expected, found = (
+            expected, actual = (
                 ", ".join(f"{key}: {str(value).lower()}" for key, value in values.items())
                 for values in (fixed, wrong)
             )
             raise ValueError(
-                f"method nf4 is {expected}, found {found}; leave that out, or choose another method"
+                f"method nf4 is {expected}, found {actual}; leave that out, or choose another "
+                "method"
             )
         if self.double_quant is None:
             raise ValueError(
@@ -361,6 +362,13 @@ class Recipe(BaseModel):
         recipe = self.model_copy(update=changes)
         recipe._chosen_texts = tuple((use, chosen[use]) for use in uses)
         return recipe
+
+    def pin_source(self, revision: str | None) -> Recipe:
+        """Return the recipe with the source's commit; unchanged for a model of this machine."""
+        if revision is None:
+            return self
+        source = self.source.model_copy(update={"revision": revision})
+        return self.model_copy(update={"source": source})
 
     def dump(self) -> dict[str, object]:
         """Return the recipe as JSON values, with all defaults and with presets resolved."""

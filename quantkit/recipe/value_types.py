@@ -29,9 +29,9 @@ def parse_size(value: object) -> int:
         else None
     )
     if parts is None or parts[3] not in _UNITS:
-        found = f"'{printable(text)}'" if isinstance(text, str) else type(value).__name__
+        actual = f"'{printable(text)}'" if isinstance(text, str) else type(value).__name__
         raise ValueError(
-            f"expected a size such as 64GB, 512MiB or a number of bytes, found {found}"
+            f"expected a size such as 64GB, 512MiB or a number of bytes, found {actual}"
         )
     total = int(Decimal(parts[1] + (parts[2] or "")) * _UNITS[parts[3]])
     if not 0 < total < 2**63:

@@ -88,7 +88,7 @@ def make_charts(fidelity: Fidelity, histogram: Histogram | None) -> dict[str, Pl
 
 def describe_expert_tokens(experts: ExpertCoverage) -> str:
     """Return how many experts saw too few tokens, and how they were quantized instead."""
-    low, total = experts.uncalibrated(), sum(len(layer.tokens) for layer in experts.layers)
+    low, total = experts.list_uncalibrated(), sum(len(layer.tokens) for layer in experts.layers)
     if not low:
         return f"All {total:,} routed experts saw at least {experts.min_tokens:,} tokens."
     count = f"{len(low):,} of {total:,} routed experts"

@@ -11,7 +11,7 @@ from quantkit.plan.plan_schema import PlanPart
 
 MISSING = "-"
 TEXT_ONLY = "calibration and figures use text only"
-"""What a plan and a report say about a model with parts that text does not run through."""
+"""Note of a plan and a report on a model with parts that text does not run through."""
 
 
 def format_count(n: int | None) -> str:

@@ -280,7 +280,7 @@ def make_expert_table(fidelity: Fidelity, limit: int = WORST) -> Table:
         )
         for row in layers
     )
-    low = coverage.uncalibrated()
+    low = coverage.list_uncalibrated()
     examples = ", ".join(
         f"{block} expert {expert} ({tokens:,})" for block, expert, tokens in low[:limit]
     )

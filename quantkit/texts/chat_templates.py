@@ -1,6 +1,6 @@
 """A model's chat template, rendered with limits (io/templates.py) to the text of transformers.
 
-The template comes with the model: it is a stranger's code. transformers renders it in a sandbox
+The template comes with the model and is untrusted code. transformers renders it in a sandbox
 that bounds neither time nor memory.
 """
 
@@ -13,7 +13,8 @@ from quantkit.io.templates import TemplateFault, TemplateWorker
 
 Message = Mapping[str, object]
 
-_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_PROBE = "part-of-text"
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # text that no template strips or changes
 
 
@@ -55,6 +56,20 @@ def render_finished_chat(
     return worker.render(
         tokenizer.get_chat_template(), values | {"add_generation_prompt": False}, "chat"
     )
+
+
+def reads_parts(worker: TemplateWorker, tokenizer: ChatTokenizer) -> bool:
+    """Return whether the template reads content that is a list of parts; others write the list, or
+    refuse it. Raises as `render_chat`, but not if the template refuses.
+    """
+    part = {"type": "text", "text": _PROBE}
+    try:
+        text = render_chat(worker, tokenizer, [{"role": "user", "content": [part]}])
+    except TemplateFault as fault:
+        if fault.is_limit:
+            raise
+        return False
+    return _PROBE in text and not any(f"{mark}type{mark}" in text for mark in ("'", '"'))
 
 
 def render_unfinished_chat(
@@ -122,7 +137,7 @@ def _make_values(
 def _complete_message(message: Message) -> dict[str, object]:
     """Return a message without empty keys, its reasoning under the names that templates read."""
     values = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((values[key] for key in _REASONING_KEYS if key in values), None)
+    reasoning = next((values[key] for key in REASONING_KEYS if key in values), None)
     if reasoning is not None:
         values = {"thinking": reasoning, **values, "reasoning_content": reasoning}
     return values

@@ -1,24 +1,35 @@
 """Conversations: rows with messages, and their token sequences through the model's chat template.
 
-Only the tokens of the assistant's messages count: they are what the model writes. The prompts are
-part of the sequence, since answers attend to them.
+Only the tokens of the assistant's messages count, because the model writes them. The prompts are
+part of the sequence, since answers attend to them. The chat template decides which roles and keys a
+message may have: tool calls, tool results and reasoning reach it as transformers passes them.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
 from quantkit.errors import CalibrationError
 from quantkit.io.files import is_encodable, shorten_repr
 from quantkit.io.templates import TemplateFault, TemplateWorker
-from quantkit.texts.chat_templates import ChatTokenizer, render_chat, render_finished_chat
+from quantkit.texts.chat_templates import (
+    REASONING_KEYS,
+    ChatTokenizer,
+    Message,
+    reads_parts,
+    render_chat,
+    render_finished_chat,
+)
 
-Message = Mapping[str, str]
 Chat = tuple[Message, ...]
-ROLES = ("system", "user", "assistant")
-ROLE_NAMES = {"human": "user", "gpt": "assistant"}  # of data sets in ShareGPT's form
+ASSISTANT = "assistant"
+SHAREGPT_ROLES = {"human": "user", "gpt": ASSISTANT, "observation": "tool"}
+ANSWER_KEYS = ("content", "tool_calls", *REASONING_KEYS)
+"""Keys of a message with what the model writes."""
 PLAIN_JOIN = "\n\n"
 """Between the messages of a chat in the text of a model without a chat template."""
 
@@ -34,13 +45,35 @@ class Encoder(Protocol):
     ) -> Mapping[str, list[list[int]]]: ...
 
 
+class _UnreadableChat(Exception):
+    """Why a cell is no chat, after the place."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CutChats:
+    """Chats as tokens: the ids of each, and the ranges of its answers' tokens.
+
+    refused: chats that the model's chat template refuses; reason: why it refuses the first.
+    """
+
+    rows: tuple[tuple[list[int], tuple[tuple[int, int], ...]], ...]
+    refused: int = 0
+    reason: str = ""
+
+
 def read_chats(
-    rows: Iterable[Mapping[str, Any]], column: str, where: str, limit: int
+    rows: Iterable[Mapping[str, Any]],
+    column: str,
+    where: str,
+    limit: int,
+    *,
+    skip_unreadable: bool = False,
 ) -> tuple[list[Chat], int]:
-    """Return at most `limit` chats of a column, and the number of rows without an answer.
+    """Return at most `limit` chats of a column, and the number of rows that give none.
 
     A cell is a list of {"role": ..., "content": ...}, or of ShareGPT's {"from": ..., "value": ...}.
-    Raises CalibrationError with row and message for anything else.
+    Other keys of a message stay for the chat template. Raises CalibrationError with row and message
+    for anything else; with skip_unreadable such rows are counted.
     """
     chats, skipped = list[Chat](), 0
     for number, row in enumerate(rows, start=1):
@@ -54,8 +87,16 @@ def read_chats(
                 "Name the column with the messages"
             )
         cell = row[column]
-        chat = tuple(_iterate_messages(cell, f"{place}: {column}")) if cell is not None else ()
-        if any(message["role"] == "assistant" and message["content"].strip() for message in chat):
+        try:
+            chat = tuple(_iterate_messages(cell)) if cell is not None else ()
+        except _UnreadableChat as fault:
+            if skip_unreadable:
+                skipped += 1
+                continue
+            raise CalibrationError(
+                f"{place}: {column}: {fault}. Correct the row, or use `refused: skip`"
+            ) from None
+        if any(map(_is_answer, chat)):
             chats.append(chat)
         else:
             skipped += 1
@@ -71,50 +112,110 @@ def is_message_list(cell: object) -> bool:
     )
 
 
-def read_content(content: object) -> object:
-    """Return the text of a message; content in parts is joined if all of them are text."""
-    if not isinstance(content, list) or not content:
+def _is_answer(message: Message) -> bool:
+    """Return whether a message is the assistant's and not empty."""
+    values = [message.get(key) for key in ANSWER_KEYS] if message["role"] == ASSISTANT else []
+    return any(
+        bool(join_content(value).strip()) if key == "content" else bool(value)
+        for key, value in zip(ANSWER_KEYS, values)
+    )
+
+
+def join_content(content: object) -> str:
+    """Return the text of a message's content; parts are joined, no content is ""."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else ""
+
+
+def _read_content(content: object) -> object:
+    """Return a message's content: text, or None; parts as transformers' templates expect them.
+
+    Raises _UnreadableChat for anything else, such as an image.
+    """
+    if content is None or isinstance(content, str):
         return content
-    texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else content  # type: ignore[arg-type]
+    parts = content if isinstance(content, list) else [None]
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise _UnreadableChat(f"expected content as text, found {shorten_repr(content)}")
+    return [{"type": "text", "text": text} for text in texts]
 
 
-def _iterate_messages(cell: object, where: str) -> Iterator[Message]:
-    """Yield the messages of a cell under the names role and content."""
+def _iterate_messages(cell: object) -> Iterator[Message]:
+    """Yield the messages of a cell under the names role and content; raises _UnreadableChat."""
     if not isinstance(cell, Sequence) or isinstance(cell, str):
-        raise CalibrationError(f"{where}: expected a list of messages, found {shorten_repr(cell)}")
+        raise _UnreadableChat(f"expected a list of messages, found {shorten_repr(cell)}")
     for number, entry in enumerate(cell, start=1):
-        values = entry if isinstance(entry, Mapping) else {}
-        role = values.get("role", values.get("from"))
-        content = read_content(values.get("content", values.get("value")))
-        role = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
-        if role not in ROLES or not isinstance(content, str) or not is_encodable(content):
-            raise CalibrationError(
-                f"{where}: message {number}: expected a role ({', '.join(ROLES)}) and content as "
-                f"text, found {shorten_repr(entry)}. Remove rows of another kind from the file"
+        where = f"message {number}"
+        role = entry.get("role", entry.get("from")) if isinstance(entry, Mapping) else None
+        if not isinstance(role, str) or not role.strip():
+            raise _UnreadableChat(
+                f"{where}: expected a role (system, user, assistant, tool, ...) as text, found "
+                f"{shorten_repr(entry)}"
             )
-        yield {"role": role, "content": content}
+        try:
+            content = _read_content(entry.get("content", entry.get("value")))
+        except _UnreadableChat as fault:
+            raise _UnreadableChat(f"{where}: {fault}") from None
+        others = {str(k): v for k, v in entry.items() if k not in {"role", "from", "value"}}
+        message = {**others, "role": SHAREGPT_ROLES.get(role, role), "content": content}
+        message = {key: value for key, value in message.items() if value is not None}
+        if not is_encodable(json.dumps(message, ensure_ascii=False, default=str)):
+            raise _UnreadableChat(
+                f"{where}: expected text, found half a surrogate pair (\\ud800 to \\udfff)"
+            )
+        yield message
 
 
 def cut_chats(
-    chats: Sequence[Chat], tokenizer: Any, length: int, *, count_all: bool = False
-) -> list[tuple[list[int], tuple[tuple[int, int], ...]]]:
+    chats: Sequence[Chat],
+    tokenizer: Any,
+    length: int,
+    *,
+    count_all: bool = False,
+    skip_refused: bool = False,
+) -> CutChats:
     """Return the ids of each chat, at most `length`, and the ranges of its answers' tokens.
 
     A chat without an answer in its first `length` tokens is left out; with `count_all` every token
-    is in a range, and the chat stays. A model without a chat
-    template gets the messages joined by blank lines. Raises CalibrationError if the model's
-    template fails.
+    is in a range, and the chat stays. A model without a chat template gets the contents of the
+    messages joined by blank lines. Raises CalibrationError if the model's template refuses a chat;
+    with `skip_refused` such chats are counted. A template that needs too much is always an error.
     """
+    pieces, reasons = list[list[Segment]](), list[str]()
     if not has_chat_template(tokenizer):
         pieces = [_join_messages(chat) for chat in chats]
     else:
         with TemplateWorker() as worker:
-            pieces = [_render_segments(worker, tokenizer, chat) for chat in chats]
-    rows = (_encode_segments(tokenizer, segments, length) for segments in pieces)
+            try:
+                has_parts = reads_parts(worker, tokenizer)
+                for chat in chats:
+                    try:
+                        pieces.append(_render_segments(worker, tokenizer, chat, has_parts))
+                    except TemplateFault as fault:
+                        if fault.is_limit or not skip_refused:
+                            raise
+                        reasons.append(str(fault))
+            except TemplateFault as fault:
+                raise _make_template_error(fault) from fault
+    encoded = (_encode_segments(tokenizer, segments, length) for segments in pieces)
     if count_all:
-        return [(ids, ((0, len(ids)),)) for ids, _ in rows if ids]
-    return [row for row in rows if row[1]]
+        encoded = ((ids, ((0, len(ids)),)) for ids, _ in encoded if ids)
+    rows = [row for row in encoded if row[1]]
+    return CutChats(rows=tuple(rows), refused=len(reasons), reason=next(iter(reasons), ""))
+
+
+def _make_template_error(fault: TemplateFault) -> CalibrationError:
+    """Return the error for a chat that the model's chat template refuses."""
+    advice = (
+        "Correct the model's chat template"
+        if fault.is_limit
+        else "Correct the rows or the chat template, or leave such chats out with `refused: skip`"
+    )
+    return CalibrationError(
+        f"chat template: expected the text of a conversation, found: {fault}. {advice}"
+    )
 
 
 def has_chat_template(tokenizer: Any) -> bool:
@@ -123,36 +224,50 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def _join_messages(chat: Chat) -> list[Segment]:
-    pieces = [(message["content"], message["role"] == "assistant") for message in chat]
+    pieces = [(join_content(x.get("content")), x["role"] == ASSISTANT) for x in chat]
+    pieces = [piece for piece in pieces if piece[0]]  # a call of a tool has no text
     return [piece for pair in pieces for piece in (pair, (PLAIN_JOIN, False))][:-1]
 
 
-def _render_segments(worker: TemplateWorker, tokenizer: ChatTokenizer, chat: Chat) -> list[Segment]:
+def _render_segments(
+    worker: TemplateWorker, tokenizer: ChatTokenizer, chat: Chat, has_parts: bool
+) -> list[Segment]:
     """Return the rendered chat in segments; the text of earlier turns must stay as it was.
 
     A template that changes earlier turns (one that drops their reasoning, say) leaves the last
-    answer as the only one that counts.
+    answer as the only one that counts. has_parts: whether it reads content in parts; others get
+    their text. Raises TemplateFault.
     """
-    answers = [n for n, message in enumerate(chat) if message["role"] == "assistant"]
+    answers = [n for n, message in enumerate(chat) if message["role"] == ASSISTANT]
     chat = chat[: answers[-1] + 1]
-    try:
-        whole = render_finished_chat(worker, tokenizer, chat)
-        spans = list[tuple[int, int]]()
-        for index in answers:
-            before = render_chat(worker, tokenizer, chat[:index])
-            after = render_finished_chat(worker, tokenizer, chat[: index + 1])
-            if whole.startswith(before) and whole.startswith(after):
-                spans.append((len(before), len(after)))
-    except TemplateFault as fault:
-        raise CalibrationError(
-            f"chat template: expected the text of a conversation, found: {fault}. Correct the "
-            "model's chat template, or use `packing: documents` with a `template` for this part"
-        ) from fault
+    if not has_parts:
+        chat = tuple(
+            {**x, "content": join_content(x["content"])} if "content" in x else x for x in chat
+        )
+    whole = render_finished_chat(worker, tokenizer, chat)
+    spans = list[tuple[int, int]]()
+    for index in answers:
+        before = _render_before(worker, tokenizer, chat[:index])
+        after = render_finished_chat(worker, tokenizer, chat[: index + 1])
+        if whole.startswith(before) and whole.startswith(after):
+            spans.append((len(before), len(after)))
     segments, start = list[Segment](), 0
     for first, last in spans:
         segments += [(whole[start:first], False), (whole[first:last], True)]
         start = last
     return segments
+
+
+def _render_before(worker: TemplateWorker, tokenizer: ChatTokenizer, chat: Chat) -> str:
+    """Return what the model reads before an answer; nothing if it begins the chat and the template
+    needs a message. Raises TemplateFault.
+    """
+    try:
+        return render_chat(worker, tokenizer, chat)
+    except TemplateFault as fault:
+        if chat or fault.is_limit:
+            raise
+        return ""
 
 
 def _encode_segments(

@@ -1,6 +1,6 @@
 """Bounds for data sets of the hub, which the library `datasets` reads.
 
-The library requests what a stranger's repository names: its README may point to any address, and
+The library follows links of untrusted repositories: a README may point to any address, and
 its files may have no end. Within `bound_data_set`, requests to the Hub have one budget, and file
 systems of other servers are refused before a request.
 """

@@ -46,11 +46,11 @@ class TextRuns:
 
     def _find_runs(self, length: int) -> dict[int, set[int]]:
         if length not in self._texts:
-            found = dict[int, set[int]]()
+            owners = dict[int, set[int]]()  # run -> numbers of texts
             for number, words in enumerate(self._words):
                 for run in hash_runs(words, length):
-                    found.setdefault(run, set()).add(number)
-            self._texts[length] = found
+                    owners.setdefault(run, set()).add(number)
+            self._texts[length] = owners
         return self._texts[length]
 
 

@@ -3,6 +3,7 @@
     chats.jsonl                          the column `messages`, `conversations` or `text`
     chats.jsonl?column=dialogue          another column: messages, or text
     chats.jsonl?count=all                prompts count, too, not only the assistant's answers
+    chats.jsonl?refused=skip             chats that cannot be used are counted, not an error
 
 It is read as a mixture of one part. The column decides: a list of messages goes through the model's
 chat template, text is cut into windows.
@@ -19,12 +20,14 @@ from urllib.parse import parse_qsl
 from quantkit.errors import CalibrationError, UsageError
 from quantkit.io.files import is_file, shorten_repr
 from quantkit.texts.chats import is_message_list
-from quantkit.texts.mixture_spec import Count, MixtureFile, PartFile
+from quantkit.texts.mixture_spec import Count, MixtureFile, PartFile, Refused
 from quantkit.texts.text_rows import PLAIN_SUFFIXES, SUFFIXES, iterate_first_rows, list_text_files
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "dialog")
 TEXT_COLUMNS = ("text", "content")
 COUNTS: Mapping[str, Count] = {"answers": "answers", "all": "all"}
+REFUSED: Mapping[str, Refused] = {"stop": "stop", "skip": "skip"}
+KEYS = ("column", "count", "refused")
 UNKNOWN_LICENSE = "not stated"
 PROBED_ROWS = 100
 """Rows in which the first cell of a column is searched."""
@@ -32,11 +35,14 @@ PROBED_ROWS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class PlainFile:
-    """A path, and what its query says: the column, and the tokens of chats that count."""
+    """A path and its query: the column, the tokens of chats that count, and how unusable chats are
+    treated.
+    """
 
     path: Path
     column: str | None
     count: Count
+    refused: Refused = "stop"
 
 
 def parse_plain_file(name: str) -> PlainFile | None:
@@ -50,27 +56,32 @@ def parse_plain_file(name: str) -> PlainFile | None:
     if path.suffix not in SUFFIXES and not is_folder:
         return None
     values = dict(parse_qsl(query, keep_blank_values=True))
-    count = values.get("count", "answers")
-    if unknown := [key for key in values if key not in {"column", "count"}] or (
-        query and not values
-    ):
+    if unknown := [key for key in values if key not in KEYS] or (query and not values):
         raise UsageError(
-            f"set {shorten_repr(name)}: expected `column` and `count` after the question mark, "
+            f"set {shorten_repr(name)}: expected {', '.join(KEYS)} after the question mark, "
             f"found {shorten_repr(unknown[0] if isinstance(unknown, list) else query)}; write "
             "?column=NAME&count=all"
         )
-    if count not in COUNTS:
-        raise UsageError(
-            f"set {shorten_repr(name)}: count: expected {' or '.join(COUNTS)}, found "
-            f"{shorten_repr(count)}"
-        )
+    count, refused = values.get("count", "answers"), values.get("refused", "stop")
+    choices: tuple[tuple[str, str, Mapping[str, object]], ...] = (
+        ("count", count, COUNTS),
+        ("refused", refused, REFUSED),
+    )
+    for key, value, known in choices:
+        if value not in known:
+            raise UsageError(
+                f"set {shorten_repr(name)}: {key}: expected {' or '.join(known)}, found "
+                f"{shorten_repr(value)}"
+            )
     if not is_file(path) and not is_folder:
         raise UsageError(f"{path}: expected a text file, found no such file. Correct the path")
-    return PlainFile(path=path, column=values.get("column"), count=COUNTS[count])
+    return PlainFile(
+        path=path, column=values.get("column"), count=COUNTS[count], refused=REFUSED[refused]
+    )
 
 
 def make_plain_mixture(plain: PlainFile) -> MixtureFile:
-    """Return the mixture of one part that a file is; reads its first rows.
+    """Return a file as a mixture of one part; reads its first rows.
 
     Raises CalibrationError if no column has text or messages.
     """
@@ -84,6 +95,7 @@ def make_plain_mixture(plain: PlainFile) -> MixtureFile:
         template="{text}" if is_chat else f"{{{column}}}",
         messages=column if is_chat else None,
         count=plain.count,
+        refused=plain.refused,
     )
     return MixtureFile(version=2, name=plain.path.name, parts=(part,))
 

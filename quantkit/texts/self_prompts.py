@@ -2,7 +2,8 @@
 
 An opening is raw text that the model continues; a message is a user's turn, which the model's chat
 template renders. All prompts were written for quantkit, and none is a prompt of a benchmark. A
-change of any prompt, or of their order, needs a new PROMPTS_VERSION: cached text is found by it.
+change of any prompt, or of their order, needs a new PROMPTS_VERSION, which is part of the key of
+cached text.
 """
 
 from __future__ import annotations

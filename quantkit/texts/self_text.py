@@ -104,7 +104,7 @@ class TextGenerator(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what the generator holds."""
+        """Release the resources of the generator."""
         ...
 
 
@@ -340,18 +340,18 @@ def _generate_group(
     total: int,
     on_tokens: Callable[[int], None],
 ) -> None:
-    """Sample what is missing in the group of a request; `total`: tokens before it."""
+    """Sample the missing answers in the group of a request; `total`: tokens before it."""
     first = index - index % generator.group_size
     group = [request(number) for number in range(first, first + generator.group_size)]
     needed = [each.index for each in group if cache.get(each.index) is None]
     grown = 0
 
-    def count(n_new: int) -> None:
+    def add_tokens(n_new: int) -> None:
         nonlocal grown
         grown += n_new
         on_tokens(total + grown)
 
-    generator.generate(group, frozenset(needed), cache.add, count)
+    generator.generate(group, frozenset(needed), cache.add, add_tokens)
     missing = [number for number in needed if cache.get(number) is None]
     if missing:
         raise AssertionError(f"a generator left out the requests {missing}")

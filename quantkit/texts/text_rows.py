@@ -45,21 +45,25 @@ class TextRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowReader:
-    """What becomes of rows: chats of the column `messages`, or documents of a template.
+    """How rows are read: as chats of the column `messages`, or as documents of a template.
 
-    skip: rows of a file that are passed over, from the first.
+    skip: rows at the start of a file that are skipped. skip_unreadable: whether cells that are no
+    chats are counted instead of raising an error.
     """
 
     template: str = "{text}"
     messages: str | None = None
     skip: int = 0
+    skip_unreadable: bool = False
 
     def read(
         self, rows: Iterable[Mapping[str, Any]], where: str, limit: int
     ) -> tuple[list[str], list[Chat], int]:
         """Return at most `limit` documents or chats, and the number of rows without any."""
         if self.messages is not None:
-            chats, skipped = read_chats(rows, self.messages, where, limit)
+            chats, skipped = read_chats(
+                rows, self.messages, where, limit, skip_unreadable=self.skip_unreadable
+            )
             return [], chats, skipped
         texts, skipped = fill_template(rows, self.template, where, limit)
         return texts, [], skipped

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class Tokens:
 
     domains, parts, answers: one per sequence, as in TokenSequence. hash: sha256 of the ids (int32),
     the starts (int64), both little-endian, and of the answers if a sequence has any. too_short:
-    documents of fewer than two tokens, which predict none and were left out.
+    documents of fewer than two tokens, which predict none and were left out; refused: chats of each
+    part that the model's chat template refused, of those that were rendered.
     """
 
     ids: Tensor
@@ -49,6 +50,7 @@ class Tokens:
     parts: tuple[str, ...]
     answers: tuple[tuple[tuple[int, int], ...] | None, ...]
     too_short: int = 0
+    refused: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def n_sequences(self) -> int:
@@ -82,7 +84,9 @@ class Tokens:
         ]
 
 
-def pack_tokens(rows: Sequence[TokenSequence], too_short: int = 0) -> Tokens:
+def pack_tokens(
+    rows: Sequence[TokenSequence], too_short: int = 0, refused: Mapping[str, int] = {}
+) -> Tokens:
     """Pack sequences into one flat tensor."""
     import torch
 
@@ -104,4 +108,5 @@ def pack_tokens(rows: Sequence[TokenSequence], too_short: int = 0) -> Tokens:
         parts=tuple(row.part for row in rows),
         answers=answers,
         too_short=too_short,
+        refused=refused,
     )

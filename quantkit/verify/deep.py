@@ -112,7 +112,7 @@ def find_carried_faults(pair: SourcePair) -> Iterator[str]:
     """Yield differences of config.json (but for quantization and MTP) and of the carried files.
 
     Both directions: a chat template, tokenizer file or setting that only the artifact has changes
-    what the model says as much as a changed one.
+    the answers of the model as much as a changed one.
     """
     source_values, stored_values = (
         remove_quantization(side.config.values) for side in (pair.source, pair.stored)

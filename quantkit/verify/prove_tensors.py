@@ -351,7 +351,7 @@ def prove_kept(pair: SourcePair, name: str) -> Proof:
     module, _, local = name.rpartition(".")
     if spec.dtype == FP8:
         return prove_fp8_blocks(pair, name)
-    if name in pair.copied:
+    if name in pair.copied_tensors:
         return prove_rows(pair, name, None, False)
     absorbs = any(True for _ in pair.list_absorbed_inputs(module))
     if len(spec.shape) == 1 and absorbs:
@@ -426,7 +426,7 @@ def prove_rows(pair: SourcePair, name: str, scale: Tensor | None, factors: bool)
     factors: allow one factor per row.
     """
     kind: ProofKind = "factor" if factors else "equal" if scale is None else "power_of_two"
-    spec, finite = pair.stored.specs[name], name not in pair.copied
+    spec, finite = pair.stored.specs[name], name not in pair.copied_tensors
     rows = spec.shape[0] if spec.shape else 1
     step = max(1, PIECE_ELEMENTS // max(1, spec.n_elements // max(rows, 1)))
     for first in range(0, rows, step):

@@ -67,7 +67,7 @@ class SourcePair:
         return tuple(name for name in self.stored.specs if name not in packed)
 
     @cached_property
-    def copied(self) -> frozenset[str]:
+    def copied_tensors(self) -> frozenset[str]:
         """Names of the tensors of a wrapper's parts that text does not run through."""
         return frozenset(name for part in self.layout.parts for name in part.tensors)
 
@@ -223,7 +223,7 @@ def open_pair(path: Path, source: str | None) -> SourcePair:
         path=path,
         source_name=model,
         format=registry.get_format(str(name)) if schemes else None,
-        stored=Checkpoint.open(path),
+        stored=Checkpoint.open(path).split_experts(matched.layout.blocks),
         source=source_checkpoint.split_experts(matched.layout.blocks),
         layout=architecture.layout(config),
         left_out=matched.left_out,

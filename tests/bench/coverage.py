@@ -31,6 +31,7 @@ DAMPINGS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
 TAPPED = (0, 2, 5, 8, 11)
 INPUTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 LENGTH = 512
+LICENSE = "see LICENSES.md"
 FILES = {
     "wikitext-2/wiki.test.raw": "wiki-test.txt",
     "wikitext-2/valid.tokenized.txt": "wiki-valid.txt",
@@ -47,31 +48,31 @@ LIKE_BUILT_IN = ("docs", "problems", "sources", "humaneval", "gsm8k")
 OTHERS = ("wikitext", "web", "web-de", "web-fr", "web-zh")
 SETS = {
     "built-in": """
-  - {name: docs, kind: docs, licence: PSF-2.0, builtin: python-topics, draw: calibration}
-  - {name: problems, kind: problems, licence: Apache-2.0, builtin: word-problems, draw: calibration}
-  - {name: sources, kind: sources, licence: PSF-2.0, builtin: python-modules, draw: calibration}
+  - {name: docs, kind: docs, builtin: python-topics, draw: calibration}
+  - {name: problems, kind: problems, builtin: word-problems, draw: calibration}
+  - {name: sources, kind: sources, builtin: python-modules, draw: calibration}
 """,
     "mixture": """
-  - {name: wikitext, kind: wikitext, licence: CC-BY-SA-3.0, file: wiki-valid.txt}
-  - {name: chinese, kind: web, language: zh, licence: CC-BY-SA-4.0, file: zh-dev.txt}
-  - {name: gsm8k, kind: gsm8k, licence: MIT, file: gsm8k-train.jsonl,
+  - {name: wikitext, kind: wikitext, file: wiki-valid.txt}
+  - {name: chinese, kind: web, language: zh, file: zh-dev.txt}
+  - {name: gsm8k, kind: gsm8k, file: gsm8k-train.jsonl,
      template: "{question}\\n{answer}"}
-  - {name: mbpp, kind: mbpp, licence: CC-BY-4.0, file: mbpp-train.jsonl,
+  - {name: mbpp, kind: mbpp, file: mbpp-train.jsonl,
      template: "{text}\\n{code}"}
 """,
     "fidelity": """
-  - {name: docs, kind: docs, licence: PSF-2.0, builtin: python-topics, draw: heldout}
-  - {name: problems, kind: problems, licence: Apache-2.0, builtin: word-problems, draw: heldout}
-  - {name: sources, kind: sources, licence: PSF-2.0, builtin: python-modules, draw: heldout}
-  - {name: humaneval, kind: humaneval, licence: MIT, file: humaneval.jsonl,
+  - {name: docs, kind: docs, builtin: python-topics, draw: heldout}
+  - {name: problems, kind: problems, builtin: word-problems, draw: heldout}
+  - {name: sources, kind: sources, builtin: python-modules, draw: heldout}
+  - {name: humaneval, kind: humaneval, file: humaneval.jsonl,
      template: "{prompt}{canonical_solution}"}
-  - {name: gsm8k, kind: gsm8k, licence: MIT, file: gsm8k-test.jsonl,
+  - {name: gsm8k, kind: gsm8k, file: gsm8k-test.jsonl,
      template: "{question}\\n{answer}"}
-  - {name: wikitext, kind: wikitext, licence: CC-BY-SA-3.0, file: wiki-test.txt}
-  - {name: web, kind: web, licence: CC-BY-SA-4.0, file: web-test.txt}
-  - {name: german, kind: web, language: de, licence: CC-BY-SA-4.0, file: de-test.txt}
-  - {name: french, kind: web, language: fr, licence: CC-BY-SA-4.0, file: fr-test.txt}
-  - {name: chinese, kind: web, language: zh, licence: CC-BY-SA-4.0, file: zh-test.txt}
+  - {name: wikitext, kind: wikitext, file: wiki-test.txt}
+  - {name: web, kind: web, file: web-test.txt}
+  - {name: german, kind: web, language: de, file: de-test.txt}
+  - {name: french, kind: web, language: fr, file: fr-test.txt}
+  - {name: chinese, kind: web, language: zh, file: zh-test.txt}
 """,
 }
 
@@ -84,7 +85,8 @@ def write_sets(data: Path, place: Path) -> None:
     train = [json.dumps(row) + "\n" for row in rows if row["task_id"] >= 601]
     (place / "mbpp-train.jsonl").write_text("".join(train), encoding="utf-8")
     for name, parts in SETS.items():
-        (place / f"{name}.yaml").write_text(f"version: 2\nname: {name}\nparts:{parts}")
+        licensed = parts.replace("{name:", f"{{licence: {LICENSE}, name:")
+        (place / f"{name}.yaml").write_text(f"version: 2\nname: {name}\nparts:{licensed}")
 
 
 class Observer:

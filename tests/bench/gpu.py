@@ -80,7 +80,7 @@ class Phases:
     work: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def timed(self, name: str, work: float) -> Iterator[None]:
+    def time_phase(self, name: str, work: float) -> Iterator[None]:
         """Add the time of the body, including the work that it starts on the device."""
         self.wait()
         began = time.monotonic()
@@ -160,11 +160,13 @@ def run_slice(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases)
     """Calibrate, search, factorize, round and pack one slice; return the packed bytes."""
     hidden, width, n = shape.hidden, shape.intermediate, len(wave)
     pairs = shape.tokens * shape.top_k * n / shape.experts  # tokens routed to this slice
-    with phases.timed("calibrate", pairs * (2 * hidden**2 + 2 * width**2 + 4 * hidden * width)):
+    with phases.time_phase(
+        "calibrate", pairs * (2 * hidden**2 + 2 * width**2 + 4 * hidden * width)
+    ):
         tokens = RoutedStream(routing=routing, device=wave.gate.device)
         (stats,) = collect_stats([wave], tokens, apply_gate, frozenset())
     judged = min(awq_scales.SAMPLED_ROWS, width)
-    with phases.timed("search", 20 * 2 * n * judged * 2 * hidden**2):
+    with phases.time_phase("search", 20 * 2 * n * judged * 2 * hidden**2):
         tried = awq.METHOD.rescale
         assert tried is not None  # AWQ searches scales
         scales = tried.candidates(
@@ -172,7 +174,7 @@ def run_slice(shape: Shape, wave: ExpertSlice, routing: Routing, phases: Phases)
         )  # [experts, hidden] -> [candidates, hidden]
         for weights in (wave.gate, wave.up):
             scaling.compute_scale_errors(tried, weights, stats.into.gram, scales, shape.scheme)
-    with phases.timed(
+    with phases.time_phase(
         "factorize", n * (2 * hidden**3 + width**3) / 3
     ):  # gate and up each factorize their gram
         for e in range(n):
@@ -192,13 +194,13 @@ def round_slice(shape: Shape, wave: ExpertSlice, stats: SliceStats, phases: Phas
         ):
             out, width = weights.shape[-2:]
             # rounding, two products per sweep, two row errors with the whole gram, and the factor
-            with phases.timed(
+            with phases.time_phase(
                 "round", (1 + 2 * coordinate_descent.SWEEPS + 4) * out * width**2 + width**3 / 3
             ):
                 rounded = gptq.quantize_gptq(
                     weights[e], select_expert_stats(inputs, e), shape.scheme
                 )
-            with phases.timed("pack", 0):
+            with phases.time_phase("pack", 0):
                 tensors = output.pack(rounded.quantized, shape.scheme)
                 packed += sum(tensor.cpu().nbytes for tensor in tensors.values())
     return packed
@@ -211,7 +213,7 @@ def measure_block(shape: Shape, device: torch.device, experts: int) -> Phases:
         routing = make_routing(shape, Path(place), device)
         for first in range(0, experts, size):
             stop = min(first + size, experts)
-            with phases.timed("read", 0):
+            with phases.time_phase("read", 0):
                 wave = read_slice(shape, first, stop, device)
             packed += run_slice(shape, wave, routing, phases)
     weights = experts * 3 * shape.hidden * shape.intermediate

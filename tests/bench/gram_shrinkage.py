@@ -147,7 +147,7 @@ def add_spread(kinds: Sequence[InputGrams], prior: InputGrams, share: float) -> 
 
 
 def name_ways() -> Ways:
-    """Return every way to combine grams; "mean" is what a build does."""
+    """Return every way to combine grams; "mean" is that of a build."""
     ways: dict[str, Callable[[Sequence[InputGrams], InputGrams], Tensor]] = {"mean": average_grams}
     for function, name, shares in (
         (shrink_to_identity, "identity", (0.003, 0.01, 0.03, 0.1, 0.2, 0.3)),
@@ -164,7 +164,7 @@ def name_ways() -> Ways:
 
 WAYS = name_ways()
 BASE, INCLUDED, NEAREST = "mean", "(kind included)", "(rtn)"
-"""References: what a build does; calibration that has the kind left out; no calibration."""
+"""References: the grams of a build; calibration that has the kind left out; no calibration."""
 ALL, ORDINARY = "all", "ordinary"
 """Tokens of the test text that are measured."""
 

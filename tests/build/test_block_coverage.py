@@ -1,4 +1,4 @@
-"""Coverage in a build: what it records, against transformers' own activations."""
+"""Coverage that a build records, compared with transformers' own activations."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from quantkit.models.layers import load_outer_model, make_meta_model
 from quantkit.models.small_instance import make_random_tensors
 from quantkit.recipe.parse import parse_recipe
 from quantkit.texts.tokens import TokenSequence, pack_tokens
+
+pytestmark = pytest.mark.usefixtures("quick_builds")
 
 PART = "  - {{name: {0}, kind: {0}, licence: Apache-2.0, set: tiny-v3, domain: {0}}}\n"
 FLOAT32 = "{device: cpu, dtype: float32, calibration: float32}"

@@ -11,7 +11,7 @@ import pytest
 from support.checkpoints import make_plan, make_tiny_config, write_checkpoint
 
 from quantkit.build.block_plan import BlockPlan, ExpertRange, plan_blocks
-from quantkit.plan.memory import slice_size
+from quantkit.plan.memory import choose_slice_size
 
 AWQ = "{method: awq, bits: 4, group_size: 64}"
 GPTQ = "{method: gptq, bits: 4, group_size: 64}"
@@ -35,7 +35,7 @@ def plan(source: Path, wave_experts: int = 8, **keys: str) -> tuple[BlockPlan, .
     ("experts", "size"), [(256, 16), (128, 16), (64, 8), (60, 7), (16, 2), (8, 1), (4, 1)]
 )
 def test_slice_is_an_eighth_of_the_experts_within_1_and_16(experts: int, size: int) -> None:
-    assert slice_size(experts) == size
+    assert choose_slice_size(experts) == size
 
 
 def test_mode_says_whether_streams_run_through_a_block(source: Path) -> None:

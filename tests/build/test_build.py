@@ -42,7 +42,9 @@ def test_expert_with_too_few_tokens_takes_named_fallback(
     text = calibration(sequences=12, min_expert_tokens=150, under_calibrated=policy)
     report = build(source, tmp_path / "a", calibration=text).fidelity
     assert report.experts is not None
-    few = {f"{block}.mlp.experts.{expert}" for block, expert, _ in report.experts.uncalibrated()}
+    few = {
+        f"{block}.mlp.experts.{expert}" for block, expert, _ in report.experts.list_uncalibrated()
+    }
     assert 0 < len(few) < 8
     (taken,) = report.fallbacks
     assert taken.kind == name

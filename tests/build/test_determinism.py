@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from support.paths import ROOT
 
 ARGUMENTS = (
     "--skip-evaluation",
@@ -22,19 +23,31 @@ ARGUMENTS = (
 )
 
 
+PROGRAM = """
+import os, sys
+from quantkit.library_settings import REPRODUCIBLE
+os.environ.update(REPRODUCIBLE)  # before torch is imported, as the command line does
+from quantkit.cli.main import main
+from support.quick_builds import shorten_searches
+shorten_searches(setattr)
+main(sys.argv[1:])
+"""
+
+
 def build(place: Path, name: str, threads: int, *more: str) -> Path:
-    """A demo-like build in a process of its own."""
+    """A demo-like build with short searches, in a process of its own."""
     command = [
         sys.executable,
-        "-m",
-        "quantkit",
+        "-c",
+        PROGRAM,
         "build",
         "tiny-v3-awq4",
         *ARGUMENTS,
         "--set",
         f"output.path={name}",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    folders = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": folders}
     subprocess.run([*command, *more], cwd=place, env=environment, check=True, capture_output=True)
     return place / name
 

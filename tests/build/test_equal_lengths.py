@@ -97,7 +97,7 @@ def test_short_text_next_to_a_long_one_keeps_its_rotary_tables(
 
 
 def test_padded_batch_changes_a_short_text(longrope: Any, tmp_path: Path) -> None:
-    """What the rule is for: padded to the longest, short texts get the long factors."""
+    """The reason for the rule: padded to the longest, short texts get the long factors."""
     stream = run_blocks(longrope, tmp_path, equal_lengths=False)
     differences = compute_differences(longrope, stream)
     assert max(differences[:2]) < 1e-4

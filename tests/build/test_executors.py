@@ -23,6 +23,8 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.prefetch import ScheduledReads
 from quantkit.plan import plan
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 AWQ = "{method: awq, rounding: gptq, bits: 4, group_size: 64}"
 GPTQ = "{method: gptq, bits: 4, group_size: 64}"
 
@@ -39,10 +41,10 @@ def limit_waves(patch: pytest.MonkeyPatch, size: int) -> None:
     """Hold so many experts at once."""
     real = plan.plan_memory
 
-    def limited(*args: Any, **kwargs: Any) -> Any:
+    def plan_limited_waves(*args: Any, **kwargs: Any) -> Any:
         return replace(real(*args, **kwargs), wave_experts=size)
 
-    patch.setattr(plan, real.__name__, limited)
+    patch.setattr(plan, real.__name__, plan_limited_waves)
 
 
 class ThreadExecutor:

@@ -14,6 +14,8 @@ from quantkit.build import progress_log
 from quantkit.build.progress_log import BuildProgress
 from quantkit.plan import plan
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 KEYS = {
     "rules": "all-linear",
     "quantize": "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}",

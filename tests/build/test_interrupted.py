@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from build.test_resume import SMALL, SYMMETRIC, differing, files
 from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
 from support.mortal import Order, Server, server
+from support.resumed_builds import SMALL, SYMMETRIC, list_differences, read_files
 
 from quantkit.errors import UsageError
 from quantkit.io.lock import hold_lock
@@ -43,16 +43,14 @@ def finish_build(mortals: Server, place: Path) -> dict[str, bytes]:
     """Run a build to its end; return the bytes of its files."""
     end = mortals.run(Order(place=str(place), arguments=BUILD))
     assert end.code == 0, end.stderr
-    return files(place)
+    return read_files(place)
 
 
-def left(place: Path) -> dict[str, bytes]:
-    """Return the files of a finished build whose last calls, which remove scratch folder and lock,
-    failed.
-    """
+def remove_remains(place: Path) -> dict[str, bytes]:
+    """Remove lock and scratch folder of a build whose last calls failed; return its files."""
     (place / "x.building.lock").unlink(missing_ok=True)  # it says nothing once its holder is gone
     shutil.rmtree(place / "x.building.scratch", ignore_errors=True)
-    return files(place)
+    return read_files(place)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +91,7 @@ def test_signals_report_how_far_the_build_is(
             assert f"continuing: {stands.format(done - 1)}" in end.stderr
             assert end.stderr.endswith(f"{says}\n{stands.format(done)}starts over\n")
     assert (place / "x.building.scratch").is_dir() and not (place / "x").exists()
-    assert differing(finish_build(mortals, place), whole) == []
+    assert list_differences(finish_build(mortals, place), whole) == []
     assert sorted(path.name for path in place.iterdir()) == ["r.yaml", "x", "x.build.log"]
 
 
@@ -107,7 +105,7 @@ def test_full_disk_is_one_sentence_and_no_loss(
         assert end.code == 1 and "error: " in end.stderr and "Traceback" not in end.stderr, (
             end.stderr
         )
-    assert differing(finish_build(mortals, place), whole) == []
+    assert list_differences(finish_build(mortals, place), whole) == []
 
 
 # ----------------------------------------------------------------------------------------- the lock
@@ -262,7 +260,10 @@ def test_killed_at_random(
             assert end.code in (0, -signal.SIGKILL), end.stderr
             sealed, kills = end.code == 0, kills + (end.code != 0)
             resumed += "continuing: " in end.stderr
-        assert differing(files(place) if sealed else finish_build(mortals, place), whole) == []
+        assert (
+            list_differences(read_files(place) if sealed else finish_build(mortals, place), whole)
+            == []
+        )
     assert resumed > KILLS // 4
     record_property("faults", kills)
 
@@ -290,7 +291,12 @@ def test_power_loss_at_every_call(
             break
         assert end.code == -signal.SIGKILL, end.stderr
         complete = (place / "x").exists() and not (place / "x.building.scratch").exists()
-        assert differing(left(place) if complete else finish_build(mortals, place), whole) == []
+        assert (
+            list_differences(
+                remove_remains(place) if complete else finish_build(mortals, place), whole
+            )
+            == []
+        )
         shutil.rmtree(place)
         calls += 1
     assert 100 < calls < 999
@@ -308,7 +314,7 @@ def test_disk_error_at_every_call(
         0,
     )
     whole = finish_build(mortals, recipe(tmp_path / "whole", source, **FEW))
-    artifact = files(tmp_path / "whole" / "x")
+    artifact = read_files(tmp_path / "whole" / "x")
     for call in range(1, 1000):
         place = recipe(tmp_path / f"{call}", source, **FEW)
         fault = ("EIO", "ENOSPC", "EROFS")[call % 3]
@@ -321,7 +327,7 @@ def test_disk_error_at_every_call(
             place / "x"
             # also with an error: it has its name, and that this lasts could not be made sure of
         ).exists():
-            assert differing(files(place / "x"), artifact) == []
+            assert list_differences(read_files(place / "x"), artifact) == []
         assert end.code == 0 or "error: " in end.stderr, (call, end.stderr)
         scratch = end.code == 0 and (place / "x.building.scratch").exists()
         assert scratch == ("x.building.scratch: the build is done" in end.stderr), (
@@ -329,7 +335,10 @@ def test_disk_error_at_every_call(
             end.stderr,
         )
         assert (
-            differing(left(place) if end.code == 0 else finish_build(mortals, place), whole) == []
+            list_differences(
+                remove_remains(place) if end.code == 0 else finish_build(mortals, place), whole
+            )
+            == []
         )
         shutil.rmtree(place)
         calls += 1

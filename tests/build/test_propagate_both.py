@@ -22,6 +22,8 @@ from quantkit.contracts import Experts
 from quantkit.models.layers import select_expert_tokens
 from quantkit.plan.memory import estimate_expert_bytes
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 EXPERTS, HIDDEN, INNER, TOKENS = 3, 32, 16, 90
 
 

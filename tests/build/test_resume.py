@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import make_recipe_text, make_tiny_config, write_checkpoint
+from support.resumed_builds import SMALL, SYMMETRIC, list_differences, read_files
 
 from quantkit import pipeline
 from quantkit.artifact.make_manifest import read_versions
@@ -31,14 +32,10 @@ from quantkit.plan import plan, sources
 from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.shallow import verify_artifact
 
-SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 THREE = {"format": "[gptq, compressed_tensors, dense]", "quantize": SYMMETRIC}
 """Two formats that share a build loop, and one with a loop of its own."""
-SMALL = {
-    "calibration": "{set: tiny-v3, sequences: 12, length: 64, min_expert_tokens: 8}",
-    "fidelity": "{set: tiny-v3-heldout, windows: 4, length: 64}",
-    "output": "{path: x, shard_bytes: 200kB}",
-}
 
 
 class Killed(BaseException):
@@ -64,30 +61,13 @@ def build(
     return said
 
 
-def files(place: Path) -> dict[str, bytes]:
-    """Read every file below a folder, except timings and the log."""
-    actual = {
-        path.relative_to(place).as_posix(): path.read_bytes()
-        for path in place.rglob("*")
-        if path.is_file()
-    }
-    return {
-        name: content
-        for name, content in actual.items()
-        if not name.endswith(("quantkit/timings.json", ".build.log"))
-    }
-
-
-def differing(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
-    """Return the names of files that differ."""
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-
-
-def dying(patch: pytest.MonkeyPatch, owner: object, name: str, call: int, after: bool) -> None:
+def end_process_at(
+    patch: pytest.MonkeyPatch, owner: object, name: str, call: int, after: bool
+) -> None:
     """End the process at the `call`th call of a function, before or after it."""
     real, calls = getattr(owner, name), list[int]()
 
-    def fatal(*args: object, **kwargs: object) -> object:
+    def call_and_end(*args: object, **kwargs: object) -> object:
         calls.append(1)
         if len(calls) == call and not after:
             raise Killed
@@ -96,7 +76,7 @@ def dying(patch: pytest.MonkeyPatch, owner: object, name: str, call: int, after:
             raise Killed
         return result
 
-    patch.setattr(owner, name, fatal)
+    patch.setattr(owner, name, call_and_end)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +95,7 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
         patch.chdir(place)
         assert build(source, **THREE) == []
     assert {path.name for path in place.iterdir()} == {"x-gptq", "x-compressed-tensors", "x-dense"}
-    return files(place)
+    return read_files(place)
 
 
 @pytest.fixture
@@ -134,7 +114,7 @@ def test_resume_after_a_kill_before_and_after_every_step(
     output, ends = list[str](), 0
     for run in range(100):
         with monkeypatch.context() as patch:
-            dying(patch, BuildProgress, "commit_step", 1, after=bool(run % 2))
+            end_process_at(patch, BuildProgress, "commit_step", 1, after=bool(run % 2))
             try:
                 build(source, output, **THREE)
             except Killed:
@@ -144,7 +124,7 @@ def test_resume_after_a_kill_before_and_after_every_step(
     steps = 1 + 2 + 1  # the embedding, two blocks, what follows them
     assert ends == 2 * 2 * steps  # of two loops
     assert "0 of 2 blocks are done" in output[0] and "2 of 2 blocks are done" in output[-1]
-    assert differing(files(place), whole) == []
+    assert list_differences(read_files(place), whole) == []
 
 
 POINTS: Sequence[tuple[object, str, int, bool]] = (
@@ -178,37 +158,37 @@ def test_resume_after_a_kill_at_every_kind_of_write(
     """One build that dies again and again, each time later."""
     for owner, name, call, after in POINTS:
         with monkeypatch.context() as patch:
-            dying(patch, owner, name, call, after)
+            end_process_at(patch, owner, name, call, after)
             with pytest.raises(Killed):
                 build(source, **THREE)
                 pytest.fail(f"not killed at {name} {call}")
     assert "2 of 2 blocks are done" in build(source, **THREE)[0]
-    assert differing(files(place), whole) == []
+    assert list_differences(read_files(place), whole) == []
     for path in place.iterdir():
         verify_artifact(path)
 
 
-def in_waves(patch: pytest.MonkeyPatch, size: int) -> None:
+def limit_waves(patch: pytest.MonkeyPatch, size: int) -> None:
     """Hold so many experts at once, and save every wave."""
     real = plan.plan_memory
 
-    def fewer(*args, **kwargs):  # type: ignore[no-untyped-def]  # stands for `plan_memory`
+    def plan_fewer_experts(*args, **kwargs):  # type: ignore[no-untyped-def]  # stands for `plan_memory`
         return replace(real(*args, **kwargs), wave_experts=size)
 
-    patch.setattr(plan, "plan_memory", fewer)
+    patch.setattr(plan, "plan_memory", plan_fewer_experts)
     patch.setattr(progress_log, "MIN_SECONDS", 0.0)
     patch.setattr(progress_log, "MIN_COST_RATIO", 0)
 
 
-def counting(patch: pytest.MonkeyPatch, waves: list[int], run: int) -> None:
+def count_waves(patch: pytest.MonkeyPatch, waves: list[int], run: int) -> None:
     """Append `run` for each wave that is read."""
     real = moe.read_wave
 
-    def noted(context: BlockContext, wave: Sequence[ExpertRange]) -> list[ExpertSlice]:
+    def count_and_read(context: BlockContext, wave: Sequence[ExpertRange]) -> list[ExpertSlice]:
         waves.append(run)
         return real(context, wave)
 
-    patch.setattr(moe, "read_wave", noted)
+    patch.setattr(moe, "read_wave", count_and_read)
 
 
 GPTQ = SYMMETRIC.replace(
@@ -234,17 +214,17 @@ def test_resume_after_a_kill_at_every_wave(
     """
     keys = {**THREE, "propagate": propagate, "quantize": quantize}
     with monkeypatch.context() as patch:
-        in_waves(patch, 3)
+        limit_waves(patch, 3)
         build(source, **keys)
-    whole = files(place)
+    whole = read_files(place)
     for path in [*place.iterdir()]:
         shutil.rmtree(path)
     output, waves = list[str](), list[int]()
     for run in range(100):
         with monkeypatch.context() as patch:
-            in_waves(patch, 3 if run % 5 else 2)  # the budget may change in between
-            dying(patch, BuildProgress, "record_wave", 1, after=bool(run % 3))
-            counting(patch, waves, run)
+            limit_waves(patch, 3 if run % 5 else 2)  # the budget may change in between
+            end_process_at(patch, BuildProgress, "record_wave", 1, after=bool(run % 3))
+            count_waves(patch, waves, run)
             try:
                 build(source, output, **keys)
             except Killed:
@@ -254,7 +234,7 @@ def test_resume_after_a_kill_at_every_wave(
         max(waves.count(run) for run in range(run)) <= 3
     )  # the wave that ended it, and those after the last checkpoint
     assert any("of 2 blocks and 3 experts of the next are done" in line for line in output)
-    assert differing(files(place), whole) == []
+    assert list_differences(read_files(place), whole) == []
     assert not list(place.rglob("*.building*"))
 
 
@@ -262,24 +242,24 @@ def test_saved_states_survive_a_kill_in_the_next_wave(
     source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed within a wave, several times at the same place and then later."""
-    in_waves(monkeypatch, 3)
+    limit_waves(monkeypatch, 3)
     build(source, **THREE)
-    whole = files(place)
+    whole = read_files(place)
     for path in [*place.iterdir()]:
         shutil.rmtree(path)
     for call in (1, 2, 2, 5, 5, 3, 9, 4, 4, 7):
         with monkeypatch.context() as patch:
-            dying(patch, moe, "add_to_stream", call, after=bool(call % 2))
+            end_process_at(patch, moe, "add_to_stream", call, after=bool(call % 2))
             with suppress(Killed):
                 build(source, **THREE)
     build(source, **THREE)
-    assert differing(files(place), whole) == []
+    assert list_differences(read_files(place), whole) == []
 
 
 def interrupt_after_first_block(source: Path, patch: pytest.MonkeyPatch, **keys: str) -> None:
     """Run a build that dies after its first block."""
     with patch.context() as inner:
-        dying(inner, BuildProgress, "commit_step", 2, after=True)
+        end_process_at(inner, BuildProgress, "commit_step", 2, after=True)
         with pytest.raises(Killed) as caught:
             build(source, **keys)
     assert "1 of 2 blocks are done and kept; the same command resumes" in caught.value.__notes__[0]
@@ -312,13 +292,13 @@ def test_changed_inputs_are_named_and_restart_starts_over(
         with pytest.raises(UsageError, match=r"another: journal was 4, is 5; "):
             build(copy)
     assert build(copy, memory="3GB") != []
-    resumed = files(place / "x")
+    resumed = read_files(place / "x")
     shutil.rmtree(place / "x")
     interrupt_after_first_block(copy, monkeypatch)
     assert build(copy, restart=True, quantize="{method: rtn, bits: 4, group_size: 64}") == []
     shutil.rmtree(place / "x")
     assert build(copy) == []
-    assert differing(files(place / "x"), resumed) == [
+    assert list_differences(read_files(place / "x"), resumed) == [
         "quantkit/manifest.json",
         "recipe.yaml",
     ]  # the budget is in it
@@ -333,13 +313,13 @@ def test_other_formats_destroy_nothing(
 ) -> None:
     """The journal's path does not depend on the formats and their order."""
     interrupt_after_first_block(source, monkeypatch, **THREE)
-    before = files(place)
+    before = read_files(place)
     with pytest.raises(
         UsageError,
         match=r"another: recipe\.format\.0 was 'gptq', is|another: recipe\.format\.1 was",
     ):
         build(source, **{**THREE, "format": formats})
-    assert differing(files(place), before) == []
+    assert list_differences(read_files(place), before) == []
 
 
 def test_missing_shards_are_reported_at_the_start(
@@ -385,7 +365,7 @@ def test_damaged_journal_and_missing_shards_are_errors(
     source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        dying(
+        end_process_at(
             patch, Journal, "append", 2, after=True
         )  # the states in front of the block are still there
         with pytest.raises(Killed):
@@ -516,7 +496,7 @@ def test_resumed_build_keeps_the_sets_that_auto_stood_for(
     monkeypatch.setattr(sources, "find_hub_fault", lambda: next(answers, ""))
     monkeypatch.setattr(sources, "find_self_fault", lambda *_: "the model is too large")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        dying(patch, BuildProgress, "commit_step", 2, after=True)
+        end_process_at(patch, BuildProgress, "commit_step", 2, after=True)
         build(source, **text)
     said = build(source, **text)
     assert said and "of 2 blocks are done" in said[0]

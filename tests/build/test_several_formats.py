@@ -23,6 +23,8 @@ from quantkit.plan.plan import load_architecture
 from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.shallow import verify_artifact
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
 
 

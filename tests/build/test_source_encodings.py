@@ -17,6 +17,8 @@ from quantkit.plan.summary import summarize_plan
 from quantkit.verify.deep import verify_deep
 from quantkit.verify.shallow import verify_artifact
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 RECIPE = {
     "quantize": "{method: rtn, bits: 4, group_size: 32}",
     "format": "compressed_tensors",

@@ -20,6 +20,8 @@ from quantkit.plan.recipe_draft import RecipeRequest
 from quantkit.verify.deep import verify_deep
 from quantkit.verify.shallow import verify_artifact
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 RTN = {
     "quantize": "{method: rtn, bits: 8, group_size: 64, symmetric: true}",
     "format": "compressed_tensors",

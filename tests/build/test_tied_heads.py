@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quantkit.errors import ArtifactError
 from quantkit.verify.shallow import verify_artifact
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 SCHEMES = {
     "compressed_tensors": "{method: rtn, bits: 4, group_size: 64, symmetric: true}",
     "bitsandbytes": "{method: nf4}",

@@ -15,6 +15,8 @@ from quantkit.artifact.load_model import load_model
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.verify import deep, shallow
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 KEYS = {
     "format": "compressed_tensors",
     "rules": "all-linear",

@@ -115,7 +115,7 @@ def test_missing_and_misshaped_parts_are_refused_from_the_headers(
 
 
 def test_fused_experts_of_gpt_oss_equal_transformers(tmp_path: Path) -> None:
-    """transformers computes with [experts, in, out], transposed to what the file holds."""
+    """transformers computes with [experts, in, out], the transpose of the stored tensors."""
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(256, (3, 8, 4, 16), dtype=torch.uint8, generator=generator)
     scales = torch.randint(110, 130, (3, 8, 4), dtype=torch.uint8, generator=generator)

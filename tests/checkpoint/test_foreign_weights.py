@@ -1,4 +1,4 @@
-"""What is no source: each form of weights gets one sentence with the one right step."""
+"""Folders that are no source: each form of weights gets one sentence with the one right step."""
 
 from __future__ import annotations
 

@@ -172,13 +172,13 @@ def test_data_in_subfolders_is_downloaded_and_nothing_else(fake_hub: FakeHub) ->
         "[a-z].json": b"{}",
     }
     model = hub.resolve_model("org/tiny", "v1")
-    found = {path.relative_to(model.folder).as_posix() for path in model.folder.rglob("*.*")}
-    assert {name for name in found if "/" in name} == {
+    names = {path.relative_to(model.folder).as_posix() for path in model.folder.rglob("*.*")}
+    assert {name for name in names if "/" in name} == {
         f"{folder}/tool_use.jinja",
         f"{folder}/deep/x.jinja",
         "other/x.jinja",
     }
-    assert "[a-z].json" in found
+    assert "[a-z].json" in names
     assert [path.name for path in Checkpoint.open(model.folder).sidecars].count(
         "tool_use.jinja"
     ) == 1

@@ -22,7 +22,7 @@ from support.command_line import RECIPE, build, overrides, read_error, run
 from quantkit import pipeline, registry
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.artifact.read_manifest import read_manifest
-from quantkit.cli.build_log import attach, close_quietly, log_build, make_handler
+from quantkit.cli import build_log
 from quantkit.cli.main import main
 from quantkit.errors import ArtifactError
 from quantkit.io.package_data import locate_folder, locate_model
@@ -261,12 +261,11 @@ def test_failure_and_interruption_are_in_the_log(
 
 
 def test_full_disk_ends_the_log_and_not_the_build(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", encoding="utf-8")
-    with log_build(verbose=False) as log:
-        log._handlers.callback(close_quietly, full)
-        log._handlers.enter_context(attach(make_handler(full)))
+    monkeypatch.setattr(build_log, "open_to_append", lambda _: os.open("/dev/full", os.O_WRONLY))
+    with build_log.log_build(verbose=False) as log:
+        log.open_file(tmp_path / "artifact")
         for _ in range(2):
             logging.getLogger("quantkit.build").info("a block")
     assert capsys.readouterr().err.count("the log ends: [Errno 28]") == 1
@@ -388,10 +387,10 @@ def test_kept_gates_accept_the_artifact(tmp_path: Path) -> None:
 
 
 def test_interrupted_build_exits_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("quantkit.pipeline.quantize_and_measure", interrupted)
+    monkeypatch.setattr("quantkit.pipeline.quantize_and_measure", interrupt)
     result = build(tmp_path / "artifact")
     assert (result.exit_code, result.stderr) == (130, "source's sha256: 100 %\ninterrupted\n")
     assert not (tmp_path / "artifact").exists()

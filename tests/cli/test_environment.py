@@ -105,7 +105,7 @@ def mount(builds: Server, *arguments: str | Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def unprivileged() -> Iterator[Server]:
+def unprivileged_server() -> Iterator[Server]:
     """A server of builds that respect permission bits, which root does not."""
     wrapper: tuple[str, ...] = ()
     if not os.geteuid():
@@ -135,11 +135,11 @@ def test_full_disk_is_one_message(
 
 
 def test_file_size_limit_is_one_message(
-    unprivileged: Server, tmp_path: Path, record_property: Record
+    unprivileged_server: Server, tmp_path: Path, record_property: Record
 ) -> None:
     """`ulimit -f`, as batch systems set it."""
     path = recipe(small(tmp_path / "source"), tmp_path / "out", tmp_path)
-    end = unprivileged.run(order(path, file_bytes=100_000))
+    end = unprivileged_server.run(order(path, file_bytes=100_000))
     check_refused(end, tmp_path / "out", "file too large")
     record_property("fault", "file size limited")
 
@@ -159,7 +159,7 @@ def test_read_only_output_is_one_message(
 
 @pytest.mark.parametrize("what", ["output", "weights", "config.json", "source folder"])
 def test_missing_permission_is_one_message(
-    what: str, unprivileged: Server, tmp_path: Path, record_property: Record
+    what: str, unprivileged_server: Server, tmp_path: Path, record_property: Record
 ) -> None:
     """Files without permission bits, read by a user without capabilities."""
     source, place = small(tmp_path / "source"), tmp_path / "closed"
@@ -173,7 +173,7 @@ def test_missing_permission_is_one_message(
     }[what]
     closed.chmod(0o000 if what != "output" else 0o500)
     try:
-        end = unprivileged.run(order(path))
+        end = unprivileged_server.run(order(path))
     finally:
         closed.chmod(0o700)
     check_refused(end, place / "out", "permission denied", "no file", "found none", "found neither")

@@ -1,4 +1,4 @@
-"""What is said or refused before a build begins: model, tokens, disk, benchmarks."""
+"""Warnings and errors before a build begins: model, tokens, disk, benchmarks."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_every_server_fault_is_retried_without_loss_or_duplicates(chat, tmp_path
     limit = 16
     prompts = [doc["prompt"] for doc in DOCS[:limit]]
 
-    def fault(name: str, nth: int) -> str:
+    def choose_fault(name: str, nth: int) -> str:
         """Fail the first try of every prompt, and the second try of a third of them."""
         question = json.loads(name)[-1]["content"] if chat else name
         place = prompts.index(question)
@@ -111,7 +111,7 @@ def test_every_server_fault_is_retried_without_loss_or_duplicates(chat, tmp_path
         ]
         return kinds[nth] if nth < len(kinds) else ""
 
-    with Server(answer=answer, fault=fault, pause=0.02) as server:
+    with Server(answer=answer, fault=choose_fault, pause=0.02) as server:
         options = ["--limit", str(limit), "--concurrency", "6", "--timeout", "0.8"]
         results = evaluate(
             server, tmp_path / "out", *options, *(["--chat-template"] if chat else [])
@@ -129,8 +129,8 @@ def test_every_server_fault_is_retried_without_loss_or_duplicates(chat, tmp_path
     )
     assert len(rows(tmp_path / "out")) == limit
     assert {record.fault for record in server.records} == {*FAULTS, "served"}
-    assert set(server.served().values()) == {1}, "a complete answer is never requested again"
-    assert len(server.served()) == limit
+    assert set(server.count_served().values()) == {1}, "a complete answer is never requested again"
+    assert len(server.count_served()) == limit
     hanging = sum(record.fault == "silent" for record in server.records)
     assert 1 < server.most_at_once <= 6 + hanging, (
         "a request that was given up still hangs in the server"
@@ -183,7 +183,7 @@ def test_killed_evaluation_resumes_and_repeats_no_request(tmp_path):
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         deadline = time.monotonic() + 120
-        while sum(server.served().values()) < 9 and time.monotonic() < deadline:
+        while sum(server.count_served().values()) < 9 and time.monotonic() < deadline:
             time.sleep(0.02)
         os.killpg(running.pid, signal.SIGKILL)
         running.wait()
@@ -231,7 +231,7 @@ def test_dead_server_is_one_error_and_keeps_complete_answers(tmp_path, monkeypat
         assert (
             evaluate(server, tmp_path / "out", "--limit", "12", "--resume")["tasks"][0]["n"] == 12
         )
-        assert set(server.served().values()) == {1}
+        assert set(server.count_served().values()) == {1}
     with Server(answer=answer, fault=lambda name, nth: "html") as server:
         message = evaluate(server, tmp_path / "page", "--limit", "2", "--tries", "2", code=1)
         assert "the stream ended before the answer did" in message
@@ -285,10 +285,10 @@ def test_served_model_is_detected_or_must_be_named(tmp_path):
 
 
 def test_eval_averages_seeds_per_item(tmp_path):
-    def sampled(prompt: str, body: dict) -> str:
+    def answer_by_seed(prompt: str, body: dict) -> str:
         return RIGHT[prompt] if (number(prompt) + body["seed"]) % 4 < 2 else " No idea."
 
-    with Server(answer=sampled) as server:
+    with Server(answer=answer_by_seed) as server:
         results = evaluate(
             server,
             tmp_path / "out",

@@ -249,10 +249,10 @@ def test_unreachable_endpoint_is_one_sentence_and_keeps_answers(
         recipe = connect(server, chat=False)
         with pytest.raises(CalibrationError, match="no answer in 3 tries .* run the same command"):
             read_texts(recipe, chat_model)
-        served = server.served()
+        served = server.count_served()
         broken[0] = False
         read_texts(recipe, chat_model)
-        assert served and max(server.served().values()) == 1
+        assert served and max(server.count_served().values()) == 1
     with pytest.raises(CalibrationError, match=f"calibration.endpoint: {server.url}: no answer"):
         read_texts(recipe.model_copy(update={"calibration": recipe.calibration.model_copy(
             update={"seed": 1})}), shift(chat_model))  # fmt: skip

@@ -40,6 +40,8 @@ from quantkit.plan.decisions import make_scheme
 from quantkit.recipe.parse import Quantize, parse_recipe
 from quantkit.verify.shallow import verify_artifact
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 IDS = torch.arange(2, 66)[None]  # [1, 64]
 
 

@@ -25,6 +25,8 @@ from quantkit.formats.common.engine_names import FUSED_MODULES
 from quantkit.methods import rtn
 from quantkit.numerics import affine
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 
 def make_scheme(
     bits: int = 4, group: int = 128, symmetric: bool = True, kind: str = "int"

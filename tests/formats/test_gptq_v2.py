@@ -22,6 +22,8 @@ from quantkit.formats import gptq, gptq_v2
 from quantkit.methods import rtn
 from quantkit.numerics import affine
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 
 def make_scheme(
     bits: int = 4, group: int = 128, symmetric: bool = False, kind: str = "int"

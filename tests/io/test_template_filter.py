@@ -1,4 +1,4 @@
-"""Python that escaped from jinja2's sandbox: what the process of templates still allows."""
+"""Python that escaped from jinja2's sandbox: system calls that the template process allows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ESCAPES = {
     "a folder of its own": "os.chdir('/')",
     "a name of the host": "os.uname()",
 }
-"""What an escape tries -> Python that does it."""
+"""Attempt of an escape -> its Python."""
 
 PAGES = (
     "(lambda libc: libc.mmap(None, 4096, {protection}, 0x22, -1, 0) == 2**64 - 1)"
@@ -115,7 +115,7 @@ def test_local_time_is_that_of_this_machine() -> None:
     """strftime looks at /etc/localtime, and would use UTC if it could not."""
     pattern = "%Y-%m-%d %H"
     with TemplateWorker() as worker:
-        before = f"{datetime.now():{pattern}}"  # noqa: DTZ005  # local time is what is compared
+        before = f"{datetime.now():{pattern}}"  # noqa: DTZ005  # local time is compared
         rendered = worker.render(f"{{{{ strftime_now('{pattern}') }}}}", {}, "chat")
         after = f"{datetime.now():{pattern}}"  # noqa: DTZ005
     assert rendered in {before, after}

@@ -17,11 +17,14 @@ from quantkit.artifact import load_model
 from quantkit.contracts import PROTECTED_ROLES, Block, Config, Experts, Layout, LinearGroup
 from quantkit.errors import CheckpointError
 from quantkit.models import derive, expert_checks, layer_states, layout_checks
+from quantkit.models import experts as expert_runs
 from quantkit.models.experts import BlockRun, Gating
 from quantkit.models.layers import make_meta_model
 from quantkit.plan.match_checkpoint import check_model_class, match_layout
 from quantkit.plan.plan import load_architecture
 from quantkit.recipe.parse import parse_recipe
+
+pytestmark = pytest.mark.usefixtures("quick_builds")
 
 
 def derive_layout(config: dict[str, object]) -> Layout:
@@ -130,6 +133,33 @@ def test_experts_without_a_gate() -> None:
     assert experts.projections == ("up_proj", "down_proj")
 
 
+def test_experts_with_biases() -> None:
+    """gpt_oss: gate and up row by row in turn, clamped, and up is read with 1 added."""
+    block = derive_layout(family("gpt_oss")).blocks[0]
+    found = block.experts
+    assert found and found.bias and not found.scales_down
+    assert all(x.bias for x in block.linears if x.role == "routed_expert")
+    assert [(x.name.rpartition(".")[2], x.transposed, x.interleaved) for x in block.stacked] == [
+        ("gate_up_proj", True, True),
+        ("gate_up_proj_bias", False, True),
+        ("down_proj", True, False),
+        ("down_proj_bias", False, False),
+    ]
+    assert [x.name.removeprefix(block.name) for x in block.linears if x.role == "router"] == [
+        ".mlp.router"
+    ]
+    kept = {x.name.removeprefix(block.name) for x in block.others}
+    assert {".mlp.router.bias", ".self_attn.sinks"} <= kept
+    (group,) = (x for x in block.groups if x.routed_experts)
+    assert group.absorber and group.absorber.module.endswith("post_attention_layernorm")
+
+
+def test_biases_that_are_left_out_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of experts differs without them."""
+    monkeypatch.setattr(expert_runs, "project", lambda x, own, name: x @ own[f"{name}.weight"].T)
+    assert "the experts model.layers.0.mlp.experts give another sum" in refuse(family("gpt_oss"))
+
+
 def test_routers_and_gates_have_a_role_that_no_general_rule_selects() -> None:
     """Also a router of a class of its own, which is no nn.Linear."""
     assert "router" in PROTECTED_ROLES
@@ -194,12 +224,6 @@ def test_sum_that_cannot_be_returned_is_found(monkeypatch: pytest.MonkeyPatch) -
     """A norm follows the experts, and the tap's answer is not used."""
     monkeypatch.setattr(expert_checks, "keep_inside", lambda block: block)
     assert "its layer gives other states than transformers' own" in refuse(family("flex_olmo"))
-
-
-def test_experts_with_biases_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(derive, "UNSUPPORTED", {})
-    config = family("gpt_oss", num_local_experts=4, head_dim=32, intermediate_size=128)
-    assert "experts model.layers.0.mlp.experts have biases, which no reader here" in refuse(config)
 
 
 # ---------------------------------------------------------------------------- from plan to artifact

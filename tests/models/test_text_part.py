@@ -1,4 +1,4 @@
-"""Wrappers: the text model inside is found, in each form of its names, and the rest is left out."""
+"""Wrappers: the text model inside is located under each form of its names; the rest is left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes that are chosen for a model: what the model and the engines need, each with a reason."""
+"""Recipes that are chosen for a model: keys that model and engines need, each with a reason."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def test_chosen_recipe_is_planned_and_loaded_by_vllm(model_type: str) -> None:
     )
     assert plan.schemes and "vLLM" in chosen.engines
     assert chosen.recipe.quantize.rounding == "gptq"
+    assert chosen.recipe.calibration and chosen.recipe.calibration.shrinkage == 0.05
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

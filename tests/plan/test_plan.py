@@ -722,15 +722,15 @@ def test_hash_follows_the_content() -> None:
 def test_more_sequences_than_a_set_has_are_refused(key: str, most: int) -> None:
     text = (ROOT / "recipes" / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
 
-    def planned(count: int) -> None:
+    def make_plans(count: int) -> None:
         recipe = parse_recipe(text, "tiny-v3-awq4.yaml", {key: str(count)})
         sources.plan_recipe(recipe, sources.resolve_source_facts(recipe))
 
-    planned(most)
+    make_plans(most)
     with pytest.raises(
         RecipeError, match=rf"{key}: expected at most {most}, .* found {most + 1}; use fewer"
     ):
-        planned(most + 1)
+        make_plans(most + 1)
 
 
 @pytest.mark.parametrize(

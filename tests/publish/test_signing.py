@@ -72,7 +72,7 @@ def keys(tmp_path: Path) -> Pair:
 
 
 @pytest.fixture
-def signed(artifact: Path, keys: Pair) -> Path:
+def signed_artifact(artifact: Path, keys: Pair) -> Path:
     """An artifact with a signature inside."""
     assert run("sign", artifact, "--private-key", keys.private) == (
         0,
@@ -107,29 +107,29 @@ def flip(path: Path, at: int) -> None:
 # --------------------------------------------------------------------------------- valid signatures
 
 
-def test_verify_checks_signature_on_request(signed: Path, keys: Pair) -> None:
-    code, text = check(signed, keys)
+def test_verify_checks_signature_on_request(signed_artifact: Path, keys: Pair) -> None:
+    code, text = check(signed_artifact, keys)
     assert code == 0 and text.endswith(f"not judged)\n  signed by the key {keys.public}\n")
-    unchecked = run("verify", signed)[1].splitlines()
+    unchecked = run("verify", signed_artifact)[1].splitlines()
     assert unchecked[1].endswith("name the signer with --public-key")
     assert unchecked[2].startswith("  consistent: it is what its own manifest says; its origin was")
-    values = json.loads(run("verify", signed, "--public-key", keys.public, "--json")[1])
+    values = json.loads(run("verify", signed_artifact, "--public-key", keys.public, "--json")[1])
     assert values["ok"] is True and values["signed_by"] == f"the key {keys.public}"
-    assert json.loads(run("verify", signed, "--json")[1])["signed_by"] is None
+    assert json.loads(run("verify", signed_artifact, "--json")[1])["signed_by"] is None
 
 
-def test_verify_reports_uncovered_load_test(signed: Path, keys: Pair) -> None:
+def test_verify_reports_uncovered_load_test(signed_artifact: Path, keys: Pair) -> None:
     """It is added after the signature: allowed, but reported as not covered."""
-    (signed / LOADTEST).write_text(make_load_test().model_dump_json())
+    (signed_artifact / LOADTEST).write_text(make_load_test().model_dump_json())
     note = f"  not sealed by the manifest: {LOADTEST}, which a load test adds later\n"
-    assert note in run("verify", signed)[1]
-    code, text = check(signed, keys)
+    assert note in run("verify", signed_artifact)[1]
+    code, text = check(signed_artifact, keys)
     assert code == 0 and text.endswith(
         f"{note}  signed by the key {keys.public}; the signature does not cover {LOADTEST}\n"
     )
-    assert json.loads(check(signed, keys, "--json")[1])["unsealed"] == [LOADTEST]
-    (signed / LOADTEST).write_text('{"evil": 1}')
-    code, text = check(signed, keys)
+    assert json.loads(check(signed_artifact, keys, "--json")[1])["unsealed"] == [LOADTEST]
+    (signed_artifact / LOADTEST).write_text('{"evil": 1}')
+    code, text = check(signed_artifact, keys)
     assert code == 1 and f"{LOADTEST}: tool: Field required" in text
 
 
@@ -140,19 +140,41 @@ def test_signature_can_be_stored_elsewhere(artifact: Path, keys: Pair, tmp_path:
     assert run("verify", artifact, "--signature", place, "--public-key", keys.public)[0] == 0
 
 
-def test_signatures_are_compatible_with_library(signed: Path, keys: Pair, tmp_path: Path) -> None:
+def test_signatures_are_compatible_with_library(
+    signed_artifact: Path, keys: Pair, tmp_path: Path
+) -> None:
     """Its own program, with its own reading of the files."""
     library = [sys.executable, "-m", "model_signing"]
-    inside, outside = signed / SIGNATURE, tmp_path / "theirs.sig"
-    read = [*library, "verify", "key", signed, "--signature", inside, "--public_key", keys.public]
+    inside, outside = signed_artifact / SIGNATURE, tmp_path / "theirs.sig"
+    read = [
+        *library,
+        "verify",
+        "key",
+        signed_artifact,
+        "--signature",
+        inside,
+        "--public_key",
+        keys.public,
+    ]
     assert subprocess.run(read, capture_output=True).returncode == 0
-    flip(signed / "README.md", 20)
+    flip(signed_artifact / "README.md", 20)
     assert subprocess.run(read, capture_output=True).returncode != 0
-    flip(signed / "README.md", 20)
+    flip(signed_artifact / "README.md", 20)
     inside.unlink()
-    write = [*library, "sign", "key", signed, "--signature", outside, "--private_key", keys.private]
+    write = [
+        *library,
+        "sign",
+        "key",
+        signed_artifact,
+        "--signature",
+        outside,
+        "--private_key",
+        keys.private,
+    ]
     subprocess.run(write, check=True, capture_output=True)
-    assert run("verify", signed, "--signature", outside, "--public-key", keys.public)[0] == 0
+    assert (
+        run("verify", signed_artifact, "--signature", outside, "--public-key", keys.public)[0] == 0
+    )
 
 
 def test_encrypted_key_requires_password(
@@ -166,18 +188,18 @@ def test_encrypted_key_requires_password(
     assert check(artifact, keys)[0] == 0
 
 
-def test_sign_refuses_existing_signature(signed: Path, keys: Pair, tmp_path: Path) -> None:
+def test_sign_refuses_existing_signature(signed_artifact: Path, keys: Pair, tmp_path: Path) -> None:
     other = pair(tmp_path, "other")
-    code, text = run("sign", signed, "--private-key", other.private)
+    code, text = run("sign", signed_artifact, "--private-key", other.private)
     assert (
         code == 2
         and text
-        == f"error: {signed / SIGNATURE}: exists already; pass --overwrite to replace the "
+        == f"error: {signed_artifact / SIGNATURE}: exists already; pass --overwrite to replace the "
         "signature\n"
     )
-    assert check(signed, keys)[0] == 0
-    assert run("sign", signed, "--private-key", other.private, "--overwrite")[0] == 0
-    assert check(signed, other)[0] == 0 and check(signed, keys)[0] == 1
+    assert check(signed_artifact, keys)[0] == 0
+    assert run("sign", signed_artifact, "--private-key", other.private, "--overwrite")[0] == 0
+    assert check(signed_artifact, other)[0] == 0 and check(signed_artifact, keys)[0] == 1
 
 
 def test_sign_refuses_damaged_artifact(artifact: Path, keys: Pair) -> None:
@@ -341,18 +363,20 @@ CHANGED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("fault", CHANGED)
 def test_verify_refuses_change_after_signing(
-    fault: str, signed: Path, keys: Pair, record_property: Callable[[str, object], None]
+    fault: str, signed_artifact: Path, keys: Pair, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("reliability", "bad artifact")
     record_property("fault", f"signed: {fault}")
     change, sentence = CHANGED[fault]
-    change(signed)
-    reseal(signed)
-    assert run("verify", signed)[0] == 0  # only the signature detects it
-    code, text = check(signed, keys)
+    change(signed_artifact)
+    reseal(signed_artifact)
+    assert run("verify", signed_artifact)[0] == 0  # only the signature detects it
+    code, text = check(signed_artifact, keys)
     assert code == 1 and len(text.splitlines()) == 1
     assert (
-        text.startswith(f"error: {signed / SIGNATURE}: not the signature of {signed}: ")
+        text.startswith(
+            f"error: {signed_artifact / SIGNATURE}: not the signature of {signed_artifact}: "
+        )
         and sentence in text
     )
 
@@ -451,29 +475,29 @@ FORGED: dict[str, tuple[Callable[[Path, Pair], object], str]] = {
 
 @pytest.mark.parametrize("fault", FORGED)
 def test_verify_refuses_invalid_signature(
-    fault: str, signed: Path, keys: Pair, record_property: Callable[[str, object], None]
+    fault: str, signed_artifact: Path, keys: Pair, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("reliability", "bad artifact")
     record_property("fault", f"signature: {fault}")
     change, sentence = FORGED[fault]
-    change(signed, keys)
-    code, text = check(signed, keys)
+    change(signed_artifact, keys)
+    code, text = check(signed_artifact, keys)
     assert code == 1 and len(text.splitlines()) == 1 and sentence in text
 
 
 @pytest.mark.parametrize("at", range(0, 1000, 83))
-def test_verify_refuses_flipped_signature_bytes(at: int, signed: Path, keys: Pair) -> None:
+def test_verify_refuses_flipped_signature_bytes(at: int, signed_artifact: Path, keys: Pair) -> None:
     """Some bytes are free: names of unused fields. Every accepted signature covers the same
     list of files.
     """
     import base64
 
-    before = json.loads((signed / SIGNATURE).read_text())["dsseEnvelope"]
-    size = (signed / SIGNATURE).stat().st_size
-    flip(signed / SIGNATURE, at * size // 1000)
-    code, text = check(signed, keys)
+    before = json.loads((signed_artifact / SIGNATURE).read_text())["dsseEnvelope"]
+    size = (signed_artifact / SIGNATURE).stat().st_size
+    flip(signed_artifact / SIGNATURE, at * size // 1000)
+    code, text = check(signed_artifact, keys)
     if code == 0:
-        after = json.loads((signed / SIGNATURE).read_text())["dsseEnvelope"]
+        after = json.loads((signed_artifact / SIGNATURE).read_text())["dsseEnvelope"]
         assert base64.b64decode(after["payload"]) == base64.b64decode(before["payload"])
     else:
         assert code == 1 and len(text.splitlines()) == 1
@@ -482,30 +506,32 @@ def test_verify_refuses_flipped_signature_bytes(at: int, signed: Path, keys: Pai
 # ---------------------------------------------------------------------------- usage errors
 
 
-def test_signature_option_requires_identity(signed: Path, keys: Pair) -> None:
+def test_signature_option_requires_identity(signed_artifact: Path, keys: Pair) -> None:
     for options in (["--signature"], ["--public-key", keys.public, "--certificate", keys.public]):
-        code, text = run("verify", signed, *options)
+        code, text = run("verify", signed_artifact, *options)
         assert code == 2 and "expected one of --public-key, --certificate and --identity" in text
-    assert run("verify", signed, "--identity", "a@b.c")[0] == 2
-    assert run("sign", signed)[0] == 2
-    assert run("sign", signed, "--sigstore", "--private-key", keys.private)[0] == 2
-    assert run("sign", signed, "--private-key", keys.private, "--chain", keys.public)[0] == 2
+    assert run("verify", signed_artifact, "--identity", "a@b.c")[0] == 2
+    assert run("sign", signed_artifact)[0] == 2
+    assert run("sign", signed_artifact, "--sigstore", "--private-key", keys.private)[0] == 2
+    assert (
+        run("sign", signed_artifact, "--private-key", keys.private, "--chain", keys.public)[0] == 2
+    )
 
 
-def test_invalid_key_gives_one_sentence(signed: Path, keys: Pair, tmp_path: Path) -> None:
+def test_invalid_key_gives_one_sentence(signed_artifact: Path, keys: Pair, tmp_path: Path) -> None:
     for content, sentence in (
         (b"", "Unable to load PEM"),
         (keys.private.read_bytes(), "Valid PEM but no BEGIN PUBLIC"),
     ):
         (tmp_path / "none.pub").write_bytes(content)
-        code, text = run("verify", signed, "--public-key", tmp_path / "none.pub")
+        code, text = run("verify", signed_artifact, "--public-key", tmp_path / "none.pub")
         assert code == 2 and len(text.splitlines()) == 1 and sentence in text
     public = rsa.generate_private_key(65537, 2048).public_key()
     pem = public.public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
     (tmp_path / "rsa.pub").write_bytes(pem)
-    code, text = run("verify", signed, "--public-key", tmp_path / "rsa.pub")
+    code, text = run("verify", signed_artifact, "--public-key", tmp_path / "rsa.pub")
     assert code == 2 and "expected an elliptic curve key" in text
 
 

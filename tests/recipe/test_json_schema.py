@@ -1,4 +1,4 @@
-"""The JSON Schema that editors use accepts what the parser accepts."""
+"""The JSON Schema for editors accepts the same files as the parser."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ output: {path: artifacts/x}
 
 
 def find_faults(schema: dict[str, Any], values: object) -> list[str]:
-    """Return what a validator finds in the values of a file."""
+    """Return the faults that a validator reports for the values of a file."""
     jsonschema = pytest.importorskip("jsonschema")
     plain = json.loads(json.dumps(values))
     return [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(plain)]

@@ -834,7 +834,7 @@ CHANGES = st.fixed_dictionaries(
         "quantize.bits": st.sampled_from(["2", "0x8", "+4"]),
         "quantize": st.just("{method: rtn, bits: 3, symmetric: true}"),
         "evaluation.tasks": st.lists(WORDS, max_size=3).map(
-            lambda found: json.dumps(found, ensure_ascii=False)
+            lambda tasks: json.dumps(tasks, ensure_ascii=False)
         ),
         "gates.kl_max.max": st.floats(0, 1e9).map(repr),
         "rules": st.sampled_from([

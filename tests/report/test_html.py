@@ -403,7 +403,7 @@ def test_shade_bounds_start_at_the_required_minimum() -> None:
 
 
 def test_heatmap_describes_under_calibrated_experts(big: str) -> None:
-    low = len(make_large_report().experts.uncalibrated())  # type: ignore[union-attr]
+    low = len(make_large_report().experts.list_uncalibrated())  # type: ignore[union-attr]
     words = "".join(Page(big).words)
     assert f"{low} of 14,848 routed experts saw fewer than 256 tokens (crossed)" in words
     spec = Page(big).drawings["specs"]["experts"]

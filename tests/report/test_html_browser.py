@@ -60,7 +60,7 @@ def test_every_plot_is_drawn(tab: Tab) -> None:
     crosses = tab.all(
         "document.querySelectorAll('figure[data-plot=experts] .mark-symbol.role-mark path').length"
     )
-    assert crosses == len(make_large_report().experts.uncalibrated())  # type: ignore[union-attr]
+    assert crosses == len(make_large_report().experts.list_uncalibrated())  # type: ignore[union-attr]
     red = tab.all("[...document.querySelectorAll('figure[data-plot=experts] .mark-rect path')]"
                   ".filter(p => p.getAttribute('fill') === 'var(--under)').length")  # fmt: skip
     assert red == crosses

@@ -383,7 +383,7 @@ def test_experts_below_the_minimum_are_listed() -> None:
         "policy": "rtn",
         "layers": [{"block": "b", "tokens": [10, 9, 0]}],
     })
-    assert experts.uncalibrated() == [("b", 1, 9), ("b", 2, 0)]
+    assert experts.list_uncalibrated() == [("b", 1, 9), ("b", 2, 0)]
 
 
 @pytest.mark.parametrize(

@@ -41,11 +41,11 @@ class Machine(RuleBasedStateMachine):
     def count_turns(self, who: str) -> int:
         return sum(self.turns[request] for request, owner in self.who.items() if owner == who)
 
-    def used(self) -> int:
+    def count_used(self) -> int:
         return sum(min(self.turns[request], RUNNING) for request in self.running)
 
     def fits(self, turns: int) -> bool:
-        return self.used() + min(turns, RUNNING) <= RUNNING
+        return self.count_used() + min(turns, RUNNING) <= RUNNING
 
     def start_waiting(self) -> list[int]:
         started = []
@@ -70,7 +70,7 @@ class Machine(RuleBasedStateMachine):
             assert outcome == "over"
             return
         last = max(self.waiting.values(), default=(0.0, 0))
-        if self.used() >= RUNNING and len(self.waiting) >= WAITING and self.now >= last[0]:
+        if self.count_used() >= RUNNING and len(self.waiting) >= WAITING and self.now >= last[0]:
             assert outcome in ("full", "entered") if self.now == last[0] else outcome == "full"
         else:
             assert outcome == "entered"
@@ -145,7 +145,7 @@ class Machine(RuleBasedStateMachine):
         assert [request for _, request in self.real.waiting] == sorted(
             self.waiting, key=self.waiting.__getitem__
         )
-        assert self.real.n_running == self.used() <= RUNNING and len(self.waiting) <= WAITING
+        assert self.real.n_running == self.count_used() <= RUNNING and len(self.waiting) <= WAITING
         if self.waiting:  # the first one does not fit
             assert not self.fits(self.turns[min(self.waiting, key=self.waiting.__getitem__)])
         assert self.real._turns == self.turns and self.real._client == self.who
@@ -230,7 +230,7 @@ def test_queue_loses_no_slot_under_cancellation(plan: list[tuple[int, int, int]]
                 queue.release(number)
             return "done"
 
-        async def cancelled(task: asyncio.Task[str], after: int) -> None:
+        async def cancel_after(task: asyncio.Task[str], after: int) -> None:
             for _ in range(after):
                 await asyncio.sleep(0)
             if after != 6:  # some live
@@ -238,7 +238,7 @@ def test_queue_loses_no_slot_under_cancellation(plan: list[tuple[int, int, int]]
 
         tasks = [asyncio.create_task(one(priority, steps)) for priority, steps, _ in plan]
         cancels = [
-            asyncio.create_task(cancelled(task, after))
+            asyncio.create_task(cancel_after(task, after))
             for task, (_, _, after) in zip(tasks, plan, strict=True)
         ]
         ended = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)

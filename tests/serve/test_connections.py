@@ -1,6 +1,4 @@
-"""Bounds on heads, bodies and connections, over real sockets: what a client without a key can
-send.
-"""
+"""Bounds on heads, bodies and connections of clients without a key, over real sockets."""
 
 from __future__ import annotations
 

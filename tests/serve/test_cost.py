@@ -30,7 +30,7 @@ claimed: {owned.electricity: CLAIM}
 
 
 @pytest.fixture
-def shipped() -> Assumptions:
+def assumptions() -> Assumptions:
     return parse_assumptions(read_default_text(), "assumptions.yaml")
 
 
@@ -72,10 +72,10 @@ def test_command_reports_wrong_claim_and_fails(tmp_path: Path) -> None:
     assert right.exit_code == 0 and "right" in right.stdout
 
 
-def test_arithmetic_of_every_item_evaluates_to_its_value(shipped: Assumptions) -> None:
+def test_arithmetic_of_every_item_evaluates_to_its_value(assumptions: Assumptions) -> None:
     """Python evaluates the printed arithmetic."""
     checked_figures = 0
-    for item in compute_cost_items(shipped).values():
+    for item in compute_cost_items(assumptions).values():
         if item.arithmetic == "an assumption":
             continue
         text = item.arithmetic.rpartition(", so ")[2].replace(",", "")
@@ -86,12 +86,14 @@ def test_arithmetic_of_every_item_evaluates_to_its_value(shipped: Assumptions) -
     assert checked_figures > 25
 
 
-def test_break_even_volume_costs_the_same_on_both_sides(shipped: Assumptions) -> None:
-    made = compute_cost_items(shipped)
+def test_break_even_volume_costs_the_same_on_both_sides(assumptions: Assumptions) -> None:
+    made = compute_cost_items(assumptions)
     volume = made["break_even.owned.three dollars a million"].value
-    again = shipped.model_copy(
+    again = assumptions.model_copy(
         update={
-            "volume": shipped.volume.model_copy(update={"million_output_tokens_per_month": volume})
+            "volume": assumptions.volume.model_copy(
+                update={"million_output_tokens_per_month": volume}
+            )
         }
     )
     costs = compute_cost_items(again)
@@ -101,25 +103,27 @@ def test_break_even_volume_costs_the_same_on_both_sides(shipped: Assumptions) ->
     assert costs["owned.volume"].value == made["owned.per_month"].value  # one set does it
 
 
-def test_volume_beyond_capacity_needs_another_set(shipped: Assumptions) -> None:
-    served = compute_cost_items(shipped)["capacity.served"].value
+def test_volume_beyond_capacity_needs_another_set(assumptions: Assumptions) -> None:
+    served = compute_cost_items(assumptions)["capacity.served"].value
     for sets in (1, 2, 5):
-        volume = shipped.volume.model_copy(
+        volume = assumptions.volume.model_copy(
             update={"million_output_tokens_per_month": served * (sets - 0.5)}
         )
-        made = compute_cost_items(shipped.model_copy(update={"volume": volume}))
+        made = compute_cost_items(assumptions.model_copy(update={"volume": volume}))
         assert made["rented.volume"].value == sets * made["rented.per_month"].value
 
 
-def test_swing_matches_changed_assumptions(shipped: Assumptions) -> None:
-    swings = {swing.key: swing for swing in compute_sensitivity(shipped) if swing.side == "owned"}
+def test_swing_matches_changed_assumptions(assumptions: Assumptions) -> None:
+    swings = {
+        swing.key: swing for swing in compute_sensitivity(assumptions) if swing.side == "owned"
+    }
     dear = read_default_text().replace("price_per_kwh: 0.12", "price_per_kwh: 0.15")
     assert dear != read_default_text()
     result = compute_cost_items(parse_assumptions(dear, "dear.yaml"))["owned.per_million"].value
     assert swings["owned.price_per_kwh"].at_high == pytest.approx(result)
     assert swings["throughput.utilization"].span > swings["owned.price_per_kwh"].span
-    assert replace_assumption(shipped, "owned", "years", 5.0).owned is not None
-    spans = [swing.span for swing in compute_sensitivity(shipped) if swing.side == "rented"]
+    assert replace_assumption(assumptions, "owned", "years", 5.0).owned is not None
+    spans = [swing.span for swing in compute_sensitivity(assumptions) if swing.side == "rented"]
     assert spans == sorted(spans, reverse=True)
 
 
@@ -139,16 +143,17 @@ def test_claim_is_correct_if_it_is_the_value_rounded(
 
 
 def test_default_throughput_matches_its_stated_fraction_of_the_bound(
-    shipped: Assumptions,
+    assumptions: Assumptions,
 ) -> None:
     expected = re.fullmatch(
-        r"an assumption: (\d+) % of the ([\d,]+) that `quantkit (.+)` .*", shipped.throughput.source
+        r"an assumption: (\d+) % of the ([\d,]+) that `quantkit (.+)` .*",
+        assumptions.throughput.source,
     )
-    assert expected is not None and shipped.owned is not None
+    assert expected is not None and assumptions.owned is not None
     (card,) = json.loads(CliRunner().invoke(main, [*expected[3].split(), "--json"]).stdout)["cards"]
     bound = card["bounds"]["decode_all"]["tokens_per_s"]
-    assert card["cards"] == shipped.owned.cards and f"{bound:,.0f}" == expected[2]
-    assert round(100 * shipped.throughput.output_tokens_per_s / bound) == int(expected[1])
+    assert card["cards"] == assumptions.owned.cards and f"{bound:,.0f}" == expected[2]
+    assert round(100 * assumptions.throughput.output_tokens_per_s / bound) == int(expected[1])
 
 
 def test_default_assumptions_have_every_key() -> None:

@@ -90,7 +90,7 @@ def until(check: Any, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-def client(setup: Setup, key: str = "none") -> openai.OpenAI:
+def open_client(setup: Setup, key: str = "none") -> openai.OpenAI:
     return openai.OpenAI(base_url=setup.url, api_key=key, max_retries=0, timeout=20)
 
 
@@ -99,7 +99,7 @@ def client(setup: Setup, key: str = "none") -> openai.OpenAI:
 
 def test_openai_client_gets_the_engines_response() -> None:
     with gateway() as setup:
-        api = client(setup)
+        api = open_client(setup)
         assert [model.id for model in api.models.list()] == ["stub"]
         whole = api.completions.create(model="stub", prompt=json.dumps({"tokens": 4}), max_tokens=4)
         assert (
@@ -240,10 +240,10 @@ def test_invalid_priority_is_rejected(expected: str) -> None:
 def test_internal_error_is_reported_and_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def broken(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr("quantkit.serve.gateway.app.parse_request", broken)
+    monkeypatch.setattr("quantkit.serve.gateway.app.parse_request", fail)
     with gateway() as setup:
         answer = httpx2.post(
             f"{setup.url}/completions", json={"prompt": "{}"}, headers={"x-request-id": "mine"}
@@ -448,7 +448,7 @@ def test_idle_stream_gets_heartbeats_that_clients_ignore() -> None:
         head, _, rest = answer.text.partition("data: ")
         assert head.count(": heartbeat\n\n") >= 2 and rest.count(": heartbeat\n\n") >= 2
         assert len(events(answer.text)) == 5
-        stream = client(setup).completions.create(
+        stream = open_client(setup).completions.create(
             model="stub", prompt='{"tokens": 3, "pause": 0.3}', stream=True
         )
         assert "".join(chunk.choices[0].text for chunk in stream if chunk.choices) == "0 1 2 "
@@ -526,7 +526,9 @@ def test_failure_within_a_stream_is_reported_without_failover(
         assert not setup.second.asked
         with pytest.raises(openai.APIError, match="try again"):
             list(
-                client(setup).completions.create(model="stub", prompt=json.dumps(plan), stream=True)
+                open_client(setup).completions.create(
+                    model="stub", prompt=json.dumps(plan), stream=True
+                )
             )
 
 
@@ -586,7 +588,7 @@ def test_keys_are_required_and_limit_their_requests() -> None:
     with gateway(keys=(entry, create_key("other")[1])) as setup, ThreadPoolExecutor(2) as pool:
         assert setup.ask({}).status_code == setup.ask({}, key="qk-wrong").status_code == 401
         assert httpx2.get(f"{setup.url}/models").status_code == 401
-        assert [model.id for model in client(setup, secret).models.list()] == ["stub"]
+        assert [model.id for model in open_client(setup, secret).models.list()] == ["stub"]
         first = pool.submit(setup.ask, {"hold": True}, key=secret, priority=0)
         until(lambda: setup.engine.asked)
         second = setup.ask({}, key=secret)

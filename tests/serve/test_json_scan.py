@@ -26,7 +26,7 @@ OBJECT = st.dictionaries(st.sampled_from(["prompt", "stream", "n", "x", "\x7f", 
 
 
 def parse_strictly(text: bytes) -> dict[str, Any] | None:
-    """Parse with Python's parser; None for what the scan must reject."""
+    """Parse with Python's parser; None for text that the scan must reject."""
 
     def parse_integer(digits: str) -> int:
         parse_finite(digits)

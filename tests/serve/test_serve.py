@@ -809,7 +809,7 @@ def test_disconnect_frees_the_engine(
     """Three clients disconnect, one running and two waiting; the fourth is served at once."""
     body = {"model": "tiny", "prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": stream}
 
-    def asked(_: int) -> None:
+    def disconnect(_: int) -> None:
         with pytest.raises(httpx2.ReadTimeout):
             if stream:
                 with httpx2.stream(
@@ -820,7 +820,7 @@ def test_disconnect_frees_the_engine(
             httpx2.post(f"{api.base_url}completions", json=body, timeout=0.3)
 
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(asked, range(3)))
+        list(pool.map(disconnect, range(3)))
     began = time.monotonic()
     api.completions.create(model="tiny", prompt="a", max_tokens=1)
     assert time.monotonic() - began < max(

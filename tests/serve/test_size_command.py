@@ -133,15 +133,17 @@ def test_single_gpu_output_has_sources_and_tokens_per_step() -> None:
         assert text in result.stdout, text
 
 
-def test_compare_includes_the_report_of_an_artifact(sealed: Path) -> None:
-    result = run("--compare", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", str(sealed), "--json")
+def test_compare_includes_the_report_of_an_artifact(sealed_folder: Path) -> None:
+    result = run(
+        "--compare", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", str(sealed_folder), "--json"
+    )
     assert result.exit_code == 0, result.output
     first, second = json.loads(result.stdout)
     assert first["fidelity"] is None and second["fidelity"]["benchmarks"] is not None
     assert (
         first["needs"]["context"] == second["needs"]["context"] == 512
     )  # the longest that both can
-    shown = run("--compare", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", str(sealed))
+    shown = run("--compare", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", str(sealed_folder))
     assert (
         "Fidelity" in shown.stdout
         and "no report" in shown.stdout
@@ -150,7 +152,7 @@ def test_compare_includes_the_report_of_an_artifact(sealed: Path) -> None:
 
 
 @pytest.fixture
-def sealed(tmp_path: Path) -> Path:
+def sealed_folder(tmp_path: Path) -> Path:
     """A folder with the built-in model and the smallest sealed report."""
     target = tmp_path / "artifact"
     shutil.copytree(locate_model("builtin:tiny-v3"), target)

@@ -30,7 +30,7 @@ Encode = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """An encoding: how a weight is stored, the config's entry, and what a plan calls it."""
+    """An encoding: how a weight is stored, the config's entry, and its label in a plan."""
 
     encode: Encode
     config: Mapping[str, object]

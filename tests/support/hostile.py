@@ -12,7 +12,7 @@ WRONG = "assert answer() == 42, 'wrong'"  # no program here answers 42
 
 _TRY = """
 import os
-def refused(action, *args):
+def is_refused(action, *args):
     try:
         action(*args)
     except (OSError, MemoryError):
@@ -46,7 +46,7 @@ def fails(name: str, source: str, *reason: str, slow: bool = False) -> Hostile:
     return Hostile(name=name, source=source, reason=reason, slow=slow)
 
 
-def refused(name: str, source: str, tests: str) -> Hostile:
+def make_refusal(name: str, source: str, tests: str) -> Hostile:
     """Return a program that reports its refusals."""
     return Hostile(name=name, source=source, tests=tests)
 
@@ -83,7 +83,7 @@ for _ in range(12):
         for page in range(0, 500 << 20, 4096): held[page] = 1
         time.sleep(99)
 time.sleep(99)""", "Operation not permitted"),
-    refused("memory outside any process", _CALL + """
+    make_refusal("memory outside any process", _CALL + """
 memory_file = call(319, b"x", 0) if os.uname().machine == "x86_64" else call(279, b"x", 0)
 try:
     segment = libc.shmget(0, 1 << 30, 0o1600) < 0
@@ -134,18 +134,18 @@ for n in range(1 << 22): os.close(os.open('/tmp/%d' % n, os.O_CREAT))""",
 )  # fmt: skip
 
 WORLD = (
-    refused("network", _TRY + """
+    make_refusal("network", _TRY + """
 import socket
 def reach(family, kind, address):
     socket.socket(family, kind).connect(address)
-inet = refused(reach, socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 22))
-inet6 = refused(reach, socket.AF_INET6, socket.SOCK_STREAM, ("::1", 22))
-datagram = refused(reach, socket.AF_INET, socket.SOCK_DGRAM, ("192.0.2.1", 53))
-abstract = refused(reach, socket.AF_UNIX, socket.SOCK_STREAM, "\\0/tmp/.X11-unix/X0")
-netlink = refused(socket.socket, socket.AF_NETLINK, socket.SOCK_RAW)
-raw = refused(socket.socket, socket.AF_PACKET, socket.SOCK_RAW)""",
+inet = is_refused(reach, socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 22))
+inet6 = is_refused(reach, socket.AF_INET6, socket.SOCK_STREAM, ("::1", 22))
+datagram = is_refused(reach, socket.AF_INET, socket.SOCK_DGRAM, ("192.0.2.1", 53))
+abstract = is_refused(reach, socket.AF_UNIX, socket.SOCK_STREAM, "\\0/tmp/.X11-unix/X0")
+netlink = is_refused(socket.socket, socket.AF_NETLINK, socket.SOCK_RAW)
+raw = is_refused(socket.socket, socket.AF_PACKET, socket.SOCK_RAW)""",
             "assert inet and inet6 and datagram and abstract and netlink and raw"),
-    refused("environment and home", """
+    make_refusal("environment and home", """
 import os
 seen = {**os.environ}
 roots = ("/home", "/root", "/var", "/etc", "/opt", "/srv", "/mnt")
@@ -153,53 +153,53 @@ homes = [path for path in roots if os.path.exists(path)]
 home = os.path.expanduser("~")""",
             "assert 'QUANTKIT_TEST_SECRET' not in seen and not homes and home == '/tmp', "
             "(seen, homes)"),
-    refused("/proc and /sys", """
+    make_refusal("/proc and /sys", """
 import os
 paths = ("/proc", "/sys", "/dev/shm", "/dev/mem", "/dev/kvm", "/dev/fuse")
 existing = [path for path in paths if os.path.exists(path)]
 """, "assert not existing, existing"),
-    refused("other processes", _TRY + """
+    make_refusal("other processes", _TRY + """
 import signal
 def signals(pid): os.kill(pid, 0)
 own = (os.getpid(), os.getppid(), 1)
-others = [pid for pid in range(1, 5000) if pid not in own and not refused(signals, pid)]
+others = [pid for pid in range(1, 5000) if pid not in own and not is_refused(signals, pid)]
 """, "assert len(others) <= 1, others"),
-    refused("writing outside", _TRY + """
+    make_refusal("writing outside", _TRY + """
 places = ["/usr/x", "/usr/lib/x", "/bin/x", "/lib/x", "/../x", "/usr/bin/env"]
 places += ["/dev/sda", "/dev/mem"]
-written = [place for place in places if not refused(open, place, "w")]
+written = [place for place in places if not is_refused(open, place, "w")]
 written = [place for place in written if os.path.realpath(place).startswith("/usr")]
-removed = not refused(os.remove, "/usr/bin/env")
-mode = not refused(os.chmod, "/usr/bin/env", 0o777)
+removed = not is_refused(os.remove, "/usr/bin/env")
+mode = not is_refused(os.chmod, "/usr/bin/env", 0o777)
 """, "assert not written and not removed and not mode, written"),
-    refused("links", _TRY + """
+    make_refusal("links", _TRY + """
 os.symlink("/usr/bin", "/tmp/bin")
-through = not refused(open, "/tmp/bin/x", "w")
+through = not is_refused(open, "/tmp/bin/x", "w")
 os.symlink("/../../../../home", "/tmp/up")
 up = os.path.exists("/tmp/up")
-hard = not refused(os.link, "/usr/bin/env", "/tmp/env")
+hard = not is_refused(os.link, "/usr/bin/env", "/tmp/env")
 """, "assert not through and not up and not hard"),
-    refused("path traversal through /tmp", """
+    make_refusal("path traversal through /tmp", """
 import os
 os.chdir("/tmp")
 seen = set(os.listdir("../" * 40)) | set(os.listdir("/tmp/../.."))
 """, "assert not seen & {'home', 'root', 'etc', 'proc', 'var', 'sys', 'work'}, seen"),
-    refused("leaving a changed root", _TRY + """
+    make_refusal("leaving a changed root", _TRY + """
 os.makedirs("/tmp/inner", exist_ok=True)
-changed = not refused(os.chroot, "/tmp/inner")""", "assert not changed"),
-    refused("device files", _TRY + """
+changed = not is_refused(os.chroot, "/tmp/inner")""", "assert not changed"),
+    make_refusal("device files", _TRY + """
 import stat
-made = not refused(os.mknod, "/tmp/disk", stat.S_IFBLK | 0o666, os.makedev(254, 0))""",
+made = not is_refused(os.mknod, "/tmp/disk", stat.S_IFBLK | 0o666, os.makedev(254, 0))""",
             "assert not made"),
-    refused("set-user-id", _TRY + """
+    make_refusal("set-user-id", _TRY + """
 import subprocess
-became = [not refused(os.setuid, 12345), not refused(os.setgroups, [0])]
+became = [not is_refused(os.setuid, 12345), not is_refused(os.setgroups, [0])]
 ran = []
 for tool in ("/usr/bin/su", "/usr/bin/mount", "/usr/bin/passwd"):
     if os.path.exists(tool):
         ran.append(subprocess.run([tool, "x"], stdin=-3, stdout=-3, stderr=-3).returncode)
 """, "assert not any(became) and 0 not in ran, (became, ran)"),
-    refused("system calls", _CALL + """
+    make_refusal("system calls", _CALL + """
 numbers = {
     "x86_64": dict(mount=165, umount=166, unshare=272, setns=308, keyctl=250, bpf=321,
                    userfaultfd=323, perf=298,
@@ -212,14 +212,14 @@ passed = [name for name, number in numbers.items() if not call(number, 0, 0, 0, 
 namespace = not call(56 if os.uname().machine == "x86_64" else 220, 0x10000000 | 17, 0, 0, 0, 0)
 new_clone = not call(435, 0, 0)
 """, "assert not passed and not namespace and not new_clone, passed"),
-    refused("mounts", """
+    make_refusal("mounts", """
 import shutil, subprocess
 ran = [subprocess.run([tool, *rest], stdin=-3, stdout=-3, stderr=-3).returncode
        for tool, *rest in (["mount", "-o", "remount,rw", "/usr"], ["umount", "/usr"],
                            ["unshare", "-rm", "true"])
        if shutil.which(tool)]
 """, "assert 0 not in ran, ran"),
-    refused("ptrace of the parent", _CALL + """
+    make_refusal("ptrace of the parent", _CALL + """
 number = 101 if os.uname().machine == "x86_64" else 117
 attached = [pid for pid in (1, os.getppid()) if not call(number, 16, pid, 0, 0)]
 """, "assert not attached"),
@@ -334,7 +334,7 @@ while frame:
         except Exception: pass
     frame = frame.f_back
 def answer(): return 0""", CPU, "no message", "wrong", ENDED),
-    refused("looking for the secret", """
+    make_refusal("looking for the secret", """
 import gc, os, re, sys
 texts = []
 frame = sys._getframe()
@@ -354,11 +354,11 @@ for fd in range(1024):
     except OSError:
         pass
 secret = "(?<![0-9a-f])(?=[0-9]*[a-f])[0-9a-f]{32}(?![0-9a-f])"
-found = [text for text in texts if re.search(secret, text)]
+leaks = [text for text in texts if re.search(secret, text)]
 canary = "-".join(("quantkit", "canary"))
 seen = [canary in text for text in texts]
-""", "'quantkit-canary'\nassert not found and not any(seen), found"),
-    refused("reading inherited files", """
+""", "'quantkit-canary'\nassert not leaks and not any(seen), leaks"),
+    make_refusal("reading inherited files", """
 import os, stat
 kinds = []
 for fd in range(1024):

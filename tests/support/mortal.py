@@ -93,7 +93,12 @@ def server(wrapper: Sequence[str] = ()) -> Iterator[Server]:
     """
     command = [*wrapper, sys.executable, __file__]
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "QUANTKIT_CACHE": cache}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "QUANTKIT_CACHE": cache,
+            "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
+        }
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         ) as actual:
@@ -127,9 +132,9 @@ class Faults:
     def install(self) -> None:
         """Replace the functions of `os`."""
         for name in CALLS:
-            setattr(os, name, self.watched(name))
+            setattr(os, name, self.watch(name))
 
-    def watched(self, name: str) -> Callable[..., object]:
+    def watch(self, name: str) -> Callable[..., object]:
         """Return a function that counts calls and remembers writes until they are synced."""
 
         def call(*args: object, **more: object) -> object:
@@ -145,7 +150,7 @@ class Faults:
                     self.remember(name, args)
                 actual = self.real[name](*args, **more)
                 if name == "open" and self.order.fault == "power":
-                    self.born(args[0], actual)
+                    self.remember_new_file(args[0], actual)
             return actual
 
         return call
@@ -170,11 +175,11 @@ class Faults:
             state = os.fstat(args[0])  # type: ignore[arg-type]
             self.undo = [undo for undo in self.undo if undo.file != (state.st_dev, state.st_ino)]
         elif name in ("pwrite", "write", "ftruncate"):
-            self.written(args[0], args[2] if name == "pwrite" else None, name)  # type: ignore[arg-type]
+            self.remember_content(args[0], args[2] if name == "pwrite" else None, name)  # type: ignore[arg-type]
         elif name in ("replace", "rename"):
-            self.moved(Path(str(args[0])), Path(str(args[1])))
+            self.remember_name(Path(str(args[0])), Path(str(args[1])))
 
-    def written(self, descriptor: int, offset: int | None, name: str) -> None:
+    def remember_content(self, descriptor: int, offset: int | None, name: str) -> None:
         """Remember a file's old content, which comes back at a power cut."""
         state, path = os.fstat(descriptor), os.readlink(f"/proc/self/fd/{descriptor}")
         if any(
@@ -193,7 +198,7 @@ class Faults:
 
         self.undo.append(Undo((state.st_dev, state.st_ino), back))
 
-    def moved(self, old: Path, new: Path) -> None:
+    def remember_name(self, old: Path, new: Path) -> None:
         """Remember a file's old name, which comes back at a power cut."""
         folder = new.parent.stat()
         kept = new.read_bytes() if new.is_file() else None
@@ -206,7 +211,7 @@ class Faults:
 
         self.undo.append(Undo((folder.st_dev, folder.st_ino), back_again))
 
-    def born(self, path: object, descriptor: object) -> None:
+    def remember_new_file(self, path: object, descriptor: object) -> None:
         """Remember a new file, which disappears at a power cut unless its folder is synced."""
         where, state = Path(str(path)), os.fstat(descriptor)  # type: ignore[arg-type]
         folder = where.parent.stat()
@@ -215,7 +220,7 @@ class Faults:
             self.undo.append(gone)
 
 
-def child(order: Order, counted: Path) -> int:
+def run_order(order: Order, counted: Path) -> int:
     """Run an order in this process; return its exit code."""
     from quantkit.build.progress_log import BuildProgress
     from quantkit.cli.main import main
@@ -227,7 +232,7 @@ def child(order: Order, counted: Path) -> int:
     if order.call:
         faults.install()
     if order.wave:
-        in_waves(order.wave)
+        limit_waves(order.wave)
     if order.step:
         commit, done = BuildProgress.commit_step, list[int]()
 
@@ -247,17 +252,17 @@ def child(order: Order, counted: Path) -> int:
     return 0
 
 
-def in_waves(size: int) -> None:
+def limit_waves(size: int) -> None:
     """Hold so many experts at once, and save every wave."""
     from quantkit.build import progress_log
     from quantkit.plan import plan
 
     real = plan.plan_memory
 
-    def fewer(*args: object, **kwargs: object) -> object:
+    def plan_fewer_experts(*args: object, **kwargs: object) -> object:
         return replace(real(*args, **kwargs), wave_experts=size)  # type: ignore[arg-type]
 
-    plan.plan_memory = fewer  # type: ignore[assignment]
+    plan.plan_memory = plan_fewer_experts  # type: ignore[assignment]
     progress_log.MIN_SECONDS, progress_log.MIN_COST_RATIO = 0.0, 0
 
 
@@ -272,7 +277,7 @@ def fork(order: Order) -> End:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
         code = 70
         try:
-            code = child(order, counted)
+            code = run_order(order, counted)
         finally:
             if sys.exc_info()[0] is not None:
                 traceback.print_exc()
@@ -295,10 +300,12 @@ def serve() -> None:
 
     os.environ.update(REPRODUCIBLE)
     import torch
+    from support.quick_builds import shorten_searches
 
     from quantkit import pipeline
     from quantkit.report import html_page, terminal
 
+    shorten_searches(setattr)
     assert pipeline and terminal  # the imports of a build
     # made by the first build and found by others: each shall make the same calls
     html_page.load_vega_bundle()

@@ -62,7 +62,7 @@ class Server:
         self.http.shutdown()
         self.http.server_close()
 
-    def served(self) -> Counter:
+    def count_served(self) -> Counter:
         """Return how often each prompt was answered completely."""
         return Counter(
             record.prompt for record in self.records if record.fault in ("served", "slow")
@@ -210,20 +210,20 @@ class Handler(BaseHTTPRequestHandler):
         broken = fault in ("cut", "end", "error")
         if self.owner.reasoning is not None:
             delta = {"reasoning_content": self.owner.reasoning(str(prompt), body)}
-            self.event({"choices": [{"index": 0, "finish_reason": None, "delta": delta}]})
+            self.send_event({"choices": [{"index": 0, "finish_reason": None, "delta": delta}]})
         for word in kept[: len(kept) // 2] if broken else kept:
-            self.event({"choices": [self.choice(word, None, chat)]})
+            self.send_event({"choices": [self.choice(word, None, chat)]})
             if fault == "slow":
                 time.sleep(0.06)
         if fault == "cut":
             self.close_connection = True
             return
         if fault == "error":
-            self.event({"error": {"message": "the engine died", "type": "internal"}})
+            self.send_event({"error": {"message": "the engine died", "type": "internal"}})
         elif fault != "end":
             reason = "stop" if len(kept) == len(words) else "length"
-            self.event({"choices": [self.choice("", reason, chat)]})
-            self.event({
+            self.send_event({"choices": [self.choice("", reason, chat)]})
+            self.send_event({
                 "choices": [],
                 "usage": {"prompt_tokens": 1, "completion_tokens": len(kept), "total_tokens": 0},
             })
@@ -237,7 +237,7 @@ class Handler(BaseHTTPRequestHandler):
         said = {"delta": {"content": text}} if chat else {"text": text}
         return {"index": 0, "finish_reason": reason, **said}
 
-    def event(self, values: dict) -> None:
+    def send_event(self, values: dict) -> None:
         self.chunk(
             b"data: "
             + json.dumps({

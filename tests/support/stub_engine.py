@@ -68,14 +68,14 @@ class StubEngine:
         self.most_at_once = max(self.most_at_once, self.at_once)
         ended = False
 
-        async def counted(message: Any) -> None:
+        async def send_and_count(message: Any) -> None:
             nonlocal ended
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 ended = True
                 self.at_once -= 1  # before the client can see the end
             await send(message)
 
-        work = asyncio.create_task(self.work(values, plan, counted, receive))
+        work = asyncio.create_task(self.work(values, plan, send_and_count, receive))
         gone = asyncio.create_task(wait_for_disconnect(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)

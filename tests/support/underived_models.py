@@ -103,6 +103,15 @@ MIXTURES: dict[str, dict[str, object]] = {
         "moe_latent_size": None,
         "pad_token_id": 0,
     },
+    "gpt_oss": {  # experts with biases, gate and up row by row in turn, attention sinks
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 128,
+        "head_dim": 32,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "pad_token_id": 0,
+    },
     "llama4_text": {  # the router's weight multiplies the experts' input
         "num_local_experts": 4,
         "num_experts_per_tok": 1,

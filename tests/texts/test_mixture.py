@@ -41,7 +41,7 @@ def write_words(path: Path, word: str, count: int) -> None:
 
 
 @pytest.fixture
-def mixed(tmp_path: Path) -> CorpusSet:
+def mixture(tmp_path: Path) -> CorpusSet:
     write_words(tmp_path / "a.txt", "a", 4000)
     write_words(tmp_path / "bb.txt", "bb", 4000)
     rows = [{"q": "ccc " * 5, "a": "ccc"}, {"q": "", "a": "ccc"}, {"q": None, "a": "ccc"}] * 200
@@ -55,9 +55,9 @@ def mixed(tmp_path: Path) -> CorpusSet:
     return load_set(str(path), SETS)
 
 
-def test_parts_have_their_share_of_the_tokens(mixed: CorpusSet) -> None:
-    tokens = sample_sequences(mixed, WordTokenizer(), 40, 50, 0)
-    summary = summarize_text(mixed, tokens, 50, 0)
+def test_parts_have_their_share_of_the_tokens(mixture: CorpusSet) -> None:
+    tokens = sample_sequences(mixture, WordTokenizer(), 40, 50, 0)
+    summary = summarize_text(mixture, tokens, 50, 0)
     assert summary.kinds["prose"] == 1000 and summary.kinds["web-zh"] == 500
     assert 500 <= summary.kinds["math"] < 500 + 50  # the last document may exceed the share
     assert [part.tokens for part in summary.parts] == [1000, 500, summary.kinds["math"]]
@@ -68,19 +68,19 @@ def test_parts_have_their_share_of_the_tokens(mixed: CorpusSet) -> None:
         assert set(tokens.sequence(index)[1:].tolist()) == {words[label]}
 
 
-def test_any_prefix_of_a_mixture_has_every_part(mixed: CorpusSet) -> None:
-    tokens = sample_sequences(mixed, WordTokenizer(), 80, 50, 0)
+def test_any_prefix_of_a_mixture_has_every_part(mixture: CorpusSet) -> None:
+    tokens = sample_sequences(mixture, WordTokenizer(), 80, 50, 0)
     assert set(tokens.domains[:40]) == {"prose", "web-zh", "math"}
 
 
-def test_same_seed_gives_same_tokens_and_other_seed_others(mixed: CorpusSet) -> None:
-    first, same, other = (sample_sequences(mixed, WordTokenizer(), 40, 50, s) for s in (0, 0, 1))
+def test_same_seed_gives_same_tokens_and_other_seed_others(mixture: CorpusSet) -> None:
+    first, same, other = (sample_sequences(mixture, WordTokenizer(), 40, 50, s) for s in (0, 0, 1))
     assert first.hash == same.hash != other.hash
 
 
-def test_null_takes_what_every_share_allows(mixed: CorpusSet) -> None:
+def test_null_takes_what_every_share_allows(mixture: CorpusSet) -> None:
     """The math part is the smallest: 200 documents of 6 words and BOS, a quarter of the tokens."""
-    tokens = sample_sequences(mixed, WordTokenizer(), None, 50, 0)
+    tokens = sample_sequences(mixture, WordTokenizer(), None, 50, 0)
     counts = Counter(tokens.domains)
     assert tokens.n_tokens <= 4 * 200 * 7
     assert counts["prose"] == 2 * counts["web-zh"] > 0
@@ -97,14 +97,14 @@ def test_null_rounds_no_share_beyond_a_part(tmp_path: Path) -> None:
     assert 100 <= 7 * tokens.parts.count("a") < 107
 
 
-def test_part_without_enough_text_raises(mixed: CorpusSet) -> None:
+def test_part_without_enough_text_raises(mixture: CorpusSet) -> None:
     with pytest.raises(UsageError, match=r"part c: expected 2,000 tokens, its share of 160 .* 1,4"):
-        sample_sequences(mixed, WordTokenizer(), 160, 50, 0)
+        sample_sequences(mixture, WordTokenizer(), 160, 50, 0)
 
 
-def test_fewer_sequences_than_parts_raise(mixed: CorpusSet) -> None:
+def test_fewer_sequences_than_parts_raise(mixture: CorpusSet) -> None:
     with pytest.raises(UsageError, match="expected at least 3 sequences, one of each part"):
-        sample_sequences(mixed, WordTokenizer(), 2, 50, 0)
+        sample_sequences(mixture, WordTokenizer(), 2, 50, 0)
 
 
 def test_part_can_be_a_domain_of_another_set(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_local_file_replaces_hub_rows(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         (
             "name: a, kind: web",
-            "one of `set`, `file`, `datasets`, `local`, `builtin`, `self`, found none",
+            "one of `set`, `file`, `datasets`, `local`, `builtin`, `self`, `texts`, found none",
         ),
         ("name: a, kind: web, builtin: exercises", "`builtin` with `draw: calibration` or"),
         ("name: a, kind: web, builtin: exercises, draw: all", "calibration or heldout"),

@@ -1,4 +1,4 @@
-"""A text file as a calibration set: chats, text columns and plain text; what is refused."""
+"""A text file as a calibration set: chats, text columns, plain text, and errors."""
 
 from __future__ import annotations
 
@@ -70,10 +70,12 @@ def test_parquet_plain_text_and_folders_are_sets(tmp_path: Path) -> None:
 def test_content_in_parts_is_joined(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "d "}, {"type": "text", "text": "e"}]
     path = write_rows(tmp_path / "a.jsonl", [{"messages": chat("a", parts)}])
-    assert load(path).parts[0].chats[0][1]["content"] == "d e"
+    assert load(path).parts[0].chats[0][1]["content"] == parts
+    tokens = sample_sequences(load(f"{path}?count=all"), WordTokenizer(), 1, 3, 0)
+    assert tokens.lengths == (3,)
     image = [{"type": "image_url", "image_url": "x"}]
     path = write_rows(tmp_path / "b.jsonl", [{"messages": chat("a", image)}])
-    with pytest.raises(CalibrationError, match="row 1: messages: message 2: expected a role"):
+    with pytest.raises(CalibrationError, match="row 1: messages: message 2: expected content"):
         load(path)
 
 
@@ -106,9 +108,10 @@ def test_cells_of_another_kind_are_refused(
         ("absent.jsonl", "absent.jsonl: expected a text file, found no such file"),
         (
             "a.jsonl?colum=x",
-            r"expected `column` and `count` after the question mark, found 'colum'",
+            r"expected column, count, refused after the question mark, found 'colum'",
         ),
         ("a.jsonl?count=none", r"count: expected answers or all, found 'none'"),
+        ("a.jsonl?refused=no", r"refused: expected stop or skip, found 'no'"),
     ],
 )
 def test_paths_and_queries_that_are_none_are_refused(

@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import openai
 
@@ -26,13 +27,14 @@ START_SECONDS = 600  # vLLM on a CPU takes minutes
 
 
 @contextmanager
-def serve_artifact(artifact: str, *options: str) -> Iterator[str]:
+def serve_artifact(artifact: str | Path, *options: str) -> Iterator[str]:
     """Run `quantkit serve` in its own process; yield the address of its API once it is ready.
 
     artifact: a folder, or the address of a server. The process must exit by SIGTERM.
     """
     port = find_free_port()
-    command = [sys.executable, "-m", "quantkit", "serve", artifact, "--port", str(port), *options]
+    serve = [sys.executable, "-m", "quantkit", "serve", str(artifact)]
+    command = [*serve, "--port", str(port), *options]
     process = subprocess.Popen(command)
     try:
         deadline = time.monotonic() + START_SECONDS

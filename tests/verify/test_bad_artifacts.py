@@ -50,6 +50,8 @@ from quantkit.numerics import nf4
 from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.shallow import verify_artifact
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 SYMMETRIC = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
 SEVERAL = (
     '[{match: "*.down_proj", quantize: {bits: 8}}, {match: "*.mlp.*", quantize: default}, {match: '

@@ -26,6 +26,8 @@ from quantkit.artifact.layout import INDEX, MANIFEST, SINGLE
 from quantkit.errors import ArtifactError
 from quantkit.verify.shallow import VerifyReport, verify_artifact
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 SYMMETRIC = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
 FORMATS: Mapping[str, tuple[str, dict[str, str]]] = {
     "dense": ("llama", {"quantize": "{method: rtn, bits: 3, group_size: 32}"}),
@@ -44,7 +46,7 @@ SHARDED = ("awq", "gptq", "compressed_tensors")
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def make_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Build an artifact of each format on first use; tests must not change it."""
     place = tmp_path_factory.mktemp("loads")
 
@@ -72,9 +74,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def sharded(built: Callable[[str], Path], tmp_path: Path) -> Path:
+def sharded_artifact(make_artifact: Callable[[str], Path], tmp_path: Path) -> Path:
     """A copy of an artifact with an index, to be changed."""
-    return Path(shutil.copytree(built("awq"), tmp_path / "artifact"))
+    return Path(shutil.copytree(make_artifact("awq"), tmp_path / "artifact"))
 
 
 def read_tensors(path: Path, files: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -124,9 +126,9 @@ def get_error(path: Path) -> str:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_engines_choose_the_files_that_verify_names(
-    name: str, built: Callable[[str], Path]
+    name: str, make_artifact: Callable[[str], Path]
 ) -> None:
-    path = built(name)
+    path = make_artifact(name)
     report = verify_artifact(path)
     assert list_transformers_files(path) == report.weight_files == list_vllm_files(path)
     assert (len(report.weight_files) > 1) == (name in SHARDED)
@@ -135,10 +137,10 @@ def test_engines_choose_the_files_that_verify_names(
 
 @pytest.mark.parametrize("name", RUNS_HERE)
 def test_transformers_loads_the_tensors_that_verify_names(
-    name: str, built: Callable[[str], Path]
+    name: str, make_artifact: Callable[[str], Path]
 ) -> None:
     """Every stored tensor is in the loaded model, with the same bits, and no other is random."""
-    path = built(name)
+    path = make_artifact(name)
     report = verify_artifact(path)
     stored = read_tensors(path, report.weight_files)
     model, info = load_with_transformers(path)
@@ -160,8 +162,8 @@ def load_with_transformers(path: Path) -> tuple[Any, Mapping[str, Any]]:
     return model, info
 
 
-def test_chat_templates_of_the_source_travel(built: Callable[[str], Path]) -> None:
-    path = built("dense")
+def test_chat_templates_of_the_source_travel(make_artifact: Callable[[str], Path]) -> None:
+    path = make_artifact("dense")
     assert AutoTokenizer.from_pretrained(path).chat_template == {
         "default": "{{ messages }}",
         "rag": "{{ documents }}",
@@ -178,17 +180,19 @@ def plant_small_file(path: Path) -> None:
     shutil.copy(first, path / SINGLE)
 
 
-def test_small_file_next_to_an_index_is_another_model_to_transformers(sharded: Path) -> None:
+def test_small_file_next_to_an_index_is_another_model_to_transformers(
+    sharded_artifact: Path,
+) -> None:
     """The attack is real: transformers loads the small file, vLLM the shards."""
-    expected = list_transformers_files(sharded)
-    plant_small_file(sharded)
-    assert list_transformers_files(sharded) == (SINGLE,) != expected
-    assert list_vllm_files(sharded) == expected
-    rehash(sharded)
+    expected = list_transformers_files(sharded_artifact)
+    plant_small_file(sharded_artifact)
+    assert list_transformers_files(sharded_artifact) == (SINGLE,) != expected
+    assert list_vllm_files(sharded_artifact) == expected
+    rehash(sharded_artifact)
     assert (
         f"{SINGLE}: expected one set of weights, found {INDEX} too: transformers loads {SINGLE} "
         "alone, vLLM the files of the index"
-    ) in get_error(sharded)
+    ) in get_error(sharded_artifact)
 
 
 def write(name: str, content: str = "{}") -> Callable[[Path], object]:
@@ -327,49 +331,51 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("fault", PLANTED)
 def test_verify_rejects_what_engines_read_otherwise(
-    fault: str, sharded: Path, record_property: Callable[[str, object], None]
+    fault: str, sharded_artifact: Path, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("reliability", "bad artifact")
     record_property("fault", f"engines: {fault}")
     plant, sentence = PLANTED[fault]
-    plant(sharded)
-    rehash(sharded)
-    message = get_error(sharded)
+    plant(sharded_artifact)
+    rehash(sharded_artifact)
+    message = get_error(sharded_artifact)
     assert sentence in message
     assert "sha256" not in message and "not in the manifest" not in message
 
 
 def test_index_next_to_a_single_file_is_rejected(
-    built: Callable[[str], Path], tmp_path: Path
+    make_artifact: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """An index that names other files makes vLLM load nothing of the single file."""
-    path = Path(shutil.copytree(built("dense"), tmp_path / "artifact"))
+    path = Path(shutil.copytree(make_artifact("dense"), tmp_path / "artifact"))
     (path / INDEX).write_text('{"metadata": {}, "weight_map": {"x": "y.safetensors"}}')
     rehash(path)
     assert f"{SINGLE}: expected one set of weights, found {INDEX} too" in get_error(path)
 
 
-def test_code_of_another_repository_is_noted(sharded: Path) -> None:
+def test_code_of_another_repository_is_noted(sharded_artifact: Path) -> None:
     """Such a model is common; its code runs only on request, and nothing vouches for it."""
-    set_config(auto_map={"AutoModel": "org/repo--modeling_x.Model"})(sharded)
-    rehash(sharded)
-    (note,) = verify_artifact(sharded).notes
+    set_config(auto_map={"AutoModel": "org/repo--modeling_x.Model"})(sharded_artifact)
+    rehash(sharded_artifact)
+    (note,) = verify_artifact(sharded_artifact).notes
     assert note.startswith(
         "config.json: auto_map names code of another repository, 'org/repo--modeling_x.Model'"
     )
 
 
-def test_page_of_an_older_load_test_is_named(sharded: Path) -> None:
-    write("quantkit/loadtest.html", "<script>")(sharded)
+def test_page_of_an_older_load_test_is_named(sharded_artifact: Path) -> None:
+    write("quantkit/loadtest.html", "<script>")(sharded_artifact)
     assert "quantkit/loadtest.html: a page that neither manifest nor signature covers" in get_error(
-        sharded
+        sharded_artifact
     )
 
 
 # ------------------------------------------------------------------------- changes during the check
 
 
-def test_unreadable_folder_is_rejected(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folder_is_rejected(
+    sharded_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An engine may open files by name in a folder that cannot be listed."""
     import os
 
@@ -381,8 +387,9 @@ def test_unreadable_folder_is_rejected(sharded: Path, monkeypatch: pytest.Monkey
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert get_error(sharded) == (
-        f"{sharded}: expected a readable folder, found: permission denied; check its permissions"
+    assert get_error(sharded_artifact) == (
+        f"{sharded_artifact}: expected a readable folder, found: permission denied; check its "
+        "permissions"
     )
 
 
@@ -413,13 +420,13 @@ CHANGES = {"exchanged": exchange, "written": write_same, "renamed and back": swa
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", ["config.json", "model-00001-of-{count}.safetensors", MANIFEST])
 def test_change_during_the_check_is_rejected(
-    change: str, name: str, sharded: Path, monkeypatch: pytest.MonkeyPatch
+    change: str, name: str, sharded_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even if the bytes are right before and after: in between they may have been others."""
     from quantkit.verify import shallow
 
-    count = f"{len(list(sharded.glob('model-*.safetensors'))):05d}"
-    file = sharded / name.format(count=count)
+    count = f"{len(list(sharded_artifact.glob('model-*.safetensors'))):05d}"
+    file = sharded_artifact / name.format(count=count)
     find = shallow.find_report_faults
 
     def change_then_find(*arguments: Any) -> Any:
@@ -427,10 +434,10 @@ def test_change_during_the_check_is_rejected(
         return find(*arguments)
 
     monkeypatch.setattr(shallow, "find_report_faults", change_then_find)
-    assert "changed or exchanged while it was verified; find out" in get_error(sharded)
+    assert "changed or exchanged while it was verified; find out" in get_error(sharded_artifact)
 
 
-def test_manifest_is_part_of_the_report(sharded: Path) -> None:
-    report: VerifyReport = verify_artifact(sharded)
+def test_manifest_is_part_of_the_report(sharded_artifact: Path) -> None:
+    report: VerifyReport = verify_artifact(sharded_artifact)
     folders = {"./", "additional_chat_templates/"}
     assert set(report.sha256) | {MANIFEST} | folders == set(report.stamps)

@@ -2,7 +2,7 @@
 
     weight = fp8 * scale, in float32, rounded once
 
-The scale is multiplied, despite the name "inv". Its shape says what it belongs to: one value per
+The scale is multiplied, despite the name "inv". Its shape gives the granularity: one value per
 tensor, one per row, or one per block of `weight_block_size` (DeepSeek) or `block_structure`
 (compressed-tensors). A scale of dtype F8_E8M0 or U8 is a power of two (ue8m0).
 
@@ -171,4 +171,4 @@ def decode_matrix(
     return decode_strips(strip, start, stop, shape[1:], dtype)
 
 
-ENCODING = Encoding(title="FP8 with scales per block, row or tensor", claim=claim)
+ENCODING = Encoding(title="FP8 with scales per block, row or tensor", claim=claim, claim_kept=claim)

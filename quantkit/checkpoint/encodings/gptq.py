@@ -23,7 +23,8 @@ from quantkit.checkpoint.encoding import (
     EncodingFault,
     PartReader,
     StoredCodes,
-    check_values,
+    read_group_index,
+    require_matrix,
     require_shape,
 )
 from quantkit.contracts import TensorSpec
@@ -42,8 +43,7 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
     module = codes.name.removesuffix(".qweight")
     if codes.spec.dtype != "I32" or module == codes.name:
         return None
-    if len(codes.shape) != 2:
-        raise EncodingFault(f"expected two dimensions, found shape {list(codes.shape)}")
+    require_matrix(codes)
     scale = codes.require(f"{module}.scales", "scale", SCALE_DTYPES)
     zero = codes.require(f"{module}.qzeros", "zero points", ("I32",))
     words, rows = codes.shape
@@ -118,12 +118,7 @@ def decode(
     words, scale = read("codes", 0, None), read("scale", 0, None)
     # [n_groups, words] -> [n_groups, out]
     zeros = (unpack_first(read("zero", 0, None), bits, 1, rows) + offset) & ((1 << bits) - 1)
-    index = read("g_idx", 0, None).long() if has_index else None
-    if index is not None:
-        check_values(
-            bool((index >= 0).all() & (index < n_groups).all()),
-            f"{where}: expected groups 0 to {n_groups - 1}, found others",
-        )
+    index = read_group_index(read, n_groups, where) if has_index else None
 
     def strip(first: int, last: int) -> Tensor:
         codes = unpack_first(words[:, first:last], bits, 0, width)  # -> [in, rows of the strip]

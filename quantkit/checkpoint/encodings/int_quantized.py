@@ -20,6 +20,7 @@ from quantkit.checkpoint.encoding import (
     EncodingFault,
     PartReader,
     StoredCodes,
+    require_matrix,
 )
 from quantkit.contracts import TensorSpec
 
@@ -34,8 +35,7 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
     name, module = codes.name, codes.name.removesuffix(".weight")
     if codes.spec.dtype != "I8" or module == name or f"{module}.scale" in codes.stored:
         return None
-    if len(codes.shape) != 2:
-        raise EncodingFault(f"expected two dimensions, found shape {list(codes.shape)}")
+    require_matrix(codes)
     is_llm_int8 = f"{module}.SCB" in codes.stored
     scale_name = f"{module}.SCB" if is_llm_int8 else f"{name}_scale"
     scale = codes.require(scale_name, "scale", SCALE_DTYPES)

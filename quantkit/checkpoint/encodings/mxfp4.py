@@ -21,6 +21,7 @@ from quantkit.checkpoint.encoding import (
     EncodingFault,
     PartReader,
     StoredCodes,
+    require_fp4_groups,
     require_shape,
 )
 from quantkit.contracts import TensorSpec
@@ -38,8 +39,8 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
     if codes.spec.dtype not in ("U8", "I8"):
         return None
     name = codes.name
-    if name.endswith(BLOCKS) and f"{name.removesuffix(BLOCKS)}_scales" in codes.stored:
-        return claim_blocks(codes)
+    if weight := claim_kept(codes):
+        return weight
     packed = name.removesuffix("_packed")
     if packed != name:
         scale = codes.stored.get(f"{packed}_scale")
@@ -50,10 +51,7 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
     if scale is None or scale.dtype not in E8M0_DTYPES:
         return None
     scale = codes.require(scale_name, "scale", E8M0_DTYPES)
-    if len(codes.shape) != 2:
-        raise EncodingFault(f"expected two dimensions, found shape {list(codes.shape)}")
-    rows, width = codes.shape[0], 2 * codes.shape[1]
-    require_shape(scale, [(rows, width // GROUP if width % GROUP == 0 else -1)], "scale")
+    rows, width = require_fp4_groups(codes, scale, GROUP)
     dtype = codes.choose_dtype(scale)
     return EncodedWeight(
         label=LABEL,
@@ -61,6 +59,14 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
         parts={"codes": codes.spec, "scale": scale},
         decode=partial(decode, width=width, dtype=dtype),
     )
+
+
+def claim_kept(codes: StoredCodes) -> EncodedWeight | None:
+    """Return the weight of gpt-oss's blocks."""
+    name = codes.name.removesuffix(BLOCKS)
+    if codes.spec.dtype != "U8" or name == codes.name or f"{name}_scales" not in codes.stored:
+        return None
+    return claim_blocks(codes)
 
 
 def claim_blocks(codes: StoredCodes) -> EncodedWeight:
@@ -80,6 +86,7 @@ def claim_blocks(codes: StoredCodes) -> EncodedWeight:
         spec=TensorSpec(name=name, dtype=dtype, shape=(experts, groups * GROUP, rows)),
         parts={"codes": codes.spec, "scale": scale},
         decode=partial(decode_blocks, shape=(groups * GROUP, rows), dtype=dtype),
+        is_copied=True,
     )
 
 
@@ -115,4 +122,6 @@ def decode_blocks(
     return result
 
 
-ENCODING = Encoding(title="MXFP4 (gpt-oss, DeepSeek-V4, compressed-tensors)", claim=claim)
+ENCODING = Encoding(
+    title="MXFP4 (gpt-oss, DeepSeek-V4, compressed-tensors)", claim=claim, claim_kept=claim_kept
+)

@@ -9,7 +9,7 @@
     weight = quant_map[code] * absmax, rounded once
     absmax = nested_quant_map[absmax] * nested_absmax + nested_offset, if nested
 
-Headers do not tell the shape: the JSON of each weight is read when the checkpoint is opened.
+Headers do not hold the shape: the JSON of each weight is read when the checkpoint is opened.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def read_state(codes: StoredCodes, state: TensorSpec) -> dict[str, object]:
 
 
 def read_shape(values: dict[str, object]) -> tuple[int, ...] | None:
-    """Return the shape that a state tells; None if it is none."""
+    """Return the shape in a quantization state; None if it is malformed."""
     shape = values.get("shape")
     if not isinstance(shape, list) or len(shape) != 2:
         return None

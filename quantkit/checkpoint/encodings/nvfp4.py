@@ -17,10 +17,10 @@ from quantkit.checkpoint.encoding import (
     FP8,
     EncodedWeight,
     Encoding,
-    EncodingFault,
     PartReader,
     StoredCodes,
     check_values,
+    require_fp4_groups,
     require_shape,
 )
 from quantkit.contracts import TensorSpec
@@ -39,10 +39,7 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
     is_weight = base != codes.name or codes.name.endswith(".weight")
     if codes.spec.dtype != "U8" or not is_weight or scale is None or scale.dtype != FP8:
         return None
-    if len(codes.shape) != 2:
-        raise EncodingFault(f"expected two dimensions, found shape {list(codes.shape)}")
-    rows, width = codes.shape[0], 2 * codes.shape[1]
-    require_shape(scale, [(rows, width // GROUP if width % GROUP == 0 else -1)], "scale")
+    rows, width = require_fp4_groups(codes, scale, GROUP)
     divides = base != codes.name
     ending = "global_scale" if divides else "scale_2"
     factor = codes.require(f"{base}_{ending}", "scale of the tensor", ("F32",))

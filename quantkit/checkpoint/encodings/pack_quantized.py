@@ -25,6 +25,8 @@ from quantkit.checkpoint.encoding import (
     PartReader,
     StoredCodes,
     check_values,
+    read_group_index,
+    require_matrix,
     require_shape,
 )
 from quantkit.contracts import Scheme, TensorSpec
@@ -42,8 +44,7 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
     base = codes.name.removesuffix(ENDING)
     if codes.spec.dtype != "I32" or base == codes.name:
         return None
-    if len(codes.shape) != 2:
-        raise EncodingFault(f"expected two dimensions, found shape {list(codes.shape)}")
+    require_matrix(codes)
     scale = codes.require(f"{base}_scale", "scale", SCALE_DTYPES)
     rows, words = codes.shape
     if len(scale.shape) != 2 or scale.shape[0] != rows or not scale.shape[1]:
@@ -146,13 +147,7 @@ def decode(
             f"{where}_shape: expected {[rows, width]} by codes and scales, found {stated}",
         )
     zeros = unpack_first(read("zero", 0, None), bits, 0, rows) if "zero" in parts else None
-    index = read("g_idx", 0, None).long() if "g_idx" in parts else None
-
-    if index is not None:
-        check_values(
-            bool((index >= 0).all() & (index < n_groups).all()),
-            f"{where}_g_idx: expected groups 0 to {n_groups - 1}, found others",
-        )
+    index = read_group_index(read, n_groups, f"{where}_g_idx") if "g_idx" in parts else None
 
     def strip(first: int, last: int) -> Tensor:
         # [rows of the strip, words] -> [rows of the strip, in]

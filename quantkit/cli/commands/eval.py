@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     "--backend",
     type=click.Choice(["transformers", "vllm", "openai"]),
     default="transformers",
-    help="What runs the model.",
+    help="The program that runs the model.",
 )
 @click.option(
     "--endpoint", metavar="URL", help="openai: the server's API, e.g. http://localhost:8000/v1."

@@ -31,14 +31,14 @@ PROBE_SECONDS = 10  # an emulated machine needs several
 
 _PROBE = """
 import os, socket
-def refused(action):
+def is_refused(action):
     try:
         action()
     except OSError:
         return True
     return False
-usr = refused(lambda: open("/usr/quantkit-probe", "w"))
-network = refused(lambda: socket.create_connection(("192.0.2.1", 9), timeout=0.2))
+usr = is_refused(lambda: open("/usr/quantkit-probe", "w"))
+network = is_refused(lambda: socket.create_connection(("192.0.2.1", 9), timeout=0.2))
 environment = set(os.environ) <= {"PATH", "HOME", "LANG", "LC_CTYPE", "PWD"}
 hidden = not os.path.exists("/home") and not os.path.exists("/root")
 """

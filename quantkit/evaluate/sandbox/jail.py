@@ -32,7 +32,7 @@ def run_in_jails(
 
     The complaint says why a jail was stopped, or what either jail wrote to standard error. A report
     that claims a pass without this run's sentinel is returned empty. Reports go to files, not to
-    pipes: the file size limit then bounds what the host keeps.
+    pipes: the file size limit then bounds the bytes on the host.
     """
     sentinel = secrets.token_hex(16)
     jail_limits = describe_limits(seconds)

@@ -88,7 +88,7 @@ class FsspecRemote:
         list_files: Callable[[], dict[str, int]] | None = None,
     ) -> None:
         """read_range(path, first, last), list_files(): bounded ones of a scheme; default: those of
-        fsspec, which hold what the store sends.
+        fsspec, which hold the whole answer of the store.
         """
         self.where = where
         self.files, self._root = files, root.rstrip("/")
@@ -250,13 +250,13 @@ def compute_md5(item: UploadFile) -> bytes:
     return digest.digest()
 
 
-def check_sizes(where: str, items: Sequence[UploadFile], found: Mapping[str, int]) -> None:
+def check_sizes(where: str, items: Sequence[UploadFile], sizes: Mapping[str, int]) -> None:
     """Check that every file exists with its size; raises TransferError."""
-    missing = [item for item in items if found.get(item.name) != item.n_bytes]
+    missing = [item for item in items if sizes.get(item.name) != item.n_bytes]
     if missing:
         raise TransferError(
             f"{where}: {shorten_repr(missing[0].name)}: expected the {missing[0].n_bytes} bytes "
-            f"that were sent, found {found.get(missing[0].name, 'no file')}; publish again"
+            f"that were sent, found {sizes.get(missing[0].name, 'no file')}; publish again"
         )
 
 

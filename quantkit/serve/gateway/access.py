@@ -45,13 +45,13 @@ class HostPolicy:
         return is_loopback(host) or (bool(host) and host in names)
 
 
-def reject_site(header: str, found: str) -> RequestRejected:
+def reject_site(header: str, name: str) -> RequestRejected:
     """Return the error for a name that is not allowed."""
     return RequestRejected(
         403,
         "permission_error",
         f"{header}: expected localhost, an IP address or a name of --allow-host, found "
-        f"{found[:100]!r}; allow it, or use API keys",
+        f"{name[:100]!r}; allow it, or use API keys",
     )
 
 

@@ -309,5 +309,5 @@ class Scanner:
 
     def make_fault(self, at: int, expected: str) -> InvalidJson:
         """Return the error for a text that differs at an offset."""
-        found = quote_bytes(self.text[at : at + 10])
-        return InvalidJson(f"expected JSON, {expected} at byte {at}, found {found}")
+        actual = quote_bytes(self.text[at : at + 10])
+        return InvalidJson(f"expected JSON, {expected} at byte {at}, found {actual}")

@@ -171,7 +171,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def read_value(text: bytes, scanned: ScannedObject, name: str) -> Any:
-    """Return a top-level member; None without. What is too long for a number stays text."""
+    """Return a top-level member; None without. A number that is too long stays text."""
     member = scanned.members.get(name.encode())
     if member is None:
         return None

@@ -129,12 +129,12 @@ def build_artifact(bench: Bench, build: Build, *, measured: bool) -> Cost:
     """Build in a separate process. The artifact is written to `get_artifact_path(...)`."""
     folder = get_artifact_path(bench, build, measured=measured)
     recipe = ROOT / "recipes" / f"{build.recipe}.yaml"
-    overrides = folder.with_suffix(".changes.json")
+    overrides = folder.with_name(f"{folder.name}.changes.json")
     overrides.write_text(
         json.dumps(drop_keys_of_replaced(make_overrides(bench, build, measured=measured))),
         encoding="utf-8",
     )
-    cost = folder.with_suffix(".json")
+    cost = folder.with_name(f"{folder.name}.json")
     run_on_one_core(
         [sys.executable, str(HERE / "run_quantkit.py"), str(recipe), str(overrides), str(cost)],
         bench.place,

@@ -215,6 +215,7 @@ def list_builds(place: Path, recipe: str, shrinkage: str = "") -> Iterator[Build
     yield Build(name=f"{recipe} RTN", recipe=name, changes={**common, **rtn})
     for title, calibration in list_sets(place):
         text = {"calibration.set": calibration, "calibration.sequences": str(SEQUENCES)}
+        text |= {"calibration.shrinkage": "0"} if title == "today" else {}
         text |= {"calibration.shrinkage": shrinkage} if shrinkage else {}
         mark = f" shrinkage {shrinkage}" if shrinkage else ""
         yield Build(name=f"{recipe} {title}{mark}", recipe=name, changes={**common, **text})
@@ -250,7 +251,7 @@ def print_figures(bench: Bench, builds: Sequence[Build]) -> None:
 
 
 def main() -> None:
-    """Build what is missing, print the table after each build."""
+    """Build missing artifacts, print the table after each build."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

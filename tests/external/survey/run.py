@@ -4,8 +4,8 @@
         [--groups dense,mixtures,wrappers,variants] [--only A,B] [--plan-only] [--set KEY=VALUE]
 
 For each type: a small random checkpoint of transformers' own class, `quantkit plan`, `quantkit
-build`, then transformers loads source and artifact and computes the KL anew. RESULTS.jsonl gets one
-line per type; types that have a line are skipped, so that an interrupted survey continues.
+build`, then transformers loads source and artifact and computes the KL again. RESULTS.jsonl gets
+one line per type; types that have a line are skipped, so that an interrupted survey continues.
 `external.survey.table` prints the table of tests/external/survey/README.md.
 """
 
@@ -117,8 +117,8 @@ def survey_type(name: str, folder: Path, options: argparse.Namespace) -> dict[st
     except Exception as fault:  # noqa: BLE001  # transformers does not load every packed family
         message = f"{type(fault).__name__}: {fault}"[:MAX_MESSAGE]
         return {**result, "status": "not loaded", "message": message}
-    reported, found = result["kl_reported"], result["kl_transformers"]
-    is_true = abs(reported - found) <= LARGEST_DIFFERENCE * max(reported, SMALLEST_KL)
+    reported, measured = result["kl_reported"], result["kl_transformers"]
+    is_true = abs(reported - measured) <= LARGEST_DIFFERENCE * max(reported, SMALLEST_KL)
     return {**result, "status": "built" if is_true else "wrong"}
 
 

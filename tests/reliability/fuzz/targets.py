@@ -884,7 +884,12 @@ def fuzz_build_journal(folder: Path) -> object:
     if journal is None:
         return None
     progress = BuildProgress.read(journal, 0)
-    _ = progress.files, progress.blocks, progress.wave, progress.stored(0) if progress.steps else 0
+    _ = (
+        progress.files,
+        progress.blocks,
+        progress.wave,
+        progress.get_written_state(0) if progress.steps else 0,
+    )
     changed = flatten_json(journal.entries[0]["of"])
     return owner, [describe_change(value, None) for value in changed.values()]
 

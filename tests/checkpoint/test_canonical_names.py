@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from support.checkpoints import make_tiny_config
 
+from quantkit.checkpoint.canonical_names import find_renames
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.stored_names import find_renames
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError
 
@@ -65,7 +65,7 @@ def test_missing_base_prefix_is_added_but_not_to_heads(
 
 
 def test_names_of_transformers_stay() -> None:
-    config = Config(values={"model_type": "a model that nobody knows"})
+    config = Config(values={"model_type": "an unknown model"})
     assert rename("layers.0.w", config=config) == {}
     assert rename("model.layers.0.w", "layers.0.w") == {}
 
