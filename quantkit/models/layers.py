@@ -214,7 +214,8 @@ def cast_tensors(
 
     def get_dtype(name: str, tensor: Tensor) -> torch.dtype:
         if name in own and not own[name].is_floating_point():
-            return own[name].dtype
+            known: torch.dtype = own[name].dtype
+            return known
         return torch.float32 if name in buffers else dtype
 
     return {

@@ -130,6 +130,22 @@ class Plan:
             encoded=self.source.encoded,
         )
 
+    @cached_property
+    def fp8_parts(self) -> tuple[str, ...]:
+        """Modules of copied parts whose weights stay in FP8 blocks."""
+        names = (name for part in self.layout.parts for name in part.tensors)
+        if not self.schemes:
+            return ()
+        copied = (name for name in names if self.kept.copies_fp8(self.specs[name]))
+        return tuple(name.removesuffix(".weight") for name in copied)
+
+    @property
+    def decoded_parts(self) -> tuple[str, ...]:
+        """Weights of copied parts in codes that the format does not hold."""
+        names = (name for part in self.layout.parts for name in part.tensors)
+        kept = {f"{module}.weight" for module in self.fp8_parts}
+        return tuple(name for name in names if name in self.source.encoded and name not in kept)
+
     @property
     def schemes(self) -> dict[str, Scheme]:
         """Scheme of each linear in codes by module name: quantized, or kept as in the source."""

@@ -81,8 +81,14 @@ def summarize_source(plan: Plan) -> PlanSource:
 
 def summarize_copied(plan: Plan) -> tuple[PlanPart, ...]:
     """Return the parts of a wrapper that are copied, with the bytes of their tensors."""
+    decoded = {*plan.decoded_parts}
     return tuple(
-        PlanPart(name=part.name, tensors=len(part.tensors), bytes=plan.source_bytes(part.tensors))
+        PlanPart(
+            name=part.name,
+            tensors=len(part.tensors),
+            bytes=plan.source_bytes(part.tensors),
+            decoded=len(decoded & {*part.tensors}),
+        )
         for part in plan.layout.parts
     )
 

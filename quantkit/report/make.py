@@ -35,7 +35,7 @@ from quantkit.plan.summary import (
     summarize_copied,
     summarize_rules,
 )
-from quantkit.report.format_numbers import TEXT_ONLY, format_parts
+from quantkit.report.format_numbers import TEXT_ONLY, describe_copy, format_parts
 from quantkit.texts.corpora import CorpusSet
 from quantkit.texts.tokens import Tokens
 
@@ -135,7 +135,7 @@ def make_parts_notes(plan: Plan) -> tuple[str, ...]:
     parts = summarize_copied(plan)
     if not parts:
         return ()
-    return (f"Copied bit for bit: {format_parts(parts)}; {TEXT_ONLY}.",)
+    return (f"{describe_copy(parts).capitalize()}: {format_parts(parts)}; {TEXT_ONLY}.",)
 
 
 def iterate_serving_commands(
