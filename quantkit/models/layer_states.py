@@ -26,6 +26,13 @@ class RecordedRun:
     states: list[list[Tensor]]
 
 
+def run_sequences(model: Any, _form: StateForm, sequences: Sequence[Tensor]) -> RecordedRun:
+    """Run sequences one by one without recording states."""
+    with torch.no_grad():
+        logits = [model(ids[None], use_cache=False).logits[0] for ids in sequences]
+    return RecordedRun(logits=torch.cat(logits), states=[])
+
+
 def record_states(model: Any, form: StateForm, sequences: Sequence[Tensor]) -> RecordedRun:
     """Run sequences one by one and record the states between the layers."""
     states: list[Tensor] = []
