@@ -177,6 +177,7 @@ class Experts:
 
     scales_down: rows of up absorb down's input scale. inside: the block does more than to add their
     sum to its output. scaled_inputs: the router's weight multiplies the input of the only expert.
+    bias: each projection has one.
     """
 
     module: str  # "model.layers.3.mlp.experts"; expert e is module.e
@@ -191,6 +192,7 @@ class Experts:
     scales_down: bool = True
     inside: bool = False
     scaled_inputs: bool = False
+    bias: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -207,6 +209,11 @@ class Experts:
         """Full module name of a projection that reads the input: all have one decision."""
         return self.linear(0, self.inputs[0])
 
+    @property
+    def kinds(self) -> tuple[Literal["weight", "bias"], ...]:
+        """Local names of the tensors of a projection."""
+        return ("weight", "bias") if self.bias else ("weight",)
+
     def linear(self, expert: int, projection: str) -> str:
         """Return the full module name of one projection of one expert."""
         return f"{self.module}.{expert}.{projection}"
@@ -214,7 +221,8 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StackedTensor:
-    """A stored tensor with a matrix [out, in], or [in, out] if `transposed`, of each expert.
+    """A stored tensor with a matrix of each expert: [out, in], or [in, out] if `transposed`; or a
+    bias [out] of each.
 
     Projections follow one another, or alternate if `interleaved`; experts too, if `flat`.
     """
@@ -224,6 +232,7 @@ class StackedTensor:
     transposed: bool = False
     interleaved: bool = False
     flat: bool = False
+    kind: Literal["weight", "bias"] = "weight"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,6 +265,10 @@ class Block:
         """The block's name in transformers' model."""
         return self.module or self.name
 
+    def stores_together(self, linear: Linear) -> bool:
+        """Return whether the checkpoint stores a linear in a tensor with those of all experts."""
+        return bool(self.stacked) and linear.role == "routed_expert"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelPart:
@@ -276,7 +289,8 @@ class Layout:
     returns labels, an embedding model states; both have no language head. `eager_heads`: heads of
     an attention that transformers only runs with a matrix of scores [heads, tokens, tokens] per
     sequence. `state_width`: numbers per token between two blocks, if they are more than a token's
-    embedding: several streams, or token ids that blocks read; 0 otherwise.
+    embedding: several streams, or token ids that blocks read; 0 otherwise. `tables`: final tensors
+    on which the arguments of blocks depend, such as a learned factor of rotary tables.
     """
 
     embedding: Linear
@@ -289,6 +303,7 @@ class Layout:
     output: Literal["logits", "labels", "states"] = "logits"
     eager_heads: int = 0
     state_width: int = 0
+    tables: tuple[str, ...] = ()
 
     def get_path(self, name: str) -> str:
         """Return a tensor's name in transformers' model; `name` is that in the checkpoint."""

@@ -64,6 +64,7 @@ from quantkit.recipe.schema import Recipe
 from quantkit.report import card, gates, html_page
 from quantkit.report import make as evidence
 from quantkit.report.make import TextName
+from quantkit.report.reproduce import make_build_command
 from quantkit.texts import corpora
 from quantkit.texts.chats import has_chat_template
 from quantkit.texts.corpora import CorpusSet
@@ -119,6 +120,16 @@ class StreamFigures:
 
     tokens: TextFidelity | None = None
     solutions: Sequence[ScoredSolution] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredBuild:
+    """What a solve has built and measured; its artifacts share it."""
+
+    built: BuiltBlocks
+    figures: StreamFigures
+    texts: TokenizedTexts
+    compared: SourceComparison
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,25 +288,43 @@ def build_group(
         answers_folder=build.answers_folder(loop),
     )
     timer.lap("benchmarks")
-    license = evidence.parse_license(read_front_matter(source.folder))
-    likely = solution_likelihood.make_likelihood_rows(
-        plan.recipe.evaluation.tasks, texts.solutions, figures.solutions
-    )
+    measured = MeasuredBuild(built=built, figures=figures, texts=texts, compared=compared)
     session.check_source(build.journal, source)
     sealed = dict[str, str]()
     for artifact, files in zip(artifacts, written, strict=True):
-        plan = artifact.plan
-        report = evidence.make_report(
-            plan, built.blocks, figures.tokens, texts.descriptions, likely, compared.rows, license
+        command = make_build_command(
+            text, artifact.plan, evaluate=evaluate, trusted_code=trusted_code
         )
-        versions = {**report.versions, **compared.conditions}
-        report = report.model_copy(update={"versions": versions})
-        report = gates.apply_gates(plan.recipe.gates, report)
-        write_evidence(plan, artifact.folder, report, figures, compared)
+        report = report_artifact(artifact.plan, source, measured, command)
+        write_evidence(artifact.plan, artifact.folder, report, figures, compared)
         write_timings(artifact.folder, built.blocks, timer)
-        manifest = make_manifest(plan, source, report, built.blocks)
-        sealed[plan.format_name] = seal_artifact(artifact.folder, manifest, files)
+        manifest = make_manifest(artifact.plan, source, report, built.blocks)
+        sealed[artifact.plan.format_name] = seal_artifact(artifact.folder, manifest, files)
     build.mark_sealed(loop, sealed)
+
+
+def report_artifact(
+    plan: Plan, source: Checkpoint, measured: MeasuredBuild, command: tuple[str, tuple[str, ...]]
+) -> Fidelity:
+    """Return the report of an artifact, with its gates judged.
+
+    command: builds the artifact again, with the local files that it reads.
+    """
+    report = evidence.make_report(
+        plan,
+        measured.built.blocks,
+        measured.figures.tokens,
+        measured.texts.descriptions,
+        solution_likelihood.make_likelihood_rows(
+            plan.recipe.evaluation.tasks, measured.texts.solutions, measured.figures.solutions
+        ),
+        measured.compared.rows,
+        evidence.parse_license(read_front_matter(source.folder)),
+        command,
+    )
+    versions = {**report.versions, **measured.compared.conditions}
+    report = report.model_copy(update={"versions": versions})
+    return gates.apply_gates(plan.recipe.gates, report)
 
 
 def check_and_tokenize(

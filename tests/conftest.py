@@ -93,6 +93,7 @@ MEDIUM_FILES = frozenset({
     "report/test_html.py",
     "report/test_html_browser.py",
     "report/test_narrow_calibration.py",
+    "report/test_reproduce.py",
     "serve/test_connections.py",
     "serve/test_cost.py",
     "serve/test_exchange.py",

@@ -378,7 +378,8 @@ class Fidelity(BaseModel):
     versions: dict[str, str] = {}
     seeds: dict[str, int] = {}
     hashes: dict[str, str] = {}  # "recipe", "plan", ...
-    command: str = ""
+    command: str = ""  # builds the artifact again in an empty folder
+    needs: tuple[str, ...] = ()  # local files that the command reads
 
     def find_worst_inputs(self) -> dict[str, tuple[Number, InputCoverage]]:
         """Return kind of text -> its largest unspanned share and the first input that has it.

@@ -21,6 +21,7 @@ from quantkit.checkpoint.folder_rules import (
     describe_foreign_file,
     find_weight_set_faults,
     is_module_config,
+    is_module_weights,
     is_sidecar,
     is_weight_file,
 )
@@ -77,6 +78,6 @@ def find_layout_faults(names: Collection[str]) -> Iterator[str]:
     for name in sorted(names):
         if name not in OWN_FILES and not is_weight_file(name) and not is_sidecar(name):
             yield f"{name}: {describe_foreign_file(name)}"
-        elif is_module_config(name) and MODULES not in names:
-            yield f"{name}: settings of a module without the {MODULES} that names it"
+        elif (is_module_config(name) or is_module_weights(name)) and MODULES not in names:
+            yield f"{name}: a file of a module without the {MODULES} that names it"
     yield from find_weight_set_faults(names)

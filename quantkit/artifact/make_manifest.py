@@ -94,8 +94,13 @@ def read_environment(plan: Plan) -> dict[str, str]:
 
 
 def format_plan(plan: Plan) -> str:
-    """Return the text of plan.json: the resolved recipe, and its decision for every linear."""
-    summary = summarize_plan(plan).model_dump(mode="json", exclude={"memory", "output", "sampled"})
+    """Return the text of plan.json: the resolved recipe, and its decision for every linear.
+
+    The name of the recipe's file, the output path and the memory are left out: they do not decide
+    the artifact.
+    """
+    left_out = {"memory", "output", "recipe", "sampled"}
+    summary = summarize_plan(plan).model_dump(mode="json", exclude=left_out)
     decisions = {name: [format_action(d), d.rule] for name, d in plan.decisions.items()}
     values = {
         "hash": plan.hash,

@@ -14,7 +14,7 @@ from quantkit.contracts import Contents, Layout, ModelPart
 from quantkit.formats.common.engine_names import LM_HEAD
 from quantkit.io.files import make_folder, write_atomic, write_json
 from quantkit.plan.plan import Plan
-from quantkit.recipe.parse import apply_overrides
+from quantkit.recipe.resolved_text import resolve_recipe_text
 
 
 def make_config(plan: Plan) -> dict[str, object]:
@@ -30,7 +30,7 @@ def make_config(plan: Plan) -> dict[str, object]:
     contents = Contents(
         schemes=plan.schemes,
         kept=kept,
-        fp8=fp8,
+        fp8=[*fp8, *plan.fp8_parts],
         fp8_block=plan.kept.side,
         parts=parts,
         text_prefixes=list_text_prefixes(plan),
@@ -107,22 +107,22 @@ def check_model_files(plans: Sequence[Plan], recipe_text: str) -> None:
     """
     for plan in plans:
         make_config(plan)
-        apply_overrides(recipe_text, plan.recipe)
+        resolve_recipe_text(recipe_text, plan.recipe)
 
 
 def write_model_files(folder: Path, plan: Plan, source: Checkpoint, recipe_text: str) -> None:
     """Write config.json, the index (for more than one shard), the source's sidecars and
     recipe.yaml.
 
-    recipe_text: the recipe's file. Values set on the command line are written into it, so that the
-    recipe in the artifact builds the artifact again.
+    recipe_text: the recipe's file; the artifact's recipe is resolved, so that it builds the
+    artifact again.
     """
     for path in source.sidecars:
         target = folder / path.relative_to(source.folder)
         make_folder(target.parent)  # additional_chat_templates
         write_atomic(target, path.read_bytes())
     write_json(folder / CONFIG, make_config(plan), infinite=True)
-    write_atomic(folder / RECIPE, apply_overrides(recipe_text, plan.recipe).encode())
+    write_atomic(folder / RECIPE, resolve_recipe_text(recipe_text, plan.recipe).encode())
     if len(plan.shards) > 1:
         weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.tensors}
         write_json(

@@ -27,9 +27,7 @@ def measure_block(
     record, targets = context.state.record, context.state.targets
     rows = context.streams["reference"].text_rows
     channels = context.build.model.outer.form.hidden.width
-    record.output_error = relative_error(
-        targets["reference"], targets["quantized"], rows, channels
-    )
+    record.output_error = relative_error(targets["reference"], targets["quantized"], rows, channels)
     if reference and quantized:
         agreement = compute_router_agreement(reference.index[:rows], quantized.index[:rows])
         record.router_agreement = float(agreement.mean())

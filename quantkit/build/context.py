@@ -73,6 +73,17 @@ class BuildContext:
             writer.write({name: stored[-1]})
         return stored[0]
 
+    def copy_stacked(self, name: str) -> None:
+        """Copy a stored tensor with all experts of a block: its codes where the plan has them, else
+        its values.
+        """
+        for writer in self.writers:
+            is_plain = writer.holds(name)
+            tensors = self.source.read_stacked(name, codes=not is_plain)
+            if is_plain:
+                tensors = {name: tensors[name].to(TORCH_DTYPES[writer.spec(name).dtype])}
+            writer.write(tensors)
+
     def _copy_codes(self, name: str, tensor: Tensor, writer: ArtifactWriter) -> Tensor:
         """Copy the codes of a kept weight bit for bit; NumericsError unless they hold the values of
         `tensor`.

@@ -14,7 +14,7 @@ from quantkit.build.block_plan import BlockPlan, GroupPlan
 from quantkit.build.context import BlockContext
 from quantkit.build.coverage import CoverageMeters
 from quantkit.build.expert_ops import count_tokens
-from quantkit.build.hidden_states import Routing, Stream, StreamName, run_batch, run_stream
+from quantkit.build.hidden_states import Routing, StreamName, run_batch, run_stream
 from quantkit.build.quantize_linear import QuantizedLinear, QuantizeRequest, quantize_group
 from quantkit.contracts import InputStats, LinearGroup, Scheme
 from quantkit.models import scaling

@@ -40,7 +40,12 @@ from quantkit.build.wave_checkpoint import load_wave_checkpoint, restore_streams
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.prefetch import ScheduledReads
 from quantkit.models.experts import make_gating
-from quantkit.models.layers import cast_meta_model, make_decoder_layer, make_meta_model
+from quantkit.models.layers import (
+    cast_meta_model,
+    load_tables,
+    make_decoder_layer,
+    make_meta_model,
+)
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress, ProgressCallback
 
@@ -201,6 +206,9 @@ def make_context(
 ) -> BuildContext:
     """Return what stays the same for every block."""
     model = make_meta_model(plans[0].source.config, precision.device, precision.dtype)
+    layout = plans[0].layout
+    tables = source.read(layout.tables)
+    model = load_tables(model, {layout.get_path(name): x for name, x in tables.items()})
     return BuildContext(
         plan=plans[0],
         model=model,

@@ -38,7 +38,7 @@ FALLBACKS: Mapping[str, str] = {
     "ten times as much was "
     "added until it had one",
     "fp8-unscaled": (
-        "an input is not rescaled, because a linear that reads or produces it keeps its FP8 bits"
+        "an input is not rescaled, because a linear that reads or produces it keeps its stored bits"
     ),
     "mtp-rtn": "no forward pass reaches an MTP block: its linears are rounded to nearest",
 }

@@ -47,7 +47,8 @@ class EncodedWeight:
 
     label: the encoding for people, "FP8 128x128"; spec: the logical tensor; parts: its stored
     tensors; scheme: of integer codes whose tensors format compressed_tensors stores unchanged;
-    block: rows and columns of an FP8 block, which an artifact may keep.
+    block: rows and columns of an FP8 block, which an artifact may keep; is_copied: whether experts
+    stored together in this encoding are copied if a rule keeps them.
     """
 
     label: str
@@ -56,6 +57,7 @@ class EncodedWeight:
     decode: Decode
     scheme: Scheme | None = None
     block: tuple[int, int] | None = None
+    is_copied: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -227,11 +229,13 @@ class Encoding:
     """An encoding of weights.
 
     claim: the weight of stored codes; None if they are not in this encoding; raises EncodingFault
-    for malformed ones.
+    for malformed ones. claim_kept: the same for codes that an artifact holds next to those of its
+    format, copied from its source.
     """
 
     title: str  # for messages: "compressed-tensors pack-quantized"
     claim: Callable[[StoredCodes], EncodedWeight | None]
+    claim_kept: Callable[[StoredCodes], EncodedWeight | None] | None = None
 
 
 def require_matrix(codes: StoredCodes) -> None:

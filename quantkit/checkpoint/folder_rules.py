@@ -47,6 +47,9 @@ _LICENSE_NAMES = re.compile(
 """Licenses under other names, without a suffix."""
 _MODULE_CONFIG = re.compile(r"\d+_[A-Za-z]+/config\.json", re.ASCII)
 """Settings of a module of sentence-transformers, 1_Pooling/config.json."""
+_MODULE_WEIGHTS = re.compile(r"\d+_[A-Za-z]+/model\.safetensors", re.ASCII)
+"""Weights of a module of sentence-transformers, 2_Dense/model.safetensors."""
+_MODULE_PICKLE = re.compile(r"(\d+_[A-Za-z]+)/pytorch_model\.bin", re.ASCII)
 _OTHER_MODELS = re.compile(
     r"(.*/)?(config(\.[\w.-]+)?|params|model_index|adapter\w*|lora\w*|.*quant(ize)?_config"
     r"|.*\.index(\..*)?|.*safetensors.*)\.json",
@@ -81,8 +84,11 @@ _TOKENIZER_FILES = ("tokenizer_file", "vocab_file", "merges_file", "spm_file")
 def is_sidecar(name: str) -> bool:
     """Return whether a file next to weights and config.json is copied into an artifact.
 
-    name: relative to the model's folder. Never weights, indexes, config.json or the model card.
+    name: relative to the model's folder. Never indexes, config.json, the model card or weights, but
+    for those of a module of sentence-transformers.
     """
+    if is_module_weights(name):
+        return True
     if name.casefold().endswith((*_PICKLES, *_WEIGHTS)):
         return False
     if name == MODULES or _MODULE_CONFIG.fullmatch(name) or _NAMED_SIDECARS.fullmatch(name):
@@ -97,6 +103,15 @@ def is_module_config(name: str) -> bool:
     Engines read it if modules.json names the module; without one it belongs to nothing.
     """
     return _MODULE_CONFIG.fullmatch(name) is not None
+
+
+def is_module_weights(name: str) -> bool:
+    """Return whether a file has the weights of a module of sentence-transformers.
+
+    Only sentence-transformers, and vLLM for embeddings, read it, and only if modules.json names the
+    module.
+    """
+    return _MODULE_WEIGHTS.fullmatch(name) is not None
 
 
 def is_weight_file(name: str) -> bool:
@@ -131,6 +146,12 @@ def describe_foreign_file(name: str) -> str:
     """Return why an artifact does not hold a file of this name, which is in no list."""
     folded = name.casefold()
     base = folded.rpartition("/")[2]
+    if module := _MODULE_PICKLE.fullmatch(name):
+        return (
+            f"a pickle, which runs code when it is loaded; without it sentence-transformers does "
+            f"not load the module {module[1]}: save the model with sentence-transformers "
+            "(save_pretrained writes safetensors) and use that folder"
+        )
     if folded.endswith(_PICKLES):
         return "a pickle, which runs code when it is loaded; an artifact holds safetensors only"
     if base.startswith(_ADAPTERS):

@@ -2,7 +2,8 @@
 
 Data is copied: documents, images, tables, settings of processors and of sentence-transformers, in
 subfolders too. Weights in other forms, code, and files by which an engine would load something else
-are not. Names and sizes only, except modules.json.
+are not; the weights of a module that modules.json names, such as 2_Dense, are. Names and sizes
+only, except modules.json and the headers of such weights.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from quantkit.checkpoint.folder_rules import (
     MODULES,
     describe_foreign_file,
     is_module_config,
+    is_module_weights,
     is_sidecar,
     is_weight_file,
 )
+from quantkit.checkpoint.header import read_header
 from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.shards import OUTSIDE_LINK, leads_outside
 from quantkit.errors import CheckpointError
@@ -40,6 +43,9 @@ def list_side_files(folder: Path) -> tuple[Path, ...]:
     """
     code, names = list_code_files(folder), list_files(folder)
     copied = [folder / name for name in names if is_copied(folder, name, code)]
+    for path in copied:
+        if is_module_weights(path.relative_to(folder).as_posix()):
+            read_header(path)  # raises if it is cut short or no safetensors file
     outside = [path for path in copied if leads_outside(folder, path)]
     if outside:
         raise CheckpointError(f"{outside[0]}: {OUTSIDE_LINK}")
@@ -50,6 +56,8 @@ def is_copied(folder: Path, name: str, code: Sequence[str]) -> bool:
     """Return whether a file is copied: a kind of data, or code that an auto_map names."""
     if not is_sidecar(name) or (name.endswith(".py") and name not in code):
         return False
+    if is_module_weights(name):
+        return name.rpartition("/")[0] in list_module_folders(folder)
     if name == MODULES or is_module_config(name):
         return is_file(folder / MODULES) and not list(find_module_faults(folder))
     return True
@@ -77,6 +85,21 @@ def list_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
+def list_module_folders(folder: Path) -> frozenset[str]:
+    """Return the folders of the modules in modules.json; none if it would load something else."""
+    if not is_file(folder / MODULES) or list(find_module_faults(folder)):
+        return frozenset()
+    return frozenset(str(entry.get("path", "")) for entry in _read_modules(folder))
+
+
+def _read_modules(folder: Path) -> list[Mapping[str, object]]:
+    """Read modules.json; raises CheckpointError, or KeyError for something else than a list."""
+    path = folder / MODULES
+    entries = parse_json(b'{"list": ' + read_bytes(path) + b"}", str(path))["list"]
+    listed = entries if isinstance(entries, list) else [None]
+    return [entry if isinstance(entry, Mapping) else {} for entry in listed]
+
+
 def find_module_faults(folder: Path) -> Iterator[str]:
     """Yield why the modules.json of sentence-transformers would load something else.
 
@@ -86,12 +109,11 @@ def find_module_faults(folder: Path) -> Iterator[str]:
     if not is_file(path):
         return
     try:
-        entries = parse_json(b'{"list": ' + read_bytes(path) + b"}", str(path))["list"]
+        entries = _read_modules(folder)
     except (CheckpointError, KeyError) as fault:
         yield str(fault)
         return
-    for entry in entries if isinstance(entries, list) else [None]:
-        values = entry if isinstance(entry, Mapping) else {}
+    for values in entries:
         kind, place = values.get("type"), values.get("path", "")
         if not isinstance(kind, str) or not kind.startswith(_OWN_TYPES):
             yield f"type: expected a class of sentence_transformers, found {shorten_repr(kind)}"

@@ -101,7 +101,8 @@ def compare_with_source(
             answers_folder=answers_folder,
         )
         baseline = get_source_items(context, source)
-        read = full_model.make_reader(Checkpoint.open(folder), plan.format_name, plan.schemes)
+        artifact = Checkpoint.open(folder).split_experts(plan.layout.blocks)
+        read = full_model.make_reader(artifact, plan.format_name, plan.schemes)
         candidate = run_model(context, "artifact", read, source)
     except EvaluationError as error:
         return make_not_run_rows(names, str(error))

@@ -47,7 +47,12 @@ from quantkit.formats.common.checks import (
 )
 from quantkit.formats.common.engine_names import LM_HEAD, SERVERS, TRANSFORMERS, make_patterns
 from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, check_zero_points
-from quantkit.formats.common.wrapper_names import get_prefix, list_part_patterns, make_relative
+from quantkit.formats.common.wrapper_names import (
+    get_prefix,
+    list_fp8_part_patterns,
+    list_part_patterns,
+    make_relative,
+)
 from quantkit.numerics.bitpack import count_codes_per_run
 
 if TYPE_CHECKING:
@@ -220,6 +225,7 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
     experts.
     """
     part_patterns = [f"re:{pattern}" for pattern in list_part_patterns(contents)]
+    part_blocks = [f"re:{pattern}" for pattern in list_fp8_part_patterns(contents)]
     contents, prefix = make_relative(contents), get_prefix(contents)
     codes, every = list(contents.schemes), ["Linear"]
     blocks = set(contents.fp8)
@@ -234,14 +240,10 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
                 list_targets(others, names, prefix) if groups or fp8_is_rest else every, kind
             )
         )
-    if blocks:
-        groups.append(
-            make_fp8_group(
-                every
-                if fp8_is_rest
-                else hide_experts(list_targets([*codes, *plain], contents.fp8, prefix))
-            )
-        )
+    if blocks or part_blocks:
+        text_blocks = list_targets([*codes, *plain], contents.fp8, prefix) if blocks else []
+        targets = every if fp8_is_rest else hide_experts([*text_blocks, *part_blocks])
+        groups.append(make_fp8_group(targets))
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

@@ -7,18 +7,22 @@ from typing import Any
 
 from torch import nn
 
+BIAS = "_bias"
+"""Ending of a parameter with the biases of all experts, after the name of their matrices."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertForm:
     """Form of the tensors of an experts module.
 
     has_gate: gate and up are one tensor; transposed: matrices are [in, out]; interleaved: rows of
-    gate and up alternate.
+    gate and up alternate; has_bias: each matrix has a bias [experts, out].
     """
 
     has_gate: bool
     transposed: bool
     interleaved: bool
+    has_bias: bool = False
 
 
 def is_experts_module(module: nn.Module) -> bool:
@@ -36,7 +40,9 @@ def read_form(module: Any) -> ExpertForm | None:
     """
     has_gate = bool(getattr(module, "has_gate", "gate_up_proj" in module._parameters))
     first = "gate_up_proj" if has_gate else "up_proj"
-    if set(module._parameters) != {first, "down_proj"}:
+    matrices = {first, "down_proj"}
+    biases = {f"{name}{BIAS}" for name in matrices}
+    if set(module._parameters) not in (matrices, matrices | biases):
         return None
     into, down = module._parameters[first], module._parameters["down_proj"]
     if into.dim() != 3 or down.dim() != 3:
@@ -48,4 +54,9 @@ def read_form(module: Any) -> ExpertForm | None:
     if not (is_transposed if transposed else is_plain):
         return None
     interleaved = not getattr(module, "is_concatenated", True)
-    return ExpertForm(has_gate=has_gate, transposed=transposed, interleaved=interleaved)
+    return ExpertForm(
+        has_gate=has_gate,
+        transposed=transposed,
+        interleaved=interleaved,
+        has_bias=biases <= set(module._parameters),
+    )

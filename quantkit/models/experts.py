@@ -82,8 +82,8 @@ def find_experts_module(model: Any, block: Block, experts: Experts) -> nn.Module
 class BlockRun:
     """A block run with its experts, in the layer's padded positions.
 
-    out: rows of states after the block [tokens, width]; routed: the input of the experts, None without
-    experts; total: their sum [positions, hidden].
+    out: rows of states after the block [tokens, width]; routed: the input of the experts, None
+    without experts; total: their sum [positions, hidden].
     """
 
     out: Tensor
@@ -101,9 +101,9 @@ def sum_experts(
         if not len(rows):
             continue
         x = routed.hidden[rows]  # [n, hidden]
-        into = [x @ tensors[f"{experts.linear(e, p)}.weight"].T for p in experts.inputs]
+        into = [project(x, tensors, experts.linear(e, p)) for p in experts.inputs]
         inner = gating(into[0] if len(into) > 1 else None, into[-1])  # [n, intermediate]
-        y = inner @ tensors[f"{experts.linear(e, experts.down)}.weight"].T
+        y = project(inner, tensors, experts.linear(e, experts.down))
         total.index_add_(0, rows, y * weight[:, None].to(y))
     return total
 
@@ -124,6 +124,19 @@ def run_router(
     return layer.tap.last if layer.tap else None
 
 
+def project(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the output [n, out] of the linear `name` among `tensors`, with its bias if any."""
+    y = x @ tensors[f"{name}.weight"].T
+    bias = tensors.get(f"{name}.bias")
+    return y if bias is None else y + bias
+
+
+def select_dense_tensors(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a block's tensors without those of routed experts."""
+    routed = {x.name for x in block.linears if x.role == "routed_expert"}
+    return {name: x for name, x in tensors.items() if name.rpartition(".")[0] not in routed}
+
+
 def run_block(
     meta_model: MetaModel,
     block: Block,
@@ -136,10 +149,7 @@ def run_block(
     tensors: of the block, by full name.
     """
     experts = block.experts
-    prefix = "" if experts is None else f"{experts.module}."
-    routed_names = {f"{x.name}.weight" for x in block.linears if x.role == "routed_expert"}
-    dense = {name: x for name, x in tensors.items() if name not in routed_names or not prefix}
-    layer = make_decoder_layer(meta_model, block, dense)
+    layer = make_decoder_layer(meta_model, block, select_dense_tensors(block, tensors))
     out, valid = run_layer(meta_model, layer, rows, lengths)
     gating = make_gating(meta_model, block)
     if experts is None or gating is None or layer.tap is None or layer.tap.last is None:

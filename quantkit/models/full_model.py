@@ -17,7 +17,7 @@ from quantkit import registry
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Block, Experts, Layout, Scheme
 from quantkit.models import layers
-from quantkit.models.expert_form import read_form
+from quantkit.models.expert_form import BIAS, read_form
 from quantkit.models.experts import find_experts_module
 from quantkit.models.layers import MetaModel, get_layer_name, join_parts, load_tensors
 from quantkit.models.outer_model import get_head, get_module_name
@@ -151,11 +151,16 @@ def iterate_block_state(
         if linear.role != "routed_expert" and linear.name not in without
     ]
     names += [f"{linear.name}.weight" for linear in plain]
-    names += [f"{linear.name}.bias" for linear in block.linears if linear.bias]
+    experts = block.experts
+    is_stacked = experts is not None and experts.first not in without
+    names += [
+        f"{linear.name}.bias"
+        for linear in block.linears
+        if linear.bias and not (is_stacked and linear.role == "routed_expert")
+    ]
     for name, tensor in join_parts(block, ((name, read(name)) for name in names)):
         yield f"{block.path}.{name}", tensor
-    experts = block.experts
-    if experts is None or experts.first in without:
+    if experts is None or not is_stacked:
         return
     module = find_experts_module(meta_model.model, block, experts)
     path = f"{block.path}.{get_layer_name(block, experts.module)}"
@@ -166,7 +171,7 @@ def iterate_block_state(
 def stack_experts(
     experts: Experts, read: TensorReader, module: Any
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the two tensors of transformers' experts module by local name.
+    """Yield the two tensors of transformers' experts module by local name, and those of biases.
 
     Gate and up of all experts are one tensor [experts, 2 * intermediate, hidden], in the order of
     the module; up alone without a gate.
@@ -174,23 +179,25 @@ def stack_experts(
     form = read_form(module)
     assert form is not None  # the layout has experts in it
 
-    def stack(projections: tuple[str, ...]) -> Tensor:
-        weights = [
+    def stack(projections: tuple[str, ...], kind: str) -> Tensor:
+        parts = [
             join_rows(
-                [read(f"{experts.linear(e, x)}.weight") for x in projections],
+                [read(f"{experts.linear(e, x)}.{kind}") for x in projections],
                 interleaved=form.interleaved,
             )
             for e in range(experts.count)
         ]
-        stacked = torch.stack(weights)  # [experts, out, in]
-        return stacked.mT.contiguous() if form.transposed else stacked
+        stacked = torch.stack(parts)  # [experts, out, in], of biases [experts, out]
+        return stacked.mT.contiguous() if form.transposed and kind == "weight" else stacked
 
-    yield "up_proj" if experts.gate is None else "gate_up_proj", stack(experts.inputs)
-    yield "down_proj", stack((experts.down,))
+    first = "up_proj" if experts.gate is None else "gate_up_proj"
+    for kind, ending in zip(experts.kinds, ("", BIAS), strict=False):
+        yield f"{first}{ending}", stack(experts.inputs, kind)
+        yield f"down_proj{ending}", stack((experts.down,), kind)
 
 
 def join_rows(weights: Sequence[Tensor], interleaved: bool) -> Tensor:
-    """Return matrices [out, in] as one, one after the other or row by row in turn."""
+    """Return matrices [out, in] or biases [out] as one: one after the other, or rows in turn."""
     if interleaved and len(weights) > 1:
         return torch.stack(list(weights), 1).flatten(0, 1)  # [out, n, in] -> [n * out, in]
     return torch.cat(list(weights))  # [n * out, in]

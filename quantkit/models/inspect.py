@@ -287,6 +287,7 @@ def make_experts(module: Any, names: ExpertNames) -> Experts:
         gate=names.gate,
         up=names.up,
         down=names.down,
+        bias=names.bias,
     )
 
 
@@ -302,6 +303,7 @@ def list_expert_linears(experts: Experts) -> Iterator[Linear]:
                 out_features=out,
                 in_features=into,
                 role="routed_expert",
+                bias=experts.bias,
             )
 
 

@@ -46,6 +46,7 @@ class MetaModel:
     device: torch.device
     dtype: torch.dtype
     left_out: Mapping[str, nn.Module] = field(default_factory=dict)  # a wrapper's parts, by name
+    tables: Mapping[str, Tensor] = field(default_factory=dict)  # weights that arguments depend on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +148,18 @@ def cast_meta_model(meta_model: MetaModel, dtype: torch.dtype) -> MetaModel:
     """Return the model to compute in another dtype."""
     if dtype == meta_model.dtype:
         return meta_model
-    outer = make_outer_model(meta_model.model, meta_model.device, dtype)
+    outer = make_outer_model(meta_model.model, meta_model.device, dtype, meta_model.tables)
     return replace(meta_model, outer=outer, dtype=dtype)
+
+
+def load_tables(meta_model: MetaModel, tables: Mapping[str, Tensor]) -> MetaModel:
+    """Return the model with weights outside its layers on which the arguments of layers depend,
+    such as a learned factor of a rotary table; by their names in transformers.
+    """
+    if not tables:
+        return meta_model
+    outer = load_outer_model(meta_model, tables)
+    return replace(meta_model, outer=outer, tables=tables)
 
 
 def load_outer_model(meta_model: MetaModel, tensors: Mapping[str, Tensor]) -> OuterModel:
@@ -190,11 +201,13 @@ def cast_tensors(
     """Return the tensors of a module by its names on a device, in `dtype`; buffers in float32,
     integers in the module's dtype.
     """
-    own, buffers = module.state_dict(), {name for name, _ in module.named_buffers()}
+    own: dict[str, Tensor] = module.state_dict()
+    buffers = {name for name, _ in module.named_buffers()}
 
     def get_dtype(name: str, tensor: Tensor) -> torch.dtype:
         if name in own and not own[name].is_floating_point():
-            return own[name].dtype
+            known: torch.dtype = own[name].dtype
+            return known
         return torch.float32 if name in buffers else dtype
 
     return {
@@ -279,8 +292,8 @@ def run_layer(
     """Run a layer over concatenated sequences, with the arguments of transformers' own forward.
 
     rows of states (`outer.form`) [tokens, width] -> (rows after it [tokens, width], valid
-    [sequences * longest] bool: the padded positions that are tokens). Sequences are padded on the right: under causal attention no token
-    sees the padding.
+    [sequences * longest] bool: the padded positions that are tokens). Sequences are padded on the
+    right: under causal attention no token sees the padding.
     """
     valid = make_padding_mask(lengths, meta_model.device)  # [sequences, longest]
     form = meta_model.outer.form

@@ -12,7 +12,7 @@ Padding is on the right and no mask says so: under causal layers no token sees i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from quantkit.models.state_rows import StateForm, StatePart, find_token_axes
 MAX_KEPT_BYTES = 1 << 26
 """Recorded arguments that are kept for the next layer; the largest are masks [n, 1, t, t]."""
 PROBE_SHAPES = ((2, 3), (3, 5))
-"""Sequences and tokens of the forwards that determine the form of states and of a layer's output."""
+"""Sequences and tokens of the forwards that determine the form of states and outputs."""
 PROBE_TOKENS = (5, 6)
 """Token ids that begin two texts: what differs between them depends on the text."""
 MAX_EXTRA_OUTPUTS = 3
@@ -80,7 +80,7 @@ class LayerStub(Stub):
     """Records the calls of a layer and returns its input, or `answer` if that is set.
 
     `hidden` are the states of the last call. `n_extra`: the number of outputs after the states;
-    None for a layer that returns no tuple.
+    None for a layer that returns no tuple. `marks`: tensors to return there.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -89,6 +89,7 @@ class LayerStub(Stub):
         self.hidden: Tensor | None = None
         self.answer: Tensor | None = None
         self.n_extra: int | None = None
+        self.marks: tuple[Tensor, ...] = ()
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Return states, in the form that the model expects."""
@@ -98,7 +99,9 @@ class LayerStub(Stub):
         self.calls.append(LayerCall(arguments=rest, keywords=keywords, by_name=by_name))
         self.hidden = hidden
         out = hidden if self.answer is None else self.answer
-        return out if self.n_extra is None else (out, *([None] * self.n_extra))
+        if self.n_extra is None:
+            return out
+        return (out, *(self.marks or [None] * self.n_extra))
 
 
 class EmbeddingStub(Stub):
@@ -289,6 +292,31 @@ class OuterModel:
                 return f"{name} is not given its states as a tensor"
         is_complete = tuple(logits.shape[:2]) == shape
         return None if is_complete else f"logits {list(logits.shape)} do not cover every token"
+
+    def find_exchange(self) -> str | None:
+        """Return what a layer is given from an earlier one besides its states; None for nothing."""
+        stores = dict[int, str]()
+        for stub in self._stubs:
+            stub.marks = tuple(torch.zeros(()) for _ in range(stub.n_extra or 0))
+        try:
+            self._forward(torch.zeros(PROBE_SHAPES[0], dtype=torch.long))
+        except FORM_ERRORS:  # it computes with what layers return
+            return "its layers are given values that earlier layers return besides their states"
+        finally:
+            marks = {id(x): n for n, stub in enumerate(self._stubs) for x in stub.marks}
+            for stub in self._stubs:
+                stub.marks = ()
+        for name, stub in zip(self._names, self._stubs, strict=True):
+            for path, value in name_tensors(stub.calls[0]):
+                if id(value) in marks:
+                    owner = self._names[marks[id(value)]]
+                    return f"{name} is given {path[1:]}, which {owner} returns besides its states"
+            for key, value in stub.calls[0].keywords.items():
+                if isinstance(value, MutableMapping) and not value:
+                    if id(value) in stores:
+                        return f"its layers are given {key}, which earlier layers fill"
+                    stores[id(value)] = key
+        return None
 
     def _forward(self, ids: Tensor) -> Tensor:
         """Run transformers' forward on token ids [sequences, tokens]; return its logits."""

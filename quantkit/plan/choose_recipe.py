@@ -14,9 +14,10 @@ from quantkit.errors import RecipeError, UsageError
 from quantkit.formats.common.engine_names import SERVERS
 from quantkit.io.suggestions import format_unknown_name
 from quantkit.plan.decisions import Decision
+from quantkit.plan.engine_limits import find_unsupported_engines
 from quantkit.plan.explain_recipe import describe_choice, explain_draft, list_widths
 from quantkit.plan.match_checkpoint import MatchedLayout
-from quantkit.plan.plan import SourceFacts, apply_rules, find_unsupported_engines
+from quantkit.plan.plan import SourceFacts, apply_rules
 from quantkit.plan.recipe_draft import Draft, RecipeRequest, Storage, list_scheme
 from quantkit.recipe.parse import parse_recipe
 from quantkit.recipe.patterns import PRESETS

@@ -10,7 +10,12 @@ from quantkit.plan.plan_schema import PlanText
 from quantkit.recipe.schema import Recipe
 from quantkit.texts.corpus_files import find_part_sha256
 from quantkit.texts.corpus_spec import CorpusSpec, read_spec
-from quantkit.texts.exposure import describe_exposure, describe_narrowness, raise_unseen_share
+from quantkit.texts.exposure import (
+    describe_exposure,
+    describe_narrowness,
+    pick_label,
+    raise_unseen_share,
+)
 from quantkit.texts.mixture_spec import PartSpec
 from quantkit.texts.self_prompts import PROMPTS_VERSION
 
@@ -51,7 +56,7 @@ def list_parts(
         ]  # fmt: skip
     shares = raise_unseen_share(
         {part.name: part.share for part in spec.parts},
-        {part.name: part.label for part in spec.parts},
+        {part.name: pick_label(part.labels, calibrated) for part in spec.parts},
         calibrated,
     )
     return [

@@ -81,6 +81,7 @@ def is_local(spec: CorpusSpec) -> bool:
     place = package_data.locate_folder("calibration")
     return all(
         part.file is not None
+        or part.texts is not None
         or part.builtin is not None
         or (part.local_path is not None and part.local_path.exists())
         or (part.set is not None and is_local(read_spec(part.set, place)))

@@ -247,7 +247,7 @@ def plan_recipe(
     that were tokenized. Raises RecipeError with every fault of the recipe, unknown benchmarks
     included.
     """
-    recipe = resolve_texts(recipe, source)
+    recipe = resolve_texts(recipe, source).pin_source(source.revision)
     tokens = bound_text_tokens(recipe) if tokens is None else tokens
     plans, faults = list[Plan](), list[str]()
     matched, budget_bytes, hidden_bytes = (

@@ -81,8 +81,14 @@ def summarize_source(plan: Plan) -> PlanSource:
 
 def summarize_copied(plan: Plan) -> tuple[PlanPart, ...]:
     """Return the parts of a wrapper that are copied, with the bytes of their tensors."""
+    decoded = {*plan.decoded_parts}
     return tuple(
-        PlanPart(name=part.name, tensors=len(part.tensors), bytes=plan.source_bytes(part.tensors))
+        PlanPart(
+            name=part.name,
+            tensors=len(part.tensors),
+            bytes=plan.source_bytes(part.tensors),
+            decoded=len(decoded & {*part.tensors}),
+        )
         for part in plan.layout.parts
     )
 
@@ -125,6 +131,8 @@ def format_scheme(scheme: Scheme) -> str:
 
 def format_action(decision: Decision) -> str:
     """Format a decision: "awq int4 g128 asymmetric", "keep", "keep FP8", "drop"."""
+    if decision.encoding is not None:
+        return f"{decision.action} {decision.encoding}"
     if decision.scheme is None:
         stored = format_scheme(decision.codes) if decision.codes else "FP8"
         has_codes = decision.keep in ("fp8", "codes")
@@ -144,6 +152,8 @@ def compute_bytes_after(plan: Plan, decision: Decision) -> int:
         return 0
     if decision.scheme is not None:
         return sum(spec.n_bytes for spec in plan.format.layout(decision.linear, decision.scheme))
+    if decision.encoding is not None:
+        return plan.source_bytes([f"{decision.linear.name}.weight"])
     return sum(spec.n_bytes for spec in plan.kept.list_weight_tensors(decision))
 
 
@@ -151,6 +161,8 @@ def format_kept_dtype(plan: Plan, decision: Decision) -> str:
     """Return the dtype of a kept weight in the artifact: "BF16", "F8_E4M3 128x128"."""
     if decision.codes is not None:
         return f"{format_scheme(decision.codes)} of the source"
+    if decision.encoding is not None:
+        return f"{decision.encoding} of the source"
     dtype = plan.kept.list_weight_tensors(decision)[0].dtype
     return f"{dtype} {plan.kept.side}x{plan.kept.side}" if decision.keep == "fp8" else dtype
 

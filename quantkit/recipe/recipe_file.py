@@ -104,6 +104,12 @@ def is_shipped(name: str) -> bool:
     return not path.suffix and not is_file(path)
 
 
+def find_shipped_recipe(text: str) -> str | None:
+    """Return the name of the shipped recipe with this text; None without one."""
+    files = sorted(locate_folder("recipes").glob("*.yaml"))
+    return next((file.stem for file in files if read_text_file(file) == text), None)
+
+
 def find_stray_output(name: str, recipe: Recipe) -> Path | None:
     """Return where a recipe file writes if that is not plainly below the working folder.
 

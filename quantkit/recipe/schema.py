@@ -363,6 +363,13 @@ class Recipe(BaseModel):
         recipe._chosen_texts = tuple((use, chosen[use]) for use in uses)
         return recipe
 
+    def pin_source(self, revision: str | None) -> Recipe:
+        """Return the recipe with the source's commit; unchanged for a model of this machine."""
+        if revision is None:
+            return self
+        source = self.source.model_copy(update={"revision": revision})
+        return self.model_copy(update={"source": source})
+
     def dump(self) -> dict[str, object]:
         """Return the recipe as JSON values, with all defaults and with presets resolved."""
         return self.model_dump(mode="json")

@@ -8,7 +8,7 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.report import format_numbers, markdown, notes, tables
+from quantkit.report import format_numbers, markdown, notes, reproduce, tables
 
 MAX_CHARACTERS = 60_000
 """Limit of a model card, so that it fits into a GitHub comment (65,536 characters)."""
@@ -20,6 +20,8 @@ _LIMITS = (
     (4, 40),
 )  # rows of a table, characters of a cell
 _MOST_RESULTS = 40
+MOST_COMMAND = reproduce.MAX_CHARACTERS + 2_000
+"""Characters of the command that builds the artifact again; a longer one is not on the card."""
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
@@ -45,6 +47,8 @@ def _render(fidelity: Fidelity, rows: int, cell: int) -> str:
             notes=notes,
             size_change=format_numbers.format_size_change,
             verdict=format_verdict(fidelity),
+            same_bytes=reproduce.SAME_BYTES,
+            most_command=MOST_COMMAND,
         )
     )
     return re.sub(r"\n{3,}", "\n\n", text)
@@ -64,6 +68,7 @@ def make_environment(rows: int, cell: int) -> Environment:
     environment.filters["table"] = lambda table: markdown.format_table(table, rows, cell)
     environment.filters["cell"] = lambda text: markdown.escape_cell(text, cell)
     environment.filters["code"] = lambda text: markdown.format_code_block(text, 4 * cell)
+    environment.filters["command"] = lambda text: markdown.format_code_block(text, MOST_COMMAND)
     environment.filters["size"] = format_numbers.format_size
     environment.filters["parameters"] = format_numbers.format_parameters
     return environment

@@ -36,9 +36,19 @@ def format_size_change(before: int, after: int) -> str:
 def format_parts(parts: Sequence[PlanPart]) -> str:
     """Return "model.visual (390 tensors, 1.34 GB), mtp (15 tensors, 210.00 MB)"."""
     return ", ".join(
-        f"{part.name} ({format_count(part.tensors)} tensors, {format_size(part.bytes)})"
+        f"{part.name} ({format_count(part.tensors)} tensors, {format_size(part.bytes)}"
+        + (f", {format_count(part.decoded)} of them decoded)" if part.decoded else ")")
         for part in parts
     )
+
+
+def describe_copy(parts: Sequence[PlanPart]) -> str:
+    """Return how parts are copied: "copied bit for bit", or with codes that became values."""
+    is_decoded = any(part.decoded for part in parts)
+    return "copied, codes that the format does not hold decoded" if is_decoded else COPIED
+
+
+COPIED = "copied bit for bit"
 
 
 def format_parameters(n: int) -> str:

@@ -31,7 +31,7 @@ from quantkit.figures import ALL_TEXT, FigureDefinition, list_headline_figures
 from quantkit.io import user_cache
 from quantkit.io.files import is_file, write_atomic, write_output
 from quantkit.io.path_safety import check_no_link
-from quantkit.report import card, format_numbers, module_ranges, notes, tables
+from quantkit.report import card, format_numbers, module_ranges, notes, reproduce, tables
 from quantkit.report.charts import CONFIG, Plot, make_charts
 from quantkit.report.samples import Answer, ChangedItem, Samples, read_samples
 
@@ -129,6 +129,7 @@ def render_page(fidelity: Fidelity, samples: Samples) -> str:
         verdict=card.format_verdict(fidelity),
         intervals=draw_intervals([row.delta_pp for row in fidelity.benchmarks]),
         worst=WORST,
+        same_bytes=reproduce.SAME_BYTES,
         folded_lines=FOLDED,
         **make_plot_context(
             environment, make_charts(fidelity, samples.histogram), ("fidelity.css",)

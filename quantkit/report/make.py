@@ -5,7 +5,6 @@ Nothing is recomputed and nothing is rounded here.
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from typing import Literal
 from quantkit.artifact import fidelity_schema
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
 from quantkit.artifact.make_manifest import read_versions
+from quantkit.artifact.read_report import NOT_FOR
 from quantkit.artifact.records import BlockRecord, ModuleRecord, list_kept_codes
 from quantkit.build.quantize_linear import FALLBACKS
 from quantkit.checkpoint.encoding import FP8
@@ -24,7 +24,8 @@ from quantkit.evaluate.token_fidelity import TextFidelity
 from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, has_separate_shared_experts
 from quantkit.numerics.fidelity import Estimate
 from quantkit.plan.decisions import NO_RULE, Decision
-from quantkit.plan.plan import Plan, find_unsupported_engines
+from quantkit.plan.engine_limits import find_unsupported_engines
+from quantkit.plan.plan import Plan
 from quantkit.plan.summary import (
     compute_bytes_after,
     format_baseline,
@@ -34,7 +35,7 @@ from quantkit.plan.summary import (
     summarize_copied,
     summarize_rules,
 )
-from quantkit.report.format_numbers import TEXT_ONLY, format_parts
+from quantkit.report.format_numbers import TEXT_ONLY, describe_copy, format_parts
 from quantkit.texts.corpora import CorpusSet
 from quantkit.texts.tokens import Tokens
 
@@ -57,8 +58,12 @@ def make_report(
     likelihood: Sequence[fidelity_schema.LikelihoodResult],
     benchmarks: Sequence[BenchmarkResult],
     license: fidelity_schema.License | None,
+    command: tuple[str, tuple[str, ...]],
 ) -> Fidelity:
-    """Return the report before its gates are judged."""
+    """Return the report before its gates are judged.
+
+    command: builds the artifact again, with the local files that it reads.
+    """
     records = [record for block in blocks for record in block.modules]
     records += list_kept_codes(plan)
     return Fidelity(
@@ -86,14 +91,9 @@ def make_report(
         versions=read_versions(plan),
         seeds={"calibration": plan.recipe.calibration.seed} if plan.recipe.calibration else {},
         hashes={"recipe": plan.recipe.hash, "plan": plan.hash},
-        command=format_build_command(plan),
+        command=command[0],
+        needs=command[1],
     )
-
-
-def format_build_command(plan: Plan) -> str:
-    """Return the command that builds the artifact again."""
-    changes = [f"--set {shlex.quote(f'{key}={text}')}" for key, text in plan.recipe.overrides]
-    return " ".join(["quantkit build", PurePath(plan.recipe.name).name, *changes])
 
 
 def summarize_artifact(plan: Plan) -> fidelity_schema.ArtifactSummary:
@@ -122,7 +122,7 @@ def summarize_artifact(plan: Plan) -> fidelity_schema.ArtifactSummary:
             *plan.architecture.serving_notes,
             *make_parts_notes(plan),
             *((UNFUSED_NOTE,) if unfused else ()),
-            *(f"Not for {engine}: {reason}." for engine, reason in unsupported.items()),
+            *(f"{NOT_FOR}{engine}: {reason}." for engine, reason in unsupported.items()),
             *make_fp8_notes(plan),
             *(f"Source: {note}." for note in plan.source.notes),
         ),
@@ -135,7 +135,7 @@ def make_parts_notes(plan: Plan) -> tuple[str, ...]:
     parts = summarize_copied(plan)
     if not parts:
         return ()
-    return (f"Copied bit for bit: {format_parts(parts)}; {TEXT_ONLY}.",)
+    return (f"{describe_copy(parts).capitalize()}: {format_parts(parts)}; {TEXT_ONLY}.",)
 
 
 def iterate_serving_commands(

@@ -201,9 +201,8 @@ def cut_chats(
                 raise _make_template_error(fault) from fault
     encoded = (_encode_segments(tokenizer, segments, length) for segments in pieces)
     if count_all:
-        rows = [(ids, ((0, len(ids)),)) for ids, _ in encoded if ids]
-    else:
-        rows = [row for row in encoded if row[1]]
+        encoded = ((ids, ((0, len(ids)),)) for ids, _ in encoded if ids)
+    rows = [row for row in encoded if row[1]]
     return CutChats(rows=tuple(rows), refused=len(reasons), reason=next(iter(reasons), ""))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
 
@@ -22,17 +23,24 @@ from quantkit.checkpoint.remote_code import format_trust_hint, read_tokenizer_ma
 from quantkit.checkpoint.tokenizer_files import check_tokenizer_files
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.texts.chats import cut_chats
-from quantkit.texts.corpus_files import CorpusPart, SelfSampler, TextDocument, read_parts, read_set
+from quantkit.texts.corpus_files import (
+    DOCUMENT_JOIN,
+    CorpusPart,
+    SelfSampler,
+    TextDocument,
+    read_parts,
+    read_set,
+)
 from quantkit.texts.corpus_spec import get_first_line, read_spec
-from quantkit.texts.exposure import raise_unseen_share
+from quantkit.texts.exposure import pick_label, raise_unseen_share
 from quantkit.texts.mixture_spec import Packing, PartPacking
+from quantkit.texts.proportions import move_missing, split_proportionally
 from quantkit.texts.tokens import Tokens, TokenSequence, pack_tokens
 
 RUST_PANIC = "PanicException"  # pyo3's; a BaseException that no module exports
 
 SHARE_UNITS = 1_000_000_000  # a share as an integer, so that rounding never decides
 CHATS_AT_ONCE = 256
-WINDOW_JOIN = "\n\n"  # between documents of a window; the usual choice for wikitext's perplexity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,12 +182,12 @@ def sample_sequences(
             f"found {sequences} of {length}. Raise `sequences` or `length` in the recipe"
         )
     if corpus.parts:
+        labels = {part.spec.name: pick_label(part.spec.labels, calibrated) for part in corpus.parts}
         shares = raise_unseen_share(
-            {part.spec.name: part.spec.share for part in corpus.parts},
-            {part.spec.name: part.spec.label for part in corpus.parts},
-            calibrated,
+            {part.spec.name: part.spec.share for part in corpus.parts}, labels, calibrated
         )
-        return _sample_parts(corpus, shares, tokenizer, sequences, length, seed)
+        unseen = [name for name, label in labels.items() if label not in calibrated]
+        return _sample_parts(corpus, shares, unseen, tokenizer, sequences, length, seed)
     every = {
         domain: _list_candidates(corpus, domain, tokenizer, length) for domain in corpus.domains
     }
@@ -213,12 +221,16 @@ def encode_continuation(
 def _sample_parts(
     corpus: CorpusSet,
     shares: Mapping[str, float],
+    unseen: Collection[str],
     tokenizer: Tokenizer,
     sequences: int | None,
     length: int,
     seed: int,
 ) -> Tokens:
-    """Sample each part's share of `sequences * length` tokens; None: as many as every part has."""
+    """Sample each part's share of `sequences * length` tokens; None: as many as every part has.
+
+    unseen: names of the parts that take over what a part with `texts` has too little text for.
+    """
     if sequences is None:
         # whole sequences of each part, so that no rounded share exceeds a part
         whole = {
@@ -232,7 +244,12 @@ def _sample_parts(
             f"found {sequences}. Raise `sequences`"
         )
     weights = {name: max(1, round(share * SHARE_UNITS)) for name, share in shares.items()}
-    counts = split_proportionally(weights, sequences)
+    little = {
+        part.spec.name: _count_tokens(_cut_part(part, tokenizer, length).rows) // length
+        for part in corpus.parts
+        if part.spec.texts is not None
+    }
+    counts = move_missing(split_proportionally(weights, sequences), little, unseen)
     picks, refused = list[TokenSequence](), dict[str, int]()
     for part in corpus.parts:
         budget = counts[part.spec.name] * length
@@ -284,6 +301,8 @@ def _pick_rows(
             if _count_tokens(picks) >= budget:
                 break
         rows = picks[::-1]
+    elif part.spec.texts is not None:
+        rows = _take_turns(_cut_part(part, tokenizer, length).rows, length, rng)[::-1]
     else:
         rows = _cut_part(part, tokenizer, length).rows
         rng.shuffle(rows)
@@ -292,6 +311,18 @@ def _pick_rows(
         chosen.append(rows.pop())
         budget -= chosen[-1].n_counted
     return CutPart(rows=chosen, refused=refused, reason=reason)
+
+
+def _take_turns(
+    rows: Sequence[TokenSequence], length: int, rng: random.Random
+) -> list[TokenSequence]:
+    """Return sequences so that each label has one per turn; its shorter window is its last one."""
+    stacks = dict[str, list[TokenSequence]]()
+    for row in rng.sample(rows, len(rows)):
+        stacks.setdefault(row.domain, []).append(row)
+    for stack in stacks.values():
+        stack.sort(key=lambda row: len(row.ids) < length)
+    return [row for turn in zip_longest(*stacks.values()) for row in turn if row is not None]
 
 
 def _count_tokens(rows: Sequence[TokenSequence]) -> int:
@@ -312,6 +343,15 @@ def _cut_part(part: CorpusPart, tokenizer: Tokenizer, length: int) -> CutPart:
         )
         sequences = [make(ids=ids, answers=answers) for ids, answers in cut.rows]
         return CutPart(rows=sequences, refused=cut.refused, reason=cut.reason)
+    if spec.texts is not None:  # little text: the rest of a file is a shorter window
+        return CutPart(
+            rows=[
+                make(ids=row, domain=label)
+                for text, label in zip(part.texts, part.labels, strict=True)
+                for row in _cut_windows(text, tokenizer, length)
+                if len(row) > 1
+            ]
+        )
     rows = _cut_sequences(part.texts, spec.packing, spec.end_of_document, tokenizer, length)
     if part.labels:  # one per text: such texts are not joined
         pairs = zip(rows, part.labels, strict=True)
@@ -401,11 +441,15 @@ def _cut_sequences(
         )
         rows = (add_prefix(prefix, ids) for ids in _encode(tokenizer, list(texts)))
         return [[*ids, *(() if ids[-1:] == eos else eos)][:length] for ids in rows]
-    stream = _encode(tokenizer, [WINDOW_JOIN.join(texts)])[0]
+    windows = _cut_windows(DOCUMENT_JOIN.join(texts), tokenizer, length)
+    return [row for row in windows if len(row) == length]
+
+
+def _cut_windows(text: str, tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    """Return windows of `length` tokens that do not overlap; the last one may be shorter."""
+    prefix, (stream,) = find_prefix(tokenizer), _encode(tokenizer, [text])
     room = length - len(prefix)
-    return [
-        [*prefix, *stream[start : start + room]] for start in range(0, len(stream) - room + 1, room)
-    ]
+    return [[*prefix, *stream[start : start + room]] for start in range(0, len(stream), room)]
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
@@ -443,33 +487,3 @@ def _choose_sequences(
     ]
     rng.shuffle(picks)  # any prefix of the sequences is then a mixture of domains
     return picks
-
-
-def split_proportionally(available: Mapping[str, int], total_share: int) -> dict[str, int]:
-    """Split `total_share` over the domains in proportion to their available sequences.
-
-    A domain never gets more than it has, and at least one if there is room.
-    """
-    total = sum(available.values())
-    least = {name: min(count, 1) for name, count in available.items()}
-    if sum(least.values()) > total_share:
-        least = dict.fromkeys(available, 0)
-    shares = {
-        name: max(total_share * count // total, least[name]) for name, count in available.items()
-    }
-
-    def compute_deficit(name: str) -> int:  # times `total`: an integer, so rounding never decides
-        return total_share * available[name] - shares[name] * total
-
-    while (remaining := total_share - sum(shares.values())) != 0:
-        if remaining > 0:
-            shares[
-                max(
-                    (name for name in shares if shares[name] < available[name]), key=compute_deficit
-                )
-            ] += 1
-        else:
-            shares[
-                min((name for name in shares if shares[name] > least[name]), key=compute_deficit)
-            ] -= 1
-    return shares

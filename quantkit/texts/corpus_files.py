@@ -30,8 +30,11 @@ from quantkit.texts.corpus_spec import (
     read_spec,
 )
 from quantkit.texts.hub_data import DataSetFault, bound_data_set, translate_library_faults
-from quantkit.texts.mixture_spec import HubRows, PartSpec
+from quantkit.texts.mixture_spec import HubRows, LabelledText, PartSpec
 from quantkit.texts.text_rows import MAX_BYTES, RowReader, TextRows, read_text_rows
+
+DOCUMENT_JOIN = "\n\n"
+"""Between documents of a window; the usual choice for wikitext's perplexity."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +49,8 @@ class TextDocument:
 class CorpusPart:
     """A part of a mixture with its documents or chats; `skipped` counts its rows without any.
 
-    labels: one per text, for a part with labels of its own.
+    labels: one per text, for a part with labels of its own. Then a text is an answer of the model,
+    or a whole file of `texts`.
     """
 
     spec: PartSpec
@@ -93,6 +97,8 @@ def _read_part(
         return sample_self(spec, part)
     if part.set is not None:
         return _read_part_of_set(where, part, folder)
+    if part.texts is not None:
+        return _read_labelled_texts(where, part, part.texts)
     if (rows := _read_builtin(spec, part)) is not None:
         return CorpusPart(spec=part, texts=rows.texts, chats=(), skipped=0, sha256=rows.sha256)
     path, reader = part.file, _make_reader(part)
@@ -103,12 +109,7 @@ def _read_part(
             reader, template=part.local.template or part.template, skip=part.local.skip
         )
     if path is not None:
-        rows = read_text_rows(path, reader, part.rows)
-        if part.sha256 is not None and rows.sha256 != part.sha256:
-            raise CalibrationError(
-                f"{path}: expected sha256 {part.sha256} ({where}), found {rows.sha256}. Restore "
-                "the file, or state the new hash if you changed it on purpose"
-            )
+        rows = _read_file_rows(path, reader, part.rows, part.sha256, where)
     elif part.hub is not None:
         rows = read_hub_rows(where, part)
     else:
@@ -126,6 +127,34 @@ def _read_part(
         )
     return CorpusPart(
         spec=part, texts=rows.texts, chats=rows.chats, skipped=rows.skipped, sha256=rows.sha256
+    )
+
+
+def _read_file_rows(
+    path: Path, reader: RowReader, limit: int, sha256: str | None, where: str
+) -> TextRows:
+    """Read the rows of a file or a folder, and check its hash if the spec states one."""
+    rows = read_text_rows(path, reader, limit)
+    if sha256 is not None and rows.sha256 != sha256:
+        raise CalibrationError(
+            f"{path}: expected sha256 {sha256} ({where}), found {rows.sha256}. Restore "
+            "the file, or state the new hash if you changed it on purpose"
+        )
+    return rows
+
+
+def _read_labelled_texts(where: str, part: PartSpec, texts: tuple[LabelledText, ...]) -> CorpusPart:
+    """Read the files of `texts`: one text per file, its paragraphs joined by blank lines."""
+    files = [
+        _read_file_rows(text.path, RowReader(), part.rows, text.sha256, where) for text in texts
+    ]
+    return CorpusPart(
+        spec=part,
+        texts=tuple(DOCUMENT_JOIN.join(rows.texts) for rows in files),
+        chats=(),
+        skipped=sum(rows.skipped for rows in files),
+        sha256=part.sha256 or "",
+        labels=tuple(text.label for text in texts),
     )
 
 
@@ -343,6 +372,8 @@ def _bound_part_tokens(spec: CorpusSpec, part: PartSpec) -> int | None:
 
     Between documents are blank lines, or BOS and EOS.
     """
+    if part.texts is not None and all(is_file(text.path) for text in part.texts):
+        return sum(text.path.stat().st_size for text in part.texts)
     rows = _read_builtin(spec, part)
     return None if rows is None else sum(len(text.encode()) + 2 for text in rows.texts)
 

@@ -126,6 +126,11 @@ def raise_unseen_share(
     }
 
 
+def pick_label(labels: Sequence[str], calibrated: Collection[str]) -> str:
+    """Return the label that decides whether a part is seen: a calibrated one, if it has any."""
+    return next((label for label in labels if label in calibrated), labels[0])
+
+
 def count_noun(count: int, noun: str) -> str:
     """Return "1 kind" or "3 kinds"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

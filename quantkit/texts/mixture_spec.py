@@ -2,12 +2,13 @@
 language each.
 
 A part takes its text from one place: another set (`set`), a file or a folder (`file`), a data set
-of the hub (`datasets`), text that quantkit makes or reads itself (`builtin`), or the model to be
-quantized (`self`).
+of the hub (`datasets`), text that quantkit makes or reads itself (`builtin`), the model to be
+quantized (`self`), or several files with a kind and a language each (`texts`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,7 +155,24 @@ class SelfText(BaseModel):
         return languages
 
 
-PLACES = ("set", "file", "datasets", "local", "builtin", "self")
+class LabelledFile(BaseModel):
+    """A plain text file with a kind and a language of its own."""
+
+    model_config = FROZEN
+    file: InnerPath
+    sha256: Sha256
+    kind: Kind
+    language: Language = ENGLISH
+
+
+def _check_files(files: tuple[LabelledFile, ...]) -> tuple[LabelledFile, ...]:
+    labels = [make_label(file.kind, file.language) for file in files]
+    if repeated := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ValueError(f"{', '.join(repeated)}: two files of one kind and language; join them")
+    return files
+
+
+PLACES = ("set", "file", "datasets", "local", "builtin", "self", "texts")
 ROW_PLACES = PLACES[1:4]
 """Places of rows with columns."""
 NEEDS = {"domain": "set", "sha256": "file", "draw": "builtin"}
@@ -192,9 +210,23 @@ class PartFile(BaseModel):
     local: LocalRows | None = None
     builtin: BuiltinName | None = None
     draw: Draw | None = None
+    texts: Annotated[
+        tuple[LabelledFile, ...] | None, Field(strict=False, min_length=1, max_length=MAX_PARTS)
+    ] = None
     set: Text | None = Field(default=None, validate_default=True)
 
     _check_end = field_validator("end")(check_end)
+
+    @field_validator("texts")
+    @classmethod
+    def _check_texts(
+        cls, texts: tuple[LabelledFile, ...] | None, info: ValidationInfo
+    ) -> tuple[LabelledFile, ...] | None:
+        if texts is not None and info.data.get("packing", "windows") != "windows":
+            raise ValueError("expected `packing: windows` with `texts`. Remove the key `packing`")
+        if texts is not None and info.data.get("template", "{text}") != "{text}":
+            raise ValueError("expected plain text with `texts`, found `template`. Remove the key")
+        return texts and _check_files(texts)
 
     @field_validator("count", "refused")
     @classmethod
@@ -283,12 +315,21 @@ MIXTURE_SECTIONS: dict[str, type[BaseModel]] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledText:
+    """A file of `texts`: its path, its hash, and the label of its scores."""
+
+    path: Path
+    sha256: str
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PartSpec:
     """A checked part: `share` is of the tokens, and the shares of a set add up to 1.
 
-    Exactly one of `set`, `file`, `hub`, `local`, `builtin` and `sampled` is not None, but `local`
-    may replace `hub`; `local_path` is its path if QUANTKIT_DATA is set. The texts of `sampled` have
-    labels of their own.
+    Exactly one of `set`, `file`, `hub`, `local`, `builtin`, `sampled` and `texts` is not None, but
+    `local` may replace `hub`; `local_path` is its path if QUANTKIT_DATA is set. The texts of
+    `sampled` and `texts` have labels of their own.
     """
 
     name: str
@@ -313,11 +354,14 @@ class PartSpec:
     draw: Draw | None = None
     sampled: SelfText | None = None
     count: Count = "answers"
+    texts: tuple[LabelledText, ...] | None = None
     refused: Refused = "stop"
 
     @property
     def labels(self) -> tuple[str, ...]:
         """All names under which scores of this part can be reported."""
+        if self.texts is not None:
+            return tuple(text.label for text in self.texts)
         if self.sampled is None:
             return (self.label,)
         return list_labels(self.sampled.kinds, self.sampled.languages)
@@ -347,7 +391,7 @@ def make_parts(values: MixtureFile, folder: Path, data: Path | None) -> tuple[Pa
             set=part.set,
             domain=part.domain,
             file=None if part.file is None else folder / part.file,
-            sha256=part.sha256 if part.local is None else part.local.sha256,
+            sha256=_find_sha256(part),
             hub=part.datasets,
             local=part.local,
             local_path=None if part.local is None or data is None else data / part.local.file,
@@ -355,9 +399,30 @@ def make_parts(values: MixtureFile, folder: Path, data: Path | None) -> tuple[Pa
             draw=part.draw,
             sampled=part.sampled,
             count=part.count,
+            texts=_locate_texts(part, folder),
             refused=part.refused,
         )
         for part in values.parts
+    )
+
+
+def _find_sha256(part: PartFile) -> str | None:
+    """Return the hash that a part states; of several files, the hash of their hashes."""
+    if part.texts is not None:
+        return hashlib.sha256("\n".join(text.sha256 for text in part.texts).encode()).hexdigest()
+    return part.sha256 if part.local is None else part.local.sha256
+
+
+def _locate_texts(part: PartFile, folder: Path) -> tuple[LabelledText, ...] | None:
+    if part.texts is None:
+        return None
+    return tuple(
+        LabelledText(
+            path=folder / text.file,
+            sha256=text.sha256,
+            label=make_label(text.kind, text.language),
+        )
+        for text in part.texts
     )
 
 
@@ -367,4 +432,5 @@ def _find_origin(part: PartFile) -> str:
     hub = part.datasets.path if part.datasets is not None else ""
     local = part.local.file if part.local is not None else ""
     own = SELF_ORIGIN if part.sampled is not None else ""
-    return part.origin or part.file or part.set or hub or local or own
+    files = f"{len(part.texts)} files" if part.texts is not None else ""
+    return part.origin or part.file or part.set or hub or local or own or files

@@ -35,8 +35,8 @@ PROBED_ROWS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class PlainFile:
-    """A path and its query: the column, the tokens of chats that count, and how chats that cannot be
-    used are treated.
+    """A path and its query: the column, the tokens of chats that count, and how unusable chats are
+    treated.
     """
 
     path: Path

@@ -31,16 +31,19 @@ from quantkit.artifact.layout import (
     find_layout_faults,
 )
 from quantkit.artifact.read_manifest import get_format_name, get_section, read_manifest
+from quantkit.artifact.read_report import read_engine_reasons
 from quantkit.checkpoint.folder_rules import (
     MODULES,
     find_redirects,
     find_remote_code,
     find_tokenizer_redirects,
+    is_module_weights,
+    is_weight_file,
 )
 from quantkit.checkpoint.header import Header, read_header
 from quantkit.checkpoint.remote_code import list_code_files
 from quantkit.checkpoint.scan import read_small_tensor, scan_file
-from quantkit.checkpoint.side_files import find_module_faults
+from quantkit.checkpoint.side_files import find_module_faults, list_module_folders
 from quantkit.contracts import TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.formats.common.checks import ValueCheck
@@ -64,8 +67,9 @@ class VerifyReport:
     """Result of the checks.
 
     weight_files: the files that engines read tensors from; sha256: of every hashed file; unsealed:
-    additional files that neither manifest nor signature covers; notes: skipped checks, with the
-    reason; stamps: taken before anything was read (`stamps.check_unchanged`).
+    additional files that neither manifest nor signature covers; notes: skipped checks, and engines
+    that cannot load the artifact, with the reason; stamps: taken before anything was read
+    (`stamps.check_unchanged`).
     """
 
     path: Path
@@ -139,9 +143,18 @@ def verify_artifact(path: Path) -> VerifyReport:
         weight_files=tuple(headers),
         sha256={name: scan.sha256 for name, scan in scans.items() if scan.sha256},
         unsealed=added,
-        notes=notes,
+        notes=(*notes, *list_engine_notes(path)),
         stamps=stamps,
     )
+
+
+def list_engine_notes(path: Path) -> Iterator[str]:
+    """Yield a note for each reason why engines cannot load an artifact, by its report."""
+    engines: dict[str, list[str]] = {}
+    for engine, reason in read_engine_reasons(path).items():
+        engines.setdefault(reason, []).append(engine)
+    for reason, names in engines.items():
+        yield escape_unprintable(f"not for {', '.join(names)}: {reason}")
 
 
 def raise_faults(path: Path, faults: list[str]) -> None:
@@ -218,7 +231,12 @@ def find_code_faults(path: Path, files: Mapping[str, object]) -> Iterator[str]:
         if name not in named:
             yield f"{name}: code that no auto_map of the artifact names; an artifact holds none"
     if MODULES in files:
-        yield from (f"{MODULES}: {fault}" for fault in find_module_faults(path))
+        faults = [f"{MODULES}: {fault}" for fault in find_module_faults(path)]
+        folders = list_module_folders(path)
+        yield from faults
+        for name in filter(is_module_weights, files if not faults else ()):
+            if name.rpartition("/")[0] not in folders:
+                yield f"{name}: weights of a module that {MODULES} does not name"
 
 
 def find_added_faults(path: Path, added: Sequence[str]) -> Iterator[str]:
@@ -305,9 +323,12 @@ def read_headers(path: Path, files: Mapping[str, object]) -> tuple[dict[str, Hea
     for name in sorted(files):
         if name.endswith(".safetensors"):
             try:
-                headers[name] = read_header(path / name)
+                header = read_header(path / name)
             except CheckpointError as fault:
                 faults.append(str(fault))
+            else:
+                if not is_module_weights(name):  # its tensors are not the model's
+                    headers[name] = header
     return headers, faults
 
 
@@ -339,7 +360,7 @@ def find_index_faults(
     files: Mapping[str, object],
 ) -> Iterator[str]:
     """Yield entries of the index without a tensor, tensors without an entry, a wrong total."""
-    name, shards = INDEX, [file for file in files if file.endswith(".safetensors")]
+    name, shards = INDEX, [file for file in files if is_weight_file(file) and file != INDEX]
     if name not in files:
         if len(shards) != 1 or shards != [SINGLE]:
             yield f"{name}: missing, with {len(shards)} shards"

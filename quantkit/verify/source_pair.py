@@ -223,7 +223,7 @@ def open_pair(path: Path, source: str | None) -> SourcePair:
         path=path,
         source_name=model,
         format=registry.get_format(str(name)) if schemes else None,
-        stored=Checkpoint.open(path),
+        stored=Checkpoint.open(path).split_experts(matched.layout.blocks),
         source=source_checkpoint.split_experts(matched.layout.blocks),
         layout=architecture.layout(config),
         left_out=matched.left_out,

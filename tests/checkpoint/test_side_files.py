@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.builds import build
 from support.checkpoints import make_plan, make_tiny_config, write_checkpoint
 
-from quantkit.artifact.layout import MANIFEST
+from quantkit.artifact.layout import MANIFEST, find_layout_faults
 from quantkit.checkpoint.side_files import describe_left_files, list_files, list_side_files
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.verify.shallow import verify_artifact
@@ -26,7 +28,11 @@ TRAVEL = {
     "modules.json": json.dumps([
         {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
         {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+        {"idx": 3, "path": "3_Dense", "type": "sentence_transformers.models.Dense"},
     ]),
+    "2_Dense/config.json": '{"in_features": 64, "out_features": 32}',
+    "3_Dense/config.json": "{}",
     "processor_config.json": "{}",
 }
 STAY = {
@@ -34,6 +40,7 @@ STAY = {
     "figure.svg": "a kind of file",
     "modeling_own.py": "code that no auto_map names",
     "onnx/model.onnx": "a second set of weights",
+    "3_Dense/pytorch_model.bin": "sentence-transformers does not load the module 3_Dense: save the",
     "original/params.json": "a file by which an engine would load something else",
 }
 SILENT = ("README.md", ".gitattributes", ".git/HEAD")
@@ -46,11 +53,16 @@ RTN = {
 }
 
 
+DENSE = "2_Dense/model.safetensors"
+WEIGHTS = {"linear.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3)}
+
+
 def write_files(folder: Path) -> Path:
     for name, text in {**TRAVEL, **dict.fromkeys((*STAY, *SILENT), "x")}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    save_file(WEIGHTS, folder / DENSE)
     return folder
 
 
@@ -60,7 +72,7 @@ def list_names(folder: Path) -> list[str]:
 
 def test_data_travels_and_the_rest_is_said(tmp_path: Path) -> None:
     folder = write_files(tmp_path)
-    assert list_names(folder) == sorted(set(TRAVEL) - {"LICENSES/Terms of use"})
+    assert list_names(folder) == sorted({*TRAVEL, DENSE} - {"LICENSES/Terms of use"})
     said = describe_left_files(folder, list_side_files(folder))
     for name, reason in STAY.items():
         assert any(name in line and reason in line for line in said), name
@@ -105,14 +117,48 @@ def test_artifact_holds_what_travels_and_verifies(tmp_path: Path) -> None:
     assert all(name in said for name in STAY)
     path = build(folder, tmp_path / "a", **RTN).path
     verify_artifact(path)
-    for name in set(TRAVEL) - {"LICENSES/Terms of use"}:
+    manifest = json.loads((path / MANIFEST).read_text())
+    assert len(manifest["files"][DENSE]["sha256"]) == 64
+    assert not any(name.startswith("linear") for name in manifest["tensors"])
+    for name in {*TRAVEL, DENSE} - {"LICENSES/Terms of use"}:
         assert (path / name).read_bytes() == (folder / name).read_bytes()
     assert not any((path / name).exists() for name in STAY)
     changed = tmp_path / "b"
     shutil.copytree(path, changed)
+    with (changed / DENSE).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    with pytest.raises(ArtifactError, match=f"{DENSE}: expected sha256"):
+        verify_artifact(changed)
     modules = [{"type": "own_code.Pooling", "path": ""}]
     (changed / "modules.json").write_text(json.dumps(modules))
     files = json.loads((changed / MANIFEST).read_text())["files"]
     assert "modules.json" in files
     with pytest.raises(ArtifactError, match="modules.json: type: expected a class of sentence_tr"):
         verify_artifact(changed)
+
+
+def write_dense(folder: Path, *, named: str = "2_Dense") -> Path:
+    """Write the weights of a module, and a modules.json that names a folder."""
+    (folder / "2_Dense").mkdir()
+    save_file(WEIGHTS, folder / DENSE)
+    entry = {"type": "sentence_transformers.models.Dense", "path": named}
+    (folder / "modules.json").write_text(json.dumps([entry]))
+    return folder
+
+
+def test_weights_of_a_module_that_nothing_names_stay_behind(tmp_path: Path) -> None:
+    assert list_names(write_dense(tmp_path, named="1_Pooling")) == ["modules.json"]
+    (tmp_path / "modules.json").unlink()
+    assert list_names(tmp_path) == []
+    assert list(find_layout_faults(["config.json", "model.safetensors", DENSE, MANIFEST])) == [
+        f"{DENSE}: a file of a module without the modules.json that names it"
+    ]
+
+
+def test_damaged_weights_of_a_module_are_refused(tmp_path: Path) -> None:
+    folder = write_dense(tmp_path)
+    assert list_names(folder) == [DENSE, "modules.json"]
+    (folder / DENSE).write_bytes((folder / DENSE).read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=DENSE):
+        list_side_files(folder)

@@ -27,10 +27,10 @@ from quantkit.texts.corpora import (
     load_set,
     load_tokenizer,
     sample_sequences,
-    split_proportionally,
 )
 from quantkit.texts.corpus_files import TextDocument
 from quantkit.texts.corpus_spec import DATA_VARIABLE
+from quantkit.texts.proportions import split_proportionally
 
 SETS = ROOT / "calibration"
 CHECKPOINT = ROOT / "quantkit/data/models/tiny_v3/checkpoint"

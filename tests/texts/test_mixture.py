@@ -200,7 +200,7 @@ def test_local_file_replaces_hub_rows(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         (
             "name: a, kind: web",
-            "one of `set`, `file`, `datasets`, `local`, `builtin`, `self`, found none",
+            "one of `set`, `file`, `datasets`, `local`, `builtin`, `self`, `texts`, found none",
         ),
         ("name: a, kind: web, builtin: exercises", "`builtin` with `draw: calibration` or"),
         ("name: a, kind: web, builtin: exercises, draw: all", "calibration or heldout"),

@@ -171,4 +171,4 @@ def decode_matrix(
     return decode_strips(strip, start, stop, shape[1:], dtype)
 
 
-ENCODING = Encoding(title="FP8 with scales per block, row or tensor", claim=claim)
+ENCODING = Encoding(title="FP8 with scales per block, row or tensor", claim=claim, claim_kept=claim)

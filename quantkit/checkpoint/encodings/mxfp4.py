@@ -39,8 +39,8 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
     if codes.spec.dtype not in ("U8", "I8"):
         return None
     name = codes.name
-    if name.endswith(BLOCKS) and f"{name.removesuffix(BLOCKS)}_scales" in codes.stored:
-        return claim_blocks(codes)
+    if weight := claim_kept(codes):
+        return weight
     packed = name.removesuffix("_packed")
     if packed != name:
         scale = codes.stored.get(f"{packed}_scale")
@@ -61,6 +61,14 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
     )
 
 
+def claim_kept(codes: StoredCodes) -> EncodedWeight | None:
+    """Return the weight of gpt-oss's blocks."""
+    name = codes.name.removesuffix(BLOCKS)
+    if codes.spec.dtype != "U8" or name == codes.name or f"{name}_scales" not in codes.stored:
+        return None
+    return claim_blocks(codes)
+
+
 def claim_blocks(codes: StoredCodes) -> EncodedWeight:
     """Return the experts of gpt-oss in one tensor."""
     name = codes.name.removesuffix(BLOCKS)
@@ -78,6 +86,7 @@ def claim_blocks(codes: StoredCodes) -> EncodedWeight:
         spec=TensorSpec(name=name, dtype=dtype, shape=(experts, groups * GROUP, rows)),
         parts={"codes": codes.spec, "scale": scale},
         decode=partial(decode_blocks, shape=(groups * GROUP, rows), dtype=dtype),
+        is_copied=True,
     )
 
 
@@ -113,4 +122,6 @@ def decode_blocks(
     return result
 
 
-ENCODING = Encoding(title="MXFP4 (gpt-oss, DeepSeek-V4, compressed-tensors)", claim=claim)
+ENCODING = Encoding(
+    title="MXFP4 (gpt-oss, DeepSeek-V4, compressed-tensors)", claim=claim, claim_kept=claim_kept
+)
