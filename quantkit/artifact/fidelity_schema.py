@@ -1,9 +1,13 @@
-"""Schema of quantkit/fidelity.json, version 1: everything that a report shows, as frozen values.
+"""Schema of quantkit/fidelity.json, version 2: everything that a report shows, as frozen values.
 
 For the schema of plans see plan.plan_schema. Shares (top-1, recovery, scores, agreement, errors)
 are 0 .. 1; KL is in nats per token; differences of scores are in percentage points; sizes are in
 bytes. A measured figure that is not finite has value None; a figure that was not measured is None
 itself. Non-finite numbers become None when a value is made, because JSON cannot hold them.
+
+Relative errors of weights, outputs and hidden states are one measure, the norm ratio
+||artifact - source|| / ||source||. Reports of version 1, where outputs had an energy ratio, are
+read and converted (convert_report.py).
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from quantkit.artifact.convert_report import convert_report
 from quantkit.artifact.layout import FIDELITY_VERSION
 from quantkit.figures import list_stored_keys
 from quantkit.plan.plan_schema import FROZEN, PlanRule
@@ -242,9 +247,7 @@ class ModuleResult(BaseModel):
     scheme: str
     relative_error: Number = None  # ||W - Q|| / ||W||
     sqnr_db: Number = None
-    output_relative_error: Number = (
-        None  # the same of W x over the calibration tokens, from the gram
-    )
+    output_relative_error: Number = None  # ||W X - Q X|| / ||W X|| over the calibration tokens X
     tokens: int | None = None
     fallback: str | None = None  # Fallback.kind
     rescaled: bool = False
@@ -358,7 +361,8 @@ class Fidelity(BaseModel):
     """The whole report."""
 
     model_config = FROZEN
-    version: Literal[1] = FIDELITY_VERSION
+    version: Literal[2] = FIDELITY_VERSION
+    converted_from: int | None = Field(default=None, exclude=True)  # version of the file, if older
     status: Status = "not judged"
     artifact: ArtifactSummary
     source: SourceModel
@@ -378,6 +382,12 @@ class Fidelity(BaseModel):
     seeds: dict[str, int] = {}
     hashes: dict[str, str] = {}  # "recipe", "plan", ...
     command: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def convert_older(cls, values: object) -> object:
+        """Convert the values of a report of an earlier version."""
+        return convert_report(values) if isinstance(values, dict) else values
 
     def find_worst_inputs(self) -> dict[str, tuple[Number, InputCoverage]]:
         """Return kind of text -> its largest unspanned share and the first input that has it.

@@ -13,6 +13,7 @@ from quantkit.diff.comparability import (
 from quantkit.diff.diff_schema import ComparedModel, Diff
 from quantkit.diff.sides import Side
 from quantkit.errors import NotComparable
+from quantkit.report.notes import describe_conversion
 
 
 def compare_sides(a: Side, b: Side, *, partial: bool = False) -> Diff:
@@ -77,6 +78,11 @@ def _list_notes(a: Side, b: Side, allowed: Comparability) -> tuple[str, ...]:
             )
         elif side.kind == "source" and side.tensors is None:
             notes.append(f"{side.name} cannot be reached, so its tensors are not compared.")
+    notes += [
+        f"{side.name}: {describe_conversion(side.fidelity)[0]}"
+        for side in (a, b)
+        if side.kind != "source" and side.fidelity.converted_from is not None
+    ]
     if allowed.source:
         return tuple(notes + loadtest_diff.list_loadtest_notes(a, b))
     notes += _list_calibration_notes(a, b)

@@ -11,7 +11,8 @@ from quantkit.diff import tables
 from quantkit.diff.charts import make_charts
 from quantkit.diff.diff_schema import Diff, DistributionDiff, FlippedItem
 from quantkit.diff.sides import TokenFigures
-from quantkit.figures import ALL_TEXT, find_figure
+from quantkit.figure_readers import ALL_TEXT
+from quantkit.figures import find_figure
 from quantkit.report import format_numbers, html_page
 from quantkit.report.html_page import Tile
 from quantkit.report.samples import ChangedItem
@@ -108,5 +109,7 @@ def _make_distribution_tiles(rows: Sequence[DistributionDiff]) -> list[Tile]:
         if row.a is not None and row.b is not None:
             a, b = (format_numbers.format_value(figure, value) for value in (row.a, row.b))
             resolution = f", {row.resolved}" if row.resolved else ""
-            tiles.append(Tile(label=figure.diff_tile, value=b, note=f"from {a}{resolution}"))
+            note = f"from {a}{resolution}"
+            meaning = figure.meaning
+            tiles.append(Tile(label=figure.diff_tile, value=b, note=note, meaning=meaning))
     return tiles

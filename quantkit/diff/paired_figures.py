@@ -18,7 +18,8 @@ from quantkit.diff.diff_schema import (
 )
 from quantkit.diff.sides import ItemKey, Side, TokenFigures
 from quantkit.evaluate import statistics
-from quantkit.figures import ALL_TEXT, FigureDefinition, find_figure, list_figures
+from quantkit.figure_readers import ALL_TEXT
+from quantkit.figures import FigureDefinition, find_figure, list_figures
 
 RECOVERY = 0.98
 """Share of A's score that B must keep for "as good", as for an artifact against its source."""

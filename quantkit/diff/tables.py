@@ -14,11 +14,19 @@ from quantkit.diff.diff_schema import (
     TensorGroup,
 )
 from quantkit.diff.paired_figures import ALL_TASKS
-from quantkit.figures import ALL_TEXT, NOT_FINITE, FigureDefinition, list_figures
+from quantkit.figure_readers import ALL_TEXT, NOT_FINITE
+from quantkit.figures import FigureDefinition, list_figures
 from quantkit.report import format_numbers
-from quantkit.report.tables import Table
+from quantkit.report.definitions import HEADINGS, HIDDEN_STATES, define_columns
+from quantkit.report.table import Table
 
 MORE = "all in --json"
+SCORES = {"A": "Score of A.", "B": "Score of B, on the same items."}
+SHIFTS = {
+    **{name: HEADINGS[name] for name in ("weights", "outputs", "same experts")},
+    "hidden states": HIDDEN_STATES,
+}
+"""What a shift is measured by -> its definition."""
 
 
 def format_headline(diff: Diff) -> str:
@@ -130,7 +138,13 @@ def make_benchmark_table(diff: Diff) -> Table:
         if rows
         else ""
     )
-    return Table(title="Benchmarks", columns=columns, rows=rows, note=note)
+    return Table(
+        title="Benchmarks",
+        columns=columns,
+        rows=rows,
+        note=note,
+        meanings=define_columns(columns, SCORES),
+    )
 
 
 def _count_filters(diff: Diff, task: str) -> int:
@@ -176,7 +190,19 @@ def make_distribution_table(diff: Diff, domain: str | None = None) -> Table:
     elif rows:
         note = "The tokens of both sides are not available, so the differences have no interval."
     columns = ("figure", "text", ">A", ">B", ">B - A [95 % CI]", "B is")
-    return Table(title="Next-token distributions", columns=columns, rows=rows, note=note)
+    return Table(
+        title="Next-token distributions",
+        columns=columns,
+        rows=rows,
+        note=note,
+        meanings=tuple(
+            {
+                row.diff_label: row.meaning
+                for row in figures.values()
+                if any(row.key == each.figure for each in shown)
+            }.items()
+        ),
+    )
 
 
 def make_likelihood_table(diff: Diff) -> Table:
@@ -354,7 +380,15 @@ def _make_shift_table(
     note = f"{rising} in B: {up:,} of {len(shifts):,}." if rows else ""
     note += f" {len(shifts) - limit:,} more; {MORE}." if len(shifts) > limit else ""
     columns = (heading, "of", ">A", ">B", ">B - A [points]")
-    return Table(title=title, columns=columns, rows=rows, note=note[:1].upper() + note[1:])
+    names = dict.fromkeys(row.by for row in shifts[:limit])
+    meanings = [(name, SHIFTS[name]) for name in names]
+    return Table(
+        title=title,
+        columns=columns,
+        rows=rows,
+        note=note[:1].upper() + note[1:],
+        meanings=(*meanings, *define_columns(columns[-1:])),
+    )
 
 
 def _join_names(names: Sequence[str], limit: int) -> str:

@@ -59,7 +59,7 @@ def parse_recipe(text: str, name: str, overrides: Mapping[str, str] = {}) -> Rec
         RecipeError: with every fault, in the order of the lines.
     """
     document, faults = _with_overrides(parse_document(text, name), overrides)
-    document = _expand_gates(document)
+    document, conversions = convert_gates(_expand_gates(document))
     check = _Check(document=document, faults=faults)
     recipe = check.model(
         Recipe, {key: value for key, value in document.values.items() if key != "rules"}, ()
@@ -78,6 +78,7 @@ def parse_recipe(text: str, name: str, overrides: Mapping[str, str] = {}) -> Rec
     recipe = recipe.model_copy(update={"rules": resolved})
     recipe._document = document
     recipe._overrides = tuple(overrides.items())
+    recipe._conversions = conversions
     return recipe
 
 
@@ -100,7 +101,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
 
     `tasks`: the benchmarks of the report to be checked.
     """
-    document = _expand_gates(parse_document(text, name))
+    document, _ = convert_gates(_expand_gates(parse_document(text, name)))
     check = _Check(document=document, faults=[])
     for key in document.values.keys() - Recipe.model_fields.keys():
         check.fault(
@@ -114,6 +115,11 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
             sentence for _, sentence in sorted(check.faults, key=lambda fault: fault[0])
         ])
     return parsed.gates
+
+
+def describe_gate_conversions(text: str, name: str) -> tuple[str, ...]:
+    """Return a sentence for each former key among the `gates:` of a YAML text."""
+    return convert_gates(_expand_gates(parse_document(text, name)))[1]
 
 
 def expand_preset(name: str, default: Quantize, line: int | None = None) -> tuple[Rule, ...]:
@@ -282,6 +288,38 @@ def _expand_gates(document: YamlDocument) -> YamlDocument:
         else:
             expanded.setdefault(key, value)
     return replace(document, values={**document.values, "gates": expanded})
+
+
+def convert_gates(document: YamlDocument) -> tuple[YamlDocument, tuple[str, ...]]:
+    """Return the document with gates of a former key under the present one, and what was changed.
+
+    A document with both keys is left as it is, which makes the former one a fault.
+    """
+    gates = document.values.get("gates")
+    former, present = figures.ENERGY_GATE, figures.NORM_GATE
+    if not isinstance(gates, dict) or former not in gates or present in gates:
+        return document, ()
+    bounds, changes = gates[former], list[str]()
+    if isinstance(bounds, dict):
+        roots = {key: figures.convert_energy(value) for key, value in bounds.items()}
+        changes = [
+            f"{key} {bounds[key]:g} -> {root:.4g}"
+            for key, root in roots.items()
+            if isinstance(root, float)
+        ]
+        bounds = roots
+    converted = {(present if key == former else key): value for key, value in gates.items()}
+    converted[present] = bounds
+    dotted = (("gates", f"{former}.{bound}") for bound in Gate.model_fields)  # "KEY.max: 0.01"
+    place = next((p for p in (("gates", former), *dotted) if p in document.lines), ("gates",))
+    line = document.lines.get(place)
+    lines = document.lines if line is None else {**document.lines, ("gates", present): line}
+    sentence = (
+        f"{document.where(place)}: gates.{former} bounds an energy ratio; read as "
+        f"{present}, its square root{': ' if changes else ''}{', '.join(changes)}; write {present}"
+    )
+    values = {**document.values, "gates": converted}
+    return replace(document, values=values, lines=lines), (sentence,)
 
 
 def _describe_unknown_figure(figure: str, tasks: Sequence[str]) -> str:

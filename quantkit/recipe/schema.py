@@ -320,6 +320,7 @@ class Recipe(BaseModel):
     compute: Annotated[Compute, describe("Device and dtypes.")] = Compute()
     _document: YamlDocument = PrivateAttr(default=YamlDocument(name="recipe", values={}, lines={}))
     _overrides: tuple[tuple[str, str], ...] = PrivateAttr(default=())
+    _conversions: tuple[str, ...] = PrivateAttr(default=())
     _chosen_texts: tuple[tuple[str, tuple[str, str]], ...] = PrivateAttr(default=())
 
     @property
@@ -333,6 +334,11 @@ class Recipe(BaseModel):
         artifact.
         """
         return tuple(pair for pair in self._overrides if pair[0] not in {"memory", "output.path"})
+
+    @property
+    def conversions(self) -> tuple[str, ...]:
+        """Sentences on keys of former versions that were converted."""
+        return self._conversions
 
     def is_overridden(self, key: str) -> bool:
         """Return whether a dotted key, e.g. "output.path", was overridden."""

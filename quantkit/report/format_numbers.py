@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from quantkit.artifact.fidelity_schema import Figure
-from quantkit.figures import NOT_FINITE, FigureDefinition, Reading, Style
+from quantkit.figure_readers import ALL_TEXT, NOT_FINITE, Reading
+from quantkit.figures import FigureDefinition, Style
 from quantkit.plan.plan_schema import PlanPart
 
 MISSING = "-"
@@ -17,6 +18,13 @@ TEXT_ONLY = "calibration and figures use text only"
 def format_count(n: int | None) -> str:
     """Return 12345 as "12,345"."""
     return MISSING if n is None else f"{n:,}"
+
+
+def format_exposure(label: str, seen: Collection[str]) -> str:
+    """Return whether calibration had text of a kind: "seen" or "unseen"; "-" for all text."""
+    if label == ALL_TEXT:
+        return MISSING
+    return "seen" if label in seen else "unseen"
 
 
 def format_size(n_bytes: int) -> str:

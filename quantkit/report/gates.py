@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, GateResult
-from quantkit.figures import NOT_FINITE, NOT_MEASURED, Reading, find_figure, is_size
+from quantkit.figure_readers import NOT_FINITE, NOT_MEASURED, Reading
+from quantkit.figures import find_figure, is_size
 from quantkit.recipe.schema import Gate
 from quantkit.report import format_numbers
 from quantkit.verify.check_report import compute_status

@@ -27,12 +27,14 @@ from quantkit.artifact.layout import MANIFEST, PAGE
 from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.artifact.read_report import read_report, read_sealed_report
 from quantkit.errors import ArtifactError
-from quantkit.figures import ALL_TEXT, FigureDefinition, list_headline_figures
+from quantkit.figure_readers import ALL_TEXT
+from quantkit.figures import FigureDefinition, list_headline_figures
 from quantkit.io import user_cache
 from quantkit.io.files import is_file, write_atomic, write_output
 from quantkit.io.path_safety import check_no_link
 from quantkit.report import card, format_numbers, module_ranges, notes, tables
 from quantkit.report.charts import CONFIG, Plot, make_charts
+from quantkit.report.definitions import HEADINGS, Meanings
 from quantkit.report.samples import Answer, ChangedItem, Samples, read_samples
 
 WORST = 200  # modules in the table
@@ -53,6 +55,7 @@ class Tile:
     label: str
     value: str
     note: str = ""
+    meaning: str = ""  # the sentence that defines it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +185,7 @@ def make_environment(*, autoescape: bool) -> Environment:
         "count": format_numbers.format_count,
         "json": format_json,
         "folded": module_ranges.fold_names,
+        "definitions": list_definitions,
     }
     return environment
 
@@ -260,7 +264,8 @@ def make_tiles(fidelity: Fidelity) -> list[Tile]:
         lowest, task = min(recoveries)
         note = f"{task}, the lowest of {len(recoveries)}" if len(recoveries) > 1 else task
         value = format_numbers.format_percent(lowest)
-        tiles.append(Tile(label="Recovery", value=value, note=note))
+        meaning = HEADINGS["recovery [95 % CI]"]
+        tiles.append(Tile(label="Recovery", value=value, note=note, meaning=meaning))
     return tiles
 
 
@@ -273,7 +278,12 @@ def _make_tile(definition: FigureDefinition, fidelity: Fidelity) -> Tile | None:
     note = _describe_size(fidelity) if definition.key == "size" else definition.tile_note
     tokens = next((row.tokens for row in fidelity.distribution if row.domain == ALL_TEXT), 0)
     note = note.format(tokens=f"{tokens:,}")
-    return Tile(label=definition.tile, value=value, note=f"{note}, ±{error}" if error else note)
+    return Tile(
+        label=definition.tile,
+        value=value,
+        note=f"{note}, ±{error}" if error else note,
+        meaning=definition.meaning,
+    )
 
 
 def _describe_size(fidelity: Fidelity) -> str:
@@ -282,6 +292,11 @@ def _describe_size(fidelity: Fidelity) -> str:
     ratio = artifact.bytes_source / artifact.bytes_artifact if artifact.bytes_artifact else 0.0
     smaller = f", {ratio:.2f}x smaller" if ratio > 1 else ""
     return f"from {format_numbers.format_size(artifact.bytes_source)}{smaller}"
+
+
+def list_definitions(tiles: Sequence[Tile]) -> Meanings:
+    """Return label and sentence of the tiles that have one."""
+    return tuple((tile.label, tile.meaning) for tile in tiles if tile.meaning)
 
 
 def draw_intervals(differences: Sequence[Figure | None]) -> dict[int, Markup]:

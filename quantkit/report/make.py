@@ -363,7 +363,7 @@ def summarize_module(record: ModuleRecord) -> fidelity_schema.ModuleResult:
         scheme=format_scheme(record.scheme),
         relative_error=record.relative_error,
         sqnr_db=record.sqnr_db,
-        output_relative_error=record.output_error,
+        output_relative_error=record.output_relative_error,
         tokens=record.tokens,
         fallback=", ".join(record.fallbacks) or None,
         rescaled=record.rescaled,

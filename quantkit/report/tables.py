@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from math import inf
-from statistics import median
+from collections.abc import Sequence
 
-from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, ModuleResult, TaskOverlap
-from quantkit.artifact.layout import FIDELITY
-from quantkit.figures import (
-    ALL_TEXT,
-    LOW_COVERAGE,
-    NOT_FINITE,
-    find_figure,
-    is_size,
-    list_figures,
-    list_seen_kinds,
-)
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, TaskOverlap
+from quantkit.figure_readers import list_seen_kinds
+from quantkit.figures import find_figure, is_size, list_figures
 from quantkit.report import format_numbers
+from quantkit.report.definitions import define_columns, define_figures
+from quantkit.report.error_tables import (
+    make_block_table,
+    make_coverage_table,
+    make_expert_table,
+    make_fallback_table,
+    make_module_table,
+    make_router_table,
+)
+from quantkit.report.table import Table
 
-WORST = 10
-EXAMPLES = 3
-MORE = FIDELITY
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Rows of text under named columns.
-
-    A column whose name starts with ">" holds numbers and is aligned right.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
+LIKELIHOOD = {
+    "source": "Log-likelihood per token of the solutions under the source, mean over items.",
+    "artifact": "The same under the artifact.",
+    "difference": "Artifact - source, paired item by item; negative is worse.",
+}
 
 
 def make_benchmark_table(fidelity: Fidelity) -> Table:
@@ -80,7 +68,13 @@ def make_comparison_table(results: Sequence[BenchmarkResult], how: str) -> Table
     note = f"{how}; p is McNemar's exact test on the changed items."
     note += _format_rates("Cut at the token limit", [(row.task, row.truncated) for row in results])
     note += _format_rates("Without a result", [(row.task, row.unparsed) for row in results])
-    return Table(title="Benchmarks", columns=columns, rows=tuple(rows), note=note if rows else "")
+    return Table(
+        title="Benchmarks",
+        columns=columns,
+        rows=tuple(rows),
+        note=note if rows else "",
+        meanings=define_columns(columns),
+    )
 
 
 def make_distribution_table(fidelity: Fidelity) -> Table:
@@ -93,12 +87,17 @@ def make_distribution_table(fidelity: Fidelity) -> Table:
     )
     seen = list_seen_kinds(fidelity)
     if seen is not None and domains:
-        rows.append(("calibrated on", *(_describe_exposure(row.domain, seen) for row in domains)))
+        rows.append((
+            "calibrated on",
+            *(format_numbers.format_exposure(row.domain, seen) for row in domains),
+        ))
+    shown = list[str]()
     for figure in list_figures():
         readings = [figure.read(fidelity, row.domain) for row in domains]
         if figure.scope == "domain" and any(reading.is_measured for reading in readings):
             cells = (format_numbers.format_reading(figure, reading) for reading in readings)
             rows.append((figure.label, *cells))
+            shown.append(figure.key)
     return Table(
         title="Next-token distributions",
         columns=("figure", *(f">{row.domain}" for row in domains)),
@@ -107,14 +106,8 @@ def make_distribution_table(fidelity: Fidelity) -> Table:
         f"{_format_kinds(fidelity)}"
         if rows
         else "",
+        meanings=define_figures(shown),
     )
-
-
-def _describe_exposure(label: str, seen: Collection[str]) -> str:
-    """Return whether calibration had text of a kind."""
-    if label == ALL_TEXT:
-        return format_numbers.MISSING
-    return "seen" if label in seen else "unseen"
 
 
 def _format_kinds(fidelity: Fidelity) -> str:
@@ -151,11 +144,13 @@ def make_likelihood_table(fidelity: Fidelity) -> Table:
     note = (
         "Log-likelihood of a correct answer after its prompt, nats per token; nothing is generated."
     )
+    columns = ("task", ">items", ">tokens", ">source", ">artifact", ">difference [95 % CI]")
     return Table(
         title="Gold solutions (teacher-forced)",
-        columns=("task", ">items", ">tokens", ">source", ">artifact", ">difference [95 % CI]"),
+        columns=columns,
         rows=rows,
         note=note + "".join(skipped) if rows else "",
+        meanings=define_columns(columns, LIKELIHOOD),
     )
 
 
@@ -173,7 +168,12 @@ def make_gate_table(fidelity: Fidelity) -> Table:
         )
         for row in fidelity.gates
     )
-    return Table(title="Gates", columns=("figure", ">bound", ">value", "result"), rows=rows)
+    return Table(
+        title="Gates",
+        columns=("figure", ">bound", ">value", "result"),
+        rows=rows,
+        meanings=define_figures(row.figure for row in fidelity.gates),
+    )
 
 
 def make_role_table(fidelity: Fidelity) -> Table:
@@ -191,153 +191,6 @@ def make_role_table(fidelity: Fidelity) -> Table:
     )
     columns = ("layers", ">quantized", ">kept", ">parameters", "stored as", "reason")
     return Table(title="Quantized layers", columns=columns, rows=rows)
-
-
-def make_module_table(fidelity: Fidelity, limit: int = WORST) -> Table:
-    """Return the quantized matrices with the largest relative output error.
-
-    Matrices without output error come after them, by their weight error.
-    """
-    quantized = [row for row in fidelity.modules if row.method is not None]
-    worst = sorted(quantized, key=_rank_module, reverse=True)[:limit]
-    rows = tuple(
-        (
-            row.name,
-            f"{row.method}+{row.rounding}"
-            if row.rounding not in (None, row.method)
-            else str(row.method),
-            format_numbers.format_percent(row.relative_error),
-            format_numbers.MISSING if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
-            format_numbers.format_percent(row.output_relative_error),
-            format_numbers.format_count(row.tokens),
-            row.fallback or ("rescaled" if row.rescaled else ""),
-        )
-        for row in worst
-    )
-    columns = ("module", "method", ">weights", ">SQNR dB", ">outputs", ">tokens", "note")
-    note = (
-        f"The {len(rows)} worst of {len(quantized):,}; all in {MORE}."
-        if len(rows) < len(quantized)
-        else ""
-    )
-    return Table(
-        title="Relative error of weights and outputs, worst modules",
-        columns=columns,
-        rows=rows,
-        note=note,
-    )
-
-
-def make_block_table(fidelity: Fidelity, limit: int = WORST) -> Table:
-    """Return the relative error of the hidden states after a block, largest first."""
-    worst = sorted(fidelity.blocks, key=lambda row: _rank(row.relative_error, inf), reverse=True)[
-        :limit
-    ]
-    rows = tuple((row.block, _finite(row.relative_error)) for row in worst)
-    note = (
-        f"The {len(rows)} worst of {len(fidelity.blocks)} blocks."
-        if len(rows) < len(fidelity.blocks)
-        else ""
-    )
-    return Table(
-        title="Relative error of the hidden states after a block",
-        columns=("block", ">error"),
-        rows=rows,
-        note=note,
-    )
-
-
-def make_router_table(fidelity: Fidelity, limit: int = WORST) -> Table:
-    """Return the share of expert choices that agree with the source's, lowest first."""
-    lowest = sorted(fidelity.routers, key=lambda row: _rank(row.agreement, missing=-1.0))[:limit]
-    rows = tuple((row.block, _finite(row.agreement)) for row in lowest)
-    note = (
-        f"The {len(rows)} lowest of {len(fidelity.routers)} layers."
-        if len(rows) < len(fidelity.routers)
-        else ""
-    )
-    return Table(title="Router agreement", columns=("block", ">same experts"), rows=rows, note=note)
-
-
-def make_expert_table(fidelity: Fidelity, limit: int = WORST) -> Table:
-    """Return the calibration tokens per expert by layer, the layer with the lowest minimum
-    first."""
-    coverage = fidelity.experts
-    columns = ("block", ">experts", ">min tokens", ">median", ">max", ">under-calibrated")
-    if coverage is None or not coverage.layers:
-        return Table(title="Calibration tokens per expert", columns=columns, rows=())
-    layers = sorted(
-        (row for row in coverage.layers if row.tokens), key=lambda row: min(row.tokens)
-    )[:limit]
-    rows = tuple(
-        (
-            row.block,
-            str(len(row.tokens)),
-            format_numbers.format_count(min(row.tokens)),
-            format_numbers.format_count(round(median(row.tokens))),
-            format_numbers.format_count(max(row.tokens)),
-            str(sum(tokens < coverage.min_tokens for tokens in row.tokens)),
-        )
-        for row in layers
-    )
-    low = coverage.uncalibrated()
-    examples = ", ".join(
-        f"{block} expert {expert} ({tokens:,})" for block, expert, tokens in low[:limit]
-    )
-    note = (
-        f"{len(low)} of {sum(len(row.tokens) for row in coverage.layers):,} experts "
-        f"saw fewer than {coverage.min_tokens} "
-    )
-    note += (
-        f"tokens and got {coverage.policy}: {examples}{_more(len(low), limit)}."
-        if low
-        else "tokens."
-    )
-    return Table(title="Calibration tokens per expert", columns=columns, rows=rows, note=note)
-
-
-def make_coverage_table(fidelity: Fidelity, limit: int = WORST) -> Table:
-    """Return the kinds of text that calibration does not cover, each at its worst input."""
-    seen = list_seen_kinds(fidelity) or frozenset()
-    low = [
-        (share, kind, place)
-        for kind, (share, place) in fidelity.find_worst_inputs().items()
-        if share is not None and share > 1 - LOW_COVERAGE
-    ]
-    low.sort(key=lambda row: -row[0])
-    rows = tuple(
-        (
-            f"{kind} ({_describe_exposure(kind, seen)})",
-            place.input,
-            format_numbers.format_percent(share, 1),
-            format_numbers.format_digits(place.effective_rank),
-            format_numbers.format_count(place.channels),
-        )
-        for share, kind, place in low[:limit]
-    )
-    note = ""
-    if low:
-        share, kind, place = low[0]
-        percent = format_numbers.format_percent(share, 0)
-        note = f"The text {kind} has {percent} of its energy at {place.input} outside of what "
-        note += "calibration covers. Add text of this kind to the calibration set."
-    columns = ("text", "at the input of", ">outside", ">rank", ">channels")
-    title = "Text that calibration does not cover"
-    return Table(title=title, columns=columns, rows=rows, note=note)
-
-
-def make_fallback_table(fidelity: Fidelity) -> Table:
-    """Return every fallback in use with its number of modules."""
-    rows = tuple(
-        (
-            row.kind,
-            format_numbers.format_count(len(row.modules)),
-            row.meaning,
-            ", ".join(row.modules[:EXAMPLES]) + _more(len(row.modules), EXAMPLES),
-        )
-        for row in fidelity.fallbacks
-    )
-    return Table(title="Fallbacks", columns=("kind", ">modules", "meaning", "examples"), rows=rows)
 
 
 def make_text_table(fidelity: Fidelity) -> Table:
@@ -427,26 +280,6 @@ def _format_rates(
         if rate and any(rate)
     ]
     return f" {label}: {', '.join(rates)}." if rates else ""
-
-
-def _rank_module(row: ModuleResult) -> tuple[bool, float]:
-    error = (
-        row.output_relative_error if row.output_relative_error is not None else row.relative_error
-    )
-    return row.output_relative_error is not None, _rank(error, missing=-1.0)
-
-
-def _rank(value: float | None, missing: float) -> float:
-    return missing if value is None else value
-
-
-def _finite(share: float | None) -> str:
-    """Return a share that was measured; None is one that is not finite."""
-    return NOT_FINITE if share is None else format_numbers.format_percent(share)
-
-
-def _more(total: int, shown: int) -> str:
-    return f" and {total - shown:,} more" if total > shown else ""
 
 
 def make_tables(fidelity: Fidelity) -> Sequence[Table]:

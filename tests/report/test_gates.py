@@ -52,7 +52,7 @@ def judge_one(figure: str, gate: Gate, fidelity: Fidelity) -> tuple[float | None
         ("kl_mean@all", 0.000361),
         ("top1@math", 0.9971),
         ("module_error", 0.0912),
-        ("module_output_error", 0.0934),
+        ("output_error", 0.0934),
         ("block_error", 0.0123),
         ("fallbacks", 1.0),
         ("bits_per_weight", 4.25),
@@ -99,7 +99,7 @@ def test_figure_of_an_absent_domain_is_not_measured() -> None:
 def test_module_without_output_error_is_reported_and_without_error_fails() -> None:
     modules = [dict(module) for module in FIDELITY["modules"]]  # type: ignore[attr-defined]
     modules[0]["output_relative_error"] = None
-    values = judge_one("module_output_error", Gate(max=1), make_example({"modules": modules}))
+    values = judge_one("output_error", Gate(max=1), make_example({"modules": modules}))
     assert values == (0.0934, True, "1 of 2 modules not measured")
     modules[0]["relative_error"] = float("nan")
     assert judge_one("module_error", Gate(max=1), make_example({"modules": modules})) == (

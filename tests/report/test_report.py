@@ -22,6 +22,7 @@ from quantkit.figures import list_keys
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.recipe.schema import Gate
 from quantkit.report import card, format_numbers, gates, markdown, tables, terminal
+from quantkit.report.table import Table
 
 
 def join_lines(text: str) -> str:
@@ -181,7 +182,9 @@ def test_worst_modules_come_first_and_others_are_counted() -> None:
     kept = [ModuleResult(name="kept", rule="r", method=None, scheme="BF16")]
     content = tables.make_module_table(make_example({"modules": [*modules, *kept]}))
     assert [row[0] for row in content.rows] == [f"m{199 - i}" for i in range(10)]
-    assert content.note == "The 10 worst of 200; all in quantkit/fidelity.json."
+    assert content.note.startswith(
+        "The 10 worst of 200; all in quantkit/fidelity.json. Weights: ||"
+    )
     assert len(tables.make_module_table(make_example({"modules": modules}), limit=200).rows) == 200
 
 
@@ -271,21 +274,17 @@ def test_terminal_report_fits_its_width_without_loss(width: int) -> None:
 
 
 def test_columns_fit_every_number_and_word() -> None:
-    content = tables.Table(
-        title="t", columns=("a", ">n"), rows=(("long words here " * 9, "1,234 ±5"),)
-    )
+    content = Table(title="t", columns=("a", ">n"), rows=(("long words here " * 9, "1,234 ±5"),))
     assert terminal.compute_widths(content, 100) == [89, 8]
     assert terminal.compute_widths(content, 60) == [49, 8]
-    crowded = tables.Table(title="t", columns=(">a", ">b"), rows=(("1" * 60, "2" * 60),))
+    crowded = Table(title="t", columns=(">a", ">b"), rows=(("1" * 60, "2" * 60),))
     assert terminal.compute_widths(crowded, 100) == [None, None]
 
 
 def test_narrow_terminal_breaks_no_number() -> None:
     figures = ("1,234,567", "23,456", "107.87 GB", "345.68 GB ±0.01")
     columns = ("what", *(f">{word} of tokens" for word in ("sum", "rest", "bytes", "all")))
-    content = tables.Table(
-        title="t", columns=columns, rows=(("a long name of several words", *figures),)
-    )
+    content = Table(title="t", columns=columns, rows=(("a long name of several words", *figures),))
     for width in (100, 80, 60, 55):
         shown = render_to_text(terminal.render_table(content), width)
         assert max(map(len, shown.splitlines())) <= width

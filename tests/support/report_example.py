@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 FIDELITY: dict[str, object] = {
-    "version": 1,
+    "version": 2,
     "artifact": {
         "name": "tiny-v3-awq4",
         "format": "awq",
