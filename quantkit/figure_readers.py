@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import hypot
+from math import exp, hypot
 from statistics import fmean
 from typing import Any
 
+NORMAL = 1.959964
+"""Standard errors of a 95 % interval of independent kinds."""
 NOT_MEASURED = "not measured"
 NOT_FINITE = "not finite"
 ALL_TEXT = "all"
@@ -92,7 +94,7 @@ def read_worst_kind(report: Any, _part: str) -> Reading:
     if reading.value is None:
         return reading
     label = max(kinds, key=lambda label: kinds[label].value or 0.0)
-    return Reading(value=reading.value, se=kinds[label].se, reason=label)
+    return Reading(value=reading.value, se=kinds[label].se, ci=kinds[label].ci, reason=label)
 
 
 def read_mean_over_kinds(report: Any, _part: str) -> Reading:
@@ -109,7 +111,10 @@ def average_readings(readings: Sequence[Reading]) -> Reading:
         return Reading(value=None, reason=NOT_MEASURED)
     errors = [reading.se for reading in readings if reading.se is not None]
     known = len(errors) == len(readings)
-    return Reading(value=fmean(values), se=hypot(*errors) / len(errors) if known else None)
+    if not known:
+        return Reading(value=fmean(values))
+    mean, error = fmean(values), hypot(*errors) / len(errors)
+    return Reading(value=mean, se=error, ci=(mean - NORMAL * error, mean + NORMAL * error))
 
 
 def read_shift(report: Any, _part: str) -> Reading:
@@ -131,7 +136,11 @@ def read_shift(report: Any, _part: str) -> Reading:
     below, above = average_readings(groups["seen"]), average_readings(groups["unseen"])
     if above.value is None or not below.value:
         return Reading(value=None, reason=NOT_FINITE)
-    return Reading(value=above.value / below.value)
+    ratio = above.value / below.value
+    if above.se is None or below.se is None or not above.value:
+        return Reading(value=ratio)
+    spread = exp(NORMAL * hypot(above.se / above.value, below.se / below.value))
+    return Reading(value=ratio, ci=(ratio / spread, ratio * spread))
 
 
 def read_likelihood(report: Any, task: str) -> Reading:

@@ -44,12 +44,19 @@ class Pairing:
     """How two artifacts are compared token by token.
 
     statistic: "mean" is the mean of B - A; "ratio" is exp of it; "share" is the difference of two
-    proportions (Bonett and Price 2012).
+    proportions (Bonett and Price 2012); "mean ratio" is the ratio of the means; "quantile ratio"
+    that of the quantiles at `quantile`. Ratios of a source, which is 0, are differences of means.
     column: the values of every token, from `diff.sides.TokenFigures`.
     """
 
-    statistic: Literal["mean", "ratio", "share"]
+    statistic: Literal["mean", "ratio", "share", "mean ratio", "quantile ratio"]
     column: Callable[[Any], Sequence[float]]
+    quantile: float = 0.5
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether the change is a factor, B / A."""
+        return "ratio" in self.statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,25 +129,32 @@ FIGURES: tuple[FigureDefinition, ...] = (
         meaning="Mean over the tokens of KL(source || artifact), over the full vocabulary.",
         mark="mean", tile="Mean KL", tile_note="nats per token", run_column="kl", run_heading="KL",
         diff_label="KL mean [nats/token]", diff_tile="Mean KL",
-        pairing=Pairing(statistic="mean", column=lambda tokens: tokens.kl),
+        pairing=Pairing(statistic="mean ratio", column=lambda tokens: tokens.kl),
     ),
     FigureDefinition(
         key="kl_median", label="KL median", style="nats", direction="lower", unit="nats/token",
         at_source=0.0,
         meaning="Median of the tokens' KL.",
         diff_label="KL median",
+        pairing=Pairing(statistic="quantile ratio", column=lambda tokens: tokens.kl),
     ),
     FigureDefinition(
         key="kl_p99", label="KL 99 %", style="nats", direction="lower", unit="nats/token",
         at_source=0.0,
         meaning="99th percentile of the tokens' KL.",
         mark="99 %", diff_label="KL 99 %",
+        pairing=Pairing(
+            statistic="quantile ratio", column=lambda tokens: tokens.kl, quantile=0.99
+        ),
     ),
     FigureDefinition(
         key="kl_p999", label="KL 99.9 %", style="nats", direction="lower", unit="nats/token",
         at_source=0.0,
         meaning="99.9th percentile of the tokens' KL.",
         mark="99.9 %", diff_label="KL 99.9 %",
+        pairing=Pairing(
+            statistic="quantile ratio", column=lambda tokens: tokens.kl, quantile=0.999
+        ),
     ),
     FigureDefinition(
         key="kl_max", label="KL max", style="nats", direction="lower", unit="nats/token",

@@ -170,6 +170,7 @@ class TextSet(BaseModel):
     parts: tuple[TextPart, ...] = ()
     overlaps: tuple[TaskOverlap, ...] = ()  # of a calibration text
     chosen: str = ""
+    repeated: int | None = None  # scored tokens whose context begins an earlier document too
 
 
 # ------------------------------------------------------------------------------------------ figures

@@ -238,15 +238,22 @@ def compute_quantile_ratio(
 def balance_tails(a: Array, b: Array, share: float, groups: Array) -> tuple[float, float]:
     """Return the interval of the difference of the shares of b and of a above their common
     quantile.
+    """
+    threshold = np.quantile(np.concatenate((a, b)), share)
+    return compute_paired_share_interval(
+        (b > threshold).astype(np.float64) - (a > threshold), groups
+    )
+
+
+def compute_paired_share_interval(changes: Array, groups: Array) -> tuple[float, float]:
+    """Return the interval of the mean of changes [n], each -1, 0 or 1: a difference of shares.
 
     Bonett and Price 2012 for pairs, with the variance times the design effect of the documents.
     """
-    n = len(a)
-    threshold = np.quantile(np.concatenate((a, b)), share)
-    changes = (b > threshold).astype(np.float64) - (a > threshold)
+    n = len(changes)
     up, down = float((changes > 0).sum()), float((changes < 0).sum())
     error, quantile = compute_mean_error(changes, groups)
-    plain = float(changes.var()) / n
+    plain = float(changes.var(ddof=1)) / n
     effect = max(1.0, error * error / plain) if plain and error != float("inf") else 1.0
     rises, falls = (up + 1) / (n + 2), (down + 1) / (n + 2)
     half = quantile * sqrt(effect * (rises + falls - (rises - falls) ** 2) / (n + 2))

@@ -272,7 +272,7 @@ def make_tiles(fidelity: Fidelity) -> list[Tile]:
 def _make_tile(definition: FigureDefinition, fidelity: Fidelity) -> Tile | None:
     """Return a figure's tile; None if it was not measured."""
     text = format_numbers.format_reading(definition, definition.read(fidelity))
-    value, _, error = text.partition(" ±")
+    value, _, interval = text.partition(" [")
     if value == format_numbers.MISSING:
         return None
     note = _describe_size(fidelity) if definition.key == "size" else definition.tile_note
@@ -281,7 +281,7 @@ def _make_tile(definition: FigureDefinition, fidelity: Fidelity) -> Tile | None:
     return Tile(
         label=definition.tile,
         value=value,
-        note=f"{note}, ±{error}" if error else note,
+        note=f"{note}, [{interval}" if interval else note,
         meaning=definition.meaning,
     )
 

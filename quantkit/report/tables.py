@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, TaskOverlap
+from quantkit.artifact.fidelity_schema import (
+    BenchmarkResult,
+    DistributionResult,
+    Fidelity,
+    TaskOverlap,
+)
 from quantkit.figure_readers import list_seen_kinds
 from quantkit.figures import find_figure, is_size, list_figures
 from quantkit.report import format_numbers
@@ -78,35 +83,87 @@ def make_comparison_table(results: Sequence[BenchmarkResult], how: str) -> Table
 
 
 def make_distribution_table(fidelity: Fidelity) -> Table:
-    """Return the figures of the next-token distributions: a row per figure, a column per domain."""
-    domains = fidelity.distribution
-    rows: list[tuple[str, ...]] = (
-        [("tokens", *(format_numbers.format_count(row.tokens) for row in domains))]
-        if domains
-        else []
-    )
+    """Return the figures of the next-token distributions: a row per figure, a column per domain.
+
+    Of many kinds of text only all text has a column; `make_kind_table` has a row for each.
+    """
+    domains = list_columns(fidelity)
+    rows = list[tuple[str, ...]]()
     seen = list_seen_kinds(fidelity)
-    if seen is not None and domains:
-        rows.append((
-            "calibrated on",
-            *(format_numbers.format_exposure(row.domain, seen) for row in domains),
-        ))
-    shown = list[str]()
+    if domains:
+        counts = (format_numbers.format_count(row.tokens) for row in domains)
+        rows.append(("tokens", *counts))
+    if seen is not None and len(domains) > 1:
+        exposures = (format_numbers.format_exposure(row.domain, seen) for row in domains)
+        rows.append(("calibrated on", *exposures))
+    meanings = dict[str, str]()
     for figure in list_figures():
         readings = [figure.read(fidelity, row.domain) for row in domains]
-        if figure.scope == "domain" and any(reading.is_measured for reading in readings):
-            cells = (format_numbers.format_reading(figure, reading) for reading in readings)
-            rows.append((figure.label, *cells))
-            shown.append(figure.key)
+        if figure.scope != "domain" or not any(reading.is_measured for reading in readings):
+            continue
+        power = format_numbers.choose_power(figure, readings)
+        label = format_numbers.add_power(figure.label, power)
+        rows.append((
+            label,
+            *(format_numbers.format_reading(figure, reading, power) for reading in readings),
+        ))
+        meanings[label] = figure.meaning
     return Table(
         title="Next-token distributions",
         columns=("figure", *(f">{row.domain}" for row in domains)),
         rows=tuple(rows),
-        note=f"Against {fidelity.source.baseline}; ± is one standard error."
-        f"{_format_kinds(fidelity)}"
+        note=f"Against {fidelity.source.baseline}. {format_numbers.INTERVALS}"
+        f"{_format_repeated(fidelity)}{_format_kinds(fidelity)}"
         if rows
         else "",
-        meanings=define_figures(shown),
+        meanings=tuple(meanings.items()),
+    )
+
+
+def list_columns(fidelity: Fidelity) -> Sequence[DistributionResult]:
+    """Return the domains that have a column: all of a few, and all text of many."""
+    rows = fidelity.distribution
+    return rows if len(rows) <= MOST_COLUMNS else rows[:1]
+
+
+KIND_FIGURES = ("kl_mean", "kl_p99", "ppl_ratio", "top1")
+MOST_COLUMNS = 4
+
+
+def make_kind_table(fidelity: Fidelity) -> Table:
+    """Return the main figures with a row per kind of text, if there are many kinds."""
+    rows, seen = fidelity.distribution, list_seen_kinds(fidelity)
+    kinds = rows if len(rows) > MOST_COLUMNS else ()
+    figures = [figure for key in KIND_FIGURES if (figure := find_figure(key))]
+    readings = {f.key: [f.read(fidelity, row.domain) for row in kinds] for f in figures}
+    powers = {f.key: format_numbers.choose_power(f, readings[f.key]) for f in figures}
+    headings = [format_numbers.add_power(f.label, powers[f.key]) for f in figures]
+    cells = tuple(
+        (
+            row.domain,
+            *(() if seen is None else (format_numbers.format_exposure(row.domain, seen),)),
+            format_numbers.format_count(row.tokens),
+            *(format_numbers.format_reading(f, readings[f.key][n], powers[f.key]) for f in figures),
+        )
+        for n, row in enumerate(kinds)
+    )
+    exposure = () if seen is None else ("calibrated",)
+    return Table(
+        title="By kind of text",
+        columns=("text", *exposure, ">tokens", *(f">{name}" for name in headings)),
+        rows=cells,
+        meanings=tuple(zip(headings, (f.meaning for f in figures), strict=True)),
+    )
+
+
+def _format_repeated(fidelity: Fidelity) -> str:
+    """Return a sentence on tokens that repeat the beginning of another document, if there are."""
+    text = fidelity.measured_on
+    if text is None or not text.repeated or not fidelity.distribution:
+        return ""
+    return (
+        f" {text.repeated:,} of the {fidelity.distribution[0].tokens:,} tokens repeat the "
+        "beginning of another document; the intervals count them as tokens of one document."
     )
 
 
@@ -287,6 +344,7 @@ def make_tables(fidelity: Fidelity) -> Sequence[Table]:
     tables = (
         make_benchmark_table(fidelity),
         make_distribution_table(fidelity),
+        make_kind_table(fidelity),
         make_likelihood_table(fidelity),
         make_gate_table(fidelity),
         make_role_table(fidelity),

@@ -4,8 +4,9 @@
 
 The KL of a token is lognormal (sigma 2 on the logarithm) with a shift per document (sigma 0.7), and
 one token in a thousand is a spike, 100 times a Pareto of index 1.5: its variance is infinite, as
-one token of 7.9 nats among thousandths suggests. B is A times a factor with lognormal noise of its
-own (sigma 0.7 per token, 0.3 per document) and own spikes. True values are those of 4 million
+one token of 7.9 nats among thousandths suggests. A and B share
+the KL of a token; each has noise (sigma 0.5 per token, 0.2 per document) and spikes of its own, and
+B is a factor larger, so that at a factor of 1 nothing differs. True values are those of 4 million
 tokens. A run has 60 documents of 100 tokens.
 """
 
@@ -29,12 +30,12 @@ def draw(dice: np.random.Generator, documents: int, factor: float) -> tuple[Arra
     n = documents * LENGTH
     groups = np.repeat(np.arange(documents), LENGTH)
     shift = dice.normal(0, 0.7, documents)[groups]
-    a = np.exp(dice.normal(-8, 2, n) + shift)
-    noise = dice.normal(0, 0.7, n) + dice.normal(0, 0.3, documents)[groups]
-    b = factor * a * np.exp(noise)
-    for values in (a, b):
-        values *= np.where(dice.random(n) < 0.001, 100 * (1 + dice.pareto(1.5, n)), 1.0)
-    return a, b, groups
+    shared, sides = np.exp(dice.normal(-8, 2, n) + shift), []
+    for scale in (1.0, factor):
+        noise = dice.normal(0, 0.5, n) + dice.normal(0, 0.2, documents)[groups]
+        spikes = np.where(dice.random(n) < 0.001, 100 * (1 + dice.pareto(1.5, n)), 1.0)
+        sides.append(scale * shared * np.exp(noise) * spikes)
+    return sides[0], sides[1], groups
 
 
 def plain_difference(a: Array, b: Array) -> tuple[float, float]:

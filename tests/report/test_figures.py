@@ -108,16 +108,17 @@ def test_page_shows_a_new_figure_as_tile_and_in_its_table() -> None:
 def test_diff_pairs_and_shows_a_new_figure_in_every_view() -> None:
     diff = compare_sides(make_side_a(), make_side_b())
     row = next(row for row in diff.distribution if (row.domain, row.figure) == ("all", "kl_tail"))
-    kl = next(row for row in diff.distribution if (row.domain, row.figure) == ("all", "kl_mean"))
+    tokens = [side.tokens for side in (make_side_a(), make_side_b()) if side.tokens]
+    change = sum(tokens[1].kl) - sum(tokens[0].kl)
     assert row.a == pytest.approx(VALUE) and row.b == pytest.approx(0.0051 / 0.004)
-    assert row.difference is not None and kl.difference is not None
-    assert row.difference.value == pytest.approx(10 * (kl.difference.value or 0))
+    assert row.difference is not None
+    assert row.difference.value == pytest.approx(10 * change / len(tokens[0].kl))
     assert row.resolved == "worse"
     cells = find_row(diff_tables.make_distribution_table(diff).rows, "KL tail")
-    assert cells[2] == f"{VALUE:.4f}" and cells[-1] == "worse" and "[" in cells[4]
+    assert cells[1] == f"{VALUE:.4f}" and cells[-1] == "worse" and "[" in cells[3]
     assert "KL tail" in render_to_text(render_text.render_terminal(diff))
     assert "| KL tail |" in render_text.render_markdown(diff)
-    assert "<dt>Tail of KL</dt>" in diff_page.render_page(diff)
+    assert ">Tail of KL</dt>" in diff_page.render_page(diff)
 
 
 def test_runs_list_and_sort_by_a_new_figure() -> None:
@@ -168,11 +169,14 @@ def test_new_stored_figure_is_a_key_of_fidelity_json(monkeypatch: pytest.MonkeyP
     )
     assert "entropy_gap" not in json.loads(make_example().to_json())["distribution"][0]
     monkeypatch.setattr(figures, "FIGURES", (*figures.FIGURES, row))
-    values = [{"domain": "all", "tokens": 3, "entropy_gap": {"value": 0.25, "se": 0.5}}]
+    values = [{"domain": "all", "tokens": 3, "entropy_gap": {"value": 0.25, "ci": [0.2, 0.3]}}]
     report = make_example({"distribution": values})
     stored = json.loads(report.to_json())["distribution"][0]
     assert list(stored)[-1] == "entropy_gap" and stored["entropy_gap"]["value"] == 0.25
-    assert find_row(tables.make_distribution_table(report).rows, "entropy gap")[1] == "0.250 ±0.50"
+    assert (
+        find_row(tables.make_distribution_table(report).rows, "entropy gap")[1]
+        == "0.250 [0.200, 0.300]"
+    )
 
 
 def test_stored_keys_stay_in_order_and_unknown_ones_are_refused() -> None:

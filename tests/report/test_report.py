@@ -405,12 +405,32 @@ def test_experts_below_the_minimum_are_listed() -> None:
             "-0.91 [-1.97, +0.08]",
         ),
         (format_numbers.format_points(Figure(value=0.5)), "+0.50"),
-        (format_numbers.format_figure(Figure(value=0.0, se=0.0), "nats"), "0 ±0"),
+        (format_numbers.format_figure(Figure(value=0.0, se=0.0), "nats"), "0"),
+        (
+            format_numbers.format_figure(Figure(value=0.000361, ci=(0.000319, 0.0004)), "nats"),
+            "0.000361 [0.000319, 0.000400]",
+        ),
+        (
+            format_numbers.format_figure(Figure(value=9.14e-5, ci=(8.26e-5, 1e-4)), "nats", -6),
+            "91.4 [82.6, 100.0]",
+        ),
+        (
+            format_numbers.format_figure(Figure(value=0.03, ci=(0.021, None)), "nats"),
+            "0.0300 [0.0210, ∞]",
+        ),
+        (format_numbers.format_factors(Figure(value=8.564, ci=(3.1, 23.7))), "8.6x [3.1, 23.7]"),
+        (
+            format_numbers.format_factors(Figure(value=1.0032, ci=(0.99, 1.02))),
+            "1.0032x [0.9900, 1.0200]",
+        ),
+        (format_numbers.format_factors(Figure(value=0.012)), "0.012x"),
         (format_numbers.format_figure(None, "ratio"), "-"),
         (format_numbers.format_figure(Figure(value=float("inf")), "ratio"), "not finite"),
         (
-            format_numbers.format_figure(Figure(value=-0.00031, se=0.00002), "signed percent"),
-            "-0.031 % ±0.002",
+            format_numbers.format_figure(
+                Figure(value=-0.00031, ci=(-0.00035, -0.00027)), "signed percent"
+            ),
+            "-0.031 % [-0.035, -0.027]",
         ),
     ],
 )
