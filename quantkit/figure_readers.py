@@ -5,7 +5,7 @@ attributes of `artifact.fidelity_schema.Fidelity`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, hypot
 from statistics import fmean
 from typing import Any
@@ -30,6 +30,7 @@ class Reading:
 
     value: float | None
     reason: str = ""
+    n: int | None = None  # tokens or items
     se: float | None = None
     ci: tuple[float | None, float | None] | None = None
 
@@ -50,11 +51,11 @@ def read_distribution(key: str, report: Any, domain: str) -> Reading:
         domains = ", ".join(row.domain for row in report.distribution)
         return Reading(value=None, reason=f"{NOT_MEASURED}: the text has {domains}")
     figure = row.figures.get(key) if row else None
-    if figure is None:
+    if row is None or figure is None:
         return Reading(value=None, reason=NOT_MEASURED)
     if figure.value is None:
         return Reading(value=None, reason=NOT_FINITE)
-    return Reading(value=figure.value, se=figure.se, ci=figure.ci)
+    return Reading(value=figure.value, n=row.tokens, se=figure.se, ci=figure.ci)
 
 
 def read_extreme(values: Sequence[float | None], *, largest: bool) -> Reading:
@@ -94,7 +95,9 @@ def read_worst_kind(report: Any, _part: str) -> Reading:
     if reading.value is None:
         return reading
     label = max(kinds, key=lambda label: kinds[label].value or 0.0)
-    return Reading(value=reading.value, se=kinds[label].se, ci=kinds[label].ci, reason=label)
+    return Reading(
+        value=reading.value, se=kinds[label].se, ci=kinds[label].ci, n=kinds[label].n, reason=label
+    )
 
 
 def read_mean_over_kinds(report: Any, _part: str) -> Reading:
@@ -150,7 +153,9 @@ def read_likelihood(report: Any, task: str) -> Reading:
     if missing or not rows:
         reason = f"{NOT_MEASURED}: {missing[0].reason}" if missing else NOT_MEASURED
         return Reading(value=None, reason=reason)
-    return read_extreme([row.difference.value for row in rows], largest=False)
+    lowest = read_extreme([row.difference.value for row in rows], largest=False)
+    row = next((row for row in rows if row.difference.value == lowest.value), None)
+    return replace(lowest, n=row.n, ci=row.difference.ci) if row else lowest
 
 
 def read_lost_items(report: Any, _part: str) -> Reading:

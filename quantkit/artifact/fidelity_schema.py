@@ -338,6 +338,7 @@ class BenchmarkResult(BaseModel):
     gained: int | None = None
     mcnemar_p: Number = None
     verdict: str = ""
+    required: Number = None  # recovery that "pass" needs; None in reports of version 1
     truncated: tuple[Number, Number] | None = (
         None  # share of answers cut at the token limit: source, artifact
     )
@@ -347,8 +348,16 @@ class BenchmarkResult(BaseModel):
     data_sha256: str = ""
 
 
+Outcome = Literal["kept", "kept, not proven", "missed", "not judged"]
+
+
 class GateResult(BaseModel):
-    """One bound of the recipe; ok is None if the figure was not measured."""
+    """One bound of the recipe; ok is None if the figure was not measured.
+
+    n: tokens or items of the figure, ci: its 95 % interval, None for one that has none, such as a
+    size. outcome: "kept, not proven" is a figure within its bound with an interval that crosses it;
+    ok is then False if the recipe says `proven: true`, and the outcome "missed".
+    """
 
     model_config = FROZEN
     figure: str
@@ -356,6 +365,19 @@ class GateResult(BaseModel):
     value: Number
     ok: bool | None
     reason: str = ""
+    n: int | None = None
+    ci: tuple[Number, Number] | None = None
+    outcome: Outcome = "not judged"
+
+    @model_validator(mode="before")
+    @classmethod
+    def complete_outcome(cls, values: object) -> object:
+        """Fill in the outcome of a gate without one, as in reports of version 1."""
+        if not isinstance(values, dict) or "outcome" in values:
+            return values
+        words = {True: "kept", False: "missed", None: "not judged"}
+        ok = values.get("ok")
+        return {**values, "outcome": words[ok]} if ok in (True, False, None) else values
 
 
 class Fidelity(BaseModel):

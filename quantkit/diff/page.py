@@ -76,7 +76,7 @@ def choose_tone(text: str) -> str:
 
 def make_tiles(diff: Diff) -> list[Tile]:
     """Return the tiles: values of B, with those of A below."""
-    tiles = _make_kl_tiles(diff.kl)
+    tiles = _make_kl_tiles(diff.kl) + _make_distribution_tiles(diff.distribution)
     for row in diff.sizes:
         if (
             row.a is None
@@ -90,7 +90,6 @@ def make_tiles(diff: Diff) -> list[Tile]:
         )
         label = "Size" if row.unit == "B" else "Bits per weight"
         tiles.append(Tile(label=label, value=b, note="same as A" if a == b else f"from {a}"))
-    tiles += _make_distribution_tiles(diff.distribution)
     if diff.compared_items:
         lost = sum(flip.lost for flip in diff.flips)
         value = f"{lost} / {len(diff.flips) - lost}"

@@ -41,6 +41,7 @@ from quantkit.recipe.schema import (
 )
 from quantkit.texts.mixture_spec import LABEL_PATTERN
 
+BOUNDS = tuple(key for key in Gate.model_fields if key != "proven")
 _RULE_SHAPE = (
     "a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, "
     "or {preset: NAME}"
@@ -252,11 +253,9 @@ class _Check:
                     "needs a fidelity text, found fidelity: none; name a set, or drop this gate",
                 )
             elif isinstance(bounds, dict):
-                allowed = [
-                    key for key in Gate.model_fields if (key in ("max", "min")) != (figure in tasks)
-                ]
-                bound_keys = {key for key, value in bounds.items() if value is not None}
-                if not bound_keys or bound_keys & set(Gate.model_fields) - set(allowed):
+                allowed = [key for key in BOUNDS if (key in ("max", "min")) != (figure in tasks)]
+                bound_keys = {key for key in BOUNDS if bounds.get(key) is not None}
+                if not bound_keys or bound_keys - set(allowed):
                     self.fault(
                         path, f"expected {' or '.join(f'{{{key}: NUMBER}}' for key in allowed)}"
                     )
@@ -267,7 +266,8 @@ class _Check:
 
 
 def _expand_gates(document: YamlDocument) -> YamlDocument:
-    """Return the document with gates such as `kl_mean.max: 1` expanded to `kl_mean: {max: 1}`.
+    """Return the document with gates such as `kl_mean.max: 1` expanded to `kl_mean: {max: 1}`, and
+    `proven: true` among them put into each.
 
     A duplicate bound is left as it is, which makes it a fault.
     """
@@ -287,6 +287,13 @@ def _expand_gates(document: YamlDocument) -> YamlDocument:
             expanded[figure] = {**others, bound: value}
         else:
             expanded.setdefault(key, value)
+    is_proven = expanded.get("proven")
+    if isinstance(is_proven, bool):
+        del expanded["proven"]
+        expanded = {
+            key: {"proven": is_proven, **bounds} if isinstance(bounds, dict) else bounds
+            for key, bounds in expanded.items()
+        }
     return replace(document, values={**document.values, "gates": expanded})
 
 

@@ -16,6 +16,8 @@ from pydantic import (
     BeforeValidator,
     Field,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
     model_validator,
 )
 
@@ -240,6 +242,20 @@ class Gate(BaseModel):
             "2",
         ),
     ] = None
+    proven: Annotated[
+        bool,
+        describe(
+            "The whole 95 % interval must keep the bound. `gates: {proven: true}` says so for all "
+            "gates.",
+            "true",
+        ),
+    ] = False
+
+    @model_serializer(mode="wrap")
+    def omit_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Leave `proven` out if it is false, as in recipes before this key: their hash stays."""
+        values: dict[str, object] = handler(self)
+        return {key: value for key, value in values.items() if key != "proven" or value}
 
 
 class Gates(BaseModel):
@@ -290,7 +306,11 @@ class Recipe(BaseModel):
     evaluation: Annotated[Evaluation, describe("The benchmarks.")] = Evaluation()
     gates: Annotated[
         dict[str, Gate],
-        describe("Figure or task -> bound. A build with a missed gate exits with 3."),
+        describe(
+            "Figure or task -> bound. A build with a missed gate exits with 3. `proven: true` here "
+            "applies to all gates."
+        ),
+        Field(json_schema_extra={"properties": {"proven": {"type": "boolean"}}}),
     ] = {}
     output: Annotated[Output, describe("The artifact.")]
     memory: Annotated[

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from quantkit.artifact.fidelity_schema import Figure
+from quantkit.artifact.fidelity_schema import Figure, GateResult
 from quantkit.figure_readers import ALL_TEXT, NOT_FINITE, Reading
-from quantkit.figures import FigureDefinition, Style
+from quantkit.figures import FigureDefinition, Style, find_figure
 from quantkit.plan.plan_schema import PlanPart
 
 MISSING = "-"
@@ -230,6 +230,19 @@ def format_factors(figure: Figure | None) -> str:
     first = "0" if low is None else f"{low:.{places}f}"
     last = "∞" if high is None else f"{high:.{places}f}"
     return f"{format_factor(figure.value, places)} [{first}, {last}]"
+
+
+def format_gate_value(gate: GateResult) -> str:
+    """Return the value of a gate with its interval, in the style of its figure."""
+    figure = find_figure(gate.figure.partition("@")[0])
+    if gate.value is None:
+        return MISSING
+    style: Style = figure.style if figure else "nats"
+    if gate.figure.endswith((".recovery", ".score")):
+        style = "percent"
+    elif not figure and not gate.ci:
+        return format_digits(gate.value)
+    return format_figure(Figure(value=gate.value, ci=gate.ci), style)
 
 
 # ------------------------------------------------------------------------ differences, intervals

@@ -186,6 +186,7 @@ def make_environment(*, autoescape: bool) -> Environment:
         "json": format_json,
         "folded": module_ranges.fold_names,
         "definitions": list_definitions,
+        "columns": count_columns,
     }
     return environment
 
@@ -245,7 +246,7 @@ def _replace_all(value: object) -> object:
 def choose_tone(text: str) -> str:
     """Return the CSS class of a cell with a result."""
     word = text.split(":")[0].split("(")[0].strip().lower()
-    return {"pass": "good", "fail": "bad"}.get(word, "open")
+    return {"pass": "good", "fail": "bad", "kept": "good", "missed": "bad"}.get(word, "open")
 
 
 def make_tiles(fidelity: Fidelity) -> list[Tile]:
@@ -292,6 +293,12 @@ def _describe_size(fidelity: Fidelity) -> str:
     ratio = artifact.bytes_source / artifact.bytes_artifact if artifact.bytes_artifact else 0.0
     smaller = f", {ratio:.2f}x smaller" if ratio > 1 else ""
     return f"from {format_numbers.format_size(artifact.bytes_source)}{smaller}"
+
+
+def count_columns(tiles: Sequence[Tile], most: int) -> int:
+    """Return the columns, at most `most`, that leave the last row of tiles as full as possible."""
+    rows = max(1, -(-len(tiles) // most))
+    return max(1, -(-len(tiles) // rows))
 
 
 def list_definitions(tiles: Sequence[Tile]) -> Meanings:

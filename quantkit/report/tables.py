@@ -11,7 +11,7 @@ from quantkit.artifact.fidelity_schema import (
     TaskOverlap,
 )
 from quantkit.figure_readers import list_seen_kinds
-from quantkit.figures import find_figure, is_size, list_figures
+from quantkit.figures import find_figure, list_figures
 from quantkit.report import format_numbers
 from quantkit.report.definitions import define_columns, define_figures
 from quantkit.report.error_tables import (
@@ -71,6 +71,7 @@ def make_comparison_table(results: Sequence[BenchmarkResult], how: str) -> Table
         "verdict",
     )
     note = f"{how}; p is McNemar's exact test on the changed items."
+    note += describe_pass(results)
     note += _format_rates("Cut at the token limit", [(row.task, row.truncated) for row in results])
     note += _format_rates("Without a result", [(row.task, row.unparsed) for row in results])
     return Table(
@@ -79,6 +80,18 @@ def make_comparison_table(results: Sequence[BenchmarkResult], how: str) -> Table
         rows=tuple(rows),
         note=note if rows else "",
         meanings=define_columns(columns),
+    )
+
+
+def describe_pass(results: Sequence[BenchmarkResult]) -> str:
+    """Return the margin behind "pass" as a sentence."""
+    required = dict.fromkeys(row.required for row in results if row.required is not None)
+    losses = " or ".join(f"{100 * (1 - share):.3g} %" for share in required)
+    if not losses:
+        return ""
+    return (
+        f' "pass": the interval excludes a loss of more than {losses} of the source\'s score; '
+        '"fail": it lies beyond that loss.'
     )
 
 
@@ -212,23 +225,27 @@ def make_likelihood_table(fidelity: Fidelity) -> Table:
 
 
 def make_gate_table(fidelity: Fidelity) -> Table:
-    """Return every bound of the recipe with its result."""
-    words = {True: "pass", False: "FAIL", None: "not judged"}
+    """Return every bound of the recipe with value, interval, number of samples and outcome."""
     rows = tuple(
         (
             row.figure,
             row.bound,
-            format_numbers.format_size(round(row.value))
-            if is_size(row.figure) and row.value
-            else format_numbers.format_digits(row.value),
-            f"{words[row.ok]}: {row.reason}" if row.reason else words[row.ok],
+            format_numbers.format_gate_value(row),
+            format_numbers.format_count(row.n),
+            f"{row.outcome}: {row.reason}" if row.reason else row.outcome,
         )
         for row in fidelity.gates
     )
+    is_open = any(row.outcome == "kept, not proven" for row in fidelity.gates)
+    note = (
+        "Kept, not proven: the figure keeps its bound and its interval crosses it; more text or "
+        "items decide. gates: {proven: true} makes it a miss."
+    )
     return Table(
         title="Gates",
-        columns=("figure", ">bound", ">value", "result"),
+        columns=("figure", ">bound", ">value [95 % CI]", ">n", "result"),
         rows=rows,
+        note=note if is_open else "",
         meanings=define_figures(row.figure for row in fidelity.gates),
     )
 

@@ -72,7 +72,7 @@ def test_page_shows_the_cells_of_every_table(text: str) -> None:
     shown = [
         table for table in tables.make_tables(diff, page.ROWS) if table.title != "Flipped items"
     ]
-    assert len(shown) == 14
+    assert len(shown) == 15
     for table in shown:
         for row in table.rows:
             assert all(cell in words for cell in row if cell), (table.title, row)

@@ -61,12 +61,13 @@ def command(artifact: Path, gates_file: Path | None, junit: Path | None, json_ou
         })
     else:
         show(terminal.render_table(tables.make_gate_table(judged)))
-        passed, failed, unmeasured = (
-            sum(gate.ok is outcome for gate in judged.gates) for outcome in (True, False, None)
+        kept, unproven, missed, unmeasured = (
+            sum(gate.outcome == outcome for gate in judged.gates)
+            for outcome in ("kept", "kept, not proven", "missed", "not judged")
         )
         counts = (
-            f"{passed} of {len(judged.gates)} gates passed, {failed} failed, "
-            f"{unmeasured} without a figure"
+            f"of {len(judged.gates)} gates {kept} kept, {unproven} kept but not proven, {missed} "
+            f"missed, {unmeasured} without a figure"
         )
         click.echo(f"{artifact}: {judged.status}: {counts} (when built: {built.status})")
     check_gates(judged)
