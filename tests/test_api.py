@@ -141,7 +141,7 @@ def test_modules_are_a_list_of_rows_without_pandas(
     monkeypatch.setattr(read_artifact, "find_spec", lambda _: None)
     manifest = {"modules": {"a.b": {"scheme": {"bits": 4, "group_size": 64, "symmetric": True}}}}
     [row] = Artifact(path=tmp_path, manifest=manifest).modules
-    assert row["module"] == "a.b" and row["bits"] == 4 and row["output_error"] is None
+    assert row["module"] == "a.b" and row["bits"] == 4 and row["output_relative_error"] is None
     with pytest.raises(ArtifactError, match=r"modules\.a: expected an object with a scheme"):
         _ = Artifact(path=tmp_path, manifest={"modules": {"a": 3}}).modules
 
