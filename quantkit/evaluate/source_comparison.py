@@ -245,6 +245,7 @@ def make_benchmark_row(
         gained=comparison.gained,
         mcnemar_p=comparison.p_value,
         verdict=comparison.text,
+        required=comparison.smallest_recovery,
         truncated=(side_scores[0].truncated, side_scores[1].truncated),
         unparsed=(side_scores[0].unparsed, side_scores[1].unparsed),
         data_sha256=task.sha256,

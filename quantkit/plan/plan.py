@@ -273,7 +273,7 @@ def collect_warnings(
     decisions: Mapping[str, Decision],
 ) -> list[str]:
     """Return the warnings of a plan."""
-    warnings = list(matched.warnings)
+    warnings = [*recipe.conversions, *matched.warnings]
     if recipe.fidelity is None:
         warnings.append(
             "fidelity: none: the loss of this artifact against its source will not be measured"
