@@ -73,7 +73,7 @@ class BlockTrial:
     @cached_property
     def out(self) -> Tensor:
         """States [tokens, n] after the unchanged block."""
-        return self.run(self.tensors)
+        return self.meta_model.outer.form.get_hidden(self.plain.out)
 
     def run(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the states [tokens, n] after the block with these tensors."""

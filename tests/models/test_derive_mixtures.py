@@ -216,7 +216,9 @@ def test_blocks_are_compared_on_states_of_transformers(monkeypatch: pytest.Monke
     """Where rounding changes the logits of a deep mixture; here they are made different."""
     monkeypatch.setattr(logit_checks, "compute_logits", lambda *_: torch.zeros(1))
     assert derive_layout(family("olmoe")).blocks[0].experts
-    monkeypatch.setattr(layer_states, "run_block", lambda *x: BlockRun(out=2 * x[3]))
+    monkeypatch.setattr(
+        layer_states, "run_block_batches", lambda *x: (BlockRun(out=2 * rows) for rows in x[3])
+    )
     assert "gives other logits than transformers" in refuse(family("olmoe"))
 
 
