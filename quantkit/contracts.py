@@ -32,7 +32,9 @@ Role = Literal["attention", "mlp", "shared_expert", "routed_expert",
 PROTECTED_ROLES: frozenset[Role] = frozenset({"router", "embedding", "head", "mtp_projection"})
 """Roles that a rule quantizes only if its pattern names them (recipe.schema.Rule)."""
 
-ScaleDtype = Literal["bfloat16", "float16", "float32"]
+ScaleDtype = Literal["bfloat16", "float16", "float32", "uint8", "float8_e4m3fn"]
+SchemeKind = Literal["int", "nf4", "fp8", "int8", "mxfp4", "nvfp4"]
+"""int, nf4: codes that quantkit makes; the others: codes of a source, which are only copied."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +71,7 @@ class Config:
         return self.read_missing(self, key) if value is None and self.read_missing else value
 
     def _make_error(self, key: str, expected: str, value: object) -> CheckpointError:
-        actual = "nothing" if value is None else repr(value)[:80]
+        actual = "nothing; add it" if value is None else f"{repr(value)[:80]}; repair the value"
         return CheckpointError(f"{self.where}: {key}: expected {expected}, found {actual}")
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -336,7 +338,8 @@ class Architecture:
 class Scheme:
     """Quantization parameters of a matrix.
 
-    Groups run along the input dimension; group_size -1 is one group per row. nf4 only:
+    Groups run along the input dimension; group_size -1 is one group per row. scale_dtype uint8 is
+    E8M0, of mxfp4. nf4 only:
     `double_quant`, the format stores the scales in 8 bits; `source_dtype`, the weight's dtype in
     the source.
     """
@@ -345,7 +348,7 @@ class Scheme:
     group_size: int
     symmetric: bool
     scale_dtype: ScaleDtype
-    kind: Literal["int", "nf4"] = "int"
+    kind: SchemeKind = "int"
     double_quant: bool = False
     source_dtype: ScaleDtype | None = None
 

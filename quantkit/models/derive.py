@@ -19,7 +19,7 @@ from quantkit.checkpoint.hf_config import has_language_model, list_model_classes
 from quantkit.contracts import Architecture, Block, Config, Experts, Layout
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.suggestions import format_unknown_name
-from quantkit.models import layout_checks
+from quantkit.models import layout_checks, logit_checks
 from quantkit.models.inspect import (
     inspect_layout,
     keep_linears,
@@ -85,7 +85,7 @@ def derive_layout(config: Config, names: Collection[str] = ()) -> Layout:
         small = inspect_layout(config, small_model, stored, is_small=True)
     except UnknownForm as fault:
         raise make_refusal(config, str(fault)) from fault
-    proof = layout_checks.prove_layout(config, small_model, small, tensors)
+    proof = logit_checks.prove_layout(config, small_model, small, tensors)
     blocks = tuple(
         finish_block(config, block, findings, small_block.experts, meta_model.config)
         for block, small_block, findings in zip(

@@ -8,7 +8,7 @@ checks compare the sum with the module's own output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.integrations import moe as transformers_moe
 
 from quantkit.contracts import Block, Experts
 from quantkit.models.layers import (
+    DecoderLayer,
     MetaModel,
     RouterOutput,
     get_layer_name,
@@ -155,10 +156,35 @@ def run_block(
 
     tensors: of the block, by full name.
     """
-    experts = block.experts
+    return next(run_block_batches(meta_model, block, tensors, (rows,), (lengths,)))
+
+
+def run_block_batches(
+    meta_model: MetaModel,
+    block: Block,
+    tensors: Mapping[str, Tensor],
+    rows: Sequence[Tensor],
+    lengths: Sequence[Sequence[int]],
+) -> Iterator[BlockRun]:
+    """Run a block as `run_block` does, on several batches; the layer is made once."""
     layer = make_decoder_layer(meta_model, block, select_dense_tensors(block, tensors))
-    out, valid = run_layer(meta_model, layer, rows, lengths)
     gating = make_gating(meta_model, block)
+    for batch, sizes in zip(rows, lengths, strict=True):
+        yield run_made_block(meta_model, block, layer, gating, tensors, batch, sizes)
+
+
+def run_made_block(
+    meta_model: MetaModel,
+    block: Block,
+    layer: DecoderLayer,
+    gating: Gating | None,
+    tensors: Mapping[str, Tensor],
+    rows: Tensor,
+    lengths: Sequence[int],
+) -> BlockRun:
+    """Run a block whose layer is made; see `run_block`."""
+    experts = block.experts
+    out, valid = run_layer(meta_model, layer, rows, lengths)
     if experts is None or gating is None or layer.tap is None or layer.tap.last is None:
         return BlockRun(out=out)
     routed = layer.tap.last

@@ -43,7 +43,8 @@ def make_reader(
 
     def read(name: str) -> Tensor:
         module, _, kind = name.rpartition(".")
-        if kind != "weight" or module not in packed or format_name is None:
+        is_decoded = name in checkpoint.logical.encoded  # FP8, also of a packed module
+        if kind != "weight" or module not in packed or format_name is None or is_decoded:
             return checkpoint.read([name])[name]
         tensors = {
             full.removeprefix(f"{module}."): tensor
@@ -52,17 +53,6 @@ def make_reader(
         return registry.get_format(format_name).dequantize(tensors, packed[module])
 
     return read
-
-
-def count_parameters(layout: Layout) -> int:
-    """Count the weights of the model that transformers runs: all but MTP blocks."""
-    skipped = sum(
-        linear.n_parameters
-        for block in layout.blocks
-        if block.kind == "mtp"
-        for linear in block.linears
-    )
-    return sum(linear.n_parameters for linear in layout.linears) - skipped
 
 
 def make_model(meta_model: MetaModel, layout: Layout, read: TensorReader) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.contracts import Layout
-from quantkit.models.experts import run_block
+from quantkit.models.experts import run_block_batches
 from quantkit.models.layers import MetaModel
 from quantkit.models.outer_model import find_layers
 from quantkit.models.state_rows import StateForm
@@ -61,12 +61,17 @@ def compare_blocks(
     largest, form = 0.0, meta_model.outer.form
     for number, block in enumerate(layout.blocks):
         own = {name: x for name, x in tensors.items() if name.startswith(f"{block.name}.")}
-        first = 0
-        for batch in batches:
-            parts = states[first : first + len(batch)]
-            first += len(batch)
-            rows, expected = (torch.cat([x[n] for x in parts]) for n in (number, number + 1))
-            out = form.get_hidden(run_block(meta_model, block, own, rows, batch).out)
-            expected = form.get_hidden(expected)
+        before, after = (join_batches(states, n, batches) for n in (number, number + 1))
+        runs = run_block_batches(meta_model, block, own, before, batches)
+        for run, rows in zip(runs, after, strict=True):
+            out, expected = form.get_hidden(run.out), form.get_hidden(rows)
             largest = max(largest, float((out - expected).norm() / expected.norm()))
     return largest
+
+
+def join_batches(
+    states: Sequence[Sequence[Tensor]], number: int, batches: Sequence[tuple[int, ...]]
+) -> list[Tensor]:
+    """Return the states before block `number` of each batch's sequences: [tokens, hidden] each."""
+    rows = iter(states)
+    return [torch.cat([next(rows)[number] for _ in batch]) for batch in batches]

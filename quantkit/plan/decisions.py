@@ -36,6 +36,7 @@ class Decision:
     # how a kept weight is stored; fp8: as the source's blocks; codes: as the source's codes
     keep: Literal["source", "bf16", "fp8", "codes"] = "source"
     codes: Scheme | None = None  # of a weight that keeps the source's codes
+    decoded_from: str = ""  # the encoding of a kept weight whose codes the format does not hold
     encoding: str | None = None  # of experts whose stored tensors are copied in codes: "MXFP4 g32"
     method: str | None = None
     rounding: str | None = None
@@ -164,7 +165,7 @@ def keep_codes(
 ) -> dict[str, Decision]:
     """Return the decisions with keep "codes" for kept weights whose codes the format stores.
 
-    schemes: of integer codes in the source, by module. If nothing is quantized no codes are kept.
+    schemes: of codes in the source, by module. If nothing is quantized no codes are kept.
     """
     if not output.copies_codes or not any(d.action == "quantize" for d in decisions.values()):
         return dict(decisions)
@@ -177,6 +178,23 @@ def keep_codes(
         return replace(decision, keep="codes", codes=scheme) if is_stored else decision
 
     return {name: decide(name, decision) for name, decision in decisions.items()}
+
+
+def note_decoded(
+    decisions: Mapping[str, Decision], encoded: Mapping[str, EncodedWeight]
+) -> dict[str, Decision]:
+    """Return the decisions with the encoding of kept weights that become plain; FP8 blocks have
+    warnings of their own.
+    """
+
+    def note(name: str, decision: Decision) -> Decision:
+        weight = encoded.get(f"{name}.weight")
+        is_plain = (decision.action, decision.keep) == ("keep", "source")
+        if weight is None or weight.block is not None or not is_plain:
+            return decision
+        return replace(decision, decoded_from=weight.label)
+
+    return {name: note(name, decision) for name, decision in decisions.items()}
 
 
 def copy_expert_codes(

@@ -258,3 +258,14 @@ def plan_memory(
 
 HEAD_CHUNK = 512
 """Positions whose logits are in memory at once, for source and artifact, in float64."""
+
+
+def count_parameters(layout: Layout) -> int:
+    """Count the weights of the model that transformers runs: all but MTP blocks."""
+    skipped = sum(
+        linear.n_parameters
+        for block in layout.blocks
+        if block.kind == "mtp"
+        for linear in block.linears
+    )
+    return sum(linear.n_parameters for linear in layout.linears) - skipped

@@ -32,7 +32,9 @@ from quantkit.plan.decisions import (
     keep_codes,
     keep_fp8_blocks,
     keeps_stacked,
+    note_decoded,
 )
+from quantkit.plan.derive_once import DerivationKey, derive_once
 from quantkit.plan.engine_limits import find_unsupported_engines
 from quantkit.plan.left_out import LeftOut, summarize_left_out
 from quantkit.plan.match_checkpoint import (
@@ -242,11 +244,7 @@ def load_architecture(config: Config, names: Collection[str] = ()) -> Architectu
     model_type = registry.resolve_model_type(config.text("model_type"))
     if model_type in registry.list_names("architectures"):
         return registry.get_architecture(model_type)
-    from quantkit.models import (
-        derive,
-    )  # imports transformers: seconds that a plan with a table saves
-
-    return derive.derive_architecture(config, names)
+    return derive_once(DerivationKey(config=config, names=tuple(names)))
 
 
 def match_source(source: SourceFacts, *, drop_mtp: bool = False) -> MatchedLayout:
@@ -276,7 +274,7 @@ def collect_warnings(
     decisions: Mapping[str, Decision],
 ) -> list[str]:
     """Return the warnings of a plan."""
-    warnings = list(matched.warnings)
+    warnings = [*recipe.conversions, *matched.warnings]
     if recipe.fidelity is None:
         warnings.append(
             "fidelity: none: the loss of this artifact against its source will not be measured"
@@ -343,33 +341,33 @@ def describe_decoded(
     format_name: str,
 ) -> list[str]:
     """Return a warning for kept weights that are stored in codes and become plain."""
-    plain = [
-        weight
+    found = {
+        name: encoded[f"{name}.weight"]
         for name, decision in decisions.items()
-        if (decision.action, decision.keep) == ("keep", "source")
-        and (weight := encoded.get(f"{name}.weight")) is not None
-        and weight.block is None
-    ]
-    plain += [
-        weight
+        if decision.decoded_from
+    }
+    found |= {
+        stacked.name: weight
         for block in layout.blocks
         if keeps_stacked(block, decisions) and block.experts
         for stacked in block.stacked
         if (x := decisions[block.experts.first]).encoding is None
         and x.keep == "source"
         and (weight := encoded.get(stacked.name)) is not None
-    ]
-    if not plain:
+    }
+    if not found:
         return []
+    (first, *others), plain = found, [*found.values()]
     labels = ", ".join(dict.fromkeys(weight.label for weight in plain))
+    more = ", ..." if others else ""
     before, after = (
         sum(sizes)
         for sizes in zip(*((weight.n_bytes, weight.spec.n_bytes) for weight in plain), strict=True)
     )
     return [
-        f"{len(plain)} kept weights in {labels} are decoded to {plain[0].spec.dtype}, "
-        f"{after / 1e9:.2f} GB instead of {before / 1e9:.2f} GB, because format {format_name} does "
-        "not hold their codes: a rule with quantize makes them smaller"
+        f"{len(plain)} kept weights in {labels} ({first}{more}) are decoded to "
+        f"{plain[0].spec.dtype}, {after / 1e9:.2f} GB instead of {before / 1e9:.2f} GB, because "
+        f"format {format_name} does not hold their codes: a rule with quantize makes them smaller"
     ]
 
 
@@ -386,6 +384,7 @@ def apply_rules(
         decide_all(matched.layout, rules, recipe, matched.specs), matched.specs, output
     )
     decisions = keep_codes(decisions, source.code_schemes, output)
+    decisions = note_decoded(decisions, source.encoded)
     decisions = copy_expert_codes(matched.layout, decisions, source.encoded, output)
     refusing = find_unsupported_engines(output, source.config, matched.layout, decisions)
     faults = find_unmatched_rules(rules, matched.layout, recipe.name)

@@ -126,17 +126,22 @@ def format_scheme(scheme: Scheme) -> str:
     if scheme.kind == "nf4":
         return f"nf4 g{scheme.group_size}{' double quant' if scheme.double_quant else ''}"
     group = "per row" if scheme.group_size == -1 else f"g{scheme.group_size}"
+    if scheme.kind != "int":
+        return f"{scheme.kind.upper()} {group}"
     return f"int{scheme.bits} {group} {'symmetric' if scheme.symmetric else 'asymmetric'}"
 
 
 def format_action(decision: Decision) -> str:
-    """Format a decision: "awq int4 g128 asymmetric", "keep", "keep FP8", "drop"."""
+    """Format a decision: "awq int4 g128 asymmetric", "keep", "keep FP8", "drop", "keep, decoded
+    from NF4 g64".
+    """
     if decision.encoding is not None:
         return f"{decision.action} {decision.encoding}"
     if decision.scheme is None:
         stored = format_scheme(decision.codes) if decision.codes else "FP8"
         has_codes = decision.keep in ("fp8", "codes")
-        return f"{decision.action} {stored}" if has_codes else decision.action
+        decoded = f", decoded from {decision.decoded_from}" if decision.decoded_from else ""
+        return f"{decision.action} {stored}" if has_codes else f"{decision.action}{decoded}"
     rounding = (
         f"+{decision.rounding}"
         if decision.rounding not in {None, "nearest", decision.method}

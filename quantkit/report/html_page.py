@@ -27,12 +27,14 @@ from quantkit.artifact.layout import MANIFEST, PAGE
 from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.artifact.read_report import read_report, read_sealed_report
 from quantkit.errors import ArtifactError
-from quantkit.figures import ALL_TEXT, FigureDefinition, list_headline_figures
+from quantkit.figure_readers import ALL_TEXT
+from quantkit.figures import FigureDefinition, list_headline_figures
 from quantkit.io import user_cache
 from quantkit.io.files import is_file, write_atomic, write_output
 from quantkit.io.path_safety import check_no_link
 from quantkit.report import card, format_numbers, module_ranges, notes, reproduce, tables
 from quantkit.report.charts import CONFIG, Plot, make_charts
+from quantkit.report.definitions import HEADINGS, Meanings
 from quantkit.report.samples import Answer, ChangedItem, Samples, read_samples
 
 WORST = 200  # modules in the table
@@ -53,6 +55,7 @@ class Tile:
     label: str
     value: str
     note: str = ""
+    meaning: str = ""  # the sentence that defines it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +186,8 @@ def make_environment(*, autoescape: bool) -> Environment:
         "count": format_numbers.format_count,
         "json": format_json,
         "folded": module_ranges.fold_names,
+        "definitions": list_definitions,
+        "columns": count_columns,
     }
     return environment
 
@@ -242,7 +247,7 @@ def _replace_all(value: object) -> object:
 def choose_tone(text: str) -> str:
     """Return the CSS class of a cell with a result."""
     word = text.split(":")[0].split("(")[0].strip().lower()
-    return {"pass": "good", "fail": "bad"}.get(word, "open")
+    return {"pass": "good", "fail": "bad", "kept": "good", "missed": "bad"}.get(word, "open")
 
 
 def make_tiles(fidelity: Fidelity) -> list[Tile]:
@@ -261,20 +266,26 @@ def make_tiles(fidelity: Fidelity) -> list[Tile]:
         lowest, task = min(recoveries)
         note = f"{task}, the lowest of {len(recoveries)}" if len(recoveries) > 1 else task
         value = format_numbers.format_percent(lowest)
-        tiles.append(Tile(label="Recovery", value=value, note=note))
+        meaning = HEADINGS["recovery [95 % CI]"]
+        tiles.append(Tile(label="Recovery", value=value, note=note, meaning=meaning))
     return tiles
 
 
 def _make_tile(definition: FigureDefinition, fidelity: Fidelity) -> Tile | None:
     """Return a figure's tile; None if it was not measured."""
     text = format_numbers.format_reading(definition, definition.read(fidelity))
-    value, _, error = text.partition(" ±")
+    value, _, interval = text.partition(" [")
     if value == format_numbers.MISSING:
         return None
     note = _describe_size(fidelity) if definition.key == "size" else definition.tile_note
     tokens = next((row.tokens for row in fidelity.distribution if row.domain == ALL_TEXT), 0)
     note = note.format(tokens=f"{tokens:,}")
-    return Tile(label=definition.tile, value=value, note=f"{note}, ±{error}" if error else note)
+    return Tile(
+        label=definition.tile,
+        value=value,
+        note=f"{note}, [{interval}" if interval else note,
+        meaning=definition.meaning,
+    )
 
 
 def _describe_size(fidelity: Fidelity) -> str:
@@ -283,6 +294,17 @@ def _describe_size(fidelity: Fidelity) -> str:
     ratio = artifact.bytes_source / artifact.bytes_artifact if artifact.bytes_artifact else 0.0
     smaller = f", {ratio:.2f}x smaller" if ratio > 1 else ""
     return f"from {format_numbers.format_size(artifact.bytes_source)}{smaller}"
+
+
+def count_columns(tiles: Sequence[Tile], most: int) -> int:
+    """Return the columns, at most `most`, that leave the last row of tiles as full as possible."""
+    rows = max(1, -(-len(tiles) // most))
+    return max(1, -(-len(tiles) // rows))
+
+
+def list_definitions(tiles: Sequence[Tile]) -> Meanings:
+    """Return label and sentence of the tiles that have one."""
+    return tuple((tile.label, tile.meaning) for tile in tiles if tile.meaning)
 
 
 def draw_intervals(differences: Sequence[Figure | None]) -> dict[int, Markup]:

@@ -70,7 +70,7 @@ def make_report(
         artifact=summarize_artifact(plan),
         source=summarize_source(plan, license),
         calibration=texts.get("calibration"),
-        measured_on=texts.get("fidelity"),
+        measured_on=add_repeated(texts.get("fidelity"), measured),
         distribution=summarize_distribution(measured) if measured else (),
         likelihood=tuple(likelihood),
         blocks=tuple(
@@ -335,9 +335,18 @@ def count_answers(tokens: Tokens) -> dict[str, int]:
     return dict(counts)
 
 
+def add_repeated(
+    text: fidelity_schema.TextSet | None, measured: TextFidelity | None
+) -> fidelity_schema.TextSet | None:
+    """Return the fidelity text with the number of its tokens that repeat another document."""
+    if text is None or measured is None:
+        return text
+    return text.model_copy(update={"repeated": measured.repeated})
+
+
 def make_figure(estimate: Estimate) -> Figure:
-    """Return an estimate as a figure with its standard error."""
-    return Figure(value=estimate.value, se=estimate.error)
+    """Return an estimate as a figure with its standard error and interval."""
+    return Figure(value=estimate.value, se=estimate.error, ci=estimate.interval)
 
 
 def summarize_distribution(
@@ -363,7 +372,7 @@ def summarize_module(record: ModuleRecord) -> fidelity_schema.ModuleResult:
         scheme=format_scheme(record.scheme),
         relative_error=record.relative_error,
         sqnr_db=record.sqnr_db,
-        output_relative_error=record.output_error,
+        output_relative_error=record.output_relative_error,
         tokens=record.tokens,
         fallback=", ".join(record.fallbacks) or None,
         rescaled=record.rescaled,

@@ -17,7 +17,7 @@ from rich.text import Text
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.report import card, format_numbers, notes, tables
-from quantkit.report.tables import Table
+from quantkit.report.table import Table
 from quantkit.texts.exposure import format_labels
 
 _STYLES = {"accepted": "green", "rejected": "bold red", "not judged": "yellow"}

@@ -78,11 +78,14 @@ class SourcePair:
 
     def read_tensors(self, module: str) -> dict[str, Tensor]:
         """Read a quantized linear's tensors as stored, by local name."""
-        names = [f"{module}.{local}" for local in self.parts[module] if local != "bias"]
-        return {
-            name.removeprefix(f"{module}."): tensor
-            for name, tensor in self.stored.read(names).items()
-        }
+        weight = f"{module}.weight"
+        if weight in self.stored.logical.encoded:  # FP8 of the source, which `read` decodes
+            tensors = self.stored.read_parts(weight)
+        else:
+            tensors = self.stored.read(
+                f"{module}.{local}" for local in self.parts[module] if local != "bias"
+            )
+        return {name.removeprefix(f"{module}."): tensor for name, tensor in tensors.items()}
 
     def get_input(self, module: str) -> LinearInput | None:
         """Return the input of a linear; None if the architecture has no group for it."""

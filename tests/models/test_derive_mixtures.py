@@ -16,7 +16,7 @@ from quantkit import pipeline, registry
 from quantkit.artifact import load_model
 from quantkit.contracts import PROTECTED_ROLES, Block, Config, Experts, Layout, LinearGroup
 from quantkit.errors import CheckpointError
-from quantkit.models import derive, expert_checks, layer_states, layout_checks
+from quantkit.models import derive, expert_checks, layer_states, logit_checks
 from quantkit.models import experts as expert_runs
 from quantkit.models.experts import BlockRun, Gating
 from quantkit.models.layers import make_meta_model
@@ -226,9 +226,11 @@ def test_gate_and_up_in_the_wrong_order_are_found(monkeypatch: pytest.MonkeyPatc
 
 def test_blocks_are_compared_on_states_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where rounding changes the logits of a deep mixture; here they are made different."""
-    monkeypatch.setattr(layout_checks, "compute_logits", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(logit_checks, "compute_logits", lambda *_: torch.zeros(1))
     assert derive_layout(family("olmoe")).blocks[0].experts
-    monkeypatch.setattr(layer_states, "run_block", lambda *x: BlockRun(out=2 * x[3]))
+    monkeypatch.setattr(
+        layer_states, "run_block_batches", lambda *x: (BlockRun(out=2 * rows) for rows in x[3])
+    )
     assert "gives other logits than transformers" in refuse(family("olmoe"))
 
 

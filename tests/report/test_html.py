@@ -500,7 +500,7 @@ def test_report_command_writes_a_different_page_only_to_another_file(
 
 def test_report_command_rejects_changed_figures(artifact: Path, tmp_path: Path) -> None:
     path = artifact / "quantkit/fidelity.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version":  1', 1))
+    path.write_text(path.read_text().replace('"version": 2', '"version":  2', 1))
     for options in ((), ("--json",), ("--html", "--output", str(tmp_path / "x.html"))):
         result = CliRunner().invoke(main, ["report", str(artifact), *options])
         assert result.exit_code == 1 and result.stdout == ""

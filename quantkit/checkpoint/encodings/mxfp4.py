@@ -24,7 +24,7 @@ from quantkit.checkpoint.encoding import (
     require_fp4_groups,
     require_shape,
 )
-from quantkit.contracts import TensorSpec
+from quantkit.contracts import Scheme, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 GROUP = 32
 BLOCKS = "_blocks"
 LABEL = "MXFP4 g32"
+SCHEME = Scheme(bits=4, group_size=GROUP, symmetric=True, scale_dtype="uint8", kind="mxfp4")
+"""Of the tensors of compressed-tensors, which an artifact may hold unchanged."""
 
 
 def claim(codes: StoredCodes) -> EncodedWeight | None:
@@ -57,6 +59,7 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
         label=LABEL,
         spec=TensorSpec(name=logical, dtype=dtype, shape=(rows, width)),
         parts={"codes": codes.spec, "scale": scale},
+        scheme=SCHEME if packed != name and codes.spec.dtype == scale.dtype == "U8" else None,
         decode=partial(decode, width=width, dtype=dtype),
     )
 
