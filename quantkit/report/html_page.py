@@ -297,9 +297,11 @@ def _describe_size(fidelity: Fidelity) -> str:
 
 
 def count_columns(tiles: Sequence[Tile], most: int) -> int:
-    """Return the columns, at most `most`, that leave the last row of tiles as full as possible."""
-    rows = max(1, -(-len(tiles) // most))
-    return max(1, -(-len(tiles) // rows))
+    """Return the number of columns, at most `most`, whose last row of tiles is fullest."""
+    n = max(1, len(tiles))
+    widest = min(most, n)
+    columns = range(widest, min(most // 2, widest - 1), -1)
+    return max(columns, key=lambda count: (n % count or count) / count)
 
 
 def list_definitions(tiles: Sequence[Tile]) -> Meanings:

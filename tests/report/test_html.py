@@ -515,3 +515,12 @@ def test_report_command_rejects_output_without_html(artifact: Path, tmp_path: Pa
         main, ["report", str(artifact), "--output", str(tmp_path / "x.html")]
     )
     assert result.exit_code == 2 and "--output: expected --html with it" in result.stderr
+
+
+def test_rows_of_tiles_are_full() -> None:
+    """No tile stands alone in its row, on wide pages and on those of half the width."""
+    for most in (7, 5):
+        for n in range(2, 15):
+            tiles = [html_page.Tile(label="a", value="1")] * n
+            columns = html_page.count_columns(tiles, most)
+            assert columns <= most and (n % columns or columns) > 1
