@@ -122,6 +122,7 @@ bench-peers: $(VENV)/.installed $(REAL)/.installed $(PEERS:=/.installed)  ## com
 bench-texts: $(VENV)/.installed $(REAL)/.installed  ## SmolLM2-135M calibrated on other texts: KL on seven kinds of text (hours; continues)
 	test -d artifacts/real/smollm2-135m || $(REAL)/bin/python tests/external/real_model/make_from_gguf.py smollm2
 	PYTHONPATH=tests $(BIN)/python -m external.real_model.text_kinds $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m external.real_model.unseen_kinds
 
 eval-real: $(VENV)/.installed $(REAL)/.installed  ## GSM8K, HumanEval, MBPP: SmolLM2-135M by each method (hours)
 	test -d artifacts/real/smollm2-135m || $(REAL)/bin/python tests/external/real_model/make_from_gguf.py smollm2

@@ -11,7 +11,7 @@ The public API (quantkit/api.py), imported on first use so that `import quantkit
     quantkit.verify(result.path)
     artifact = quantkit.open_artifact(result.path)
     artifact.report.distribution                             # KL, perplexity, top-1
-    artifact.modules.nlargest(10, "output_error")            # with pandas installed
+    artifact.modules.nlargest(10, "output_relative_error")            # with pandas installed
     quantkit.diff("artifacts/other", result.path)
     model = quantkit.load(result.path)                       # a transformers model
 

@@ -48,7 +48,7 @@ def plan(
     >>> import quantkit
     >>> [planned] = quantkit.plan("builtin:tiny-v3", bits=8)
     >>> planned.totals.modules_quantized, planned.rules[0].action
-    (144, 'awq+gptq int8 g128 symmetric')
+    (144, 'gptq int8 g128 symmetric')
 
     Args:
         target: a recipe file, the name of a recipe that ships with quantkit, or a model (a folder,

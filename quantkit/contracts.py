@@ -32,7 +32,9 @@ Role = Literal["attention", "mlp", "shared_expert", "routed_expert",
 PROTECTED_ROLES: frozenset[Role] = frozenset({"router", "embedding", "head", "mtp_projection"})
 """Roles that a rule quantizes only if its pattern names them (recipe.schema.Rule)."""
 
-ScaleDtype = Literal["bfloat16", "float16", "float32"]
+ScaleDtype = Literal["bfloat16", "float16", "float32", "uint8", "float8_e4m3fn"]
+SchemeKind = Literal["int", "nf4", "fp8", "int8", "mxfp4", "nvfp4"]
+"""int, nf4: codes that quantkit makes; the others: codes of a source, which are only copied."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +71,7 @@ class Config:
         return self.read_missing(self, key) if value is None and self.read_missing else value
 
     def _make_error(self, key: str, expected: str, value: object) -> CheckpointError:
-        actual = "nothing" if value is None else repr(value)[:80]
+        actual = "nothing; add it" if value is None else f"{repr(value)[:80]}; repair the value"
         return CheckpointError(f"{self.where}: {key}: expected {expected}, found {actual}")
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -177,6 +179,7 @@ class Experts:
 
     scales_down: rows of up absorb down's input scale. inside: the block does more than to add their
     sum to its output. scaled_inputs: the router's weight multiplies the input of the only expert.
+    bias: each projection has one.
     """
 
     module: str  # "model.layers.3.mlp.experts"; expert e is module.e
@@ -191,6 +194,7 @@ class Experts:
     scales_down: bool = True
     inside: bool = False
     scaled_inputs: bool = False
+    bias: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -207,6 +211,11 @@ class Experts:
         """Full module name of a projection that reads the input: all have one decision."""
         return self.linear(0, self.inputs[0])
 
+    @property
+    def kinds(self) -> tuple[Literal["weight", "bias"], ...]:
+        """Local names of the tensors of a projection."""
+        return ("weight", "bias") if self.bias else ("weight",)
+
     def linear(self, expert: int, projection: str) -> str:
         """Return the full module name of one projection of one expert."""
         return f"{self.module}.{expert}.{projection}"
@@ -214,7 +223,8 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StackedTensor:
-    """A stored tensor with a matrix [out, in], or [in, out] if `transposed`, of each expert.
+    """A stored tensor with a matrix of each expert: [out, in], or [in, out] if `transposed`; or a
+    bias [out] of each.
 
     Projections follow one another, or alternate if `interleaved`; experts too, if `flat`.
     """
@@ -224,6 +234,7 @@ class StackedTensor:
     transposed: bool = False
     interleaved: bool = False
     flat: bool = False
+    kind: Literal["weight", "bias"] = "weight"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,6 +266,10 @@ class Block:
     def path(self) -> str:
         """The block's name in transformers' model."""
         return self.module or self.name
+
+    def stores_together(self, linear: Linear) -> bool:
+        """Return whether the checkpoint stores a linear in a tensor with those of all experts."""
+        return bool(self.stacked) and linear.role == "routed_expert"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -323,7 +338,8 @@ class Architecture:
 class Scheme:
     """Quantization parameters of a matrix.
 
-    Groups run along the input dimension; group_size -1 is one group per row. nf4 only:
+    Groups run along the input dimension; group_size -1 is one group per row. scale_dtype uint8 is
+    E8M0, of mxfp4. nf4 only:
     `double_quant`, the format stores the scales in 8 bits; `source_dtype`, the weight's dtype in
     the source.
     """
@@ -332,7 +348,7 @@ class Scheme:
     group_size: int
     symmetric: bool
     scale_dtype: ScaleDtype
-    kind: Literal["int", "nf4"] = "int"
+    kind: SchemeKind = "int"
     double_quant: bool = False
     source_dtype: ScaleDtype | None = None
 

@@ -11,42 +11,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import exp, hypot
-from statistics import fmean
+from math import exp, sqrt
 from typing import Any, Literal
 
-NOT_MEASURED = "not measured"
-NOT_FINITE = "not finite"
-ALL_TEXT = "all"
-"""The domain that pools every token of the fidelity text."""
-LOW_COVERAGE = 0.85
-"""Coverage below which a report names the kind of text and the remedy (numerics/README.md)."""
+from quantkit.figure_readers import (
+    Reader,
+    Reading,
+    read_artifact,
+    read_block_error,
+    read_coverage,
+    read_distribution,
+    read_fallbacks,
+    read_likelihood,
+    read_lost_items,
+    read_mean_over_kinds,
+    read_module_error,
+    read_output_error,
+    read_overlapping_items,
+    read_router_agreement,
+    read_shift,
+    read_uncalibrated,
+    read_worst_kind,
+)
 
 Style = Literal["nats", "ratio", "percent", "signed percent", "count", "bits", "bytes"]
 """How a value is written; see `report.format_numbers.STYLES`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """A figure as read from a report.
-
-    value None: `reason` says why ("not measured ..." or "not finite"). With a value, `reason` says
-    which part of the artifact or of the text it covers.
-    """
-
-    value: float | None
-    reason: str = ""
-    se: float | None = None
-    ci: tuple[float | None, float | None] | None = None
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether the figure was measured; the value may still be not finite."""
-        return self.value is not None or self.reason == NOT_FINITE
-
-
-Reader = Callable[[Any, str], Reading]
-"""(report, domain or task; "" for all) -> the figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +43,19 @@ class Pairing:
     """How two artifacts are compared token by token.
 
     statistic: "mean" is the mean of B - A; "ratio" is exp of it; "share" is the difference of two
-    proportions (Bonett and Price 2012).
+    proportions (Bonett and Price 2012); "mean ratio" is the ratio of the means; "quantile ratio"
+    that of the quantiles at `quantile`. Ratios of a source, which is 0, are differences of means.
     column: the values of every token, from `diff.sides.TokenFigures`.
     """
 
-    statistic: Literal["mean", "ratio", "share"]
+    statistic: Literal["mean", "ratio", "share", "mean ratio", "quantile ratio"]
     column: Callable[[Any], Sequence[float]]
+    quantile: float = 0.5
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether the change is a factor, B / A."""
+        return "ratio" in self.statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,185 +97,6 @@ class FigureDefinition:
             "runs": bool(self.run_column),
         }
         return ", ".join(name for name, shown in places.items() if shown)
-
-
-# ----------------------------------------------------------------------------------------- readers
-
-
-def read_distribution(key: str, report: Any, domain: str) -> Reading:
-    """Read a stored figure of the next-token distributions of one domain, "" for all text."""
-    row = next((row for row in report.distribution if row.domain == (domain or ALL_TEXT)), None)
-    if row is None and report.distribution:
-        domains = ", ".join(row.domain for row in report.distribution)
-        return Reading(value=None, reason=f"{NOT_MEASURED}: the text has {domains}")
-    figure = row.figures.get(key) if row else None
-    if figure is None:
-        return Reading(value=None, reason=NOT_MEASURED)
-    if figure.value is None:
-        return Reading(value=None, reason=NOT_FINITE)
-    return Reading(value=figure.value, se=figure.se, ci=figure.ci)
-
-
-def read_extreme(values: Sequence[float | None], *, largest: bool) -> Reading:
-    """Read the largest or smallest of values that were all measured; None is a value that is
-    not finite."""
-    finite = [value for value in values if value is not None]
-    if not values:
-        return Reading(value=None, reason=NOT_MEASURED)
-    if len(finite) < len(values):
-        return Reading(value=None, reason=NOT_FINITE)
-    return Reading(value=max(finite) if largest else min(finite))
-
-
-def list_kinds(report: Any) -> dict[str, Reading]:
-    """Return the mean KL of every kind of text that the report measured, without the pooled row."""
-    labels = [row.domain for row in report.distribution if row.domain != ALL_TEXT]
-    return {label: read_distribution("kl_mean", report, label) for label in labels}
-
-
-def list_seen_kinds(report: Any) -> frozenset[str] | None:
-    """Return the kinds of text that the artifact was calibrated on; None if the report has none.
-
-    An artifact without calibration has seen no kind, and a report of an earlier version does not
-    say. A pooled kind is seen if all its members are.
-    """
-    if report.calibration is None or not report.calibration.kinds:
-        return None
-    seen = frozenset(report.calibration.kinds)
-    pooled = report.measured_on.pooled if report.measured_on else {}
-    return seen | {label for label, members in pooled.items() if seen.issuperset(members)}
-
-
-def read_worst_kind(report: Any, _part: str) -> Reading:
-    """Read the largest mean KL of a kind of text; `reason` names the kind."""
-    kinds = list_kinds(report)
-    reading = read_extreme([kind.value for kind in kinds.values()], largest=True)
-    if reading.value is None:
-        return reading
-    label = max(kinds, key=lambda label: kinds[label].value or 0.0)
-    return Reading(value=reading.value, se=kinds[label].se, reason=label)
-
-
-def read_mean_over_kinds(report: Any, _part: str) -> Reading:
-    """Read the mean of the kinds' mean KL: kinds count equally, whatever tokens they have."""
-    return average_readings(list(list_kinds(report).values()))
-
-
-def average_readings(readings: Sequence[Reading]) -> Reading:
-    """Return the mean of independent readings, with its standard error if each has one."""
-    values = [reading.value for reading in readings if reading.value is not None]
-    if len(values) < len(readings):
-        return Reading(value=None, reason=NOT_FINITE)
-    if not values:
-        return Reading(value=None, reason=NOT_MEASURED)
-    errors = [reading.se for reading in readings if reading.se is not None]
-    known = len(errors) == len(readings)
-    return Reading(value=fmean(values), se=hypot(*errors) / len(errors) if known else None)
-
-
-def read_shift(report: Any, _part: str) -> Reading:
-    """Read the mean KL of unseen kinds over that of seen kinds; 1 is calibration that carries
-    over.
-    """
-    kinds, seen = list_kinds(report), list_seen_kinds(report)
-    if not kinds:
-        return Reading(value=None, reason=NOT_MEASURED)
-    if seen is None:
-        return Reading(value=None, reason=f"{NOT_MEASURED}: the kinds calibrated on are unknown")
-    groups = {
-        "seen": [reading for label, reading in kinds.items() if label in seen],
-        "unseen": [reading for label, reading in kinds.items() if label not in seen],
-    }
-    absent = [name for name, readings in groups.items() if not readings]
-    if absent:
-        return Reading(value=None, reason=f"{NOT_MEASURED}: the text has no {absent[0]} kind")
-    below, above = average_readings(groups["seen"]), average_readings(groups["unseen"])
-    if above.value is None or not below.value:
-        return Reading(value=None, reason=NOT_FINITE)
-    return Reading(value=above.value / below.value)
-
-
-def read_likelihood(report: Any, task: str) -> Reading:
-    """Read the change of a task's gold solutions, or the lowest of all tasks."""
-    rows = [row for row in report.likelihood if task in ("", row.task)]
-    missing = [row for row in rows if row.difference is None]
-    if missing or not rows:
-        reason = f"{NOT_MEASURED}: {missing[0].reason}" if missing else NOT_MEASURED
-        return Reading(value=None, reason=reason)
-    return read_extreme([row.difference.value for row in rows], largest=False)
-
-
-def read_lost_items(report: Any, _part: str) -> Reading:
-    """Read the number of items, over all tasks, that the source has right and the artifact
-    wrong."""
-    missing = [row.task for row in report.benchmarks if row.lost is None]
-    if missing or not report.benchmarks:
-        names = f": {', '.join(missing)} was not run" if missing else ""
-        return Reading(value=None, reason=NOT_MEASURED + names)
-    return Reading(value=float(sum(row.lost for row in report.benchmarks)))
-
-
-def read_overlapping_items(report: Any, _part: str) -> Reading:
-    """Read the number of benchmark prompts, over all tasks, that appear in the calibration text."""
-    rows = report.calibration.overlaps if report.calibration else ()
-    checked = [row for row in rows if row.items]
-    if not checked:
-        return Reading(value=None, reason=NOT_MEASURED)
-    return Reading(value=float(sum(row.overlapping for row in checked)))
-
-
-def read_module_output_error(report: Any, _part: str) -> Reading:
-    """Read the largest relative output error; an expert that no token reached has none."""
-    errors = [row.output_relative_error for row in report.modules if row.method is not None]
-    known = [error for error in errors if error is not None]
-    if not known:
-        return Reading(value=None, reason=NOT_MEASURED)
-    missing = len(errors) - len(known)
-    reason = f"{missing:,} of {len(errors):,} modules not measured" if missing else ""
-    return Reading(value=max(known), reason=reason)
-
-
-def read_module_error(report: Any, _part: str) -> Reading:
-    """Read the largest relative weight error of a quantized matrix."""
-    errors = [row.relative_error for row in report.modules if row.method is not None]
-    return read_extreme(errors, largest=True)
-
-
-def read_block_error(report: Any, _part: str) -> Reading:
-    """Read the largest relative error of the hidden states after a block."""
-    return read_extreme([row.relative_error for row in report.blocks], largest=True)
-
-
-def read_router_agreement(report: Any, _part: str) -> Reading:
-    """Read the lowest share of expert choices of a layer that agree with the source's."""
-    return read_extreme([row.agreement for row in report.routers], largest=False)
-
-
-def read_uncalibrated(report: Any, _part: str) -> Reading:
-    """Read the number of routed experts that saw too few calibration tokens."""
-    if report.experts is None:
-        return Reading(value=None, reason=NOT_MEASURED)
-    return Reading(value=float(len(report.experts.list_uncalibrated())))
-
-
-def read_coverage(report: Any, _part: str) -> Reading:
-    """Read 1 - the largest unspanned share of a kind of text; `reason` names kind and input."""
-    worst = report.find_worst_inputs()
-    reading = read_extreme([share for share, _ in worst.values()], largest=True)
-    if reading.value is None:
-        return reading
-    kind = max(worst, key=lambda kind: worst[kind][0])
-    return Reading(value=1 - reading.value, reason=f"{kind} at {worst[kind][1].input}")
-
-
-def read_fallbacks(report: Any, _part: str) -> Reading:
-    """Read the number of modules that took any fallback."""
-    return Reading(value=float(len({name for row in report.fallbacks for name in row.modules})))
-
-
-def read_artifact(key: str) -> Reader:
-    """Return a reader of a number of the artifact's summary."""
-    return lambda report, _part: Reading(value=float(getattr(report.artifact, key)))
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -329,25 +146,32 @@ FIGURES: tuple[FigureDefinition, ...] = (
         meaning="Mean over the tokens of KL(source || artifact), over the full vocabulary.",
         mark="mean", tile="Mean KL", tile_note="nats per token", run_column="kl", run_heading="KL",
         diff_label="KL mean [nats/token]", diff_tile="Mean KL",
-        pairing=Pairing(statistic="mean", column=lambda tokens: tokens.kl),
+        pairing=Pairing(statistic="mean ratio", column=lambda tokens: tokens.kl),
     ),
     FigureDefinition(
         key="kl_median", label="KL median", style="nats", direction="lower", unit="nats/token",
         at_source=0.0,
         meaning="Median of the tokens' KL.",
         diff_label="KL median",
+        pairing=Pairing(statistic="quantile ratio", column=lambda tokens: tokens.kl),
     ),
     FigureDefinition(
         key="kl_p99", label="KL 99 %", style="nats", direction="lower", unit="nats/token",
         at_source=0.0,
         meaning="99th percentile of the tokens' KL.",
         mark="99 %", diff_label="KL 99 %",
+        pairing=Pairing(
+            statistic="quantile ratio", column=lambda tokens: tokens.kl, quantile=0.99
+        ),
     ),
     FigureDefinition(
         key="kl_p999", label="KL 99.9 %", style="nats", direction="lower", unit="nats/token",
         at_source=0.0,
         meaning="99.9th percentile of the tokens' KL.",
         mark="99.9 %", diff_label="KL 99.9 %",
+        pairing=Pairing(
+            statistic="quantile ratio", column=lambda tokens: tokens.kl, quantile=0.999
+        ),
     ),
     FigureDefinition(
         key="kl_max", label="KL max", style="nats", direction="lower", unit="nats/token",
@@ -388,7 +212,7 @@ FIGURES: tuple[FigureDefinition, ...] = (
     ),
     FigureDefinition(
         key="rms_delta_p", label="RMS Δp", style="percent", direction="lower", at_source=0.0,
-        meaning="Root mean square of that change.",
+        meaning="Root mean square change of the true token's probability, artifact - source.",
         diff_label="RMS Δp",
     ),
     FigureDefinition(
@@ -399,17 +223,19 @@ FIGURES: tuple[FigureDefinition, ...] = (
     FigureDefinition(
         key="block_error", label="block error", style="percent", direction="lower",
         scope="artifact", reader=read_block_error,
-        meaning="||artifact - source|| / ||source|| of the hidden states, after the worst block.",
+        meaning="||artifact - source|| / ||source|| of the hidden states after the worst block, "
+                "over the fidelity text.",
     ),
     FigureDefinition(
         key="module_error", label="module error", style="percent", direction="lower",
         scope="artifact", is_streamed=False, reader=read_module_error,
-        meaning="||W - Q|| / ||W|| of the worst quantized matrix.",
+        meaning="||W - Q|| / ||W|| of the weights of the worst quantized matrix W.",
     ),
     FigureDefinition(
-        key="module_output_error", label="module output error", style="percent", direction="lower",
-        scope="artifact", is_streamed=False, reader=read_module_output_error,
-        meaning="The same of its outputs W x over the calibration tokens, worst matrix.",
+        key="output_error", label="output error", style="percent", direction="lower",
+        scope="artifact", is_streamed=False, reader=read_output_error,
+        meaning="||W X - Q X|| / ||W X|| of the outputs of the worst quantized matrix W, over the "
+                "calibration tokens X.",
     ),
     FigureDefinition(
         key="experts_uncalibrated", label="under-calibrated experts", style="count",
@@ -450,6 +276,9 @@ FIGURES: tuple[FigureDefinition, ...] = (
 )  # fmt: skip
 """Every figure, in the order of the tables."""
 
+ENERGY_GATE, NORM_GATE = "module_output_error", "output_error"
+"""Former key of the outputs' error, an energy ratio, and the key of its root, the norm ratio."""
+
 
 def list_figures() -> tuple[FigureDefinition, ...]:
     """Return every row, in the order of the tables."""
@@ -464,6 +293,13 @@ def list_headline_figures() -> tuple[FigureDefinition, ...]:
 def list_stored_keys() -> tuple[str, ...]:
     """Return the keys that fidelity.json stores for every domain."""
     return tuple(row.key for row in FIGURES if row.scope == "domain" and row.reader is None)
+
+
+def convert_energy(value: object) -> object:
+    """Return the norm ratio of an energy ratio; a value that is no energy ratio unchanged."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        return value
+    return sqrt(value)
 
 
 def list_keys() -> tuple[str, ...]:

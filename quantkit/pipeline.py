@@ -37,8 +37,8 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.remote_code import allows_remote_code
 from quantkit.checkpoint.tensors import WrittenFile
 from quantkit.evaluate import solution_likelihood
-from quantkit.evaluate.check_plan import check_before_build
 from quantkit.evaluate.item_results import write_pairs
+from quantkit.evaluate.local_checks import check_before_build
 from quantkit.evaluate.prompt_overlap import check_overlaps
 from quantkit.evaluate.self_sampler import open_self_source
 from quantkit.evaluate.solution_likelihood import GoldSolutions, ScoredSolution

@@ -122,20 +122,27 @@ MEDIUM_FILES = frozenset({
 """Files whose tests build artifacts, start processes or read many files; not in `make fast`."""
 
 LONGEST_FILES = (
-    "test_contracts.py",
     "test_golden.py",
+    "build/test_resume.py",
+    "test_contracts.py",
+    "build/test_determinism.py",
     "cli/test_cli.py",
+    "serve/test_serve.py",
+    "evaluate/test_evaluation.py",
     "evaluate/test_sandbox.py",
     "publish/test_transfer.py",
-    "serve/test_serve.py",
+    "diff/test_diff_command.py",
+    "models/test_derive.py",
     "reliability/test_fuzz.py",
-    "evaluate/test_check_plan.py",
-    "evaluate/test_evaluation.py",
+    "build/test_build.py",
+    "build/test_interrupted.py",
+    "evaluate/test_openai_backend.py",
+    "evaluate/test_hostile_tasks.py",
+    "evaluate/test_self_sampler.py",
     "methods/test_hard_weights.py",
     "evaluate/test_solution_likelihood.py",
-    "diff/test_diff_command.py",
-    "cli/test_environment.py",
     "test_api.py",
+    "cli/test_environment.py",
 )
 """Files that begin first, the longest first, so that parallel workers end together."""
 

@@ -1,9 +1,13 @@
-"""Schema of quantkit/fidelity.json, version 1: everything that a report shows, as frozen values.
+"""Schema of quantkit/fidelity.json, version 2: everything that a report shows, as frozen values.
 
 For the schema of plans see plan.plan_schema. Shares (top-1, recovery, scores, agreement, errors)
 are 0 .. 1; KL is in nats per token; differences of scores are in percentage points; sizes are in
 bytes. A measured figure that is not finite has value None; a figure that was not measured is None
 itself. Non-finite numbers become None when a value is made, because JSON cannot hold them.
+
+Relative errors of weights, outputs and hidden states are one measure, the norm ratio
+||artifact - source|| / ||source||. Reports of version 1, where outputs had an energy ratio, are
+read and converted (convert_report.py).
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from quantkit.artifact.convert_report import convert_report
 from quantkit.artifact.layout import FIDELITY_VERSION
 from quantkit.figures import list_stored_keys
 from quantkit.plan.plan_schema import FROZEN, PlanRule
@@ -167,6 +172,7 @@ class TextSet(BaseModel):
     parts: tuple[TextPart, ...] = ()
     overlaps: tuple[TaskOverlap, ...] = ()  # of a calibration text
     chosen: str = ""
+    repeated: int | None = None  # scored tokens whose context begins an earlier document too
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -244,9 +250,7 @@ class ModuleResult(BaseModel):
     scheme: str
     relative_error: Number = None  # ||W - Q|| / ||W||
     sqnr_db: Number = None
-    output_relative_error: Number = (
-        None  # the same of W x over the calibration tokens, from the gram
-    )
+    output_relative_error: Number = None  # ||W X - Q X|| / ||W X|| over the calibration tokens X
     tokens: int | None = None
     fallback: str | None = None  # Fallback.kind
     rescaled: bool = False
@@ -336,6 +340,7 @@ class BenchmarkResult(BaseModel):
     gained: int | None = None
     mcnemar_p: Number = None
     verdict: str = ""
+    required: Number = None  # recovery that "pass" needs; None in reports of version 1
     truncated: tuple[Number, Number] | None = (
         None  # share of answers cut at the token limit: source, artifact
     )
@@ -345,8 +350,16 @@ class BenchmarkResult(BaseModel):
     data_sha256: str = ""
 
 
+Outcome = Literal["kept", "kept, not proven", "missed", "not judged"]
+
+
 class GateResult(BaseModel):
-    """One bound of the recipe; ok is None if the figure was not measured."""
+    """One bound of the recipe; ok is None if the figure was not measured.
+
+    n: tokens or items of the figure, ci: its 95 % interval, None for one that has none, such as a
+    size. outcome: "kept, not proven" is a figure within its bound with an interval that crosses it;
+    ok is then False if the recipe says `proven: true`, and the outcome "missed".
+    """
 
     model_config = FROZEN
     figure: str
@@ -354,13 +367,27 @@ class GateResult(BaseModel):
     value: Number
     ok: bool | None
     reason: str = ""
+    n: int | None = None
+    ci: tuple[Number, Number] | None = None
+    outcome: Outcome = "not judged"
+
+    @model_validator(mode="before")
+    @classmethod
+    def complete_outcome(cls, values: object) -> object:
+        """Fill in the outcome of a gate without one, as in reports of version 1."""
+        if not isinstance(values, dict) or "outcome" in values:
+            return values
+        words = {True: "kept", False: "missed", None: "not judged"}
+        ok = values.get("ok")
+        return {**values, "outcome": words[ok]} if ok in (True, False, None) else values
 
 
 class Fidelity(BaseModel):
     """The whole report."""
 
     model_config = FROZEN
-    version: Literal[1] = FIDELITY_VERSION
+    version: Literal[2] = FIDELITY_VERSION
+    converted_from: int | None = Field(default=None, exclude=True)  # version of the file, if older
     status: Status = "not judged"
     artifact: ArtifactSummary
     source: SourceModel
@@ -382,6 +409,12 @@ class Fidelity(BaseModel):
     command: str = ""  # builds the artifact again in an empty folder
     source_tensors: str = ""  # how the tensors of the source are accounted for
     needs: tuple[str, ...] = ()  # local files that the command reads
+
+    @model_validator(mode="before")
+    @classmethod
+    def convert_older(cls, values: object) -> object:
+        """Convert the values of a report of an earlier version."""
+        return convert_report(values) if isinstance(values, dict) else values
 
     def find_worst_inputs(self) -> dict[str, tuple[Number, InputCoverage]]:
         """Return kind of text -> its largest unspanned share and the first input that has it.

@@ -77,7 +77,7 @@ OWN_FILES = frozenset({
 
 SCHEMA_VERSION: Final = 1
 """`schema_version` of the manifest."""
-FIDELITY_VERSION: Final = 1
+FIDELITY_VERSION: Final = 2
 """`version` of fidelity.json."""
 LOADTEST_VERSION: Final = 1
 """`version` of loadtest.json."""

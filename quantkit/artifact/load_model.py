@@ -67,6 +67,7 @@ def load_model(folder: str | Path, *, device: str | None = None, dtype: str | No
         )
     meta = make_meta_model(config, get_device(device_name), DTYPES[dtype_name])
     layout = load_architecture(config, checkpoint.specs).layout(config)
+    checkpoint = checkpoint.split_experts(layout.blocks)
     if format_name == "bitsandbytes":
         model = build_packed_model(meta, layout, checkpoint, schemes)
     else:

@@ -30,7 +30,7 @@ def make_config(plan: Plan) -> dict[str, object]:
     contents = Contents(
         schemes=plan.schemes,
         kept=kept,
-        fp8=fp8,
+        fp8=[*fp8, *plan.fp8_parts],
         fp8_block=plan.kept.side,
         parts=parts,
         text_prefixes=list_text_prefixes(plan),

@@ -12,16 +12,22 @@ from typing import Any
 
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.artifact.layout import MANIFEST
-from quantkit.artifact.read_manifest import get_format_name, get_section, read_manifest
+from quantkit.artifact.read_manifest import (
+    get_format_name,
+    get_output_error,
+    get_section,
+    read_manifest,
+)
 from quantkit.artifact.read_report import read_artifact_report
 from quantkit.errors import ArtifactError
 
 SCHEME_COLUMNS = ("bits", "group_size", "symmetric")
 COLUMNS = (
-    "rule", "method", "rounding", "relative_error", "sqnr_db", "output_error", "tokens", "rescaled",
-    "fallbacks",
+    "rule", "method", "rounding", "relative_error", "sqnr_db", "output_relative_error", "tokens",
+    "rescaled", "fallbacks",
 )  # fmt: skip
 """Columns of the modules' table from the manifest (artifact/records.py has their units)."""
+FIGURES = ("relative_error", "sqnr_db", "output_error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +64,10 @@ class Artifact:
         ]
         if find_spec("pandas") is None:
             return rows
-        return import_module("pandas").DataFrame(
+        table = import_module("pandas").DataFrame(
             rows, columns=["module", *SCHEME_COLUMNS, *COLUMNS]
         )
+        return table.astype(dict.fromkeys(FIGURES, float))  # None, without calibration, is NaN
 
     def _make_row(self, name: str, entry: object) -> dict[str, object]:
         """Return the row of a module."""
@@ -74,4 +81,5 @@ class Artifact:
             "module": name,
             **{column: scheme.get(column) for column in SCHEME_COLUMNS},
             **{column: entry.get(column) for column in COLUMNS},
+            "output_relative_error": get_output_error(entry),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import sqrt
 from pathlib import Path
 
 from quantkit.artifact.layout import MANIFEST, SCHEMA_VERSION
@@ -57,3 +58,15 @@ def get_format_name(manifest: Mapping[str, object]) -> object:
     if manifest.get("format") is not None or not isinstance(entry, Mapping):
         return manifest.get("format", "dense")
     return str(entry.get("checkpoint_format") or entry.get("quant_method")).replace("-", "_")
+
+
+def get_output_error(record: Mapping[str, object]) -> float | None:
+    """Return the relative error of a module's outputs; None if the manifest has none.
+
+    Older manifests have the key `output_error`: an energy ratio, the square of this norm ratio.
+    """
+    for key, convert in (("output_relative_error", float), ("output_error", sqrt)):
+        value = record.get(key)
+        if isinstance(value, int | float) and value >= 0:
+            return convert(value)
+    return None

@@ -17,10 +17,11 @@ class ModuleRecord:
     """Record of one quantized linear for manifest and report; errors compare stored and original
     weight.
 
-    relative_error: ||W - Q|| / ||W||; sqnr_db: the same in dB, None without any loss; output_error:
-    lost share of the output's energy on the calibration inputs, None without statistics; tokens:
-    calibration tokens that reached its input; rescaled: whether its input was scaled, in the
-    columns of W. If its rows absorbed the scale of a later linear's input, W is the scaled weight.
+    relative_error: ||W - Q|| / ||W||; sqnr_db: the same in dB, None without any loss;
+    output_relative_error: ||X (W - Q)^T|| / ||X W^T|| over the calibration inputs X, None without
+    statistics; tokens: calibration tokens that reached its input; rescaled: whether its input was
+    scaled, in the columns of W. If its rows absorbed the scale of a later linear's input, W is the
+    scaled weight.
     method: the effective method; fallbacks: their names.
     """
 
@@ -31,7 +32,7 @@ class ModuleRecord:
     scheme: Scheme
     relative_error: float
     sqnr_db: float | None
-    output_error: float | None
+    output_relative_error: float | None
     tokens: int
     rescaled: bool
     fallbacks: tuple[str, ...]
@@ -48,7 +49,7 @@ def list_kept_codes(plan: Plan) -> list[ModuleRecord]:
             scheme=decision.codes,
             relative_error=0.0,
             sqnr_db=None,
-            output_error=None,
+            output_relative_error=None,
             tokens=0,
             rescaled=False,
             fallbacks=(),

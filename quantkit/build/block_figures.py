@@ -84,8 +84,8 @@ def format_module(record: ModuleRecord) -> str:
         f"rule {record.rule}",
         f"weight error {100 * record.relative_error:.2f} %",
     ]
-    if record.output_error is not None:
-        parts.append(f"output error {100 * record.output_error:.3f} %")
+    if record.output_relative_error is not None:
+        parts.append(f"output error {100 * record.output_relative_error:.3f} %")
     parts.append(f"{record.tokens} calibration tokens")
     parts += [f"fallback {name}" for name in record.fallbacks]
     return f"{record.module}: {'; '.join(parts)}"

@@ -8,7 +8,7 @@ slices and how often they are read, and the names of the tensors to read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ from quantkit.plan.decisions import (
     Decision,
     find_rescale,
     is_unscaled_for_fp8,
+    keeps_stacked,
     select_quantized_groups,
 )
 from quantkit.plan.memory import choose_slice_size
@@ -54,12 +55,13 @@ class LinearPlan:
     """What happens to one linear.
 
     `fallbacks` are those known before its weight is read; `stored_dtype` is that of a kept weight,
-    None when it keeps its values (FP8 blocks) or is quantized.
+    None when it keeps its values (FP8 blocks) or is quantized; `bias_dtype` that of its bias.
     """
 
     decision: Decision
     fallbacks: tuple[str, ...] = ()
     stored_dtype: torch.dtype | None = None
+    bias_dtype: torch.dtype | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -94,7 +96,8 @@ class ExpertsPlan:
     the input of each down projection; `needs_search` says that one scale for the input of all gate
     and up projections is searched, which takes the statistics of every expert before any is
     quantized. `slices` do not depend on `memory:`; `slices_at_once` does: it is how many are in
-    memory at once (a wave), and changes no byte.
+    memory at once (a wave), and changes no byte. `are_together`: kept in the stored tensors that
+    hold all of them.
     """
 
     experts: Experts
@@ -103,6 +106,7 @@ class ExpertsPlan:
     needs_search: bool
     slices: tuple[ExpertRange, ...]
     slices_at_once: int
+    are_together: bool = False
 
     @property
     def down_rescale(self) -> Rescale | None:
@@ -123,8 +127,12 @@ class ExpertsPlan:
     def read_request(self, wave: Sequence[ExpertRange]) -> ReadRequest:
         """Return the request for the weights of a wave."""
         names, first, stop = self.experts, wave[0].first, wave[-1].stop
-        projections = names.projections
-        tensors = (f"{names.linear(e, p)}.weight" for e in range(first, stop) for p in projections)
+        tensors = (
+            f"{names.linear(e, projection)}.{kind}"
+            for e in range(first, stop)
+            for projection in names.projections
+            for kind in names.kinds
+        )
         return ReadRequest(name=f"{names.module}.{first}:{stop}", tensors=tuple(tensors))
 
 
@@ -206,6 +214,8 @@ def plan_blocks(plans: Sequence[Plan]) -> tuple[BlockPlan, ...]:
     alone.
     """
     dtypes = {spec.name: spec.dtype for shard in plans[0].shards for spec in shard.tensors}
+    parts = plans[0].expert_parts
+    dtypes |= {x: dtypes[y.stacked.name] for x, y in parts.items() if y.stacked.name in dtypes}
     return tuple(plan_block(plans, block, dtypes) for block in plans[0].layout.blocks)
 
 
@@ -289,6 +299,7 @@ def plan_experts(plan: Plan, block: Block, groups: Mapping[str, GroupPlan]) -> E
             for first in range(0, count, size)
         ),
         slices_at_once=max(1, -(-min(plan.memory.wave_experts, count) // size)),
+        are_together=keeps_stacked(block, plan.decisions),
     )
 
 
@@ -296,10 +307,12 @@ def plan_linear(
     block: Block, decision: Decision, held: frozenset[str], dtypes: Mapping[str, str]
 ) -> LinearPlan:
     """Plan one linear; `held` are the groups whose input keeps its scale because of FP8 bits."""
+    bias = dtypes.get(f"{decision.linear.name}.bias")
+    plan = LinearPlan(decision=decision, bias_dtype=None if bias is None else TORCH_DTYPES[bias])
     if decision.action == "quantize":
-        return LinearPlan(decision=decision, fallbacks=known_fallbacks(block, decision, held))
+        return replace(plan, fallbacks=known_fallbacks(block, decision, held))
     dtype = dtypes.get(f"{decision.linear.name}.weight", FP8)
-    return LinearPlan(decision=decision, stored_dtype=None if dtype == FP8 else TORCH_DTYPES[dtype])
+    return replace(plan, stored_dtype=None if dtype == FP8 else TORCH_DTYPES[dtype])
 
 
 def known_fallbacks(block: Block, decision: Decision, held: frozenset[str]) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ class BuildContext:
         """
         stored = []
         for writer, output in zip(self.writers, self.formats, strict=True):
-            if not writer.holds(name):
+            if self._keeps_codes(name, writer):
                 stored.append(self._copy_codes(name, tensor, writer))
                 continue
             dtype = writer.spec(name).dtype
@@ -72,6 +72,27 @@ class BuildContext:
             stored.append(tensor.to(TORCH_DTYPES[dtype]))
             writer.write({name: stored[-1]})
         return stored[0]
+
+    def _keeps_codes(self, name: str, writer: ArtifactWriter) -> bool:
+        """Return whether a writer holds a kept weight as the source's codes, which may have the
+        weight's own name.
+        """
+        if not writer.holds(name):
+            return True
+        encoded = self.source.logical.encoded.get(name)
+        is_code = encoded is not None and encoded.scheme is not None
+        return is_code and writer.spec(name).dtype in ("I8", FP8)
+
+    def copy_stacked(self, name: str) -> None:
+        """Copy a stored tensor with all experts of a block: its codes where the plan has them, else
+        its values.
+        """
+        for writer in self.writers:
+            is_plain = writer.holds(name)
+            tensors = self.source.read_stacked(name, codes=not is_plain)
+            if is_plain:
+                tensors = {name: tensors[name].to(TORCH_DTYPES[writer.spec(name).dtype])}
+            writer.write(tensors)
 
     def _copy_codes(self, name: str, tensor: Tensor, writer: ArtifactWriter) -> Tensor:
         """Copy the codes of a kept weight bit for bit; NumericsError unless they hold the values of

@@ -26,15 +26,27 @@ Activation = Callable[[Tensor | None, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertBiases:
+    """Biases of a slice of experts: gate (None without one) and up [n, intermediate], down [n,
+    hidden].
+    """
+
+    gate: Tensor | None
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertSlice:
     """Weights of experts first .. first + n - 1: gate and up [n, intermediate, hidden], down [n,
-    hidden, intermediate]. `gate` is None for experts without one.
+    hidden, intermediate]. `gate` is None for experts without one, `biases` likewise.
     """
 
     first: int
     gate: Tensor | None
     up: Tensor
     down: Tensor
+    biases: ExpertBiases | None = None
 
     def __len__(self) -> int:
         return self.up.shape[0]
@@ -107,7 +119,12 @@ def expert_hidden(x: Tensor, experts: ExpertSlice, e: int, activation: Activatio
     [tokens, hidden] -> [tokens, intermediate].
     """
     gate = None if experts.gate is None else x @ experts.gate[e].T
-    return activation(gate, x @ experts.up[e].T)
+    up = x @ experts.up[e].T
+    if experts.biases is not None:
+        up += experts.biases.up[e]
+        if gate is not None and experts.biases.gate is not None:
+            gate += experts.biases.gate[e]
+    return activation(gate, up)
 
 
 class _StatsAccumulator:
@@ -232,6 +249,8 @@ def expert_outputs(
         if len(rows):
             hidden = expert_hidden(tokens.hidden[rows], experts, e, activation)
             y = hidden @ experts.down[e].T  # [n, hidden]
+            if experts.biases is not None:
+                y += experts.biases.down[e]
             outputs.append(ExpertOutput(rows=rows, values=y * weight[:, None].to(y)))
     return tuple(outputs)
 

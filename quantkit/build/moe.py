@@ -23,6 +23,7 @@ from quantkit.build.block_plan import ExpertRange
 from quantkit.build.context import BlockContext, ExpertPassState
 from quantkit.build.dense import BlockCalibration, ScaledBlock, ScalingCheckSample
 from quantkit.build.expert_ops import (
+    ExpertBiases,
     ExpertSlice,
     RoutedStream,
     SliceStats,
@@ -105,6 +106,7 @@ def quantize_pass(
         state.quantized = wave[-1].stop
         checkpoint_if_due(context, state)
         context.report_share(start + (1 - start) * state.quantized / plan.experts.count)
+    copy_stacked(context)
     if state.scaled_sample is not None and state.sample is not None:
         change = scaling.check_unchanged(
             context.name,
@@ -130,6 +132,14 @@ def store_experts(context: BlockContext) -> None:
         for result in quantize_tasks(context, tasks, settings):
             write_result(context, result)
         context.report_share(wave[-1].stop / plan.experts.count)
+    copy_stacked(context)
+
+
+def copy_stacked(context: BlockContext) -> None:
+    """Write the stored tensors of kept experts that hold all of them."""
+    if context.experts.are_together:
+        for stacked in context.plan.block.stacked:
+            context.build.copy_stacked(stacked.name)
 
 
 # ------------------------------------------------------------------------------ the steps of a pass
@@ -140,12 +150,19 @@ def read_wave(context: BlockContext, wave: Sequence[ExpertRange]) -> list[Expert
     names, device = context.experts.experts, context.build.device
     tensors = context.build.reads.take(context.experts.read_request(wave))
 
-    def stack(part: ExpertRange, projection: str) -> Tensor:
-        weights = [
-            tensors.pop(f"{names.linear(e, projection)}.weight").to(device).float()
+    def stack(part: ExpertRange, projection: str, kind: str = "weight") -> Tensor:
+        parts = [
+            tensors.pop(f"{names.linear(e, projection)}.{kind}").to(device).float()
             for e in range(part.first, part.stop)
         ]
-        return torch.stack(weights)  # [n, out, in]
+        return torch.stack(parts)  # [n, out, in], of biases [n, out]
+
+    def stack_biases(part: ExpertRange) -> ExpertBiases:
+        return ExpertBiases(
+            gate=None if names.gate is None else stack(part, names.gate, "bias"),
+            up=stack(part, names.up, "bias"),
+            down=stack(part, names.down, "bias"),
+        )
 
     return [
         ExpertSlice(
@@ -153,6 +170,7 @@ def read_wave(context: BlockContext, wave: Sequence[ExpertRange]) -> list[Expert
             gate=None if names.gate is None else stack(part, names.gate),
             up=stack(part, names.up),
             down=stack(part, names.down),
+            biases=stack_biases(part) if names.bias else None,
         )
         for part in wave
     ]
@@ -260,7 +278,7 @@ def write_result(
     """Write a quantized slice, add its share to the sample's output, and return its weights as
     stored.
     """
-    for name, tensor in result.kept.items():
+    for name, tensor in result.kept.items() if not context.experts.are_together else ():
         context.write_kept(name, tensor)
     context.write(result.tensors, result.records)
     if state is not None and result.sample_output is not None:

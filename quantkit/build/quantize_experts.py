@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from quantkit.artifact.records import ModuleRecord
 from quantkit.build.block_plan import ExpertsPlan, LinearPlan
-from quantkit.build.expert_ops import Activation, ExpertSlice, SliceStats, sum_outputs
+from quantkit.build.expert_ops import (
+    Activation,
+    ExpertBiases,
+    ExpertSlice,
+    SliceStats,
+    sum_outputs,
+)
 from quantkit.build.quantize_linear import (
     QuantizedLinear,
     QuantizeRequest,
@@ -86,6 +92,7 @@ def quantize_experts(
     collected = _Collected(tensors=tuple({} for _ in settings.formats))
     common = share_scaled_input(stats, settings)
     stored: list[dict[str, Tensor]] = []
+    biases: list[tuple[int, ExpertBiases]] = []
     sample_output = None
     for e in range(len(experts)):
         scaled, into, inner, is_down_scaled = scale_expert(experts, stats, common, e, settings)
@@ -93,11 +100,14 @@ def quantize_experts(
             output = sum_outputs(scaled, settings.sample, settings.activation)
             sample_output = output if sample_output is None else sample_output + output
         stored.append(quantize_expert(scaled, into, inner, is_down_scaled, settings, collected))
+        if scaled.biases is not None:
+            biases.append((scaled.first, scaled.biases))
     names = settings.plan.experts
     stacked = {
         projection: torch.stack([weights[projection] for weights in stored])  # [n, out, in]
         for projection in names.projections
     }
+    rounded = [store_biases(each, settings, collected) for each in biases]
     return ExpertResult(
         tensors=collected.tensors,
         kept=collected.kept,
@@ -107,6 +117,7 @@ def quantize_experts(
             gate=None if names.gate is None else stacked[names.gate],
             up=stacked[names.up],
             down=stacked[names.down],
+            biases=join_biases(rounded) if rounded else None,
         ),
         sample_output=sample_output,
     )
@@ -149,11 +160,12 @@ def scale_expert(
     """
     gate = None if experts.gate is None else experts.gate[e]
     up, down, number = experts.up[e], experts.down[e], experts.first + e
+    biases = select_biases(experts, e)
     scale = settings.input_scale
     if scale is not None:
         gate, up = None if gate is None else gate * scale, up * scale
     if stats is None:
-        return one_expert(number, gate, up, down), None, None, False
+        return one_expert(number, gate, up, down, biases), None, None, False
     into = common
     if into is None:
         into = scale_stats(select_expert_stats(stats.into, e), scale)
@@ -161,18 +173,65 @@ def scale_expert(
     is_unlearned = settings.policy == "rtn" and number in settings.under_calibrated
     best = None if is_unlearned else search_down_scale(experts, stats, e, settings)
     if best is None:
-        return one_expert(number, gate, up, down), into, inner, False
-    scaled = one_expert(number, gate, up / best[:, None], down * best)
+        return one_expert(number, gate, up, down, biases), into, inner, False
+    if biases is not None:
+        biases = replace(biases, up=biases.up / best)
+    scaled = one_expert(number, gate, up / best[:, None], down * best, biases)
     return scaled, into, scale_stats(inner, best), True
 
 
-def one_expert(number: int, gate: Tensor | None, up: Tensor, down: Tensor) -> ExpertSlice:
-    """Return a slice of one expert: gate, up [intermediate, hidden], down [hidden,
-    intermediate].
+def one_expert(
+    number: int, gate: Tensor | None, up: Tensor, down: Tensor, biases: ExpertBiases | None
+) -> ExpertSlice:
+    """Return a slice of one expert: gate, up [intermediate, hidden], down [hidden, intermediate],
+    biases of one expert.
     """
     return ExpertSlice(
-        first=number, gate=None if gate is None else gate[None], up=up[None], down=down[None]
+        first=number,
+        gate=None if gate is None else gate[None],
+        up=up[None],
+        down=down[None],
+        biases=biases,
     )
+
+
+def select_biases(experts: ExpertSlice, e: int) -> ExpertBiases | None:
+    """Return the biases of expert `e` of a slice, [1, out] each; None without any."""
+    if experts.biases is None:
+        return None
+    gate, up, down = (experts.biases.gate, experts.biases.up, experts.biases.down)
+    rows = slice(e, e + 1)
+    return ExpertBiases(gate=None if gate is None else gate[rows], up=up[rows], down=down[rows])
+
+
+def join_biases(parts: Sequence[ExpertBiases]) -> ExpertBiases:
+    """Return the biases of several experts as those of one slice."""
+    gates = [each.gate for each in parts if each.gate is not None]
+    return ExpertBiases(
+        gate=torch.cat(gates) if gates else None,
+        up=torch.cat([each.up for each in parts]),
+        down=torch.cat([each.down for each in parts]),
+    )
+
+
+def store_biases(
+    expert: tuple[int, ExpertBiases], settings: ExpertSettings, collected: _Collected
+) -> ExpertBiases:
+    """Keep the biases of one expert, by its number; return them as stored, float32."""
+    number, biases = expert
+    names = settings.plan.experts
+
+    def store(projection: str | None, bias: Tensor | None) -> Tensor | None:
+        if projection is None or bias is None:
+            return None
+        name = names.linear(number, projection)
+        collected.kept[f"{name}.bias"] = bias[0]
+        dtype = settings.linears[name].bias_dtype
+        return bias if dtype is None else bias.to(dtype).float()
+
+    up, down = store(names.up, biases.up), store(names.down, biases.down)
+    assert up is not None and down is not None
+    return ExpertBiases(gate=store(names.gate, biases.gate), up=up, down=down)
 
 
 def search_down_scale(

@@ -38,7 +38,7 @@ FALLBACKS: Mapping[str, str] = {
     "ten times as much was "
     "added until it had one",
     "fp8-unscaled": (
-        "an input is not rescaled, because a linear that reads or produces it keeps its FP8 bits"
+        "an input is not rescaled, because a linear that reads or produces it keeps its stored bits"
     ),
     "mtp-rtn": "no forward pass reaches an MTP block: its linears are rounded to nearest",
 }
@@ -171,10 +171,10 @@ def pack_and_measure(
             f"each on its own"
         )
     sqnr_db = float(grams.compute_sqnr_db(weight, stored))
-    output_error = (
+    output_relative_error = (
         None if stats is None else float(grams.compute_relative_error(weight, stored, stats.gram))
     )
-    if isnan(sqnr_db) or not isfinite(output_error or 0.0):
+    if isnan(sqnr_db) or not isfinite(output_relative_error or 0.0):
         raise NumericsError(
             f"{decision.linear.name}: expected a finite error, found NaN or infinity; look for "
             "huge values among its weights and inputs"
@@ -187,7 +187,7 @@ def pack_and_measure(
         scheme=scheme,
         relative_error=10 ** (-sqnr_db / 20),
         sqnr_db=sqnr_db if isfinite(sqnr_db) else None,  # a matrix of zeros has no error
-        output_error=output_error,
+        output_relative_error=output_relative_error,
         tokens=request.tokens,
         rescaled=request.rescaled,
         fallbacks=request.fallbacks + fallbacks + find_fallbacks(quantized, scheme),

@@ -51,7 +51,7 @@ from quantkit.plan.plan import Plan
 from quantkit.progress import ProgressCallback
 from quantkit.recipe.schema import Recipe
 
-JOURNAL_FORMAT = 4
+JOURNAL_FORMAT = 5
 """Version of the journal's entries: a build that another version began is not resumed."""
 CHOSEN_TEXTS = "chosen texts"
 """Key of the sets that `auto` stands for, in what decides a build."""

@@ -78,8 +78,8 @@ class Checkpoint:
     def open(folder: Path, *, decode: bool = False) -> Checkpoint:
         """Read config.json, the index and every header.
 
-        decode: of a source, whose codes are decoded in every encoding; otherwise only FP8 is, as an
-        artifact's codes belong to its format. Raises one CheckpointError with all faults.
+        decode: of a source, whose codes are decoded in every encoding; otherwise only those that an
+        artifact copies from its source. Raises one CheckpointError with all faults.
         """
         if foreign := find_foreign_weights(folder):
             raise CheckpointError(foreign)
@@ -133,6 +133,15 @@ class Checkpoint:
         return {
             spec.name: self._read_part(weight, part, 0, None) for part, spec in weight.parts.items()
         }
+
+    def read_stacked(self, name: str, codes: bool) -> dict[str, Tensor]:
+        """Read a stored tensor with all experts of a layer, by its name.
+
+        codes: as stored, with its scales; otherwise codes are decoded. Raises as `read` does.
+        """
+        if codes and name in self.logical.encoded:
+            return self.read_parts(name)
+        return {name: self._read_stored(name, 0, None)}
 
     def list_parts(self, name: str) -> tuple[str, ...]:
         """Return the stored tensors of a logical one: its own name, or codes and scales."""

@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from quantkit.contracts import Config, Scheme, TensorSpec
+from quantkit.contracts import Config, ScaleDtype, Scheme, TensorSpec
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.formats.common.checks import check_pattern, compile_any
 from quantkit.io.files import shorten_repr
@@ -46,8 +46,9 @@ class EncodedWeight:
     """A weight that the checkpoint stores in an encoding.
 
     label: the encoding for people, "FP8 128x128"; spec: the logical tensor; parts: its stored
-    tensors; scheme: of integer codes whose tensors format compressed_tensors stores unchanged;
-    block: rows and columns of an FP8 block, which an artifact may keep.
+    tensors; scheme: of codes whose tensors format compressed_tensors stores unchanged;
+    block: rows and columns of an FP8 block, which an artifact may keep; is_copied: whether experts
+    stored together in this encoding are copied if a rule keeps them.
     """
 
     label: str
@@ -56,6 +57,7 @@ class EncodedWeight:
     decode: Decode
     scheme: Scheme | None = None
     block: tuple[int, int] | None = None
+    is_copied: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -227,11 +229,13 @@ class Encoding:
     """An encoding of weights.
 
     claim: the weight of stored codes; None if they are not in this encoding; raises EncodingFault
-    for malformed ones.
+    for malformed ones. claim_kept: the same for codes that an artifact holds next to those of its
+    format, copied from its source.
     """
 
     title: str  # for messages: "compressed-tensors pack-quantized"
     claim: Callable[[StoredCodes], EncodedWeight | None]
+    claim_kept: Callable[[StoredCodes], EncodedWeight | None] | None = None
 
 
 def require_matrix(codes: StoredCodes) -> None:
@@ -262,6 +266,27 @@ def read_group_index(read: PartReader, n_groups: int, name: str) -> Tensor:
         f"{name}: expected groups 0 to {n_groups - 1}, found others",
     )
     return index
+
+
+SCHEME_SCALES: Mapping[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def make_row_scheme(
+    kind: Literal["fp8", "int8"], codes: StoredCodes, scale: TensorSpec
+) -> Scheme | None:
+    """Return the scheme of 8-bit codes with one scale per row; None if compressed-tensors would
+    store their tensors under other names or shapes.
+    """
+    is_own = scale.name == f"{codes.name}_scale" and scale.shape == (codes.shape[0], 1)
+    if not is_own or len(codes.shape) != 2 or scale.dtype not in SCHEME_SCALES:
+        return None
+    return Scheme(
+        bits=8,
+        group_size=-1,
+        symmetric=True,
+        scale_dtype=SCHEME_SCALES[scale.dtype],
+        kind=kind,
+    )
 
 
 def check_values(is_valid: bool, message: str) -> None:

@@ -28,7 +28,6 @@ from quantkit.io.files import join_faults, shorten_repr
 CODE_DTYPES = frozenset({FP8, "F8_E5M2", "I32", "I16", "I8", "U8"})
 """Dtypes that codes may have."""
 
-_FP8_ENCODING = "fp8"
 _UNUSED = (
     *("input_scale", "input_scale_inv", "activation_scale", "input_scale_ub", "input_global_scale"),
     *("input_zero_point", "output_scale", "output_zero_point", "output_global_scale"),
@@ -77,8 +76,8 @@ def find_logical_tensors(
 ) -> LogicalTensors:
     """Return the logical tensors of stored ones.
 
-    decode: claim the codes of every encoding; otherwise of FP8 only, as an artifact's other codes
-    belong to its format. read_bytes: reads a small tensor, where files are at hand. Raises one
+    decode: claim the codes of every encoding; otherwise only those that an artifact holds next to
+    those of its format. read_bytes: reads a small tensor, where files are at hand. Raises one
     CheckpointError with all faults; codes with the same fault are one sentence.
     """
     quantization = SourceQuantization(config=config)
@@ -122,8 +121,8 @@ def claim_codes(
     read_bytes: Callable[[str], bytes] | None,
 ) -> tuple[dict[str, EncodedWeight], list[tuple[str, str]]]:
     """Return the weights of all codes by the codes' name, and (name, reason) of malformed ones."""
-    known = load_encodings()
-    tried = list(known.values()) if decode else [known[_FP8_ENCODING]]
+    known = load_encodings().values()
+    tried = [claim for x in known if (claim := x.claim if decode else x.claim_kept)]
     claimed, faults = dict[str, EncodedWeight](), list[tuple[str, str]]()
     for name, spec in stored.items():
         if spec.dtype not in CODE_DTYPES:
@@ -132,8 +131,8 @@ def claim_codes(
             spec=spec, stored=stored, quantization=quantization, read_bytes=read_bytes
         )
         try:
-            for encoding in tried:
-                if weight := encoding.claim(codes):
+            for claim in tried:
+                if weight := claim(codes):
                     claimed[name] = weight
                     break
         except EncodingFault as fault:
@@ -150,6 +149,14 @@ def keep_one_block_size(claimed: Mapping[str, EncodedWeight]) -> dict[str, Encod
         else replace(weight, block=None, spec=replace(weight.spec, dtype="BF16"))
         for name, weight in claimed.items()
     }
+
+
+def find_copied_codes(specs: Mapping[str, TensorSpec]) -> frozenset[str]:
+    """Return the tensors of an artifact that hold codes of its source, but for FP8."""
+    rest = {name: spec for name, spec in specs.items() if not spec.dtype.startswith("F8")}
+    empty = SourceQuantization(config=Config(values={}))
+    claimed, _ = claim_codes(rest, empty, decode=False, read_bytes=None)
+    return frozenset(x.name for weight in claimed.values() for x in weight.parts.values())
 
 
 def find_unused(

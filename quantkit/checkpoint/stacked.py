@@ -18,26 +18,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertPart:
-    """Where the matrix of one projection of one expert lies: `number` is that of the projection."""
+    """Where the matrix or bias of one projection of one expert lies.
+
+    number: that of the projection; shape: [out, in], of a bias [out].
+    """
 
     stacked: StackedTensor
     expert: int
     number: int
-    shape: tuple[int, int]  # [out, in]
+    shape: tuple[int, ...]
 
     @property
     def rows(self) -> tuple[int, int]:
         """First row of the expert in the stored tensor, and the one after its last."""
         if not self.stacked.flat:
             return self.expert, self.expert + 1
-        out, into = self.shape
-        size = into if self.stacked.transposed else out * len(self.stacked.projections)
+        out = self.shape[0]
+        size = self.shape[1] if self.is_transposed else out * len(self.stacked.projections)
         return self.expert * size, (self.expert + 1) * size
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether it is a matrix stored as [in, out]."""
+        return self.stacked.transposed and self.stacked.kind == "weight"
+
     def take(self, rows: Tensor) -> Tensor:
-        """Return the matrix [out, in] from the expert's rows of the stored tensor."""
+        """Return the matrix [out, in] or the bias [out] from the expert's rows of the stored
+        tensor.
+        """
         matrix = rows if self.stacked.flat else rows[0]
-        matrix = matrix.mT if self.stacked.transposed else matrix  # [n * out, in]
+        matrix = matrix.mT if self.is_transposed else matrix  # [n * out, in]
         count, out = len(self.stacked.projections), self.shape[0]
         if self.stacked.interleaved:
             return matrix[self.number :: count].contiguous()
@@ -45,28 +55,29 @@ class ExpertPart:
 
 
 def find_expert_parts(blocks: Iterable[Block]) -> dict[str, ExpertPart]:
-    """Return the part of each routed expert's weight, by its logical name."""
+    """Return the part of each routed expert's weight and bias, by its logical name."""
     parts = {}
     for block in blocks:
         experts = block.experts
         for stacked in block.stacked if experts else ():
             assert experts is not None
             for number, projection in enumerate(stacked.projections):
-                shape = (experts.intermediate, experts.hidden)
+                matrix = (experts.intermediate, experts.hidden)
                 if projection == experts.down:
-                    shape = (experts.hidden, experts.intermediate)
+                    matrix = (experts.hidden, experts.intermediate)
+                shape = matrix if stacked.kind == "weight" else matrix[:1]
                 for e in range(experts.count):
-                    name = f"{experts.linear(e, projection)}.weight"
+                    name = f"{experts.linear(e, projection)}.{stacked.kind}"
                     parts[name] = ExpertPart(stacked=stacked, expert=e, number=number, shape=shape)
     return parts
 
 
 def get_stacked_shape(stacked: StackedTensor, part: ExpertPart, count: int) -> tuple[int, ...]:
     """Return the shape of a stored tensor of `count` experts."""
-    out, into = part.shape
-    matrix = (out * len(stacked.projections), into)
-    rows, columns = reversed(matrix) if stacked.transposed else matrix
-    return (count * rows, columns) if stacked.flat else (count, rows, columns)
+    out, *into = part.shape
+    matrix = (out * len(stacked.projections), *into)
+    rows, *columns = reversed(matrix) if part.is_transposed else matrix
+    return (count * rows, *columns) if stacked.flat else (count, rows, *columns)
 
 
 def split_specs(

@@ -55,7 +55,7 @@ def check_no_recipe_file(path: Path | None, recipe: str) -> None:
 def show_choices(chosen: ChosenRecipe) -> None:
     """Print the choices for a model, with the reasons."""
     from quantkit.cli.rich_output import show
-    from quantkit.report.tables import Table
+    from quantkit.report.table import Table
     from quantkit.report.terminal import render_table
 
     show(

@@ -58,13 +58,11 @@ def list_changes(first: Mapping[str, str], second: Mapping[str, str]) -> tuple[C
 
 def compare_gates(a: Side, b: Side) -> tuple[Change, ...]:
     """Return every bound of either side, with result and value on both."""
-    words = {True: "pass", False: "fail", None: "not judged"}
     results = [
         {
-            f"{row.figure} {row.bound}": f"{words[row.ok]} "
-            f"({format_numbers.format_digits(row.value)})"
+            f"{row.figure} {row.bound}": f"{row.outcome} ({format_numbers.format_gate_value(row)})"
             if row.value is not None
-            else words[row.ok]
+            else row.outcome
             for row in side.fidelity.gates
         }
         for side in (a, b)

@@ -19,6 +19,7 @@ from quantkit.report.charts import (
     make_percent_axis,
     make_power_axis,
 )
+from quantkit.report.definitions import HIDDEN_STATES, NORM_RATIOS
 from quantkit.report.module_ranges import find_block_number
 
 FLOOR = -9  # log10 of a KL that float32 logits cannot distinguish from 0
@@ -33,11 +34,11 @@ def make_charts(diff: Diff, a: TokenFigures | None, b: TokenFigures | None) -> d
         measures = sorted({row.by for row in diff.modules})
         how = (
             f"Median of the layer's quantized matrices, by the error of their "
-            f"{' or '.join(measures)}."
+            f"{' or '.join(measures)}. {NORM_RATIOS}"
         )
         plots["layers"] = ("Relative error of modules, by layer", how, _plot_lines(rows, "layer"))
     if rows := _list_block_errors(diff.blocks):
-        how = "Distance of the hidden states from the source's after each block; errors accumulate."
+        how = HIDDEN_STATES
         title = "Relative error of the hidden states, by block"
         plots["blocks"] = (title, how, _plot_lines(rows, "layer"))
     if diff.distribution and a and b:

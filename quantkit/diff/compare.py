@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.diff import changes, loadtest_diff, paired_figures
+from quantkit.diff import changes, loadtest_diff, paired_figures, paired_tokens
 from quantkit.diff.comparability import (
     BASELINE_NOISE,
     Comparability,
@@ -11,8 +11,10 @@ from quantkit.diff.comparability import (
     is_same_text,
 )
 from quantkit.diff.diff_schema import ComparedModel, Diff
+from quantkit.diff.headline import format_headline
 from quantkit.diff.sides import Side
 from quantkit.errors import NotComparable
+from quantkit.report.notes import describe_conversion
 
 
 def compare_sides(a: Side, b: Side, *, partial: bool = False) -> Diff:
@@ -26,7 +28,7 @@ def compare_sides(a: Side, b: Side, *, partial: bool = False) -> Diff:
             "\n".join(f"{reason}; --partial compares the rest" for reason in allowed.reasons)
         )
     items, reworded = paired_figures.count_items(a, b, allowed)
-    return Diff(
+    diff = Diff(
         a=_describe_side(a),
         b=_describe_side(b),
         left_out=allowed.reasons,
@@ -38,7 +40,8 @@ def compare_sides(a: Side, b: Side, *, partial: bool = False) -> Diff:
         gates=changes.compare_gates(a, b),
         decisions=changes.group_decisions(a, b) or changes.group_schemes(a, b),
         tensors=changes.group_tensors(a, b),
-        distribution=paired_figures.pair_distributions(a, b, allowed),
+        kl=paired_tokens.compare_kl(a, b, allowed),
+        distribution=paired_tokens.pair_distributions(a, b, allowed),
         likelihood=paired_figures.pair_likelihoods(a, b, allowed),
         benchmarks=paired_figures.pair_benchmarks(a, b, allowed),
         blocks=paired_figures.compare_blocks(a, b, allowed),
@@ -50,6 +53,7 @@ def compare_sides(a: Side, b: Side, *, partial: bool = False) -> Diff:
         compared_items=items,
         reworded=reworded,
     )
+    return diff.model_copy(update={"headline": format_headline(diff)})
 
 
 def _describe_side(side: Side) -> ComparedModel:
@@ -77,6 +81,11 @@ def _list_notes(a: Side, b: Side, allowed: Comparability) -> tuple[str, ...]:
             )
         elif side.kind == "source" and side.tensors is None:
             notes.append(f"{side.name} cannot be reached, so its tensors are not compared.")
+    notes += [
+        f"{side.name}: {describe_conversion(side.fidelity)[0]}"
+        for side in (a, b)
+        if side.kind != "source" and side.fidelity.converted_from is not None
+    ]
     if allowed.source:
         return tuple(notes + loadtest_diff.list_loadtest_notes(a, b))
     notes += _list_calibration_notes(a, b)

@@ -16,6 +16,8 @@ from quantkit.plan.plan_schema import FROZEN
 from quantkit.report.samples import Answer
 
 SideKind = Literal["artifact", "report", "source"]
+Resolution = Literal["better", "worse", "not resolved", ""]
+"""Direction in which the interval of B against A excludes "no change"; "" without an interval."""
 
 
 class ComparedModel(BaseModel):
@@ -77,7 +79,8 @@ class ErrorShift(BaseModel):
 class DistributionDiff(BaseModel):
     """A figure of the next-token distributions on one domain.
 
-    difference: over the same tokens, with its 95 % interval; None if tokens cannot be paired.
+    difference, ratio: B - A or B / A over the same tokens, with its 95 % interval; one of them, by
+    the figure, and neither if tokens cannot be paired.
     """
 
     model_config = FROZEN
@@ -86,8 +89,41 @@ class DistributionDiff(BaseModel):
     figure: str
     a: Number
     b: Number
-    difference: Figure | None = None  # of ppl_artifact: the ratio
-    resolved: Literal["better", "worse", "not resolved", ""] = ""
+    difference: Figure | None = None
+    ratio: Figure | None = None
+    resolved: Resolution = ""
+
+
+class KLDiff(BaseModel):
+    """KL of the same tokens on both sides, on one domain; heavy tails do not break what it says.
+
+    typical: geometric mean over the tokens of B / A; larger: share of the tokens whose KL is larger
+    in B, ties half; larger_documents of `documents` have a typical ratio above 1, sign_p is the
+    sign test over them, None if the documents are not known. trimmed: ratio of the means without
+    the `left_out` tokens with the largest KL in either; top_share_*: share of the mean that its
+    largest token has.
+    """
+
+    model_config = FROZEN
+    domain: str
+    tokens: int
+    typical: Figure
+    typical_a: float
+    typical_b: float
+    typical_resolved: Resolution
+    larger: Figure
+    larger_resolved: Resolution
+    documents: int | None
+    larger_documents: int | None
+    sign_p: Number
+    documents_resolved: Resolution
+    trimmed: Figure
+    trimmed_a: float
+    trimmed_b: float
+    trimmed_resolved: Resolution
+    left_out: int
+    top_share_a: float
+    top_share_b: float
 
 
 class LikelihoodDiff(BaseModel):
@@ -100,7 +136,7 @@ class LikelihoodDiff(BaseModel):
     a: Number = None
     b: Number = None
     difference: Figure | None = None
-    resolved: Literal["better", "worse", "not resolved", ""] = ""
+    resolved: Resolution = ""
 
 
 class BenchmarkDiff(BaseModel):
@@ -155,7 +191,8 @@ class Diff(BaseModel):
     """All differences."""
 
     model_config = FROZEN
-    version: Literal[1] = 1
+    version: Literal[2] = 2
+    headline: str = ""
     a: ComparedModel
     b: ComparedModel
     left_out: tuple[str, ...] = ()  # reasons for parts that are not comparable
@@ -167,6 +204,7 @@ class Diff(BaseModel):
     gates: tuple[Change, ...] = ()
     decisions: tuple[TensorGroup, ...] = ()
     tensors: tuple[TensorGroup, ...] = ()
+    kl: tuple[KLDiff, ...] = ()
     distribution: tuple[DistributionDiff, ...] = ()
     likelihood: tuple[LikelihoodDiff, ...] = ()
     benchmarks: tuple[BenchmarkDiff, ...] = ()

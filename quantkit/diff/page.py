@@ -9,9 +9,11 @@ from jinja2 import Environment
 
 from quantkit.diff import tables
 from quantkit.diff.charts import make_charts
-from quantkit.diff.diff_schema import Diff, DistributionDiff, FlippedItem
+from quantkit.diff.diff_schema import Diff, DistributionDiff, FlippedItem, KLDiff
 from quantkit.diff.sides import TokenFigures
-from quantkit.figures import ALL_TEXT, find_figure
+from quantkit.diff.token_tables import LARGER, SENTENCES, TYPICAL
+from quantkit.figure_readers import ALL_TEXT
+from quantkit.figures import find_figure
 from quantkit.report import format_numbers, html_page
 from quantkit.report.html_page import Tile
 from quantkit.report.samples import ChangedItem
@@ -30,7 +32,7 @@ def render_page(diff: Diff, a: TokenFigures | None = None, b: TokenFigures | Non
         hidden=len(diff.flips) - len(items),
         tables=tables,
         tiles=make_tiles(diff),
-        headline=tables.format_headline(diff),
+        headline=diff.headline,
         intervals=html_page.draw_intervals([row.delta_pp for row in diff.benchmarks]),
         rows=ROWS,
         names=NAMES,
@@ -74,7 +76,7 @@ def choose_tone(text: str) -> str:
 
 def make_tiles(diff: Diff) -> list[Tile]:
     """Return the tiles: values of B, with those of A below."""
-    tiles = []
+    tiles = _make_kl_tiles(diff.kl) + _make_distribution_tiles(diff.distribution)
     for row in diff.sizes:
         if (
             row.a is None
@@ -88,7 +90,6 @@ def make_tiles(diff: Diff) -> list[Tile]:
         )
         label = "Size" if row.unit == "B" else "Bits per weight"
         tiles.append(Tile(label=label, value=b, note="same as A" if a == b else f"from {a}"))
-    tiles += _make_distribution_tiles(diff.distribution)
     if diff.compared_items:
         lost = sum(flip.lost for flip in diff.flips)
         value = f"{lost} / {len(diff.flips) - lost}"
@@ -98,6 +99,29 @@ def make_tiles(diff: Diff) -> list[Tile]:
     return tiles
 
 
+def _make_kl_tiles(rows: Sequence[KLDiff]) -> list[Tile]:
+    """Return the tiles of the figures over all text that heavy tails do not break."""
+    row = next((row for row in rows if row.domain == ALL_TEXT), None)
+    if row is None:
+        return []
+    value, _, interval = format_numbers.format_factors(row.typical).partition(" ")
+    share, _, ends = format_numbers.format_figure(row.larger, "percent").partition(" [")
+    return [
+        Tile(
+            label=TYPICAL,
+            value=value,
+            note=f"{row.typical_resolved} {interval}",
+            meaning=SENTENCES[TYPICAL],
+        ),
+        Tile(
+            label="Tokens with larger KL",
+            value=share,
+            note=f"{row.larger_resolved} [{ends}",
+            meaning=SENTENCES[LARGER],
+        ),
+    ]
+
+
 def _make_distribution_tiles(rows: Sequence[DistributionDiff]) -> list[Tile]:
     """Return the tiles of the figures that the table gives one, over all text."""
     tiles = []
@@ -105,8 +129,11 @@ def _make_distribution_tiles(rows: Sequence[DistributionDiff]) -> list[Tile]:
         figure = find_figure(row.figure)
         if figure is None or not figure.diff_tile or row.domain != ALL_TEXT:
             continue
-        if row.a is not None and row.b is not None:
-            a, b = (format_numbers.format_value(figure, value) for value in (row.a, row.b))
-            resolution = f", {row.resolved}" if row.resolved else ""
-            tiles.append(Tile(label=figure.diff_tile, value=b, note=f"from {a}{resolution}"))
+        if row.a is None or row.b is None:
+            continue
+        a, b = (format_numbers.format_value(figure, value) for value in (row.a, row.b))
+        resolution = f", {row.resolved}" if row.resolved else ""
+        factor = f": {format_numbers.format_factors(row.ratio)}" if row.ratio else ""
+        note = f"from {a}{factor}{resolution}"
+        tiles.append(Tile(label=figure.diff_tile, value=b, note=note, meaning=figure.meaning))
     return tiles

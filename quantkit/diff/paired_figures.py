@@ -1,140 +1,27 @@
-"""Figures of two sides, paired token by token and item by item. Pure."""
+"""Answers, solutions and errors of two sides, paired item by item. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import exp, isfinite
 from typing import Literal
 
-from quantkit.artifact import fidelity_schema
 from quantkit.artifact.fidelity_schema import Figure
 from quantkit.diff.comparability import Comparability, is_same_text
 from quantkit.diff.diff_schema import (
     BenchmarkDiff,
-    DistributionDiff,
     ErrorShift,
     FlippedItem,
     LikelihoodDiff,
 )
-from quantkit.diff.sides import ItemKey, Side, TokenFigures
+from quantkit.diff.paired_tokens import pair_means, resolve_change
+from quantkit.diff.sides import ItemKey, Side
 from quantkit.evaluate import statistics
-from quantkit.figures import ALL_TEXT, FigureDefinition, find_figure, list_figures
+from quantkit.figures import find_figure
 
 RECOVERY = 0.98
 """Share of A's score that B must keep for "as good", as for an artifact against its source."""
 
 ALL_TASKS = "all tasks"
-Resolution = Literal["better", "worse", "not resolved", ""]
-
-
-# ------------------------------------------------------------------------------- distributions
-
-
-def pair_distributions(a: Side, b: Side, allowed: Comparability) -> tuple[DistributionDiff, ...]:
-    """Return every figure of the table on every domain that both sides have.
-
-    A figure with a `Pairing` gets a difference over the same tokens with its 95 % interval if both
-    sides kept their tokens.
-    """
-    if allowed.source or allowed.text:
-        return ()
-    second = {row.domain: row for row in b.fidelity.distribution}
-    figures = [row for row in list_figures() if row.scope == "domain" and row.diff_label]
-    rows: list[DistributionDiff] = []
-    for first in a.fidelity.distribution:
-        other = second.get(first.domain)
-        has_same_size = other is not None and other.tokens == first.tokens
-        positions = _list_positions(a.tokens, b.tokens, first) if has_same_size else []
-        for figure in figures:
-            values = [
-                figure.read(a.fidelity, first.domain).value,
-                figure.read(b.fidelity, first.domain).value if other else None,
-            ]
-            if values == [None, None]:
-                continue
-            difference = _pair_tokens(figure, a.tokens, b.tokens, positions)
-            rows.append(
-                DistributionDiff(
-                    domain=first.domain,
-                    tokens=first.tokens,
-                    figure=figure.key,
-                    a=values[0],
-                    b=values[1],
-                    difference=difference,
-                    resolved=_resolve(figure, difference),
-                )
-            )
-    return tuple(rows)
-
-
-def is_pairable(a: TokenFigures, b: TokenFigures) -> bool:
-    """Return whether both hold the same tokens of the same domains in the same order."""
-    return list(a.domains) == list(b.domains)
-
-
-def _list_positions(
-    a: TokenFigures | None, b: TokenFigures | None, row: fidelity_schema.DistributionResult
-) -> list[int]:
-    """Return the positions of a domain's tokens; none if the row counts another number of them."""
-    if a is None or b is None or not is_pairable(a, b):
-        return []
-    positions = [n for n, name in enumerate(a.domains) if row.domain in (ALL_TEXT, name)]
-    return positions if 2 <= len(positions) == row.tokens else []
-
-
-def _pair_tokens(
-    figure: FigureDefinition,
-    a: TokenFigures | None,
-    b: TokenFigures | None,
-    positions: Sequence[int],
-) -> Figure | None:
-    """Return B - A of a figure over the same tokens (B / A for a ratio); None if it is not
-    paired."""
-    pairing = figure.pairing
-    if pairing is None or a is None or b is None or not positions:
-        return None
-    columns = [pairing.column(tokens) for tokens in (a, b)]
-    first, second = ([column[n] for n in positions] for column in columns)
-    if pairing.statistic == "share":
-        lost = sum(bool(one) and not two for one, two in zip(first, second, strict=True))
-        gained = sum(bool(two) and not one for one, two in zip(first, second, strict=True))
-        shares = statistics.paired_proportions_interval(lost, gained, len(positions))
-        return Figure(value=(gained - lost) / len(positions), ci=(shares.low, shares.high))
-    mean = _pair_means(list(map(float, first)), list(map(float, second)))
-    if mean.value is None:
-        return None
-    if pairing.statistic == "ratio":
-        return Figure(value=exp(mean.value), ci=(_exp_bound(mean, 0), _exp_bound(mean, 1)))
-    return mean
-
-
-def _pair_means(first: Sequence[float], second: Sequence[float]) -> Figure:
-    """Return the paired mean difference; value None if a token is not finite."""
-    if not all(map(isfinite, (*first, *second))):
-        return Figure(value=None)
-    paired = statistics.paired_difference(first, second)
-    return Figure(
-        value=paired.mean,
-        se=paired.standard_error,
-        ci=(paired.interval.low, paired.interval.high),
-    )
-
-
-def _exp_bound(figure: Figure, end: int) -> float | None:
-    bound = figure.ci[end] if figure.ci else None
-    return None if bound is None else exp(bound)
-
-
-def _resolve(figure: FigureDefinition | None, difference: Figure | None) -> Resolution:
-    """Return in which direction the interval excludes "no change"; "" without an interval."""
-    low, high = (difference.ci if difference else None) or (None, None)
-    if figure is None or low is None or high is None:
-        return ""
-    is_ratio = figure.pairing is not None and figure.pairing.statistic == "ratio"
-    no_change = 1.0 if is_ratio else 0.0
-    if low <= no_change <= high:
-        return "not resolved"
-    return "better" if (low > no_change) == (figure.direction == "higher") else "worse"
 
 
 # ------------------------------------------------------------------------------ gold solutions
@@ -152,7 +39,7 @@ def pair_likelihoods(a: Side, b: Side, allowed: Comparability) -> tuple[Likeliho
             continue
         pairs = _pair_solutions(a, b, row.task)
         difference = (
-            _pair_means([one for one, _ in pairs], [two for _, two in pairs])
+            pair_means([one for one, _ in pairs], [two for _, two in pairs])
             if len(pairs) > 1
             else None
         )
@@ -164,7 +51,7 @@ def pair_likelihoods(a: Side, b: Side, allowed: Comparability) -> tuple[Likeliho
                 a=row.artifact,
                 b=other.artifact,
                 difference=difference,
-                resolved=_resolve(find_figure("likelihood"), difference),
+                resolved=resolve_change(find_figure("likelihood"), difference),
             )
         )
     return tuple(rows)

@@ -64,7 +64,7 @@ def render_terminal(diff: Diff) -> Group:
         *lines,
         *([Text()] if lines else []),
         *rendered,
-        Text(terminal.strip_control_characters(tables.format_headline(diff))),
+        Text(terminal.strip_control_characters(diff.headline)),
     )
 
 
@@ -85,7 +85,7 @@ def _render_markdown(diff: Diff, rows: int, cell: int, items: int, answer: int) 
         .render(
             diff=diff,
             tables=tables,
-            headline=tables.format_headline(diff),
+            headline=diff.headline,
             describe=describe_model,
             rows=rows,
             items=diff.flips[:items],

@@ -31,7 +31,7 @@ from quantkit.errors import ArtifactError, CheckpointError, HubUnreachable, Usag
 from quantkit.figures import list_figures
 from quantkit.io.files import read_json
 from quantkit.io.package_data import BUILTIN_PREFIX
-from quantkit.report.samples import Answer, parse_answer, read_columns
+from quantkit.report.samples import Answer, has_column, parse_answer, read_columns
 
 if TYPE_CHECKING:
     from quantkit.contracts import TensorSpec
@@ -79,13 +79,17 @@ class PairedItem:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFigures:
-    """Values of every scored token, in the order of the text."""
+    """Values of every scored token, in the order of the text.
+
+    documents: None in samples of earlier versions.
+    """
 
     domains: Sequence[str]
     kl: Sequence[float]
     nll_source: Sequence[float]
     nll: Sequence[float]
     same_top: Sequence[bool]
+    documents: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,13 +287,15 @@ def _parse_scored_answer(row: Mapping[str, Any], side: str) -> Answer | None:
 
 def read_tokens(path: Path) -> TokenFigures:
     """Read the values of every scored token."""
-    table = _read_typed_columns(path, _TOKEN).to_pydict()
+    types = _TOKEN | ({"document": "int64"} if has_column(path, "document") else {})
+    table = _read_typed_columns(path, types).to_pydict()
     return TokenFigures(
         domains=table["domain"],
         kl=table["kl"],
         nll_source=table["nll_source"],
         nll=table["nll_artifact"],
         same_top=table["same_top"],
+        documents=table.get("document"),
     )
 
 

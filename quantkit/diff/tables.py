@@ -4,71 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from quantkit.artifact.fidelity_schema import Figure
 from quantkit.diff.diff_schema import (
     Change,
     Diff,
-    DistributionDiff,
     ErrorShift,
-    Quantity,
     TensorGroup,
 )
-from quantkit.diff.paired_figures import ALL_TASKS
-from quantkit.figures import ALL_TEXT, NOT_FINITE, FigureDefinition, list_figures
+from quantkit.diff.token_tables import make_distribution_table, make_kind_table
+from quantkit.figure_readers import NOT_FINITE
 from quantkit.report import format_numbers
-from quantkit.report.tables import Table
+from quantkit.report.definitions import HEADINGS, HIDDEN_STATES, define_columns
+from quantkit.report.table import Table
 
 MORE = "all in --json"
-
-
-def format_headline(diff: Diff) -> str:
-    """Return the result in one sentence: size, mean KL, benchmarks, flipped items."""
-    parts = [_describe_size(diff.sizes)]
-    kl = next(
-        (row for row in diff.distribution if row.domain == "all" and row.figure == "kl_mean"), None
-    )
-    if kl and kl.a is not None and kl.b is not None:
-        change = f" ({100 * (kl.b / kl.a - 1):+.0f} %)" if kl.a else ""
-        resolution = {
-            "better": ", significantly lower",
-            "worse": ", significantly higher",
-            "not resolved": ", not resolved",
-        }
-        parts.append(
-            f"mean KL {format_numbers.format_digits(kl.a)} -> "
-            f"{format_numbers.format_digits(kl.b)}{change}{resolution.get(kl.resolved, '')}"
-        )
-    paired = [row for row in diff.benchmarks if row.delta_pp and row.task != ALL_TASKS]
-    if paired:
-        words = {
-            word: [row.task for row in paired if row.verdict == word]
-            for word in ("worse", "better")
-        }
-        sides = [f"{word} on {', '.join(tasks)}" for word, tasks in words.items() if tasks]
-        parts.append(
-            "B is " + " and ".join(sides)
-            if sides
-            else f"no resolved difference on {_format_quantity(len(paired), 'benchmark')}"
-        )
-        lost = sum(flip.lost for flip in diff.flips)
-        parts.append(f"{_format_quantity(lost, 'item')} lost, {len(diff.flips) - lost:,} gained")
-    return "; ".join(part for part in parts if part) + "."
-
-
-def _format_quantity(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
-def _describe_size(rows: Sequence[Quantity]) -> str:
-    row = next((row for row in rows if row.name == "weights"), None)
-    if row is None or row.a is None or row.b is None:
-        return ""
-    if row.a == row.b:
-        return f"Both have {format_numbers.format_size(round(row.a))} of weights"
-    return (
-        f"Weights {format_numbers.format_size(round(row.a))} -> "
-        f"{format_numbers.format_size(round(row.b))} ({_format_relative(row.a, row.b)})"
-    )
+SCORES = {"A": "Score of A.", "B": "Score of B, on the same items."}
+SHIFTS = {
+    **{name: HEADINGS[name] for name in ("weights", "outputs", "same experts")},
+    "hidden states": HIDDEN_STATES,
+}
+"""What a shift is measured by -> its definition."""
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -130,53 +84,17 @@ def make_benchmark_table(diff: Diff) -> Table:
         if rows
         else ""
     )
-    return Table(title="Benchmarks", columns=columns, rows=rows, note=note)
+    return Table(
+        title="Benchmarks",
+        columns=columns,
+        rows=rows,
+        note=note,
+        meanings=define_columns(columns, SCORES),
+    )
 
 
 def _count_filters(diff: Diff, task: str) -> int:
     return len({row.filter for row in diff.benchmarks if row.task == task})
-
-
-def make_distribution_table(diff: Diff, domain: str | None = None) -> Table:
-    """Return all figures over all text and the paired figures of every domain.
-
-    With `domain`: the paired figures of that domain.
-    """
-    figures = {row.key: row for row in list_figures()}
-    shown = [
-        row
-        for row in diff.distribution
-        if domain in (None, row.domain)
-        and (figures[row.figure].pairing or (domain is None and row.domain == ALL_TEXT))
-    ]
-    rows = tuple(
-        (
-            figures[row.figure].diff_label,
-            row.domain,
-            format_numbers.format_value(figures[row.figure], row.a),
-            format_numbers.format_value(figures[row.figure], row.b),
-            _format_difference(figures[row.figure], row),
-            row.resolved,
-        )
-        for row in shown
-    )
-    note = ""
-    if any(row.difference for row in shown):
-        n = max(row.tokens for row in shown)
-        n_intervals = sum(row.resolved != "" for row in shown)
-        note = (
-            f"Differences are over the same {n:,} tokens, assumed independent; for "
-            f"perplexity, B / A. "
-        )
-        note += (
-            f"{n_intervals} intervals at 95 %: about one in twenty misses the true value by chance."
-            if n_intervals > 1
-            else ""
-        )
-    elif rows:
-        note = "The tokens of both sides are not available, so the differences have no interval."
-    columns = ("figure", "text", ">A", ">B", ">B - A [95 % CI]", "B is")
-    return Table(title="Next-token distributions", columns=columns, rows=rows, note=note)
 
 
 def make_likelihood_table(diff: Diff) -> Table:
@@ -354,7 +272,15 @@ def _make_shift_table(
     note = f"{rising} in B: {up:,} of {len(shifts):,}." if rows else ""
     note += f" {len(shifts) - limit:,} more; {MORE}." if len(shifts) > limit else ""
     columns = (heading, "of", ">A", ">B", ">B - A [points]")
-    return Table(title=title, columns=columns, rows=rows, note=note[:1].upper() + note[1:])
+    names = dict.fromkeys(row.by for row in shifts[:limit])
+    meanings = [(name, SHIFTS[name]) for name in names]
+    return Table(
+        title=title,
+        columns=columns,
+        rows=rows,
+        note=note[:1].upper() + note[1:],
+        meanings=(*meanings, *define_columns(columns[-1:])),
+    )
 
 
 def _join_names(names: Sequence[str], limit: int) -> str:
@@ -370,22 +296,6 @@ def _format_relative(a: float, b: float) -> str:
     if a == b:
         return "="
     return f"{100 * (b / a - 1):+.2f} %" if a else f"{b - a:+,.0f}"
-
-
-def _format_difference(figure: FigureDefinition, row: DistributionDiff) -> str:
-    """Return "+0.000378 [+0.000279, +0.000478]"; without an interval if the tokens are not
-    paired."""
-    is_ratio = figure.pairing is not None and figure.pairing.statistic == "ratio"
-    show = "x{:.4f}".format if is_ratio else format_numbers.STYLES[figure.style].difference
-    difference: Figure | None = row.difference
-    if difference is None or difference.value is None:
-        if row.a is None or row.b is None or is_ratio:
-            return format_numbers.MISSING
-        return show(row.b - row.a)
-    low, high = difference.ci or (None, None)
-    if low is None or high is None:
-        return show(difference.value)
-    return f"{show(difference.value)} [{show(low)}, {show(high)}]"
 
 
 def _format_result(outcome: str, score: float) -> str:
@@ -404,6 +314,7 @@ def make_tables(diff: Diff, limit: int) -> list[Table]:
         make_size_table(diff),
         make_benchmark_table(diff),
         make_distribution_table(diff),
+        make_kind_table(diff),
         make_likelihood_table(diff),
         make_gate_table(diff),
         make_recipe_table(diff),

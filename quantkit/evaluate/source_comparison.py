@@ -27,7 +27,7 @@ from quantkit.io import user_cache
 from quantkit.io.templates import describe_isolation
 from quantkit.models import full_model
 from quantkit.models.layers import make_meta_model
-from quantkit.plan.memory import BASE_BYTES, WHOLE_MODEL_COPIES
+from quantkit.plan.memory import BASE_BYTES, WHOLE_MODEL_COPIES, count_parameters
 from quantkit.plan.plan import Plan
 from quantkit.plan.sources import ResolvedCompute
 from quantkit.progress import Progress, ProgressCallback
@@ -101,7 +101,8 @@ def compare_with_source(
             answers_folder=answers_folder,
         )
         baseline = get_source_items(context, source)
-        read = full_model.make_reader(Checkpoint.open(folder), plan.format_name, plan.schemes)
+        artifact = Checkpoint.open(folder).split_experts(plan.layout.blocks)
+        read = full_model.make_reader(artifact, plan.format_name, plan.schemes)
         candidate = run_model(context, "artifact", read, source)
     except EvaluationError as error:
         return make_not_run_rows(names, str(error))
@@ -123,7 +124,7 @@ def compare_with_source(
 
 def find_memory_reason(plan: Plan, compute: ResolvedCompute) -> str:
     """Return why the whole model does not fit into memory; "" if it does."""
-    parameter_bytes = compute.hidden_bytes * full_model.count_parameters(plan.layout)
+    parameter_bytes = compute.hidden_bytes * count_parameters(plan.layout)
     needed = BASE_BYTES + int(WHOLE_MODEL_COPIES * parameter_bytes)
     if needed <= plan.memory.budget_bytes:
         return ""
@@ -244,6 +245,7 @@ def make_benchmark_row(
         gained=comparison.gained,
         mcnemar_p=comparison.p_value,
         verdict=comparison.text,
+        required=comparison.smallest_recovery,
         truncated=(side_scores[0].truncated, side_scores[1].truncated),
         unparsed=(side_scores[0].unparsed, side_scores[1].unparsed),
         data_sha256=task.sha256,

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,15 +31,21 @@ ALL_DOMAINS = "all"
 
 @dataclass(frozen=True, kw_only=True)
 class TextFidelity:
-    """Fidelity of every scored token of the text, in stream order, and each token's domain."""
+    """Fidelity of every scored token of the text, in stream order, and each token's domain.
+
+    documents: [n] int64, the document of each token; repeated: tokens whose context begins an
+    earlier document too (`find_documents`).
+    """
 
     tokens: TokenFidelity
     domains: tuple[str, ...]  # one per token
+    documents: Tensor
+    repeated: int
 
     def summarize(self) -> dict[str, Mapping[str, Estimate]]:
         """Return every figure over all tokens ("all") and for each domain."""
         summaries: dict[str, Mapping[str, Estimate]] = {
-            ALL_DOMAINS: fidelity.summarize_tokens(self.tokens)
+            ALL_DOMAINS: fidelity.summarize_tokens(self.tokens, self.documents)
         }
         for domain in sorted(set(self.domains)):
             mask = torch.tensor([name == domain for name in self.domains])
@@ -47,7 +55,8 @@ class TextFidelity:
                     nll_source=self.tokens.nll_source[mask],
                     nll_quantized=self.tokens.nll_quantized[mask],
                     same_top=self.tokens.same_top[mask],
-                )
+                ),
+                self.documents[mask],
             )
         return summaries
 
@@ -62,6 +71,7 @@ def write_tokens(measured: TextFidelity, path: Path) -> None:
 
     columns = {
         "domain": arrow.array(measured.domains, arrow.string()),
+        "document": arrow.array(measured.documents.numpy()),
         "kl": arrow.array(measured.tokens.kl.numpy()),
         "nll_source": arrow.array(measured.tokens.nll_source.numpy()),
         "nll_artifact": arrow.array(measured.tokens.nll_quantized.numpy()),
@@ -133,7 +143,10 @@ def load_stream_pair(
 def measure_text(pair: StreamPair) -> TextFidelity:
     """Compare the two streams at every position of the text that has a next token."""
     rows, domains = select_scored_rows(pair.reference)
-    return TextFidelity(tokens=pair.compare(rows), domains=domains)
+    documents, repeated = find_documents(pair.reference, rows)
+    return TextFidelity(
+        tokens=pair.compare(rows), domains=domains, documents=documents, repeated=repeated
+    )
 
 
 def select_scored_rows(stream: Stream) -> tuple[Tensor, tuple[str, ...]]:
@@ -154,3 +167,35 @@ def select_scored_rows(stream: Stream) -> tuple[Tensor, tuple[str, ...]]:
             rows.append(scored)
             domains += [domain] * len(scored)
     return torch.cat(rows), tuple(domains)
+
+
+def find_documents(stream: Stream, rows: Tensor) -> tuple[Tensor, int]:
+    """Return the document of each of `rows` [n], and how many of them repeat another document.
+
+    A document is a sequence of the text. Documents that begin alike have the same predictions
+    there, which are one observation: their tokens count as those of one document.
+    """
+    tokens = stream.tokens
+    numbers = [n for n, start in enumerate(tokens.starts) if start < stream.text_rows]
+    owner = torch.empty(stream.text_rows, dtype=torch.int64)
+    sequences = {n: tokens.sequence(n).numpy() for n in numbers}
+    before: int | None = None
+    for n in sorted(numbers, key=lambda n: sequences[n].tolist()):
+        start, length, shared = tokens.starts[n], len(sequences[n]), 0
+        if before is not None:
+            shared = _count_shared(sequences[before], sequences[n])
+            first = tokens.starts[before]
+            owner[start : start + shared] = owner[first : first + shared]
+        owner[start + shared : start + length] = n
+        before = n
+    starts = torch.tensor([tokens.starts[n] for n in numbers])
+    own = torch.searchsorted(starts, rows, right=True) - 1
+    documents = owner[rows]
+    return documents, int((documents != own).sum())
+
+
+def _count_shared(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> int:
+    """Return the number of ids with which both sequences begin."""
+    length = min(len(first), len(second))
+    differs = np.flatnonzero(first[:length] != second[:length])
+    return int(differs[0]) if len(differs) else length

@@ -5,7 +5,8 @@
     weight_zero_point  [out * bits / 32, n_groups] int32    asymmetric only; packed along `out`
     weight_shape       [2] int64    out, in
 
-Other linears stay BF16, or in the FP8 blocks of the source ("float-quantized"), bit for bit:
+Other linears stay BF16, in other codes of the source (common/source_codes.py), or in its FP8 blocks
+("float-quantized"), bit for bit:
 
     weight        [out, in] float8_e4m3fn
     weight_scale  [ceil(out / 128), ceil(in / 128)] float32    the source's weight_scale_inv
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import (
@@ -31,6 +33,7 @@ from quantkit.contracts import (
     TensorSpec,
 )
 from quantkit.errors import ArtifactError
+from quantkit.formats.common import source_codes
 from quantkit.formats.common.checks import (
     SCALE,
     FormatChecks,
@@ -47,7 +50,12 @@ from quantkit.formats.common.checks import (
 )
 from quantkit.formats.common.engine_names import LM_HEAD, SERVERS, TRANSFORMERS, make_patterns
 from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, check_zero_points
-from quantkit.formats.common.wrapper_names import get_prefix, list_part_patterns, make_relative
+from quantkit.formats.common.wrapper_names import (
+    get_prefix,
+    list_fp8_part_patterns,
+    list_part_patterns,
+    make_relative,
+)
 from quantkit.numerics.bitpack import count_codes_per_run
 
 if TYPE_CHECKING:
@@ -61,6 +69,8 @@ ROUTED = ".experts."
 
 def find_rejection(scheme: Scheme, linear: Linear) -> str | None:
     """Return the first reason why engines could not load this linear, with what to do, or None."""
+    if scheme.kind in source_codes.KINDS:
+        return source_codes.find_rejection(linear)
     return find_scheme_fault(scheme) or find_linear_fault(scheme, linear)
 
 
@@ -123,6 +133,11 @@ def find_engine_limits(
     """Return the engines that do not load an artifact of these linears, with the reason."""
     reasons: dict[str, str] = {}
     servers, used = ("vLLM", "SGLang"), set(schemes.values())
+    if microscaled := sorted({x.kind.upper() for x in used if x.kind in ("mxfp4", "nvfp4")}):
+        reasons["SGLang"] = (
+            f"was not found to read {' and '.join(microscaled)} weights of compressed-tensors "
+            "with inputs in 16 bits"
+        )
     if any(scheme.bits not in SERVED_BITS for scheme in used):
         reasons |= dict.fromkeys(servers, "kernels for compressed-tensors of 4 and 8 bits only")
     elif any(not scheme.symmetric and scheme.bits != 4 for scheme in used):
@@ -142,6 +157,8 @@ def find_engine_limits(
 
 def list_tensors(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
     """Return the specs of one linear's tensors, with full names; zero points only if asymmetric."""
+    if scheme.kind in source_codes.KINDS:
+        return source_codes.list_tensors(linear, scheme)
     out, groups, bits = linear.out_features, scheme.groups(linear.in_features), scheme.bits
     dtype, name = SCALE_DTYPES[scheme.scale_dtype], f"{linear.name}.weight"
     zero = TensorSpec(name=f"{name}_zero_point", dtype="I32", shape=(out * bits // 32, groups))
@@ -180,6 +197,8 @@ def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     """Return the weight [out, in] float32 of the tensors of `pack`, as engines compute it."""
     from quantkit.numerics import affine, bitpack
 
+    if scheme.kind in source_codes.KINDS:
+        return source_codes.dequantize(tensors, scheme)
     zero = (
         None
         if scheme.symmetric
@@ -220,6 +239,7 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
     experts.
     """
     part_patterns = [f"re:{pattern}" for pattern in list_part_patterns(contents)]
+    part_blocks = [f"re:{pattern}" for pattern in list_fp8_part_patterns(contents)]
     contents, prefix = make_relative(contents), get_prefix(contents)
     codes, every = list(contents.schemes), ["Linear"]
     blocks = set(contents.fp8)
@@ -234,14 +254,10 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
                 list_targets(others, names, prefix) if groups or fp8_is_rest else every, kind
             )
         )
-    if blocks:
-        groups.append(
-            make_fp8_group(
-                every
-                if fp8_is_rest
-                else hide_experts(list_targets([*codes, *plain], contents.fp8, prefix))
-            )
-        )
+    if blocks or part_blocks:
+        text_blocks = list_targets([*codes, *plain], contents.fp8, prefix) if blocks else []
+        targets = every if fp8_is_rest else hide_experts([*text_blocks, *part_blocks])
+        groups.append(make_fp8_group(targets))
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -256,8 +272,11 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
 def make_packed_group(targets: Sequence[str], kind: IntegerCodes) -> dict[str, object]:
     """Return a group of integer codes.
 
-    These come first: readers take the first group that matches an expert's name.
+    These come first: readers take the first group that matches an expert's name. Codes of the
+    source have a format of their own.
     """
+    if kind.kind in source_codes.KINDS:
+        return source_codes.make_group(kind.kind, list(targets))
     return {
         "format": "pack-quantized",
         "targets": list(targets),
@@ -342,6 +361,8 @@ def read_shape(
     specs: Mapping[str, TensorSpec], scheme: Scheme, read: Callable[[str], bytes]
 ) -> tuple[int, int] | None:
     """Return [out, in] from the specs of a linear's tensors."""
+    if scheme.kind in source_codes.KINDS:
+        return source_codes.read_shape(specs, scheme)
     if not {"weight_packed", "weight_scale"} <= set(specs):
         return None
     return specs["weight_scale"].shape[0], specs["weight_packed"].shape[-1] * 32 // scheme.bits
@@ -349,6 +370,8 @@ def read_shape(
 
 def list_value_checks(linear: Linear, scheme: Scheme) -> dict[str, ValueCheck]:
     """Return the checks of one linear's tensors."""
+    if scheme.kind in source_codes.KINDS:
+        return source_codes.list_value_checks(scheme)
     sides = linear.out_features, linear.in_features
     shape = b"".join(side.to_bytes(8, "little") for side in sides)
     return {"weight_scale": SCALE, "weight_shape": require_bytes(shape, f"{list(sides)}")}
@@ -367,8 +390,9 @@ def classify_by_targets(entry: Mapping[str, object]) -> Callable[[str], Treatmen
     named: list[tuple[re.Pattern[str], Treatment]] = []
     rest: Treatment = "plain"
     for key, group in groups.items():
-        is_fp8 = group.get("format") == "float-quantized"
-        kind: Treatment = "fp8" if is_fp8 else parse_group_codes(group, key)
+        of_source = source_codes.find_kind(group)
+        is_fp8 = group.get("format") == "float-quantized" and of_source is None
+        kind: Treatment = "fp8" if is_fp8 else parse_group_codes(group, key, of_source or "int")
         if group.get("targets") == ["Linear"]:
             rest = kind
         else:
@@ -385,7 +409,7 @@ def classify_by_targets(entry: Mapping[str, object]) -> Callable[[str], Treatmen
     return classify
 
 
-def parse_group_codes(group: Mapping[str, object], key: str) -> IntegerCodes:
+def parse_group_codes(group: Mapping[str, object], key: str, kind: str) -> IntegerCodes:
     """Return the codes of a group of config_groups."""
     args = group.get("weights")
     if not isinstance(args, Mapping):
@@ -394,7 +418,7 @@ def parse_group_codes(group: Mapping[str, object], key: str) -> IntegerCodes:
             f"found {args!r:.60}"
         )
     values = args.get("num_bits"), args.get("group_size", -1), args.get("symmetric")
-    return parse_codes(*values, f"config_groups.{key}.weights")
+    return replace(parse_codes(*values, f"config_groups.{key}.weights"), kind=kind)
 
 
 def compile_names(value: object, key: str) -> re.Pattern[str]:

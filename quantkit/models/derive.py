@@ -7,7 +7,7 @@ checks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from quantkit.checkpoint.hf_config import has_language_model, list_model_classes
 from quantkit.contracts import Architecture, Block, Config, Experts, Layout
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.io.suggestions import format_unknown_name
-from quantkit.models import layout_checks
+from quantkit.models import layout_checks, logit_checks
 from quantkit.models.inspect import (
     inspect_layout,
     keep_linears,
@@ -36,13 +36,6 @@ from quantkit.models.small_instance import (
 from quantkit.models.stored_names import UnknownForm, find_stored_names, measure_parts
 from quantkit.models.text_part import find_parts, name_in_model, put_parts_back
 
-UNSUPPORTED: Mapping[str, str] = {
-    "gpt_oss": "its experts have biases, and gate and up are interleaved and clamped, which no "
-    "layout here describes; the release has 4.25 bits a weight, so that 4 bits gain nothing; serve "
-    "it as it is",
-}
-"""Model types that transformers supports and quantkit does not, with the reason and the remedy."""
-
 
 def derive_architecture(config: Config, names: Collection[str] = ()) -> Architecture:
     """Derive the architecture of a model type without a table.
@@ -53,8 +46,6 @@ def derive_architecture(config: Config, names: Collection[str] = ()) -> Architec
     check that fails.
     """
     model_type = config.text("model_type")
-    if model_type in UNSUPPORTED:
-        raise make_refusal(config, UNSUPPORTED[model_type])
     if not has_language_model(model_type):
         own = (
             ", and the code of a checkpoint (auto_map) is never run"
@@ -94,7 +85,7 @@ def derive_layout(config: Config, names: Collection[str] = ()) -> Layout:
         small = inspect_layout(config, small_model, stored, is_small=True)
     except UnknownForm as fault:
         raise make_refusal(config, str(fault)) from fault
-    proof = layout_checks.prove_layout(config, small_model, small, tensors)
+    proof = logit_checks.prove_layout(config, small_model, small, tensors)
     blocks = tuple(
         finish_block(config, block, findings, small_block.experts, meta_model.config)
         for block, small_block, findings in zip(

@@ -9,7 +9,6 @@ or, if that fails, returned inside the layer.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from quantkit.models.experts import BlockRun, Gating, keep_inside, make_gating, 
 from quantkit.models.layers import (
     DecoderLayer,
     MetaModel,
+    copy_module,
     get_layer_name,
     load_tensors,
     make_random_rows,
@@ -79,6 +79,7 @@ def check_block(
     if len(full.calls) != 1:
         raise UnknownForm(f"its experts {module} are called {len(full.calls)} times in a layer")
     [(arguments, answer)] = full.calls
+    arguments = (arguments[0].reshape(-1, arguments[0].shape[-1]), *arguments[1:])
     if len(arguments) == 1 and len(arguments[0]) == experts.count * positions:
         experts = replace(experts, scaled_inputs=True)
         routed = split_scaled_inputs(arguments[0], experts.count)
@@ -123,7 +124,7 @@ def run_full_layer(
 ) -> FullRun:
     """Run transformers' layer with its own experts; record their inputs and outputs."""
     assert block.experts is not None  # the caller has checked
-    layer = copy.deepcopy(meta_model.model.get_submodule(block.path))
+    layer = copy_module(meta_model.model.get_submodule(block.path))
     state = full_model.iterate_block_state(meta_model, block, tensors.__getitem__, ())
     load_tensors(layer, {k.removeprefix(f"{block.path}."): x for k, x in state}, block.name)
     calls: list[tuple[tuple[Any, ...], Tensor]] = []

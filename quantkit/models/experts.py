@@ -8,7 +8,7 @@ checks compare the sum with the module's own output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.integrations import moe as transformers_moe
 
 from quantkit.contracts import Block, Experts
 from quantkit.models.layers import (
+    DecoderLayer,
     MetaModel,
     RouterOutput,
     get_layer_name,
@@ -45,15 +46,22 @@ class Gating:
         """Return the input of the down projection: gate, up [tokens, n] -> [tokens, n]."""
         module = self.module
         if gate is None:
-            result: Tensor = module.act_fn(up)
+            result: Tensor = find_activation(module)(up)
         elif getattr(type(module), "_apply_gate", DEFAULT_GATE) is DEFAULT_GATE:
-            result = module.act_fn(gate) * up
+            result = find_activation(module)(gate) * up
         elif self.interleaved:
             # [tokens, n, 2] -> [tokens, 2 n]
             result = module._apply_gate(torch.stack([gate, up], -1).flatten(-2))
         else:
             result = module._apply_gate(torch.cat([gate, up], -1))
         return result
+
+
+def find_activation(module: nn.Module) -> Any:
+    """Return the activation of an experts module, which a child of it may have."""
+    holders = [module, *module.children()]
+    found = (getattr(x, name, None) for x in holders for name in ("act_fn", "activation_fn"))
+    return next(x for x in found if x is not None)
 
 
 def make_gating(meta_model: MetaModel, block: Block) -> Gating | None:
@@ -101,9 +109,9 @@ def sum_experts(
         if not len(rows):
             continue
         x = routed.hidden[rows]  # [n, hidden]
-        into = [x @ tensors[f"{experts.linear(e, p)}.weight"].T for p in experts.inputs]
+        into = [project(x, tensors, experts.linear(e, p)) for p in experts.inputs]
         inner = gating(into[0] if len(into) > 1 else None, into[-1])  # [n, intermediate]
-        y = inner @ tensors[f"{experts.linear(e, experts.down)}.weight"].T
+        y = project(inner, tensors, experts.linear(e, experts.down))
         total.index_add_(0, rows, y * weight[:, None].to(y))
     return total
 
@@ -124,6 +132,19 @@ def run_router(
     return layer.tap.last if layer.tap else None
 
 
+def project(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the output [n, out] of the linear `name` among `tensors`, with its bias if any."""
+    y = x @ tensors[f"{name}.weight"].T
+    bias = tensors.get(f"{name}.bias")
+    return y if bias is None else y + bias
+
+
+def select_dense_tensors(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a block's tensors without those of routed experts."""
+    routed = {x.name for x in block.linears if x.role == "routed_expert"}
+    return {name: x for name, x in tensors.items() if name.rpartition(".")[0] not in routed}
+
+
 def run_block(
     meta_model: MetaModel,
     block: Block,
@@ -135,13 +156,35 @@ def run_block(
 
     tensors: of the block, by full name.
     """
-    experts = block.experts
-    prefix = "" if experts is None else f"{experts.module}."
-    routed_names = {f"{x.name}.weight" for x in block.linears if x.role == "routed_expert"}
-    dense = {name: x for name, x in tensors.items() if name not in routed_names or not prefix}
-    layer = make_decoder_layer(meta_model, block, dense)
-    out, valid = run_layer(meta_model, layer, rows, lengths)
+    return next(run_block_batches(meta_model, block, tensors, (rows,), (lengths,)))
+
+
+def run_block_batches(
+    meta_model: MetaModel,
+    block: Block,
+    tensors: Mapping[str, Tensor],
+    rows: Sequence[Tensor],
+    lengths: Sequence[Sequence[int]],
+) -> Iterator[BlockRun]:
+    """Run a block as `run_block` does, on several batches; the layer is made once."""
+    layer = make_decoder_layer(meta_model, block, select_dense_tensors(block, tensors))
     gating = make_gating(meta_model, block)
+    for batch, sizes in zip(rows, lengths, strict=True):
+        yield run_made_block(meta_model, block, layer, gating, tensors, batch, sizes)
+
+
+def run_made_block(
+    meta_model: MetaModel,
+    block: Block,
+    layer: DecoderLayer,
+    gating: Gating | None,
+    tensors: Mapping[str, Tensor],
+    rows: Tensor,
+    lengths: Sequence[int],
+) -> BlockRun:
+    """Run a block whose layer is made; see `run_block`."""
+    experts = block.experts
+    out, valid = run_layer(meta_model, layer, rows, lengths)
     if experts is None or gating is None or layer.tap is None or layer.tap.last is None:
         return BlockRun(out=out)
     routed = layer.tap.last

@@ -7,7 +7,7 @@ tensors on disk, so the evaluated weights are those that ship.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ def make_reader(
 
     def read(name: str) -> Tensor:
         module, _, kind = name.rpartition(".")
-        if kind != "weight" or module not in packed or format_name is None:
+        is_decoded = name in checkpoint.logical.encoded  # FP8, also of a packed module
+        if kind != "weight" or module not in packed or format_name is None or is_decoded:
             return checkpoint.read([name])[name]
         tensors = {
             full.removeprefix(f"{module}."): tensor
@@ -52,17 +53,6 @@ def make_reader(
         return registry.get_format(format_name).dequantize(tensors, packed[module])
 
     return read
-
-
-def count_parameters(layout: Layout) -> int:
-    """Count the weights of the model that transformers runs: all but MTP blocks."""
-    skipped = sum(
-        linear.n_parameters
-        for block in layout.blocks
-        if block.kind == "mtp"
-        for linear in block.linears
-    )
-    return sum(linear.n_parameters for linear in layout.linears) - skipped
 
 
 def make_model(meta_model: MetaModel, layout: Layout, read: TensorReader) -> Any:
@@ -151,11 +141,16 @@ def iterate_block_state(
         if linear.role != "routed_expert" and linear.name not in without
     ]
     names += [f"{linear.name}.weight" for linear in plain]
-    names += [f"{linear.name}.bias" for linear in block.linears if linear.bias]
+    experts = block.experts
+    is_stacked = experts is not None and experts.first not in without
+    names += [
+        f"{linear.name}.bias"
+        for linear in block.linears
+        if linear.bias and not (is_stacked and linear.role == "routed_expert")
+    ]
     for name, tensor in join_parts(block, ((name, read(name)) for name in names)):
         yield f"{block.path}.{name}", tensor
-    experts = block.experts
-    if experts is None or experts.first in without:
+    if experts is None or not is_stacked:
         return
     module = find_experts_module(meta_model.model, block, experts)
     path = f"{block.path}.{get_layer_name(block, experts.module)}"
@@ -166,31 +161,20 @@ def iterate_block_state(
 def stack_experts(
     experts: Experts, read: TensorReader, module: Any
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the two tensors of transformers' experts module by local name.
+    """Yield the two tensors of transformers' experts module by local name, and those of biases.
 
     Gate and up of all experts are one tensor [experts, 2 * intermediate, hidden], in the order of
     the module; up alone without a gate.
     """
     form = read_form(module)
     assert form is not None  # the layout has experts in it
-
-    def stack(projections: tuple[str, ...]) -> Tensor:
-        weights = [
-            join_rows(
-                [read(f"{experts.linear(e, x)}.weight") for x in projections],
-                interleaved=form.interleaved,
-            )
-            for e in range(experts.count)
+    names = {"gate": experts.gate, "up": experts.up, "down": experts.down}
+    for parameter in form.parameters:
+        pieces = [
+            torch.stack([
+                read(f"{experts.linear(e, names[x] or '')}.{parameter.kind}")
+                for e in range(experts.count)
+            ])  # [experts, out, in], of biases [experts, out]
+            for x in parameter.projections
         ]
-        stacked = torch.stack(weights)  # [experts, out, in]
-        return stacked.mT.contiguous() if form.transposed else stacked
-
-    yield "up_proj" if experts.gate is None else "gate_up_proj", stack(experts.inputs)
-    yield "down_proj", stack((experts.down,))
-
-
-def join_rows(weights: Sequence[Tensor], interleaved: bool) -> Tensor:
-    """Return matrices [out, in] as one, one after the other or row by row in turn."""
-    if interleaved and len(weights) > 1:
-        return torch.stack(list(weights), 1).flatten(0, 1)  # [out, n, in] -> [n * out, in]
-    return torch.cat(list(weights))  # [n * out, in]
+        yield parameter.name, parameter.join(pieces)

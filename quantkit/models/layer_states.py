@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.contracts import Layout
-from quantkit.models.experts import run_block
+from quantkit.models.experts import run_block_batches
 from quantkit.models.layers import MetaModel
 from quantkit.models.outer_model import find_layers
 from quantkit.models.state_rows import StateForm
 
 
-def record_states(model: Any, form: StateForm, sequences: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Return the states before each layer and after the last one [tokens, width], per sequence."""
+@dataclass(frozen=True, kw_only=True)
+class RecordedRun:
+    """A run of transformers' model: logits [tokens, vocabulary] of all sequences, and the states of
+    each before each layer and after the last one [tokens, width].
+    """
+
+    logits: Tensor
+    states: list[list[Tensor]]
+
+
+def run_sequences(model: Any, _form: StateForm, sequences: Sequence[Tensor]) -> RecordedRun:
+    """Run sequences one by one without recording states."""
+    with torch.no_grad():
+        logits = [model(ids[None], use_cache=False).logits[0] for ids in sequences]
+    return RecordedRun(logits=torch.cat(logits), states=[])
+
+
+def record_states(model: Any, form: StateForm, sequences: Sequence[Tensor]) -> RecordedRun:
+    """Run sequences one by one and record the states between the layers."""
     states: list[Tensor] = []
     last: list[Tensor] = []
     text: list[Tensor] = []
@@ -32,18 +50,18 @@ def record_states(model: Any, form: StateForm, sequences: Sequence[Tensor]) -> l
     _, layers = find_layers(model)
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     handles.append(layers[-1].register_forward_hook(after))
-    result = []
+    result, logits = [], []
     try:
         for ids in sequences:
             states.clear()
             text[:] = [ids[None]]
             with torch.no_grad():
-                model(ids[None], use_cache=False)
+                logits.append(model(ids[None], use_cache=False).logits[0])
             result.append([*states, *last])
     finally:
         for handle in handles:
             handle.remove()
-    return result
+    return RecordedRun(logits=torch.cat(logits), states=result)
 
 
 def compare_blocks(
@@ -61,12 +79,17 @@ def compare_blocks(
     largest, form = 0.0, meta_model.outer.form
     for number, block in enumerate(layout.blocks):
         own = {name: x for name, x in tensors.items() if name.startswith(f"{block.name}.")}
-        first = 0
-        for batch in batches:
-            parts = states[first : first + len(batch)]
-            first += len(batch)
-            rows, expected = (torch.cat([x[n] for x in parts]) for n in (number, number + 1))
-            out = form.get_hidden(run_block(meta_model, block, own, rows, batch).out)
-            expected = form.get_hidden(expected)
+        before, after = (join_batches(states, n, batches) for n in (number, number + 1))
+        runs = run_block_batches(meta_model, block, own, before, batches)
+        for run, rows in zip(runs, after, strict=True):
+            out, expected = form.get_hidden(run.out), form.get_hidden(rows)
             largest = max(largest, float((out - expected).norm() / expected.norm()))
     return largest
+
+
+def join_batches(
+    states: Sequence[Sequence[Tensor]], number: int, batches: Sequence[tuple[int, ...]]
+) -> list[Tensor]:
+    """Return the states before block `number` of each batch's sequences: [tokens, hidden] each."""
+    rows = iter(states)
+    return [torch.cat([next(rows)[number] for _ in batch]) for batch in batches]

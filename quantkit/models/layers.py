@@ -72,7 +72,8 @@ class ExpertTap(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return zeros [tokens, hidden]."""
-        self.last = RouterOutput(hidden=hidden_states, index=top_k_index, weight=top_k_weights)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        self.last = RouterOutput(hidden=rows, index=top_k_index, weight=top_k_weights)
         if self.answer is None:
             return torch.zeros_like(hidden_states)
         return self.answer.to(hidden_states).reshape(hidden_states.shape)
@@ -177,7 +178,7 @@ def make_decoder_layer(
     tensors: full names, without routed experts. Floating tensors are cast to the model's dtype,
     except buffers, which the family keeps in float32.
     """
-    layer: nn.Module = copy.deepcopy(meta_model.model.get_submodule(block.path))
+    layer = copy_module(meta_model.model.get_submodule(block.path))
     tap = None
     if block.experts:
         parent, _, leaf = get_layer_name(block, block.experts.module).rpartition(".")
@@ -190,6 +191,14 @@ def make_decoder_layer(
     state = cast_tensors(layer, named, meta_model.device, meta_model.dtype)
     load_tensors(layer, state, block.name)
     return DecoderLayer(name=block.path, module=layer, tap=tap)
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """Return a copy that shares the configurations, which layers only read: copying them takes
+    longer than copying the layer.
+    """
+    configs = [x.config for x in module.modules() if "config" in x.__dict__]
+    return copy.deepcopy(module, {id(config): config for config in configs})
 
 
 def cast_tensors(
@@ -206,7 +215,8 @@ def cast_tensors(
 
     def get_dtype(name: str, tensor: Tensor) -> torch.dtype:
         if name in own and not own[name].is_floating_point():
-            return own[name].dtype
+            known: torch.dtype = own[name].dtype
+            return known
         return torch.float32 if name in buffers else dtype
 
     return {

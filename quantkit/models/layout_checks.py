@@ -1,10 +1,7 @@
 """Checks of a derived layout on a small random instance of the same configuration.
 
-Checked on it (`small_instance`), experts first (`expert_checks`):
+Checked on it (`small_instance`), after experts and logits (`logit_checks`):
 
-    logits       block by block, as in a build, they equal those of transformers' own forward, for
-                 texts shorter and longer than every window, alone and in a padded batch;
-    arguments    those of the layers depend on the shape of a batch, not on its tokens;
     readers      linears with the same input values form a group; a linear that is not called once
                  with all tokens is kept;
     absorbers    a tensor absorbs a group's scale if dividing it and multiplying the readers leaves
@@ -15,7 +12,7 @@ Only checked properties are used: without an absorber a group's input is not sca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,33 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.contracts import Absorber, Block, Config, Layout, Linear, LinearGroup
-from quantkit.errors import CheckpointError
-from quantkit.models import expert_checks, full_model, layer_states, scaling
-from quantkit.models.experts import BlockRun, run_block, run_router
-from quantkit.models.inspect import make_refusal, mark_routers
+from quantkit.models import scaling
+from quantkit.models.experts import BlockRun, run_block, run_router, select_dense_tensors
+from quantkit.models.inspect import mark_routers
 from quantkit.models.layers import (
     MetaModel,
-    embed_tokens,
     get_layer_name,
-    load_outer_model,
-    load_tables,
     make_decoder_layer,
     make_random_rows,
     run_layer,
 )
-from quantkit.models.outer_model import name_tensors
 from quantkit.models.row_maps import list_row_maps
-from quantkit.models.small_instance import VOCABULARY
-from quantkit.models.stored_names import UnknownForm
 
 LENGTHS = (20, 13)
 """Tokens of the two sequences: unequal, to test padding, and longer than the window."""
-BATCHES = (LENGTHS, LENGTHS, (6, 4), (5,))
-"""Batches of the comparison of logits: two of one shape, and texts shorter than the window."""
-LOGITS_TOLERANCE = 1e-4
-"""Largest relative difference of logits; a missing part of the model causes 1e-2 and more."""
 SCALING_TOLERANCE = 1e-6
-"""The same for scaling by powers of two, which changes nothing but the order of a kernel's sums."""
+"""Largest relative change of states by scaling with powers of two: the order of a kernel's sums."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,156 +52,9 @@ class InputReaders:
     routed_experts: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Proof:
-    """What the instance has shown: its layout with proven experts, whether sequences must run
-    alone, the final tensors on which arguments of blocks depend, and the findings of each block.
-    """
-
-    layout: Layout
-    runs_alone: bool
-    tables: tuple[str, ...]
-    findings: Sequence[BlockFindings]
-
-
-def prove_layout(
-    config: Config, meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
-) -> Proof:
-    """Check a layout on the instance; tensors: by stored name.
-
-    Raises CheckpointError with the first property that it does not have.
-    """
-    try:
-        tables = find_tables(meta_model, layout, tensors)
-        meta_model = load_tables(meta_model, {layout.get_path(x): tensors[x] for x in tables})
-        layout = expert_checks.check_experts(meta_model, layout, tensors, LENGTHS)
-        runs_alone = check_logits(config, meta_model, layout, tensors)
-    except CheckpointError:
-        raise
-    except UnknownForm as fault:
-        raise make_refusal(config, str(fault)) from fault
-    except Exception as fault:  # an argument that transformers' layer needs
-        reason = meta_model.outer.find_exchange() or f"{type(fault).__name__}: {fault}"
-        raise make_refusal(config, f"its layers cannot be run one by one ({reason})") from fault
-    findings = inspect_blocks(config, meta_model, layout, tensors)
-    return Proof(layout=layout, runs_alone=runs_alone, tables=tables, findings=findings)
-
-
 def select_block_tensors(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a block's tensors by full name."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith(f"{block.name}.")}
-
-
-# ------------------------------------------------------------------------------------------- logits
-
-
-def check_logits(
-    config: Config, meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
-) -> bool:
-    """Compare logits of both ways to run the instance; return whether sequences must run alone.
-
-    Raises CheckpointError if the logits differ even so, and what transformers' layers raise.
-    """
-    lengths = [length for batch in BATCHES for length in batch]
-    ids = torch.randint(0, VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(1))
-    model = full_model.make_model(meta_model, layout, tensors.__getitem__)
-    with torch.no_grad():
-        parts = [model(part[None], use_cache=False).logits[0] for part in ids.split(lengths)]
-    expected = torch.cat(parts)  # [tokens, vocabulary]
-    check_arguments(config, meta_model, layout, tensors)
-    changes = []
-    for batches in (BATCHES, tuple((length,) for length in lengths)):
-        logits = compute_logits(meta_model, layout, tensors, ids, batches)
-        changes.append(float((logits - expected).norm() / expected.norm()))
-        if changes[-1] <= LOGITS_TOLERANCE:
-            return len(changes) > 1
-    if any(block.experts for block in layout.blocks):
-        states = layer_states.record_states(model, meta_model.outer.form, ids.split(lengths))
-        changes.append(layer_states.compare_blocks(meta_model, layout, tensors, states, BATCHES))
-        if changes[-1] <= LOGITS_TOLERANCE:
-            return False
-    exchange = meta_model.outer.find_exchange()
-    raise make_refusal(
-        config,
-        f"run block by block, a small instance gives other logits than transformers (by "
-        f"{min(changes):.0e} of their size)" + (f": {exchange}" if exchange else ""),
-    )
-
-
-def find_tables(
-    meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
-) -> tuple[str, ...]:
-    """Return the final tensors on which the arguments of layers depend, by their stored names."""
-
-    def record(names: Sequence[str]) -> dict[str, Tensor]:
-        chosen = {layout.get_path(name): tensors[name] for name in names}
-        outer = load_outer_model(meta_model, chosen) if names else meta_model.outer
-        return dict(name_tensors(outer.record(1, max(LENGTHS))))
-
-    def changes(names: Sequence[str]) -> bool:
-        found = record(names)
-        return any(
-            name not in found or not torch.equal(x, found[name]) for name, x in plain.items()
-        )
-
-    plain, names = record(()), [spec.name for spec in layout.final_tensors]
-    return tuple(name for name in names if changes([name])) if changes(names) else ()
-
-
-def select_outer_tensors(
-    meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the tensors outside the blocks by their names in transformers' model."""
-    stored, name = full_model.name_head(meta_model, layout)
-    names = [f"{layout.embedding.name}.weight", *(spec.name for spec in layout.final_tensors)]
-    return {**{layout.get_path(x): tensors[x] for x in names}, name: tensors[stored]}
-
-
-def compute_logits(
-    meta_model: MetaModel,
-    layout: Layout,
-    tensors: Mapping[str, Tensor],
-    ids: Tensor,
-    batches: Sequence[tuple[int, ...]],
-) -> Tensor:
-    """Return the logits of the instance run as in a build, block by block: [tokens] -> [tokens, v].
-
-    Each block runs every batch before the next block runs any.
-    """
-    outer = load_outer_model(meta_model, select_outer_tensors(meta_model, layout, tensors))
-    parts = ids.split([sum(batch) for batch in batches])
-    states = [embed_tokens(outer, part, batch) for part, batch in zip(parts, batches, strict=True)]
-    for block in layout.blocks:
-        own = select_block_tensors(block, tensors)
-        states = [
-            run_block(meta_model, block, own, rows, batch).out
-            for rows, batch in zip(states, batches, strict=True)
-        ]
-    return outer.compute_logits(torch.cat(states))
-
-
-def check_arguments(
-    config: Config, meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
-) -> None:
-    """Check that what layers are given depends on the shape of a batch, not on its tokens, but for
-    states and token ids.
-
-    Raises CheckpointError.
-    """
-    outer = load_outer_model(meta_model, select_outer_tensors(meta_model, layout, tensors))
-    shape = (1, max(LENGTHS))
-    first, second = (
-        dict(name_tensors(outer.record_for(torch.full(shape, token)))) for token in (3, 7)
-    )
-    for name, tensor in first.items():
-        if outer.is_ids_argument(name):
-            continue
-        if name not in second or not torch.equal(tensor, second[name]):
-            raise make_refusal(
-                config,
-                f"its layers are given more than hidden states that depends on the text "
-                f"({name.removeprefix('.')} {list(tensor.shape)})",
-            )
 
 
 # ------------------------------------------------------------------------------------------ readers
@@ -234,7 +73,7 @@ class BlockTrial:
     @cached_property
     def out(self) -> Tensor:
         """States [tokens, n] after the unchanged block."""
-        return self.run(self.tensors)
+        return self.meta_model.outer.form.get_hidden(self.plain.out)
 
     def run(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the states [tokens, n] after the block with these tensors."""
@@ -379,12 +218,6 @@ def is_same_input(x: Tensor, y: Tensor) -> bool:
     if x.shape[-1] != y.shape[-1] or x.numel() != y.numel():
         return False
     return torch.equal(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
-
-
-def select_dense_tensors(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a block's tensors without those of routed experts."""
-    routed = {f"{x.name}.weight" for x in block.linears if x.role == "routed_expert"}
-    return {name: x for name, x in tensors.items() if name not in routed}
 
 
 def record_inputs(

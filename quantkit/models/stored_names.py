@@ -3,7 +3,7 @@
 transformers renames tensors when it loads a checkpoint, stacks the experts of a layer into 3-D
 tensors, and joins others. `find_stored_names` reverts that for random values with transformers' own
 conversion and compares values; names are not interpreted. A model whose experts no reader knows
-(biases, a norm of their own, a class of their own) is rejected.
+(a norm of their own, a class of their own) is rejected.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class ExpertNames:
     gate: str | None
     up: str
     down: str
+    bias: bool = False
     stacked: tuple[StackedTensor, ...] = ()
 
 
@@ -88,14 +89,16 @@ def find_stored_names(
         form = get_form(path, module) if is_experts_module(module) else None
         if form is None:  # kept as it is, if it is a small part of its block
             continue
-        kinds = {kind: f"{path}.{kind}" for kind in module._parameters}
-        pieces = split_experts(form, {kind: values[x] for kind, x in kinds.items()})
+        kinds = {x.name: f"{path}.{x.name}" for x in form.parameters}
+        own_values = {kind: values[x] for kind, x in kinds.items()}
+        pieces, biases = form.split(own_values, "weight"), form.split(own_values, "bias")
         if all(x in disk or x in saved for x in kinds.values()):
             stored = {kind: tensors.get(x) or disk[x] for kind, x in kinds.items()}
             experts[path] = name_stacked(name_on_disk(model, path, tensors), form, stored)
         else:
-            experts[path] = name_experts(path, pieces, parts)
-        result |= name_pieces(experts[path], pieces)
+            experts[path] = name_experts(path, pieces, biases, parts)
+        result |= name_pieces(experts[path], pieces, "weight")
+        result |= name_pieces(experts[path], biases, "bias")
         claimed |= {*kinds.values()}
     result |= {tensors[name]: values[name] for name in tensors if name not in claimed}
     joined = {
@@ -151,28 +154,20 @@ def make_relocation(
 
 def get_form(path: str, module: Any) -> ExpertForm | None:
     """Return the form of an experts module, None for a class of its own; raises UnknownForm."""
-    for flag, what in (("has_bias", "biases"), ("has_post_expert_norm", "a norm of their own")):
-        if getattr(module, flag, False):
-            raise UnknownForm(f"its experts {path} have {what}, {NO_READER}")
+    if getattr(module, "has_post_expert_norm", False):
+        raise UnknownForm(f"its experts {path} have a norm of their own, {NO_READER}")
     return read_form(module)
 
 
-def split_experts(form: ExpertForm, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return gate (if any), up and down of all experts, [experts, out, in] each."""
-    values = {kind: x.mT if form.transposed else x for kind, x in values.items()}
-    if not form.has_gate:
-        return {"up": values["up_proj"], "down": values["down_proj"]}
-    both = values["gate_up_proj"]  # [experts, 2 * intermediate, hidden]
-    halves = (both[:, 0::2], both[:, 1::2]) if form.interleaved else both.chunk(2, dim=1)
-    return {"gate": halves[0], "up": halves[1], "down": values["down_proj"]}
-
-
 def name_experts(
-    path: str, pieces: Mapping[str, Tensor], parts: Mapping[str, Tensor]
+    path: str,
+    pieces: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor],
+    parts: Mapping[str, Tensor],
 ) -> ExpertNames:
     """Return the names of the experts among `parts` of the checkpoint; raises UnknownForm.
 
-    pieces: projections of all experts [experts, out, in].
+    pieces: projections of all experts [experts, out, in]; biases: theirs [experts, out].
     """
     known = {make_key(x): name for name, x in parts.items() if x.dim() == 2}
     matches: dict[str, set[tuple[str, str]]] = {}  # projection -> owner, local name
@@ -191,10 +186,18 @@ def name_experts(
     pairs = [pair for names in matches.values() for pair in names]
     if len(pairs) != len(matches) or len({owner for owner, _ in pairs}) > 1:
         raise UnknownForm(f"the experts of {path} have names that differ, {NO_READER}")
-    names = {projection: next(iter(pair))[1] for projection, pair in matches.items()}
-    return ExpertNames(
-        module=pairs[0][0], gate=names.get("gate"), up=names["up"], down=names["down"]
+    local = {projection: next(iter(pair))[1] for projection, pair in matches.items()}
+    names = ExpertNames(
+        module=pairs[0][0],
+        gate=local.get("gate"),
+        up=local["up"],
+        down=local["down"],
+        bias=bool(biases),
     )
+    for name, bias in name_pieces(names, biases, "bias"):
+        if name not in parts or not torch.equal(parts[name], bias):
+            raise UnknownForm(f"the checkpoint has no tensor {name} with the bias of an expert")
+    return names
 
 
 def name_on_disk(model: Any, path: str, tensors: Mapping[str, str]) -> str:
@@ -212,34 +215,34 @@ def name_on_disk(model: Any, path: str, tensors: Mapping[str, str]) -> str:
 def name_stacked(path: str, form: ExpertForm, stored: Mapping[str, str]) -> ExpertNames:
     """Return names of experts whose tensors are stored as they are, by their local names."""
     names = MIXTRAL[1] if MIXTRAL[0] in path.split(".") else PROJECTIONS
-    inputs = (names["gate"], names["up"]) if form.has_gate else (names["up"],)
     return ExpertNames(
         module=path,
         gate=names["gate"] if form.has_gate else None,
         up=names["up"],
         down=names["down"],
-        stacked=(
+        bias=form.has_bias,
+        stacked=tuple(
             StackedTensor(
-                name=stored["gate_up_proj" if form.has_gate else "up_proj"],
-                projections=inputs,
-                transposed=form.transposed,
-                interleaved=form.interleaved,
-            ),
-            StackedTensor(
-                name=stored["down_proj"],
-                projections=(names["down"],),
-                transposed=form.transposed,
-            ),
+                name=stored[x.name],
+                projections=tuple(names[projection] for projection in x.projections),
+                transposed=x.transposed,
+                interleaved=x.interleaved,
+                flat=x.flat,
+                kind=x.kind,
+            )
+            for x in form.parameters
         ),
     )
 
 
-def name_pieces(names: ExpertNames, pieces: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the matrices of experts by full name."""
+def name_pieces(
+    names: ExpertNames, pieces: Mapping[str, Tensor], kind: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the matrices or biases of experts by full name; kind: "weight" or "bias"."""
     local = {"gate": names.gate, "up": names.up, "down": names.down}
     for projection, stacked in pieces.items():
         for e, weight in enumerate(stacked):
-            yield f"{names.module}.{e}.{local[projection]}.weight", weight.contiguous()
+            yield f"{names.module}.{e}.{local[projection]}.{kind}", weight.contiguous()
 
 
 def make_key(weight: Tensor) -> tuple[object, ...]:

@@ -1,19 +1,22 @@
 """Fidelity figures: how far a quantized model's next-token distribution is from its source's.
 
 p is the source's distribution, q the quantized model's; both are teacher-forced on the same text.
-The figures are those of llama.cpp's `--kl-divergence`, over the full vocabulary, each with a
-standard error where one is defined.
+The figures are those of llama.cpp's `--kl-divergence`, over the full vocabulary, each with an
+interval where one is defined.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, sqrt
+from math import exp, isfinite, sqrt
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
+from quantkit.numerics import clustered
+from quantkit.numerics.clustered import Interval
 
 CHUNK_TOKENS = 1024
 """Tokens whose float64 log-probabilities are held at once."""
@@ -36,14 +39,16 @@ class TokenFidelity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """A figure with its standard error and its number of samples.
+    """A figure with its standard error, its 95 % interval and its number of samples.
 
-    The error is None for a figure without one, such as a maximum.
+    The error is None for a figure without one, such as a quantile, and the interval for one without
+    any, such as a maximum. An end of an interval is None if the sample is too small for it.
     """
 
     value: float
     error: float | None
     n: int
+    interval: Interval | None = None
 
 
 def compare_logits(source: Tensor, quantized: Tensor, targets: Tensor) -> TokenFidelity:
@@ -86,29 +91,29 @@ def concatenate_tokens(parts: list[TokenFidelity]) -> TokenFidelity:
     )
 
 
-def estimate_mean(values: Tensor) -> Estimate:
-    """Estimate the mean of values [n]; its standard error is sd / sqrt(n)."""
+def estimate_mean(values: Tensor, documents: Tensor | None = None) -> Estimate:
+    """Estimate the mean of values [n] of `documents` [n], by default each on its own."""
     n = values.numel()
-    error = float(values.double().std()) / sqrt(n) if n > 1 else None
-    return Estimate(value=float(values.double().mean()), error=error, n=n)
+    if n < 2:
+        return Estimate(value=float(values.double().mean()), error=None, n=n)
+    error, interval = clustered.compute_mean_interval(_to_array(values), _to_groups(documents))
+    return Estimate(
+        value=float(values.double().mean()),
+        error=error if isfinite(error) else None,
+        n=n,
+        interval=interval if isfinite(error) else None,
+    )
 
 
-def estimate_quantile(values: Tensor, share: float) -> Estimate:
+def estimate_quantile(values: Tensor, share: float, documents: Tensor | None = None) -> Estimate:
     """Estimate the quantile of values [n] at `share` (linear between ranks).
 
-    Its standard error is half the distance between the order statistics one binomial standard
-    deviation below and above the rank, which needs no assumption on the distribution. It is None if
-    the sample is too small to separate or to contain those ranks.
+    Its interval is two order statistics (`clustered.compute_quantile_interval`).
     """
-    ordered = values.double().sort().values
-    n = ordered.numel()
-    rank, spread = share * (n - 1), sqrt(share * (1 - share) * n)
-    below = int(rank)
-    value = torch.lerp(ordered[below], ordered[min(below + 1, n - 1)], rank - below)
-    lower, upper = round(rank - spread), round(rank + spread)
-    is_inside = 0 <= lower < upper < n
-    error = float(ordered[upper] - ordered[lower]) / 2 if is_inside else None
-    return Estimate(value=float(value), error=error, n=n)
+    array = _to_array(values)
+    interval = clustered.compute_quantile_interval(array, share, _to_groups(documents))
+    value = float(np.quantile(array, share))
+    return Estimate(value=value, error=None, n=len(array), interval=interval)
 
 
 def estimate_maximum(values: Tensor) -> Estimate:
@@ -116,31 +121,56 @@ def estimate_maximum(values: Tensor) -> Estimate:
     return Estimate(value=float(values.double().max()), error=None, n=values.numel())
 
 
-def estimate_rms(values: Tensor) -> Estimate:
-    """Estimate the root mean square of values [n], with the delta method's standard error."""
-    square = estimate_mean(values.double().square())
+def estimate_rms(values: Tensor, documents: Tensor | None = None) -> Estimate:
+    """Estimate the root mean square of values [n]: error by the delta method, interval of the mean
+    square's.
+    """
+    square = estimate_mean(values.double().square(), documents)
     root = sqrt(square.value)
     error = None if square.error is None or root == 0 else square.error / (2 * root)
-    return Estimate(value=root, error=error, n=square.n)
+    ends = square.interval or (None, None)
+    low, high = (None if end is None else sqrt(max(end, 0.0)) for end in ends)
+    interval = None if square.interval is None else (low, high)
+    return Estimate(value=root, error=error, n=square.n, interval=interval)
 
 
-def estimate_proportion(hits: Tensor) -> Estimate:
-    """Estimate the share of true values in hits [n] bool, with its binomial standard error."""
-    n, share = hits.numel(), float(hits.double().mean())
-    return Estimate(value=share, error=sqrt(share * (1 - share) / n), n=n)
+def estimate_proportion(hits: Tensor, documents: Tensor | None = None) -> Estimate:
+    """Estimate the share of true values in hits [n] bool, with its standard error and the interval
+    of `clustered.compute_share_interval`.
+    """
+    found = estimate_mean(hits.double(), documents)
+    if found.error is None:
+        return found
+    array = _to_array(hits)
+    interval = clustered.compute_share_interval(array, _to_groups(documents))
+    return Estimate(value=found.value, error=found.error, n=found.n, interval=interval)
 
 
-def estimate_perplexity(nll: Tensor) -> Estimate:
-    """Estimate exp(mean nll) of nll [n] in nats, with the delta method's standard error."""
-    log = estimate_mean(nll)
+def estimate_perplexity(nll: Tensor, documents: Tensor | None = None) -> Estimate:
+    """Estimate exp(mean nll) of nll [n] in nats: error by the delta method, interval exp of the
+    mean's.
+    """
+    log = estimate_mean(nll, documents)
     value = exp(log.value)
-    return Estimate(value=value, error=None if log.error is None else value * log.error, n=log.n)
+    error = None if log.error is None else value * log.error
+    low, high = (None if end is None else exp(end) for end in log.interval or (None, None))
+    interval = None if log.interval is None else (low, high)
+    return Estimate(value=value, error=error, n=log.n, interval=interval)
 
 
-def summarize_tokens(tokens: TokenFidelity) -> dict[str, Estimate]:
+def _to_array(values: Tensor) -> clustered.Array:
+    return values.double().numpy()
+
+
+def _to_groups(documents: Tensor | None) -> clustered.Array | None:
+    return None if documents is None else documents.numpy()
+
+
+def summarize_tokens(tokens: TokenFidelity, documents: Tensor | None = None) -> dict[str, Estimate]:
     """Return every figure of the report for a set of tokens, by the report's key.
 
-    The perplexity ratio's standard error comes from paired differences: both models see the same
+    documents: [n] int64, the document of each token; intervals take documents as the independent
+    units. The perplexity ratio's interval comes from paired differences: both models see the same
     tokens. Raises NumericsError for a set without tokens.
     """
     if not tokens.kl.numel():
@@ -149,17 +179,17 @@ def summarize_tokens(tokens: TokenFidelity) -> dict[str, Estimate]:
             "successor"
         )
     return {
-        "kl_mean": estimate_mean(tokens.kl),
-        "kl_median": estimate_quantile(tokens.kl, 0.5),
-        "kl_p99": estimate_quantile(tokens.kl, 0.99),
-        "kl_p999": estimate_quantile(tokens.kl, 0.999),
+        "kl_mean": estimate_mean(tokens.kl, documents),
+        "kl_median": estimate_quantile(tokens.kl, 0.5, documents),
+        "kl_p99": estimate_quantile(tokens.kl, 0.99, documents),
+        "kl_p999": estimate_quantile(tokens.kl, 0.999, documents),
         "kl_max": estimate_maximum(tokens.kl),
-        "ppl_source": estimate_perplexity(tokens.nll_source),
-        "ppl_artifact": estimate_perplexity(tokens.nll_quantized),
-        "ppl_ratio": estimate_perplexity(tokens.nll_quantized - tokens.nll_source),
-        "top1": estimate_proportion(tokens.same_top),
-        "mean_delta_p": estimate_mean(tokens.delta_p),
-        "rms_delta_p": estimate_rms(tokens.delta_p),
+        "ppl_source": estimate_perplexity(tokens.nll_source, documents),
+        "ppl_artifact": estimate_perplexity(tokens.nll_quantized, documents),
+        "ppl_ratio": estimate_perplexity(tokens.nll_quantized - tokens.nll_source, documents),
+        "top1": estimate_proportion(tokens.same_top, documents),
+        "mean_delta_p": estimate_mean(tokens.delta_p, documents),
+        "rms_delta_p": estimate_rms(tokens.delta_p, documents),
     }
 
 

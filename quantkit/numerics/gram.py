@@ -125,19 +125,20 @@ def compute_row_errors(delta: Tensor, gram: Tensor) -> Tensor:
 
 
 def compute_relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> Tensor:
-    """Return the share of a linear's output energy that an approximate weight loses.
+    """Return the relative error of a linear's outputs for an approximate weight.
 
     weight, approximation [..., out, in]; gram [..., in, in]. Result [...] float64:
-    ||X (W - Q)^T||^2 / ||X W^T||^2, and 0 where nothing is lost.
+    ||X (W - Q)^T|| / ||X W^T||, the norm ratio in which errors of weights and of hidden states
+    are measured too, and 0 where nothing is lost.
     """
     largest = torch.linalg.vector_norm(weight, torch.inf, dim=(-2, -1), keepdim=True)
     _, exponent = torch.frexp(largest)  # [..., 1, 1]
     if bool((exponent.abs() > MAX_EXPONENT).any()):
-        # a power of two changes no digit of a weight, and not the share
+        # a power of two changes no digit of a weight, and not the ratio
         scale = torch.exp2(-exponent.clamp(-126, 126).float())
         weight, approximation = weight * scale, approximation * scale
     lost, energy = compute_error(weight - approximation, gram), compute_error(weight, gram)
-    return torch.where(lost == 0, lost, lost / energy)
+    return torch.where(lost == 0, lost, lost / energy).sqrt()
 
 
 def compute_sqnr_db(weight: Tensor, approximation: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from quantkit.errors import RecipeError, UsageError
 from quantkit.formats.common.engine_names import SERVERS
 from quantkit.io.suggestions import format_unknown_name
 from quantkit.plan.decisions import Decision
+from quantkit.plan.engine_limits import find_unsupported_engines
 from quantkit.plan.explain_recipe import describe_choice, explain_draft, list_widths
 from quantkit.plan.match_checkpoint import MatchedLayout
-from quantkit.plan.plan import SourceFacts, apply_rules, find_unsupported_engines
+from quantkit.plan.plan import SourceFacts, apply_rules
 from quantkit.plan.recipe_draft import Draft, RecipeRequest, Storage, list_scheme
 from quantkit.recipe.parse import parse_recipe
 from quantkit.recipe.patterns import PRESETS
@@ -24,6 +25,7 @@ from quantkit.recipe.schema import Recipe
 from quantkit.recipe.write_recipe import Section, write_recipe
 
 GROUP_SIZES = (128, 64, 32)
+NF4_BLOCK = 64
 CHOSEN_NAME = "recipe.yaml"
 
 
@@ -62,6 +64,9 @@ SYMMETRIC = (
     Storage(format_name="awq", symmetric=False),
     Storage(format_name="gptq_v2", symmetric=False),
 )
+KEEPING = SYMMETRIC[0]
+"""The storage that holds codes of the source next to integers."""
+KEPT_CODES = "keeps the source's codes of the other linears, bit for bit, where others store BF16"
 STORAGES: Mapping[str, tuple[Storage, ...]] = {
     "gptq": SYMMETRIC,
     "nf4": (Storage(format_name="bitsandbytes", symmetric=True),),
@@ -80,7 +85,10 @@ def choose_recipe(
     Raises UsageError for an unknown name in the request, RecipeError if no storage holds the model.
     """
     check_request(request)
-    drafts = [draft_recipe(request, source, matched, storage) for storage in list_storages(request)]
+    request = prefer_kept_codes(request, source, matched)
+    storages = list_storages(request)
+    group_size = choose_group_size(request, source, matched, storages[0])
+    drafts = [draft_recipe(request, matched, storage, group_size) for storage in storages]
     outcomes = [evaluate_draft(draft, source, matched) for draft in drafts]
     usable = [outcome for outcome in outcomes if not outcome.faults]
     if not usable:
@@ -139,6 +147,34 @@ def list_storages(request: RecipeRequest) -> tuple[Storage, ...]:
     )
 
 
+def prefer_kept_codes(
+    request: RecipeRequest, source: SourceFacts, matched: MatchedLayout
+) -> RecipeRequest:
+    """Return the request with GPTQ in the format that holds the source's codes, if linears are kept
+    in FP8 blocks or other codes, vLLM loads the result, and the request names nothing else.
+
+    Other formats would store them as BF16. AWQ scales no input that such a linear reads.
+    """
+    is_plain = not source.encoded and source.fp8_side is None
+    if is_plain or request.method or request.format not in {None, KEEPING.format_name}:
+        return request
+    keeping = replace(
+        request,
+        method="gptq",
+        format=KEEPING.format_name,
+        reasons={
+            "method": "as low a loss as AWQ with GPTQ, whose scaling stops at kept codes",
+            **({"format": KEPT_CODES} if request.format is None else {}),
+            **request.reasons,
+        },
+    )
+    group_size = choose_group_size(keeping, source, matched, KEEPING)
+    outcome = evaluate_draft(draft_recipe(keeping, matched, KEEPING, group_size), source, matched)
+    is_kept = any(decision.keep in ("fp8", "codes") for decision in outcome.decisions.values())
+    loads = next(iter(SERVERS)) in outcome.engines
+    return keeping if is_kept and loads and not outcome.faults else request
+
+
 # ------------------------------------------------------------------------------------------ drafts
 
 
@@ -153,24 +189,32 @@ class Outcome:
 
 
 def draft_recipe(
-    request: RecipeRequest, source: SourceFacts, matched: MatchedLayout, storage: Storage
+    request: RecipeRequest, matched: MatchedLayout, storage: Storage, group_size: int
 ) -> Draft:
-    """Return the draft of a storage, with the largest group size that divides every width."""
+    """Return the draft of a storage."""
     has_experts = any(block.experts for block in matched.layout.blocks)
-    draft = Draft(
+    return Draft(
         request=request,
         method=request.method or "awq",
         bits=request.bits or 4,
         rules=request.rules or ("experts-only" if has_experts else "all-linear"),
         storage=storage,
-        group_size=64 if request.method == "nf4" else GROUP_SIZES[0],
+        group_size=group_size,
     )
-    if draft.method == "nf4":
-        return draft
+
+
+def choose_group_size(
+    request: RecipeRequest, source: SourceFacts, matched: MatchedLayout, storage: Storage
+) -> int:
+    """Return the largest group size that divides every quantized width, -1 without one; any storage
+    quantizes the same linears.
+    """
+    if request.method == "nf4":
+        return NF4_BLOCK
+    draft = draft_recipe(request, matched, storage, GROUP_SIZES[0])
     _, decisions, _ = apply_rules(parse_draft(draft), source, matched, storage.format_name)
     widths = list_widths(decisions)
-    fitting = (size for size in GROUP_SIZES if all(width % size == 0 for width in widths))
-    return replace(draft, group_size=next(fitting, -1))
+    return next((x for x in GROUP_SIZES if all(width % x == 0 for width in widths)), -1)
 
 
 def evaluate_draft(draft: Draft, source: SourceFacts, matched: MatchedLayout) -> Outcome:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from quantkit import registry
-from quantkit.checkpoint.encoding import FP8
+from quantkit.checkpoint.encoding import FP8, EncodedWeight
 from quantkit.contracts import (
     PROTECTED_ROLES,
     Block,
@@ -36,6 +36,8 @@ class Decision:
     # how a kept weight is stored; fp8: as the source's blocks; codes: as the source's codes
     keep: Literal["source", "bf16", "fp8", "codes"] = "source"
     codes: Scheme | None = None  # of a weight that keeps the source's codes
+    decoded_from: str = ""  # the encoding of a kept weight whose codes the format does not hold
+    encoding: str | None = None  # of experts whose stored tensors are copied in codes: "MXFP4 g32"
     method: str | None = None
     rounding: str | None = None
     scheme: Scheme | None = None
@@ -163,7 +165,7 @@ def keep_codes(
 ) -> dict[str, Decision]:
     """Return the decisions with keep "codes" for kept weights whose codes the format stores.
 
-    schemes: of integer codes in the source, by module. If nothing is quantized no codes are kept.
+    schemes: of codes in the source, by module. If nothing is quantized no codes are kept.
     """
     if not output.copies_codes or not any(d.action == "quantize" for d in decisions.values()):
         return dict(decisions)
@@ -178,12 +180,47 @@ def keep_codes(
     return {name: decide(name, decision) for name, decision in decisions.items()}
 
 
-def changes_fp8(group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
+def copy_expert_codes(
+    layout: Layout,
+    decisions: Mapping[str, Decision],
+    encoded: Mapping[str, EncodedWeight],
+    output: Format,
+) -> dict[str, Decision]:
+    """Return the decisions with the encoding of kept experts whose stored tensors are copied.
+
+    encoded: weights in codes, by name. If nothing is quantized no codes are kept.
+    """
+    result = dict(decisions)
+    if not output.copies_codes or not any(d.action == "quantize" for d in decisions.values()):
+        return result
+    for block in layout.blocks:
+        weights = [encoded.get(x.name) for x in block.stacked if x.kind == "weight"]
+        labels = {x.label for x in weights if x is not None and x.is_copied}
+        if not weights or not all(x is not None and x.is_copied for x in weights):
+            continue
+        for linear in filter(block.stores_together, block.linears):
+            decision = decisions[linear.name]
+            if (decision.action, decision.keep) == ("keep", "source"):
+                result[linear.name] = replace(decision, encoding=", ".join(sorted(labels)))
+    return result
+
+
+def keeps_stacked(block: Block, decisions: Mapping[str, Decision]) -> bool:
+    """Return whether an artifact stores the experts of a block as the checkpoint does: together."""
+    if not block.stacked or block.experts is None:
+        return False
+    return decisions[block.experts.first].action == "keep"
+
+
+def changes_fp8(block: Block, group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
     """Return whether rescaling a group would change kept bits of a reader or the absorber: FP8
-    blocks or codes.
+    blocks, codes or tensors with all experts.
     """
     absorber = (group.absorber.module,) if group.absorber else ()
-    names = (*group.readers, *absorber)
+    experts = (block.experts.first,) if block.experts and group.routed_experts else ()
+    if experts and keeps_stacked(block, decisions):
+        return True
+    names = (*group.readers, *absorber, *experts)
     return any(name in decisions and decisions[name].keep in ("fp8", "codes") for name in names)
 
 
@@ -223,7 +260,9 @@ def is_unscaled_for_fp8(
     block: Block, group: LinearGroup, decisions: Mapping[str, Decision]
 ) -> bool:
     """Return whether the input of a group is not rescaled only to keep FP8 bits unchanged."""
-    return find_rescale(block, group, decisions) is not None and changes_fp8(group, decisions)
+    return find_rescale(block, group, decisions) is not None and changes_fp8(
+        block, group, decisions
+    )
 
 
 def find_unmatched_rules(rules: Sequence[Rule], layout: Layout, where: str) -> list[str]:
@@ -350,25 +389,6 @@ def find_group_size_fault(decision: Decision) -> str | None:
     fitting = [size for size in (128, 64, 32) if width % size == 0 and scheme.kind == "int"]
     use = f"use {' or '.join(map(str, fitting))}" if fitting else "keep this linear"
     return f"group_size {scheme.group_size} does not divide {width} input features; {use}"
-
-
-def find_stacked_faults(layout: Layout, decisions: Mapping[str, Decision]) -> list[str]:
-    """Return a fault for kept experts that the checkpoint stores in one tensor.
-
-    An artifact names single experts, which engines read when they are quantized.
-    """
-    kept = [
-        block
-        for block in layout.blocks
-        if block.stacked and block.experts and decisions[block.experts.first].action == "keep"
-    ]
-    if not kept:
-        return []
-    return [
-        f"{kept[0].name}: expected a rule that quantizes the routed experts, found one that keeps "
-        f"them; the checkpoint stores them together ({kept[0].stacked[0].name}), and an artifact "
-        "would hold unquantized single experts, which no engine reads"
-    ]
 
 
 def find_fused_faults(

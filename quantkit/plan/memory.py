@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quantkit.contracts import Block, Experts, Layout, Linear
-from quantkit.plan.decisions import Decision, select_quantized_groups
+from quantkit.plan.decisions import Decision, keeps_stacked, select_quantized_groups
 
 BASE_BYTES = 900_000_000
 """Python, torch and transformers without a model: 620 MB measured on Linux x86-64 with torch 2.13,
@@ -33,6 +33,11 @@ COPIES_BYTES = 2 + 2 + 4 + 4
 
 SCORE_COPIES = 3
 """float32 copies of the scores of eager attention; 2.1 measured with Gemma 2."""
+
+STREAM_COPIES = 8
+"""float32 copies of a batch's states in a block that mixes several streams; 8 measured with
+DeepSeek-V4.
+"""
 
 SLICE_EXPERTS = 16
 """Routed experts of a layer that are scaled and quantized as one unit, at most."""
@@ -137,7 +142,16 @@ def estimate_dense_bytes(block: Block, decisions: Mapping[str, Decision], grams:
         summed += 2 * BATCH_TOKENS * 4 * sum(reader.in_features for reader in readers)
         summed += sum(4 * x.n_parameters + 2 * BATCH_TOKENS * 4 * x.out_features for x in adding)
     scaled = estimate_scaled_expert_bytes(block, decisions, grams)
-    return sum(sizes) + solving + scaled + summed
+    return sum(sizes) + solving + scaled + summed + estimate_stacked_bytes(block, decisions)
+
+
+def estimate_stacked_bytes(block: Block, decisions: Mapping[str, Decision]) -> int:
+    """Return the bytes of the largest tensor with all experts that is copied, in BF16."""
+    experts = block.experts
+    if experts is None or not keeps_stacked(block, decisions):
+        return 0
+    widest = max(len(stacked.projections) for stacked in block.stacked)
+    return 2 * experts.count * widest * experts.hidden * experts.intermediate
 
 
 def estimate_scaled_expert_bytes(
@@ -172,7 +186,8 @@ def estimate_batch_bytes(layout: Layout, block: Block, longest: int) -> int:
         linear for linear in block.linears if linear.role in {"attention", "mlp", "shared_expert"}
     ]
     widest = max((max(x.in_features, x.out_features) for x in linears), default=0)
-    activations = BATCH_TOKENS * 4 * (4 * get_state_width(layout) + 4 * widest)
+    copies = STREAM_COPIES if layout.state_width else 4
+    activations = BATCH_TOKENS * 4 * (copies * get_state_width(layout) + 4 * widest)
     # heads * length^2 of each sequence; a batch holds one sequence, or BATCH_TOKENS in all
     scores = layout.eager_heads * longest * max(longest, BATCH_TOKENS if longest else 0)
     return activations + SCORE_COPIES * 4 * scores
@@ -243,3 +258,14 @@ def plan_memory(
 
 HEAD_CHUNK = 512
 """Positions whose logits are in memory at once, for source and artifact, in float64."""
+
+
+def count_parameters(layout: Layout) -> int:
+    """Count the weights of the model that transformers runs: all but MTP blocks."""
+    skipped = sum(
+        linear.n_parameters
+        for block in layout.blocks
+        if block.kind == "mtp"
+        for linear in block.linears
+    )
+    return sum(linear.n_parameters for linear in layout.linears) - skipped

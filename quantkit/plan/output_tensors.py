@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Literal
 
+from quantkit.checkpoint.encoding import FP8, EncodedWeight
 from quantkit.checkpoint.file_names import SINGLE, format_shard_name
-from quantkit.contracts import Block, Format, Layout, TensorSpec
-from quantkit.plan.decisions import Decision
+from quantkit.checkpoint.stacked import find_expert_parts, get_stacked_shape
+from quantkit.contracts import Block, Format, Layout, Linear, TensorSpec
+from quantkit.plan.decisions import Decision, keeps_stacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +35,14 @@ def make_kept_spec(spec: TensorSpec, keep: Literal["source", "bf16"] = "source")
 @dataclass(frozen=True, kw_only=True)
 class KeptStorage:
     """Storage of kept weights: `scale` (tensor suffix) and `side` of FP8 blocks if the format has
-    them.
+    them; `encoded`: the source's weights in codes.
     """
 
     specs: Mapping[str, TensorSpec]
     scale: str | None
     side: int | None
     output: Format
+    encoded: Mapping[str, EncodedWeight] = field(default_factory=dict)
 
     def list_weight_tensors(self, decision: Decision) -> tuple[TensorSpec, ...]:
         """Return the tensors of a kept weight as written, for FP8 blocks with its scales."""
@@ -48,13 +51,51 @@ class KeptStorage:
         spec = self.specs[f"{decision.linear.name}.weight"]
         if decision.keep != "fp8":
             return (make_kept_spec(spec, "bf16" if decision.keep == "bf16" else "source"),)
-        assert self.scale is not None and self.side is not None  # checked by keep_fp8_blocks
-        shape = tuple(
-            ceil(size / self.side) for size in spec.shape
-        )  # [out, in] -> [block rows, block columns]
-        return spec, TensorSpec(
-            name=f"{decision.linear.name}.{self.scale}", dtype="F32", shape=shape
-        )
+        return self.list_fp8_tensors(spec)  # checked by keep_fp8_blocks
+
+    def copied(self, name: str, is_coded: bool) -> tuple[TensorSpec, ...]:
+        """Return a tensor of a part that text does not run through as written.
+
+        is_coded: the artifact holds codes, next to which its format may hold FP8 blocks.
+        """
+        spec = self.specs[name]
+        if not (is_coded and self.copies_fp8(spec)):
+            return (make_kept_spec(spec),)
+        return self.list_fp8_tensors(spec)
+
+    def copies_fp8(self, spec: TensorSpec) -> bool:
+        """Return whether a weight of a part stays in the FP8 blocks of the source.
+
+        Engines round its inputs in groups of a block's width, which must divide them.
+        """
+        accepts = self.output.accepts_fp8
+        if spec.dtype != FP8 or self.side is None or self.scale is None or accepts is None:
+            return False
+        name, (out, into) = spec.name.removesuffix(".weight"), spec.shape
+        linear = Linear(name=name, out_features=out, in_features=into, role="mlp")
+        is_run = name != spec.name and into % self.side == 0
+        return is_run and accepts(linear, self.side) is None
+
+    def list_fp8_tensors(self, spec: TensorSpec) -> tuple[TensorSpec, TensorSpec]:
+        """Return the tensors of a weight in FP8 blocks: codes and scales."""
+        assert self.side is not None  # checked before
+        shape = tuple(ceil(size / self.side) for size in spec.shape)  # -> [block rows, columns]
+        name = f"{spec.name.removesuffix('weight')}{self.scale}"
+        return spec, TensorSpec(name=name, dtype="F32", shape=shape)
+
+    def experts(self, block: Block, decision: Decision) -> Iterator[TensorSpec]:
+        """Yield the stored tensors of kept experts as written, which are those of the source."""
+        assert block.experts is not None  # the caller has checked
+        parts = find_expert_parts([block])
+        for stacked in block.stacked:
+            weight = self.encoded.get(stacked.name)
+            if weight is not None and decision.encoding is not None:
+                yield from weight.parts.values()
+                continue
+            name = f"{block.experts.linear(0, stacked.projections[0])}.{stacked.kind}"
+            shape = get_stacked_shape(stacked, parts[name], block.experts.count)
+            spec = TensorSpec(name=stacked.name, dtype=self.specs[name].dtype, shape=shape)
+            yield make_kept_spec(spec, "bf16" if decision.keep == "bf16" else "source")
 
 
 def list_block_tensors(
@@ -62,14 +103,19 @@ def list_block_tensors(
 ) -> list[TensorSpec]:
     """Return the tensors of a block in writing order: norms, then linears, routed experts last."""
     tensors = [make_kept_spec(kept.specs[spec.name]) for spec in block.others]
+    are_together = keeps_stacked(block, decisions)
     for linear in block.linears:
         decision = decisions[linear.name]
+        if are_together and block.stores_together(linear):
+            continue
         if decision.scheme is not None:
             tensors += output.layout(linear, decision.scheme)
         else:
             tensors += kept.list_weight_tensors(decision)
         if linear.bias:
             tensors.append(make_kept_spec(kept.specs[f"{linear.name}.bias"]))
+    if are_together and block.experts:
+        tensors += kept.experts(block, decisions[block.experts.first])
     return [] if any(decisions[x.name].action == "drop" for x in block.linears) else tensors
 
 
@@ -82,8 +128,9 @@ def list_output_tensors(
         tensors += list_block_tensors(block, decisions, kept, output)
     tensors += [make_kept_spec(kept.specs[spec.name]) for spec in layout.final_tensors]
     tensors += [*kept.list_weight_tensors(decisions[layout.head.name])] if layout.head else []
+    is_coded = any(decision.action == "quantize" for decision in decisions.values())
     copied = (name for part in layout.parts for name in part.tensors)
-    return tensors + [make_kept_spec(kept.specs[name]) for name in copied]
+    return tensors + [spec for name in copied for spec in kept.copied(name, is_coded)]
 
 
 def split_into_shards(tensors: Sequence[TensorSpec], limit_bytes: int) -> tuple[Shard, ...]:

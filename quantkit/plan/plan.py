@@ -16,28 +16,30 @@ from typing import Literal
 
 from quantkit import registry
 from quantkit.checkpoint.encoding import FP8, EncodedWeight
+from quantkit.checkpoint.stacked import ExpertPart, find_expert_parts
 from quantkit.contracts import Architecture, Config, Format, Layout, Scheme, TensorSpec
 from quantkit.errors import RecipeError
-from quantkit.formats.common.engine_names import SERVERS
 from quantkit.plan.decisions import (
     Decision,
+    copy_expert_codes,
     decide_all,
     find_fp8_faults,
     find_fused_faults,
     find_idle_rules,
-    find_stacked_faults,
     find_storage_faults,
     find_unmatched_rules,
     is_unscaled_for_fp8,
     keep_codes,
     keep_fp8_blocks,
 )
+from quantkit.plan.decoded import describe_decoded, note_decoded
+from quantkit.plan.derive_once import DerivationKey, derive_once
+from quantkit.plan.engine_limits import find_unsupported_engines
 from quantkit.plan.left_out import LeftOut, summarize_left_out
 from quantkit.plan.match_checkpoint import (
     MatchedLayout,
     compute_stored_bytes,
     match_layout,
-    names_no_class,
     read_fp8_block_size,
 )
 from quantkit.plan.memory import MemoryPlan, plan_memory
@@ -45,8 +47,6 @@ from quantkit.plan.output_tensors import KeptStorage, Shard, list_output_tensors
 from quantkit.plan.plan_schema import PlanText
 from quantkit.recipe.parse import expand_preset
 from quantkit.recipe.schema import Recipe, Rule
-
-NO_CLASS_REASON = "chooses the model's class by architectures in config.json, which names none"
 
 Propagation = Literal["quantized", "original", "both"]
 
@@ -86,10 +86,13 @@ class SourceFacts:
             if weight.scheme is not None
         }
 
-    def count_bytes(self, spec: TensorSpec) -> int:
-        """Return the stored bytes of a logical tensor, with scales."""
-        if weight := self.encoded.get(spec.name):
-            return weight.n_bytes
+    def count_bytes(self, spec: TensorSpec, part: ExpertPart | None = None) -> int:
+        """Return the stored bytes of a logical tensor, with scales.
+
+        part: where it lies in a stored tensor with all experts.
+        """
+        if weight := self.encoded.get(part.stacked.name if part else spec.name):
+            return weight.n_bytes * spec.n_elements // weight.spec.n_elements
         return compute_stored_bytes(spec, self.fp8_side)
 
 
@@ -123,7 +126,24 @@ class Plan:
             scale=self.format.fp8_scale,
             side=self.source.fp8_side,
             output=self.format,
+            encoded=self.source.encoded,
         )
+
+    @cached_property
+    def fp8_parts(self) -> tuple[str, ...]:
+        """Modules of copied parts whose weights stay in FP8 blocks."""
+        names = (name for part in self.layout.parts for name in part.tensors)
+        if not self.schemes:
+            return ()
+        copied = (name for name in names if self.kept.copies_fp8(self.specs[name]))
+        return tuple(name.removesuffix(".weight") for name in copied)
+
+    @property
+    def decoded_parts(self) -> tuple[str, ...]:
+        """Weights of copied parts in codes that the format does not hold."""
+        names = (name for part in self.layout.parts for name in part.tensors)
+        kept = {f"{module}.weight" for module in self.fp8_parts}
+        return tuple(name for name in names if name in self.source.encoded and name not in kept)
 
     @property
     def schemes(self) -> dict[str, Scheme]:
@@ -147,9 +167,14 @@ class Plan:
     def source_bytes(self, names: Iterable[str] | None = None) -> int:
         """Return the bytes of some (default: all) logical source tensors as stored, with scales."""
         return sum(
-            self.source.count_bytes(self.specs[name])
+            self.source.count_bytes(self.specs[name], self.expert_parts.get(name))
             for name in (self.specs if names is None else names)
         )
+
+    @cached_property  # read once per linear
+    def expert_parts(self) -> Mapping[str, ExpertPart]:
+        """Where tensors of experts lie in stored tensors with all of them, by name."""
+        return find_expert_parts(self.layout.blocks)
 
     @property
     def path(self) -> str:
@@ -218,11 +243,7 @@ def load_architecture(config: Config, names: Collection[str] = ()) -> Architectu
     model_type = registry.resolve_model_type(config.text("model_type"))
     if model_type in registry.list_names("architectures"):
         return registry.get_architecture(model_type)
-    from quantkit.models import (
-        derive,
-    )  # imports transformers: seconds that a plan with a table saves
-
-    return derive.derive_architecture(config, names)
+    return derive_once(DerivationKey(config=config, names=tuple(names)))
 
 
 def match_source(source: SourceFacts, *, drop_mtp: bool = False) -> MatchedLayout:
@@ -252,7 +273,7 @@ def collect_warnings(
     decisions: Mapping[str, Decision],
 ) -> list[str]:
     """Return the warnings of a plan."""
-    warnings = list(matched.warnings)
+    warnings = [*recipe.conversions, *matched.warnings]
     if recipe.fidelity is None:
         warnings.append(
             "fidelity: none: the loss of this artifact against its source will not be measured"
@@ -260,7 +281,7 @@ def collect_warnings(
     warnings += summarize_left_out(matched.left_out)
     if not any(decision.action == "quantize" for decision in decisions.values()):
         warnings.append("no linear is quantized: the artifact is a copy of the source")
-    warnings += describe_decoded(source.encoded, decisions, format_name)
+    warnings += describe_decoded(matched.layout, source.encoded, decisions, format_name)
     warnings += find_fp8_warnings(matched, format_name, decisions)
     mtp = [b.name for b in matched.layout.blocks if b.kind == "mtp"]
     if mtp and recipe.mtp == "quantize" and needs_calibration(decisions):
@@ -279,26 +300,6 @@ def collect_warnings(
     ).items():
         engines.setdefault(why, []).append(engine)
     return warnings + [f"{', '.join(names)}: {why}" for why, names in engines.items()]
-
-
-def find_unsupported_engines(
-    output: Format, config: Config, layout: Layout, decisions: Mapping[str, Decision]
-) -> Mapping[str, str]:
-    """Return the engines that cannot load the artifact of these decisions, with the reason."""
-    unnamed = dict.fromkeys(SERVERS, NO_CLASS_REASON) if names_no_class(config.values) else {}
-    if output.limits is None:
-        return unnamed
-    mtp_linears = {
-        linear.name for block in layout.blocks if block.kind == "mtp" for linear in block.linears
-    }
-    schemes = {d.linear: scheme for d in decisions.values() if (scheme := d.scheme or d.codes)}
-    kept = [
-        d.linear
-        for name, d in decisions.items()
-        if d.action == "keep" and d.codes is None and name not in mtp_linears
-    ]
-    limits = output.limits(config.text("model_type"), schemes, kept) if schemes else {}
-    return {**unnamed, **limits}
 
 
 def find_fp8_warnings(
@@ -326,35 +327,10 @@ def find_fp8_warnings(
     if unscaled:
         warnings.append(
             f"{len(unscaled)} inputs are not rescaled, because a linear that reads or produces "
-            f"them stays in FP8 blocks, e.g. {unscaled[0]}: keep: bf16 for such linears, or "
+            f"them keeps its stored bits, e.g. {unscaled[0]}: keep: bf16 for such linears, or "
             "method gptq, loses less"
         )
     return warnings
-
-
-def describe_decoded(
-    encoded: Mapping[str, EncodedWeight], decisions: Mapping[str, Decision], format_name: str
-) -> list[str]:
-    """Return a warning for kept weights that are stored in codes and become plain."""
-    plain = [
-        weight
-        for name, decision in decisions.items()
-        if (decision.action, decision.keep) == ("keep", "source")
-        and (weight := encoded.get(f"{name}.weight")) is not None
-        and weight.block is None
-    ]
-    if not plain:
-        return []
-    labels = ", ".join(dict.fromkeys(weight.label for weight in plain))
-    before, after = (
-        sum(sizes)
-        for sizes in zip(*((weight.n_bytes, weight.spec.n_bytes) for weight in plain), strict=True)
-    )
-    return [
-        f"{len(plain)} kept weights in {labels} are decoded to {plain[0].spec.dtype}, "
-        f"{after / 1e9:.2f} GB instead of {before / 1e9:.2f} GB, because format {format_name} does "
-        "not hold their codes: a rule with quantize makes them smaller"
-    ]
 
 
 def apply_rules(
@@ -370,6 +346,8 @@ def apply_rules(
         decide_all(matched.layout, rules, recipe, matched.specs), matched.specs, output
     )
     decisions = keep_codes(decisions, source.code_schemes, output)
+    decisions = note_decoded(decisions, source.encoded)
+    decisions = copy_expert_codes(matched.layout, decisions, source.encoded, output)
     refusing = find_unsupported_engines(output, source.config, matched.layout, decisions)
     faults = find_unmatched_rules(rules, matched.layout, recipe.name)
     faults += [
@@ -379,8 +357,6 @@ def apply_rules(
         f"{recipe.name}: {fault}"
         for fault in find_fused_faults(matched.layout, decisions, output, refusing)
     ]
-    stacked = find_stacked_faults(matched.layout, decisions)
-    faults += [f"{recipe.name}: {fault}" for fault in stacked]
     if side is not None:
         faults += [
             f"{recipe.name}: {fault}"
@@ -395,7 +371,11 @@ def list_written_tensors(
     """Return every tensor of the artifact in writing order."""
     output = registry.get_format(format_name)
     kept = KeptStorage(
-        specs=matched.specs, scale=output.fp8_scale, side=source.fp8_side, output=output
+        specs=matched.specs,
+        scale=output.fp8_scale,
+        side=source.fp8_side,
+        output=output,
+        encoded=source.encoded,
     )
     return list_output_tensors(matched.layout, decisions, kept, output)
 

@@ -50,12 +50,16 @@ class PlanMemory(BaseModel):
 
 
 class PlanPart(BaseModel):
-    """A part of the model that text does not run through; it is copied bit for bit."""
+    """A part of the model that text does not run through; it is copied.
+
+    decoded: weights in codes that the format does not hold, stored as their values.
+    """
 
     model_config = FROZEN
     name: str
     tensors: int
     bytes: int
+    decoded: int = 0
 
 
 class PlanShard(BaseModel):

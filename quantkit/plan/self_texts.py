@@ -13,7 +13,7 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.source_config import read_text_config
 from quantkit.contracts import Config, Layout
 from quantkit.io import package_data
-from quantkit.plan.memory import BASE_BYTES, WHOLE_MODEL_COPIES
+from quantkit.plan.memory import BASE_BYTES, WHOLE_MODEL_COPIES, count_parameters
 from quantkit.recipe.schema import Recipe
 from quantkit.recipe.sections import AUTO
 from quantkit.texts.corpus_spec import CorpusSpec, read_spec
@@ -207,8 +207,6 @@ def find_sampling_fault(config: Config, layout: Layout, budget_bytes: int, value
 
 def estimate_sampling_bytes(config: Config, layout: Layout, value_bytes: int) -> int:
     """Return the peak bytes of sampling in this process: the whole model and the KV cache."""
-    from quantkit.models.full_model import count_parameters  # imports transformers: seconds
-
     weights = int(WHOLE_MODEL_COPIES * value_bytes * count_parameters(layout))
     n_layers = sum(block.kind == "decoder" for block in layout.blocks)
     n_tokens = GROUP_SIZE * (Sampling().max_tokens + PROMPT_TOKENS)

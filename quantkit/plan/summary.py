@@ -81,8 +81,14 @@ def summarize_source(plan: Plan) -> PlanSource:
 
 def summarize_copied(plan: Plan) -> tuple[PlanPart, ...]:
     """Return the parts of a wrapper that are copied, with the bytes of their tensors."""
+    decoded = {*plan.decoded_parts}
     return tuple(
-        PlanPart(name=part.name, tensors=len(part.tensors), bytes=plan.source_bytes(part.tensors))
+        PlanPart(
+            name=part.name,
+            tensors=len(part.tensors),
+            bytes=plan.source_bytes(part.tensors),
+            decoded=len(decoded & {*part.tensors}),
+        )
         for part in plan.layout.parts
     )
 
@@ -120,15 +126,22 @@ def format_scheme(scheme: Scheme) -> str:
     if scheme.kind == "nf4":
         return f"nf4 g{scheme.group_size}{' double quant' if scheme.double_quant else ''}"
     group = "per row" if scheme.group_size == -1 else f"g{scheme.group_size}"
+    if scheme.kind != "int":
+        return f"{scheme.kind.upper()} {group}"
     return f"int{scheme.bits} {group} {'symmetric' if scheme.symmetric else 'asymmetric'}"
 
 
 def format_action(decision: Decision) -> str:
-    """Format a decision: "awq int4 g128 asymmetric", "keep", "keep FP8", "drop"."""
+    """Format a decision: "awq int4 g128 asymmetric", "keep", "keep FP8", "drop", "keep, decoded
+    from NF4 g64".
+    """
+    if decision.encoding is not None:
+        return f"{decision.action} {decision.encoding}"
     if decision.scheme is None:
         stored = format_scheme(decision.codes) if decision.codes else "FP8"
         has_codes = decision.keep in ("fp8", "codes")
-        return f"{decision.action} {stored}" if has_codes else decision.action
+        decoded = f", decoded from {decision.decoded_from}" if decision.decoded_from else ""
+        return f"{decision.action} {stored}" if has_codes else f"{decision.action}{decoded}"
     rounding = (
         f"+{decision.rounding}"
         if decision.rounding not in {None, "nearest", decision.method}
@@ -144,6 +157,8 @@ def compute_bytes_after(plan: Plan, decision: Decision) -> int:
         return 0
     if decision.scheme is not None:
         return sum(spec.n_bytes for spec in plan.format.layout(decision.linear, decision.scheme))
+    if decision.encoding is not None:
+        return plan.source_bytes([f"{decision.linear.name}.weight"])
     return sum(spec.n_bytes for spec in plan.kept.list_weight_tensors(decision))
 
 
@@ -151,6 +166,8 @@ def format_kept_dtype(plan: Plan, decision: Decision) -> str:
     """Return the dtype of a kept weight in the artifact: "BF16", "F8_E4M3 128x128"."""
     if decision.codes is not None:
         return f"{format_scheme(decision.codes)} of the source"
+    if decision.encoding is not None:
+        return f"{decision.encoding} of the source"
     dtype = plan.kept.list_weight_tensors(decision)[0].dtype
     return f"{dtype} {plan.kept.side}x{plan.kept.side}" if decision.keep == "fp8" else dtype
 

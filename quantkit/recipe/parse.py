@@ -41,6 +41,7 @@ from quantkit.recipe.schema import (
 )
 from quantkit.texts.mixture_spec import LABEL_PATTERN
 
+BOUNDS = tuple(key for key in Gate.model_fields if key != "proven")
 _RULE_SHAPE = (
     "a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, "
     "or {preset: NAME}"
@@ -59,7 +60,7 @@ def parse_recipe(text: str, name: str, overrides: Mapping[str, str] = {}) -> Rec
         RecipeError: with every fault, in the order of the lines.
     """
     document, faults = _with_overrides(parse_document(text, name), overrides)
-    document = _expand_gates(document)
+    document, conversions = convert_gates(_expand_gates(document))
     check = _Check(document=document, faults=faults)
     recipe = check.model(
         Recipe, {key: value for key, value in document.values.items() if key != "rules"}, ()
@@ -78,6 +79,7 @@ def parse_recipe(text: str, name: str, overrides: Mapping[str, str] = {}) -> Rec
     recipe = recipe.model_copy(update={"rules": resolved})
     recipe._document = document
     recipe._overrides = tuple(overrides.items())
+    recipe._conversions = conversions
     return recipe
 
 
@@ -100,7 +102,7 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
 
     `tasks`: the benchmarks of the report to be checked.
     """
-    document = _expand_gates(parse_document(text, name))
+    document, _ = convert_gates(_expand_gates(parse_document(text, name)))
     check = _Check(document=document, faults=[])
     for key in document.values.keys() - Recipe.model_fields.keys():
         check.add_fault(
@@ -114,6 +116,11 @@ def parse_gates(text: str, name: str, tasks: Sequence[str]) -> dict[str, Gate]:
             sentence for _, sentence in sorted(check.faults, key=lambda fault: fault[0])
         ])
     return parsed.gates
+
+
+def describe_gate_conversions(text: str, name: str) -> tuple[str, ...]:
+    """Return a sentence for each former key among the `gates:` of a YAML text."""
+    return convert_gates(_expand_gates(parse_document(text, name)))[1]
 
 
 def expand_preset(name: str, default: Quantize, line: int | None = None) -> tuple[Rule, ...]:
@@ -246,11 +253,9 @@ class _Check:
                     "needs a fidelity text, found fidelity: none; name a set, or drop this gate",
                 )
             elif isinstance(bounds, dict):
-                allowed = [
-                    key for key in Gate.model_fields if (key in ("max", "min")) != (figure in tasks)
-                ]
-                bound_keys = {key for key, value in bounds.items() if value is not None}
-                if not bound_keys or bound_keys & set(Gate.model_fields) - set(allowed):
+                allowed = [key for key in BOUNDS if (key in ("max", "min")) != (figure in tasks)]
+                bound_keys = {key for key in bounds if bounds[key] is not None and key != "proven"}
+                if not bound_keys or bound_keys & set(BOUNDS) - set(allowed):
                     self.add_fault(
                         path, f"expected {' or '.join(f'{{{key}: NUMBER}}' for key in allowed)}"
                     )
@@ -261,7 +266,8 @@ class _Check:
 
 
 def _expand_gates(document: YamlDocument) -> YamlDocument:
-    """Return the document with gates such as `kl_mean.max: 1` expanded to `kl_mean: {max: 1}`.
+    """Return the document with gates such as `kl_mean.max: 1` expanded to `kl_mean: {max: 1}`, and
+    `proven: true` among them put into each.
 
     A duplicate bound is left as it is, which makes it a fault.
     """
@@ -281,7 +287,46 @@ def _expand_gates(document: YamlDocument) -> YamlDocument:
             expanded[figure] = {**others, bound: value}
         else:
             expanded.setdefault(key, value)
+    is_proven = expanded.get("proven")
+    if isinstance(is_proven, bool):
+        del expanded["proven"]
+        expanded = {
+            key: {"proven": is_proven, **bounds} if isinstance(bounds, dict) else bounds
+            for key, bounds in expanded.items()
+        }
     return replace(document, values={**document.values, "gates": expanded})
+
+
+def convert_gates(document: YamlDocument) -> tuple[YamlDocument, tuple[str, ...]]:
+    """Return the document with gates of a former key under the present one, and what was changed.
+
+    A document with both keys is left as it is, which makes the former one a fault.
+    """
+    gates = document.values.get("gates")
+    former, present = figures.ENERGY_GATE, figures.NORM_GATE
+    if not isinstance(gates, dict) or former not in gates or present in gates:
+        return document, ()
+    bounds, changes = gates[former], list[str]()
+    if isinstance(bounds, dict):
+        roots = {key: figures.convert_energy(value) for key, value in bounds.items()}
+        changes = [
+            f"{key} {bounds[key]:g} -> {root:.4g}"
+            for key, root in roots.items()
+            if isinstance(root, float)
+        ]
+        bounds = roots
+    converted = {(present if key == former else key): value for key, value in gates.items()}
+    converted[present] = bounds
+    dotted = (("gates", f"{former}.{bound}") for bound in Gate.model_fields)  # "KEY.max: 0.01"
+    place = next((p for p in (("gates", former), *dotted) if p in document.lines), ("gates",))
+    line = document.lines.get(place)
+    lines = document.lines if line is None else {**document.lines, ("gates", present): line}
+    sentence = (
+        f"{document.where(place)}: gates.{former} bounds an energy ratio; read as "
+        f"{present}, its square root{': ' if changes else ''}{', '.join(changes)}; write {present}"
+    )
+    values = {**document.values, "gates": converted}
+    return replace(document, values=values, lines=lines), (sentence,)
 
 
 def _describe_unknown_figure(figure: str, tasks: Sequence[str]) -> str:

@@ -16,6 +16,8 @@ from pydantic import (
     BeforeValidator,
     Field,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
     model_validator,
 )
 
@@ -241,6 +243,20 @@ class Gate(BaseModel):
             "2",
         ),
     ] = None
+    proven: Annotated[
+        bool,
+        describe(
+            "The whole 95 % interval must keep the bound. `gates: {proven: true}` says so for all "
+            "gates.",
+            "true",
+        ),
+    ] = False
+
+    @model_serializer(mode="wrap")
+    def omit_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Leave `proven` out if it is false, as in recipes before this key: their hash stays."""
+        values: dict[str, object] = handler(self)
+        return {key: value for key, value in values.items() if key != "proven" or value}
 
 
 class Gates(BaseModel):
@@ -291,7 +307,11 @@ class Recipe(BaseModel):
     evaluation: Annotated[Evaluation, describe("The benchmarks.")] = Evaluation()
     gates: Annotated[
         dict[str, Gate],
-        describe("Figure or task -> bound. A build with a missed gate exits with 3."),
+        describe(
+            "Figure or task -> bound. A build with a missed gate exits with 3. `proven: true` here "
+            "applies to all gates."
+        ),
+        Field(json_schema_extra={"properties": {"proven": {"type": "boolean"}}}),
     ] = {}
     output: Annotated[Output, describe("The artifact.")]
     memory: Annotated[
@@ -321,6 +341,7 @@ class Recipe(BaseModel):
     compute: Annotated[Compute, describe("Device and dtypes.")] = Compute()
     _document: YamlDocument = PrivateAttr(default=YamlDocument(name="recipe", values={}, lines={}))
     _overrides: tuple[tuple[str, str], ...] = PrivateAttr(default=())
+    _conversions: tuple[str, ...] = PrivateAttr(default=())
     _chosen_texts: tuple[tuple[str, tuple[str, str]], ...] = PrivateAttr(default=())
 
     @property
@@ -334,6 +355,11 @@ class Recipe(BaseModel):
         artifact.
         """
         return tuple(pair for pair in self._overrides if pair[0] not in {"memory", "output.path"})
+
+    @property
+    def conversions(self) -> tuple[str, ...]:
+        """Sentences on keys of former versions that were converted."""
+        return self._conversions
 
     def is_overridden(self, key: str) -> bool:
         """Return whether a dotted key, e.g. "output.path", was overridden."""

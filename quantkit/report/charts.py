@@ -12,6 +12,7 @@ from typing import Any
 from quantkit.artifact.fidelity_schema import ExpertCoverage, Fidelity, ModuleResult
 from quantkit.figures import list_figures
 from quantkit.plan.plan_schema import PlanRule
+from quantkit.report.definitions import HIDDEN_STATES, NORM_RATIOS
 from quantkit.report.module_ranges import find_block_number
 from quantkit.report.samples import Histogram
 
@@ -63,12 +64,11 @@ def make_charts(fidelity: Fidelity, histogram: Histogram | None) -> dict[str, Pl
     plots: dict[str, Plot] = {}
     if rows := summarize_layer_errors(fidelity.modules):
         how = "Median of the layer's quantized matrices, with a band from the 10th to the 90th "
-        how += "percentile. Outputs are measured over the calibration text."
+        how += "percentile. " + NORM_RATIOS
         title = "Relative error of weights and outputs, by layer"
         plots["layers"] = (title, how, _plot_layers(rows))
     if fidelity.blocks:
-        how = "Distance of the artifact's hidden states from the source's after each block; "
-        how += "errors accumulate."
+        how = HIDDEN_STATES
         title = "Relative error of the hidden states, by block"
         plots["blocks"] = (title, how, _plot_blocks(fidelity))
     if histogram and histogram.tokens:

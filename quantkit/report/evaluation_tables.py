@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from quantkit.evaluate.options import EvaluationOptions
 from quantkit.evaluate.results import EvaluationResult
-from quantkit.report.tables import Table, make_comparison_table
+from quantkit.report.table import Table
+from quantkit.report.tables import make_comparison_table
 
 
 def make_evaluation_tables(outcome: EvaluationResult, setup: EvaluationOptions) -> list[Table]:

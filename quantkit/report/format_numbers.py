@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from quantkit.artifact.fidelity_schema import Figure
-from quantkit.figures import NOT_FINITE, FigureDefinition, Reading, Style
+from quantkit.artifact.fidelity_schema import Figure, GateResult
+from quantkit.figure_readers import ALL_TEXT, NOT_FINITE, Reading
+from quantkit.figures import FigureDefinition, Style, find_figure
 from quantkit.plan.plan_schema import PlanPart
 
 MISSING = "-"
+SMALL = 1e-3
+"""Rows of figures in nats below this one are written in a power of ten."""
+SMALL_FACTOR = 0.1
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+INTERVALS = "Intervals in brackets are 95 %."
+"""The convention of all tables, named once per table."""
 TEXT_ONLY = "calibration and figures use text only"
 """Note of a plan and a report on a model with parts that text does not run through."""
 
@@ -17,6 +24,13 @@ TEXT_ONLY = "calibration and figures use text only"
 def format_count(n: int | None) -> str:
     """Return 12345 as "12,345"."""
     return MISSING if n is None else f"{n:,}"
+
+
+def format_exposure(label: str, seen: Collection[str]) -> str:
+    """Return whether calibration had text of a kind: "seen" or "unseen"; "-" for all text."""
+    if label == ALL_TEXT:
+        return MISSING
+    return "seen" if label in seen else "unseen"
 
 
 def format_size(n_bytes: int) -> str:
@@ -44,9 +58,19 @@ def format_size_factor(before: int, after: int) -> str:
 def format_parts(parts: Sequence[PlanPart]) -> str:
     """Return "model.visual (390 tensors, 1.34 GB), mtp (15 tensors, 210.00 MB)"."""
     return ", ".join(
-        f"{part.name} ({format_count(part.tensors)} tensors, {format_size(part.bytes)})"
+        f"{part.name} ({format_count(part.tensors)} tensors, {format_size(part.bytes)}"
+        + (f", {format_count(part.decoded)} of them decoded)" if part.decoded else ")")
         for part in parts
     )
+
+
+def describe_copy(parts: Sequence[PlanPart]) -> str:
+    """Return how parts are copied: "copied bit for bit", or with codes that became values."""
+    is_decoded = any(part.decoded for part in parts)
+    return "copied, codes that the format does not hold decoded" if is_decoded else COPIED
+
+
+COPIED = "copied bit for bit"
 
 
 def format_parameters(n: int) -> str:
@@ -84,41 +108,41 @@ def format_probability(p: float | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class NumberFormat:
-    """How a figure, its standard error and a difference of two figures are written."""
+    """How a figure, an end of its interval and a difference of two figures are written."""
 
     value: Callable[[float], str]
-    error: Callable[[float], str]
+    end: Callable[[float], str]
     difference: Callable[[float], str]
 
 
 STYLES: Mapping[Style, NumberFormat] = {
-    "nats": NumberFormat(  # 0.000361 ±0.000021
+    "nats": NumberFormat(  # 0.000361 [0.000319, 0.000403], see format_measured
         value=format_digits,
-        error=lambda error: format_digits(error, 2),
+        end=format_digits,
         difference=lambda value: f"{'+' if value > 0 else ''}{format_digits(value)}",
     ),
-    "ratio": NumberFormat(  # 1.0003 ±0.0001
-        value="{:.4f}".format, error="{:.4f}".format, difference="{:+.4f}".format
+    "ratio": NumberFormat(  # 1.0003 [1.0001, 1.0005]
+        value="{:.4f}".format, end="{:.4f}".format, difference="{:+.4f}".format
     ),
-    "percent": NumberFormat(  # 99.53 % ±0.04
+    "percent": NumberFormat(  # 99.53 % [99.44, 99.61]
         value=format_percent,
-        error=lambda error: f"{100 * error:.2f}",
+        end=lambda end: f"{100 * end:.2f}",
         difference=lambda value: f"{100 * value:+.2f}",
     ),
-    "signed percent": NumberFormat(  # -0.031 % ±0.002
+    "signed percent": NumberFormat(  # -0.031 % [-0.035, -0.027]
         value=lambda value: f"{100 * value:+.3f} %",
-        error=lambda error: f"{100 * error:.3f}",
+        end=lambda end: f"{100 * end:+.3f}",
         difference=lambda value: f"{100 * value:+.3f}",
     ),
     "count": NumberFormat(
         value=lambda value: format_count(round(value)),
-        error=format_digits,
+        end=format_digits,
         difference=lambda value: f"{round(value):+,}",
     ),
-    "bits": NumberFormat(value="{:.2f}".format, error="{:.2f}".format, difference="{:+.2f}".format),
+    "bits": NumberFormat(value="{:.2f}".format, end="{:.2f}".format, difference="{:+.2f}".format),
     "bytes": NumberFormat(
         value=lambda value: format_size(round(value)),
-        error=lambda error: format_size(round(error)),
+        end=lambda end: format_size(round(end)),
         difference=lambda value: f"{round(value):+,} B",
     ),
 }
@@ -130,16 +154,113 @@ def format_value(definition: FigureDefinition, value: float | None) -> str:
     return MISSING if value is None else STYLES[definition.style].value(value)
 
 
-def format_reading(definition: FigureDefinition, reading: Reading) -> str:
-    """Return a figure with its standard error: "0.000361 ±0.000021"; "-" if not measured."""
+def format_reading(definition: FigureDefinition, reading: Reading, power: int = 0) -> str:
+    """Return a figure with its 95 % interval: "0.000361 [0.000319, 0.000403]"; "-" if not measured.
+
+    power: the exponent of ten in which a row is written (`choose_power`).
+    """
     if not reading.is_measured:
         return MISSING
-    return format_figure(Figure(value=reading.value, se=reading.se), definition.style)
+    return format_figure(Figure(value=reading.value, ci=reading.ci), definition.style, power)
 
 
-def format_figure(figure: Figure | None, style: Style) -> str:
-    """Return a measured number with its standard error in a style of the table."""
-    return _format_measured(figure, STYLES[style].value, STYLES[style].error)
+def choose_power(definition: FigureDefinition, readings: Sequence[Reading]) -> int:
+    """Return the exponent of ten in which the readings of a row are written: 0, -3, -6, ...
+
+    Only small figures in nats have one, so that a row has one notation.
+    """
+    values = [abs(reading.value) for reading in readings if reading.value]
+    if definition.style != "nats" or not values or max(values) >= SMALL:
+        return 0
+    return 3 * (_exponent(max(values)) // 3)
+
+
+def add_power(label: str, power: int) -> str:
+    """Return a label with the power of ten of its row: "KL mean [10⁻³ nats/token]"."""
+    if not power:
+        return label
+    name, bracket, unit = label.partition(" [")
+    return f"{name} [{format_power(power)}{f' {unit}' if bracket else ']'}"
+
+
+def format_power(power: int) -> str:
+    """Return -6 as "10⁻⁶"."""
+    return f"10{str(power).translate(SUPERSCRIPT)}"
+
+
+def format_figure(figure: Figure | None, style: Style, power: int = 0) -> str:
+    """Return a measured number with its 95 % interval in a style of the table, in units of
+    10^power. An end that the sample is too small to give is written as infinite.
+    """
+    if figure is None:
+        return MISSING
+    if figure.value is None:
+        return NOT_FINITE
+    unit = 10.0**power
+    value, ends = figure.value / unit, figure.ci
+    if ends is None:
+        return STYLES[style].value(value)
+    low, high = (None if end is None else end / unit for end in ends)
+    show, end = STYLES[style].value, STYLES[style].end
+    if style == "nats":
+        show = end = f"{{:.{_count_places(value, low, high)}f}}".format
+    first = "-∞" if low is None else end(low)
+    return f"{show(value)} [{first}, {'∞' if high is None else end(high)}]"
+
+
+def _count_places(value: float, low: float | None, high: float | None) -> int:
+    """Return the decimals that show the nearer end of an interval with two digits."""
+    distances = [abs(end - value) for end in (low, high) if end is not None and end != value]
+    smallest = min(distances, default=abs(value) / 10)
+    return min(9, max(0, 1 - _exponent(smallest))) if smallest else 2
+
+
+def format_nats_pair(a: float, b: float) -> tuple[int, str, str]:
+    """Return two values in nats in one notation, and the power of ten in which they are written."""
+    power = 3 * (_exponent(max(abs(a), abs(b))) // 3) if 0 < max(abs(a), abs(b)) < SMALL else 0
+    first, second = a / 10**power, b / 10**power
+    known = [abs(value) for value in (first, second) if value]
+    places = min(6, max(0, 2 - _exponent(min(known)))) if known else 0
+    return power, f"{first:.{places}f}", f"{second:.{places}f}"
+
+
+def format_factor(value: float | None, places: int | None = None) -> str:
+    """Return 8.564 as "8.6x", 1.0032 as "1.0032x": two digits of the difference from 1."""
+    if value is None:
+        return MISSING
+    return f"{value:.{count_factor_places(value) if places is None else places}f}x"
+
+
+def count_factor_places(value: float) -> int:
+    """Return the decimals of a factor."""
+    digits = abs(value - 1) if value >= SMALL_FACTOR else abs(value)
+    return min(4, max(0, 1 - _exponent(digits))) if digits else 2
+
+
+def format_factors(figure: Figure | None) -> str:
+    """Return a factor with its 95 % interval: "8.6x [3.1, 23.7]"."""
+    if figure is None or figure.value is None:
+        return MISSING
+    places = count_factor_places(figure.value)
+    low, high = figure.ci or (None, None)
+    if low is None and high is None:
+        return format_factor(figure.value, places)
+    first = "0" if low is None else f"{low:.{places}f}"
+    last = "∞" if high is None else f"{high:.{places}f}"
+    return f"{format_factor(figure.value, places)} [{first}, {last}]"
+
+
+def format_gate_value(gate: GateResult) -> str:
+    """Return the value of a gate with its interval, in the style of its figure."""
+    figure = find_figure(gate.figure.partition("@")[0])
+    if gate.value is None:
+        return MISSING
+    style: Style = figure.style if figure else "nats"
+    if gate.figure.endswith((".recovery", ".score")):
+        style = "percent"
+    elif not figure and not gate.ci:
+        return format_digits(gate.value)
+    return format_figure(Figure(value=gate.value, ci=gate.ci), style)
 
 
 # ------------------------------------------------------------------------ differences, intervals
@@ -156,7 +277,8 @@ def format_recovery(figure: Figure | None) -> str:
     interval = (
         f" [{100 * low:.1f}, {100 * high:.1f}]" if low is not None and high is not None else ""
     )
-    return format_figure(figure, "percent") + interval
+    value = Figure(value=figure.value) if figure else None
+    return format_figure(value, "percent") + interval
 
 
 def format_nats(figure: Figure | None) -> str:
@@ -174,20 +296,9 @@ def _format_change(figure: Figure | None, places: int) -> str:
     interval = (
         f" [{low:+.{places}f}, {high:+.{places}f}]" if low is not None and high is not None else ""
     )
-    return _format_measured(
-        figure, lambda value: f"{value:+.{places}f}{interval}", lambda error: ""
-    )
-
-
-def _format_measured(
-    figure: Figure | None, value: Callable[[float], str], error: Callable[[float], str]
-) -> str:
     if figure is None:
         return MISSING
-    if figure.value is None:
-        return NOT_FINITE
-    spread = error(figure.se) if figure.se is not None else ""
-    return f"{value(figure.value)} ±{spread}" if spread else value(figure.value)
+    return NOT_FINITE if figure.value is None else f"{figure.value:+.{places}f}{interval}"
 
 
 def _exponent(value: float) -> int:

@@ -7,36 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, GateResult
-from quantkit.figures import NOT_FINITE, NOT_MEASURED, Reading, find_figure, is_size
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, GateResult, Outcome
+from quantkit.evaluate.statistics import wilson_interval
+from quantkit.figure_readers import NOT_FINITE, NOT_MEASURED, Reading
+from quantkit.figures import find_figure, is_size
 from quantkit.recipe.schema import Gate
 from quantkit.report import format_numbers
 from quantkit.verify.check_report import compute_status
+
+WHOLE = 1e-6
+"""Distance from a whole number of items that rounding of a score explains."""
 
 
 def judge_gates(gates: Mapping[str, Gate], fidelity: Fidelity) -> list[GateResult]:
     """Return one result per bound, in the order of the recipe.
 
-    A figure that is not finite misses every bound; a figure that was not measured has ok None.
+    A figure that is not finite misses every bound; a figure that was not measured has ok None. A
+    figure within its bound whose interval crosses it is kept, not proven, or missed if the gate
+    says `proven`.
     """
     tasks = {row.task: row for row in fidelity.benchmarks}
     results: list[GateResult] = []
     for figure, gate in gates.items():
-        results += _judge_task(figure, gate, tasks.get(figure))
-        if gate.max is None and gate.min is None:
-            continue
+        found = _judge_task(figure, gate, tasks.get(figure))
         reading = read_figure(figure, fidelity)
-        value = reading.value
         if gate.max is not None:
-            is_kept = value is not None and value <= gate.max
-            results.append(
-                _make_result(figure, f"<= {_format_bound(figure, gate.max)}", reading, is_kept)
-            )
+            bound = f"<= {_format_bound(figure, gate.max)}"
+            found.append(_judge_upper(figure, bound, reading, gate.max))
         if gate.min is not None:
-            is_kept = value is not None and value >= gate.min
-            results.append(
-                _make_result(figure, f">= {_format_bound(figure, gate.min)}", reading, is_kept)
-            )
+            bound = f">= {_format_bound(figure, gate.min)}"
+            found.append(_judge_lower(figure, bound, reading, gate.min))
+        results += [_require_proof(result) if gate.proven else result for result in found]
     return results
 
 
@@ -64,13 +65,50 @@ def _format_bound(figure: str, bound: float) -> str:
     return format_numbers.format_size(round(bound)) if is_size(figure) else f"{bound:g}"
 
 
-def _make_result(figure: str, bound: str, reading: Reading, is_kept: bool) -> GateResult:
-    if reading.value is not None:
-        return GateResult(
-            figure=figure, bound=bound, value=reading.value, ok=is_kept, reason=reading.reason
-        )
-    ok = False if reading.reason == NOT_FINITE else None
-    return GateResult(figure=figure, bound=bound, value=None, ok=ok, reason=reading.reason)
+def _judge_upper(figure: str, bound: str, reading: Reading, limit: float) -> GateResult:
+    """Judge an upper bound by the figure and by the upper end of its interval."""
+    high = reading.ci[1] if reading.ci else None
+    is_proven = reading.ci is None or (high is not None and high <= limit)
+    is_kept = reading.value is not None and reading.value <= limit
+    return _make_result(figure, bound, reading, is_kept=is_kept, is_proven=is_proven)
+
+
+def _judge_lower(figure: str, bound: str, reading: Reading, limit: float) -> GateResult:
+    """Judge a lower bound by the figure and by the lower end of its interval."""
+    low = reading.ci[0] if reading.ci else None
+    is_proven = reading.ci is None or (low is not None and low >= limit)
+    is_kept = reading.value is not None and reading.value >= limit
+    return _make_result(figure, bound, reading, is_kept=is_kept, is_proven=is_proven)
+
+
+def _make_result(
+    figure: str, bound: str, reading: Reading, *, is_kept: bool, is_proven: bool = True
+) -> GateResult:
+    outcome: Outcome = "missed"
+    ok: bool | None = is_kept
+    if reading.value is None:
+        ok = False if reading.reason == NOT_FINITE else None
+        outcome = "not judged" if ok is None else "missed"
+    elif is_kept:
+        outcome = "kept" if is_proven else "kept, not proven"
+    return GateResult(
+        figure=figure,
+        bound=bound,
+        value=reading.value,
+        ok=ok,
+        reason=reading.reason,
+        n=reading.n,
+        ci=reading.ci,
+        outcome=outcome,
+    )
+
+
+def _require_proof(result: GateResult) -> GateResult:
+    """Return a result that is kept but not proven as missed."""
+    if result.outcome != "kept, not proven":
+        return result
+    reason = "; ".join(filter(None, ["not proven: its interval crosses the bound", result.reason]))
+    return result.model_copy(update={"ok": False, "outcome": "missed", "reason": reason})
 
 
 # ------------------------------------------------------------------------------- bounds of a task
@@ -87,35 +125,55 @@ def _judge_task(task: str, gate: Gate, row: BenchmarkResult | None) -> list[Gate
         results.append(_judge_recovery(task, gate.min_recovery, row, absent))
     if gate.margin_pp is not None:
         results.append(_judge_margin(task, gate.margin_pp, row, absent))
+    n = row.n if row else None
     if gate.max_lost is not None:
         lost = float(row.lost) if row and row.lost is not None else None
         reading = (
             Reading(value=None, reason="the source scores 0: nothing can be lost")
             if row is not None and row.source == 0
-            else Reading(value=lost, reason=absent if lost is None else "")
+            else Reading(value=lost, n=n, reason=absent if lost is None else "")
         )
-        is_kept = lost is not None and lost <= gate.max_lost
-        results.append(_make_result(f"{task}.lost", f"<= {gate.max_lost}", reading, is_kept))
+        is_kept = reading.value is not None and reading.value <= gate.max_lost
+        results.append(
+            _make_result(f"{task}.lost", f"<= {gate.max_lost}", reading, is_kept=is_kept)
+        )
     if gate.min_score is not None:
         score = row.artifact if row else None
-        reading = Reading(value=score, reason=absent if score is None else "")
-        is_kept = score is not None and score >= gate.min_score
-        results.append(_make_result(f"{task}.score", f">= {gate.min_score:g}", reading, is_kept))
+        ci = _find_score_interval(row) if row else None
+        reading = Reading(value=score, n=n, ci=ci, reason=absent if score is None else "")
+        bound = f">= {gate.min_score:g}"
+        results.append(_judge_lower(f"{task}.score", bound, reading, gate.min_score))
     rates = (("truncated", gate.max_truncated_pp), ("unparsed", gate.max_unparsed_pp))
     return results + [
         _judge_rise(task, name, limit, row, absent) for name, limit in rates if limit is not None
     ]
 
 
+def _find_score_interval(row: BenchmarkResult) -> tuple[float, float] | None:
+    """Return Wilson's interval of the artifact's score if it is a share of the items."""
+    if row.artifact is None or not row.n:
+        return None
+    correct = row.artifact * row.n
+    if abs(correct - round(correct)) > WHOLE:  # means of several answers per item
+        return None
+    interval = wilson_interval(round(correct), row.n)
+    return interval.low, interval.high
+
+
 def _judge_recovery(
     task: str, min_recovery: float, row: BenchmarkResult | None, absent: str
 ) -> GateResult:
     """Judge the artifact's score as a share of the source's."""
-    value = row.recovery.value if row and row.recovery else None
+    figure = row.recovery if row and row.recovery else None
+    value = figure.value if figure else None
     reason = "the source scores 0: no information" if value is None else ""
-    reading = Reading(value=value, reason=absent if row is None else reason)
-    is_kept = value is not None and value >= min_recovery
-    return _make_result(f"{task}.recovery", f">= {min_recovery:g}", reading, is_kept)
+    reading = Reading(
+        value=value,
+        n=row.n if row else None,
+        ci=figure.ci if figure else None,
+        reason=absent if row is None else reason,
+    )
+    return _judge_lower(f"{task}.recovery", f">= {min_recovery:g}", reading, min_recovery)
 
 
 def _judge_rise(
@@ -124,9 +182,9 @@ def _judge_rise(
     """Judge the rise, in points, of the share of answers that were cut or that had no result."""
     before, after = (getattr(row, name) if row else None) or (None, None)
     rise = None if before is None or after is None else 100 * (after - before)
-    reading = Reading(value=rise, reason=absent if rise is None else "")
+    reading = Reading(value=rise, n=row.n if row else None, reason=absent if rise is None else "")
     is_kept = rise is not None and rise <= limit
-    return _make_result(f"{task}.{name}_pp", f"<= {limit:g}", reading, is_kept)
+    return _make_result(f"{task}.{name}_pp", f"<= {limit:g}", reading, is_kept=is_kept)
 
 
 def _judge_margin(task: str, margin: float, row: BenchmarkResult | None, absent: str) -> GateResult:
@@ -134,14 +192,16 @@ def _judge_margin(task: str, margin: float, row: BenchmarkResult | None, absent:
     figure, bound = f"{task}.delta_pp.low", f"> {-margin:g}" if margin else "> 0"
     if row and row.source == row.artifact == 0:
         reading = Reading(value=None, reason="both score 0: no information")
-        return _make_result(figure, bound, reading, False)
+        return _make_result(figure, bound, reading, is_kept=False)
     low, high = (row.delta_pp.ci if row and row.delta_pp else None) or (None, None)
     if row is None or low is None or high is None:
-        return _make_result(figure, bound, Reading(value=None, reason=absent), False)
+        reading = Reading(value=None, reason=absent)
+        return _make_result(figure, bound, reading, is_kept=False)
     is_open = low <= -margin <= high
     reason = (
         f"not resolved: {row.n:,} items cannot exclude a loss of {margin:g} points"
         if is_open
         else ""
     )
-    return _make_result(figure, bound, Reading(value=low, reason=reason), low > -margin)
+    reading = Reading(value=low, n=row.n, ci=(low, high), reason=reason)
+    return _make_result(figure, bound, reading, is_kept=low > -margin)

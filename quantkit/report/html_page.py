@@ -27,12 +27,14 @@ from quantkit.artifact.layout import MANIFEST, PAGE
 from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.artifact.read_report import read_report, read_sealed_report
 from quantkit.errors import ArtifactError
-from quantkit.figures import ALL_TEXT, FigureDefinition, list_headline_figures
+from quantkit.figure_readers import ALL_TEXT
+from quantkit.figures import FigureDefinition, list_headline_figures
 from quantkit.io import user_cache
 from quantkit.io.files import is_file, write_atomic, write_output
 from quantkit.io.path_safety import check_no_link
 from quantkit.report import card, format_numbers, module_ranges, notes, reproduce, tables
 from quantkit.report.charts import CONFIG, Plot, make_charts
+from quantkit.report.definitions import HEADINGS, Meanings
 from quantkit.report.samples import Answer, ChangedItem, Samples, read_samples
 
 WORST = 200  # modules in the table
@@ -53,6 +55,7 @@ class Tile:
     label: str
     value: str
     note: str = ""
+    meaning: str = ""  # the sentence that defines it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +186,8 @@ def make_environment(*, autoescape: bool) -> Environment:
         "count": format_numbers.format_count,
         "json": format_json,
         "folded": module_ranges.fold_names,
+        "definitions": list_definitions,
+        "columns": count_columns,
     }
     return environment
 
@@ -242,7 +247,7 @@ def _replace_all(value: object) -> object:
 def choose_tone(text: str) -> str:
     """Return the CSS class of a cell with a result."""
     word = text.split(":")[0].split("(")[0].strip().lower()
-    return {"pass": "good", "fail": "bad"}.get(word, "open")
+    return {"pass": "good", "fail": "bad", "kept": "good", "missed": "bad"}.get(word, "open")
 
 
 def make_tiles(fidelity: Fidelity) -> list[Tile]:
@@ -261,14 +266,15 @@ def make_tiles(fidelity: Fidelity) -> list[Tile]:
         lowest, task = min(recoveries)
         note = f"{task}, the lowest of {len(recoveries)}" if len(recoveries) > 1 else task
         value = format_numbers.format_percent(lowest)
-        tiles.append(Tile(label="Recovery", value=value, note=note))
+        meaning = HEADINGS["recovery [95 % CI]"]
+        tiles.append(Tile(label="Recovery", value=value, note=note, meaning=meaning))
     return tiles
 
 
 def _make_tile(definition: FigureDefinition, fidelity: Fidelity) -> Tile | None:
     """Return a figure's tile; None if it was not measured."""
     text = format_numbers.format_reading(definition, definition.read(fidelity))
-    value, _, error = text.partition(" ±")
+    value, _, interval = text.partition(" [")
     if value == format_numbers.MISSING:
         return None
     note = definition.tile_note
@@ -277,13 +283,31 @@ def _make_tile(definition: FigureDefinition, fidelity: Fidelity) -> Tile | None:
     tokens = next((row.tokens for row in fidelity.distribution if row.domain == ALL_TEXT), 0)
     bits = f"{fidelity.artifact.bits_per_weight:.2f}"
     note = note.format(tokens=f"{tokens:,}", bits=bits)
-    return Tile(label=definition.tile, value=value, note=f"{note}, ±{error}" if error else note)
+    return Tile(
+        label=definition.tile,
+        value=value,
+        note=f"{note}, [{interval}" if interval else note,
+        meaning=definition.meaning,
+    )
 
 
 def _format_size_change(fidelity: Fidelity) -> str:
     """Return "1.22x smaller, 6.39 MB from 7.80 MB"."""
     artifact = fidelity.artifact
     return format_numbers.format_size_change(artifact.bytes_source, artifact.bytes_artifact)
+
+
+def count_columns(tiles: Sequence[Tile], most: int) -> int:
+    """Return the number of columns, at most `most`, whose last row of tiles is fullest."""
+    n = max(1, len(tiles))
+    widest = min(most, n)
+    columns = range(widest, min(most // 2, widest - 1), -1)
+    return max(columns, key=lambda count: (n % count or count) / count)
+
+
+def list_definitions(tiles: Sequence[Tile]) -> Meanings:
+    """Return label and sentence of the tiles that have one."""
+    return tuple((tile.label, tile.meaning) for tile in tiles if tile.meaning)
 
 
 def draw_intervals(differences: Sequence[Figure | None]) -> dict[int, Markup]:

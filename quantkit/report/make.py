@@ -20,6 +20,7 @@ from quantkit.artifact.account_tensors import (
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
 from quantkit.artifact.front_matter import read_front_matter, read_languages
 from quantkit.artifact.make_manifest import read_versions
+from quantkit.artifact.read_report import NOT_FOR
 from quantkit.artifact.records import BlockRecord, ModuleRecord, list_kept_codes
 from quantkit.build.quantize_linear import FALLBACKS
 from quantkit.checkpoint.checkpoint import Checkpoint
@@ -31,7 +32,8 @@ from quantkit.evaluate.token_fidelity import TextFidelity
 from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, has_separate_shared_experts
 from quantkit.numerics.fidelity import Estimate
 from quantkit.plan.decisions import NO_RULE, Decision
-from quantkit.plan.plan import Plan, find_unsupported_engines
+from quantkit.plan.engine_limits import find_unsupported_engines
+from quantkit.plan.plan import Plan
 from quantkit.plan.summary import (
     compute_bytes_after,
     format_baseline,
@@ -41,7 +43,7 @@ from quantkit.plan.summary import (
     summarize_copied,
     summarize_rules,
 )
-from quantkit.report.format_numbers import TEXT_ONLY, format_parts
+from quantkit.report.format_numbers import TEXT_ONLY, describe_copy, format_parts
 from quantkit.texts.corpora import CorpusSet
 from quantkit.texts.tokens import Tokens
 
@@ -88,7 +90,7 @@ def make_report(
         artifact=summarize_artifact(plan),
         source=summarize_source(plan, stated),
         calibration=texts.get("calibration"),
-        measured_on=texts.get("fidelity"),
+        measured_on=add_repeated(texts.get("fidelity"), measured),
         distribution=summarize_distribution(measured) if measured else (),
         likelihood=tuple(likelihood),
         blocks=tuple(
@@ -140,7 +142,7 @@ def summarize_artifact(plan: Plan) -> fidelity_schema.ArtifactSummary:
             *plan.architecture.serving_notes,
             *make_parts_notes(plan),
             *((UNFUSED_NOTE,) if unfused and loads_with(plan, unsupported, SGLANG) else ()),
-            *(f"Not for {engine}: {reason}." for engine, reason in unsupported.items()),
+            *(f"{NOT_FOR}{engine}: {reason}." for engine, reason in unsupported.items()),
             *make_fp8_notes(plan),
             *(f"Source: {note}." for note in plan.source.notes),
         ),
@@ -164,7 +166,7 @@ def make_parts_notes(plan: Plan) -> tuple[str, ...]:
     parts = summarize_copied(plan)
     if not parts:
         return ()
-    return (f"Copied bit for bit: {format_parts(parts)}; {TEXT_ONLY}.",)
+    return (f"{describe_copy(parts).capitalize()}: {format_parts(parts)}; {TEXT_ONLY}.",)
 
 
 def iterate_serving_commands(
@@ -388,9 +390,18 @@ def count_answers(tokens: Tokens) -> dict[str, int]:
     return dict(counts)
 
 
+def add_repeated(
+    text: fidelity_schema.TextSet | None, measured: TextFidelity | None
+) -> fidelity_schema.TextSet | None:
+    """Return the fidelity text with the number of its tokens that repeat another document."""
+    if text is None or measured is None:
+        return text
+    return text.model_copy(update={"repeated": measured.repeated})
+
+
 def make_figure(estimate: Estimate) -> Figure:
-    """Return an estimate as a figure with its standard error."""
-    return Figure(value=estimate.value, se=estimate.error)
+    """Return an estimate as a figure with its standard error and interval."""
+    return Figure(value=estimate.value, se=estimate.error, ci=estimate.interval)
 
 
 def summarize_distribution(
@@ -416,7 +427,7 @@ def summarize_module(record: ModuleRecord) -> fidelity_schema.ModuleResult:
         scheme=format_scheme(record.scheme),
         relative_error=record.relative_error,
         sqnr_db=record.sqnr_db,
-        output_relative_error=record.output_error,
+        output_relative_error=record.output_relative_error,
         tokens=record.tokens,
         fallback=", ".join(record.fallbacks) or None,
         rescaled=record.rescaled,

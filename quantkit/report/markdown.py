@@ -9,7 +9,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from quantkit.report.tables import MORE, Table
+from quantkit.report.error_tables import MORE
+from quantkit.report.table import Table
 
 _LINK_END = re.compile(r"\](?=[(\[:])")
 """Where the text of a link or an image ends, or the name of a link's definition."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.figures import list_seen_kinds
+from quantkit.artifact.fidelity_schema import Fidelity, GateResult
+from quantkit.figure_readers import list_seen_kinds
 from quantkit.plan.size_gain import describe_small_gain
 from quantkit.texts.exposure import LEAST_TOKENS, describe_exposure, describe_narrowness
 
@@ -13,7 +13,39 @@ def list_notes(fidelity: Fidelity) -> list[str]:
     artifact = fidelity.artifact
     note = describe_small_gain(artifact.bytes_source, artifact.bytes_artifact)
     size = [f"{capitalize_first(note)}."] if note and fidelity.modules else []
-    return [*size, *list_text_notes(fidelity)]
+    return [
+        *describe_conversion(fidelity),
+        *describe_unproven(fidelity),
+        *size,
+        *list_text_notes(fidelity),
+    ]
+
+
+def describe_conversion(fidelity: Fidelity) -> list[str]:
+    """Return a sentence on a report that was read from a file of an earlier version."""
+    if fidelity.converted_from is None:
+        return []
+    return [
+        f"The report is of version {fidelity.converted_from}: relative errors of outputs were "
+        "energy ratios there, and are converted to norm ratios, their square roots."
+    ]
+
+
+def describe_unproven(fidelity: Fidelity) -> list[str]:
+    """Return a sentence on gates that are kept and not proven."""
+    rows = [f"{row.figure} {row.bound}" for row in fidelity.gates if is_unproven(row)]
+    if not rows:
+        return []
+    noun = "gate is" if len(rows) == 1 else "gates are"
+    return [
+        f"{len(rows)} of {len(fidelity.gates)} {noun} kept and not proven, because the 95 % "
+        f"interval crosses the bound: {', '.join(rows)}."
+    ]
+
+
+def is_unproven(gate: GateResult) -> bool:
+    """Return whether a figure keeps its bound and its interval does not."""
+    return gate.outcome == "kept, not proven"
 
 
 def list_text_notes(fidelity: Fidelity) -> list[str]:

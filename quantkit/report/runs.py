@@ -19,7 +19,7 @@ from quantkit.figures import FigureDefinition, list_headline_figures
 from quantkit.io.suggestions import format_unknown_name
 from quantkit.report import format_numbers
 from quantkit.report.gates import read_figure
-from quantkit.report.tables import Table
+from quantkit.report.table import Table
 
 DEPTH = 3  # levels of folders that are searched
 BUILDING, SCRATCH = ".building", ".scratch"

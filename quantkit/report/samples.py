@@ -202,6 +202,19 @@ def read_columns(path: Path, columns: Sequence[str]) -> Any:
         ) from None
 
 
+def has_column(path: Path, name: str) -> bool:
+    """Return whether a Parquet file has a column; raises ArtifactError for a damaged file."""
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    try:
+        return name in parquet.read_schema(path).names
+    except (OSError, ValueError, arrow.ArrowException) as fault:
+        raise ArtifactError(
+            f"{path}: expected samples, found: {str(fault)[:200]}; pull or build the artifact again"
+        ) from None
+
+
 def _make_size_error(path: Path, size: str) -> ArtifactError:
     return ArtifactError(
         f"{path}: expected samples of at most {MOST_ROWS:,} rows and {MOST_BYTES / 1e9:.0f} GB, "

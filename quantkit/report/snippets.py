@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, TRIED
-from quantkit.report.tables import Table
+from quantkit.report.table import Table
 
 NOT_TRIED = "no test of quantkit runs it"
 _VLLM = """\

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from math import inf
-from statistics import median
+from collections.abc import Sequence
 
-from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, ModuleResult, TaskOverlap
-from quantkit.artifact.layout import FIDELITY
-from quantkit.figures import (
-    ALL_TEXT,
-    LOW_COVERAGE,
-    NOT_FINITE,
-    find_figure,
-    is_size,
-    list_figures,
-    list_seen_kinds,
+from quantkit.artifact.fidelity_schema import (
+    BenchmarkResult,
+    DistributionResult,
+    Fidelity,
+    TaskOverlap,
 )
+from quantkit.figure_readers import list_seen_kinds
+from quantkit.figures import find_figure, list_figures
 from quantkit.report import format_numbers
+from quantkit.report.definitions import define_columns, define_figures
+from quantkit.report.error_tables import (
+    make_block_table,
+    make_coverage_table,
+    make_expert_table,
+    make_fallback_table,
+    make_module_table,
+    make_router_table,
+)
+from quantkit.report.table import Table
 
-WORST = 10
-EXAMPLES = 3
-MORE = FIDELITY
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Rows of text under named columns.
-
-    A column whose name starts with ">" holds numbers and is aligned right.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
+LIKELIHOOD = {
+    "source": "Log-likelihood per token of the solutions under the source, mean over items.",
+    "artifact": "The same under the artifact.",
+    "difference": "Artifact - source, paired item by item; negative is worse.",
+}
 
 
 def make_benchmark_table(fidelity: Fidelity) -> Table:
@@ -78,43 +71,113 @@ def make_comparison_table(results: Sequence[BenchmarkResult], how: str) -> Table
         "verdict",
     )
     note = f"{how}; p is McNemar's exact test on the changed items."
+    note += describe_pass(results)
     note += _format_rates("Cut at the token limit", [(row.task, row.truncated) for row in results])
     note += _format_rates("Without a result", [(row.task, row.unparsed) for row in results])
-    return Table(title="Benchmarks", columns=columns, rows=tuple(rows), note=note if rows else "")
+    return Table(
+        title="Benchmarks",
+        columns=columns,
+        rows=tuple(rows),
+        note=note if rows else "",
+        meanings=define_columns(columns),
+    )
+
+
+def describe_pass(results: Sequence[BenchmarkResult]) -> str:
+    """Return the margin behind "pass" as a sentence."""
+    required = dict.fromkeys(row.required for row in results if row.required is not None)
+    losses = " or ".join(f"{100 * (1 - share):.3g} %" for share in required)
+    if not losses:
+        return ""
+    return (
+        f' "pass": the interval excludes a loss of more than {losses} of the source\'s score; '
+        '"fail": it lies beyond that loss.'
+    )
 
 
 def make_distribution_table(fidelity: Fidelity) -> Table:
-    """Return the figures of the next-token distributions: a row per figure, a column per domain."""
-    domains = fidelity.distribution
-    rows: list[tuple[str, ...]] = (
-        [("tokens", *(format_numbers.format_count(row.tokens) for row in domains))]
-        if domains
-        else []
-    )
+    """Return the figures of the next-token distributions: a row per figure, a column per domain.
+
+    Of many kinds of text only all text has a column; `make_kind_table` has a row for each.
+    """
+    domains = list_columns(fidelity)
+    rows = list[tuple[str, ...]]()
     seen = list_seen_kinds(fidelity)
-    if seen is not None and domains:
-        rows.append(("calibrated on", *(_describe_exposure(row.domain, seen) for row in domains)))
+    if domains:
+        counts = (format_numbers.format_count(row.tokens) for row in domains)
+        rows.append(("tokens", *counts))
+    if seen is not None and len(domains) > 1:
+        exposures = (format_numbers.format_exposure(row.domain, seen) for row in domains)
+        rows.append(("calibrated on", *exposures))
+    meanings = dict[str, str]()
     for figure in list_figures():
         readings = [figure.read(fidelity, row.domain) for row in domains]
-        if figure.scope == "domain" and any(reading.is_measured for reading in readings):
-            cells = (format_numbers.format_reading(figure, reading) for reading in readings)
-            rows.append((figure.label, *cells))
+        if figure.scope != "domain" or not any(reading.is_measured for reading in readings):
+            continue
+        power = format_numbers.choose_power(figure, readings)
+        label = format_numbers.add_power(figure.label, power)
+        rows.append((
+            label,
+            *(format_numbers.format_reading(figure, reading, power) for reading in readings),
+        ))
+        meanings[label] = figure.meaning
     return Table(
         title="Next-token distributions",
         columns=("figure", *(f">{row.domain}" for row in domains)),
         rows=tuple(rows),
-        note=f"Against {fidelity.source.baseline}; ± is one standard error."
-        f"{_format_kinds(fidelity)}"
+        note=f"Against {fidelity.source.baseline}. {format_numbers.INTERVALS}"
+        f"{_format_repeated(fidelity)}{_format_kinds(fidelity)}"
         if rows
         else "",
+        meanings=tuple(meanings.items()),
     )
 
 
-def _describe_exposure(label: str, seen: Collection[str]) -> str:
-    """Return whether calibration had text of a kind."""
-    if label == ALL_TEXT:
-        return format_numbers.MISSING
-    return "seen" if label in seen else "unseen"
+def list_columns(fidelity: Fidelity) -> Sequence[DistributionResult]:
+    """Return the domains that have a column: all of a few, and all text of many."""
+    rows = fidelity.distribution
+    return rows if len(rows) <= MOST_COLUMNS else rows[:1]
+
+
+KIND_FIGURES = ("kl_mean", "kl_p99", "ppl_ratio", "top1")
+MOST_COLUMNS = 4
+
+
+def make_kind_table(fidelity: Fidelity) -> Table:
+    """Return the main figures with a row per kind of text, if there are many kinds."""
+    rows, seen = fidelity.distribution, list_seen_kinds(fidelity)
+    kinds = rows if len(rows) > MOST_COLUMNS else ()
+    figures = [figure for key in KIND_FIGURES if (figure := find_figure(key))]
+    readings = {f.key: [f.read(fidelity, row.domain) for row in kinds] for f in figures}
+    powers = {f.key: format_numbers.choose_power(f, readings[f.key]) for f in figures}
+    headings = [format_numbers.add_power(f.label, powers[f.key]) for f in figures]
+    cells = tuple(
+        (
+            row.domain,
+            *(() if seen is None else (format_numbers.format_exposure(row.domain, seen),)),
+            format_numbers.format_count(row.tokens),
+            *(format_numbers.format_reading(f, readings[f.key][n], powers[f.key]) for f in figures),
+        )
+        for n, row in enumerate(kinds)
+    )
+    exposure = () if seen is None else ("calibrated",)
+    return Table(
+        title="By kind of text",
+        columns=("text", *exposure, ">tokens", *(f">{name}" for name in headings)),
+        rows=cells,
+        meanings=tuple(zip(headings, (f.meaning for f in figures), strict=True)),
+    )
+
+
+def _format_repeated(fidelity: Fidelity) -> str:
+    """Return a sentence on tokens that repeat the beginning of another document, if there are."""
+    text = fidelity.measured_on
+    if text is None or not text.repeated or not fidelity.distribution:
+        return ""
+    return (
+        f" {text.repeated:,} of the {fidelity.distribution[0].tokens:,} tokens repeat the "
+        "beginning of another document; the intervals count them as tokens of one document."
+    )
 
 
 def _format_kinds(fidelity: Fidelity) -> str:
@@ -151,29 +214,40 @@ def make_likelihood_table(fidelity: Fidelity) -> Table:
     note = (
         "Log-likelihood of a correct answer after its prompt, nats per token; nothing is generated."
     )
+    columns = ("task", ">items", ">tokens", ">source", ">artifact", ">difference [95 % CI]")
     return Table(
         title="Gold solutions (teacher-forced)",
-        columns=("task", ">items", ">tokens", ">source", ">artifact", ">difference [95 % CI]"),
+        columns=columns,
         rows=rows,
         note=note + "".join(skipped) if rows else "",
+        meanings=define_columns(columns, LIKELIHOOD),
     )
 
 
 def make_gate_table(fidelity: Fidelity) -> Table:
-    """Return every bound of the recipe with its result."""
-    words = {True: "pass", False: "FAIL", None: "not judged"}
+    """Return every bound of the recipe with value, interval, number of samples and outcome."""
     rows = tuple(
         (
             row.figure,
             row.bound,
-            format_numbers.format_size(round(row.value))
-            if is_size(row.figure) and row.value
-            else format_numbers.format_digits(row.value),
-            f"{words[row.ok]}: {row.reason}" if row.reason else words[row.ok],
+            format_numbers.format_gate_value(row),
+            format_numbers.format_count(row.n),
+            f"{row.outcome}: {row.reason}" if row.reason else row.outcome,
         )
         for row in fidelity.gates
     )
-    return Table(title="Gates", columns=("figure", ">bound", ">value", "result"), rows=rows)
+    is_open = any(row.outcome == "kept, not proven" for row in fidelity.gates)
+    note = (
+        "Kept, not proven: the figure keeps its bound and its interval crosses it; more text or "
+        "items decide. gates: {proven: true} makes it a miss."
+    )
+    return Table(
+        title="Gates",
+        columns=("figure", ">bound", ">value [95 % CI]", ">n", "result"),
+        rows=rows,
+        note=note if is_open else "",
+        meanings=define_figures(row.figure for row in fidelity.gates),
+    )
 
 
 def make_role_table(fidelity: Fidelity) -> Table:
@@ -191,153 +265,6 @@ def make_role_table(fidelity: Fidelity) -> Table:
     )
     columns = ("layers", ">quantized", ">kept", ">parameters", "stored as", "reason")
     return Table(title="Quantized layers", columns=columns, rows=rows)
-
-
-def make_module_table(fidelity: Fidelity, limit: int = WORST) -> Table:
-    """Return the quantized matrices with the largest relative output error.
-
-    Matrices without output error come after them, by their weight error.
-    """
-    quantized = [row for row in fidelity.modules if row.method is not None]
-    worst = sorted(quantized, key=_rank_module, reverse=True)[:limit]
-    rows = tuple(
-        (
-            row.name,
-            f"{row.method}+{row.rounding}"
-            if row.rounding not in (None, row.method)
-            else str(row.method),
-            format_numbers.format_percent(row.relative_error),
-            format_numbers.MISSING if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
-            format_numbers.format_percent(row.output_relative_error),
-            format_numbers.format_count(row.tokens),
-            row.fallback or ("rescaled" if row.rescaled else ""),
-        )
-        for row in worst
-    )
-    columns = ("module", "method", ">weights", ">SQNR dB", ">outputs", ">tokens", "note")
-    note = (
-        f"The {len(rows)} worst of {len(quantized):,}; all in {MORE}."
-        if len(rows) < len(quantized)
-        else ""
-    )
-    return Table(
-        title="Relative error of weights and outputs, worst modules",
-        columns=columns,
-        rows=rows,
-        note=note,
-    )
-
-
-def make_block_table(fidelity: Fidelity, limit: int = WORST) -> Table:
-    """Return the relative error of the hidden states after a block, largest first."""
-    worst = sorted(fidelity.blocks, key=lambda row: _rank(row.relative_error, inf), reverse=True)[
-        :limit
-    ]
-    rows = tuple((row.block, _finite(row.relative_error)) for row in worst)
-    note = (
-        f"The {len(rows)} worst of {len(fidelity.blocks)} blocks."
-        if len(rows) < len(fidelity.blocks)
-        else ""
-    )
-    return Table(
-        title="Relative error of the hidden states after a block",
-        columns=("block", ">error"),
-        rows=rows,
-        note=note,
-    )
-
-
-def make_router_table(fidelity: Fidelity, limit: int = WORST) -> Table:
-    """Return the share of expert choices that agree with the source's, lowest first."""
-    lowest = sorted(fidelity.routers, key=lambda row: _rank(row.agreement, missing=-1.0))[:limit]
-    rows = tuple((row.block, _finite(row.agreement)) for row in lowest)
-    note = (
-        f"The {len(rows)} lowest of {len(fidelity.routers)} layers."
-        if len(rows) < len(fidelity.routers)
-        else ""
-    )
-    return Table(title="Router agreement", columns=("block", ">same experts"), rows=rows, note=note)
-
-
-def make_expert_table(fidelity: Fidelity, limit: int = WORST) -> Table:
-    """Return the calibration tokens per expert by layer, the layer with the lowest minimum
-    first."""
-    coverage = fidelity.experts
-    columns = ("block", ">experts", ">min tokens", ">median", ">max", ">under-calibrated")
-    if coverage is None or not coverage.layers:
-        return Table(title="Calibration tokens per expert", columns=columns, rows=())
-    layers = sorted(
-        (row for row in coverage.layers if row.tokens), key=lambda row: min(row.tokens)
-    )[:limit]
-    rows = tuple(
-        (
-            row.block,
-            str(len(row.tokens)),
-            format_numbers.format_count(min(row.tokens)),
-            format_numbers.format_count(round(median(row.tokens))),
-            format_numbers.format_count(max(row.tokens)),
-            str(sum(tokens < coverage.min_tokens for tokens in row.tokens)),
-        )
-        for row in layers
-    )
-    low = coverage.list_uncalibrated()
-    examples = ", ".join(
-        f"{block} expert {expert} ({tokens:,})" for block, expert, tokens in low[:limit]
-    )
-    note = (
-        f"{len(low)} of {sum(len(row.tokens) for row in coverage.layers):,} experts "
-        f"saw fewer than {coverage.min_tokens} "
-    )
-    note += (
-        f"tokens and got {coverage.policy}: {examples}{_more(len(low), limit)}."
-        if low
-        else "tokens."
-    )
-    return Table(title="Calibration tokens per expert", columns=columns, rows=rows, note=note)
-
-
-def make_coverage_table(fidelity: Fidelity, limit: int = WORST) -> Table:
-    """Return the kinds of text that calibration does not cover, each at its worst input."""
-    seen = list_seen_kinds(fidelity) or frozenset()
-    low = [
-        (share, kind, place)
-        for kind, (share, place) in fidelity.find_worst_inputs().items()
-        if share is not None and share > 1 - LOW_COVERAGE
-    ]
-    low.sort(key=lambda row: -row[0])
-    rows = tuple(
-        (
-            f"{kind} ({_describe_exposure(kind, seen)})",
-            place.input,
-            format_numbers.format_percent(share, 1),
-            format_numbers.format_digits(place.effective_rank),
-            format_numbers.format_count(place.channels),
-        )
-        for share, kind, place in low[:limit]
-    )
-    note = ""
-    if low:
-        share, kind, place = low[0]
-        percent = format_numbers.format_percent(share, 0)
-        note = f"The text {kind} has {percent} of its energy at {place.input} outside of what "
-        note += "calibration covers. Add text of this kind to the calibration set."
-    columns = ("text", "at the input of", ">outside", ">rank", ">channels")
-    title = "Text that calibration does not cover"
-    return Table(title=title, columns=columns, rows=rows, note=note)
-
-
-def make_fallback_table(fidelity: Fidelity) -> Table:
-    """Return every fallback in use with its number of modules."""
-    rows = tuple(
-        (
-            row.kind,
-            format_numbers.format_count(len(row.modules)),
-            row.meaning,
-            ", ".join(row.modules[:EXAMPLES]) + _more(len(row.modules), EXAMPLES),
-        )
-        for row in fidelity.fallbacks
-    )
-    return Table(title="Fallbacks", columns=("kind", ">modules", "meaning", "examples"), rows=rows)
 
 
 def make_text_table(fidelity: Fidelity) -> Table:
@@ -430,31 +357,12 @@ def _format_rates(
     return f" {label}: {', '.join(rates)}." if rates else ""
 
 
-def _rank_module(row: ModuleResult) -> tuple[bool, float]:
-    error = (
-        row.output_relative_error if row.output_relative_error is not None else row.relative_error
-    )
-    return row.output_relative_error is not None, _rank(error, missing=-1.0)
-
-
-def _rank(value: float | None, missing: float) -> float:
-    return missing if value is None else value
-
-
-def _finite(share: float | None) -> str:
-    """Return a share that was measured; None is one that is not finite."""
-    return NOT_FINITE if share is None else format_numbers.format_percent(share)
-
-
-def _more(total: int, shown: int) -> str:
-    return f" and {total - shown:,} more" if total > shown else ""
-
-
 def make_tables(fidelity: Fidelity) -> Sequence[Table]:
     """Return all tables with rows, in the order of a report."""
     tables = (
         make_benchmark_table(fidelity),
         make_distribution_table(fidelity),
+        make_kind_table(fidelity),
         make_likelihood_table(fidelity),
         make_gate_table(fidelity),
         make_role_table(fidelity),

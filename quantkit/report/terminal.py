@@ -17,7 +17,7 @@ from rich.text import Text
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.report import card, format_numbers, notes, tables
-from quantkit.report.tables import Table
+from quantkit.report.table import Table
 from quantkit.texts.exposure import format_labels
 
 _STYLES = {"accepted": "green", "rejected": "bold red", "not judged": "yellow"}
@@ -202,7 +202,8 @@ def render_plan(plan: PlanSummary) -> Group:
         head.append("\n" + strip_control_characters(code), style="not bold")
     if plan.copied:
         parts = format_numbers.format_parts(plan.copied)
-        copied = f"copied bit for bit: {parts}; {format_numbers.TEXT_ONLY}"
+        how = format_numbers.describe_copy(plan.copied)
+        copied = f"{how}: {parts}; {format_numbers.TEXT_ONLY}"
         head.append("\n" + strip_control_characters(copied), style="not bold")
     for text in plan.sampled:
         head.append("\n" + strip_control_characters(text), style="not bold")

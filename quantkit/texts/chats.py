@@ -199,10 +199,10 @@ def cut_chats(
                         reasons.append(str(fault))
             except TemplateFault as fault:
                 raise _make_template_error(fault) from fault
-    encoded = (_encode_segments(tokenizer, segments, length) for segments in pieces)
+    rows = [_encode_segments(tokenizer, segments, length) for segments in pieces]
     if count_all:
-        encoded = ((ids, ((0, len(ids)),)) for ids, _ in encoded if ids)
-    rows = [row for row in encoded if row[1]]
+        rows = [(ids, ((0, len(ids)),) if ids else ()) for ids, _ in rows]
+    rows = [row for row in rows if row[1]]
     return CutChats(rows=tuple(rows), refused=len(reasons), reason=next(iter(reasons), ""))
 
 
@@ -213,8 +213,9 @@ def _make_template_error(fault: TemplateFault) -> CalibrationError:
         if fault.is_limit
         else "Correct the rows or the chat template, or leave such chats out with `refused: skip`"
     )
+    sentence = str(fault).rstrip(".")
     return CalibrationError(
-        f"chat template: expected the text of a conversation, found: {fault}. {advice}"
+        f"chat template: expected the text of a conversation, found: {sentence}. {advice}"
     )
 
 

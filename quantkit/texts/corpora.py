@@ -121,8 +121,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
                 local_files_only=True,
             )
             (ids,) = tokenizer(["a b"], add_special_tokens=True, verbose=False)["input_ids"]
+            (own,) = tokenizer(["a b"], add_special_tokens=False, verbose=False)["input_ids"]
         if not all(isinstance(number, int) for number in ids):
             raise TypeError("its ids are not integers")
+        if not own:  # transformers makes an empty tokenizer for a folder without files of one
+            raise ValueError("it has no tokens")
     # the tokenizers library raises bare Exception, and Rust panics, which are no Exception
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != RUST_PANIC:
@@ -471,11 +474,11 @@ def _choose_sequences(
     total = sum(available.values())
     if total < (sequences or 1):
         counts = ", ".join(f"{domain} {count}" for domain, count in available.items())
-        advice = f"Ask for {total} or fewer, or null for all" if total else "Lower `length`"
+        advice = f"Ask for {total} or fewer, or null for all, lower" if total else "Lower"
         unit = "documents" if corpus.packing == "documents" else f"windows of {length} tokens"
         raise UsageError(
             f"{corpus.where}: expected {sequences or 1} sequences, found {total} {unit} "
-            f"({counts}). {advice}, lower `length`, or use a larger set"
+            f"({counts}). {advice} `length`, or use a larger set"
         )
     if sequences is None:
         return [(domain, index) for domain, count in available.items() for index in range(count)]

@@ -13,7 +13,8 @@ from typing import get_args
 from quantkit import registry
 from quantkit.artifact.layout import MANIFEST
 from quantkit.checkpoint.encoding import FP8
-from quantkit.contracts import Contents, Format, Linear, ScaleDtype, Scheme, TensorSpec
+from quantkit.checkpoint.logical_tensors import find_copied_codes
+from quantkit.contracts import Contents, Format, Linear, ScaleDtype, Scheme, SchemeKind, TensorSpec
 from quantkit.errors import UsageError
 from quantkit.formats.common.checks import FINITE, MAGNITUDE, FormatChecks, ValueCheck
 
@@ -220,7 +221,8 @@ def classify_others(
     }
     scales = {f"{name.removesuffix('weight')}{suffix}": name for name in blocks} if suffix else {}
     others = {name: spec for name, spec in specs.items() if name not in packed}
-    logical = {name: spec for name, spec in others.items() if name not in scales}
+    codes = find_copied_codes(others)
+    logical = {name: x for name, x in others.items() if name not in scales and name not in codes}
     faults = list(find_fp8_faults(suffix, scales, others))
     faults += [
         f"tensor {name}: {spec.dtype} outside the modules that the manifest lists as quantized"
@@ -275,7 +277,7 @@ def parse_scheme(values: object) -> Scheme | None:
     sizes = (
         type(bits) is int and 2 <= bits <= 8 and type(group) is int and (group == -1 or group > 0)
     )
-    names = values["scale_dtype"] in dtypes and values["kind"] in ("int", "nf4")
+    names = values["scale_dtype"] in dtypes and values["kind"] in get_args(SchemeKind)
     if not (flags and sizes and names and values["source_dtype"] in (None, *dtypes)):
         return None
     return Scheme(**{str(key): value for key, value in values.items()})

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkit import registry
+from quantkit.artifact.read_manifest import get_output_error
 from quantkit.artifact.records import KEPT_CODES
 from quantkit.checkpoint.encoding import FP8
 from quantkit.checkpoint.tensors import TORCH_DTYPES
@@ -159,7 +160,7 @@ def find_data_free_method(record: Any) -> Method | None:
         return None
     method = registry.get_method(record["method"])
     if (
-        record.get("output_error") is None
+        get_output_error(record) is None
     ):  # nothing was known of its input: whatever learns gave way to rtn
         return registry.get_method("rtn") if method.needs_stats else method
     return method if not method.needs_stats and record.get("rounding") == "nearest" else None

@@ -31,6 +31,7 @@ from quantkit.artifact.layout import (
     find_layout_faults,
 )
 from quantkit.artifact.read_manifest import get_format_name, get_section, read_manifest
+from quantkit.artifact.read_report import read_engine_reasons
 from quantkit.checkpoint.folder_rules import (
     MODULES,
     find_redirects,
@@ -66,8 +67,9 @@ class VerifyReport:
     """Result of the checks.
 
     weight_files: the files that engines read tensors from; sha256: of every hashed file; unsealed:
-    additional files that neither manifest nor signature covers; notes: skipped checks, with the
-    reason; stamps: taken before anything was read (`stamps.check_unchanged`).
+    additional files that neither manifest nor signature covers; notes: skipped checks, and engines
+    that cannot load the artifact, with the reason; stamps: taken before anything was read
+    (`stamps.check_unchanged`).
     """
 
     path: Path
@@ -141,9 +143,18 @@ def verify_artifact(path: Path) -> VerifyReport:
         weight_files=tuple(headers),
         sha256={name: scan.sha256 for name, scan in scans.items() if scan.sha256},
         unsealed=added,
-        notes=notes,
+        notes=(*notes, *list_engine_notes(path)),
         stamps=stamps,
     )
+
+
+def list_engine_notes(path: Path) -> Iterator[str]:
+    """Yield a note for each reason why engines cannot load an artifact, by its report."""
+    engines: dict[str, list[str]] = {}
+    for engine, reason in read_engine_reasons(path).items():
+        engines.setdefault(reason, []).append(engine)
+    for reason, names in engines.items():
+        yield escape_unprintable(f"not for {', '.join(names)}: {reason}")
 
 
 def raise_faults(path: Path, faults: list[str]) -> None:

@@ -78,11 +78,14 @@ class SourcePair:
 
     def read_tensors(self, module: str) -> dict[str, Tensor]:
         """Read a quantized linear's tensors as stored, by local name."""
-        names = [f"{module}.{local}" for local in self.parts[module] if local != "bias"]
-        return {
-            name.removeprefix(f"{module}."): tensor
-            for name, tensor in self.stored.read(names).items()
-        }
+        weight = f"{module}.weight"
+        if weight in self.stored.logical.encoded:  # FP8 of the source, which `read` decodes
+            tensors = self.stored.read_parts(weight)
+        else:
+            tensors = self.stored.read(
+                f"{module}.{local}" for local in self.parts[module] if local != "bias"
+            )
+        return {name.removeprefix(f"{module}."): tensor for name, tensor in tensors.items()}
 
     def get_input(self, module: str) -> LinearInput | None:
         """Return the input of a linear; None if the architecture has no group for it."""
@@ -223,7 +226,7 @@ def open_pair(path: Path, source: str | None) -> SourcePair:
         path=path,
         source_name=model,
         format=registry.get_format(str(name)) if schemes else None,
-        stored=Checkpoint.open(path),
+        stored=Checkpoint.open(path).split_experts(matched.layout.blocks),
         source=source_checkpoint.split_experts(matched.layout.blocks),
         layout=architecture.layout(config),
         left_out=matched.left_out,

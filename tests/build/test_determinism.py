@@ -17,9 +17,11 @@ ARGUMENTS = (
     "--set",
     "gates.kl_mean.max=1",
     "--set",
-    "calibration.sequences=60",
+    "calibration.sequences=24",
     "--set",
-    "fidelity.windows=20",
+    "fidelity.windows=8",
+    "--set",
+    "evaluation.likelihood=16",
 )
 
 

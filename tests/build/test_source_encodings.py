@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils.match import is_match
 from safetensors.torch import load_file
 from support.builds import build
 from support.checkpoints import make_plan, make_tiny_config, write_checkpoint
 from support.encoded import EXAMPLES, write_encoded
 
 from quantkit.artifact.load_model import load_model
+from quantkit.artifact.make_manifest import format_plan
 from quantkit.plan.summary import summarize_plan
 from quantkit.verify.deep import verify_deep
 from quantkit.verify.shallow import verify_artifact
@@ -48,7 +52,8 @@ def test_build_equals_that_of_the_dequantized_source(tmp_path: Path, name: str) 
     assert reports[0].distribution[0].kl_mean.value > 0
     own, twin = (load_file(result.path / "model.safetensors") for result in results)
     kept = {rule.action for rule in summary.rules if rule.action.startswith("keep")}
-    is_copied = kept != {"keep"}  # FP8 blocks, or the codes of compressed-tensors
+    plain = {"keep", f"keep, decoded from {EXAMPLES[name].label}"}
+    is_copied = not kept <= plain  # FP8 blocks, or the codes of compressed-tensors
     for key, tensor in twin.items():
         if not is_copied or ".o_proj." not in key:
             assert torch.equal(own[key], tensor), key
@@ -130,5 +135,76 @@ def test_kept_codes_that_the_format_cannot_hold_are_decoded_and_said(tmp_path: P
     write_encoded(plain, encoded, decoded, EXAMPLES["nf4"])
     plan = make_plan(encoded, **RECIPE)
     (warning,) = (text for text in plan.warnings if "decoded to" in text)
-    assert warning.startswith("2 kept weights in NF4 g64 are decoded to BF16, ")
+    assert warning.startswith(
+        "2 kept weights in NF4 g64 (model.layers.0.self_attn.o_proj, ...) are decoded to BF16, "
+    )
     assert "because format compressed_tensors does not hold their codes" in warning
+    decisions = json.loads(format_plan(plan))["decisions"]
+    assert decisions["model.layers.0.self_attn.o_proj"][0] == "keep, decoded from NF4 g64"
+
+
+def test_codes_of_compressed_tensors_are_decoded_for_awq_and_said(tmp_path: Path) -> None:
+    plain, encoded, decoded = (tmp_path / part for part in ("plain", "encoded", "decoded"))
+    write_checkpoint(plain, make_tiny_config("llama"))
+    write_encoded(plain, encoded, decoded, EXAMPLES["nvfp4-compressed"])
+    plan = make_plan(encoded, **{**RECIPE, "format": "awq"})
+    assert {d.keep for n, d in plan.decisions.items() if n.endswith("o_proj")} == {"source"}
+    assert any("because format awq does not hold their codes" in x for x in plan.warnings)
+    assert "keep, decoded from NVFP4 g16" in {x.action for x in summarize_plan(plan).rules}
+
+
+COPIED = {
+    "fp8-channel-compressed": ("float-quantized", "keep FP8 per row"),
+    "fp8-channel-fbgemm": ("float-quantized", "keep FP8 per row"),
+    "int8-channel": ("int-quantized", "keep INT8 per row"),
+    "mxfp4-compressed": ("mxfp4-pack-quantized", "keep MXFP4 g32"),
+    "nvfp4-compressed": ("nvfp4-pack-quantized", "keep NVFP4 g16"),
+}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_other_codes_are_copied_and_compressed_tensors_reads_them(
+    tmp_path: Path, name: str
+) -> None:
+    plain, encoded, decoded = (tmp_path / part for part in ("plain", "encoded", "decoded"))
+    write_checkpoint(plain, make_tiny_config("llama"))
+    write_encoded(plain, encoded, decoded, EXAMPLES[name])
+    plan, (layout, action) = make_plan(encoded, **RECIPE), COPIED[name]
+    assert action in {rule.action for rule in summarize_plan(plan).rules}
+    assert not any("decoded to" in warning for warning in plan.warnings)
+    result = build(encoded, tmp_path / "out", **RECIPE)
+    source, stored = (load_file(folder / "model.safetensors") for folder in (encoded, result.path))
+    expected = load_file(decoded / "model.safetensors")
+    config = json.loads((result.path / "config.json").read_text())["quantization_config"]
+    read = QuantizationConfig.model_validate(config)
+    for module in (n for n in plan.decisions if n.endswith("o_proj")):
+        parts = {key for key in stored if key.startswith(f"{module}.")}
+        assert parts and all(torch.equal(source[key], stored[key]) for key in parts)
+        local = {key.removeprefix(f"{module}."): stored[key] for key in parts}
+        (scheme,) = find_schemes(read, module)
+        assert scheme.format == layout
+        compressor = BaseCompressor.get_value_from_registry(layout)
+        weight = compressor.decompress(local, scheme)["weight"].bfloat16()
+        assert torch.equal(weight, expected[f"{module}.weight"])
+    quantized = next(n for n, d in plan.decisions.items() if d.action == "quantize")
+    assert [scheme.format for scheme in find_schemes(read, quantized)] == ["pack-quantized"]
+    verify_artifact(result.path)
+    deep = verify_deep(result.path, None, None, 0, lambda _: None)
+    kinds = {proof.kind for proof in deep.proofs if proof.name.endswith("o_proj")}
+    assert kinds == {"copied"}
+    state = load_model(result.path).state_dict()
+    assert all(torch.equal(state[x], expected[x]) for x in expected if ".o_proj." in x)
+
+
+def find_schemes(config: QuantizationConfig, module: str) -> list[QuantizationScheme]:
+    """Return the groups that select a linear, as compressed-tensors matches names; a group that
+    names it goes before one of all linears.
+    """
+    linear = torch.nn.Linear(1, 1, device="meta")
+    groups = [
+        group
+        for group in config.config_groups.values()
+        if is_match(module, linear, group.targets, config.ignore)
+    ]
+    named = [group for group in groups if group.targets != ["Linear"]]
+    return named or groups

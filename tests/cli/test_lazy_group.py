@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import click
 import pytest
 from support.command_line import run
+from support.paths import ROOT
 
 from quantkit.cli import commands
 from quantkit.cli.main import COMMANDS, main
@@ -72,3 +75,17 @@ def test_unknown_command_is_a_usage_error() -> None:
     result = run("bild")
     assert result.exit_code == 2
     assert "No such command 'bild'" in result.stderr
+
+
+def test_plan_of_a_model_that_is_not_here_does_not_import_transformers(tmp_path: Path) -> None:
+    code = (
+        "import sys; from quantkit.cli.main import main\n"
+        "try: main(['plan', 'v3-awq4'])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'transformers' not in sys.modules"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -33,6 +33,7 @@ from quantkit.artifact.fidelity_schema import DistributionResult, Fidelity
 from quantkit.diff import render_text, tables
 from quantkit.diff.compare import compare_sides
 from quantkit.diff.diff_schema import Diff, TensorGroup
+from quantkit.diff.headline import format_headline
 from quantkit.diff.sides import Side
 from quantkit.errors import NotComparable
 from quantkit.report import markdown
@@ -85,7 +86,7 @@ def test_diff_of_a_side_with_itself_is_empty() -> None:
     }
     assert {row.shift for row in (*result.modules, *result.blocks, *result.routers)} == {0.0}
     assert "The weight files of both are identical." in result.notes
-    assert {row.resolved for row in result.distribution if row.difference} == {"not resolved"}
+    assert {row.resolved for row in result.distribution if row.resolved} == {"not resolved"}
     assert tables.make_module_table(result, 10).rows == ()
 
 
@@ -150,7 +151,7 @@ def test_reports_without_plans_compare_schemes() -> None:
     assert [(row.task, row.a, row.b, row.verdict) for row in result.benchmarks] == [
         ("tiny-v3-math", 0.82, 0.82, "not paired: no samples with fidelity.json"),
     ]
-    assert all(row.difference is None for row in result.distribution)
+    assert all(row.difference is row.ratio is None for row in result.distribution)
     assert sum("is a single fidelity.json" in note for note in result.notes) == 2
     assert "no interval" in tables.make_distribution_table(result).note
 
@@ -216,8 +217,7 @@ def pick_domain(values: Any, domain: str) -> list[float]:
 
 @pytest.mark.parametrize("domain", ["all", "math"])
 def test_token_differences_agree_with_scipy(domain: str) -> None:
-    """scipy's t interval is wider by a hair at this n, so the normal one is built from
-    scipy's standard error."""
+    """Without documents each token is its own, and intervals are Student's."""
     rows = [
         {
             "domain": name,
@@ -230,14 +230,16 @@ def test_token_differences_agree_with_scipy(domain: str) -> None:
         for name in ("all", "math")
     ]
     a, b = (
-        replace(side, fidelity=make_report(distribution=rows))
+        replace(
+            side,
+            fidelity=make_report(distribution=rows),
+            tokens=replace(side.tokens, documents=None) if side.tokens else None,
+        )
         for side in (make_side_a(), make_side_b())
     )
     assert a.tokens is not None and b.tokens is not None
     result = {row.figure: row for row in compare_sides(a, b).distribution if row.domain == domain}
-    z = stats.norm.ppf(0.975)
     for figure, one, two, map_ in (
-        ("kl_mean", a.tokens.kl, b.tokens.kl, None),
         ("ppl_artifact", a.tokens.nll, b.tokens.nll, exp),
         ("mean_delta_p", [exp(-x) for x in a.tokens.nll], [exp(-x) for x in b.tokens.nll], None),
     ):
@@ -245,8 +247,9 @@ def test_token_differences_agree_with_scipy(domain: str) -> None:
             y - x for x, y in zip(pick_domain(one, domain), pick_domain(two, domain), strict=True)
         ]
         mean, error = sum(change) / len(change), float(stats.sem(change))
-        expected = [mean, mean - z * error, mean + z * error]
-        values = result[figure].difference
+        t = float(stats.t.ppf(0.975, len(change) - 1))
+        expected = [mean, mean - t * error, mean + t * error]
+        values = result[figure].ratio if map_ else result[figure].difference
         assert values is not None and values.ci is not None
         assert [values.value, *values.ci] == pytest.approx([
             map_(x) if map_ else x for x in expected
@@ -304,9 +307,7 @@ def test_non_finite_token_gives_no_difference() -> None:
     bad = make_tokens(0.004, seed=2)
     b = replace(make_side_b(), tokens=replace(bad, kl=[float("inf"), *list(bad.kl)[1:]]))
     result = {(row.domain, row.figure): row for row in compare_sides(make_side_a(), b).distribution}
-    assert (
-        result["all", "kl_mean"].difference is None and result["all", "top1"].difference is not None
-    )
+    assert result["all", "kl_mean"].ratio is None and result["all", "top1"].difference is not None
     assert result["all", "kl_mean"].resolved == "" and result["math", "kl_mean"].resolved == "worse"
 
 
@@ -624,17 +625,20 @@ def test_model_card_has_no_link_or_picture_of_a_stranger() -> None:
         assert not types & {"link_open", "image", "html_inline", "code_inline"}, text
 
 
-def test_kl_of_a_source_is_zero_and_its_ratio_has_no_percent() -> None:
+def test_kl_of_a_source_is_zero_and_has_no_factor() -> None:
     """Nothing divides by the source's KL of 0."""
     a = make_side_a()
     rows = [
         DistributionResult.model_validate({**row.model_dump(), "kl_mean": {"value": 0.0}})
         for row in a.fidelity.distribution
     ]
-    a = replace(a, fidelity=a.fidelity.model_copy(update={"distribution": tuple(rows)}))
-    assert "mean KL 0 -> 0.00400, significantly higher" in tables.format_headline(
-        compare_sides(a, make_side_b())
+    a = replace(
+        a,
+        fidelity=a.fidelity.model_copy(update={"distribution": tuple(rows)}),
+        tokens=replace(make_tokens(0.0004, seed=1), kl=[0.0] * N_TOKENS),
     )
+    result = compare_sides(a, make_side_b())
+    assert result.kl == () and "ean KL 0 -> 0.00400, resolved" in format_headline(result)
 
 
 def test_tokens_of_another_count_are_not_paired() -> None:
@@ -653,7 +657,4 @@ def test_empty_reports_are_compared() -> None:
     })
     side = Side(name="bare", kind="report", fidelity=bare)
     result = compare_sides(side, make_side_a())
-    assert (
-        result.distribution == ()
-        and tables.format_headline(result) == "Both have 6.41 MB of weights."
-    )
+    assert result.distribution == () and format_headline(result) == "Both have 6.41 MB of weights."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -84,11 +85,37 @@ def test_texts_are_the_models_own() -> None:
         assert 0 < text.n_tokens <= 48 and not text.text.startswith("<|bos|>")
 
 
-def test_calibration_text_is_cached_and_extended(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = read_recipe({})
-    reports = list[Progress]()
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """The texts of a recipe, sampled from tiny-v3, and what the sampling left and reported."""
+
+    texts: TokenizedTexts
+    reports: list[Progress]
+    cache: Path
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> Sampled:
+    """Sample the calibration text of `read_recipe({})`; tests must not change the cache."""
+    cache, reports = tmp_path_factory.mktemp("sampled") / "cache", list[Progress]()
     source = Checkpoint.open(locate_model("builtin:tiny-v3"))
-    tokens = pipeline.tokenize(recipe, source.folder, (), source, reports.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTKIT_CACHE", str(cache))
+        texts = pipeline.tokenize(read_recipe({}), source.folder, (), source, reports.append)
+    return Sampled(texts=texts, reports=reports, cache=cache)
+
+
+@pytest.fixture
+def filled_cache(sampled: Sampled, tmp_path: Path) -> None:
+    """Put the text of `sampled` into this test's cache."""
+    shutil.copytree(sampled.cache, tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("filled_cache")
+def test_calibration_text_is_cached_and_extended(
+    sampled: Sampled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, tokens, reports = read_recipe({}), sampled.texts, sampled.reports
     calibration = tokens.tokens["calibration"]
     assert 6 * 64 <= calibration.n_tokens < 7 * 64
     assert reports[-1].stage == "sampling text" and reports[-1].done == reports[-1].total == 6 * 64
@@ -107,6 +134,7 @@ def test_calibration_text_is_cached_and_extended(monkeypatch: pytest.MonkeyPatch
         tokenize(read_recipe({"compute.dtype": "bfloat16"}))
 
 
+@pytest.mark.usefixtures("filled_cache")
 def test_fidelity_text_shares_no_answer_with_calibration() -> None:
     recipe = read_recipe({
         "fidelity.set": "self", "fidelity.windows": "4", "fidelity.length": "64",
@@ -135,13 +163,13 @@ def test_part_of_a_mixture_has_some_kinds(tmp_path: Path) -> None:
     assert text.parts[0].tokens >= 4 * 64
 
 
-def test_plan_says_what_is_sampled_and_samples_nothing() -> None:
+def test_plan_says_what_is_sampled_and_samples_nothing(sampled: Sampled, tmp_path: Path) -> None:
     recipe = read_recipe({})
     expected = "calibration: 384 tokens of the model's own text"
     assert sources.describe_sampled_texts(recipe) == (
         f"{expected} will be sampled (in this process, float32 on cpu)",
     )
-    tokenize(recipe)
+    shutil.copytree(sampled.cache, tmp_path / "cache")
     assert sources.describe_sampled_texts(recipe) == (f"{expected}; the cache holds them",)
     longer = sources.describe_sampled_texts(read_recipe({"calibration.sequences": "600"}))
     assert "will be sampled" in longer[0] and "; the cache holds" in longer[0]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -242,17 +240,11 @@ def test_render_prompts_leaves_other_tasks_to_lm_eval() -> None:
         assert solution_likelihood.render_prompts(replace(task, files={}), 3, worker) == []
 
 
-def test_build_does_not_import_lm_eval(tmp_path: Path) -> None:
-    """The import would take 130 MB of the recipe's memory."""
-    code = (
-        "import sys; from quantkit import pipeline; from quantkit.recipe.parse import "
-        "parse_recipe;from quantkit.io import package_data; text = open(sys.argv[1]).read();folder "
-        "= package_data.locate_model('builtin:tiny-v3');found = "
-        "pipeline.tokenize(parse_recipe(text, 'x'), folder);assert len(found.solutions.items) == "
-        "128; assert not {'lm_eval', 'datasets'} & sys.modules.keys()"
-    )
-    recipe = package_data.locate_folder("recipes") / "tiny-v3-awq4.yaml"
-    subprocess.run([sys.executable, "-c", code, str(recipe)], check=True, cwd=tmp_path)
+def test_likelihood_of_shipped_recipe_has_every_item() -> None:
+    """tests/test_api.py checks in a process of its own that a build imports no lm-eval."""
+    text = (package_data.locate_folder("recipes") / "tiny-v3-awq4.yaml").read_text(encoding="utf-8")
+    folder = package_data.locate_model("builtin:tiny-v3")
+    assert len(pipeline.tokenize(parse_recipe(text, "x"), folder).solutions.items) == 128
 
 
 def test_sequences_are_sorted_with_their_items() -> None:

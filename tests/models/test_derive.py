@@ -355,11 +355,6 @@ def test_plan_without_headers_describes_derived_layout(tmp_path: Path) -> None:
     ("model_type", "changes", "words"),
     [
         ("jetmoe", {"num_local_experts": 4}, "are not in an nn.Linear: model.layers.0.mlp."),
-        (
-            "gpt_oss",
-            {},
-            "its experts have biases, and gate and up are interleaved and clamped",
-        ),
         ("gpt2", {}, "transformer.h.0 has no nn.Linear; its matrices are in Conv1D"),
         ("hrm_text", {}, "expected one list of"),
         ("olmo2", {"hidden_act": "no_such"}, "found: KeyError: "),

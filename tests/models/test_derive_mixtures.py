@@ -16,7 +16,8 @@ from quantkit import pipeline, registry
 from quantkit.artifact import load_model
 from quantkit.contracts import PROTECTED_ROLES, Block, Config, Experts, Layout, LinearGroup
 from quantkit.errors import CheckpointError
-from quantkit.models import derive, expert_checks, layer_states, layout_checks
+from quantkit.models import derive, expert_checks, layer_states, logit_checks
+from quantkit.models import experts as expert_runs
 from quantkit.models.experts import BlockRun, Gating
 from quantkit.models.layers import make_meta_model
 from quantkit.plan.match_checkpoint import check_model_class, match_layout
@@ -113,11 +114,62 @@ def test_router_whose_weight_multiplies_the_input_of_experts() -> None:
     assert all(x.transposed for x in block.stacked)
 
 
+def test_mixture_with_streams_and_experts_by_token_id() -> None:
+    """Experts read one stream's width; their sum is returned inside; the table stays integers."""
+    layout = derive_layout(family("deepseek_v4"))
+    assert layout.state_width == 2 * 128 + 1
+    assert all(x.experts and x.experts.inside and x.experts.hidden == 128 for x in layout.blocks)
+    tables = {spec.name: spec for spec in layout.blocks[0].others if spec.dtype != "BF16"}
+    assert {name: (x.dtype, x.shape) for name, x in tables.items()} == {
+        "model.layers.0.ffn.gate.tid2eid": ("I64", (768, 2))
+    }
+    assert not layout.equal_lengths  # the proof ran a padded batch of two lengths
+
+
 def test_experts_without_a_gate() -> None:
     """The square of a ReLU lies between their projections: no row of up absorbs a scale."""
     experts = derive_layout(family("nemotron_h")).blocks[1].experts
     assert experts and experts.gate is None and not experts.scales_down
     assert experts.projections == ("up_proj", "down_proj")
+
+
+def test_experts_with_biases() -> None:
+    """gpt_oss: gate and up row by row in turn, clamped, and up is read with 1 added."""
+    block = derive_layout(family("gpt_oss")).blocks[0]
+    found = block.experts
+    assert found and found.bias and not found.scales_down
+    assert all(x.bias for x in block.linears if x.role == "routed_expert")
+    assert [(x.name.rpartition(".")[2], x.transposed, x.interleaved) for x in block.stacked] == [
+        ("gate_up_proj", True, True),
+        ("gate_up_proj_bias", False, True),
+        ("down_proj", True, False),
+        ("down_proj_bias", False, False),
+    ]
+    assert [x.name.removeprefix(block.name) for x in block.linears if x.role == "router"] == [
+        ".mlp.router"
+    ]
+    kept = {x.name.removeprefix(block.name) for x in block.others}
+    assert {".mlp.router.bias", ".self_attn.sinks"} <= kept
+    (group,) = (x for x in block.groups if x.routed_experts)
+    assert group.absorber and group.absorber.module.endswith("post_attention_layernorm")
+
+
+def test_experts_in_matrices_of_two_dimensions() -> None:
+    """DBRX: rows of all experts follow one another; its sizes are in nested configurations."""
+    block = derive_layout(family("dbrx")).blocks[0]
+    assert block.experts and block.experts.count == 4 and block.experts.scales_down
+    assert [(x.name.rpartition(".")[2], *x.projections, x.transposed) for x in block.stacked] == [
+        ("w1", "gate_proj", False),
+        ("v1", "up_proj", False),
+        ("w2", "down_proj", True),
+    ]
+    assert all(x.flat for x in block.stacked)
+
+
+def test_biases_that_are_left_out_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of experts differs without them."""
+    monkeypatch.setattr(expert_runs, "project", lambda x, own, name: x @ own[f"{name}.weight"].T)
+    assert "the experts model.layers.0.mlp.experts give another sum" in refuse(family("gpt_oss"))
 
 
 def test_routers_and_gates_have_a_role_that_no_general_rule_selects() -> None:
@@ -174,9 +226,11 @@ def test_gate_and_up_in_the_wrong_order_are_found(monkeypatch: pytest.MonkeyPatc
 
 def test_blocks_are_compared_on_states_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where rounding changes the logits of a deep mixture; here they are made different."""
-    monkeypatch.setattr(layout_checks, "compute_logits", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(logit_checks, "compute_logits", lambda *_: torch.zeros(1))
     assert derive_layout(family("olmoe")).blocks[0].experts
-    monkeypatch.setattr(layer_states, "run_block", lambda *x: BlockRun(out=2 * x[3]))
+    monkeypatch.setattr(
+        layer_states, "run_block_batches", lambda *x: (BlockRun(out=2 * rows) for rows in x[3])
+    )
     assert "gives other logits than transformers" in refuse(family("olmoe"))
 
 
@@ -186,16 +240,10 @@ def test_sum_that_cannot_be_returned_is_found(monkeypatch: pytest.MonkeyPatch) -
     assert "its layer gives other states than transformers' own" in refuse(family("flex_olmo"))
 
 
-def test_experts_with_biases_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(derive, "UNSUPPORTED", {})
-    config = family("gpt_oss", num_local_experts=4, head_dim=32, intermediate_size=128)
-    assert "experts model.layers.0.mlp.experts have biases, which no reader here" in refuse(config)
-
-
 # ---------------------------------------------------------------------------- from plan to artifact
 
 
-@pytest.mark.parametrize("model_type", ["olmoe", "granitemoe", "nemotron_h"])
+@pytest.mark.parametrize("model_type", ["olmoe", "granitemoe", "nemotron_h", "deepseek_v4"])
 def test_reported_kl_equals_that_of_two_transformers_models(
     model_type: str, tmp_path: Path
 ) -> None:
@@ -211,7 +259,10 @@ def test_reported_kl_equals_that_of_two_transformers_models(
     keys["quantize"] = keys["quantize"].replace("}", ", symmetric: true}")
     result = build(folder, tmp_path / "artifact", **keys)
     names = {module.name.rpartition(".")[2] for module in result.fidelity.modules}
-    expected = {"w1", "w2", "w3"} if model_type == "granitemoe" else {"up_proj", "down_proj"}
+    expected = {
+        "granitemoe": {"w1", "w2", "w3"},
+        "deepseek_v4": {"w1", "w2", "w3"},
+    }.get(model_type, {"up_proj", "down_proj"})
     assert expected <= names and not names & {"gate", "layer", "router"}
     source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     artifact = load_model.load_model(result.path, device="cpu", dtype="float32")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import make_tiny_config
-from support.underived_models import REPLAYED, family
+from support.underived_models import REPLAYED, STREAMS, family
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,6 +41,7 @@ CASES = [
     *(make_tiny_config(name) for name in registry.list_names("architectures")),
     *(family(name) for name in REPLAYED),
     *(family(name, **changes) for name, changes in MORE.items()),
+    *(family(name) for name in STREAMS),
 ]
 
 
@@ -91,6 +92,23 @@ def run_transformers(model: Any, layer: Any, ids: Tensor) -> tuple[Tensor, Tenso
     handle.remove()
     [output] = [out[0] if isinstance(out, tuple) else out for out in outputs]
     return output, logits
+
+
+def test_states_have_the_width_that_layers_are_given() -> None:
+    """Two streams of 128 channels, and the token ids where some layer reads them."""
+    forms = {name: make_meta(family(name)).outer.form for name in (*STREAMS, "gemma2")}
+    assert forms["deepseek_v4"].hidden.shape == (2, 128) and forms["deepseek_v4"].width == 257
+    assert forms["qwen4_exp_text"].hidden.shape == (256,) and forms["qwen4_exp_text"].has_ids
+    assert forms["gemma2"].hidden.shape == (128,) and forms["gemma2"].width == 128
+
+
+def test_values_that_layers_return_besides_their_states_are_named() -> None:
+    """HY 4 shares the tokens that one layer selects with the next ones."""
+    outer = make_meta(family("hy_v4", hc_mult=2, qk_rope_head_dim=16, pad_token_id=0)).outer
+    assert outer.find_exchange() == (
+        "model.layers.1 is given prev_topk_indices, which model.layers.0 returns besides its states"
+    )
+    assert make_meta(family("deepseek_v4")).outer.find_exchange() is None
 
 
 def test_head_and_norm_matter() -> None:

@@ -75,7 +75,12 @@ def test_error_sums_in_float64() -> None:
 def test_relative_error_and_sqnr_equal_definitions() -> None:
     weight, x = weights(1, 8, 32), tokens(1, 60, 32)
     assert float(gram.compute_relative_error(weight, 0.9 * weight, gram_of(x))) == pytest.approx(
-        0.01, rel=1e-3
+        0.1, rel=1e-3
+    )
+    near, (w, t) = (4 * weight).round() / 4, (weight.double().numpy(), x.double().numpy())
+    outputs, lost = t @ w.T, t @ (w - near.double().numpy()).T  # [tokens, out]
+    assert float(gram.compute_relative_error(weight, near, gram_of(x))) == pytest.approx(
+        np.linalg.norm(lost) / np.linalg.norm(outputs), rel=1e-4
     )
     assert float(gram.compute_sqnr_db(weight, 0.9 * weight)) == pytest.approx(20, rel=1e-4)
     assert float(gram.compute_relative_error(weight, weight, torch.zeros(32, 32))) == 0

@@ -105,6 +105,44 @@ def test_zero_points_are_what_the_engines_of_the_format_load(
     assert (recipe.format, recipe.quantize.symmetric) == ((format_name,), symmetric)
 
 
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+WIDE = {"hidden_size": 256, "q_lora_rank": 128, "kv_lora_rank": 128, "moe_intermediate_size": 128}
+
+
+def choose_for_fp8(model_type: str, **request: object) -> ChosenRecipe:
+    """Choose a recipe for a TINY model in FP8 blocks, whose sides are multiples of a block."""
+    facts = make_facts(model_type, quantization_config=FP8, **WIDE)
+    return choose_recipe(
+        replace(RecipeRequest(model="org/name"), **request),  # type: ignore[arg-type]
+        facts,
+        match_source(facts),
+    )
+
+
+def test_mixture_in_fp8_blocks_keeps_them() -> None:
+    chosen = choose_for_fp8("deepseek_v3")
+    assert (chosen.recipe.format, chosen.recipe.quantize.method) == (
+        ("compressed_tensors",),
+        "gptq",
+    )
+    reasons = {key: reason for key, _, reason in chosen.choices}
+    assert reasons["format"].startswith(
+        "keeps the source's codes of the other linears, bit for bit"
+    )
+    assert "loaded by vLLM, SGLang" in reasons["format"]
+    assert reasons["quantize.method"].endswith("whose scaling stops at kept codes")
+
+
+def test_fp8_source_without_kept_blocks_is_chosen_like_another() -> None:
+    assert choose_for_fp8("llama").recipe.format == ("awq",)
+
+
+def test_requested_method_or_format_stays_for_an_fp8_source() -> None:
+    assert choose_for_fp8("deepseek_v3", method="awq").recipe.format == ("awq",)
+    awq = choose_for_fp8("deepseek_v3", format="awq").recipe
+    assert (awq.format, awq.quantize.method) == (("awq",), "awq")
+
+
 def test_methods_without_calibration_get_no_calibration_text() -> None:
     recipe = choose("llama", method="nf4").recipe
     assert recipe.calibration is None and recipe.format == ("bitsandbytes",)

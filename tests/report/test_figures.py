@@ -20,7 +20,8 @@ from quantkit.diff import render_text
 from quantkit.diff import tables as diff_tables
 from quantkit.diff.compare import compare_sides
 from quantkit.errors import RecipeError
-from quantkit.figures import FigureDefinition, Pairing, Reading, list_seen_kinds
+from quantkit.figure_readers import NOT_MEASURED, Reading, list_seen_kinds, read_distribution
+from quantkit.figures import FigureDefinition, Pairing
 from quantkit.recipe.parse import parse_gates
 from quantkit.report import card, gates, html_page, runs, tables, terminal
 from quantkit.report.runs import Run
@@ -32,9 +33,9 @@ README = Path(figures.__file__).parent / "report" / "README.md"
 
 def read_tail(report: Fidelity, domain: str) -> Reading:
     """Read the 99th percentile of KL divided by its mean."""
-    p99, mean = (figures.read_distribution(key, report, domain) for key in ("kl_p99", "kl_mean"))
+    p99, mean = (read_distribution(key, report, domain) for key in ("kl_p99", "kl_mean"))
     if p99.value is None or not mean.value:
-        return Reading(value=None, reason=figures.NOT_MEASURED)
+        return Reading(value=None, reason=NOT_MEASURED)
     return Reading(value=p99.value / mean.value)
 
 
@@ -76,7 +77,7 @@ def test_recipe_accepts_a_new_figure_as_gate_and_it_is_judged() -> None:
         ("kl_tail@math", "<= 1", None),
     ]
     assert results[0].value == pytest.approx(VALUE)
-    assert results[1].reason == figures.NOT_MEASURED
+    assert results[1].reason == NOT_MEASURED
     judged = gates.apply_gates(bounds, make_example())
     assert judged.status == compute_status([False, None]) == "rejected"
     with pytest.raises(RecipeError, match="Did you mean 'kl_tail'"):
@@ -99,22 +100,25 @@ def test_page_shows_a_new_figure_as_tile_and_in_its_table() -> None:
     tile = next(tile for tile in html_page.make_tiles(report) if tile.label == "Tail of KL")
     assert (tile.value, tile.note) == (f"{VALUE:.4f}", "times the mean")
     text = html_page.render_page(report, Samples())
-    assert "<dt>Tail of KL</dt>" in text and '<th scope="row">KL tail</th>' in text
+    assert f'<dt title="{TAIL.meaning}">Tail of KL</dt>' in text
+    assert f'<th scope="row" title="{TAIL.meaning}">KL tail</th>' in text
+    assert text.count(f"<dd>{TAIL.meaning}</dd>") == 2  # of the tiles and of the table
 
 
 def test_diff_pairs_and_shows_a_new_figure_in_every_view() -> None:
     diff = compare_sides(make_side_a(), make_side_b())
     row = next(row for row in diff.distribution if (row.domain, row.figure) == ("all", "kl_tail"))
-    kl = next(row for row in diff.distribution if (row.domain, row.figure) == ("all", "kl_mean"))
+    tokens = [side.tokens for side in (make_side_a(), make_side_b()) if side.tokens]
+    change = sum(tokens[1].kl) - sum(tokens[0].kl)
     assert row.a == pytest.approx(VALUE) and row.b == pytest.approx(0.0051 / 0.004)
-    assert row.difference is not None and kl.difference is not None
-    assert row.difference.value == pytest.approx(10 * (kl.difference.value or 0))
+    assert row.difference is not None
+    assert row.difference.value == pytest.approx(10 * change / len(tokens[0].kl))
     assert row.resolved == "worse"
     cells = find_row(diff_tables.make_distribution_table(diff).rows, "KL tail")
-    assert cells[2] == f"{VALUE:.4f}" and cells[-1] == "worse" and "[" in cells[4]
+    assert cells[1] == f"{VALUE:.4f}" and cells[-1] == "worse" and "[" in cells[3]
     assert "KL tail" in render_to_text(render_text.render_terminal(diff))
     assert "| KL tail |" in render_text.render_markdown(diff)
-    assert "<dt>Tail of KL</dt>" in diff_page.render_page(diff)
+    assert ">Tail of KL</dt>" in diff_page.render_page(diff)
 
 
 def test_runs_list_and_sort_by_a_new_figure() -> None:
@@ -165,11 +169,14 @@ def test_new_stored_figure_is_a_key_of_fidelity_json(monkeypatch: pytest.MonkeyP
     )
     assert "entropy_gap" not in json.loads(make_example().to_json())["distribution"][0]
     monkeypatch.setattr(figures, "FIGURES", (*figures.FIGURES, row))
-    values = [{"domain": "all", "tokens": 3, "entropy_gap": {"value": 0.25, "se": 0.5}}]
+    values = [{"domain": "all", "tokens": 3, "entropy_gap": {"value": 0.25, "ci": [0.2, 0.3]}}]
     report = make_example({"distribution": values})
     stored = json.loads(report.to_json())["distribution"][0]
     assert list(stored)[-1] == "entropy_gap" and stored["entropy_gap"]["value"] == 0.25
-    assert find_row(tables.make_distribution_table(report).rows, "entropy gap")[1] == "0.250 ±0.50"
+    assert (
+        find_row(tables.make_distribution_table(report).rows, "entropy gap")[1]
+        == "0.250 [0.200, 0.300]"
+    )
 
 
 def test_stored_keys_stay_in_order_and_unknown_ones_are_refused() -> None:

@@ -29,7 +29,7 @@ TASK = BenchmarkResult(
     lost=5,
     gained=2,
     delta_pp=Figure(value=-1.0, ci=(-2.5, 0.5)),
-    recovery=Figure(value=0.9875),
+    recovery=Figure(value=0.9875, ci=(0.969, 1.006)),
     mcnemar_p=0.45,
     truncated=(0.0, 0.03),
     unparsed=(0.01, 0.0),
@@ -52,7 +52,7 @@ def judge_one(figure: str, gate: Gate, fidelity: Fidelity) -> tuple[float | None
         ("kl_mean@all", 0.000361),
         ("top1@math", 0.9971),
         ("module_error", 0.0912),
-        ("module_output_error", 0.0934),
+        ("output_error", 0.0934),
         ("block_error", 0.0123),
         ("fallbacks", 1.0),
         ("bits_per_weight", 4.25),
@@ -99,7 +99,7 @@ def test_figure_of_an_absent_domain_is_not_measured() -> None:
 def test_module_without_output_error_is_reported_and_without_error_fails() -> None:
     modules = [dict(module) for module in FIDELITY["modules"]]  # type: ignore[attr-defined]
     modules[0]["output_relative_error"] = None
-    values = judge_one("module_output_error", Gate(max=1), make_example({"modules": modules}))
+    values = judge_one("output_error", Gate(max=1), make_example({"modules": modules}))
     assert values == (0.0934, True, "1 of 2 modules not measured")
     modules[0]["relative_error"] = float("nan")
     assert judge_one("module_error", Gate(max=1), make_example({"modules": modules})) == (
@@ -373,7 +373,7 @@ def test_gate_command_judges_by_other_gates_and_changes_no_file(
         "gate", built, "--gates", tmp_path / "strict.yaml", "--junit", tmp_path / "gates.xml"
     )
     assert read_error(result, 3).startswith("gate kl_mean <= 1e-09: found 0.000")
-    assert "rejected: 2 of 3 gates passed, 1 failed" in result.stdout
+    assert "rejected: of 3 gates 2 kept, 0 kept but not proven, 1 missed" in result.stdout
     assert [
         case.get("name")
         for case in parse_junit((tmp_path / "gates.xml").read_bytes()).iter("testcase")
@@ -435,3 +435,63 @@ def test_build_writes_junit_if_a_gate_fails(tmp_path: Path) -> None:
     assert result.exit_code == 3
     root = parse_junit((tmp_path / "b.xml").read_bytes())
     assert (root.get("tests"), root.get("failures")) == ("1", "1")
+
+
+# ----------------------------------------------------------------------------------------- outcomes
+
+
+def judge_kl(bound: float, proven: bool = False, key: str = "kl_mean") -> tuple[str, bool | None]:
+    """Return outcome and result of an upper bound on the example, whose interval is known."""
+    (result,) = gates.judge_gates({key: Gate(max=bound, proven=proven)}, make_example())
+    return result.outcome, result.ok
+
+
+def test_three_outcomes_by_figure_and_interval() -> None:
+    """kl_mean is 0.000361 [0.000319, 0.000403]."""
+    assert judge_kl(0.0005) == ("kept", True) == judge_kl(0.000403)
+    assert judge_kl(0.0004) == ("kept, not proven", True)
+    assert judge_kl(0.0003) == ("missed", False)
+    assert judge_kl(0.0004, proven=True) == ("missed", False)
+    assert judge_kl(0.0005, proven=True) == ("kept", True)
+    assert judge_kl(0.05, key="kl_p999") == ("kept, not proven", True)  # no upper end
+    assert judge_kl(1.0, key="kl_max") == ("kept", True)  # no interval
+    lower = gates.judge_gates({"top1": Gate(min=0.995)}, make_example())[0]
+    assert (lower.outcome, lower.n, lower.ci) == ("kept, not proven", 10_240, (0.9937, 0.9966))
+
+
+def test_bounds_of_a_task_have_outcome_interval_and_items() -> None:
+    report = make_example({"benchmarks": [TASK]})
+    gate = Gate(min_recovery=0.98, min_score=0.7, max_lost=5)
+    found = {row.figure: row for row in gates.judge_gates({"t": gate}, report)}
+    assert found["t.recovery"].outcome == "kept, not proven"
+    assert found["t.recovery"].ci == (0.969, 1.006) and found["t.recovery"].n == 300
+    assert found["t.score"].outcome == "kept" and found["t.lost"].outcome == "kept"
+    ci = found["t.score"].ci
+    assert ci is not None and ci[0] is not None and 0.73 < ci[0] < 0.75
+    strict = gates.judge_gates({"t": Gate(min_recovery=0.98, proven=True)}, report)[0]
+    assert (strict.ok, strict.outcome) == (False, "missed") and "not proven" in strict.reason
+
+
+def test_proven_is_a_key_of_all_gates_or_of_one() -> None:
+    text = "gates: {proven: true, kl_mean: {max: 1}, top1: {min: 0.9, proven: false}}"
+    parsed = parse_gates(text, "g.yaml", [])
+    assert {key: gate.proven for key, gate in parsed.items()} == {"kl_mean": True, "top1": False}
+    assert parsed["top1"].model_dump(exclude_none=True) == {"min": 0.9}  # the hash of old recipes
+    for wrong, sentence in (
+        ("gates: {proven: 3, kl_mean: {max: 1}}", "g.yaml:1: gates.proven"),
+        ("gates: {kl_mean: {proven: true}}", "g.yaml:1: gates.kl_mean: expected {max: NUMBER}"),
+    ):
+        with pytest.raises(RecipeError, match=sentence):
+            parse_gates(wrong, "g.yaml", [])
+
+
+def test_unproven_gates_are_named_and_the_margin_of_pass_is_said() -> None:
+    from quantkit.report import notes, tables
+
+    row = TASK.model_copy(update={"required": 0.98, "verdict": "pass"})
+    report = gates.apply_gates({"kl_mean": Gate(max=0.0004)}, make_example({"benchmarks": [row]}))
+    assert report.status == "accepted"
+    assert any("1 of 1 gate is kept and not proven" in note for note in notes.list_notes(report))
+    table = tables.make_gate_table(report)
+    assert table.rows[0][2:] == ("0.000361 [0.000319, 0.000403]", "10,240", "kept, not proven")
+    assert "excludes a loss of more than 2 %" in tables.make_benchmark_table(report).note

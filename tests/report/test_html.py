@@ -500,7 +500,7 @@ def test_report_command_writes_a_different_page_only_to_another_file(
 
 def test_report_command_rejects_changed_figures(artifact: Path, tmp_path: Path) -> None:
     path = artifact / "quantkit/fidelity.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version":  1', 1))
+    path.write_text(path.read_text().replace('"version": 2', '"version":  2', 1))
     for options in ((), ("--json",), ("--html", "--output", str(tmp_path / "x.html"))):
         result = CliRunner().invoke(main, ["report", str(artifact), *options])
         assert result.exit_code == 1 and result.stdout == ""
@@ -515,3 +515,12 @@ def test_report_command_rejects_output_without_html(artifact: Path, tmp_path: Pa
         main, ["report", str(artifact), "--output", str(tmp_path / "x.html")]
     )
     assert result.exit_code == 2 and "--output: expected --html with it" in result.stderr
+
+
+def test_rows_of_tiles_are_full() -> None:
+    """No tile stands alone in its row, on wide pages and on those of half the width."""
+    for most in (7, 5):
+        for n in range(2, 15):
+            tiles = [html_page.Tile(label="a", value="1")] * n
+            columns = html_page.count_columns(tiles, most)
+            assert columns <= most and (n % columns or columns) > 1

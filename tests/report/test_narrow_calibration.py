@@ -9,7 +9,8 @@ from support.paths import ROOT
 
 from quantkit.api import build
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.figures import find_figure, list_kinds
+from quantkit.figure_readers import list_kinds
+from quantkit.figures import find_figure
 from quantkit.report.card import render_card
 from quantkit.report.notes import list_text_notes
 

@@ -21,14 +21,8 @@ from quantkit.artifact.fidelity_schema import (
 from quantkit.figures import list_keys
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.recipe.schema import Gate
-from quantkit.report import (
-    card,
-    format_numbers,
-    gates,
-    markdown,
-    tables,
-    terminal,
-)
+from quantkit.report import card, format_numbers, gates, markdown, tables, terminal
+from quantkit.report.table import Table
 
 
 def join_lines(text: str) -> str:
@@ -190,7 +184,9 @@ def test_worst_modules_come_first_and_others_are_counted() -> None:
     kept = [ModuleResult(name="kept", rule="r", method=None, scheme="BF16")]
     content = tables.make_module_table(make_example({"modules": [*modules, *kept]}))
     assert [row[0] for row in content.rows] == [f"m{199 - i}" for i in range(10)]
-    assert content.note == "The 10 worst of 200; all in quantkit/fidelity.json."
+    assert content.note.startswith(
+        "The 10 worst of 200; all in quantkit/fidelity.json. Weights: ||"
+    )
     assert len(tables.make_module_table(make_example({"modules": modules}), limit=200).rows) == 200
 
 
@@ -280,21 +276,17 @@ def test_terminal_report_fits_its_width_without_loss(width: int) -> None:
 
 
 def test_columns_fit_every_number_and_word() -> None:
-    content = tables.Table(
-        title="t", columns=("a", ">n"), rows=(("long words here " * 9, "1,234 ±5"),)
-    )
+    content = Table(title="t", columns=("a", ">n"), rows=(("long words here " * 9, "1,234 ±5"),))
     assert terminal.compute_widths(content, 100) == [89, 8]
     assert terminal.compute_widths(content, 60) == [49, 8]
-    crowded = tables.Table(title="t", columns=(">a", ">b"), rows=(("1" * 60, "2" * 60),))
+    crowded = Table(title="t", columns=(">a", ">b"), rows=(("1" * 60, "2" * 60),))
     assert terminal.compute_widths(crowded, 100) == [None, None]
 
 
 def test_narrow_terminal_breaks_no_number() -> None:
     figures = ("1,234,567", "23,456", "107.87 GB", "345.68 GB ±0.01")
     columns = ("what", *(f">{word} of tokens" for word in ("sum", "rest", "bytes", "all")))
-    content = tables.Table(
-        title="t", columns=columns, rows=(("a long name of several words", *figures),)
-    )
+    content = Table(title="t", columns=columns, rows=(("a long name of several words", *figures),))
     for width in (100, 80, 60, 55):
         shown = render_to_text(terminal.render_table(content), width)
         assert max(map(len, shown.splitlines())) <= width
@@ -415,12 +407,32 @@ def test_experts_below_the_minimum_are_listed() -> None:
             "-0.91 [-1.97, +0.08]",
         ),
         (format_numbers.format_points(Figure(value=0.5)), "+0.50"),
-        (format_numbers.format_figure(Figure(value=0.0, se=0.0), "nats"), "0 ±0"),
+        (format_numbers.format_figure(Figure(value=0.0, se=0.0), "nats"), "0"),
+        (
+            format_numbers.format_figure(Figure(value=0.000361, ci=(0.000319, 0.0004)), "nats"),
+            "0.000361 [0.000319, 0.000400]",
+        ),
+        (
+            format_numbers.format_figure(Figure(value=9.14e-5, ci=(8.26e-5, 1e-4)), "nats", -6),
+            "91.4 [82.6, 100.0]",
+        ),
+        (
+            format_numbers.format_figure(Figure(value=0.03, ci=(0.021, None)), "nats"),
+            "0.0300 [0.0210, ∞]",
+        ),
+        (format_numbers.format_factors(Figure(value=8.564, ci=(3.1, 23.7))), "8.6x [3.1, 23.7]"),
+        (
+            format_numbers.format_factors(Figure(value=1.0032, ci=(0.99, 1.02))),
+            "1.0032x [0.9900, 1.0200]",
+        ),
+        (format_numbers.format_factors(Figure(value=0.012)), "0.012x"),
         (format_numbers.format_figure(None, "ratio"), "-"),
         (format_numbers.format_figure(Figure(value=float("inf")), "ratio"), "not finite"),
         (
-            format_numbers.format_figure(Figure(value=-0.00031, se=0.00002), "signed percent"),
-            "-0.031 % ±0.002",
+            format_numbers.format_figure(
+                Figure(value=-0.00031, ci=(-0.00035, -0.00027)), "signed percent"
+            ),
+            "-0.031 % [-0.035, -0.027]",
         ),
     ],
 )

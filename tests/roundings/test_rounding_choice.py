@@ -124,7 +124,7 @@ def test_gptq_once_is_gptq_without_refinement(method: str) -> None:
         name: quantize_one(decision("awq" if name == "nearest" else method, name), weight, stats)
         for name in roundings
     }
-    errors = [results[name].record.output_error or 0.0 for name in roundings]
+    errors = [results[name].record.output_relative_error or 0.0 for name in roundings]
     assert errors[0] > errors[1] > errors[2] > 0
     ranges = range_search.search_ranges_by_diagonal(weight, stats.gram.diagonal(), SCHEME)
     unrefined = affine.dequantize(

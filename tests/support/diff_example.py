@@ -63,7 +63,14 @@ def make_tokens(scale: float, seed: int = 0) -> TokenFigures:
     kl = [scale * exp(dice.gauss(0, 1.5)) for _ in range(N_TOKENS)]
     nll = [value + noise.gauss(0, 1) * scale**0.5 for value in nll_source]
     same = [noise.random() > scale**0.5 for _ in range(N_TOKENS)]
-    return TokenFigures(domains=domains, kl=kl, nll_source=nll_source, nll=nll, same_top=same)
+    return TokenFigures(
+        domains=domains,
+        kl=kl,
+        nll_source=nll_source,
+        nll=nll,
+        same_top=same,
+        documents=[n // 12 for n in range(N_TOKENS)],
+    )
 
 
 def make_report(**changes: Any) -> Fidelity:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 FIDELITY: dict[str, object] = {
-    "version": 1,
+    "version": 2,
     "artifact": {
         "name": "tiny-v3-awq4",
         "format": "awq",
@@ -72,20 +72,21 @@ FIDELITY: dict[str, object] = {
         "sequences": 20,
         "length": 512,
         "tokens": 10_240,
+        "repeated": 480,
     },
     "distribution": [
         {
             "domain": "all",
             "tokens": 10_240,
-            "kl_mean": {"value": 0.000361, "se": 0.0000214},
-            "kl_median": {"value": 0.0000123},
-            "kl_p99": {"value": 0.0051},
-            "kl_p999": {"value": 0.021},
+            "kl_mean": {"value": 0.000361, "se": 0.0000214, "ci": [0.000319, 0.000403]},
+            "kl_median": {"value": 0.0000123, "ci": [0.0000116, 0.0000131]},
+            "kl_p99": {"value": 0.0051, "ci": [0.0045, 0.0063]},
+            "kl_p999": {"value": 0.021, "ci": [0.0162, None]},
             "kl_max": {"value": 0.31},
-            "ppl_ratio": {"value": 1.00031, "se": 0.00012},
-            "top1": {"value": 0.9953, "se": 0.0007},
-            "mean_delta_p": {"value": -0.0000312, "se": 0.00002},
-            "rms_delta_p": {"value": 0.0061, "se": 0.0002},
+            "ppl_ratio": {"value": 1.00031, "se": 0.00012, "ci": [1.00007, 1.00055]},
+            "top1": {"value": 0.9953, "se": 0.0007, "ci": [0.9937, 0.9966]},
+            "mean_delta_p": {"value": -0.0000312, "se": 0.00002, "ci": [-0.00007, 0.000008]},
+            "rms_delta_p": {"value": 0.0061, "se": 0.0002, "ci": [0.0057, 0.0065]},
         },
         {
             "domain": "math",

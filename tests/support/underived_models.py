@@ -31,6 +31,10 @@ def write_model(folder: Path, config: dict[str, object]) -> Path:
                 4  # a few loud channels, so that scaling has something to do
             )
         parameter.data.copy_(value)
+    for name, table in model.named_buffers():
+        if name.endswith(".tid2eid"):  # experts by token id, zeros in a new model
+            count = model.config.n_routed_experts
+            table.copy_(torch.randint(0, count, table.shape, generator=generator))
     model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -41,7 +45,7 @@ def write_model(folder: Path, config: dict[str, object]) -> Path:
 def family(model_type: str, **changes: object) -> dict[str, object]:
     """Return a small config.json of a model type without a table."""
     named = {"architectures": [type_of(model_type)], "model_type": model_type}
-    own = {**FAMILIES, **MIXTURES, **REPLAYED}.get(model_type, {})
+    own = {**FAMILIES, **MIXTURES, **STREAMS, **REPLAYED}.get(model_type, {})
     return {**TINY_COMMON, **named, **own, **changes}
 
 
@@ -99,6 +103,24 @@ MIXTURES: dict[str, dict[str, object]] = {
         "moe_latent_size": None,
         "pad_token_id": 0,
     },
+    "gpt_oss": {  # experts with biases, gate and up row by row in turn, attention sinks
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 128,
+        "head_dim": 32,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "pad_token_id": 0,
+    },
+    "dbrx": {  # experts in matrices [experts * intermediate, hidden], nested sizes
+        "d_model": 128,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
+        "pad_token_id": 0,
+    },
     "llama4_text": {  # the router's weight multiplies the experts' input
         "num_local_experts": 4,
         "num_experts_per_tok": 1,
@@ -120,6 +142,53 @@ MIXTURES: dict[str, dict[str, object]] = {
         "layer_types": ["linear_attention", "full_attention"],
     },
 }
+
+STREAMS: dict[str, dict[str, object]] = {
+    "deepseek_v4": {  # two streams per token; the first block picks experts by token id
+        "head_dim": 32,
+        "hc_mult": 2,
+        "layer_types": ["sliding_attention", "compressed_sparse_attention"],
+        "mlp_layer_types": ["hash_moe", "moe"],
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 1,
+        "moe_intermediate_size": 128,
+        "intermediate_size": 128,
+        "q_lora_rank": 64,
+        "o_lora_rank": 32,
+        "o_groups": 2,
+        "qk_rope_head_dim": 16,
+        "index_n_heads": 2,
+        "index_head_dim": 32,
+        "index_topk": 16,
+        "sliding_window": 16,
+        "pad_token_id": 0,
+    },
+    "qwen4_exp_text": {  # streams in one dimension; n-grams of token ids select embeddings
+        "head_dim": 32,
+        "hc_count": 2,
+        "hc_lowrank": 16,
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "ple_layer_ids": [1],
+        "ple_embed_dim": 32,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 32,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 8,
+        "ngram_vocab_size_base": 200,
+        "pad_token_id": 0,
+    },
+}
+"""Models whose blocks exchange more than one state of the embedding's width per token."""
 
 REPLAYED: dict[str, dict[str, object]] = {
     "gemma2": {  # soft caps, eager attention only, a scaled embedding

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from support.encoded import Encode
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
 from quantkit.contracts import Config
@@ -52,6 +54,26 @@ WRAPPERS: Mapping[str, Mapping[str, object]] = {
         "text_config": {**TEXT, "rope_parameters": MROPE},
         "vision_config": QWEN_VISION,
     },
+    "mistral_large4": {  # a learned factor of the rotary table
+        "text_config": {
+            **TEXT,
+            "num_key_value_heads": 2,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 64,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 32,
+            "index_n_heads": 2,
+            "index_head_dim": 64,
+            "index_topk": 16,
+        },
+        "vision_config": {"model_type": "pixtral", **VISION},
+    },
     "qwen3_5": {
         "text_config": {**TEXT, "layer_types": ["linear_attention", "full_attention"]},
         "vision_config": QWEN_VISION,
@@ -65,9 +87,9 @@ def make_wrapper_config(model_type: str, **changes: object) -> Config:
     return Config(values={"model_type": model_type, **WRAPPERS[model_type], **changes})
 
 
-def write_wrapper(folder: Path, model_type: str) -> Path:
+def write_wrapper(folder: Path, model_type: str, **changes: object) -> Path:
     """Save a random wrapper with tiny-v3's tokenizer and a processor's file."""
-    config = AutoConfig.for_model(**make_wrapper_config(model_type).values)
+    config = AutoConfig.for_model(**make_wrapper_config(model_type, **changes).values)
     torch.manual_seed(0)
     model = AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16)
     for parameter in model.parameters():
@@ -77,4 +99,23 @@ def write_wrapper(folder: Path, model_type: str) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(locate_model("builtin:tiny-v3") / name, folder / name)
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": 28}))
+    return folder
+
+
+def encode_parts(source: Path, folder: Path, encode: Encode, entry: Mapping[str, object]) -> Path:
+    """Write a wrapper again with the linears of its parts, not of its text, in an encoding."""
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        is_linear = tensor.dim() == 2 and module != name and "embedding" not in name
+        if is_linear and not name.startswith("language_model."):
+            parts = encode(tensor.float())[0]
+            stored |= {f"{module}.{local}": part.contiguous() for local, part in parts.items()}
+        else:
+            stored[name] = tensor
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": entry}))
     return folder

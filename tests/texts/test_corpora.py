@@ -550,3 +550,10 @@ def test_hub_dataset_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         CalibrationError, match="expected at most 1,000 characters of text in Sales"
     ):
         load_set("wikitext", SETS)
+
+
+def test_folder_without_tokenizer_files_is_refused(tmp_path: Path) -> None:
+    """transformers makes an empty tokenizer of config.json alone."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(CheckpointError, match=r"found: it has no tokens\. Copy tokenizer\.json"):
+        load_tokenizer(tmp_path)

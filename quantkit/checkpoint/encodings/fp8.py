@@ -28,6 +28,7 @@ from quantkit.checkpoint.encoding import (
     EncodingFault,
     PartReader,
     StoredCodes,
+    make_row_scheme,
 )
 from quantkit.contracts import TensorSpec
 from quantkit.io.files import shorten_repr
@@ -69,6 +70,7 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
             decode, block=block, shape=codes.shape, dtype="BF16" if has_blocks else dtype
         ),
         block=block if has_blocks else None,
+        scheme=None if block else make_row_scheme("fp8", codes, scale),
     )
 
 
@@ -171,4 +173,4 @@ def decode_matrix(
     return decode_strips(strip, start, stop, shape[1:], dtype)
 
 
-ENCODING = Encoding(title="FP8 with scales per block, row or tensor", claim=claim)
+ENCODING = Encoding(title="FP8 with scales per block, row or tensor", claim=claim, claim_kept=claim)

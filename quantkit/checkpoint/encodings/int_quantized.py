@@ -20,6 +20,7 @@ from quantkit.checkpoint.encoding import (
     EncodingFault,
     PartReader,
     StoredCodes,
+    make_row_scheme,
     require_matrix,
 )
 from quantkit.contracts import TensorSpec
@@ -57,6 +58,7 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
         else f"INT8 {group} {'asymmetric' if 'zero' in parts else 'symmetric'}",
         spec=TensorSpec(name=name, dtype=dtype, shape=codes.shape),
         parts=parts,
+        scheme=None if "zero" in parts else make_row_scheme("int8", codes, scale),
         decode=partial(
             decode,
             shape=codes.shape,

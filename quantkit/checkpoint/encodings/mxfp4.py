@@ -24,7 +24,7 @@ from quantkit.checkpoint.encoding import (
     require_fp4_groups,
     require_shape,
 )
-from quantkit.contracts import TensorSpec
+from quantkit.contracts import Scheme, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 GROUP = 32
 BLOCKS = "_blocks"
 LABEL = "MXFP4 g32"
+SCHEME = Scheme(bits=4, group_size=GROUP, symmetric=True, scale_dtype="uint8", kind="mxfp4")
+"""Of the tensors of compressed-tensors, which an artifact may hold unchanged."""
 
 
 def claim(codes: StoredCodes) -> EncodedWeight | None:
@@ -39,8 +41,8 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
     if codes.spec.dtype not in ("U8", "I8"):
         return None
     name = codes.name
-    if name.endswith(BLOCKS) and f"{name.removesuffix(BLOCKS)}_scales" in codes.stored:
-        return claim_blocks(codes)
+    if weight := claim_kept(codes):
+        return weight
     packed = name.removesuffix("_packed")
     if packed != name:
         scale = codes.stored.get(f"{packed}_scale")
@@ -57,8 +59,17 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
         label=LABEL,
         spec=TensorSpec(name=logical, dtype=dtype, shape=(rows, width)),
         parts={"codes": codes.spec, "scale": scale},
+        scheme=SCHEME if packed != name and codes.spec.dtype == scale.dtype == "U8" else None,
         decode=partial(decode, width=width, dtype=dtype),
     )
+
+
+def claim_kept(codes: StoredCodes) -> EncodedWeight | None:
+    """Return the weight of gpt-oss's blocks."""
+    name = codes.name.removesuffix(BLOCKS)
+    if codes.spec.dtype != "U8" or name == codes.name or f"{name}_scales" not in codes.stored:
+        return None
+    return claim_blocks(codes)
 
 
 def claim_blocks(codes: StoredCodes) -> EncodedWeight:
@@ -78,6 +89,7 @@ def claim_blocks(codes: StoredCodes) -> EncodedWeight:
         spec=TensorSpec(name=name, dtype=dtype, shape=(experts, groups * GROUP, rows)),
         parts={"codes": codes.spec, "scale": scale},
         decode=partial(decode_blocks, shape=(groups * GROUP, rows), dtype=dtype),
+        is_copied=True,
     )
 
 
@@ -113,4 +125,6 @@ def decode_blocks(
     return result
 
 
-ENCODING = Encoding(title="MXFP4 (gpt-oss, DeepSeek-V4, compressed-tensors)", claim=claim)
+ENCODING = Encoding(
+    title="MXFP4 (gpt-oss, DeepSeek-V4, compressed-tensors)", claim=claim, claim_kept=claim_kept
+)

@@ -23,13 +23,15 @@ from quantkit.checkpoint.encoding import (
     require_fp4_groups,
     require_shape,
 )
-from quantkit.contracts import TensorSpec
+from quantkit.contracts import Scheme, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 GROUP = 16
 SCALARS = ((), (1,))
+SCHEME = Scheme(bits=4, group_size=GROUP, symmetric=True, scale_dtype="float8_e4m3fn", kind="nvfp4")
+"""Of the tensors of compressed-tensors, which an artifact may hold unchanged."""
 
 
 def claim(codes: StoredCodes) -> EncodedWeight | None:
@@ -49,6 +51,7 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
         label="NVFP4 g16",
         spec=TensorSpec(name=base, dtype=dtype, shape=(rows, width)),
         parts={"codes": codes.spec, "scale": scale, "factor": factor},
+        scheme=SCHEME if divides and factor.shape == (1,) else None,
         decode=partial(decode, width=width, dtype=dtype, divides=divides, where=factor.name),
     )
 

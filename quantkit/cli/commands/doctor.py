@@ -25,7 +25,7 @@ def command(json_out: bool) -> None:
     # `quantkit doctor --help` starts without torch and pydantic
     from quantkit.cli.rich_output import show
     from quantkit.doctor import check_environment
-    from quantkit.report.tables import Table
+    from quantkit.report.table import Table
     from quantkit.report.terminal import render_table
 
     checks = check_environment(Path.cwd())

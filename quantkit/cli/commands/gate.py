@@ -15,7 +15,7 @@ from quantkit.cli.options import JSON, JUNIT
 from quantkit.cli.rich_output import show
 from quantkit.errors import ArtifactError, GateMissed, UsageError
 from quantkit.io.files import read_json, write_output
-from quantkit.recipe.parse import parse_gates
+from quantkit.recipe.parse import describe_gate_conversions, parse_gates
 from quantkit.recipe.recipe_file import read_text_file
 from quantkit.recipe.schema import Gate
 from quantkit.report import gates, tables, terminal
@@ -45,7 +45,10 @@ def command(artifact: Path, gates_file: Path | None, junit: Path | None, json_ou
     if not artifact.is_dir():
         raise UsageError(f"{artifact}: expected an artifact's folder, found none; check the path")
     built, _ = read_sealed_report(artifact)
-    judged = gates.apply_gates(read_gates(gates_file, artifact, built), built)
+    bounds, conversions = read_gates(gates_file, artifact, built)
+    for sentence in conversions:
+        click.echo(sentence, err=True)
+    judged = gates.apply_gates(bounds, built)
     if junit:
         write_output(junit, junit_bytes([judged]))
     if json_out:
@@ -58,25 +61,30 @@ def command(artifact: Path, gates_file: Path | None, junit: Path | None, json_ou
         })
     else:
         show(terminal.render_table(tables.make_gate_table(judged)))
-        passed, failed, unmeasured = (
-            sum(gate.ok is outcome for gate in judged.gates) for outcome in (True, False, None)
+        kept, unproven, missed, unmeasured = (
+            sum(gate.outcome == outcome for gate in judged.gates)
+            for outcome in ("kept", "kept, not proven", "missed", "not judged")
         )
         counts = (
-            f"{passed} of {len(judged.gates)} gates passed, {failed} failed, "
-            f"{unmeasured} without a figure"
+            f"of {len(judged.gates)} gates {kept} kept, {unproven} kept but not proven, {missed} "
+            f"missed, {unmeasured} without a figure"
         )
         click.echo(f"{artifact}: {judged.status}: {counts} (when built: {built.status})")
     check_gates(judged)
 
 
-def read_gates(file: Path | None, artifact: Path, report: Fidelity) -> dict[str, Gate]:
-    """Return the gates of a YAML file, or those of the artifact's recipe.
+def read_gates(
+    file: Path | None, artifact: Path, report: Fidelity
+) -> tuple[dict[str, Gate], tuple[str, ...]]:
+    """Return the gates of a YAML file, or those of the artifact's recipe, and a sentence for each
+    former key among them.
 
     UsageError if it has none.
     """
     tasks = [row.task for row in report.benchmarks]
     if file is not None:
-        return parse_gates(read_text_file(file), str(file), tasks)
+        text = read_text_file(file)
+        return parse_gates(text, str(file), tasks), describe_gate_conversions(text, str(file))
     plan_file = artifact / PLAN
     recipe = read_json(plan_file, ArtifactError).get("recipe")
     own = (
@@ -89,11 +97,9 @@ def read_gates(file: Path | None, artifact: Path, report: Fidelity) -> dict[str,
             f"{artifact}: its recipe has no gates; name a file that has some with --gates FILE"
         )
     planned = own["evaluation"].get("tasks") if isinstance(own["evaluation"], dict) else None
-    return parse_gates(
-        json.dumps({"gates": own["gates"]}),
-        str(plan_file),
-        planned if isinstance(planned, list) else tasks,
-    )
+    text, name = json.dumps({"gates": own["gates"]}), str(plan_file)
+    parsed = parse_gates(text, name, planned if isinstance(planned, list) else tasks)
+    return parsed, describe_gate_conversions(text, name)
 
 
 def check_gates(judged: Fidelity) -> None:

@@ -19,14 +19,20 @@ from quantkit.errors import ArtifactError
 
 @dataclass(frozen=True, kw_only=True, order=True, slots=True)
 class IntegerCodes:
-    """The part of a scheme that a config entry states; linears with equal values share an entry."""
+    """The part of a scheme that a config entry states; linears with equal values share an entry.
+
+    kind: that of the scheme, which is not "int" for codes of a source.
+    """
 
     bits: int
     group_size: int
     symmetric: bool
+    kind: str = "int"
 
     def __str__(self) -> str:
         zero = "symmetric" if self.symmetric else "asymmetric"
+        if self.kind != "int":
+            return f"{self.kind}, group {self.group_size}"
         return f"{self.bits} bits, group {self.group_size}, {zero}"
 
 
@@ -125,14 +131,20 @@ def check_pattern(text: str, key: str) -> str:
 
 
 def group_by_codes(schemes: Mapping[str, Scheme]) -> list[tuple[IntegerCodes, list[str]]]:
-    """Group modules by their codes, the most frequent first: configs use it as their default."""
+    """Group modules by their codes, the most frequent first: configs use it as their default.
+
+    Codes of a source come last.
+    """
     groups: dict[IntegerCodes, list[str]] = {}
     for name, scheme in schemes.items():
         kind = IntegerCodes(
-            bits=scheme.bits, group_size=scheme.group_size, symmetric=scheme.symmetric
+            bits=scheme.bits,
+            group_size=scheme.group_size,
+            symmetric=scheme.symmetric,
+            kind="int" if scheme.kind == "nf4" else scheme.kind,
         )
         groups.setdefault(kind, []).append(name)
-    return sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    return sorted(groups.items(), key=lambda item: (item[0].kind != "int", -len(item[1]), item[0]))
 
 
 def parse_codes(bits: object, group_size: object, symmetric: object, key: str) -> IntegerCodes:

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from quantkit.contracts import Contents
 from quantkit.errors import UsageError
-from quantkit.formats.common.engine_names import LM_HEAD, list_parents
+from quantkit.formats.common.engine_names import LM_HEAD, list_parents, make_patterns
 
 ANY_PREFIX = r"(.*\.)?"
 """In front of an expression: it matches a name, or the end of a name after a dot."""
@@ -50,8 +50,14 @@ def make_relative(contents: Contents) -> Contents:
         kept=list(
             dict.fromkeys(y for x in contents.kept for y in list_relative_names(x, contents))
         ),
-        fp8=[y for x in contents.fp8 for y in list_relative_names(x, contents)],
+        fp8=[y for x in list_text_fp8(contents) for y in list_relative_names(x, contents)],
     )
+
+
+def list_text_fp8(contents: Contents) -> list[str]:
+    """Return the modules of the text model in FP8 blocks."""
+    copied = {name for modules in contents.parts.values() for name in modules}
+    return [name for name in contents.fp8 if name not in copied]
 
 
 def list_relative_names(module: str, contents: Contents) -> list[str]:
@@ -113,8 +119,42 @@ def list_roots(
 
 
 def list_part_patterns(contents: Contents) -> list[str]:
-    """Return expressions that match the modules of a wrapper's parts, and none of its text."""
-    return [f"{ANY_PREFIX}{re.escape(name)}(\\..*)?$" for name in list_part_names(contents)]
+    """Return expressions that match the modules of a wrapper's parts, and none of its text; without
+    those in FP8 blocks.
+    """
+    blocks, plain = split_part_modules(contents)
+    mixed = {name for name in list_part_names(contents) if any(is_in(x, name) for x in blocks)}
+    whole = [x for x in list_part_names(contents) if x not in mixed]
+    rest = [x for x in plain if any(is_in(x, name) for name in mixed)]
+    return [
+        *(f"{ANY_PREFIX}{re.escape(name)}(\\..*)?$" for name in whole),
+        *(f"{ANY_PREFIX}{pattern}" for pattern in make_patterns(blocks, rest)),
+    ]
+
+
+def list_fp8_part_patterns(contents: Contents) -> list[str]:
+    """Return expressions that match the modules of parts in FP8 blocks, and no others."""
+    blocks, plain = split_part_modules(contents)
+    text = [*contents.schemes, *contents.kept]
+    return [f"{ANY_PREFIX}{pattern}" for pattern in make_patterns([*plain, *text], blocks)]
+
+
+def split_part_modules(contents: Contents) -> tuple[list[str], list[str]]:
+    """Return the modules of a wrapper's parts, from the name of their part on: those in FP8 blocks,
+    and the others.
+    """
+    names, blocks = list_part_names(contents), {*contents.fp8}
+    found: tuple[list[str], list[str]] = ([], [])
+    for module in (module for modules in contents.parts.values() for module in modules):
+        name = next((x for x in names if is_in(module, x)), module)
+        start = f".{module}.".index(f".{name}.")
+        found[module not in blocks].append(module[start:])
+    return found
+
+
+def is_in(module: str, name: str) -> bool:
+    """Return whether a path has these components in it."""
+    return f".{name}." in f".{module}."
 
 
 def add_prefixes(entries: Iterable[str], contents: Contents) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantkit.report.tables import Table
+from quantkit.report.table import Table
 from quantkit.serve.cost.assumptions import Assumptions
 from quantkit.serve.cost.claims import Claim
 from quantkit.serve.cost.cost_items import CostItem, CostItems, format_number, list_sides

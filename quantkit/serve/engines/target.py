@@ -10,13 +10,14 @@ from typing import Literal
 from quantkit import registry
 from quantkit.artifact.layout import CONFIG, FIDELITY, MANIFEST
 from quantkit.artifact.read_manifest import get_section, read_manifest
+from quantkit.artifact.read_report import read_engine_reasons
 from quantkit.checkpoint.shards import open_shards
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, has_separate_shared_experts
 from quantkit.io.files import read_json
 from quantkit.io.package_data import is_recipe_name
 from quantkit.io.suggestions import format_unknown_name
-from quantkit.plan.plan import NO_CLASS_REASON
+from quantkit.plan.engine_limits import NO_CLASS_REASON
 from quantkit.serve.sizing.model import Model
 from quantkit.serve.sizing.read import read_model
 
@@ -89,8 +90,11 @@ def read_artifact_target(path: Path, model: Model) -> Target:
     engines = dict(registry.get_format(name).engines)
     reported = read_reported_engines(path)
     reason = "is not among the engines that its fidelity report names for its tensors"
+    reasons = read_engine_reasons(path)
     refused = {
-        engine: reason for engine in engines if reported is not None and engine not in reported
+        engine: reasons.get(engine, reason)
+        for engine in engines
+        if reported is not None and engine not in reported
     }
     refused |= find_class_reasons(path)
     return Target(

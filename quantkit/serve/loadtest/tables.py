@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from quantkit.artifact.loadtest_schema import LoadLevel, LoadTest
-from quantkit.report.tables import Table
+from quantkit.report.table import Table
 
 MIN_P99_REQUESTS = 100
 """With fewer requests none is slower than the p99."""

@@ -10,7 +10,7 @@ from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.artifact.layout import MANIFEST
 from quantkit.artifact.read_report import read_sealed_report
 from quantkit.report import format_numbers
-from quantkit.report.tables import Table
+from quantkit.report.table import Table
 from quantkit.serve.sizing.fit import Fit
 from quantkit.serve.sizing.memory import format_users
 from quantkit.serve.sizing.roofline import Bounds, count_active_bytes

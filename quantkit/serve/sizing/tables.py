@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from quantkit.report import format_numbers
-from quantkit.report.tables import Table
+from quantkit.report.table import Table
 from quantkit.serve.sizing.batch import RESERVE_FRACTION, MaxBatchedTokens
 from quantkit.serve.sizing.fit import Fit, Placement, TensorParallelShortfall
 from quantkit.serve.sizing.gpus import GIB, Gpu, GpuCatalog

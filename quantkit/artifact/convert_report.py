@@ -1,0 +1,78 @@
+"""Conversion of fidelity.json of earlier versions to the present one, before validation. Pure.
+
+Version 1 measured the outputs of a module by an energy ratio, ||W X - Q X||^2 / ||W X||^2, next to
+norm ratios of weights and hidden states. Version 2 has norm ratios alone, and
+95 % intervals where version 1 had standard errors. Values that cannot be
+converted stay as they are: the schema says what is wrong with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from quantkit.figures import ENERGY_GATE, NORM_GATE, convert_energy
+
+QUANTILES = ("kl_median", "kl_p99", "kl_p999")
+NORMAL = 1.959964
+"""Standard errors of a 95 % interval."""
+
+
+def convert_report(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values of a report as of the present version; those of another one unchanged."""
+    if values.get("version") != 1:
+        return values
+    return {
+        **values,
+        "version": 2,
+        "converted_from": 1,
+        "distribution": _convert_rows(values.get("distribution"), _convert_distribution),
+        "modules": _convert_rows(values.get("modules"), _convert_module),
+        "gates": _convert_rows(values.get("gates"), _convert_gate),
+    }
+
+
+def _convert_rows(rows: object, convert: Any) -> object:
+    if not isinstance(rows, list | tuple):
+        return () if rows is None else rows
+    return [convert(row) if isinstance(row, Mapping) else row for row in rows]
+
+
+def _convert_distribution(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the figures of a domain with 95 % intervals in place of errors alone.
+
+    Tokens counted as independent. The errors of quantiles are dropped: half the distance of two
+    ranks is 0 where they have the same value.
+    """
+    return {
+        key: {**figure, "se": None if key in QUANTILES else figure["se"], "ci": _widen(key, figure)}
+        if isinstance(figure, Mapping) and isinstance(figure.get("se"), int | float)
+        else figure
+        for key, figure in row.items()
+    }
+
+
+def _widen(key: str, figure: Mapping[str, Any]) -> tuple[float, float] | None:
+    value, error = figure.get("value"), figure["se"]
+    return (
+        None
+        if key in QUANTILES or not isinstance(value, int | float)
+        else (value - NORMAL * error, value + NORMAL * error)
+    )
+
+
+def _convert_module(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    key = "output_relative_error"
+    return {**row, key: convert_energy(row[key])} if key in row else row
+
+
+def _convert_gate(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a gate on outputs with bound and value as norm ratios; other gates unchanged."""
+    if row.get("figure") != ENERGY_GATE:
+        return row
+    bound = row.get("bound")
+    sign, _, number = bound.partition(" ") if isinstance(bound, str) else ("", "", "")
+    with suppress(ValueError):  # no number, which the schema reports
+        bound = f"{sign} {convert_energy(float(number)):g}"
+    return {**row, "figure": NORM_GATE, "bound": bound, "value": convert_energy(row.get("value"))}

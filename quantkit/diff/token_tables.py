@@ -1,0 +1,196 @@
+"""Tables of the next-token distributions of two sides over the same tokens. Pure."""
+
+from __future__ import annotations
+
+from quantkit.artifact.fidelity_schema import Figure
+from quantkit.diff.diff_schema import Diff, DistributionDiff, KLDiff
+from quantkit.figure_readers import ALL_TEXT
+from quantkit.figures import FigureDefinition, list_figures
+from quantkit.report import format_numbers
+from quantkit.report.definitions import Meanings
+from quantkit.report.table import Table
+
+COLUMNS = ("figure", ">A", ">B", ">change [95 % CI]", "B is")
+TYPICAL, LARGER, DOCUMENTS = "KL, typical token", "tokens with larger KL", "documents, larger KL"
+SENTENCES = {
+    TYPICAL: "Geometric mean over the tokens; its change is the geometric mean of B / A, which no "
+    "single token decides.",
+    LARGER: "Share of the tokens whose KL is larger in B; ties count half, and 50 % is no change.",
+    DOCUMENTS: "Documents whose tokens have a typical B / A above 1, with the sign test over "
+    "documents.",
+}
+
+
+def make_distribution_table(diff: Diff) -> Table:
+    """Return all figures over all text: first those that heavy tails do not break."""
+    figures = {row.key: row for row in list_figures()}
+    rows, meanings = list[tuple[str, ...]](), dict[str, str]()
+    kl = next((row for row in diff.kl if row.domain == ALL_TEXT), None)
+    if kl:
+        rows += _list_kl_rows(kl)
+        meanings |= {rows[0][0]: SENTENCES[TYPICAL], **SENTENCES}
+        if rows[0][0] != TYPICAL:
+            del meanings[TYPICAL]
+    for row in diff.distribution:
+        figure = figures[row.figure]
+        if row.domain != ALL_TEXT:
+            continue
+        label, *cells = _format_pair(figure, row)
+        change = _format_change(figure, row)
+        rows.append((label, *cells, change, row.resolved))
+        meanings[label] = figure.meaning
+        if kl and row.figure == "kl_mean":
+            label = describe_left_out(kl.left_out)
+            rows.append(_make_trimmed_row(kl, label, figure))
+            meanings[label] = (
+                "Mean without the tokens with the largest KL in either: one in a thousand, at "
+                "least one."
+            )
+    return Table(
+        title="Next-token distributions",
+        columns=COLUMNS,
+        rows=tuple(rows),
+        note=_describe_method(diff) if rows else "",
+        meanings=tuple(meanings.items()),
+    )
+
+
+def describe_left_out(count: int) -> str:
+    """Return the name of the mean without the largest tokens."""
+    return f"KL mean without {count:,} largest" if count > 1 else "KL mean without the largest"
+
+
+def _list_kl_rows(kl: KLDiff) -> list[tuple[str, ...]]:
+    power, a, b = format_numbers.format_nats_pair(kl.typical_a, kl.typical_b)
+    missing = format_numbers.MISSING
+    rows: list[tuple[str, ...]] = [
+        (
+            format_numbers.add_power(TYPICAL, power),
+            a,
+            b,
+            format_numbers.format_factors(kl.typical),
+            kl.typical_resolved,
+        ),
+        (
+            LARGER,
+            missing,
+            missing,
+            format_numbers.format_figure(kl.larger, "percent"),
+            kl.larger_resolved,
+        ),
+    ]
+    if kl.documents and kl.larger_documents is not None:
+        p = format_numbers.format_probability(kl.sign_p)
+        sign = "" if p.startswith("<") else "= "
+        count = f"{kl.larger_documents:,} of {kl.documents:,}, p {sign}{p}"
+        rows.append((DOCUMENTS, missing, missing, count, kl.documents_resolved))
+    return rows
+
+
+def _make_trimmed_row(kl: KLDiff, label: str, figure: FigureDefinition) -> tuple[str, ...]:
+    power, a, b = format_numbers.format_nats_pair(kl.trimmed_a, kl.trimmed_b)
+    label = format_numbers.add_power(label, power)
+    return (label, a, b, format_numbers.format_factors(kl.trimmed), kl.trimmed_resolved)
+
+
+def make_kind_table(diff: Diff) -> Table:
+    """Return a row per kind of text: typical and mean KL, tokens that agree on the top token."""
+    by_domain = {
+        (row.domain, row.figure): row for row in diff.distribution if row.domain != ALL_TEXT
+    }
+    kl = {row.domain: row for row in diff.kl}
+    figures = {row.key: row for row in list_figures()}
+    rows = []
+    for domain in dict.fromkeys(domain for domain, _ in by_domain):
+        found, mean = kl.get(domain), by_domain.get((domain, "kl_mean"))
+        top = by_domain.get((domain, "top1"))
+        first = next(row for (name, _), row in by_domain.items() if name == domain)
+        rows.append((
+            domain,
+            format_numbers.format_count(first.tokens),
+            format_numbers.format_factors(found.typical) if found else format_numbers.MISSING,
+            format_numbers.format_percent(found.larger.value, 1)
+            if found
+            else format_numbers.MISSING,
+            _format_change(figures["kl_mean"], mean) if mean else format_numbers.MISSING,
+            _format_change(figures["top1"], top) if top else format_numbers.MISSING,
+            found.typical_resolved if found else mean.resolved if mean else "",
+        ))
+    columns = (
+        "text",
+        ">tokens",
+        ">typical KL [95 % CI]",
+        ">larger on",
+        ">mean KL [95 % CI]",
+        ">same top [95 % CI]",
+        "B is",
+    )
+    meanings: Meanings = (
+        ("typical KL [95 % CI]", SENTENCES[TYPICAL]),
+        ("larger on", SENTENCES[LARGER]),
+        ("mean KL [95 % CI]", "Ratio of the means, B / A."),
+        ("same top [95 % CI]", "Change of the share of tokens whose most probable next token is "
+         "the source's, in percentage points."),
+    )  # fmt: skip
+    note = '"B is" follows the typical KL.'
+    return Table(
+        title="By kind of text",
+        columns=columns,
+        rows=tuple(rows),
+        note=note if rows and diff.kl else "",
+        meanings=meanings,
+    )
+
+
+def _format_pair(figure: FigureDefinition, row: DistributionDiff) -> tuple[str, str, str]:
+    """Return the label and both values in one notation."""
+    if figure.style != "nats" or row.a is None or row.b is None:
+        a, b = (format_numbers.format_value(figure, value) for value in (row.a, row.b))
+        return figure.diff_label, a, b
+    power, a, b = format_numbers.format_nats_pair(row.a, row.b)
+    return format_numbers.add_power(figure.diff_label, power), a, b
+
+
+def _is_ratio(figure: FigureDefinition) -> bool:
+    return figure.pairing is not None and figure.pairing.is_ratio
+
+
+def _format_change(figure: FigureDefinition, row: DistributionDiff) -> str:
+    """Return "8.6x [3.1, 23.7]" or "-0.31 pp [-0.52, -0.10]"; no interval without paired tokens."""
+    if row.ratio:
+        return format_numbers.format_factors(row.ratio)
+    is_share = figure.style in ("percent", "signed percent")
+    show = format_numbers.STYLES[figure.style].difference
+    unit = " pp" if is_share else ""
+    difference: Figure | None = row.difference
+    if difference is None or difference.value is None:
+        if row.a is None or row.b is None:
+            return format_numbers.MISSING
+        if row.a and row.b and (figure.style == "nats" or _is_ratio(figure)):
+            return format_numbers.format_factor(row.b / row.a)
+        return show(row.b - row.a) + unit
+    low, high = difference.ci or (None, None)
+    if low is None or high is None:
+        return show(difference.value) + unit
+    return f"{show(difference.value)}{unit} [{show(low)}, {show(high)}]"
+
+
+def _describe_method(diff: Diff) -> str:
+    """Return what the intervals assume."""
+    paired = [row for row in diff.distribution if row.ratio or row.difference]
+    if not paired:
+        return "The tokens of both sides are not available, so the changes have no interval."
+    n = max(row.tokens for row in paired)
+    documents = next((row.documents for row in diff.kl if row.domain == ALL_TEXT), None)
+    units = (
+        f"in {documents:,} documents, which are the independent units"
+        if documents
+        else "which count as independent: the samples do not record their documents"
+    )
+    n_intervals = sum(row.resolved != "" for row in diff.distribution)
+    chance = (
+        f" {n_intervals} intervals: about one in twenty misses the true value by chance."
+        if n_intervals > 1
+        else ""
+    )
+    return f"Changes are over the same {n:,} tokens {units}; x is B / A, pp is B - A.{chance}"

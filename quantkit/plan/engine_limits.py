@@ -1,0 +1,67 @@
+"""Engines that cannot load an artifact, with the reason: format, experts or config.json. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from quantkit.contracts import Config, Format, Layout
+from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS
+from quantkit.plan.decisions import Decision
+from quantkit.plan.match_checkpoint import names_no_class
+
+NO_CLASS_REASON = "chooses the model's class by architectures in config.json, which names none"
+
+OURS = "quantkit.load and `quantkit serve --engine transformers` read this artifact"
+
+
+def find_unsupported_engines(
+    output: Format, config: Config, layout: Layout, decisions: Mapping[str, Decision]
+) -> Mapping[str, str]:
+    """Return the engines that cannot load the artifact of these decisions, with the reason."""
+    unnamed = dict.fromkeys(SERVERS, NO_CLASS_REASON) if names_no_class(config.values) else {}
+    if reason := find_expert_reason(config.text("model_type"), layout, decisions):
+        return {
+            **unnamed,
+            **{x: reason for x in output.engines if x in {**SERVERS, **TRANSFORMERS}},
+        }
+    if output.limits is None:
+        return unnamed
+    mtp_linears = {
+        linear.name for block in layout.blocks if block.kind == "mtp" for linear in block.linears
+    }
+    schemes = {d.linear: scheme for d in decisions.values() if (scheme := d.scheme or d.codes)}
+    kept = [
+        d.linear
+        for name, d in decisions.items()
+        if d.action == "keep" and d.codes is None and name not in mtp_linears
+    ]
+    limits = output.limits(config.text("model_type"), schemes, kept) if schemes else {}
+    return {**unnamed, **limits}
+
+
+def find_expert_reason(
+    model_type: str, layout: Layout, decisions: Mapping[str, Decision]
+) -> str | None:
+    """Return why no engine loads the experts of an artifact; None if some do.
+
+    vLLM, SGLang and transformers read those of gpt_oss as MXFP4 blocks or in tensors with all
+    experts of a layer, those of DBRX in such tensors. Single experts they skip, so that these would
+    start at random, or they fail.
+    """
+    for block in layout.blocks:
+        if block.experts is None:
+            continue
+        decision = decisions[block.experts.first]
+        form = "MXFP4 blocks or as tensors" if block.experts.bias else "tensors"
+        is_flat = any(x.flat for x in block.stacked)
+        if (block.experts.bias or is_flat) and decision.action == "quantize":
+            return (
+                f"loads the experts of {model_type} as {form} with all experts of a layer, and no "
+                f"single ones; {OURS}"
+            )
+        if decision.encoding is not None:
+            return (
+                f"loads experts in {decision.encoding} if no other linear is quantized; {OURS}, "
+                "and keep: bf16 stores experts as it loads them"
+            )
+    return None
