@@ -35,7 +35,8 @@ MODEL_SETTINGS = [
 
 def read_card_command(artifact: Path) -> str:
     """Return the command of the card, as a reader copies it."""
-    section = (artifact / MODEL_CARD).read_text().split("Reproduce the artifact in an empty folder:\n", 1)[1]
+    heading = "Reproduce the artifact in an empty folder:\n"
+    section = (artifact / MODEL_CARD).read_text().split(heading, 1)[1]
     block = re.search(r"^(`{3,})bash\n(.*?)\n\1$", section, re.DOTALL | re.MULTILINE)
     assert block is not None
     return block[2]
