@@ -2,42 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 BIAS = "_bias"
 """Ending of a parameter with the biases of all experts, after the name of their matrices."""
+GLU = {"w1": "gate", "v1": "up", "w2": "down"}
+"""Parameters [experts * intermediate, hidden] of a child of DBRX's experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertParameter:
+    """A parameter with matrices [out, in], or [in, out] if `transposed`, or biases [out] of all
+    experts; `projections` ("gate", "up", "down") follow one another, or alternate if `interleaved`;
+    experts do too if `flat`.
+    """
+
+    name: str  # in the module: "gate_up_proj", "mlp.w1"
+    projections: tuple[str, ...]
+    transposed: bool = False
+    interleaved: bool = False
+    flat: bool = False
+    kind: Literal["weight", "bias"] = "weight"
+
+    def split(self, tensor: Tensor, count: int) -> dict[str, Tensor]:
+        """Return each projection of all experts: [experts, out, in], of biases [experts, out]."""
+        x = tensor.unflatten(0, (count, -1)) if self.flat else tensor
+        x = x.mT if self.transposed else x  # [experts, n * out, ...]
+        n = len(self.projections)
+        pieces = [x[:, i::n] for i in range(n)] if self.interleaved else x.chunk(n, dim=1)
+        return dict(zip(self.projections, pieces, strict=True))
+
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Return the parameter of its projections, each [experts, out, in] or [experts, out]."""
+        parts = list(pieces)
+        x = torch.stack(parts, 2).flatten(1, 2) if self.interleaved else torch.cat(parts, 1)
+        x = x.mT.contiguous() if self.transposed else x
+        return x.flatten(0, 1) if self.flat else x
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertForm:
-    """Form of the tensors of an experts module.
+    """Sizes of an experts module, and its parameters in their order."""
 
-    has_gate: gate and up are one tensor; transposed: matrices are [in, out]; interleaved: rows of
-    gate and up alternate; has_bias: each matrix has a bias [experts, out].
-    """
+    count: int
+    hidden: int
+    intermediate: int
+    parameters: tuple[ExpertParameter, ...]
 
-    has_gate: bool
-    transposed: bool
-    interleaved: bool
-    has_bias: bool = False
+    @property
+    def has_gate(self) -> bool:
+        """Whether gate and up are multiplied."""
+        return any("gate" in x.projections for x in self.parameters)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether each projection has a bias."""
+        return any(x.kind == "bias" for x in self.parameters)
+
+    def split(
+        self, values: Mapping[str, Tensor], kind: Literal["weight", "bias"]
+    ) -> dict[str, Tensor]:
+        """Return the matrices or biases of all experts by projection.
+
+        values: parameters by their names in the module.
+        """
+        pieces: dict[str, Tensor] = {}
+        for parameter in self.parameters:
+            if parameter.kind == kind:
+                pieces |= parameter.split(values[parameter.name], self.count)
+        return {x: pieces[x] for x in ("gate", "up", "down") if x in pieces}
 
 
 def is_experts_module(module: nn.Module) -> bool:
     """Return whether a module holds the experts of a layer: its parameters have an expert each."""
     shapes = [x.shape for x in module._parameters.values() if x is not None]
     is_stacked = len(shapes) > 1 and all(len(x) >= 2 and x[0] == shapes[0][0] for x in shapes)
-    return is_stacked and any(len(x) == 3 for x in shapes)
+    return (is_stacked and any(len(x) == 3 for x in shapes)) or read_flat_form(module) is not None
 
 
 def read_form(module: Any) -> ExpertForm | None:
     """Return the form of an experts module; None for one that no reader here knows.
 
-    A class without transformers' flags has gate, then up, or up alone, according to its shapes; a
-    small instance is run to check that.
+    A class without transformers' flags has gate, then up, or up alone, as its shapes show; whether
+    it runs so is checked on a small instance.
     """
+    if flat := read_flat_form(module):
+        return flat
     has_gate = bool(getattr(module, "has_gate", "gate_up_proj" in module._parameters))
     first = "gate_up_proj" if has_gate else "up_proj"
     matrices = {first, "down_proj"}
@@ -54,9 +109,47 @@ def read_form(module: Any) -> ExpertForm | None:
     if not (is_transposed if transposed else is_plain):
         return None
     interleaved = not getattr(module, "is_concatenated", True)
+    members = {first: ("gate", "up") if has_gate else ("up",), "down_proj": ("down",)}
+    count, *sizes = down.shape
+    hidden, intermediate = reversed(sizes) if transposed else sizes
     return ExpertForm(
-        has_gate=has_gate,
-        transposed=transposed,
-        interleaved=interleaved,
-        has_bias=biases <= set(module._parameters),
+        count=count,
+        hidden=hidden,
+        intermediate=intermediate,
+        parameters=tuple(
+            ExpertParameter(
+                name=name,
+                projections=members[name.removesuffix(BIAS)],
+                transposed=transposed and name in members,
+                interleaved=interleaved and len(members[name.removesuffix(BIAS)]) > 1,
+                kind="weight" if name in members else "bias",
+            )
+            for name in module._parameters
+        ),
+    )
+
+
+def read_flat_form(module: Any) -> ExpertForm | None:
+    """Return the form of experts in matrices [experts * intermediate, hidden], as DBRX has them."""
+    count = getattr(module, "num_experts", None)
+    children = [name for name, x in module.named_children() if set(x._parameters) == {*GLU}]
+    if module._parameters or len(children) != 1 or not isinstance(count, int):
+        return None
+    tensors = module.get_submodule(children[0])._parameters
+    rows, hidden = tensors["w1"].shape
+    if any(x.shape != (rows, hidden) for x in tensors.values()) or rows % count:
+        return None
+    return ExpertForm(
+        count=count,
+        hidden=hidden,
+        intermediate=rows // count,
+        parameters=tuple(
+            ExpertParameter(
+                name=f"{children[0]}.{name}",
+                projections=(projection,),
+                transposed=projection == "down",
+                flat=True,
+            )
+            for name, projection in GLU.items()
+        ),
     )

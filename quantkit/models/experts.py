@@ -46,15 +46,22 @@ class Gating:
         """Return the input of the down projection: gate, up [tokens, n] -> [tokens, n]."""
         module = self.module
         if gate is None:
-            result: Tensor = module.act_fn(up)
+            result: Tensor = find_activation(module)(up)
         elif getattr(type(module), "_apply_gate", DEFAULT_GATE) is DEFAULT_GATE:
-            result = module.act_fn(gate) * up
+            result = find_activation(module)(gate) * up
         elif self.interleaved:
             # [tokens, n, 2] -> [tokens, 2 n]
             result = module._apply_gate(torch.stack([gate, up], -1).flatten(-2))
         else:
             result = module._apply_gate(torch.cat([gate, up], -1))
         return result
+
+
+def find_activation(module: nn.Module) -> Any:
+    """Return the activation of an experts module, which a child of it may have."""
+    holders = [module, *module.children()]
+    found = (getattr(x, name, None) for x in holders for name in ("act_fn", "activation_fn"))
+    return next(x for x in found if x is not None)
 
 
 def make_gating(meta_model: MetaModel, block: Block) -> Gating | None:

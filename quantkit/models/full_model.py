@@ -7,7 +7,7 @@ tensors on disk, so the evaluated weights are those that ship.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from quantkit import registry
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Block, Experts, Layout, Scheme
 from quantkit.models import layers
-from quantkit.models.expert_form import BIAS, read_form
+from quantkit.models.expert_form import read_form
 from quantkit.models.experts import find_experts_module
 from quantkit.models.layers import MetaModel, get_layer_name, join_parts, load_tensors
 from quantkit.models.outer_model import get_head, get_module_name
@@ -168,26 +168,13 @@ def stack_experts(
     """
     form = read_form(module)
     assert form is not None  # the layout has experts in it
-
-    def stack(projections: tuple[str, ...], kind: str) -> Tensor:
-        parts = [
-            join_rows(
-                [read(f"{experts.linear(e, x)}.{kind}") for x in projections],
-                interleaved=form.interleaved,
-            )
-            for e in range(experts.count)
+    names = {"gate": experts.gate, "up": experts.up, "down": experts.down}
+    for parameter in form.parameters:
+        pieces = [
+            torch.stack([
+                read(f"{experts.linear(e, names[x] or '')}.{parameter.kind}")
+                for e in range(experts.count)
+            ])  # [experts, out, in], of biases [experts, out]
+            for x in parameter.projections
         ]
-        stacked = torch.stack(parts)  # [experts, out, in], of biases [experts, out]
-        return stacked.mT.contiguous() if form.transposed and kind == "weight" else stacked
-
-    first = "up_proj" if experts.gate is None else "gate_up_proj"
-    for kind, ending in zip(experts.kinds, ("", BIAS), strict=False):
-        yield f"{first}{ending}", stack(experts.inputs, kind)
-        yield f"down_proj{ending}", stack((experts.down,), kind)
-
-
-def join_rows(weights: Sequence[Tensor], interleaved: bool) -> Tensor:
-    """Return matrices [out, in] or biases [out] as one: one after the other, or rows in turn."""
-    if interleaved and len(weights) > 1:
-        return torch.stack(list(weights), 1).flatten(0, 1)  # [out, n, in] -> [n * out, in]
-    return torch.cat(list(weights))  # [n * out, in]
+        yield parameter.name, parameter.join(pieces)

@@ -274,16 +274,15 @@ def list_renames(name: str, stored: Mapping[str, str]) -> tuple[tuple[str, str],
 
 def make_experts(module: Any, names: ExpertNames) -> Experts:
     """Return the experts of transformers' module; `expert_checks` finds the rest by running it."""
-    count, *sizes = module.down_proj.shape
     form = read_form(module)
-    hidden, intermediate = reversed(sizes) if form and form.transposed else sizes
+    assert form is not None  # it has names
     return Experts(
         module=names.module,
         router="",
-        count=count,
+        count=form.count,
         top_k=0,
-        hidden=hidden,
-        intermediate=intermediate,
+        hidden=form.hidden,
+        intermediate=form.intermediate,
         gate=names.gate,
         up=names.up,
         down=names.down,

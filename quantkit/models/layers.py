@@ -72,7 +72,8 @@ class ExpertTap(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return zeros [tokens, hidden]."""
-        self.last = RouterOutput(hidden=hidden_states, index=top_k_index, weight=top_k_weights)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        self.last = RouterOutput(hidden=rows, index=top_k_index, weight=top_k_weights)
         if self.answer is None:
             return torch.zeros_like(hidden_states)
         return self.answer.to(hidden_states).reshape(hidden_states.shape)

@@ -71,6 +71,7 @@ def reduce_config(config: Config, meta_model: MetaModel) -> Config:
     changes |= reduce_state_space(hf_config)
     changes |= reduce_experts(hf_config, meta_model.model)
     changes |= reduce_linear_attention(config, hf_config)
+    changes |= reduce_nested(hf_config, n_kv_heads)
     tokens: dict[str, int | None] = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
     key = find_text_key(meta_model.full_config)
     if key is None:
@@ -101,6 +102,20 @@ def reduce_experts(hf_config: Any, model: Any) -> dict[str, int]:
     return changes
 
 
+def reduce_nested(hf_config: Any, n_kv_heads: int) -> dict[str, object]:
+    """Return the nested configurations of DBRX with few heads of keys and experts."""
+    attention: Any = getattr(hf_config, "attn_config", None)
+    experts: Any = getattr(hf_config, "ffn_config", None)
+    if not hasattr(attention, "kv_n_heads") or not hasattr(experts, "moe_num_experts"):
+        return {}
+    count, width = min(EXPERTS, experts.moe_num_experts), EXPERT_WIDTH
+    changes = {"moe_num_experts": count, "ffn_hidden_size": width}
+    return {
+        "attn_config": {**attention.to_dict(), "kv_n_heads": n_kv_heads},
+        "ffn_config": {**experts.to_dict(), **changes},
+    }
+
+
 def reduce_linear_attention(config: Config, hf_config: Any) -> dict[str, object]:
     """Return few heads of linear attention, whose reference code loops over tokens."""
     changes: dict[str, object] = {}
@@ -121,16 +136,16 @@ def list_expert_widths(model: Any) -> frozenset[int]:
     for module in model.modules():
         form = read_form(module) if is_experts_module(module) else None
         if form is not None:
-            widths.add(module.down_proj.shape[1 if form.transposed else 2])
+            widths.add(form.intermediate)
     return frozenset(widths)
 
 
 def count_experts(model: Any) -> frozenset[int]:
     """Return the numbers of experts of a model's blocks."""
+    modules = (module for module in model.modules() if is_experts_module(module))
     return frozenset(
-        len(next(iter(module._parameters.values())))
-        for module in model.modules()
-        if is_experts_module(module)
+        form.count if (form := read_form(x)) else len(next(iter(x._parameters.values())))
+        for x in modules
     )
 
 

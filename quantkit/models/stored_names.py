@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from quantkit.contracts import StackedTensor
-from quantkit.models.expert_form import BIAS, ExpertForm, is_experts_module, read_form
+from quantkit.models.expert_form import ExpertForm, is_experts_module, read_form
 from quantkit.models.layers import MetaModel
 from quantkit.models.outer_model import find_layers
 from quantkit.models.text_part import find_relocation, find_text_root, relocate
@@ -89,10 +89,9 @@ def find_stored_names(
         form = get_form(path, module) if is_experts_module(module) else None
         if form is None:  # kept as it is, if it is a small part of its block
             continue
-        kinds = {kind: f"{path}.{kind}" for kind in module._parameters}
+        kinds = {x.name: f"{path}.{x.name}" for x in form.parameters}
         own_values = {kind: values[x] for kind, x in kinds.items()}
-        pieces = split_experts(form, own_values)
-        biases = split_experts(form, own_values, BIAS) if form.has_bias else {}
+        pieces, biases = form.split(own_values, "weight"), form.split(own_values, "bias")
         if all(x in disk or x in saved for x in kinds.values()):
             stored = {kind: tensors.get(x) or disk[x] for kind, x in kinds.items()}
             experts[path] = name_stacked(name_on_disk(model, path, tensors), form, stored)
@@ -160,26 +159,6 @@ def get_form(path: str, module: Any) -> ExpertForm | None:
     return read_form(module)
 
 
-def split_experts(
-    form: ExpertForm, values: Mapping[str, Tensor], ending: str = ""
-) -> dict[str, Tensor]:
-    """Return gate (if any), up and down of all experts, [experts, out, in] each.
-
-    ending: `BIAS` for their biases, [experts, out] each.
-    """
-    first, down = (
-        values[f"{kind}{ending}"].mT
-        if form.transposed and not ending
-        else values[f"{kind}{ending}"]
-        for kind in ("gate_up_proj" if form.has_gate else "up_proj", "down_proj")
-    )
-    if not form.has_gate:
-        return {"up": first, "down": down}
-    # [experts, 2 * intermediate, ...]
-    halves = (first[:, 0::2], first[:, 1::2]) if form.interleaved else first.chunk(2, dim=1)
-    return {"gate": halves[0], "up": halves[1], "down": down}
-
-
 def name_experts(
     path: str,
     pieces: Mapping[str, Tensor],
@@ -236,11 +215,6 @@ def name_on_disk(model: Any, path: str, tensors: Mapping[str, str]) -> str:
 def name_stacked(path: str, form: ExpertForm, stored: Mapping[str, str]) -> ExpertNames:
     """Return names of experts whose tensors are stored as they are, by their local names."""
     names = MIXTRAL[1] if MIXTRAL[0] in path.split(".") else PROJECTIONS
-    inputs = (names["gate"], names["up"]) if form.has_gate else (names["up"],)
-    members = {
-        "gate_up_proj" if form.has_gate else "up_proj": inputs,
-        "down_proj": (names["down"],),
-    }
     return ExpertNames(
         module=path,
         gate=names["gate"] if form.has_gate else None,
@@ -249,13 +223,14 @@ def name_stacked(path: str, form: ExpertForm, stored: Mapping[str, str]) -> Expe
         bias=form.has_bias,
         stacked=tuple(
             StackedTensor(
-                name=stored[kind],
-                projections=members[kind.removesuffix(BIAS)],
-                transposed=form.transposed and not kind.endswith(BIAS),
-                interleaved=form.interleaved and len(members[kind.removesuffix(BIAS)]) > 1,
-                kind="bias" if kind.endswith(BIAS) else "weight",
+                name=stored[x.name],
+                projections=tuple(names[projection] for projection in x.projections),
+                transposed=x.transposed,
+                interleaved=x.interleaved,
+                flat=x.flat,
+                kind=x.kind,
             )
-            for kind in stored
+            for x in form.parameters
         ),
     )
 

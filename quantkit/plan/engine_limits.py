@@ -44,17 +44,20 @@ def find_expert_reason(
 ) -> str | None:
     """Return why no engine loads the experts of an artifact; None if some do.
 
-    vLLM, SGLang and transformers read experts with biases as MXFP4 blocks or in tensors with all
-    experts of a layer. They skip other names, so that such experts would start at random.
+    vLLM, SGLang and transformers read those of gpt_oss as MXFP4 blocks or in tensors with all
+    experts of a layer, those of DBRX in such tensors. Single experts they skip, so that these would
+    start at random, or they fail.
     """
     for block in layout.blocks:
         if block.experts is None:
             continue
         decision = decisions[block.experts.first]
-        if block.experts.bias and decision.action == "quantize":
+        form = "MXFP4 blocks or as tensors" if block.experts.bias else "tensors"
+        is_flat = any(x.flat for x in block.stacked)
+        if (block.experts.bias or is_flat) and decision.action == "quantize":
             return (
-                f"loads the experts of {model_type} as MXFP4 blocks or as tensors with all experts "
-                f"of a layer, and skips single ones; {OURS}"
+                f"loads the experts of {model_type} as {form} with all experts of a layer, and no "
+                f"single ones; {OURS}"
             )
         if decision.encoding is not None:
             return (

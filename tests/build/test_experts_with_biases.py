@@ -156,7 +156,8 @@ def test_plan_verify_and_serve_say_that_no_engine_loads_single_experts(
     sources: tuple[Path, Path], tmp_path: Path
 ) -> None:
     plain, source = sources
-    sentence = "loads the experts of gpt_oss as MXFP4 blocks or as tensors with all experts"
+    sentence = "loads the experts of gpt_oss as MXFP4 blocks or as tensors with all experts of a "
+    sentence += "layer, and no single ones"
     (warning,) = (x for x in make_plan(plain, **RTN).warnings if sentence in x)
     assert warning.startswith("vLLM, SGLang, transformers: ")
     result = build(source, tmp_path / "out", **RTN)

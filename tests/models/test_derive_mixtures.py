@@ -154,6 +154,18 @@ def test_experts_with_biases() -> None:
     assert group.absorber and group.absorber.module.endswith("post_attention_layernorm")
 
 
+def test_experts_in_matrices_of_two_dimensions() -> None:
+    """DBRX: rows of all experts follow one another; its sizes are in nested configurations."""
+    block = derive_layout(family("dbrx")).blocks[0]
+    assert block.experts and block.experts.count == 4 and block.experts.scales_down
+    assert [(x.name.rpartition(".")[2], *x.projections, x.transposed) for x in block.stacked] == [
+        ("w1", "gate_proj", False),
+        ("v1", "up_proj", False),
+        ("w2", "down_proj", True),
+    ]
+    assert all(x.flat for x in block.stacked)
+
+
 def test_biases_that_are_left_out_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sum of experts differs without them."""
     monkeypatch.setattr(expert_runs, "project", lambda x, own, name: x @ own[f"{name}.weight"].T)

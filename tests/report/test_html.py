@@ -87,9 +87,9 @@ def test_page_head_has_verdict_and_tiles(big: str) -> None:
     words = Page(big).words
     assert "Rejected: it fails 1 of the 3 gates of its recipe." in words
     for figure in (
-        "400.89 GB",
-        "from 688.57 GB, 1.72x smaller",
-        "4.25",
+        "1.72x smaller",
+        "400.89 GB from 688.57 GB",
+        "overall; 4.25 of quantized",
         "0.000361",
         "1.0003",
         "99.53 %",

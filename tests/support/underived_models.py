@@ -112,6 +112,15 @@ MIXTURES: dict[str, dict[str, object]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "pad_token_id": 0,
     },
+    "dbrx": {  # experts in matrices [experts * intermediate, hidden], nested sizes
+        "d_model": 128,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
+        "pad_token_id": 0,
+    },
     "llama4_text": {  # the router's weight multiplies the experts' input
         "num_local_experts": 4,
         "num_experts_per_tok": 1,
