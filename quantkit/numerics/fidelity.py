@@ -109,12 +109,12 @@ def estimate_positive_mean(values: Tensor, documents: Tensor | None = None) -> E
     """Estimate the mean of values [n] that are not negative, with an interval that is not either:
     that of its logarithm by the delta method.
     """
-    found = estimate_mean(values, documents)
-    if found.interval is None or found.interval[1] is None or found.value <= 0:
-        return found
-    spread = exp(min(700.0, (found.interval[1] - found.value) / found.value))
-    interval = (found.value / spread, found.value * spread)
-    return Estimate(value=found.value, error=found.error, n=found.n, interval=interval)
+    mean = estimate_mean(values, documents)
+    if mean.interval is None or mean.interval[1] is None or mean.value <= 0:
+        return mean
+    spread = exp(min(700.0, (mean.interval[1] - mean.value) / mean.value))
+    interval = (mean.value / spread, mean.value * spread)
+    return Estimate(value=mean.value, error=mean.error, n=mean.n, interval=interval)
 
 
 def estimate_quantile(values: Tensor, share: float, documents: Tensor | None = None) -> Estimate:
@@ -150,12 +150,12 @@ def estimate_proportion(hits: Tensor, documents: Tensor | None = None) -> Estima
     """Estimate the share of true values in hits [n] bool, with its standard error and the interval
     of `clustered.compute_share_interval`.
     """
-    found = estimate_mean(hits.double(), documents)
-    if found.error is None:
-        return found
+    mean = estimate_mean(hits.double(), documents)
+    if mean.error is None:
+        return mean
     array = _to_array(hits)
     interval = clustered.compute_share_interval(array, _to_groups(documents))
-    return Estimate(value=found.value, error=found.error, n=found.n, interval=interval)
+    return Estimate(value=mean.value, error=mean.error, n=mean.n, interval=interval)
 
 
 def estimate_perplexity(nll: Tensor, documents: Tensor | None = None) -> Estimate:
