@@ -39,7 +39,8 @@ class ExpertParameter:
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """Return the parameter of its projections, each [experts, out, in] or [experts, out]."""
-        x = torch.stack(list(pieces), 2).flatten(1, 2) if self.interleaved else torch.cat(pieces, 1)
+        parts = list(pieces)
+        x = torch.stack(parts, 2).flatten(1, 2) if self.interleaved else torch.cat(parts, 1)
         x = x.mT.contiguous() if self.transposed else x
         return x.flatten(0, 1) if self.flat else x
 

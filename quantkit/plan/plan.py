@@ -31,9 +31,9 @@ from quantkit.plan.decisions import (
     is_unscaled_for_fp8,
     keep_codes,
     keep_fp8_blocks,
-    keeps_stacked,
     note_decoded,
 )
+from quantkit.plan.decoded_weights import describe_decoded
 from quantkit.plan.derive_once import DerivationKey, derive_once
 from quantkit.plan.engine_limits import find_unsupported_engines
 from quantkit.plan.left_out import LeftOut, summarize_left_out
@@ -332,43 +332,6 @@ def find_fp8_warnings(
             "method gptq, loses less"
         )
     return warnings
-
-
-def describe_decoded(
-    layout: Layout,
-    encoded: Mapping[str, EncodedWeight],
-    decisions: Mapping[str, Decision],
-    format_name: str,
-) -> list[str]:
-    """Return a warning for kept weights that are stored in codes and become plain."""
-    found = {
-        name: encoded[f"{name}.weight"]
-        for name, decision in decisions.items()
-        if decision.decoded_from
-    }
-    found |= {
-        stacked.name: weight
-        for block in layout.blocks
-        if keeps_stacked(block, decisions) and block.experts
-        for stacked in block.stacked
-        if (x := decisions[block.experts.first]).encoding is None
-        and x.keep == "source"
-        and (weight := encoded.get(stacked.name)) is not None
-    }
-    if not found:
-        return []
-    (first, *others), plain = found, [*found.values()]
-    labels = ", ".join(dict.fromkeys(weight.label for weight in plain))
-    more = ", ..." if others else ""
-    before, after = (
-        sum(sizes)
-        for sizes in zip(*((weight.n_bytes, weight.spec.n_bytes) for weight in plain), strict=True)
-    )
-    return [
-        f"{len(plain)} kept weights in {labels} ({first}{more}) are decoded to "
-        f"{plain[0].spec.dtype}, {after / 1e9:.2f} GB instead of {before / 1e9:.2f} GB, because "
-        f"format {format_name} does not hold their codes: a rule with quantize makes them smaller"
-    ]
 
 
 def apply_rules(

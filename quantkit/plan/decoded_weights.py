@@ -1,0 +1,46 @@
+"""Kept weights whose codes an artifact does not hold: they are stored as their values. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from quantkit.checkpoint.encoding import EncodedWeight
+from quantkit.contracts import Layout
+from quantkit.plan.decisions import Decision, keeps_stacked
+
+
+def describe_decoded(
+    layout: Layout,
+    encoded: Mapping[str, EncodedWeight],
+    decisions: Mapping[str, Decision],
+    format_name: str,
+) -> list[str]:
+    """Return a warning for kept weights that are stored in codes and become plain."""
+    found = {
+        name: encoded[f"{name}.weight"]
+        for name, decision in decisions.items()
+        if decision.decoded_from
+    }
+    found |= {
+        stacked.name: weight
+        for block in layout.blocks
+        if keeps_stacked(block, decisions) and block.experts
+        for stacked in block.stacked
+        if (x := decisions[block.experts.first]).encoding is None
+        and x.keep == "source"
+        and (weight := encoded.get(stacked.name)) is not None
+    }
+    if not found:
+        return []
+    (first, *others), plain = found, [*found.values()]
+    labels = ", ".join(dict.fromkeys(weight.label for weight in plain))
+    more = ", ..." if others else ""
+    before, after = (
+        sum(sizes)
+        for sizes in zip(*((weight.n_bytes, weight.spec.n_bytes) for weight in plain), strict=True)
+    )
+    return [
+        f"{len(plain)} kept weights in {labels} ({first}{more}) are decoded to "
+        f"{plain[0].spec.dtype}, {after / 1e9:.2f} GB instead of {before / 1e9:.2f} GB, because "
+        f"format {format_name} does not hold their codes: a rule with quantize makes them smaller"
+    ]
