@@ -226,11 +226,6 @@ def read_fallbacks(report: Any, _part: str) -> Reading:
     return Reading(value=float(len({name for row in report.fallbacks for name in row.modules})))
 
 
-def read_bits_per_weight(report: Any, _part: str) -> Reading:
-    """Read the bits per quantized weight, scales and zero points included."""
-    return Reading(value=report.artifact.bits_per_weight)
-
-
-def read_size(report: Any, _part: str) -> Reading:
-    """Read the bytes of the artifact's tensors."""
-    return Reading(value=float(report.artifact.bytes_artifact))
+def read_artifact(key: str) -> Reader:
+    """Return a reader of a number of the artifact's summary."""
+    return lambda report, _part: Reading(value=float(getattr(report.artifact, key)))

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from quantkit.figure_readers import (
     Reader,
     Reading,
-    read_bits_per_weight,
+    read_artifact,
     read_block_error,
     read_coverage,
     read_distribution,
@@ -30,7 +30,6 @@ from quantkit.figure_readers import (
     read_overlapping_items,
     read_router_agreement,
     read_shift,
-    read_size,
     read_uncalibrated,
     read_worst_kind,
 )
@@ -104,6 +103,24 @@ class FigureDefinition:
 
 
 FIGURES: tuple[FigureDefinition, ...] = (
+    FigureDefinition(
+        key="size", label="size", style="bytes", direction="lower", unit="bytes", scope="artifact",
+        is_streamed=False, reader=read_artifact("bytes_artifact"),
+        meaning="Bytes of all tensors.",
+        tile="Size", run_column="size", run_heading="size",
+    ),
+    FigureDefinition(
+        key="bits_overall", label="bits per weight, overall", style="bits", direction="lower",
+        unit="bits", scope="artifact", is_streamed=False, reader=read_artifact("bits_overall"),
+        meaning="Bits of all tensors per parameter of the model.", run_column="bits",
+        run_heading="bits", tile="Bits per weight", tile_note="overall; {bits} of quantized",
+    ),
+    FigureDefinition(
+        key="bits_per_weight", label="bits per weight", style="bits", direction="lower",
+        unit="bits", scope="artifact", is_streamed=False, reader=read_artifact("bits_per_weight"),
+        meaning="Bits per quantized weight, scales and zero points included.",
+        run_column="bits_quantized", run_heading="quantized",
+    ),
     FigureDefinition(
         key="kl_worst_kind", label="KL mean, worst kind [nats/token]", style="nats",
         direction="lower", unit="nats/token", scope="artifact", reader=read_worst_kind,
@@ -249,19 +266,6 @@ FIGURES: tuple[FigureDefinition, ...] = (
         direction="lower", unit="items", scope="artifact", is_streamed=False,
         reader=read_overlapping_items,
         meaning="Benchmark prompts, over all tasks, that appear in the calibration text.",
-    ),
-    FigureDefinition(
-        key="size", label="size", style="bytes", direction="lower", unit="bytes", scope="artifact",
-        is_streamed=False, reader=read_size,
-        meaning="Bytes of all tensors.",
-        tile="Size", run_column="size", run_heading="size",
-    ),
-    FigureDefinition(
-        key="bits_per_weight", label="bits per weight", style="bits", direction="lower",
-        unit="bits", scope="artifact", is_streamed=False, reader=read_bits_per_weight,
-        meaning="Bits per quantized weight, scales and zero points included.",
-        tile="Bits per weight", tile_note="quantized weights only", run_column="bits",
-        run_heading="bits",
     ),
     FigureDefinition(
         key="likelihood", label="gold solutions", style="nats", direction="higher",

@@ -20,7 +20,6 @@ import torch
 from quantkit import registry
 from quantkit.artifact import layout
 from quantkit.artifact.fidelity_schema import Fidelity, TextSet
-from quantkit.artifact.front_matter import read_front_matter
 from quantkit.artifact.make_manifest import format_plan, make_manifest
 from quantkit.artifact.model_files import check_model_files, write_model_files
 from quantkit.artifact.read_report import read_report
@@ -61,7 +60,7 @@ from quantkit.plan.read_texts import find_largest_id, select_texts
 from quantkit.plan.self_texts import list_self_texts
 from quantkit.progress import ProgressCallback
 from quantkit.recipe.schema import Recipe
-from quantkit.report import card, gates, html_page
+from quantkit.report import bom, card, gates, html_page
 from quantkit.report import make as evidence
 from quantkit.report.make import TextName
 from quantkit.report.reproduce import make_build_command
@@ -297,6 +296,7 @@ def build_group(
         )
         report = report_artifact(artifact.plan, source, measured, command)
         write_evidence(artifact.plan, artifact.folder, report, figures, compared)
+        write_atomic(artifact.folder / layout.BOM, bom.render_bom(report, files).encode())
         write_timings(artifact.folder, built.blocks, timer)
         manifest = make_manifest(artifact.plan, source, report, built.blocks)
         sealed[artifact.plan.format_name] = seal_artifact(artifact.folder, manifest, files)
@@ -319,7 +319,7 @@ def report_artifact(
             plan.recipe.evaluation.tasks, measured.texts.solutions, measured.figures.solutions
         ),
         measured.compared.rows,
-        evidence.parse_license(read_front_matter(source.folder)),
+        evidence.read_stated_facts(source.folder),
         command,
     )
     versions = {**report.versions, **measured.compared.conditions}

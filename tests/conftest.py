@@ -89,6 +89,7 @@ MEDIUM_FILES = frozenset({
     "recipe/test_recipes.py",
     "reliability/test_fuzz.py",
     "reliability/test_hostile_input.py",
+    "report/test_bom.py",
     "report/test_gates.py",
     "report/test_html.py",
     "report/test_html_browser.py",

@@ -112,6 +112,7 @@ class SourceModel(BaseModel):
     dtype: str
     baseline: str  # "BF16 dequantization of FP8 128x128": the reference of the figures
     license: License | None = None
+    languages: tuple[str, ...] = ()  # as its card states them: "en"
     library_name: str = "transformers"
     pipeline_tag: str = "text-generation"
 

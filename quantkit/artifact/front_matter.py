@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,10 +10,23 @@ from quantkit.artifact.layout import MODEL_CARD
 from quantkit.io import safe_yaml
 
 _LIMIT_BYTES = 1_000_000
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 
 def read_front_matter(folder: Path) -> Mapping[str, str]:
-    """Return the text values between the `---` lines of README.md, in the folder or its parent.
+    """Return the text values of `read_values`."""
+    return {key: value for key, value in read_values(folder).items() if isinstance(value, str)}
+
+
+def read_languages(folder: Path) -> tuple[str, ...]:
+    """Return the languages that the source's card states, as the hub's codes; () for none."""
+    value = read_values(folder).get("language")
+    listed = value if isinstance(value, list) else [value]
+    return tuple(x for x in listed if isinstance(x, str) and _LANGUAGE.fullmatch(x))
+
+
+def read_values(folder: Path) -> Mapping[str, object]:
+    """Return the values between the `---` lines of README.md, in the folder or its parent.
 
     The parent holds the card of a built-in model. The card is not part of the checkpoint: a missing
     or unreadable one gives no values and no error.
@@ -29,8 +43,4 @@ def read_front_matter(folder: Path) -> Mapping[str, str]:
         values = safe_yaml.load_any(parts[1])
     except safe_yaml.UnreadableYaml:
         return {}
-    return (
-        {str(k): v for k, v in values.items() if isinstance(v, str)}
-        if isinstance(values, Mapping)
-        else {}
-    )
+    return {str(k): v for k, v in values.items()} if isinstance(values, Mapping) else {}

@@ -34,6 +34,8 @@ MANIFEST = "quantkit/manifest.json"
 PLAN = "quantkit/plan.json"
 FIDELITY = "quantkit/fidelity.json"
 PAGE = "quantkit/fidelity.html"
+BOM = "quantkit/bom.cdx.json"
+"""The artifact as a CycloneDX ML-BOM."""
 TIMINGS = "quantkit/timings.json"
 SIGNATURE = "quantkit/signature.json"
 LOADTEST = "quantkit/loadtest.json"
@@ -56,7 +58,19 @@ covers them, so that only figures with a schema may be among them, no page.
 """
 
 OWN_FILES = frozenset({
-    *(CONFIG, MODEL_CARD, RECIPE, MANIFEST, PLAN, FIDELITY, PAGE, TIMINGS, SIGNATURE, LOADTEST),
+    *(
+        CONFIG,
+        MODEL_CARD,
+        RECIPE,
+        MANIFEST,
+        PLAN,
+        FIDELITY,
+        PAGE,
+        BOM,
+        TIMINGS,
+        SIGNATURE,
+        LOADTEST,
+    ),
     *(TOKEN_SAMPLES, SOLUTION_SAMPLES, BENCHMARK_SAMPLES),
 })
 """Every file of an artifact but its weights and the source's sidecars."""

@@ -135,16 +135,16 @@ def compare_sizes(a: Side, b: Side) -> tuple[Quantity, ...]:
     rows = [
         Quantity(name="weights", unit="B", a=first.bytes_artifact, b=second.bytes_artifact),
         Quantity(
-            name="bits per quantized weight",
-            unit="bits",
-            a=first.bits_per_weight if quantized[0] else None,
-            b=second.bits_per_weight if quantized[1] else None,
-        ),
-        Quantity(
             name="bits per weight, all tensors",
             unit="bits",
             a=8 * first.bytes_artifact / first.parameters if first.parameters else None,
             b=8 * second.bytes_artifact / second.parameters if second.parameters else None,
+        ),
+        Quantity(
+            name="bits per quantized weight",
+            unit="bits",
+            a=first.bits_per_weight if quantized[0] else None,
+            b=second.bits_per_weight if quantized[1] else None,
         ),
         Quantity(name="tensors", unit="", a=_count_tensors(a.tensors), b=_count_tensors(b.tensors)),
         Quantity(name="quantized matrices", unit="", a=_count_quantized(a), b=_count_quantized(b)),

@@ -81,7 +81,7 @@ def make_tiles(diff: Diff) -> list[Tile]:
         if (
             row.a is None
             or row.b is None
-            or row.name not in ("weights", "bits per quantized weight")
+            or row.name not in ("weights", "bits per weight, all tensors")
         ):
             continue
         a, b = (

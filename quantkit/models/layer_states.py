@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,25 @@ from quantkit.models.outer_model import find_layers
 from quantkit.models.state_rows import StateForm
 
 
-def record_states(model: Any, form: StateForm, sequences: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Return the states before each layer and after the last one [tokens, width], per sequence."""
+@dataclass(frozen=True, kw_only=True)
+class RecordedRun:
+    """A run of transformers' model: logits [tokens, vocabulary] of all sequences, and the states of
+    each before each layer and after the last one [tokens, width].
+    """
+
+    logits: Tensor
+    states: list[list[Tensor]]
+
+
+def run_sequences(model: Any, _form: StateForm, sequences: Sequence[Tensor]) -> RecordedRun:
+    """Run sequences one by one without recording states."""
+    with torch.no_grad():
+        logits = [model(ids[None], use_cache=False).logits[0] for ids in sequences]
+    return RecordedRun(logits=torch.cat(logits), states=[])
+
+
+def record_states(model: Any, form: StateForm, sequences: Sequence[Tensor]) -> RecordedRun:
+    """Run sequences one by one and record the states between the layers."""
     states: list[Tensor] = []
     last: list[Tensor] = []
     text: list[Tensor] = []
@@ -32,18 +50,18 @@ def record_states(model: Any, form: StateForm, sequences: Sequence[Tensor]) -> l
     _, layers = find_layers(model)
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     handles.append(layers[-1].register_forward_hook(after))
-    result = []
+    result, logits = [], []
     try:
         for ids in sequences:
             states.clear()
             text[:] = [ids[None]]
             with torch.no_grad():
-                model(ids[None], use_cache=False)
+                logits.append(model(ids[None], use_cache=False).logits[0])
             result.append([*states, *last])
     finally:
         for handle in handles:
             handle.remove()
-    return result
+    return RecordedRun(logits=torch.cat(logits), states=result)
 
 
 def compare_blocks(

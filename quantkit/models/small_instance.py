@@ -104,9 +104,8 @@ def reduce_experts(hf_config: Any, model: Any) -> dict[str, int]:
 
 def reduce_nested(hf_config: Any, n_kv_heads: int) -> dict[str, object]:
     """Return the nested configurations of DBRX with few heads of keys and experts."""
-    names = ("attn_config", "ffn_config")
-    nested: list[Any] = [getattr(hf_config, x, None) for x in names]
-    attention, experts = nested
+    attention: Any = getattr(hf_config, "attn_config", None)
+    experts: Any = getattr(hf_config, "ffn_config", None)
     if not hasattr(attention, "kv_n_heads") or not hasattr(experts, "moe_num_experts"):
         return {}
     count, width = min(EXPERTS, experts.moe_num_experts), EXPERT_WIDTH

@@ -180,23 +180,6 @@ def keep_codes(
     return {name: decide(name, decision) for name, decision in decisions.items()}
 
 
-def note_decoded(
-    decisions: Mapping[str, Decision], encoded: Mapping[str, EncodedWeight]
-) -> dict[str, Decision]:
-    """Return the decisions with the encoding of kept weights that become plain; FP8 blocks have
-    warnings of their own.
-    """
-
-    def note(name: str, decision: Decision) -> Decision:
-        weight = encoded.get(f"{name}.weight")
-        is_plain = (decision.action, decision.keep) == ("keep", "source")
-        if weight is None or weight.block is not None or not is_plain:
-            return decision
-        return replace(decision, decoded_from=weight.label)
-
-    return {name: note(name, decision) for name, decision in decisions.items()}
-
-
 def copy_expert_codes(
     layout: Layout,
     decisions: Mapping[str, Decision],

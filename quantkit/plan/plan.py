@@ -31,9 +31,8 @@ from quantkit.plan.decisions import (
     is_unscaled_for_fp8,
     keep_codes,
     keep_fp8_blocks,
-    note_decoded,
 )
-from quantkit.plan.decoded_weights import describe_decoded
+from quantkit.plan.decoded import describe_decoded, note_decoded
 from quantkit.plan.derive_once import DerivationKey, derive_once
 from quantkit.plan.engine_limits import find_unsupported_engines
 from quantkit.plan.left_out import LeftOut, summarize_left_out

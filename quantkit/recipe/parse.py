@@ -254,8 +254,8 @@ class _Check:
                 )
             elif isinstance(bounds, dict):
                 allowed = [key for key in BOUNDS if (key in ("max", "min")) != (figure in tasks)]
-                bound_keys = {key for key in BOUNDS if bounds.get(key) is not None}
-                if not bound_keys or bound_keys - set(allowed):
+                bound_keys = {key for key in bounds if bounds[key] is not None and key != "proven"}
+                if not bound_keys or bound_keys & set(BOUNDS) - set(allowed):
                     self.add_fault(
                         path, f"expected {' or '.join(f'{{{key}: NUMBER}}' for key in allowed)}"
                     )

@@ -8,7 +8,15 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.report import format_numbers, markdown, notes, reproduce, tables
+from quantkit.report import (
+    card_data,
+    format_numbers,
+    markdown,
+    notes,
+    reproduce,
+    snippets,
+    tables,
+)
 
 MAX_CHARACTERS = 60_000
 """Limit of a model card, so that it fits into a GitHub comment (65,536 characters)."""
@@ -19,10 +27,8 @@ _LIMITS = (
     (12, 100),
     (4, 40),
 )  # rows of a table, characters of a cell
-_MOST_RESULTS = 40
 MOST_COMMAND = reproduce.MAX_CHARACTERS + 2_000
 """Characters of the command that builds the artifact again; a longer one is not on the card."""
-_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
 def render_card(fidelity: Fidelity) -> str:
@@ -41,7 +47,9 @@ def _render(fidelity: Fidelity, rows: int, cell: int) -> str:
         .get_template("card.md.j2")
         .render(
             fidelity=fidelity,
-            head=format_front_matter(fidelity, cell),
+            head=card_data.format_front_matter(fidelity, cell),
+            title=card_data.make_title(fidelity),
+            snippets=snippets,
             rows=rows,
             tables=tables,
             notes=notes,
@@ -68,57 +76,11 @@ def make_environment(rows: int, cell: int) -> Environment:
     environment.filters["table"] = lambda table: markdown.format_table(table, rows, cell)
     environment.filters["cell"] = lambda text: markdown.escape_cell(text, cell)
     environment.filters["code"] = lambda text: markdown.format_code_block(text, 4 * cell)
+    environment.filters["python"] = lambda text: markdown.format_code_block(text, language="python")
     environment.filters["command"] = lambda text: markdown.format_code_block(text, MOST_COMMAND)
     environment.filters["size"] = format_numbers.format_size
     environment.filters["parameters"] = format_numbers.format_parameters
     return environment
-
-
-def format_front_matter(fidelity: Fidelity, limit: int = markdown.CELL) -> str:
-    """Return the front matter for the model hub: license, base model, tags and scores."""
-    source, artifact = fidelity.source, fidelity.artifact
-    return markdown.format_front_matter({
-        "license": source.license.id[:limit] if source.license else None,
-        "license_name": source.license.name[:limit]
-        if source.license and source.license.name
-        else None,
-        "license_link": source.license.link[:limit]
-        if source.license and source.license.link
-        else None,
-        "base_model": source.model if _HUB_ID.fullmatch(source.model) else None,
-        "base_model_relation": "quantized",
-        "quantized_by": artifact.quantized_by[:limit],
-        "library_name": source.library_name[:limit],
-        "pipeline_tag": source.pipeline_tag[:limit],
-        "tags": [tag[:limit] for tag in (*artifact.tags, "quantkit")][-40:],
-        "model-index": build_model_index(fidelity, limit),
-    })
-
-
-def build_model_index(
-    fidelity: Fidelity, limit: int = markdown.CELL
-) -> list[dict[str, object]] | None:
-    """Return the benchmarks in the hub's format, scores from 0 to 1; None without scores."""
-    results = [
-        {
-            "task": {"type": fidelity.source.pipeline_tag[:limit]},
-            "dataset": {"type": row.task[:limit], "name": row.task[:limit]},
-            "metrics": [
-                {
-                    "type": (row.metric or "score")[:limit],
-                    "value": row.artifact,
-                    "name": f"{row.metric[:limit] or 'score'}, {row.n} items",
-                }
-            ],
-        }
-        for row in fidelity.benchmarks
-        if row.status == "ok" and row.artifact is not None
-    ]
-    return (
-        [{"name": fidelity.artifact.name[:limit], "results": results[:_MOST_RESULTS]}]
-        if results
-        else None
-    )
 
 
 def _count_gates(fidelity: Fidelity) -> str:

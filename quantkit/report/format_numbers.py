@@ -42,9 +42,17 @@ def format_size(n_bytes: int) -> str:
 
 
 def format_size_change(before: int, after: int) -> str:
-    """Format the sizes of source and artifact: "5.45 MB, 70 % of the source's 7.73 MB"."""
-    share = f"{100 * after / before:.0f} % of " if before else ""
-    return f"{format_size(after)}, {share}the source's {format_size(before)}"
+    """Format the sizes with their factor: "1.42x smaller, 5.45 MB from 7.73 MB"."""
+    sizes = f"{format_size(after)} from {format_size(before)}"
+    return f"{format_size_factor(before, after)}, {sizes}" if before and after else sizes
+
+
+def format_size_factor(before: int, after: int) -> str:
+    """Format positive sizes as "1.42x smaller", "1.10x larger" or "as large as the source"."""
+    factor = max(before / after, after / before)
+    if f"{factor:.2f}" == "1.00":
+        return "as large as the source"
+    return f"{factor:.2f}x {'smaller' if after < before else 'larger'}"
 
 
 def format_parts(parts: Sequence[PlanPart]) -> str:

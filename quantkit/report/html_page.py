@@ -277,9 +277,12 @@ def _make_tile(definition: FigureDefinition, fidelity: Fidelity) -> Tile | None:
     value, _, interval = text.partition(" [")
     if value == format_numbers.MISSING:
         return None
-    note = _describe_size(fidelity) if definition.key == "size" else definition.tile_note
+    note = definition.tile_note
+    if definition.key == "size":
+        value, _, note = _format_size_change(fidelity).partition(", ")
     tokens = next((row.tokens for row in fidelity.distribution if row.domain == ALL_TEXT), 0)
-    note = note.format(tokens=f"{tokens:,}")
+    bits = f"{fidelity.artifact.bits_per_weight:.2f}"
+    note = note.format(tokens=f"{tokens:,}", bits=bits)
     return Tile(
         label=definition.tile,
         value=value,
@@ -288,18 +291,18 @@ def _make_tile(definition: FigureDefinition, fidelity: Fidelity) -> Tile | None:
     )
 
 
-def _describe_size(fidelity: Fidelity) -> str:
-    """Return "from 7.80 MB, 1.22x smaller"."""
+def _format_size_change(fidelity: Fidelity) -> str:
+    """Return "1.22x smaller, 6.39 MB from 7.80 MB"."""
     artifact = fidelity.artifact
-    ratio = artifact.bytes_source / artifact.bytes_artifact if artifact.bytes_artifact else 0.0
-    smaller = f", {ratio:.2f}x smaller" if ratio > 1 else ""
-    return f"from {format_numbers.format_size(artifact.bytes_source)}{smaller}"
+    return format_numbers.format_size_change(artifact.bytes_source, artifact.bytes_artifact)
 
 
 def count_columns(tiles: Sequence[Tile], most: int) -> int:
-    """Return the columns, at most `most`, that leave the last row of tiles as full as possible."""
-    rows = max(1, -(-len(tiles) // most))
-    return max(1, -(-len(tiles) // rows))
+    """Return the number of columns, at most `most`, whose last row of tiles is fullest."""
+    n = max(1, len(tiles))
+    widest = min(most, n)
+    columns = range(widest, min(most // 2, widest - 1), -1)
+    return max(columns, key=lambda count: (n % count or count) / count)
 
 
 def list_definitions(tiles: Sequence[Tile]) -> Meanings:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import PurePath
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
 from typing import Literal
 
 from quantkit.artifact import fidelity_schema
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
+from quantkit.artifact.front_matter import read_front_matter, read_languages
 from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.read_report import NOT_FOR
 from quantkit.artifact.records import BlockRecord, ModuleRecord, list_kept_codes
@@ -42,12 +43,23 @@ from quantkit.texts.tokens import Tokens
 TextName = Literal["calibration", "fidelity"]
 
 
+SGLANG = "SGLang"
+PIPELINE_TAGS = {"logits": "text-generation", "labels": "text-classification"}
+"""Output of a layout -> the hub's task; embeddings otherwise."""
 UNFUSED_NOTE = (
     f"SGLang needs {DISABLE_SHARED_FUSION}, because shared and routed experts are stored in "
     "different formats."
 )
 NO_CHAT_TEMPLATE = "the model has no chat template: messages are joined by blank lines"
 PROTECTED_REASON = "only a rule that names it quantizes it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatedFacts:
+    """What the source's model card states; license None: nothing."""
+
+    license: fidelity_schema.License | None = None
+    languages: tuple[str, ...] = ()  # "en"
 
 
 def make_report(
@@ -57,18 +69,19 @@ def make_report(
     texts: Mapping[TextName, fidelity_schema.TextSet],
     likelihood: Sequence[fidelity_schema.LikelihoodResult],
     benchmarks: Sequence[BenchmarkResult],
-    license: fidelity_schema.License | None,
+    stated: StatedFacts,
     command: tuple[str, tuple[str, ...]],
 ) -> Fidelity:
     """Return the report before its gates are judged.
 
-    command: builds the artifact again, with the local files that it reads.
+    stated: by the source's card. command: builds the artifact again, with the local files that it
+    reads.
     """
     records = [record for block in blocks for record in block.modules]
     records += list_kept_codes(plan)
     return Fidelity(
         artifact=summarize_artifact(plan),
-        source=summarize_source(plan, license),
+        source=summarize_source(plan, stated),
         calibration=texts.get("calibration"),
         measured_on=add_repeated(texts.get("fidelity"), measured),
         distribution=summarize_distribution(measured) if measured else (),
@@ -121,13 +134,24 @@ def summarize_artifact(plan: Plan) -> fidelity_schema.ArtifactSummary:
         notes=(
             *plan.architecture.serving_notes,
             *make_parts_notes(plan),
-            *((UNFUSED_NOTE,) if unfused else ()),
+            *((UNFUSED_NOTE,) if unfused and loads_with(plan, unsupported, SGLANG) else ()),
             *(f"{NOT_FOR}{engine}: {reason}." for engine, reason in unsupported.items()),
             *make_fp8_notes(plan),
             *(f"Source: {note}." for note in plan.source.notes),
         ),
-        tags=(plan.format_name.replace("_", "-"), f"{plan.recipe.quantize.bits}-bit"),
+        tags=make_tags(plan, quantized),
     )
+
+
+def make_tags(plan: Plan, quantized: Sequence[Decision]) -> tuple[str, ...]:
+    """Return the hub's tags: format, and the widths of the quantized weights."""
+    widths = sorted({decision.scheme.bits for decision in quantized if decision.scheme})
+    return (plan.format_name.replace("_", "-"), *(f"{bits}-bit" for bits in widths))
+
+
+def loads_with(plan: Plan, unsupported: Mapping[str, str], engine: str) -> bool:
+    """Return whether an engine loads the artifact."""
+    return engine in plan.format.engines and engine not in unsupported
 
 
 def make_parts_notes(plan: Plan) -> tuple[str, ...]:
@@ -144,7 +168,7 @@ def iterate_serving_commands(
     """Yield the command of every engine that supports all quantized layers."""
     name = PurePath(plan.path).name
     for engine, command in plan.format.engines.items():
-        flag = f" {DISABLE_SHARED_FUSION}" if unfused and engine == "SGLang" else ""
+        flag = f" {DISABLE_SHARED_FUSION}" if unfused and engine == SGLANG else ""
         if engine not in unsupported:
             yield fidelity_schema.ServeCommand(
                 engine=engine, command=command.format(path=name) + flag
@@ -228,9 +252,7 @@ def explain_unpacked_fp8(plan: Plan, kept: Sequence[Decision]) -> str:
     )
 
 
-def summarize_source(
-    plan: Plan, license: fidelity_schema.License | None
-) -> fidelity_schema.SourceModel:
+def summarize_source(plan: Plan, stated: StatedFacts) -> fidelity_schema.SourceModel:
     """Summarize the source model and the baseline of the figures."""
     return fidelity_schema.SourceModel(
         model=plan.source.model,
@@ -239,17 +261,20 @@ def summarize_source(
         architecture=plan.source.config.text("model_type"),
         dtype=format_source_dtype(plan),
         baseline=format_baseline(plan),
-        license=license,
+        license=stated.license,
+        languages=stated.languages,
+        pipeline_tag=PIPELINE_TAGS.get(plan.layout.output, "feature-extraction"),
     )
 
 
-def parse_license(card: Mapping[str, str]) -> fidelity_schema.License | None:
-    """Return the license that the source's model card states; None if it states none."""
-    if "license" not in card:
-        return None
-    return fidelity_schema.License(
-        id=card["license"], name=card.get("license_name"), link=card.get("license_link")
-    )
+def read_stated_facts(folder: Path) -> StatedFacts:
+    """Return what the source's model card states."""
+    stated, license = read_front_matter(folder), None
+    if "license" in stated:
+        license = fidelity_schema.License(
+            id=stated["license"], name=stated.get("license_name"), link=stated.get("license_link")
+        )
+    return StatedFacts(license=license, languages=read_languages(folder))
 
 
 def summarize_text(

@@ -57,12 +57,12 @@ def escape_cell(text: str, limit: int = CELL) -> str:
     )
 
 
-def format_code_block(text: str, limit: int = 4 * CELL) -> str:
-    """Return a fenced block with one command, character by character; a long one is cut."""
+def format_code_block(text: str, limit: int = 4 * CELL, language: str = "bash") -> str:
+    """Return a fenced block of code, character by character; a long one is cut."""
     code = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text).strip()
     code = code if len(code) <= limit else code[: limit - 1] + "…"
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
-    return f"{fence}bash\n{code}\n{fence}"
+    return f"{fence}{language}\n{code}\n{fence}"
 
 
 def format_front_matter(

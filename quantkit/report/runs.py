@@ -145,7 +145,7 @@ def make_run_table(runs: Sequence[Run]) -> Table:
     sources = {_find_group(run) for run in runs if run.fidelity}
     rows = tuple(_make_row(run) for run in runs if run.fidelity)
     headings = (f">{row.run_heading}" for row in list_run_columns())
-    columns = (" ", "name", "status", "format", *headings)
+    columns = (" ", "name", "status", "format", ">size factor", *headings)
     note = "* Pareto front of size and mean KL among artifacts of one source and text."
     note += (
         f" {len(sources)} sources or texts: KL is not comparable between them."
@@ -194,6 +194,7 @@ def make_fault_table(runs: Sequence[Run]) -> Table:
 def _make_row(run: Run) -> tuple[str, ...]:
     fidelity = run.fidelity
     assert fidelity is not None  # checked by the caller
+    sizes = fidelity.artifact
     figures = (
         format_numbers.format_value(row, row.read(fidelity).value) for row in list_run_columns()
     )
@@ -202,6 +203,9 @@ def _make_row(run: Run) -> tuple[str, ...]:
         run.name,
         fidelity.status,
         fidelity.artifact.format,
+        format_numbers.format_size_factor(sizes.bytes_source, sizes.bytes_artifact)
+        if sizes.bytes_source and sizes.bytes_artifact
+        else format_numbers.MISSING,
         *figures,
     )
 

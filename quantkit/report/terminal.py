@@ -158,8 +158,8 @@ def render_report(fidelity: Fidelity) -> Group:
     )
     size = format_numbers.format_size_change(artifact.bytes_source, artifact.bytes_artifact)
     head.append(
-        f"\n{artifact.bits_overall:.2f} bits per weight overall "
-        f"({artifact.bits_per_weight:.2f} of the quantized ones); {size}",
+        f"\n{size}; {artifact.bits_overall:.2f} bits per weight overall "
+        f"({artifact.bits_per_weight:.2f} of the quantized ones)",
         style="not bold",
     )
     verdict = Text(card.format_verdict(fidelity), style=_STYLES[fidelity.status])
@@ -196,7 +196,7 @@ def render_plan(plan: PlanSummary) -> Group:
     head.append("\n" + strip_control_characters(facts), style="not bold")
     totals = plan.totals
     size = format_numbers.format_size_change(totals.bytes_before, totals.bytes_after)
-    head.append(f"\n{totals.bits_per_weight:.2f} bits per weight overall; {size}", style="not bold")
+    head.append(f"\n{size}; {totals.bits_per_weight:.2f} bits per weight overall", style="not bold")
     if source.code:
         code = f"code carried over, not run: {', '.join(source.code)}"
         head.append("\n" + strip_control_characters(code), style="not bold")

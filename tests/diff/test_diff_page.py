@@ -245,6 +245,9 @@ class TestInABrowser:
         for file in (page_file, tmp_path / "long.html"):
             tab = Tab(browser, file, viewport=NARROW, is_mobile=True, has_touch=True)
             assert tab.all("document.documentElement.scrollWidth") == NARROW["width"]
+            overlapping = "[...document.querySelectorAll('#t-gates tbody th')]"
+            overlapping += ".filter(cell => cell.scrollWidth > cell.clientWidth).length"
+            assert tab.all(overlapping) == 0
             assert tab.faults == []
             tab.context.close()
 

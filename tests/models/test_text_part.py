@@ -113,3 +113,12 @@ def test_text_model_alone_has_no_parts() -> None:
     config = make_wrapper_config("qwen3_5", architectures=["Qwen3_5ForCausalLM"])
     meta = make_meta_model(config, torch.device("cpu"), torch.float32)
     assert type(meta.model).__name__ == "Qwen3_5ForCausalLM" and not meta.left_out
+
+
+def test_arguments_that_depend_on_learned_tables() -> None:
+    """Mistral Large 4 learns a factor of its rotary tables: they are recorded with it."""
+    names = list_names("mistral_large4")
+    layout = derive.derive_layout(make_wrapper_config("mistral_large4"), names)
+    assert [name.rpartition(".")[2] for name in layout.tables] == ["alpha"]
+    assert layout.tables[0] in names and layout.state_width == 0
+    assert [bool(block.experts) for block in layout.blocks] == [False, True]

@@ -373,7 +373,7 @@ def test_gate_command_judges_by_other_gates_and_changes_no_file(
         "gate", built, "--gates", tmp_path / "strict.yaml", "--junit", tmp_path / "gates.xml"
     )
     assert read_error(result, 3).startswith("gate kl_mean <= 1e-09: found 0.000")
-    assert "rejected: 2 of 3 gates passed, 1 failed" in result.stdout
+    assert "rejected: of 3 gates 2 kept, 0 kept but not proven, 1 missed" in result.stdout
     assert [
         case.get("name")
         for case in parse_junit((tmp_path / "gates.xml").read_bytes()).iter("testcase")

@@ -87,9 +87,9 @@ def test_page_head_has_verdict_and_tiles(big: str) -> None:
     words = Page(big).words
     assert "Rejected: it fails 1 of the 3 gates of its recipe." in words
     for figure in (
-        "400.89 GB",
-        "from 688.57 GB, 1.72x smaller",
-        "4.25",
+        "1.72x smaller",
+        "400.89 GB from 688.57 GB",
+        "overall; 4.25 of quantized",
         "0.000361",
         "1.0003",
         "99.53 %",
@@ -515,3 +515,12 @@ def test_report_command_rejects_output_without_html(artifact: Path, tmp_path: Pa
         main, ["report", str(artifact), "--output", str(tmp_path / "x.html")]
     )
     assert result.exit_code == 2 and "--output: expected --html with it" in result.stderr
+
+
+def test_rows_of_tiles_are_full() -> None:
+    """No tile stands alone in its row, on wide pages and on those of half the width."""
+    for most in (7, 5):
+        for n in range(2, 15):
+            tiles = [html_page.Tile(label="a", value="1")] * n
+            columns = html_page.count_columns(tiles, most)
+            assert columns <= most and (n % columns or columns) > 1

@@ -85,18 +85,20 @@ def test_card_and_terminal_show_the_same_cells() -> None:
 
 def test_front_matter_is_yaml_with_license_and_base_model() -> None:
     source = {**dict(FIDELITY["source"]), "model": "deepseek-ai/DeepSeek-V3"}  # type: ignore[call-overload]
+    source |= {"revision": "0" * 40, "languages": ["en", "no"]}
     source["license"] = {"id": "other", "name": 'dee"p: #seek', "link": "LICENSE-MODEL"}
     text = card.render_card(make_example({"source": source}))
     head = YAML(typ="safe", pure=True).load(text.split("---")[1])
     assert head.pop("model-index")
     assert head == {
+        "language": ["en", "no"],
         "license": "other",
         "license_name": 'dee"p: #seek',
         "license_link": "LICENSE-MODEL",
         "base_model": "deepseek-ai/DeepSeek-V3",
         "base_model_relation": "quantized",
         "quantized_by": "quantkit",
-        "library_name": "transformers",
+        "library_name": "vllm",
         "pipeline_tag": "text-generation",
         "tags": ["awq", "4-bit", "quantkit"],
     }
@@ -128,7 +130,7 @@ def test_card_of_a_source_without_license_names_none() -> None:
     source = {**dict(FIDELITY["source"]), "license": None}  # type: ignore[call-overload]
     text = card.render_card(make_example({"source": source}))
     assert "license:" not in text
-    assert "License: the source states none." in text
+    assert "**License**: the source states none" in text
 
 
 # ------------------------------------------------------------------------------------------ corners
@@ -143,7 +145,7 @@ def test_card_and_terminal_of_an_empty_report() -> None:
     ):
         assert sentence in text
     assert "in the format" not in text and "per quantized weight" not in text  # there is none
-    assert "**Not judged: no gates.**" in text
+    assert "**Verdict**: Not judged: no gates." in text
     assert "\n\n\n" not in text
     assert "No fallback was used." in text
     shown = render_to_text(terminal.render_report(make_empty_report()))
@@ -230,7 +232,7 @@ def test_card_with_long_names_stays_under_its_limit() -> None:
     text = card.render_card(wide)
     assert len(text) < card.MAX_CHARACTERS
     assert "more rows in quantkit/fidelity.json." in text
-    assert "<c" not in text.split("---\n", 2)[2].split("## Serving")[0]
+    assert "<c" not in text.split("---\n", 2)[2].split("## Use")[0]
 
 
 def test_untrusted_text_is_escaped_in_markdown_and_terminal() -> None:
@@ -343,7 +345,7 @@ def test_non_finite_figure_fails_every_bound() -> None:
 
 
 @pytest.mark.parametrize(
-    "figure", sorted({*list_keys()} - {"fallbacks", "bits_per_weight", "size"})
+    "figure", sorted({*list_keys()} - {"fallbacks", "bits_overall", "bits_per_weight", "size"})
 )
 def test_unmeasured_figure_is_not_judged(figure: str) -> None:
     (result,) = gates.judge_gates({figure: Gate(max=1)}, make_empty_report())

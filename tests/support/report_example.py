@@ -30,7 +30,7 @@ FIDELITY: dict[str, object] = {
                 "reason": "routers are quantized only by a rule that names them",
             },
         ],
-        "serving": [{"engine": "vllm", "command": "vllm serve artifacts/tiny-v3-awq4"}],
+        "serving": [{"engine": "vLLM", "command": "vllm serve artifacts/tiny-v3-awq4"}],
         "notes": ["SGLang needs --disable-shared-experts-fusion"],
         "tags": ["awq", "4-bit"],
     },

@@ -15,6 +15,15 @@ SERVERS: Mapping[str, str] = {
 TRANSFORMERS: Mapping[str, str] = {"transformers": "transformers serve {path}"}
 """Engine -> the exact command that serves an artifact, as in Format.engines."""
 
+TRIED: Mapping[str, tuple[str, frozenset[str]]] = {
+    "vLLM": ("0.32.0 on a CPU", frozenset({"awq", "gptq", "compressed_tensors"})),
+    "transformers": ("5.23.0", frozenset({"dense", "compressed_tensors", "bitsandbytes"})),
+    "GPTQModel": ("7.6.0", frozenset({"awq", "gptq", "gptq_v2"})),
+    "quantkit.load": ("transformers 5.23.0", frozenset({"bitsandbytes"})),
+}
+"""Engine -> the version in which the project's tests load and run small models, and their formats.
+"""
+
 DISABLE_SHARED_FUSION = "--disable-shared-experts-fusion"
 """The option that SGLang needs if shared and routed experts are stored in different formats
 (`has_separate_shared_experts`): by default it loads the shared expert as one more routed expert."""

@@ -1,4 +1,4 @@
-"""Codes of a source that compressed-tensors stores unchanged, beside the integers that quantkit
+"""Codes of a source that compressed-tensors stores unchanged, next to the integers that quantkit
 makes itself: FP8 and INT8 with one scale per row, MXFP4 and NVFP4 (formats/README.md).
 
     fp8    weight [out, in] float8_e4m3fn, weight_scale [out, 1]                float-quantized

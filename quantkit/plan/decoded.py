@@ -1,12 +1,30 @@
-"""Kept weights whose codes an artifact does not hold: they are stored as their values. Pure."""
+"""Kept weights whose codes an artifact's format does not hold: they become plain. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from quantkit.checkpoint.encoding import EncodedWeight
 from quantkit.contracts import Layout
 from quantkit.plan.decisions import Decision, keeps_stacked
+
+
+def note_decoded(
+    decisions: Mapping[str, Decision], encoded: Mapping[str, EncodedWeight]
+) -> dict[str, Decision]:
+    """Return the decisions with the encoding of kept weights that become plain; FP8 blocks have
+    warnings of their own.
+    """
+
+    def note(name: str, decision: Decision) -> Decision:
+        weight = encoded.get(f"{name}.weight")
+        is_plain = (decision.action, decision.keep) == ("keep", "source")
+        if weight is None or weight.block is not None or not is_plain:
+            return decision
+        return replace(decision, decoded_from=weight.label)
+
+    return {name: note(name, decision) for name, decision in decisions.items()}
 
 
 def describe_decoded(
@@ -16,12 +34,12 @@ def describe_decoded(
     format_name: str,
 ) -> list[str]:
     """Return a warning for kept weights that are stored in codes and become plain."""
-    found = {
+    weights = {
         name: encoded[f"{name}.weight"]
         for name, decision in decisions.items()
         if decision.decoded_from
     }
-    found |= {
+    weights |= {
         stacked.name: weight
         for block in layout.blocks
         if keeps_stacked(block, decisions) and block.experts
@@ -30,9 +48,9 @@ def describe_decoded(
         and x.keep == "source"
         and (weight := encoded.get(stacked.name)) is not None
     }
-    if not found:
+    if not weights:
         return []
-    (first, *others), plain = found, [*found.values()]
+    (first, *others), plain = weights, [*weights.values()]
     labels = ", ".join(dict.fromkeys(weight.label for weight in plain))
     more = ", ..." if others else ""
     before, after = (

