@@ -294,7 +294,9 @@ def build_group(
         command = make_build_command(
             text, artifact.plan, evaluate=evaluate, trusted_code=trusted_code
         )
+        accounted = evidence.account_source(artifact.plan, source, artifact.folder).describe()
         report = report_artifact(artifact.plan, source, measured, command)
+        report = report.model_copy(update={"source_tensors": accounted})
         write_evidence(artifact.plan, artifact.folder, report, figures, compared)
         write_atomic(artifact.folder / layout.BOM, bom.render_bom(report, files).encode())
         write_timings(artifact.folder, built.blocks, timer)

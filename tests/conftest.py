@@ -115,6 +115,7 @@ MEDIUM_FILES = frozenset({
     "tools/test_tiny_v3.py",
     "verify/test_bad_artifacts.py",
     "verify/test_deep.py",
+    "verify/test_source_account.py",
     "verify/test_verify.py",
     "verify/test_what_engines_load.py",
 })

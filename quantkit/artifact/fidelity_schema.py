@@ -407,6 +407,7 @@ class Fidelity(BaseModel):
     seeds: dict[str, int] = {}
     hashes: dict[str, str] = {}  # "recipe", "plan", ...
     command: str = ""  # builds the artifact again in an empty folder
+    source_tensors: str = ""  # how the tensors of the source are accounted for
     needs: tuple[str, ...] = ()  # local files that the command reads
 
     @model_validator(mode="before")

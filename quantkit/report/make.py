@@ -12,15 +12,22 @@ from pathlib import Path, PurePath
 from typing import Literal
 
 from quantkit.artifact import fidelity_schema
+from quantkit.artifact.account_tensors import (
+    SourceAccount,
+    account_tensors,
+    list_block_tensors,
+)
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
 from quantkit.artifact.front_matter import read_front_matter, read_languages
 from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.read_report import NOT_FOR
 from quantkit.artifact.records import BlockRecord, ModuleRecord, list_kept_codes
 from quantkit.build.quantize_linear import FALLBACKS
+from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.encoding import FP8
 from quantkit.contracts import PROTECTED_ROLES
 from quantkit.contracts import Role as LinearRole
+from quantkit.errors import ArtifactError
 from quantkit.evaluate.token_fidelity import TextFidelity
 from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, has_separate_shared_experts
 from quantkit.numerics.fidelity import Estimate
@@ -265,6 +272,29 @@ def summarize_source(plan: Plan, stated: StatedFacts) -> fidelity_schema.SourceM
         languages=stated.languages,
         pipeline_tag=PIPELINE_TAGS.get(plan.layout.output, "feature-extraction"),
     )
+
+
+def account_source(plan: Plan, source: Checkpoint, folder: Path) -> SourceAccount:
+    """Account for the tensors of a source with the files of an artifact's folder.
+
+    source: with the experts of stacked tensors split. Raises ArtifactError if the artifact lacks one.
+    """
+    blocks = plan.layout.blocks
+    account = account_tensors(
+        source,
+        {item.name: item.reason for item in plan.left_out},
+        {
+            name
+            for block in blocks
+            if any(plan.decisions[linear.name].action == "drop" for linear in block.linears)
+            for name in list_block_tensors(block)
+        },
+        {name for name, d in plan.decisions.items() if (d.scheme or d.codes) is not None},
+        Checkpoint.open(folder).stored_specs.keys(),
+    )
+    if fault := account.describe_missing():
+        raise ArtifactError(f"{folder}: {fault}; start over with --restart")
+    return account
 
 
 def read_stated_facts(folder: Path) -> StatedFacts:

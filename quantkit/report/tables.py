@@ -332,6 +332,7 @@ def make_origin_table(fidelity: Fidelity) -> Table:
         ("source revision", fidelity.source.revision or format_numbers.MISSING),
     ]
     pairs += [("source sha256", fidelity.source.hash)]
+    pairs += [("source tensors", fidelity.source_tensors)] if fidelity.source_tensors else []
     pairs += [(f"{name} sha256", value) for name, value in fidelity.hashes.items()]
     pairs += [
         (f"{row.task} data sha256", row.data_sha256)

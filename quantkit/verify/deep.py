@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from quantkit.artifact.account_tensors import (
+    SourceAccount,
+    account_tensors,
+    list_block_tensors,
+)
 from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.checkpoint.encoding import remove_quantization
 from quantkit.checkpoint.scan import scan_file
@@ -59,6 +64,7 @@ class DeepReport:
     tensors: tuple[int, int]
     files: tuple[int, int]
     carried: int
+    account: SourceAccount
     proofs: tuple[Proof, ...]
 
     def counts(self, kinds: Sequence[ProofKind]) -> dict[ProofKind, int]:
@@ -104,6 +110,7 @@ def verify_deep(
         tensors=(len(tensors), len(pair.kept)),
         files=(files, len(source_hashes)),
         carried=len(pair.source.sidecars),
+        account=account_source(pair),
         proofs=tuple(proofs),
     )
 
@@ -147,28 +154,25 @@ def describe_value(value: object) -> str:
     return "nothing" if value is ABSENT else repr(value)[:60]
 
 
+def account_source(pair: SourcePair) -> SourceAccount:
+    """Account for the tensors of the source with the files of the artifact."""
+    predicts = pair.stored.config.integer("num_nextn_predict_layers", 0) > 0
+    left = (block for block in pair.layout.blocks if block.kind != "decoder" and not predicts)
+    return account_tensors(
+        pair.source,
+        {item.name: item.reason for item in pair.left_out},
+        {name for block in left for name in list_block_tensors(block)},
+        pair.schemes.keys(),
+        pair.stored.stored_specs.keys(),
+    )
+
+
 def find_tensor_name_faults(pair: SourcePair) -> Iterator[str]:
     """Yield tensors that only one of artifact and source has; MTP blocks may be left out."""
-    predicts = pair.stored.config.integer("num_nextn_predict_layers", 0) > 0
-    blocks = [block for block in pair.layout.blocks if block.kind == "decoder" or predicts]
-    expected = {
-        *(
-            f"{x.name}.{kind}"
-            for block in blocks
-            for x in block.linears
-            for kind in ("weight", "bias")
-        ),
-        *(spec.name for block in blocks for spec in block.others),
-        *(spec.name for spec in pair.layout.final_tensors),
-        *(name for part in pair.layout.parts for name in part.tensors),
-        *(f"{x.name}.weight" for x in (pair.layout.embedding, pair.layout.head) if x),
-    }
-    stored = {*pair.stored.specs, *(f"{module}.weight" for module in pair.schemes)}
-    left_out = {item.name for item in pair.left_out}
     yield from find_value_faults(pair.source, [x.check for x in pair.left_out if x.check])
-    for name in pair.source.specs:
-        if name in expected and name not in stored and name not in left_out:
-            yield f"{name}: expected as in the source, found none"
+    account = account_source(pair)
+    for name in account.missing:
+        yield f"{name}: expected as in the source, found none"
     for name in pair.kept:
         if name not in pair.source.specs:
             yield f"{name}: expected none, as in the source, found one"
@@ -209,6 +213,7 @@ def iterate_report_lines(deep: DeepReport) -> Iterator[str]:
         f"source {deep.source}: names, headers, config and tokenizer unchanged, {deep.files[0]} of "
         f"{deep.files[1]} weight files hashed"
     )
+    yield f"tensors of the source: {deep.account.describe()}"
     yield f"config.json but for quantization, and {deep.carried} other files: equal to the source's"
     parts: tuple[tuple[str, tuple[int, int], Sequence[ProofKind]], ...] = (
         ("quantized linears", deep.modules, ("requantized", "reproduced", "scaled", "copied")),

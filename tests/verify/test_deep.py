@@ -231,6 +231,7 @@ def test_command_reports_the_proofs(build_artifact: BuildArtifact) -> None:
     assert result.stdout.splitlines()[1:] == [
         f"  source {source}: names, headers, config and tokenizer unchanged, 1 of 1 weight files "
         "hashed",
+        "  tensors of the source: 21 accounted for: 21 in the artifact",
         "  config.json but for quantization, and 2 other files: equal to the source's",
         "  14 of 14 quantized linears",
         "        6 recorded weight error reproduced from source and codes (how calibration chose "
