@@ -35,7 +35,7 @@ MODEL_SETTINGS = [
 
 def read_card_command(artifact: Path) -> str:
     """Return the command of the card, as a reader copies it."""
-    section = (artifact / MODEL_CARD).read_text().split("## Reproduce\n", 1)[1]
+    section = (artifact / MODEL_CARD).read_text().split("Reproduce the artifact in an empty folder:\n", 1)[1]
     block = re.search(r"^(`{3,})bash\n(.*?)\n\1$", section, re.DOTALL | re.MULTILINE)
     assert block is not None
     return block[2]
