@@ -23,13 +23,17 @@ def convert_report(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the values of a report as of the present version; those of another one unchanged."""
     if values.get("version") != 1:
         return values
+    distribution = _convert_rows(values.get("distribution"), _convert_distribution)
+    intervals = _list_intervals(distribution, values.get("benchmarks"))
     return {
         **values,
         "version": 2,
         "converted_from": 1,
-        "distribution": _convert_rows(values.get("distribution"), _convert_distribution),
+        "distribution": distribution,
         "modules": _convert_rows(values.get("modules"), _convert_module),
-        "gates": _convert_rows(values.get("gates"), _convert_gate),
+        "gates": _convert_rows(
+            values.get("gates"), lambda row: _add_interval(_convert_gate(row), intervals)
+        ),
     }
 
 
@@ -65,6 +69,38 @@ def _widen(key: str, figure: Mapping[str, Any]) -> tuple[float, float] | None:
 def _convert_module(row: Mapping[str, Any]) -> Mapping[str, Any]:
     key = "output_relative_error"
     return {**row, key: convert_energy(row[key])} if key in row else row
+
+
+def _list_intervals(distribution: object, benchmarks: object) -> dict[str, tuple[Any, Any]]:
+    """Return gate -> interval and number of tokens or items, as far as the report has them."""
+    found = dict[str, tuple[Any, Any]]()
+    for row in distribution if isinstance(distribution, list) else ():
+        for key, figure in row.items() if isinstance(row, Mapping) else ():
+            if isinstance(figure, Mapping) and figure.get("ci"):
+                name = key if row.get("domain") == "all" else f"{key}@{row.get('domain')}"
+                found[name] = (figure["ci"], row.get("tokens"))
+    for row in benchmarks if isinstance(benchmarks, list) else ():
+        recovery = row.get("recovery") if isinstance(row, Mapping) else None
+        if isinstance(recovery, Mapping) and recovery.get("ci"):
+            found[f"{row.get('task')}.recovery"] = (recovery["ci"], row.get("n"))
+    return found
+
+
+def _add_interval(
+    row: Mapping[str, Any], intervals: Mapping[str, tuple[Any, Any]]
+) -> Mapping[str, Any]:
+    """Return a gate with its interval, and not proven if the interval crosses its bound."""
+    bound = row.get("bound")
+    sign, _, number = bound.partition(" ") if isinstance(bound, str) else ("", "", "")
+    ci, n = intervals.get(str(row.get("figure")), (None, None))
+    try:
+        ends, limit = [float(end) for end in ci or ()], float(number)
+    except (TypeError, ValueError):  # an end that is unknown, or a bound that is no number
+        return row
+    if len(ends) != 2 or row.get("ok") is not True:
+        return row
+    is_proven = ends[1] <= limit if sign == "<=" else ends[0] >= limit
+    return {**row, "ci": ends, "n": n, "outcome": "kept" if is_proven else "kept, not proven"}
 
 
 def _convert_gate(row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ COLUMNS = (
     "rescaled", "fallbacks",
 )  # fmt: skip
 """Columns of the modules' table from the manifest (artifact/records.py has their units)."""
-FIGURES = ("relative_error", "sqnr_db", "output_error")
+FIGURES = ("relative_error", "sqnr_db", "output_relative_error")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,11 +90,12 @@ def fill_model(
 def cast_tensors(
     model: Any, meta_model: MetaModel, layout: Layout, tensors: Iterable[tuple[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Cast tensors to the meta model's dtype and device, buffers to float32.
+    """Cast tensors to the meta model's dtype and device, `layers.list_float32_buffers` to float32.
 
     A tied head is the embedding.
     """
-    state = layers.cast_tensors(model, tensors, meta_model.device, meta_model.dtype)
+    exact = layers.list_float32_buffers(model, layout.blocks, model)
+    state = layers.cast_tensors(model, tensors, meta_model, exact)
     stored, name = name_head(meta_model, layout)
     if layout.head is None:
         state[name] = state[layout.get_path(stored)]

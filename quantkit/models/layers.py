@@ -12,7 +12,7 @@ transformers' own forward).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -176,7 +176,7 @@ def make_decoder_layer(
     """Make one decoder layer from `tensors`, with a tap in place of its experts.
 
     tensors: full names, without routed experts. Floating tensors are cast to the model's dtype,
-    except buffers, which the family keeps in float32.
+    except `list_float32_buffers`.
     """
     layer = copy_module(meta_model.model.get_submodule(block.path))
     tap = None
@@ -188,7 +188,8 @@ def make_decoder_layer(
         if type(module) is nn.Linear:
             layer.set_submodule(name, MatmulLinear(module.weight, module.bias))
     named = join_parts(block, tensors.items())
-    state = cast_tensors(layer, named, meta_model.device, meta_model.dtype)
+    exact = list_float32_buffers(meta_model.model, [block], layer, block.path)
+    state = cast_tensors(layer, named, meta_model, exact)
     load_tensors(layer, state, block.name)
     return DecoderLayer(name=block.path, module=layer, tap=tap)
 
@@ -201,26 +202,49 @@ def copy_module(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(config): config for config in configs})
 
 
+def list_float32_buffers(
+    model: Any, blocks: Sequence[Block], module: nn.Module, path: str = ""
+) -> frozenset[str]:
+    """Return the buffers of a module at `path` in the model that stay in float32, by local name:
+    those of modules with experts, such as the score bias of a router, and those that transformers
+    keeps in float32. Others, such as decays of a linear attention, have the dtype of the states.
+    """
+    kept = {
+        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+    }
+    routed = tuple(
+        f"{block.path}.{get_layer_name(block, block.experts.module)}".rpartition(".")[0] + "."
+        for block in blocks
+        if block.experts
+    )
+    places = {name: f"{path}.{name}" if path else name for name, _ in module.named_buffers()}
+    return frozenset(
+        name
+        for name, place in places.items()
+        if place.startswith(routed) or any(f".{x}." in f".{place}." for x in kept)
+    )
+
+
 def cast_tensors(
     module: nn.Module,
     tensors: Iterable[tuple[str, Tensor]],
-    device: torch.device,
-    dtype: torch.dtype,
+    meta_model: MetaModel,
+    exact: Collection[str],
 ) -> dict[str, Tensor]:
-    """Return the tensors of a module by its names on a device, in `dtype`; buffers in float32,
-    integers in the module's dtype.
+    """Return the tensors of a module by its names, on the device and in the dtype of the meta
+    model; those of `exact` in float32, integers in the module's dtype.
     """
     own: dict[str, Tensor] = module.state_dict()
-    buffers = {name for name, _ in module.named_buffers()}
 
-    def get_dtype(name: str, tensor: Tensor) -> torch.dtype:
+    def get_dtype(name: str) -> torch.dtype:
         if name in own and not own[name].is_floating_point():
             known: torch.dtype = own[name].dtype
             return known
-        return torch.float32 if name in buffers else dtype
+        return torch.float32 if name in exact else meta_model.dtype
 
     return {
-        name: tensor.to(device=device, dtype=get_dtype(name, tensor)) for name, tensor in tensors
+        name: tensor.to(device=meta_model.device, dtype=get_dtype(name)) for name, tensor in tensors
     }
 
 

@@ -105,6 +105,18 @@ def estimate_mean(values: Tensor, documents: Tensor | None = None) -> Estimate:
     )
 
 
+def estimate_positive_mean(values: Tensor, documents: Tensor | None = None) -> Estimate:
+    """Estimate the mean of values [n] that are not negative, with an interval that is not either:
+    that of its logarithm by the delta method.
+    """
+    mean = estimate_mean(values, documents)
+    if mean.interval is None or mean.interval[1] is None or mean.value <= 0:
+        return mean
+    spread = exp(min(700.0, (mean.interval[1] - mean.value) / mean.value))
+    interval = (mean.value / spread, mean.value * spread)
+    return Estimate(value=mean.value, error=mean.error, n=mean.n, interval=interval)
+
+
 def estimate_quantile(values: Tensor, share: float, documents: Tensor | None = None) -> Estimate:
     """Estimate the quantile of values [n] at `share` (linear between ranks).
 
@@ -125,7 +137,7 @@ def estimate_rms(values: Tensor, documents: Tensor | None = None) -> Estimate:
     """Estimate the root mean square of values [n]: error by the delta method, interval of the mean
     square's.
     """
-    square = estimate_mean(values.double().square(), documents)
+    square = estimate_positive_mean(values.double().square(), documents)
     root = sqrt(square.value)
     error = None if square.error is None or root == 0 else square.error / (2 * root)
     ends = square.interval or (None, None)
@@ -138,12 +150,12 @@ def estimate_proportion(hits: Tensor, documents: Tensor | None = None) -> Estima
     """Estimate the share of true values in hits [n] bool, with its standard error and the interval
     of `clustered.compute_share_interval`.
     """
-    found = estimate_mean(hits.double(), documents)
-    if found.error is None:
-        return found
+    mean = estimate_mean(hits.double(), documents)
+    if mean.error is None:
+        return mean
     array = _to_array(hits)
     interval = clustered.compute_share_interval(array, _to_groups(documents))
-    return Estimate(value=found.value, error=found.error, n=found.n, interval=interval)
+    return Estimate(value=mean.value, error=mean.error, n=mean.n, interval=interval)
 
 
 def estimate_perplexity(nll: Tensor, documents: Tensor | None = None) -> Estimate:
@@ -179,7 +191,7 @@ def summarize_tokens(tokens: TokenFidelity, documents: Tensor | None = None) -> 
             "successor"
         )
     return {
-        "kl_mean": estimate_mean(tokens.kl, documents),
+        "kl_mean": estimate_positive_mean(tokens.kl, documents),
         "kl_median": estimate_quantile(tokens.kl, 0.5, documents),
         "kl_p99": estimate_quantile(tokens.kl, 0.99, documents),
         "kl_p999": estimate_quantile(tokens.kl, 0.999, documents),

@@ -277,8 +277,7 @@ def summarize_source(plan: Plan, stated: StatedFacts) -> fidelity_schema.SourceM
 def account_source(plan: Plan, source: Checkpoint, folder: Path) -> SourceAccount:
     """Account for the tensors of a source with the files of an artifact's folder.
 
-    source: with the experts of stacked tensors split. Raises ArtifactError if the artifact lacks
-    one.
+    source: with the experts of stacked tensors split. Raises ArtifactError if a tensor is missing.
     """
     blocks = plan.layout.blocks
     account = account_tensors(

@@ -211,7 +211,8 @@ def has_column(path: Path, name: str) -> bool:
         return name in parquet.read_schema(path).names
     except (OSError, ValueError, arrow.ArrowException) as fault:
         raise ArtifactError(
-            f"{path}: expected samples, found: {str(fault)[:200]}; pull or build the artifact again"
+            f"{path}: expected samples with the columns that `quantkit diff` reads, found: "
+            f"{str(fault)[:200]}; pull or build the artifact again"
         ) from None
 
 

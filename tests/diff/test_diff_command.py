@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
@@ -108,8 +109,10 @@ def test_figures_match_the_samples(both: tuple[Path, Path]) -> None:
     pooled = next(
         r for r in values["distribution"] if (r["domain"], r["figure"]) == ("all", "kl_mean")
     )
-    assert pooled["difference"]["value"] == pytest.approx((kl[1] - kl[0]).mean())
-    assert pooled["difference"]["se"] == pytest.approx(stats.sem(kl[1] - kl[0]))
+    assert pooled["ratio"]["value"] == pytest.approx(kl[1].mean() / kl[0].mean())
+    typical = np.exp((np.log(np.maximum(kl[1], 1e-9)) - np.log(np.maximum(kl[0], 1e-9))).mean())
+    assert values["kl"][0]["typical"]["value"] == pytest.approx(typical)
+    assert values["kl"][0]["documents"] > 1
     assert pooled["resolved"] == "worse"
     (gold,) = values["likelihood"]
     pairs = [parquet.read_table(path / SOLUTION_SAMPLES)["artifact"].to_numpy() for path in both]
@@ -149,7 +152,7 @@ def test_every_view_shows_the_same_result(both: tuple[Path, Path], tmp_path: Pat
     assert {result.exit_code for result in (shown, comment, page)} == {0}
     assert page.stdout == f"{tmp_path / 'diff.html'}\n"
     html = (tmp_path / "diff.html").read_text()
-    for words in ("four", "quantize.bits", "int2 g128", "significantly higher", "worse"):
+    for words in ("four", "quantize.bits", "int2 g128", "KL of a typical token", "worse"):
         assert (
             words in shown.stdout.replace("\n", " ") and words in comment.stdout and words in html
         ), words
@@ -219,7 +222,7 @@ def test_different_prompts_are_rejected(both: tuple[Path, Path], tmp_path: Path)
         and values["flips"] == []
         and values["left_out"][0].startswith("tiny-v3-math: the prompt")
     )
-    assert values["distribution"][0]["difference"] is not None
+    assert values["distribution"][0]["ratio"] is not None
 
 
 def test_different_sources_are_rejected(both: tuple[Path, Path], tmp_path: Path) -> None:

@@ -145,3 +145,15 @@ def test_router_agreement_ignores_order() -> None:
     source = torch.tensor([[0, 1], [2, 3], [4, 5]])
     quantized = torch.tensor([[1, 0], [2, 7], [6, 7]])
     assert fidelity.compute_router_agreement(source, quantized).tolist() == [1, 0.5, 0]
+
+
+def test_interval_of_a_mean_that_is_not_negative_is_not_negative() -> None:
+    """One value is nearly all of the mean: the symmetric interval would reach below 0."""
+    values = torch.tensor([1e-6] * 200 + [1.0])
+    found, plain = fidelity.estimate_positive_mean(values), fidelity.estimate_mean(values)
+    assert found.interval is not None and plain.interval is not None
+    (low, high), (below, above) = found.interval, plain.interval
+    assert low is not None and high is not None and above is not None and below is not None
+    assert below < 0 < low < found.value < high
+    half = (above - found.value) / found.value
+    assert (low, high) == pytest.approx((found.value * exp(-half), found.value * exp(half)))

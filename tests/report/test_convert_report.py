@@ -114,3 +114,22 @@ def test_quantkit_gate_says_what_it_converted(artifact: Path) -> None:
     result = run("gate", str(artifact), "--gates", str(file))
     assert "could not be judged: output_error <= 0.5" in read_error(result, 3)  # RTN has no inputs
     assert "max 0.25 -> 0.5" in result.stderr
+
+
+def test_gates_of_an_old_report_get_the_interval_of_their_figure() -> None:
+    """kl_mean is 0.000361 with an error of 0.0000214, the recovery 0.9964 [0.9824, 1.0096]."""
+    gates = [
+        {"figure": "kl_mean", "bound": f"<= {bound}", "value": 0.000361, "ok": True}
+        for bound in (0.0005, 0.0004)
+    ]
+    gates += [
+        {"figure": "tiny-v3-math.recovery", "bound": ">= 0.99", "value": 0.9964, "ok": True},
+        {"figure": "size", "bound": "<= 9.00 MB", "value": 6_412_345, "ok": True},
+    ]
+    found = Fidelity.model_validate(make_old(gates=gates)).gates
+    unproven = "kept, not proven"
+    assert [row.outcome for row in found] == ["kept", unproven, unproven, "kept"]
+    assert found[0].ci == pytest.approx(
+        (0.000361 - 1.96 * 2.14e-5, 0.000361 + 1.96 * 2.14e-5), rel=1e-4
+    )
+    assert (found[0].n, found[2].n, found[3].ci) == (10_240, 300, None)
