@@ -37,6 +37,8 @@ import quantkit
 from quantkit import pipeline
 from quantkit.cli.main import main as quantkit_command
 from quantkit.library_settings import BOUNDED, REPRODUCIBLE
+from quantkit.plan.plan import match_source
+from quantkit.plan.sources import resolve_source_facts
 from quantkit.recipe.parse import parse_recipe
 
 LARGEST_DIFFERENCE = 0.1
@@ -112,6 +114,7 @@ def survey_type(name: str, folder: Path, options: argparse.Namespace) -> dict[st
         result["derived"] = "generic: " in printed
     if options.plan_only:
         return {**result, "status": "planned"}
+    result["scaled"] = count_scaled_inputs(text)
     try:
         result |= compare(model_type, source, output, text)
     except Exception as fault:  # noqa: BLE001  # transformers does not load every packed family
@@ -120,6 +123,15 @@ def survey_type(name: str, folder: Path, options: argparse.Namespace) -> dict[st
     reported, measured = result["kl_reported"], result["kl_transformers"]
     is_true = abs(reported - measured) <= LARGEST_DIFFERENCE * max(reported, SMALLEST_KL)
     return {**result, "status": "built" if is_true else "wrong"}
+
+
+def count_scaled_inputs(recipe: str) -> str:
+    """Return how many inputs of linears have a tensor that absorbs their scale: "12 of 16"."""
+    facts = resolve_source_facts(parse_recipe(recipe, "recipe.yaml"))
+    blocks = match_source(facts).layout.blocks
+    absorbed = [group.absorber is not None for block in blocks for group in block.groups]
+    absorbed += [block.experts.scales_down for block in blocks if block.experts]
+    return f"{sum(absorbed)} of {len(absorbed)}"
 
 
 def compute_log_probabilities(model: Any, ids: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Print the results of a survey as a Markdown table, next to those of an earlier one.
+"""Print the results of surveys as the tables of tests/external/survey/README.md.
 
-PYTHONPATH=tests .venv/bin/python -m external.survey.table RESULTS.jsonl [BEFORE.jsonl]
+PYTHONPATH=tests .venv/bin/python -m external.survey.table GPTQ.jsonl [AWQ.jsonl]
 """
 
 from __future__ import annotations
@@ -14,52 +14,69 @@ from typing import Any
 
 from external.survey.families import GROUPS
 
-Results = Mapping[str, Mapping[str, Any]]
-MAX_REASON = 160
+Result = Mapping[str, Any]
+Results = Mapping[str, Result]
+MAX_REASON = 200
+HEADER = """\
+| type | how | inputs scaled | GPTQ: report | transformers | AWQ + GPTQ: report | transformers |
+|---|---|---|---|---|---|---|"""
 
 
 def read_results(path: Path) -> Results:
-    """Return the lines of a survey by type."""
+    """Return the lines of a survey by type; of a type with several, the last."""
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return {line["type"]: line for line in lines}
 
 
-def format_reason(result: Mapping[str, Any]) -> str:
-    """Return the reason of a refusal without what all of them share."""
-    message = str(result.get("message", ""))
+def format_reason(result: Result) -> str:
+    """Return the reason of a refusal without the parts that all of them share."""
+    message = " ".join(str(result.get("message", "")).split())
     reason = message.partition("derived: ")[2] or message
     return reason.partition("; use a model of")[0].replace("|", "/")[:MAX_REASON]
 
 
-def format_row(name: str, result: Mapping[str, Any], before: Results) -> str:
-    """Return one row: type, status before and now, figures or reason."""
-    figures = format_reason(result)
-    if "kl_transformers" in result:
-        how = "derived" if result["derived"] else "table"
-        figures = (
-            f"{how}; KL {result['kl_reported']:.4f}, transformers {result['kl_transformers']:.4f}"
-        )
-    earlier = str(before.get(name, {}).get("status", "")).partition(",")[0]
-    return f"| {name} | {earlier} | {result['status']} | {figures} |"
+def format_figures(result: Result) -> str:
+    """Return two cells: the KL of the report, and the one that transformers computes."""
+    if "kl_transformers" not in result:
+        return f"{result.get('status', '')} | "
+    mark = " (2)" if result.get("loader") == "quantkit" else ""
+    return f"{result['kl_reported']:.6f} | {result['kl_transformers']:.6f}{mark}"
 
 
-def iterate_lines(results: Results, before: Results) -> Iterator[str]:
-    """Yield the table of each group and its counts."""
+def iterate_group(names: Mapping[str, Result], scaled: Results) -> Iterator[str]:
+    """Yield the table of a group's types that are built, and that of the others."""
+    yield HEADER
+    for name, result in names.items():
+        if "kl_transformers" in result:
+            how = "derived" if result["derived"] else "table"
+            cells = f"{format_figures(result)} | {format_figures(scaled.get(name, {}))}"
+            yield f"| {name} | {how} | {result.get('scaled', '')} | {cells} |"
+    others = {name: x for name, x in names.items() if "kl_transformers" not in x}
+    if others:
+        yield "\n| type | status | reason |\n|---|---|---|"
+    for name, result in others.items():
+        yield f"| {name} | {result['status']} | {format_reason(result)} |"
+
+
+def iterate_lines(results: Results, scaled: Results) -> Iterator[str]:
+    """Yield the tables of each group and its counts."""
     for group, names in GROUPS.items():
         present = {name: results[name] for name in names if name in results}
         if not present:
             continue
-        counts = Counter(result["status"] for result in present.values())
-        total = ", ".join(f"{status} {count}" for status, count in counts.most_common())
-        yield f"\n**{group}**: {len(present)} types: {total}\n"
-        yield "| type | before | now | KL, or reason |\n|---|---|---|---|"
-        yield from (format_row(name, result, before) for name, result in present.items())
+        yield f"\n## {group.capitalize()}\n"
+        for title, rows in (("GPTQ", results), ("AWQ + GPTQ", scaled)):
+            counts = Counter(rows[name]["status"] for name in present if name in rows)
+            total = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+            if total:
+                yield f"{title}: {len(present)} types, {total}.\n"
+        yield from iterate_group(present, scaled)
 
 
 def main() -> None:
-    """Print the table."""
-    results, *before = map(read_results, map(Path, sys.argv[1:]))
-    sys.stdout.write("\n".join(iterate_lines(results, before[0] if before else {})) + "\n")
+    """Print the tables."""
+    results, *scaled = map(read_results, map(Path, sys.argv[1:]))
+    sys.stdout.write("\n".join(iterate_lines(results, scaled[0] if scaled else {})) + "\n")
 
 
 if __name__ == "__main__":
