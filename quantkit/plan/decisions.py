@@ -259,7 +259,7 @@ def find_rescale(
 def is_unscaled_for_fp8(
     block: Block, group: LinearGroup, decisions: Mapping[str, Decision]
 ) -> bool:
-    """Return whether the input of a group is not rescaled only to keep FP8 bits unchanged."""
+    """Return whether the input of a group is not rescaled only to keep stored bits unchanged."""
     return find_rescale(block, group, decisions) is not None and changes_fp8(
         block, group, decisions
     )
