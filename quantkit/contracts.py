@@ -179,7 +179,8 @@ class Experts:
 
     scales_down: rows of up absorb down's input scale. inside: the block does more than to add their
     sum to its output. scaled_inputs: the router's weight multiplies the input of the only expert.
-    bias: each projection has one.
+    bias: each projection has one. single_methods: each quant_method of quantization_config with
+    which transformers loads experts by their own names; None: any, and none at all.
     """
 
     module: str  # "model.layers.3.mlp.experts"; expert e is module.e
@@ -195,6 +196,7 @@ class Experts:
     inside: bool = False
     scaled_inputs: bool = False
     bias: bool = False
+    single_methods: tuple[str, ...] | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -477,6 +479,7 @@ class Format:
     blocks of that side;
     holds_codes: whether `dequantize` gives (codes - zero) * scale in float32: equal codes are equal
     weights in such formats;
+    quant_method: of quantization_config, "" for plain weights;
     limits: for a model type, its quantized and its kept linears (without MTP): the engines that
     cannot load them, and why.
     """
@@ -497,4 +500,5 @@ class Format:
     limits: Callable[[str, Mapping[Linear, Scheme], Sequence[Linear]], Mapping[str, str]] | None = (
         None
     )
+    quant_method: str = ""
     packages: tuple[str, ...] = ()  # imports beyond quantkit's own dependencies
