@@ -123,7 +123,7 @@ class StreamFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredBuild:
-    """What a solve has built and measured; its artifacts share it."""
+    """Blocks, figures, texts and scores of one solve, which its artifacts share."""
 
     built: BuiltBlocks
     figures: StreamFigures

@@ -10,8 +10,7 @@ from quantkit.plan.decisions import Decision
 from quantkit.plan.match_checkpoint import names_no_class
 
 NO_CLASS_REASON = "chooses the model's class by architectures in config.json, which names none"
-
-OURS = "quantkit.load and `quantkit serve --engine transformers` read this artifact"
+OWN_READERS = "quantkit.load and `quantkit serve --engine transformers` read this artifact"
 
 
 def find_unsupported_engines(
@@ -45,8 +44,8 @@ def find_expert_reason(
     """Return why no engine loads the experts of an artifact; None if some do.
 
     vLLM, SGLang and transformers read those of gpt_oss as MXFP4 blocks or in tensors with all
-    experts of a layer, those of DBRX in such tensors. Single experts they skip, so that these would
-    start at random, or they fail.
+    experts of a layer, and those of DBRX in such tensors. They fail on single experts, or skip them
+    and compute with random values.
     """
     for block in layout.blocks:
         if block.experts is None:
@@ -57,11 +56,11 @@ def find_expert_reason(
         if (block.experts.bias or is_flat) and decision.action == "quantize":
             return (
                 f"loads the experts of {model_type} as {form} with all experts of a layer, and no "
-                f"single ones; {OURS}"
+                f"single ones; {OWN_READERS}"
             )
         if decision.encoding is not None:
             return (
-                f"loads experts in {decision.encoding} if no other linear is quantized; {OURS}, "
-                "and keep: bf16 stores experts as it loads them"
+                f"loads experts in {decision.encoding} if no other linear is quantized; "
+                f"{OWN_READERS}, and keep: bf16 stores experts as it loads them"
             )
     return None

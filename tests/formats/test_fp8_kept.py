@@ -65,8 +65,8 @@ def make_ct_plan(folder: Path, **keys: str) -> Plan:
 
 
 def list_fp8_warnings(plan: Plan) -> list[str]:
-    """Return the warnings of a plan that are about FP8."""
-    return [warning for warning in plan.warnings if "FP8" in warning]
+    """Return the warnings of a plan about FP8, and about inputs that are not rescaled."""
+    return [x for x in plan.warnings if "FP8" in x or "not rescaled" in x]
 
 
 def list_plan_faults(folder: Path, **keys: str) -> list[str]:
@@ -255,7 +255,7 @@ def test_awq_does_not_scale_fp8_weights(source: Path, tmp_path: Path) -> None:
     assert any(module.rescaled for module in experts if module.name.endswith("down_proj"))
     (warning,) = list_fp8_warnings(make_ct_plan(source, quantize=AWQ))
     assert warning.startswith(
-        "1 inputs are not rescaled, because a linear that reads or produces them stays in FP8"
+        "1 inputs are not rescaled, because a linear that reads or produces them keeps its stored"
     )
 
 
@@ -275,7 +275,9 @@ def test_scaling_fp8_weights_raises(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FP8 bytes are copied only if they still represent the measured weight."""
-    monkeypatch.setattr(block_plan, "is_unscaled_for_fp8", lambda block, group, decisions: False)
+    monkeypatch.setattr(
+        block_plan, "is_unscaled_for_kept_bits", lambda block, group, decisions: False
+    )
     with pytest.raises(
         NumericsError,
         match="expected the source's values, because its FP8 blocks are kept, found others",
