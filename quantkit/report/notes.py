@@ -36,9 +36,9 @@ def describe_unproven(fidelity: Fidelity) -> list[str]:
     rows = [f"{row.figure} {row.bound}" for row in fidelity.gates if row.is_unproven]
     if not rows:
         return []
-    noun = "gate is" if len(rows) == 1 else "gates are"
+    verb = "is" if len(rows) == 1 else "are"
     return [
-        f"{len(rows)} of {len(fidelity.gates)} {noun} kept and not proven, because the 95 % "
+        f"{len(rows)} of {len(fidelity.gates)} gates {verb} kept and not proven, because the 95 % "
         f"interval crosses the bound: {', '.join(rows)}."
     ]
 
