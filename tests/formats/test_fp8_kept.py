@@ -65,8 +65,8 @@ def make_ct_plan(folder: Path, **keys: str) -> Plan:
 
 
 def list_fp8_warnings(plan: Plan) -> list[str]:
-    """Return the warnings of a plan that are about FP8."""
-    return [warning for warning in plan.warnings if "FP8" in warning]
+    """Return the warnings of a plan about FP8, and about inputs that are not rescaled."""
+    return [x for x in plan.warnings if "FP8" in x or "not rescaled" in x]
 
 
 def list_unscaled_warnings(plan: Plan) -> list[str]:
@@ -281,7 +281,9 @@ def test_scaling_fp8_weights_raises(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FP8 bytes are copied only if they still represent the measured weight."""
-    monkeypatch.setattr(block_plan, "is_unscaled_for_fp8", lambda block, group, decisions: False)
+    monkeypatch.setattr(
+        block_plan, "is_unscaled_for_kept_bits", lambda block, group, decisions: False
+    )
     with pytest.raises(
         NumericsError,
         match="expected the source's values, because its FP8 blocks are kept, found others",
