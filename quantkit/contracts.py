@@ -32,7 +32,9 @@ Role = Literal["attention", "mlp", "shared_expert", "routed_expert",
 PROTECTED_ROLES: frozenset[Role] = frozenset({"router", "embedding", "head", "mtp_projection"})
 """Roles that a rule quantizes only if its pattern names them (recipe.schema.Rule)."""
 
+FloatDtype = Literal["bfloat16", "float16", "float32"]
 ScaleDtype = Literal["bfloat16", "float16", "float32", "uint8", "float8_e4m3fn"]
+"""uint8 and float8_e4m3fn: scales of mxfp4 and nvfp4, whose codes are only copied."""
 SchemeKind = Literal["int", "nf4", "fp8", "int8", "mxfp4", "nvfp4"]
 """int, nf4: codes that quantkit makes; the others: codes of a source, which are only copied."""
 

@@ -15,10 +15,14 @@ from support.constants import CHROMIUM, FAST
 
 from quantkit.evaluate.sandbox import Sandbox, probe_sandbox
 from quantkit.io.package_data import locate_folder
+from quantkit.library_settings import apply_settings
 
 if TYPE_CHECKING:
     from support.places.here import RemoteFixture
     from support.places.raw_server import Answer, RawServer, Serve
+
+# Builds in the process of the tests give the bytes of the command; before torch is imported.
+apply_settings()
 
 # A shell ignores SIGINT in background jobs, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

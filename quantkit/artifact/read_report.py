@@ -13,9 +13,6 @@ from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.errors import ArtifactError
 from quantkit.io.files import is_file, read_json, sha256_file
 
-NOT_FOR = "Not for "
-"""Begins the note of a report about an engine that cannot load the artifact."""
-
 
 def read_report(artifact: Path) -> Fidelity:
     """Read the report in an artifact's folder.
@@ -28,22 +25,6 @@ def read_report(artifact: Path) -> Fidelity:
             f"{artifact}: no {FIDELITY}: not an artifact of quantkit, or its build did not finish"
         )
     return read_report_file(path)
-
-
-def read_engine_reasons(artifact: Path) -> dict[str, str]:
-    """Return the engines that cannot load an artifact, with the reason, by the notes of its report.
-
-    Empty without a report. Raises ArtifactError for an unreadable file.
-    """
-    path = artifact / FIDELITY
-    summary = read_json(path, ArtifactError).get("artifact") if is_file(path) else None
-    notes = summary.get("notes") if isinstance(summary, dict) else None
-    reasons = {}
-    for note in notes if isinstance(notes, list) else ():
-        engine, mark, reason = str(note).removeprefix(NOT_FOR).partition(": ")
-        if str(note).startswith(NOT_FOR) and mark:
-            reasons[engine] = reason.removesuffix(".")
-    return reasons
 
 
 def read_artifact_report(artifact: Path) -> Fidelity:

@@ -18,10 +18,10 @@ from quantkit.artifact.account_tensors import (
     list_block_tensors,
     list_held_names,
 )
+from quantkit.artifact.engine_reasons import NOT_FOR
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
 from quantkit.artifact.front_matter import read_front_matter, read_languages
 from quantkit.artifact.make_manifest import read_versions
-from quantkit.artifact.read_report import NOT_FOR
 from quantkit.artifact.records import BlockRecord, ModuleRecord, list_kept_codes
 from quantkit.build.quantize_linear import FALLBACKS
 from quantkit.checkpoint.checkpoint import Checkpoint

@@ -14,12 +14,14 @@ from quantkit import registry
 from quantkit.artifact.layout import MANIFEST
 from quantkit.checkpoint.encoding import FP8
 from quantkit.checkpoint.logical_tensors import find_copied_codes
-from quantkit.contracts import Contents, Format, Linear, ScaleDtype, Scheme, SchemeKind, TensorSpec
+from quantkit.contracts import Contents, FloatDtype, Format, Linear, Scheme, SchemeKind, TensorSpec
 from quantkit.errors import UsageError
 from quantkit.formats.common.checks import FINITE, MAGNITUDE, FormatChecks, ValueCheck
 
 FP8_SIDE = 128
 FLOATING = frozenset({"F64", "F32", "F16", "BF16", FP8})
+FP4_SCALES = {"mxfp4": ("uint8",), "nvfp4": ("float8_e4m3fn",)}
+"""Dtypes of scales by kind of scheme; floats for other kinds."""
 SCHEME_KEYS = {
     "bits",
     "group_size",
@@ -272,13 +274,14 @@ def parse_scheme(values: object) -> Scheme | None:
     """Parse a scheme of the manifest; None if it is invalid."""
     if not isinstance(values, Mapping) or set(values) != SCHEME_KEYS:
         return None
-    bits, group, dtypes = values["bits"], values["group_size"], get_args(ScaleDtype)
+    bits, group, kind = values["bits"], values["group_size"], values["kind"]
     flags = all(type(values[key]) is bool for key in ("symmetric", "double_quant"))
     sizes = (
         type(bits) is int and 2 <= bits <= 8 and type(group) is int and (group == -1 or group > 0)
     )
-    names = values["scale_dtype"] in dtypes and values["kind"] in get_args(SchemeKind)
-    if not (flags and sizes and names and values["source_dtype"] in (None, *dtypes)):
+    floats = get_args(FloatDtype)
+    names = kind in get_args(SchemeKind) and values["scale_dtype"] in FP4_SCALES.get(kind, floats)
+    if not (flags and sizes and names and values["source_dtype"] in (None, *floats)):
         return None
     return Scheme(**{str(key): value for key, value in values.items()})
 

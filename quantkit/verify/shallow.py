@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
 
+from quantkit.artifact.engine_reasons import read_engine_reasons
 from quantkit.artifact.layout import (
     ADDED_LATER,
     CONFIG,
@@ -31,7 +32,6 @@ from quantkit.artifact.layout import (
     find_layout_faults,
 )
 from quantkit.artifact.read_manifest import get_format_name, get_section, read_manifest
-from quantkit.artifact.read_report import read_engine_reasons
 from quantkit.checkpoint.folder_rules import (
     MODULES,
     find_redirects,

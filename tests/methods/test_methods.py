@@ -10,7 +10,7 @@ from support.method_cases import peak_bytes
 from torch import Tensor
 
 from quantkit import registry
-from quantkit.contracts import InputStats, Linear, Method, Quantized, ScaleDtype, Scheme
+from quantkit.contracts import FloatDtype, InputStats, Linear, Method, Quantized, Scheme
 from quantkit.errors import NumericsError
 from quantkit.methods import awq
 from quantkit.numerics import affine, gram
@@ -22,7 +22,7 @@ METHODS = tuple(
 
 
 def scheme(
-    bits: int = 4, group: int = 32, symmetric: bool = False, dtype: ScaleDtype = "bfloat16"
+    bits: int = 4, group: int = 32, symmetric: bool = False, dtype: FloatDtype = "bfloat16"
 ) -> Scheme:
     return Scheme(bits=bits, group_size=group, symmetric=symmetric, scale_dtype=dtype)
 
@@ -52,12 +52,12 @@ def method(request: pytest.FixtureRequest) -> Method:
     return registry.get_method(request.param)
 
 
-@pytest.mark.parametrize("dtype", get_args(ScaleDtype))
+@pytest.mark.parametrize("dtype", get_args(FloatDtype))
 @pytest.mark.parametrize(
     ("bits", "group", "symmetric"), [(4, 32, False), (3, -1, True), (8, 64, False), (2, 32, True)]
 )
 def test_solve_returns_contract_shapes_and_keeps_inputs(
-    method: Method, bits: int, group: int, symmetric: bool, dtype: ScaleDtype
+    method: Method, bits: int, group: int, symmetric: bool, dtype: FloatDtype
 ) -> None:
     weight, stats = make_problem(2, 10, 64)
     copies = weight.clone(), stats.gram.clone()
@@ -129,12 +129,12 @@ def group_errors(quantized: Quantized, weight: Tensor, spec: Scheme) -> Tensor:
     return affine.split_groups(delta, spec.group_size).square().sum(-1)
 
 
-@pytest.mark.parametrize("dtype", get_args(ScaleDtype))
+@pytest.mark.parametrize("dtype", get_args(FloatDtype))
 @pytest.mark.parametrize(
     ("bits", "group", "symmetric"), [(4, 32, False), (3, -1, True), (8, 64, False), (2, 32, True)]
 )
 def test_rtn_mse_is_never_worse_than_rtn(
-    bits: int, group: int, symmetric: bool, dtype: ScaleDtype
+    bits: int, group: int, symmetric: bool, dtype: FloatDtype
 ) -> None:
     """In the squared error of bell-shaped, heavy-tailed, one-sided and empty groups."""
     weight, _ = make_problem(4, 24, 128, seed=5)

@@ -58,6 +58,8 @@ def test_every_key_has_a_meaning_and_an_example_that_parses(section, name, field
     elif section == "gates":
         figure = "kl_mean" if name in ("max", "min") else "gsm8k"
         overrides = {f"gates.{figure}.{name}": example}
+        if name == "proven":
+            overrides["gates.gsm8k.min_score"] = "0.5"
     else:
         overrides = {f"{section}.{name}".lstrip("."): example}
     if name == "double_quant":

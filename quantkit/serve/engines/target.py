@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit import registry
+from quantkit.artifact.engine_reasons import read_engine_reasons
 from quantkit.artifact.layout import CONFIG, FIDELITY, MANIFEST
 from quantkit.artifact.read_manifest import get_section, read_manifest
-from quantkit.artifact.read_report import read_engine_reasons
 from quantkit.checkpoint.shards import open_shards
 from quantkit.errors import ArtifactError, UsageError
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS, has_separate_shared_experts
