@@ -179,7 +179,8 @@ class Experts:
 
     scales_down: rows of up absorb down's input scale. inside: the block does more than to add their
     sum to its output. scaled_inputs: the router's weight multiplies the input of the only expert.
-    bias: each projection has one.
+    bias: each projection has one. single_methods: each quant_method of quantization_config with
+    which transformers loads experts by their own names; None: any, and none at all.
     """
 
     module: str  # "model.layers.3.mlp.experts"; expert e is module.e
@@ -195,6 +196,7 @@ class Experts:
     inside: bool = False
     scaled_inputs: bool = False
     bias: bool = False
+    single_methods: tuple[str, ...] | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -339,9 +341,8 @@ class Scheme:
     """Quantization parameters of a matrix.
 
     Groups run along the input dimension; group_size -1 is one group per row. scale_dtype uint8 is
-    E8M0, of mxfp4. nf4 only:
-    `double_quant`, the format stores the scales in 8 bits; `source_dtype`, the weight's dtype in
-    the source.
+    E8M0, of mxfp4. nf4 only: `double_quant`, the format stores the scales in 8 bits;
+    `source_dtype`, the weight's dtype in the source.
     """
 
     bits: int
@@ -465,8 +466,7 @@ class Contents:
 class Format:
     """How codes are stored, and which engines read them.
 
-    accepts: None, or one sentence why the format cannot store this linear (with the engines that
-    would fail);
+    accepts: None, or why the format cannot store this linear, with the engines that would fail;
     layout: the tensors that store one linear, before any data exists; full names;
     pack: Quantized of one linear [out, in] -> tensors by local name ("qweight");
     dequantize: back to [out, in] float32;
@@ -477,8 +477,7 @@ class Format:
     blocks of that side;
     holds_codes: whether `dequantize` gives (codes - zero) * scale in float32: equal codes are equal
     weights in such formats;
-    limits: for a model type, its quantized and its kept linears (without MTP): the engines that
-    cannot load them, and why.
+    limits: of a model type, its quantized and kept linears (without MTP): engine -> why it fails.
     """
 
     accepts: Callable[[Scheme, Linear], str | None]
@@ -497,4 +496,5 @@ class Format:
     limits: Callable[[str, Mapping[Linear, Scheme], Sequence[Linear]], Mapping[str, str]] | None = (
         None
     )
+    quant_method: str = ""  # of quantization_config; "" for plain weights
     packages: tuple[str, ...] = ()  # imports beyond quantkit's own dependencies

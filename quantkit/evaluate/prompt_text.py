@@ -69,13 +69,15 @@ class PromptRenderer:
         return text.removeprefix(self.tokenizer.decode(prefix)) if prefix else text
 
     def _render(self, messages: Sequence[dict[str, object]], way: str) -> str:
-        render = {
-            "prompt": render_chat,
-            "finished": render_finished_chat,
-            "unfinished": render_unfinished_chat,
-        }[way]
+        values = (self._worker, self.tokenizer, messages)
         try:
-            return self.strip_bos(render(self._worker, self.tokenizer, messages))
+            if way == "prompt":
+                text = render_chat(*values)
+            elif way == "finished":
+                text = render_finished_chat(*values)
+            else:
+                text = render_unfinished_chat(*values)
+            return self.strip_bos(text)
         except (TemplateFault, ValueError) as error:
             raise CalibrationError(
                 f"{self._where}: chat template: expected text of a conversation, found: "

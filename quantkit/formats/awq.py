@@ -51,6 +51,7 @@ from quantkit.numerics.bitpack import count_codes_per_run
 if TYPE_CHECKING:
     from torch import Tensor
 
+QUANT_METHOD = "awq"
 BITS = 4
 PER_WORD = count_codes_per_run(BITS)
 SCALED_ACTIVATIONS = frozenset({
@@ -201,7 +202,7 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
     quantized, part_patterns = list(relative.schemes), list_part_patterns(contents)
     patterns = [f"{prefix}{x}" for x in make_patterns(quantized, relative.kept)]
     return {
-        "quant_method": "awq",
+        "quant_method": QUANT_METHOD,
         "bits": BITS,
         "group_size": sizes[0],
         "zero_point": True,
@@ -306,6 +307,7 @@ FORMAT = Format(
     pack=pack,
     dequantize=dequantize,
     quantization_config=make_quantization_config,
+    quant_method=QUANT_METHOD,
     one_scheme=True,
     engines=SERVERS,
     limits=find_engine_limits,

@@ -51,6 +51,7 @@ from quantkit.formats.common.wrapper_names import add_prefixes, make_relative
 if TYPE_CHECKING:
     from torch import Tensor
 
+QUANT_METHOD = "bitsandbytes"
 BLOCK = 64
 NESTED_BLOCK = 256
 STATE_TENSOR = "weight.quant_state.bitsandbytes__nf4"
@@ -239,7 +240,7 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
     relative = make_relative(contents)
     skipped = add_prefixes(list_skipped(list(relative.schemes), relative.kept), contents)
     return {
-        "quant_method": "bitsandbytes",
+        "quant_method": QUANT_METHOD,
         "_load_in_4bit": True,
         "_load_in_8bit": False,
         "load_in_4bit": True,
@@ -343,6 +344,7 @@ FORMAT = Format(
     pack=pack,
     dequantize=dequantize,
     quantization_config=make_quantization_config,
+    quant_method=QUANT_METHOD,
     one_scheme=True,
     holds_codes=False,
     engines={

@@ -61,6 +61,7 @@ from quantkit.numerics.bitpack import count_codes_per_run
 if TYPE_CHECKING:
     from torch import Tensor
 
+QUANT_METHOD = "compressed-tensors"
 BITS = range(2, 9)
 FP8_BLOCK = 128
 ROUTED = ".experts."
@@ -259,7 +260,7 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
         targets = every if fp8_is_rest else hide_experts([*text_blocks, *part_blocks])
         groups.append(make_fp8_group(targets))
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": QUANT_METHOD,
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
@@ -446,6 +447,7 @@ FORMAT = Format(
     pack=pack,
     dequantize=dequantize,
     quantization_config=make_quantization_config,
+    quant_method=QUANT_METHOD,
     one_scheme=False,
     fp8_scale="weight_scale",
     copies_codes=True,

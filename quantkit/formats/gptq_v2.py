@@ -102,6 +102,7 @@ FORMAT = Format(
     pack=pack,
     dequantize=dequantize,
     quantization_config=make_quantization_config,
+    quant_method=gptq_tensors.QUANT_METHOD,
     one_scheme=False,
     engines={
         **SERVERS,

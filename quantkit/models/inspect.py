@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from quantkit import registry
 from quantkit.checkpoint.tensors import get_dtype_name
@@ -288,7 +289,19 @@ def make_experts(module: Any, names: ExpertNames) -> Experts:
         up=names.up,
         down=names.down,
         bias=names.bias,
+        single_methods=find_single_methods(module) if names.stacked else None,
     )
+
+
+def find_single_methods(module: Any) -> tuple[str, ...]:
+    """Return each quant_method with which transformers loads single experts, of a type whose
+    checkpoints store them together.
+
+    Saving such experts splits no tensor (`find_stored_names`), so that loading joins none. For some
+    methods transformers replaces the class of the module by a list of experts.
+    """
+    replaced = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__, {})
+    return tuple(sorted(method.value for method in replaced.get("quantization_methods", ())))
 
 
 def list_expert_linears(experts: Experts) -> Iterator[Linear]:

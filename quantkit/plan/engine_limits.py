@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.contracts import Config, Format, Layout
+from quantkit.contracts import Block, Config, Format, Layout
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS
 from quantkit.plan.decisions import Decision
 from quantkit.plan.match_checkpoint import names_no_class
@@ -23,6 +23,9 @@ def find_unsupported_engines(
             **unnamed,
             **{x: reason for x in output.engines if x in {**SERVERS, **TRANSFORMERS}},
         }
+    if any(loads_no_single(output, block, decisions) for block in layout.blocks):
+        reason = format_no_single(config.text("model_type"), "tensors")
+        unnamed |= {x: reason for x in output.engines if x in TRANSFORMERS}
     if output.limits is None:
         return unnamed
     mtp_linears = {
@@ -54,13 +57,31 @@ def find_expert_reason(
         form = "MXFP4 blocks or as tensors" if block.experts.bias else "tensors"
         is_flat = any(x.flat for x in block.stacked)
         if (block.experts.bias or is_flat) and decision.action == "quantize":
-            return (
-                f"loads the experts of {model_type} as {form} with all experts of a layer, and no "
-                f"single ones; {OWN_READERS}"
-            )
+            return format_no_single(model_type, form)
         if decision.encoding is not None:
             return (
                 f"loads experts in {decision.encoding} if no other linear is quantized; "
                 f"{OWN_READERS}, and keep: bf16 stores experts as it loads them"
             )
     return None
+
+
+def loads_no_single(output: Format, block: Block, decisions: Mapping[str, Decision]) -> bool:
+    """Return whether transformers does not load the experts of a block from single tensors.
+
+    The derivation has found how it stores and loads them (`Experts.single_methods`); it skips other
+    names, so that these experts would start at random.
+    """
+    experts = block.experts
+    if experts is None or experts.single_methods is None:
+        return False
+    is_single = decisions[experts.first].action == "quantize"
+    return is_single and output.quant_method not in experts.single_methods
+
+
+def format_no_single(model_type: str, form: str) -> str:
+    """Return the reason of engines that load experts together."""
+    return (
+        f"loads the experts of {model_type} as {form} with all experts of a layer, and no single "
+        f"ones; {OWN_READERS}"
+    )

@@ -305,8 +305,8 @@ def collect_warnings(
 def find_fp8_warnings(
     matched: MatchedLayout, format_name: str, decisions: Mapping[str, Decision]
 ) -> list[str]:
-    """Return warnings for FP8 weights that become BF16, and for inputs that are not rescaled for
-    FP8.
+    """Return warnings for FP8 weights that become BF16, and for inputs that are not rescaled, so
+    that stored bits are kept.
     """
     warnings = []
     kept_as_source = (

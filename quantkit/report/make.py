@@ -16,6 +16,7 @@ from quantkit.artifact.account_tensors import (
     SourceAccount,
     account_tensors,
     list_block_tensors,
+    list_held_names,
 )
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
 from quantkit.artifact.front_matter import read_front_matter, read_languages
@@ -290,7 +291,7 @@ def account_source(plan: Plan, source: Checkpoint, folder: Path) -> SourceAccoun
             for name in list_block_tensors(block)
         },
         plan.schemes.keys(),
-        Checkpoint.open(folder).stored_specs.keys(),
+        list_held_names(Checkpoint.open(folder).split_experts(blocks)),
     )
     if fault := account.describe_missing():
         raise ArtifactError(f"{folder}: {fault}; start over with --restart")

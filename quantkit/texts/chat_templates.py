@@ -24,7 +24,9 @@ class ChatTokenizer(Protocol):
     @property
     def special_tokens_map(self) -> Mapping[str, object]: ...
 
-    def get_chat_template(self, chat_template: str | None = None) -> str: ...
+    def get_chat_template(
+        self, chat_template: str | None = None, tools: list[object] | None = None
+    ) -> str: ...
 
 
 def render_chat(
@@ -34,28 +36,34 @@ def render_chat(
     *,
     template: str | None = None,
     settings: Mapping[str, object] | None = None,
+    tools: Sequence[object] = (),
 ) -> str:
     """Return a conversation as text that ends where the assistant's next message begins.
 
-    template: replaces the tokenizer's; settings: further names that the template may read. Raises
-    ValueError if there is no template, TemplateFault if it gives no text.
+    template: replaces the tokenizer's; settings: further names that the template may read; tools:
+    JSON schemas of functions that the model may call. Raises ValueError if there is no template,
+    TemplateFault if it gives no text.
     """
-    text = tokenizer.get_chat_template(template)
-    values = _make_values(tokenizer, messages, settings or {})
+    text = tokenizer.get_chat_template(template, list(tools) or None)
+    values = _make_values(tokenizer, messages, settings or {}, tools)
     return worker.render(text, values | {"add_generation_prompt": True}, "chat")
 
 
 def render_finished_chat(
-    worker: TemplateWorker, tokenizer: ChatTokenizer, messages: Sequence[Message]
+    worker: TemplateWorker,
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[object] = (),
 ) -> str:
     """Return a conversation as text that ends after its last message.
 
-    Raises ValueError if there is no template, TemplateFault if it gives no text.
+    tools: as in `render_chat`. Raises ValueError if there is no template, TemplateFault if it gives
+    no text.
     """
-    values = _make_values(tokenizer, messages, {})
-    return worker.render(
-        tokenizer.get_chat_template(), values | {"add_generation_prompt": False}, "chat"
-    )
+    values = _make_values(tokenizer, messages, {}, tools)
+    text = tokenizer.get_chat_template(None, list(tools) or None)
+    return worker.render(text, values | {"add_generation_prompt": False}, "chat")
 
 
 def reads_parts(worker: TemplateWorker, tokenizer: ChatTokenizer) -> bool:
@@ -122,14 +130,17 @@ def render_prompt(
 
 
 def _make_values(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], settings: Mapping[str, object]
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    settings: Mapping[str, object],
+    tools: Sequence[object] = (),
 ) -> dict[str, object]:
     """Return the names that a template can read."""
     return {
         **tokenizer.special_tokens_map,
         **settings,
         "messages": [_complete_message(message) for message in messages],
-        "tools": None,
+        "tools": list(tools) or None,
         "documents": None,
     }
 

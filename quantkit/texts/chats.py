@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -25,9 +25,10 @@ from quantkit.texts.chat_templates import (
     render_finished_chat,
 )
 
-Chat = tuple[Message, ...]
 ASSISTANT = "assistant"
 SHAREGPT_ROLES = {"human": "user", "gpt": ASSISTANT, "observation": "tool"}
+TOOLS_COLUMN = "tools"
+"""Next to the messages: JSON schemas of functions, or their JSON text; as transformers names it."""
 ANSWER_KEYS = ("tool_calls", *REASONING_KEYS)
 """Keys of an assistant's message that are part of its answer, next to the content."""
 PLAIN_JOIN = "\n\n"
@@ -43,6 +44,14 @@ class Encoder(Protocol):
     def __call__(
         self, text: list[str], *, add_special_tokens: bool, verbose: bool
     ) -> Mapping[str, list[list[int]]]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chat:
+    """A conversation, and the JSON schemas of the functions that the model may call in it."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, object], ...] = ()
 
 
 class _UnreadableChat(Exception):
@@ -72,8 +81,9 @@ def read_chats(
     """Return at most `limit` chats of a column, and the number of rows that give none.
 
     A cell is a list of {"role": ..., "content": ...}, or of ShareGPT's {"from": ..., "value": ...}.
-    Other keys of a message stay for the chat template. Raises CalibrationError with row and message
-    for anything else; with skip_unreadable such rows are counted.
+    Other keys of a message stay for the chat template, and so does the row's column `tools`. Raises
+    CalibrationError with row and message for anything else; with skip_unreadable such rows are
+    counted.
     """
     chats, skipped = list[Chat](), 0
     for number, row in enumerate(rows, start=1):
@@ -88,15 +98,17 @@ def read_chats(
             )
         cell = row[column]
         try:
-            chat = tuple(_iterate_messages(cell)) if cell is not None else ()
+            chat = Chat(
+                messages=_read_messages(cell, column), tools=_read_tools(row.get(TOOLS_COLUMN))
+            )
         except _UnreadableChat as fault:
             if skip_unreadable:
                 skipped += 1
                 continue
             raise CalibrationError(
-                f"{place}: {column}: {fault}. Correct the row, or use `refused: skip`"
+                f"{place}: {fault}. Correct the row, or use `refused: skip`"
             ) from None
-        if any(map(_is_answer, chat)):
+        if any(map(_is_answer, chat.messages)):
             chats.append(chat)
         else:
             skipped += 1
@@ -141,6 +153,44 @@ def _read_content(content: object) -> object:
     return [{"type": "text", "text": text} for text in texts]
 
 
+def _read_messages(cell: object, column: str) -> tuple[Message, ...]:
+    """Return the messages of a cell, none of an empty one; raises _UnreadableChat."""
+    try:
+        return tuple(_iterate_messages(cell)) if cell is not None else ()
+    except _UnreadableChat as fault:
+        raise _UnreadableChat(f"{column}: {fault}") from None
+
+
+def _read_tools(cell: object) -> tuple[Mapping[str, object], ...]:
+    """Return the tools of a cell: a list of objects, or its JSON text; none of an empty one.
+
+    Raises _UnreadableChat.
+    """
+    tools = cell
+    if isinstance(cell, str) and cell.strip():
+        try:
+            tools = json.loads(cell)
+        except (ValueError, RecursionError):
+            tools = cell
+    if not tools or (isinstance(tools, str) and not tools.strip()):
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(x, Mapping) for x in tools):
+        raise _UnreadableChat(
+            f"{TOOLS_COLUMN}: expected a list of JSON schemas of functions, found "
+            f"{shorten_repr(cell)}"
+        )
+    _check_text(tools, TOOLS_COLUMN)
+    return tuple(tools)
+
+
+def _check_text(value: object, where: str) -> None:
+    """Raise _UnreadableChat if a value holds text that no tokenizer takes."""
+    if not is_encodable(json.dumps(value, ensure_ascii=False, default=str)):
+        raise _UnreadableChat(
+            f"{where}: expected text, found half a surrogate pair (\\ud800 to \\udfff)"
+        )
+
+
 def _iterate_messages(cell: object) -> Iterator[Message]:
     """Yield the messages of a cell under the names role and content; raises _UnreadableChat."""
     if not isinstance(cell, Sequence) or isinstance(cell, str):
@@ -160,10 +210,7 @@ def _iterate_messages(cell: object) -> Iterator[Message]:
         others = {str(k): v for k, v in entry.items() if k not in {"role", "from", "value"}}
         message = {**others, "role": SHAREGPT_ROLES.get(role, role), "content": content}
         message = {key: value for key, value in message.items() if value is not None}
-        if not is_encodable(json.dumps(message, ensure_ascii=False, default=str)):
-            raise _UnreadableChat(
-                f"{where}: expected text, found half a surrogate pair (\\ud800 to \\udfff)"
-            )
+        _check_text(message, where)
         yield message
 
 
@@ -224,7 +271,7 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def _join_messages(chat: Chat) -> list[Segment]:
-    pieces = [(join_content(x.get("content")), x["role"] == ASSISTANT) for x in chat]
+    pieces = [(join_content(x.get("content")), x["role"] == ASSISTANT) for x in chat.messages]
     pieces = [piece for piece in pieces if piece[0]]  # a call of a tool has no text
     return [piece for pair in pieces for piece in (pair, (PLAIN_JOIN, False))][:-1]
 
@@ -238,17 +285,17 @@ def _render_segments(
     answer as the only one that counts. has_parts: whether it reads content in parts; others get
     their text. Raises TemplateFault.
     """
-    answers = [n for n, message in enumerate(chat) if message["role"] == ASSISTANT]
-    chat = chat[: answers[-1] + 1]
+    answers = [n for n, x in enumerate(chat.messages) if x["role"] == ASSISTANT]
+    messages, tools = chat.messages[: answers[-1] + 1], chat.tools
     if not has_parts:
-        chat = tuple(
-            {**x, "content": join_content(x["content"])} if "content" in x else x for x in chat
+        messages = tuple(
+            {**x, "content": join_content(x["content"])} if "content" in x else x for x in messages
         )
-    whole = render_finished_chat(worker, tokenizer, chat)
+    whole = render_finished_chat(worker, tokenizer, messages, tools=tools)
     spans = list[tuple[int, int]]()
     for index in answers:
-        before = _render_before(worker, tokenizer, chat[:index])
-        after = render_finished_chat(worker, tokenizer, chat[: index + 1])
+        before = _render_before(worker, tokenizer, replace(chat, messages=messages[:index]))
+        after = render_finished_chat(worker, tokenizer, messages[: index + 1], tools=tools)
         if whole.startswith(before) and whole.startswith(after):
             spans.append((len(before), len(after)))
     segments, start = list[Segment](), 0
@@ -263,9 +310,9 @@ def _render_before(worker: TemplateWorker, tokenizer: ChatTokenizer, chat: Chat)
     needs a message. Raises TemplateFault.
     """
     try:
-        return render_chat(worker, tokenizer, chat)
+        return render_chat(worker, tokenizer, chat.messages, tools=chat.tools)
     except TemplateFault as fault:
-        if chat or fault.is_limit:
+        if chat.messages or fault.is_limit:
             raise
         return ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -226,9 +226,14 @@ def make_rows(rows: Iterable[Mapping[str, Any]], part: PartSpec, where: str) -> 
     """Return the documents or chats that a part makes of rows, and their sha256."""
     texts, chats, skipped = _make_reader(part).read(rows, where, part.rows)
     # values of other keys may be dates
-    content = "\0".join(texts) if texts else json.dumps(chats, default=str)
+    content = "\0".join(texts) if texts else json.dumps([*map(_list_parts, chats)], default=str)
     digest = hashlib.sha256(content.encode()).hexdigest()
     return TextRows(texts=tuple(texts), chats=tuple(chats), skipped=skipped, sha256=digest)
+
+
+def _list_parts(chat: Chat) -> Sequence[object]:
+    """Return the messages of a chat, with its tools if it has any."""
+    return [chat.messages, chat.tools] if chat.tools else chat.messages
 
 
 def read_documents(spec: CorpusSpec) -> tuple[tuple[TextDocument, ...], str]:

@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from quantkit import pipeline, registry
 from quantkit.artifact import load_model
-from quantkit.contracts import PROTECTED_ROLES, Block, Config, Experts, Layout, LinearGroup
+from quantkit.contracts import PROTECTED_ROLES, Block, Config, Experts, Layout, LinearGroup, Scheme
 from quantkit.errors import CheckpointError
 from quantkit.models import derive, expert_checks, layer_states, logit_checks
 from quantkit.models import experts as expert_runs
 from quantkit.models.experts import BlockRun, Gating
 from quantkit.models.layers import make_meta_model
+from quantkit.plan.decisions import Decision
+from quantkit.plan.engine_limits import find_unsupported_engines
 from quantkit.plan.match_checkpoint import check_model_class, match_layout
 from quantkit.plan.plan import load_architecture
 from quantkit.recipe.parse import parse_recipe
@@ -112,6 +114,34 @@ def test_router_whose_weight_multiplies_the_input_of_experts() -> None:
         "model.layers.0.feed_forward.router"
     ]
     assert all(x.transposed for x in block.stacked)
+
+
+def find_refusing(model_type: str, format_name: str) -> dict[str, str]:
+    """Return the engines that cannot load quantized experts of a type, with the reason."""
+    config = family(model_type)
+    layout = derive_layout(config)
+    experts = {x.name: x for x in layout.linears if x.role == "routed_expert"}
+    scheme = Scheme(bits=4, group_size=32, symmetric=True, scale_dtype="bfloat16")
+    decisions = {
+        name: Decision(linear=linear, block=None, action="quantize", rule="all", scheme=scheme)
+        for name, linear in experts.items()
+    }
+    output = registry.get_format(format_name)
+    return {**find_unsupported_engines(output, Config(values=config), layout, decisions)}
+
+
+def test_transformers_skips_single_experts_that_it_stores_together() -> None:
+    """Loading an artifact of granitemoe leaves its experts without values; llama4's are replaced by
+    a list of modules for two methods.
+    """
+    reason = find_refusing("granitemoe", "compressed_tensors")["transformers"]
+    assert reason.startswith(
+        "loads the experts of granitemoe as tensors with all experts of a layer"
+    )
+    assert "transformers" in find_refusing("granitemoe", "dense")
+    assert find_refusing("llama4_text", "compressed_tensors") == {}
+    assert "transformers" in find_refusing("llama4_text", "dense")
+    assert find_refusing("olmoe", "compressed_tensors") == {}
 
 
 def test_mixture_with_streams_and_experts_by_token_id() -> None:

@@ -14,7 +14,7 @@ from quantkit.errors import CalibrationError
 from quantkit.evaluate.token_fidelity import select_scored_rows
 from quantkit.io import package_data
 from quantkit.report.make import NO_CHAT_TEMPLATE, summarize_text
-from quantkit.texts.chats import cut_chats, read_chats
+from quantkit.texts.chats import Chat, cut_chats, read_chats
 from quantkit.texts.corpora import (
     CorpusSet,
     describe_left_out,
@@ -32,11 +32,13 @@ LAST_ONLY = (
     "{% if message.role != 'assistant' or loop.last %}<{{ message.role }}>{{ message.content }}</>"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-TWO_TURNS = (
-    {"role": "user", "content": "first question"},
-    {"role": "assistant", "content": "first answer"},
-    {"role": "user", "content": "second question"},
-    {"role": "assistant", "content": "second answer"},
+TWO_TURNS = Chat(
+    messages=(
+        {"role": "user", "content": "first question"},
+        {"role": "assistant", "content": "first answer"},
+        {"role": "user", "content": "second question"},
+        {"role": "assistant", "content": "second answer"},
+    )
 )
 
 
@@ -115,7 +117,7 @@ def test_answers_are_the_tokens_after_the_generation_prompt(chat_tokenizer: Any)
 
 
 def test_messages_after_the_last_answer_are_left_out(chat_tokenizer: Any) -> None:
-    [row] = cut([TWO_TURNS[:3]], chat_tokenizer, 4096)
+    [row] = cut([Chat(messages=TWO_TURNS.messages[:3])], chat_tokenizer, 4096)
     assert "second question" not in chat_tokenizer.decode(row[0])
 
 
@@ -163,6 +165,26 @@ def test_tools_and_reasoning_reach_the_template_as_in_transformers(
     ]
 
 
+@pytest.mark.parametrize("is_text", [False, True])
+def test_tools_of_a_row_reach_the_template_as_in_transformers(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_text: bool
+) -> None:
+    """Also a model with a template of its own for tools, and datasets that store JSON text."""
+    listing = "{% for tool in tools or [] %}[{{ tool | tojson }}]{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", {"default": TOOLS, "tool_use": listing + TOOLS})
+    schema = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    cell = json.dumps([schema]) if is_text else [schema]
+    rows = [{"messages": AGENT, "tools": cell}, {"messages": AGENT, "tools": "[]"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    [part] = load_set(str(path), tmp_path).parts
+    first, second = cut([*part.chats], tokenizer, 4096)
+    expected = tokenizer.apply_chat_template(AGENT, tools=[schema], tokenize=False)
+    assert tokenizer.decode(first[0]) == expected and '"name": "add", "parameters"' in expected
+    assert decode_answers(tokenizer, first) == decode_answers(tokenizer, second)
+    assert tokenizer.decode(second[0]) == tokenizer.apply_chat_template(AGENT, tokenize=False)
+
+
 def test_template_without_parts_gets_their_text(chat_tokenizer: Any) -> None:
     """transformers would write the list itself into the text."""
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
@@ -182,7 +204,7 @@ def test_chats_that_the_template_refuses_stop_or_are_counted(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", STRICT)
-    chats, _ = read_chats([{"c": AGENT}, {"c": list(TWO_TURNS)}], "c", "f", 10)
+    chats, _ = read_chats([{"c": AGENT}, {"c": list(TWO_TURNS.messages)}], "c", "f", 10)
     with pytest.raises(CalibrationError, match="found: no role developer.*`refused: skip`"):
         cut_chats(chats, tokenizer, 64)
     found = cut_chats(chats, tokenizer, 64, skip_refused=True)
@@ -202,7 +224,7 @@ def test_refused_chats_are_counted_in_plan_and_report(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", STRICT)
-    rows = [{"messages": row} for row in (AGENT, list(TWO_TURNS), [{"role": "user"}])]
+    rows = [{"messages": row} for row in (AGENT, list(TWO_TURNS.messages), [{"role": "user"}])]
     rows.append({"messages": [{"role": "user", "content": [IMAGE]}]})
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -255,7 +277,8 @@ def test_sharegpt_rows_are_read_and_rows_without_answer_are_counted() -> None:
         {"c": [{"role": "assistant", "content": " "}]},
     ]
     chats, skipped = read_chats(rows, "c", "file", 10)
-    assert chats == [({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})]
+    messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    assert chats == [Chat(messages=messages)]
     assert skipped == 3
 
 
@@ -273,13 +296,19 @@ def test_sharegpt_rows_are_read_and_rows_without_answer_are_counted() -> None:
         ({"c": [{"role": "user", "content": [IMAGE]}]}, r"found \[{'type': 'image'.*refused: skip"),
         ({"c": [{"role": "user", "content": "\ud800"}]}, r"message 1: expected text, found half"),
         ({"c": [{"role": "user", "name": "\ud800"}]}, r"message 1: expected text, found half"),
+        (
+            {"c": [], "tools": "add"},
+            r"row 1: tools: expected a list of JSON schemas .* found 'add'",
+        ),
+        ({"c": [], "tools": ["add"]}, r"row 1: tools: expected a list .* found \['add'\]"),
+        ({"c": [], "tools": [{"x": "\ud800"}]}, r"row 1: tools: expected text, found half"),
     ],
 )
 def test_faults_name_row_and_message(row: dict[str, Any], message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         read_chats([row], "c", "f", 10)
     if "c" in row:
-        answered = {"c": list(TWO_TURNS)}
+        answered = {"c": list(TWO_TURNS.messages)}
         chats, skipped = read_chats([row, answered], "c", "f", 10, skip_unreadable=True)
         assert chats == [TWO_TURNS] and skipped == 1
 

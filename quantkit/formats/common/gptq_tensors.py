@@ -50,6 +50,7 @@ from quantkit.numerics.bitpack import count_codes_per_run
 if TYPE_CHECKING:
     from torch import Tensor
 
+QUANT_METHOD = "gptq"
 MLA_PROJECTIONS = ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 """DeepSeek's multi-head latent attention: SGLang joins the first two along the wrong axis and
 unpacks the last as AWQ."""
@@ -149,7 +150,7 @@ def make_quantization_config(contents: Contents, format_name: str) -> dict[str, 
     }
     kept = [f"{prefix}{x}" for x in make_patterns(list(contents.schemes), contents.kept)]
     return {
-        "quant_method": "gptq",
+        "quant_method": QUANT_METHOD,
         **make_codes_config(general),
         "desc_act": False,
         "checkpoint_format": format_name,
