@@ -21,6 +21,8 @@ from quantkit.report import format_numbers
 from quantkit.report.gates import read_figure
 from quantkit.report.table import Table
 
+NOT_SHOWN = "bits_per_weight"
+"""Figure that `runs` has in JSON and for sorting only: a line has 100 characters."""
 DEPTH = 3  # levels of folders that are searched
 BUILDING, SCRATCH = ".building", ".scratch"
 
@@ -144,8 +146,8 @@ def make_run_table(runs: Sequence[Run]) -> Table:
     """Return the runs with their figures; "*" marks the front."""
     sources = {_find_group(run) for run in runs if run.fidelity}
     rows = tuple(_make_row(run) for run in runs if run.fidelity)
-    headings = (f">{row.run_heading}" for row in list_run_columns())
-    columns = (" ", "name", "status", "format", ">size factor", *headings)
+    headings = (f">{row.run_heading}" for row in list_run_columns() if row.key != NOT_SHOWN)
+    columns = (" ", "name", "status", "format", ">smaller", *headings)
     note = "* Pareto front of size and mean KL among artifacts of one source and text."
     note += (
         f" {len(sources)} sources or texts: KL is not comparable between them."
@@ -196,14 +198,16 @@ def _make_row(run: Run) -> tuple[str, ...]:
     assert fidelity is not None  # checked by the caller
     sizes = fidelity.artifact
     figures = (
-        format_numbers.format_value(row, row.read(fidelity).value) for row in list_run_columns()
+        format_numbers.format_value(row, row.read(fidelity).value)
+        for row in list_run_columns()
+        if row.key != NOT_SHOWN
     )
     return (
         "*" if run.front else " ",
         run.name,
         fidelity.status,
         fidelity.artifact.format,
-        format_numbers.format_size_factor(sizes.bytes_source, sizes.bytes_artifact)
+        f"{sizes.bytes_source / sizes.bytes_artifact:.2f}x"
         if sizes.bytes_source and sizes.bytes_artifact
         else format_numbers.MISSING,
         *figures,

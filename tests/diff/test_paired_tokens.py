@@ -20,10 +20,16 @@ from quantkit.diff.diff_schema import Diff
 from quantkit.diff.sides import Side, read_tokens
 
 
-def make_pair(factor: float, *, spike: float = 0.0, documents: bool = True) -> Diff:
-    """Return a diff in which B has `factor` times the KL of A on most tokens, and one spike."""
+def make_pair(
+    factor: float, *, spike: float = 0.0, documents: bool = True, scale: float = 1.0
+) -> Diff:
+    """Return a diff in which B has `factor` times the KL of A on most tokens, and one spike.
+
+    scale: of the KL of both.
+    """
     dice = random.Random(3)
     first = make_tokens(0.0004, seed=1)
+    first = replace(first, kl=[scale * value for value in first.kl])
     kl = [value * factor * exp(dice.gauss(0, 0.5)) for value in first.kl]
     kl[5] += spike
     sides = [
@@ -86,6 +92,12 @@ def test_rows_have_one_notation_and_definitions() -> None:
     assert named == {name for name, _ in table.meanings}
     kinds = tables.make_kind_table(make_pair(3.0))
     assert [row[0] for row in kinds.rows] == ["math"] and kinds.rows[0][-1] == "worse"
+
+
+def test_definitions_have_the_names_of_rows_in_a_power_of_ten() -> None:
+    table = tables.make_distribution_table(make_pair(3.0, scale=0.1))
+    assert "KL mean without the largest [10⁻⁶]" in {row[0] for row in table.rows}
+    assert {row[0] for row in table.rows} == {name for name, _ in table.meanings}
 
 
 def test_samples_with_and_without_documents_are_read(tmp_path: Path) -> None:
