@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 NORMAL = 1.959964
-"""Standard errors of a 95 % interval of independent kinds."""
+"""Standard errors on each side of a 95 % interval, by the normal distribution."""
 NOT_MEASURED = "not measured"
 NOT_FINITE = "not finite"
 ALL_TEXT = "all"
@@ -112,11 +112,10 @@ def average_readings(readings: Sequence[Reading]) -> Reading:
         return Reading(value=None, reason=NOT_FINITE)
     if not values:
         return Reading(value=None, reason=NOT_MEASURED)
-    errors = [reading.se for reading in readings if reading.se is not None]
-    known = len(errors) == len(readings)
-    if not known:
-        return Reading(value=fmean(values))
-    mean, error = fmean(values), hypot(*errors) / len(errors)
+    mean, errors = fmean(values), [reading.se for reading in readings if reading.se is not None]
+    if len(errors) < len(readings):
+        return Reading(value=mean)
+    error = hypot(*errors) / len(errors)
     return Reading(value=mean, se=error, ci=(mean - NORMAL * error, mean + NORMAL * error))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import exp, sqrt
+from sys import float_info
 from typing import Any, Literal
 
 from quantkit.figure_readers import (
@@ -296,10 +297,13 @@ def list_stored_keys() -> tuple[str, ...]:
 
 
 def convert_energy(value: object) -> object:
-    """Return the norm ratio of an energy ratio; a value that is no energy ratio unchanged."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+    """Return the norm ratio of an energy ratio; a value that is no energy ratio unchanged.
+
+    JSON and YAML may hold integers that are too large for a float.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return value
-    return sqrt(value)
+    return sqrt(value) if 0 <= value <= float_info.max else value
 
 
 def list_keys() -> tuple[str, ...]:

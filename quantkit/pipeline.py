@@ -63,7 +63,7 @@ from quantkit.recipe.schema import Recipe
 from quantkit.report import bom, card, gates, html_page
 from quantkit.report import make as evidence
 from quantkit.report.make import TextName
-from quantkit.report.reproduce import make_build_command
+from quantkit.report.reproduce import BuildCommand, make_build_command
 from quantkit.texts import corpora
 from quantkit.texts.chats import has_chat_template
 from quantkit.texts.corpora import CorpusSet
@@ -123,7 +123,7 @@ class StreamFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredBuild:
-    """What a solve has built and measured; its artifacts share it."""
+    """Blocks, figures, texts and scores of one solve, which its artifacts share."""
 
     built: BuiltBlocks
     figures: StreamFigures
@@ -306,12 +306,9 @@ def build_group(
 
 
 def report_artifact(
-    plan: Plan, source: Checkpoint, measured: MeasuredBuild, command: tuple[str, tuple[str, ...]]
+    plan: Plan, source: Checkpoint, measured: MeasuredBuild, command: BuildCommand
 ) -> Fidelity:
-    """Return the report of an artifact, with its gates judged.
-
-    command: builds the artifact again, with the local files that it reads.
-    """
+    """Return the report of an artifact, with its gates judged; command: builds it again."""
     report = evidence.make_report(
         plan,
         measured.built.blocks,

@@ -129,10 +129,15 @@ def test_figures_of_modules_are_numbers_without_calibration(tmp_path: Path) -> N
     """RTN has no error of outputs; `nlargest` needs a column of numbers."""
     pandas = pytest.importorskip("pandas")
     scheme = {"bits": 4, "group_size": 64, "symmetric": True}
-    entry = {"scheme": scheme, "relative_error": 0.1, "sqnr_db": None, "output_error": None}
+    entry = {
+        "scheme": scheme,
+        "relative_error": 0.1,
+        "sqnr_db": None,
+        "output_relative_error": None,
+    }
     modules = Artifact(path=tmp_path, manifest={"modules": {"a.b": entry}}).modules
-    assert len(modules.nlargest(10, "output_error")) == 1
-    assert pandas.isna(modules.output_error[0]) and modules.relative_error[0] == 0.1
+    assert len(modules.nlargest(10, "output_relative_error")) == 1
+    assert pandas.isna(modules.output_relative_error[0]) and modules.relative_error[0] == 0.1
 
 
 def test_modules_are_a_list_of_rows_without_pandas(

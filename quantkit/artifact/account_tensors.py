@@ -61,7 +61,8 @@ def account_tensors(
     """Account for each stored tensor of a source.
 
     left_out: logical tensor -> reason; dropped: logical tensors of blocks that are left out;
-    quantized: modules whose weight is in codes; names: the tensors of the artifact's files.
+    quantized: modules whose weight is in codes; names: the tensors of the artifact's files, and the
+    logical ones that are made of them (`list_held_names`).
     """
     reasons = {name: DROPPED for name in dropped} | dict(left_out)
     modules = {name.rpartition(".")[0] for name in names if not name.endswith(".bias")}
@@ -87,16 +88,33 @@ def account_tensors(
     )
 
 
+def list_held_names(artifact: Checkpoint) -> set[str]:
+    """Return the stored tensors of an artifact, and the logical ones that are made of them.
+
+    artifact: with the experts of stacked tensors split: an artifact may keep them together.
+    """
+    return {*artifact.stored_specs, *artifact.specs}
+
+
 def map_stored_tensors(source: Checkpoint) -> dict[str, tuple[str, ...]]:
-    """Return stored tensor -> logical tensors that are made of it; () for one of activations."""
+    """Return stored tensor -> logical tensors that are made of it; () for one of activations.
+
+    Experts stored together may be in codes: codes and scales are each a part of every expert.
+    """
     logical = source.logical
-    made: dict[str, list[str]] = {name: [] for name in logical.unused}
+    decoded: dict[str, list[str]] = {name: [] for name in logical.unused}
     for name, weight in logical.encoded.items():
         for part in weight.parts.values():
-            made.setdefault(part.name, []).append(name)
+            decoded.setdefault(part.name, []).append(name)
+    split: dict[str, list[str]] = {}
     for name, expert in logical.experts.items():
-        made.setdefault(expert.stacked.name, []).append(name)
-    return {name: tuple(made.get(name, [name])) for name in source.stored_specs}
+        split.setdefault(expert.stacked.name, []).append(name)
+    return {
+        stored: tuple(
+            name for whole in decoded.get(stored, [stored]) for name in split.get(whole, [whole])
+        )
+        for stored in source.stored_specs
+    }
 
 
 def list_block_tensors(block: Block) -> list[str]:

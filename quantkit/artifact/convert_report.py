@@ -1,25 +1,26 @@
 """Conversion of fidelity.json of earlier versions to the present one, before validation. Pure.
 
 Version 1 measured the outputs of a module by an energy ratio, ||W X - Q X||^2 / ||W X||^2, next to
-norm ratios of weights and hidden states. Version 2 has norm ratios alone, and
-95 % intervals where version 1 had standard errors. Values that cannot be
-converted stay as they are: the schema says what is wrong with them.
+norm ratios of weights and hidden states. Version 2 has norm ratios alone, and 95 % intervals where
+version 1 had standard errors. Values that cannot be converted stay as they are: the schema says
+what is wrong with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from quantkit.figure_readers import ALL_TEXT, NORMAL
 from quantkit.figures import ENERGY_GATE, NORM_GATE, convert_energy
 
 QUANTILES = ("kl_median", "kl_p99", "kl_p999")
-NORMAL = 1.959964
-"""Standard errors of a 95 % interval."""
+Row = Mapping[str, Any]
+"""An object of JSON, whose values are not checked yet."""
 
 
-def convert_report(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def convert_report(values: Row) -> Row:
     """Return the values of a report as of the present version; those of another one unchanged."""
     if values.get("version") != 1:
         return values
@@ -37,13 +38,13 @@ def convert_report(values: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-def _convert_rows(rows: object, convert: Any) -> object:
+def _convert_rows(rows: object, convert: Callable[[Row], Row]) -> object:
     if not isinstance(rows, list | tuple):
         return () if rows is None else rows
     return [convert(row) if isinstance(row, Mapping) else row for row in rows]
 
 
-def _convert_distribution(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _convert_distribution(row: Row) -> Row:
     """Return the figures of a domain with 95 % intervals in place of errors alone.
 
     Tokens counted as independent. The errors of quantiles are dropped: half the distance of two
@@ -57,45 +58,45 @@ def _convert_distribution(row: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-def _widen(key: str, figure: Mapping[str, Any]) -> tuple[float, float] | None:
+def _widen(key: str, figure: Row) -> tuple[float, float] | None:
+    """Return the interval of a figure by its standard error, None without one."""
     value, error = figure.get("value"), figure["se"]
-    return (
-        None
-        if key in QUANTILES or not isinstance(value, int | float)
-        else (value - NORMAL * error, value + NORMAL * error)
-    )
+    if key in QUANTILES or not isinstance(value, int | float):
+        return None
+    try:
+        return value - NORMAL * error, value + NORMAL * error
+    except OverflowError:  # an integer of JSON that is too large for a float
+        return None
 
 
-def _convert_module(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _convert_module(row: Row) -> Row:
     key = "output_relative_error"
     return {**row, key: convert_energy(row[key])} if key in row else row
 
 
 def _list_intervals(distribution: object, benchmarks: object) -> dict[str, tuple[Any, Any]]:
     """Return gate -> interval and number of tokens or items, as far as the report has them."""
-    found = dict[str, tuple[Any, Any]]()
+    intervals = dict[str, tuple[Any, Any]]()
     for row in distribution if isinstance(distribution, list) else ():
         for key, figure in row.items() if isinstance(row, Mapping) else ():
             if isinstance(figure, Mapping) and figure.get("ci"):
-                name = key if row.get("domain") == "all" else f"{key}@{row.get('domain')}"
-                found[name] = (figure["ci"], row.get("tokens"))
+                name = key if row.get("domain") == ALL_TEXT else f"{key}@{row.get('domain')}"
+                intervals[name] = (figure["ci"], row.get("tokens"))
     for row in benchmarks if isinstance(benchmarks, list) else ():
         recovery = row.get("recovery") if isinstance(row, Mapping) else None
         if isinstance(recovery, Mapping) and recovery.get("ci"):
-            found[f"{row.get('task')}.recovery"] = (recovery["ci"], row.get("n"))
-    return found
+            intervals[f"{row.get('task')}.recovery"] = (recovery["ci"], row.get("n"))
+    return intervals
 
 
-def _add_interval(
-    row: Mapping[str, Any], intervals: Mapping[str, tuple[Any, Any]]
-) -> Mapping[str, Any]:
+def _add_interval(row: Row, intervals: Mapping[str, tuple[Any, Any]]) -> Row:
     """Return a gate with its interval, and not proven if the interval crosses its bound."""
     bound = row.get("bound")
     sign, _, number = bound.partition(" ") if isinstance(bound, str) else ("", "", "")
     ci, n = intervals.get(str(row.get("figure")), (None, None))
     try:
         ends, limit = [float(end) for end in ci or ()], float(number)
-    except (TypeError, ValueError):  # an end that is unknown, or a bound that is no number
+    except (TypeError, ValueError, OverflowError):  # an unknown end, a bound that is no number
         return row
     if len(ends) != 2 or row.get("ok") is not True:
         return row
@@ -103,7 +104,7 @@ def _add_interval(
     return {**row, "ci": ends, "n": n, "outcome": "kept" if is_proven else "kept, not proven"}
 
 
-def _convert_gate(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _convert_gate(row: Row) -> Row:
     """Return a gate on outputs with bound and value as norm ratios; other gates unchanged."""
     if row.get("figure") != ENERGY_GATE:
         return row

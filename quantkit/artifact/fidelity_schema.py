@@ -351,6 +351,8 @@ class BenchmarkResult(BaseModel):
 
 
 Outcome = Literal["kept", "kept, not proven", "missed", "not judged"]
+"""How a figure stands to a bound of a gate."""
+UNPROVEN: Outcome = "kept, not proven"
 
 
 class GateResult(BaseModel):
@@ -370,6 +372,11 @@ class GateResult(BaseModel):
     n: int | None = None
     ci: tuple[Number, Number] | None = None
     outcome: Outcome = "not judged"
+
+    @property
+    def is_unproven(self) -> bool:
+        """Whether the figure keeps the bound and its interval crosses it."""
+        return self.outcome == UNPROVEN
 
     @model_validator(mode="before")
     @classmethod

@@ -14,18 +14,18 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 
 def read_front_matter(folder: Path) -> Mapping[str, str]:
-    """Return the text values of `read_values`."""
-    return {key: value for key, value in read_values(folder).items() if isinstance(value, str)}
+    """Return the values of the source's card that are text."""
+    return {key: x for key, x in read_card_values(folder).items() if isinstance(x, str)}
 
 
 def read_languages(folder: Path) -> tuple[str, ...]:
     """Return the languages that the source's card states, as the hub's codes; () for none."""
-    value = read_values(folder).get("language")
+    value = read_card_values(folder).get("language")
     listed = value if isinstance(value, list) else [value]
     return tuple(x for x in listed if isinstance(x, str) and _LANGUAGE.fullmatch(x))
 
 
-def read_values(folder: Path) -> Mapping[str, object]:
+def read_card_values(folder: Path) -> Mapping[str, object]:
     """Return the values between the `---` lines of README.md, in the folder or its parent.
 
     The parent holds the card of a built-in model. The card is not part of the checkpoint: a missing

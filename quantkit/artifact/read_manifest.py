@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import sqrt
 from pathlib import Path
+from sys import float_info
 
 from quantkit.artifact.layout import MANIFEST, SCHEMA_VERSION
 from quantkit.errors import ArtifactError
@@ -67,6 +68,6 @@ def get_output_error(record: Mapping[str, object]) -> float | None:
     """
     for key, convert in (("output_relative_error", float), ("output_error", sqrt)):
         value = record.get(key)
-        if isinstance(value, int | float) and value >= 0:
+        if isinstance(value, int | float) and 0 <= value <= float_info.max:
             return convert(value)
     return None

@@ -20,7 +20,7 @@ from quantkit.contracts import Block, Experts, LinearGroup, Rescale, Scheme
 from quantkit.plan.decisions import (
     Decision,
     find_rescale,
-    is_unscaled_for_fp8,
+    is_unscaled_for_kept_bits,
     keeps_stacked,
     select_quantized_groups,
 )
@@ -225,7 +225,7 @@ def plan_block(plans: Sequence[Plan], block: Block, dtypes: Mapping[str, str]) -
     held = frozenset(
         group.name
         for group in block.groups
-        if any(is_unscaled_for_fp8(block, group, each.decisions) for each in plans)
+        if any(is_unscaled_for_kept_bits(block, group, each.decisions) for each in plans)
     )
     mode = block_mode(plan, block)
     quantized = select_quantized_groups(block, decisions)
@@ -306,7 +306,7 @@ def plan_experts(plan: Plan, block: Block, groups: Mapping[str, GroupPlan]) -> E
 def plan_linear(
     block: Block, decision: Decision, held: frozenset[str], dtypes: Mapping[str, str]
 ) -> LinearPlan:
-    """Plan one linear; `held` are the groups whose input keeps its scale because of FP8 bits."""
+    """Plan one linear; held: groups whose input keeps its scale because stored bits are kept."""
     bias = dtypes.get(f"{decision.linear.name}.bias")
     plan = LinearPlan(decision=decision, bias_dtype=None if bias is None else TORCH_DTYPES[bias])
     if decision.action == "quantize":

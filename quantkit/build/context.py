@@ -57,8 +57,8 @@ class BuildContext:
         return {name: to_float32(x.to(self.device)) for name, x in tensors.items()}
 
     def write_kept(self, name: str, tensor: Tensor) -> Tensor:
-        """Store a tensor that is not quantized, in the dtype that each plan gives it; return what
-        the first stored.
+        """Store a tensor that is not quantized, in the dtype that each plan gives it; return it as
+        the first writer stored it.
         """
         stored = []
         for writer, output in zip(self.writers, self.formats, strict=True):
@@ -102,7 +102,8 @@ class BuildContext:
         if not torch.equal(values.to(tensor), tensor):
             raise NumericsError(
                 f"{name}: expected the source's values, because its codes are kept, found others: "
-                "its input or its rows were rescaled; plan.decisions.changes_fp8 lacks a group"
+                "its input or its rows were rescaled; plan.decisions.changes_kept_bits lacks a "
+                "group"
             )
         writer.write(self.source.read_parts(name))
         return values.to(tensor.device)

@@ -39,7 +39,7 @@ class ExpertBiases:
 @dataclass(frozen=True, kw_only=True)
 class ExpertSlice:
     """Weights of experts first .. first + n - 1: gate and up [n, intermediate, hidden], down [n,
-    hidden, intermediate]. `gate` is None for experts without one, `biases` likewise.
+    hidden, intermediate]. `gate` and `biases` are None for experts without them.
     """
 
     first: int

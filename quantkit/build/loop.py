@@ -225,9 +225,7 @@ def make_context(
 def schedule_reads(
     plan: Plan, blocks: Sequence[BlockPlan], progress: BuildProgress
 ) -> list[ReadRequest]:
-    """Return the expected order of reads after the finished steps. It affects
-    prefetching only.
-    """
+    """Return the expected order of reads after the finished steps; it affects prefetching only."""
     wave = progress.wave
     steps = [[embedding_read(plan)]]
     for block in blocks:

@@ -107,7 +107,7 @@ def quantize_experts(
         projection: torch.stack([weights[projection] for weights in stored])  # [n, out, in]
         for projection in names.projections
     }
-    rounded = [store_biases(each, settings, collected) for each in biases]
+    rounded = [store_biases(number, each, settings, collected) for number, each in biases]
     return ExpertResult(
         tensors=collected.tensors,
         kept=collected.kept,
@@ -215,10 +215,9 @@ def join_biases(parts: Sequence[ExpertBiases]) -> ExpertBiases:
 
 
 def store_biases(
-    expert: tuple[int, ExpertBiases], settings: ExpertSettings, collected: _Collected
+    number: int, biases: ExpertBiases, settings: ExpertSettings, collected: _Collected
 ) -> ExpertBiases:
-    """Keep the biases of one expert, by its number; return them as stored, float32."""
-    number, biases = expert
+    """Collect the biases of one expert as they are; return them as stored, float32."""
     names = settings.plan.experts
 
     def store(projection: str | None, bias: Tensor | None) -> Tensor | None:

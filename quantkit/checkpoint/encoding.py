@@ -35,6 +35,8 @@ stored.
 
 Decode = Callable[[PartReader, int, int], "Tensor"]
 """Reader, first row, row after the last -> these rows of the weight in its logical dtype."""
+SCHEME_SCALES: Mapping[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""Dtypes of scales per row that an artifact may hold unchanged."""
 
 
 class EncodingFault(Exception):
@@ -251,7 +253,8 @@ def require_fp4_groups(codes: StoredCodes, scale: TensorSpec, group: int) -> tup
     """
     require_matrix(codes)
     rows, width = codes.shape[0], 2 * codes.shape[1]
-    require_shape(scale, [(rows, width // group if width % group == 0 else -1)], "scale")
+    n_groups = width // group if width % group == 0 else -1  # -1: no shape fits
+    require_shape(scale, [(rows, n_groups)], "scale")
     return rows, width
 
 
@@ -266,9 +269,6 @@ def read_group_index(read: PartReader, n_groups: int, name: str) -> Tensor:
         f"{name}: expected groups 0 to {n_groups - 1}, found others",
     )
     return index
-
-
-SCHEME_SCALES: Mapping[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def make_row_scheme(

@@ -29,7 +29,6 @@ from quantkit.io.files import is_file, parse_json, read_bytes, shorten_repr
 
 MAX_DEPTH = 3
 MAX_FILES = 10_000
-MAX_SIDECAR_BYTES = 1_000_000_000
 MAX_NAMED = 3
 """Files that a sentence names."""
 _OWN_TYPES = "sentence_transformers."

@@ -95,7 +95,7 @@ class DistributionDiff(BaseModel):
 
 
 class KLDiff(BaseModel):
-    """KL of the same tokens on both sides, on one domain; heavy tails do not break what it says.
+    """KL of the same tokens on both sides, on one domain: figures that are robust to heavy tails.
 
     typical: geometric mean over the tokens of B / A; larger: share of the tokens whose KL is larger
     in B, ties half; larger_documents of `documents` have a typical ratio above 1, sign_p is the

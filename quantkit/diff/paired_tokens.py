@@ -21,6 +21,7 @@ from quantkit.numerics import clustered
 from quantkit.numerics.clustered import Array, Ratio
 
 SIGNIFICANT = 0.05
+"""p-value of the sign test below which documents are resolved."""
 
 
 def pair_distributions(a: Side, b: Side, allowed: Comparability) -> tuple[DistributionDiff, ...]:
@@ -61,7 +62,10 @@ def pair_distributions(a: Side, b: Side, allowed: Comparability) -> tuple[Distri
 
 
 def compare_kl(a: Side, b: Side, allowed: Comparability) -> tuple[KLDiff, ...]:
-    """Return the KL of the same tokens on every domain; none next to a source, whose KL is 0."""
+    """Return the KL of the same tokens on every domain; none next to a source, whose KL is 0.
+
+    A domain is left out if a side has a KL that is not finite, or 0 for all of its tokens.
+    """
     if allowed.source or allowed.text or a.tokens is None or b.tokens is None:
         return ()
     second = {row.domain: row for row in b.fidelity.distribution}
@@ -75,33 +79,39 @@ def compare_kl(a: Side, b: Side, allowed: Comparability) -> tuple[KLDiff, ...]:
     return tuple(rows)
 
 
-def _make_kl_row(domain: str, found: clustered.KLComparison) -> KLDiff:
-    p, half = found.sign_p, (found.documents or 0) / 2
-    by_documents: Resolution = ""
-    if p is not None and found.larger_documents is not None:
-        side: Resolution = "worse" if found.larger_documents > half else "better"
-        by_documents = side if p < SIGNIFICANT else "not resolved"
+def _make_kl_row(domain: str, kl: clustered.KLComparison) -> KLDiff:
     return KLDiff(
         domain=domain,
-        tokens=found.tokens,
-        typical=make_ratio(found.typical),
-        typical_a=found.typical_kl[0],
-        typical_b=found.typical_kl[1],
-        typical_resolved=_resolve(found.typical.interval, 1.0),
-        larger=Figure(value=found.larger, ci=found.larger_interval),
-        larger_resolved=_resolve(found.larger_interval, 0.5),
-        documents=found.documents,
-        larger_documents=found.larger_documents,
-        sign_p=p,
-        documents_resolved=by_documents,
-        trimmed=make_ratio(found.trimmed),
-        trimmed_a=found.trimmed_kl[0],
-        trimmed_b=found.trimmed_kl[1],
-        trimmed_resolved=_resolve(found.trimmed.interval, 1.0),
-        left_out=found.left_out,
-        top_share_a=found.top_share[0],
-        top_share_b=found.top_share[1],
+        tokens=kl.tokens,
+        typical=make_ratio(kl.typical),
+        typical_a=kl.typical_kl[0],
+        typical_b=kl.typical_kl[1],
+        typical_resolved=_resolve(kl.typical.interval, 1.0),
+        larger=Figure(value=kl.larger, ci=kl.larger_interval),
+        larger_resolved=_resolve(kl.larger_interval, 0.5),
+        documents=kl.documents,
+        larger_documents=kl.larger_documents,
+        sign_p=kl.sign_p,
+        documents_resolved=_resolve_documents(kl),
+        trimmed=make_ratio(kl.trimmed),
+        trimmed_a=kl.trimmed_kl[0],
+        trimmed_b=kl.trimmed_kl[1],
+        trimmed_resolved=_resolve(kl.trimmed.interval, 1.0),
+        left_out=kl.left_out,
+        top_share_a=kl.top_share[0],
+        top_share_b=kl.top_share[1],
     )
+
+
+def _resolve_documents(kl: clustered.KLComparison) -> Resolution:
+    """Return the direction in which most documents changed, if the sign test resolves it; "" for
+    tokens without documents.
+    """
+    if kl.sign_p is None or kl.documents is None or kl.larger_documents is None:
+        return ""
+    if kl.sign_p >= SIGNIFICANT:
+        return "not resolved"
+    return "worse" if kl.larger_documents > kl.documents / 2 else "better"
 
 
 def make_ratio(ratio: Ratio) -> Figure:

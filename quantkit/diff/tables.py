@@ -22,7 +22,7 @@ SHIFTS = {
     **{name: HEADINGS[name] for name in ("weights", "outputs", "same experts")},
     "hidden states": HIDDEN_STATES,
 }
-"""What a shift is measured by -> its definition."""
+"""Measured value of an `ErrorShift` (`by`) -> its definition."""
 
 
 # ------------------------------------------------------------------------------------------- tables

@@ -28,9 +28,9 @@ def make_distribution_table(diff: Diff) -> Table:
     kl = next((row for row in diff.kl if row.domain == ALL_TEXT), None)
     if kl:
         rows += _list_kl_rows(kl)
-        meanings |= {rows[0][0]: SENTENCES[TYPICAL], **SENTENCES}
-        if rows[0][0] != TYPICAL:
-            del meanings[TYPICAL]
+        heading = rows[0][0]  # TYPICAL, perhaps with a power of ten
+        meanings |= {heading: SENTENCES[TYPICAL]}
+        meanings |= {name: SENTENCES[name] for name in (LARGER, DOCUMENTS)}
     for row in diff.distribution:
         figure = figures[row.figure]
         if row.domain != ALL_TEXT:
@@ -40,9 +40,8 @@ def make_distribution_table(diff: Diff) -> Table:
         rows.append((label, *cells, change, row.resolved))
         meanings[label] = figure.meaning
         if kl and row.figure == "kl_mean":
-            label = describe_left_out(kl.left_out)
-            rows.append(_make_trimmed_row(kl, label, figure))
-            meanings[label] = (
+            rows.append(_make_trimmed_row(kl))
+            meanings[rows[-1][0]] = (
                 "Mean without the tokens with the largest KL in either: one in a thousand, at "
                 "least one."
             )
@@ -87,9 +86,9 @@ def _list_kl_rows(kl: KLDiff) -> list[tuple[str, ...]]:
     return rows
 
 
-def _make_trimmed_row(kl: KLDiff, label: str, figure: FigureDefinition) -> tuple[str, ...]:
+def _make_trimmed_row(kl: KLDiff) -> tuple[str, ...]:
     power, a, b = format_numbers.format_nats_pair(kl.trimmed_a, kl.trimmed_b)
-    label = format_numbers.add_power(label, power)
+    label = format_numbers.add_power(describe_left_out(kl.left_out), power)
     return (label, a, b, format_numbers.format_factors(kl.trimmed), kl.trimmed_resolved)
 
 
@@ -100,21 +99,19 @@ def make_kind_table(diff: Diff) -> Table:
     }
     kl = {row.domain: row for row in diff.kl}
     figures = {row.key: row for row in list_figures()}
-    rows = []
+    rows, missing = [], format_numbers.MISSING
     for domain in dict.fromkeys(domain for domain, _ in by_domain):
-        found, mean = kl.get(domain), by_domain.get((domain, "kl_mean"))
+        own, mean = kl.get(domain), by_domain.get((domain, "kl_mean"))
         top = by_domain.get((domain, "top1"))
         first = next(row for (name, _), row in by_domain.items() if name == domain)
         rows.append((
             domain,
             format_numbers.format_count(first.tokens),
-            format_numbers.format_factors(found.typical) if found else format_numbers.MISSING,
-            format_numbers.format_percent(found.larger.value, 1)
-            if found
-            else format_numbers.MISSING,
-            _format_change(figures["kl_mean"], mean) if mean else format_numbers.MISSING,
-            _format_change(figures["top1"], top) if top else format_numbers.MISSING,
-            found.typical_resolved if found else mean.resolved if mean else "",
+            format_numbers.format_factors(own.typical) if own else missing,
+            format_numbers.format_percent(own.larger.value, 1) if own else missing,
+            _format_change(figures["kl_mean"], mean) if mean else missing,
+            _format_change(figures["top1"], top) if top else missing,
+            own.typical_resolved if own else mean.resolved if mean else "",
         ))
     columns = (
         "text",
@@ -176,7 +173,7 @@ def _format_change(figure: FigureDefinition, row: DistributionDiff) -> str:
 
 
 def _describe_method(diff: Diff) -> str:
-    """Return what the intervals assume."""
+    """Return a note on the compared tokens and the assumptions of the intervals."""
     paired = [row for row in diff.distribution if row.ratio or row.difference]
     if not paired:
         return "The tokens of both sides are not available, so the changes have no interval."

@@ -89,8 +89,8 @@ def make_completion(text: str, head: str) -> str:
 def restore_indent(lines: Sequence[str], head: str) -> str:
     """Return the body of a function with an indentation that continues `head`.
 
-    A body in a fence has lost the indentation of the function. A chat template that strips an
-    answer takes it from the first line alone: the other form is then no Python.
+    A body in a fence has lost the indentation of the function in all lines; a chat template that
+    strips an answer removes it from the first line alone. The form that is Python is returned.
     """
     own = _read_indent(head)
     first, *rest = lines

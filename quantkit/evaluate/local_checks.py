@@ -18,9 +18,9 @@ from quantkit.plan.sources import resolve_compute
 
 
 def check_local(plans: Sequence[Plan], folder: Path) -> tuple[Plan, ...]:
-    """Return the plans of a model in `folder` with warnings of what a build here would meet.
+    """Return the plans of a model in `folder` with warnings about a build on this machine.
 
-    Raises what the build would raise.
+    Raises the errors that would end the build.
     """
     check_model(plans[0])
     texts = read_texts(plans[0].recipe, folder)
@@ -34,7 +34,7 @@ def check_local(plans: Sequence[Plan], folder: Path) -> tuple[Plan, ...]:
 def check_before_build(
     plans: Sequence[Plan], largest_ids: Sequence[int], trusted_code: Sequence[str] | None
 ) -> tuple[Plan, ...]:
-    """Return the plans with their warnings; raises for what would stop the build later.
+    """Return the plans with their warnings; raises the errors that would end the build later.
 
     largest_ids: the largest token id of each text. trusted_code: None without benchmarks.
     """

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +19,13 @@ from quantkit.build.hidden_states import Stream
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout
 from quantkit.errors import NumericsError
+from quantkit.figure_readers import ALL_TEXT
 from quantkit.models import full_model
 from quantkit.models.layers import MetaModel, load_outer_model
 from quantkit.numerics import fidelity
+from quantkit.numerics.clustered import Array
 from quantkit.numerics.fidelity import Estimate, TokenFidelity
 from quantkit.plan.memory import HEAD_CHUNK
-
-ALL_DOMAINS = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class TextFidelity:
     def summarize(self) -> dict[str, Mapping[str, Estimate]]:
         """Return every figure over all tokens ("all") and for each domain."""
         summaries: dict[str, Mapping[str, Estimate]] = {
-            ALL_DOMAINS: fidelity.summarize_tokens(self.tokens, self.documents)
+            ALL_TEXT: fidelity.summarize_tokens(self.tokens, self.documents)
         }
         for domain in sorted(set(self.domains)):
             mask = torch.tensor([name == domain for name in self.domains])
@@ -194,7 +193,7 @@ def find_documents(stream: Stream, rows: Tensor) -> tuple[Tensor, int]:
     return documents, int((documents != own).sum())
 
 
-def _count_shared(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> int:
+def _count_shared(first: Array, second: Array) -> int:
     """Return the number of ids with which both sequences begin."""
     length = min(len(first), len(second))
     differs = np.flatnonzero(first[:length] != second[:length])

@@ -136,7 +136,7 @@ def find_engine_limits(
     servers, used = ("vLLM", "SGLang"), set(schemes.values())
     if microscaled := sorted({x.kind.upper() for x in used if x.kind in ("mxfp4", "nvfp4")}):
         reasons["SGLang"] = (
-            f"was not found to read {' and '.join(microscaled)} weights of compressed-tensors "
+            f"has no known reader of {' and '.join(microscaled)} weights of compressed-tensors "
             "with inputs in 16 bits"
         )
     if any(scheme.bits not in SERVED_BITS for scheme in used):

@@ -79,6 +79,7 @@ def check_block(
     if len(full.calls) != 1:
         raise UnknownForm(f"its experts {module} are called {len(full.calls)} times in a layer")
     [(arguments, answer)] = full.calls
+    # some modules get [sequences, tokens, hidden]
     arguments = (arguments[0].reshape(-1, arguments[0].shape[-1]), *arguments[1:])
     if len(arguments) == 1 and len(arguments[0]) == experts.count * positions:
         experts = replace(experts, scaled_inputs=True)

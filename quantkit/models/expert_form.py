@@ -17,9 +17,12 @@ GLU = {"w1": "gate", "v1": "up", "w2": "down"}
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertParameter:
-    """A parameter with matrices [out, in], or [in, out] if `transposed`, or biases [out] of all
-    experts; `projections` ("gate", "up", "down") follow one another, or alternate if `interleaved`;
-    experts do too if `flat`.
+    """A parameter with the matrices or biases of all experts.
+
+    Of each expert it has [n * out, in], of biases [n * out]: the rows of its n `projections`
+    ("gate", "up", "down") follow one another, or alternate if `interleaved`. transposed: matrices
+    are [in, n * out]. flat: experts follow one another along the first dimension; otherwise they
+    have a dimension of their own in front.
     """
 
     name: str  # in the module: "gate_up_proj", "mlp.w1"
@@ -110,6 +113,7 @@ def read_form(module: Any) -> ExpertForm | None:
         return None
     interleaved = not getattr(module, "is_concatenated", True)
     members = {first: ("gate", "up") if has_gate else ("up",), "down_proj": ("down",)}
+    members |= {f"{name}{BIAS}": projections for name, projections in members.items()}
     count, *sizes = down.shape
     hidden, intermediate = reversed(sizes) if transposed else sizes
     return ExpertForm(
@@ -119,10 +123,10 @@ def read_form(module: Any) -> ExpertForm | None:
         parameters=tuple(
             ExpertParameter(
                 name=name,
-                projections=members[name.removesuffix(BIAS)],
-                transposed=transposed and name in members,
-                interleaved=interleaved and len(members[name.removesuffix(BIAS)]) > 1,
-                kind="weight" if name in members else "bias",
+                projections=members[name],
+                transposed=transposed and name in matrices,
+                interleaved=interleaved and len(members[name]) > 1,
+                kind="weight" if name in matrices else "bias",
             )
             for name in module._parameters
         ),

@@ -8,7 +8,7 @@ checks compare the sum with the module's own output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,8 @@ from quantkit.models.layers import (
 
 DEFAULT_GATE = getattr(transformers_moe, "_default_apply_gate", None)
 """transformers' own act(gate) * up, which needs no copy of both."""
+ACTIVATIONS = ("act_fn", "activation_fn")
+"""Attributes of experts modules."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +59,17 @@ class Gating:
         return result
 
 
-def find_activation(module: nn.Module) -> Any:
-    """Return the activation of an experts module, which a child of it may have."""
-    holders = [module, *module.children()]
-    found = (getattr(x, name, None) for x in holders for name in ("act_fn", "activation_fn"))
-    return next(x for x in found if x is not None)
+def find_activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the activation of an experts module, or of a child of it.
+
+    Raises AttributeError for a module without one.
+    """
+    for owner in (module, *module.children()):
+        for name in ACTIVATIONS:
+            activation: Callable[[Tensor], Tensor] | None = getattr(owner, name, None)
+            if activation is not None:
+                return activation
+    raise AttributeError(f"{type(module).__name__} has none of {', '.join(ACTIVATIONS)}")
 
 
 def make_gating(meta_model: MetaModel, block: Block) -> Gating | None:
@@ -123,9 +131,9 @@ def run_router(
     rows: Tensor,
     lengths: Sequence[int],
 ) -> RouterOutput | None:
-    """Return what a block gives its experts, None without any: rows [tokens, width].
+    """Return the input of a block's experts and their routing, None for a block without experts.
 
-    tensors: of the block without its experts, by full name.
+    tensors: of the block without its experts, by full name; rows [tokens, width].
     """
     layer = make_decoder_layer(meta_model, block, tensors)
     run_layer(meta_model, layer, rows, lengths)

@@ -33,6 +33,7 @@ MAX_REASON_CHARS = 300
 
 PARAMETERS = ("weight", "bias")
 INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+"""Dtypes of tensors that are kept as they are, such as a table of experts by token."""
 MAX_KEPT_SHARE = 0.1
 """Largest part of a block's weights in convolutions, decay rates, gates: in all but linears."""
 
@@ -53,8 +54,8 @@ def inspect_layout(
 ) -> Layout:
     """Return the layout of transformers' model of `config`, with empty groups.
 
-    is_small: it is an instance of small widths, whose small matrices may be a large part. Every
-    tensor is claimed once, under its name in the checkpoint. Raises CheckpointError with the
+    is_small: the model is a small instance, in which matrices that are kept may be a large part.
+    Every tensor is claimed once, under its name in the checkpoint. Raises CheckpointError with the
     first module or tensor that has no place in it.
     """
     model = meta_model.model

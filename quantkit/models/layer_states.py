@@ -18,15 +18,15 @@ from quantkit.models.state_rows import StateForm
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedRun:
-    """A run of transformers' model: logits [tokens, vocabulary] of all sequences, and the states of
-    each before each layer and after the last one [tokens, width].
+    """A run of transformers' model: logits [tokens, vocabulary] of all sequences, and for each
+    sequence the rows of states before every layer and after the last one [tokens, width].
     """
 
     logits: Tensor
     states: list[list[Tensor]]
 
 
-def run_sequences(model: Any, _form: StateForm, sequences: Sequence[Tensor]) -> RecordedRun:
+def run_sequences(model: Any, sequences: Sequence[Tensor]) -> RecordedRun:
     """Run sequences one by one without recording states."""
     with torch.no_grad():
         logits = [model(ids[None], use_cache=False).logits[0] for ids in sequences]
@@ -90,6 +90,6 @@ def compare_blocks(
 def join_batches(
     states: Sequence[Sequence[Tensor]], number: int, batches: Sequence[tuple[int, ...]]
 ) -> list[Tensor]:
-    """Return the states before block `number` of each batch's sequences: [tokens, hidden] each."""
+    """Return the rows before block `number` of the sequences of each batch: [tokens, width]."""
     rows = iter(states)
     return [torch.cat([next(rows)[number] for _ in batch]) for batch in batches]

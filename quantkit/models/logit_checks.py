@@ -42,8 +42,9 @@ LOGITS_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What the instance has shown: its layout with proven experts, whether sequences must run
-    alone, the final tensors on which arguments of blocks depend, and the findings of each block.
+    """Results of the checks: the layout of the instance with checked experts, whether sequences
+    must run alone, the final tensors on which arguments of blocks depend, the findings of each
+    block.
     """
 
     layout: Layout
@@ -86,8 +87,12 @@ def check_logits(
     ids = torch.randint(0, VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(1))
     model = full_model.make_model(meta_model, layout, tensors.__getitem__)
     has_experts = any(block.experts for block in layout.blocks)
-    run = layer_states.record_states if has_experts else layer_states.run_sequences
-    whole = run(model, meta_model.outer.form, ids.split(lengths))
+    sequences = ids.split(lengths)
+    whole = (
+        layer_states.record_states(model, meta_model.outer.form, sequences)
+        if has_experts
+        else layer_states.run_sequences(model, sequences)
+    )
     check_arguments(config, meta_model, layout, tensors)
 
     def measure_change(batches: Sequence[tuple[int, ...]]) -> float:
@@ -123,12 +128,12 @@ def find_tables(
         outer = load_outer_model(meta_model, chosen) if names else meta_model.outer
         return dict(name_tensors(outer.record(1, max(LENGTHS))))
 
-    def changes(names: Sequence[str]) -> bool:
-        found = record(names)
-        return any(x not in found or not torch.equal(y, found[x]) for x, y in plain.items())
+    def matters(names: Sequence[str]) -> bool:
+        other = record(names)
+        return any(x not in other or not torch.equal(y, other[x]) for x, y in plain.items())
 
     plain, names = record(()), [spec.name for spec in layout.final_tensors]
-    return tuple(name for name in names if changes([name])) if changes(names) else ()
+    return tuple(name for name in names if matters([name])) if matters(names) else ()
 
 
 def select_outer_tensors(
@@ -163,8 +168,8 @@ def compute_logits(
 def check_arguments(
     config: Config, meta_model: MetaModel, layout: Layout, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Check that what layers are given depends on the shape of a batch, not on its tokens, but for
-    states and token ids.
+    """Check that the arguments of layers depend on the shape of a batch and not on its tokens, but
+    for states and token ids.
 
     Raises CheckpointError.
     """
@@ -179,6 +184,6 @@ def check_arguments(
         if name not in second or not torch.equal(tensor, second[name]):
             raise make_refusal(
                 config,
-                f"its layers are given more than hidden states that depends on the text "
-                f"({name.removeprefix('.')} {list(tensor.shape)})",
+                f"its layers take another argument than states and token ids that depends on the "
+                f"text ({name.removeprefix('.')} {list(tensor.shape)})",
             )

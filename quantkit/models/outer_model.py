@@ -226,9 +226,8 @@ class OuterModel:
             if name in long and x.is_floating_point() and x.dim() == long[name].dim()
         )
 
-    def find_form(self) -> None:
-        """Determine the form of states and of the layers' output, and which arguments are the token
-        ids.
+    def determine_form(self) -> None:
+        """Set `form`, the form of the layers' output, and which arguments are the token ids.
 
         Raises CheckpointError if no form gives each layer states of every token once.
         """
@@ -247,7 +246,9 @@ class OuterModel:
         raise CheckpointError(f"its layers cannot be run one by one ({(faults or forms)[0]})")
 
     def _probe(self) -> str | None:
-        """Set `form`; return how a forward differs from one that calls each layer once."""
+        """Set `form` and the names of ids; return the fault of a forward that does not call each
+        layer once, with states of every token.
+        """
         states, texts = list[list[Tensor]](), list[Tensor]()
         named = list[dict[str, dict[str, Tensor]]]()
         for shape, first in zip(PROBE_SHAPES, PROBE_TOKENS, strict=True):
@@ -265,9 +266,9 @@ class OuterModel:
             axis = find_token_axes([tuple(x.shape) for x in pair], PROBE_SHAPES)
             if axis is None:
                 return f"{name} is given states {list(pair[0].shape)}, not one of each token"
-            shape = tuple(pair[0].shape)
-            other = (*shape[:axis], *shape[axis + 2 :])
-            parts.add(StatePart(axis=axis, shape=other, dtype=pair[0].dtype))
+            sizes = tuple(pair[0].shape)
+            per_token = (*sizes[:axis], *sizes[axis + 2 :])
+            parts.add(StatePart(axis=axis, shape=per_token, dtype=pair[0].dtype))
         if len(parts) > 1:
             shapes = " and ".join(sorted(str(list(x.shape)) for x in parts))
             return f"its layers are given states of different shapes per token: {shapes}"
@@ -294,7 +295,7 @@ class OuterModel:
         return None if is_complete else f"logits {list(logits.shape)} do not cover every token"
 
     def find_exchange(self) -> str | None:
-        """Return what a layer is given from an earlier one besides its states; None for nothing."""
+        """Describe a value besides states that a layer gets from an earlier one; None for none."""
         stores = dict[int, str]()
         for stub in self._stubs:
             stub.marks = tuple(torch.zeros(()) for _ in range(stub.n_extra or 0))
@@ -351,7 +352,7 @@ def make_outer_model(
     for module_name, module in outer.named_modules():
         fill_tensors(module, module_name, device, dtype, tensors)
     result = OuterModel(outer, name, stubs, device)
-    result.find_form()
+    result.determine_form()
     return result
 
 
@@ -467,7 +468,7 @@ def name_tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def replace_tensors(value: Any, changes: Mapping[str, Tensor], path: str = "") -> Any:
-    """Return arguments with other tensors in the place of those with these names."""
+    """Return arguments with the tensors of `changes` in place of those with these names."""
     if path in changes:
         return changes[path]
     if not any(name.startswith(path) for name in changes):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -236,9 +236,9 @@ def name_stacked(path: str, form: ExpertForm, stored: Mapping[str, str]) -> Expe
 
 
 def name_pieces(
-    names: ExpertNames, pieces: Mapping[str, Tensor], kind: str
+    names: ExpertNames, pieces: Mapping[str, Tensor], kind: Literal["weight", "bias"]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the matrices or biases of experts by full name; kind: "weight" or "bias"."""
+    """Yield the matrices [out, in] or biases [out] of experts by full name."""
     local = {"gate": names.gate, "up": names.up, "down": names.down}
     for projection, stacked in pieces.items():
         for e, weight in enumerate(stacked):

@@ -27,8 +27,8 @@ FLOOR = 1e-9
 """KL that float32 logits cannot distinguish from 0, in nats; smaller values count as it."""
 TRIMMED = 1000
 """Of this many tokens, one is left out of the trimmed mean."""
-WIDEST, STEPS = 14.0, 24
-"""Natural logarithm of the largest ratio that an interval of quantiles looks for; bisections."""
+MAX_LOG_RATIO, BISECTIONS = 14.0, 24
+"""Ends of an interval of a quantile ratio are searched up to this natural logarithm from it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,9 @@ class KLComparison:
 
 
 def number_documents(documents: Array | None, n: int) -> Array:
-    """Return the documents numbered from 0 without gaps; [n] tokens on their own for None."""
+    """Return the number of each token's document, [n] int64, from 0 without gaps; for None every
+    token is a document.
+    """
     if documents is None:
         return np.arange(n)
     return np.unique(documents, return_inverse=True)[1].reshape(n)
@@ -104,7 +106,7 @@ def compute_effective_size(hits: Array, groups: Array) -> float:
     `hits`.
 
     Korn and Graubard 1998: n over the design effect, which is at least 1 here, times the squared
-    ratio of the normal quantile to Student's.
+    ratio of the normal quantile to Student's; 1 for a single document.
     """
     n, share = len(hits), float(hits.mean())
     error, quantile = compute_mean_error(hits, groups)
@@ -121,10 +123,10 @@ def compute_share_interval(hits: Array, documents: Array | None = None) -> Inter
     A hit may be a half, for a tie.
     """
     size = compute_effective_size(hits, number_documents(documents, len(hits)))
-    found, tail = size * float(hits.mean()), (1 - LEVEL) / 2
+    successes, tail = size * float(hits.mean()), (1 - LEVEL) / 2
     beta = scipy.stats.beta.ppf
-    low = 0.0 if found <= 0 else float(beta(tail, found, size - found + 1))
-    high = 1.0 if found >= size else float(beta(1 - tail, found + 1, size - found))
+    low = 0.0 if successes <= 0 else float(beta(tail, successes, size - successes + 1))
+    high = 1.0 if successes >= size else float(beta(1 - tail, successes + 1, size - successes))
     return low, high
 
 
@@ -187,8 +189,8 @@ def compute_typical_ratio(logs: Array, groups: Array) -> Ratio:
 
 
 def count_larger_documents(logs: Array, groups: Array) -> tuple[int, float]:
-    """Return the documents whose mean log ratio is above 0, and the exact two-sided p-value of the
-    sign test; documents with a mean of 0 do not count.
+    """Return the number of documents whose mean log ratio is above 0, and the exact two-sided
+    p-value of the sign test; documents with a mean of 0 do not count.
     """
     sums = np.bincount(groups, weights=logs)
     larger, smaller = int((sums > 0).sum()), int((sums < 0).sum())
@@ -200,7 +202,8 @@ def count_larger_documents(logs: Array, groups: Array) -> tuple[int, float]:
 def compute_mean_ratio(a: Array, b: Array, groups: Array) -> Ratio:
     """Return mean(B) / mean(A), with the interval of its logarithm by linearization.
 
-    The error of log(mean(B) / mean(A)) is that of the mean of b / mean(B) - a / mean(A).
+    The error of log(mean(B) / mean(A)) is that of the mean of b / mean(B) - a / mean(A). The value
+    is NaN if a mean is 0.
     """
     first, second = float(a.mean()), float(b.mean())
     if first <= 0 or second <= 0:
@@ -231,7 +234,7 @@ def compute_quantile_ratio(
         low, high = balance_tails(a * exp(logarithm), b, share, groups)
         return low <= 0 <= high
 
-    ends = [_find_end(is_inside, middle, step) for step in (-WIDEST, WIDEST)]
+    ends = [_find_end(is_inside, middle, step) for step in (-MAX_LOG_RATIO, MAX_LOG_RATIO)]
     return Ratio(value=second / first, interval=(_exp(ends[0]), _exp(ends[1])))
 
 
@@ -249,6 +252,7 @@ def compute_paired_share_interval(changes: Array, groups: Array) -> tuple[float,
     """Return the interval of the mean of changes [n], each -1, 0 or 1: a difference of shares.
 
     Bonett and Price 2012 for pairs, with the variance times the design effect of the documents.
+    The ends of a single document are infinite.
     """
     n = len(changes)
     up, down = float((changes > 0).sum()), float((changes < 0).sum())
@@ -261,11 +265,13 @@ def compute_paired_share_interval(changes: Array, groups: Array) -> tuple[float,
 
 
 def _find_end(is_inside: Callable[[float], bool], inside: float, step: float) -> float | None:
-    """Return the end of an interval in the direction of `step` by bisection; None beyond it."""
+    """Return the end of an interval by bisection between `inside` and `inside + step`; None if it
+    lies beyond.
+    """
     outside = inside + step
     if is_inside(outside):
         return None
-    for _ in range(STEPS):
+    for _ in range(BISECTIONS):
         middle = (inside + outside) / 2
         if is_inside(middle):
             inside = middle

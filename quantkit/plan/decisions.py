@@ -212,9 +212,9 @@ def keeps_stacked(block: Block, decisions: Mapping[str, Decision]) -> bool:
     return decisions[block.experts.first].action == "keep"
 
 
-def changes_fp8(block: Block, group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
-    """Return whether rescaling a group would change kept bits of a reader or the absorber: FP8
-    blocks, codes or tensors with all experts.
+def changes_kept_bits(block: Block, group: LinearGroup, decisions: Mapping[str, Decision]) -> bool:
+    """Return whether rescaling a group would change a reader or absorber whose stored bits are
+    kept: FP8 blocks, codes, or tensors with all experts.
     """
     absorber = (group.absorber.module,) if group.absorber else ()
     experts = (block.experts.first,) if block.experts and group.routed_experts else ()
@@ -256,13 +256,12 @@ def find_rescale(
     return registry.get_method(used.pop()).rescale
 
 
-def is_unscaled_for_fp8(
+def is_unscaled_for_kept_bits(
     block: Block, group: LinearGroup, decisions: Mapping[str, Decision]
 ) -> bool:
-    """Return whether the input of a group is not rescaled only to keep FP8 bits unchanged."""
-    return find_rescale(block, group, decisions) is not None and changes_fp8(
-        block, group, decisions
-    )
+    """Return whether the input of a group is not rescaled only because stored bits are kept."""
+    is_searched = find_rescale(block, group, decisions) is not None
+    return is_searched and changes_kept_bits(block, group, decisions)
 
 
 def find_unmatched_rules(rules: Sequence[Rule], layout: Layout, where: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Kept weights whose codes an artifact's format does not hold: they become plain. Pure."""
+"""Kept weights whose codes an artifact's format does not hold: they are decoded. Pure."""
 
 from __future__ import annotations
 
@@ -10,21 +10,36 @@ from quantkit.contracts import Layout
 from quantkit.plan.decisions import Decision, keeps_stacked
 
 
-def note_decoded(
+def mark_decoded(
     decisions: Mapping[str, Decision], encoded: Mapping[str, EncodedWeight]
 ) -> dict[str, Decision]:
-    """Return the decisions with the encoding of kept weights that become plain; FP8 blocks have
+    """Return the decisions with the encoding of kept weights that are decoded; FP8 blocks have
     warnings of their own.
     """
 
-    def note(name: str, decision: Decision) -> Decision:
+    def mark(name: str, decision: Decision) -> Decision:
         weight = encoded.get(f"{name}.weight")
         is_plain = (decision.action, decision.keep) == ("keep", "source")
         if weight is None or weight.block is not None or not is_plain:
             return decision
         return replace(decision, decoded_from=weight.label)
 
-    return {name: note(name, decision) for name, decision in decisions.items()}
+    return {name: mark(name, decision) for name, decision in decisions.items()}
+
+
+def find_decoded_experts(
+    layout: Layout, encoded: Mapping[str, EncodedWeight], decisions: Mapping[str, Decision]
+) -> dict[str, EncodedWeight]:
+    """Return the stored tensors with all experts of a block that are kept and decoded, by name."""
+    weights = dict[str, EncodedWeight]()
+    for block in layout.blocks:
+        if block.experts is None or not keeps_stacked(block, decisions):
+            continue
+        decision = decisions[block.experts.first]
+        if decision.encoding is None and decision.keep == "source":
+            names = [x.name for x in block.stacked if x.name in encoded]
+            weights |= {name: encoded[name] for name in names}
+    return weights
 
 
 def describe_decoded(
@@ -33,21 +48,13 @@ def describe_decoded(
     decisions: Mapping[str, Decision],
     format_name: str,
 ) -> list[str]:
-    """Return a warning for kept weights that are stored in codes and become plain."""
+    """Return a warning for kept weights that are stored in codes and are decoded."""
     weights = {
         name: encoded[f"{name}.weight"]
         for name, decision in decisions.items()
         if decision.decoded_from
     }
-    weights |= {
-        stacked.name: weight
-        for block in layout.blocks
-        if keeps_stacked(block, decisions) and block.experts
-        for stacked in block.stacked
-        if (x := decisions[block.experts.first]).encoding is None
-        and x.keep == "source"
-        and (weight := encoded.get(stacked.name)) is not None
-    }
+    weights |= find_decoded_experts(layout, encoded, decisions)
     if not weights:
         return []
     (first, *others), plain = weights, [*weights.values()]

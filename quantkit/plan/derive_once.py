@@ -1,4 +1,4 @@
-"""A derived architecture, kept for the next question: deriving one takes seconds.
+"""The derived architecture of the last model: deriving one takes seconds.
 
 One command needs it several times: to choose a recipe, to see whether the model can sample its own
 text, to plan, to build.

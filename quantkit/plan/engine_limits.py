@@ -10,8 +10,7 @@ from quantkit.plan.decisions import Decision
 from quantkit.plan.match_checkpoint import names_no_class
 
 NO_CLASS_REASON = "chooses the model's class by architectures in config.json, which names none"
-
-OURS = "quantkit.load and `quantkit serve --engine transformers` read this artifact"
+OWN_READERS = "quantkit.load and `quantkit serve --engine transformers` read this artifact"
 
 
 def find_unsupported_engines(
@@ -48,8 +47,8 @@ def find_expert_reason(
     """Return why no engine loads the experts of an artifact; None if some do.
 
     vLLM, SGLang and transformers read those of gpt_oss as MXFP4 blocks or in tensors with all
-    experts of a layer, those of DBRX in such tensors. Single experts they skip, so that these would
-    start at random, or they fail.
+    experts of a layer, and those of DBRX in such tensors. They fail on single experts, or skip them
+    and compute with random values.
     """
     for block in layout.blocks:
         if block.experts is None:
@@ -61,8 +60,8 @@ def find_expert_reason(
             return format_no_single(model_type, form)
         if decision.encoding is not None:
             return (
-                f"loads experts in {decision.encoding} if no other linear is quantized; {OURS}, "
-                "and keep: bf16 stores experts as it loads them"
+                f"loads experts in {decision.encoding} if no other linear is quantized; "
+                f"{OWN_READERS}, and keep: bf16 stores experts as it loads them"
             )
     return None
 
@@ -84,5 +83,5 @@ def format_no_single(model_type: str, form: str) -> str:
     """Return the reason of engines that load experts together."""
     return (
         f"loads the experts of {model_type} as {form} with all experts of a layer, and no single "
-        f"ones; {OURS}"
+        f"ones; {OWN_READERS}"
     )

@@ -19,6 +19,7 @@ FP8_ROLES: frozenset[Role] = frozenset({"attention", "mlp", "shared_expert", "ro
 """Roles that an FP8 DeepSeek checkpoint stores in 128x128 blocks; all others stay BF16."""
 
 INTEGER_DTYPES = frozenset({"I64", "I32", "I16", "I8", "U8"})
+"""Dtypes of kept tensors such as a table of experts by token."""
 READABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", FP8})
 """Dtypes of weights. Integers are codes of a quantization that config.json does not name."""
 
@@ -249,11 +250,11 @@ def find_mismatches(
     return faults
 
 
-def find_other_kind(expected: str, found: str) -> str | None:
-    """Return the kind of numbers that a tensor should have; None if the dtype found is of it."""
+def find_other_kind(expected: str, actual: str) -> str | None:
+    """Return the kind of numbers that a tensor should have; None if its dtype is of this kind."""
     if expected in INTEGER_DTYPES:
-        return None if found in INTEGER_DTYPES else "integers"
-    return None if found in READABLE_DTYPES else "floating point numbers"
+        return None if actual in INTEGER_DTYPES else "integers"
+    return None if actual in READABLE_DTYPES else "floating point numbers"
 
 
 def is_unfit(block: Block, config: Config, layout: Layout, specs: Mapping[str, TensorSpec]) -> bool:

@@ -53,7 +53,7 @@ class KeptStorage:
             return (make_kept_spec(spec, "bf16" if decision.keep == "bf16" else "source"),)
         return self.list_fp8_tensors(spec)  # checked by keep_fp8_blocks
 
-    def copied(self, name: str, is_coded: bool) -> tuple[TensorSpec, ...]:
+    def list_copied_tensors(self, name: str, is_coded: bool) -> tuple[TensorSpec, ...]:
         """Return a tensor of a part that text does not run through as written.
 
         is_coded: the artifact holds codes, next to which its format may hold FP8 blocks.
@@ -83,7 +83,7 @@ class KeptStorage:
         name = f"{spec.name.removesuffix('weight')}{self.scale}"
         return spec, TensorSpec(name=name, dtype="F32", shape=shape)
 
-    def experts(self, block: Block, decision: Decision) -> Iterator[TensorSpec]:
+    def iterate_expert_tensors(self, block: Block, decision: Decision) -> Iterator[TensorSpec]:
         """Yield the stored tensors of kept experts as written, which are those of the source."""
         assert block.experts is not None  # the caller has checked
         parts = find_expert_parts([block])
@@ -115,7 +115,7 @@ def list_block_tensors(
         if linear.bias:
             tensors.append(make_kept_spec(kept.specs[f"{linear.name}.bias"]))
     if are_together and block.experts:
-        tensors += kept.experts(block, decisions[block.experts.first])
+        tensors += kept.iterate_expert_tensors(block, decisions[block.experts.first])
     return [] if any(decisions[x.name].action == "drop" for x in block.linears) else tensors
 
 
@@ -130,7 +130,7 @@ def list_output_tensors(
     tensors += [*kept.list_weight_tensors(decisions[layout.head.name])] if layout.head else []
     is_coded = any(decision.action == "quantize" for decision in decisions.values())
     copied = (name for part in layout.parts for name in part.tensors)
-    return tensors + [spec for name in copied for spec in kept.copied(name, is_coded)]
+    return tensors + [spec for name in copied for spec in kept.list_copied_tensors(name, is_coded)]
 
 
 def split_into_shards(tensors: Sequence[TensorSpec], limit_bytes: int) -> tuple[Shard, ...]:

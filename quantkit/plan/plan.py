@@ -28,11 +28,11 @@ from quantkit.plan.decisions import (
     find_idle_rules,
     find_storage_faults,
     find_unmatched_rules,
-    is_unscaled_for_fp8,
+    is_unscaled_for_kept_bits,
     keep_codes,
     keep_fp8_blocks,
 )
-from quantkit.plan.decoded import describe_decoded, note_decoded
+from quantkit.plan.decoded import describe_decoded, mark_decoded
 from quantkit.plan.derive_once import DerivationKey, derive_once
 from quantkit.plan.engine_limits import find_unsupported_engines
 from quantkit.plan.left_out import LeftOut, summarize_left_out
@@ -305,8 +305,8 @@ def collect_warnings(
 def find_fp8_warnings(
     matched: MatchedLayout, format_name: str, decisions: Mapping[str, Decision]
 ) -> list[str]:
-    """Return warnings for FP8 weights that become BF16, and for inputs that are not rescaled for
-    FP8.
+    """Return warnings for FP8 weights that become BF16, and for inputs that are not rescaled, so
+    that stored bits are kept.
     """
     warnings = []
     kept_as_source = (
@@ -322,7 +322,7 @@ def find_fp8_warnings(
         group.name
         for block in matched.layout.blocks
         for group in block.groups
-        if is_unscaled_for_fp8(block, group, decisions)
+        if is_unscaled_for_kept_bits(block, group, decisions)
     ]
     if unscaled:
         warnings.append(
@@ -346,7 +346,7 @@ def apply_rules(
         decide_all(matched.layout, rules, recipe, matched.specs), matched.specs, output
     )
     decisions = keep_codes(decisions, source.code_schemes, output)
-    decisions = note_decoded(decisions, source.encoded)
+    decisions = mark_decoded(decisions, source.encoded)
     decisions = copy_expert_codes(matched.layout, decisions, source.encoded, output)
     refusing = find_unsupported_engines(output, source.config, matched.layout, decisions)
     faults = find_unmatched_rules(rules, matched.layout, recipe.name)

@@ -1,6 +1,6 @@
 """JSON Schemas of recipes and of text sets, made from their pydantic models. Pure.
 
-Editors complete and check YAML files with them. `quantkit plan` checks what a schema
+Editors complete and check YAML files with them. `quantkit plan` checks properties that a schema
 cannot state: patterns that match nothing, keys that exclude each other, names of figures.
 """
 

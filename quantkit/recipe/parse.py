@@ -298,7 +298,7 @@ def _expand_gates(document: YamlDocument) -> YamlDocument:
 
 
 def convert_gates(document: YamlDocument) -> tuple[YamlDocument, tuple[str, ...]]:
-    """Return the document with gates of a former key under the present one, and what was changed.
+    """Return the document with gates of a former key under the present one, and a sentence on it.
 
     A document with both keys is left as it is, which makes the former one a fault.
     """
@@ -312,7 +312,7 @@ def convert_gates(document: YamlDocument) -> tuple[YamlDocument, tuple[str, ...]
         changes = [
             f"{key} {bounds[key]:g} -> {root:.4g}"
             for key, root in roots.items()
-            if isinstance(root, float)
+            if root != bounds[key]
         ]
         bounds = roots
     converted = {(present if key == former else key): value for key, value in gates.items()}

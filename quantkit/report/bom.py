@@ -15,16 +15,16 @@ from collections.abc import Iterator, Mapping
 
 from quantkit.artifact.fidelity_schema import Fidelity, Figure, TextPart, TextSet
 from quantkit.checkpoint.tensors import WrittenFile
+from quantkit.figure_readers import NORMAL
 from quantkit.report import card_data
 
 MODEL_REF = "model"
-NORMAL_95 = 1.959964
-"""Standard errors on each side of a 95 % interval."""
 
 
 def render_bom(fidelity: Fidelity, weights: Mapping[str, WrittenFile]) -> str:
     """Return the text of the BOM; weights: the weight files with their hashes."""
     data = list(list_data_sets(fidelity))
+    version = fidelity.versions.get("quantkit")
     values: dict[str, object] = {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
@@ -32,11 +32,9 @@ def render_bom(fidelity: Fidelity, weights: Mapping[str, WrittenFile]) -> str:
         "version": 1,
         "metadata": {
             "tools": {
-                "components": [
-                    {"type": "application", "name": name, "version": fidelity.versions[name]}
-                    for name in ("quantkit",)
-                    if name in fidelity.versions
-                ]
+                "components": [{"type": "application", "name": "quantkit", "version": version}]
+                if version is not None
+                else []
             },
             "component": make_model(fidelity, weights, data),
         },
@@ -165,10 +163,10 @@ def list_metrics(fidelity: Fidelity) -> Iterator[dict[str, object]]:
 
 
 def make_metric(key: str, part: str, figure: Figure) -> dict[str, object]:
-    """Return a metric with its 95 % interval, if it has one."""
+    """Return a metric with its 95 % interval, by the standard error if that is all it has."""
     low, high = figure.ci or (None, None)
     if figure.ci is None and figure.value is not None and figure.se is not None:
-        low, high = figure.value - NORMAL_95 * figure.se, figure.value + NORMAL_95 * figure.se
+        low, high = figure.value - NORMAL * figure.se, figure.value + NORMAL * figure.se
     interval = {
         name: repr(bound)
         for name, bound in (("lowerBound", low), ("upperBound", high))

@@ -17,6 +17,7 @@ LIBRARIES: Mapping[str, str] = {
 """Engine -> the hub's `library_name`; the first that loads the artifact is named."""
 
 _MOST_RESULTS = 40
+_MOST_LANGUAGES = 200
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
@@ -28,7 +29,7 @@ def format_front_matter(fidelity: Fidelity, limit: int = markdown.CELL) -> str:
     source, artifact = fidelity.source, fidelity.artifact
     base, license = find_base_model(fidelity), source.license
     return markdown.format_front_matter({
-        "language": list(source.languages),
+        "language": [language[:limit] for language in source.languages[:_MOST_LANGUAGES]],
         "license": license.id[:limit] if license else None,
         "license_name": license.name[:limit] if license and license.name else None,
         "license_link": license.link[:limit] if license and license.link else None,

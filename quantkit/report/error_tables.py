@@ -58,7 +58,7 @@ def make_block_table(fidelity: Fidelity, limit: int = WORST) -> Table:
     worst = sorted(fidelity.blocks, key=lambda row: _rank(row.relative_error, inf), reverse=True)[
         :limit
     ]
-    rows = tuple((row.block, _finite(row.relative_error)) for row in worst)
+    rows = tuple((row.block, _format_share(row.relative_error)) for row in worst)
     note = (
         f"The {len(rows)} worst of {len(fidelity.blocks)} blocks."
         if len(rows) < len(fidelity.blocks)
@@ -76,7 +76,7 @@ def make_block_table(fidelity: Fidelity, limit: int = WORST) -> Table:
 def make_router_table(fidelity: Fidelity, limit: int = WORST) -> Table:
     """Return the share of expert choices that agree with the source's, lowest first."""
     lowest = sorted(fidelity.routers, key=lambda row: _rank(row.agreement, missing=-1.0))[:limit]
-    rows = tuple((row.block, _finite(row.agreement)) for row in lowest)
+    rows = tuple((row.block, _format_share(row.agreement)) for row in lowest)
     note = (
         f"The {len(rows)} lowest of {len(fidelity.routers)} layers."
         if len(rows) < len(fidelity.routers)
@@ -122,7 +122,7 @@ def make_expert_table(fidelity: Fidelity, limit: int = WORST) -> Table:
         f"saw fewer than {coverage.min_tokens} "
     )
     note += (
-        f"tokens and got {coverage.policy}: {examples}{_more(len(low), limit)}."
+        f"tokens and got {coverage.policy}: {examples}{_format_rest(len(low), limit)}."
         if low
         else "tokens."
     )
@@ -174,7 +174,7 @@ def make_fallback_table(fidelity: Fidelity) -> Table:
             row.kind,
             format_numbers.format_count(len(row.modules)),
             row.meaning,
-            ", ".join(row.modules[:EXAMPLES]) + _more(len(row.modules), EXAMPLES),
+            ", ".join(row.modules[:EXAMPLES]) + _format_rest(len(row.modules), EXAMPLES),
         )
         for row in fidelity.fallbacks
     )
@@ -192,10 +192,10 @@ def _rank(value: float | None, missing: float) -> float:
     return missing if value is None else value
 
 
-def _finite(share: float | None) -> str:
+def _format_share(share: float | None) -> str:
     """Return a share that was measured; None is one that is not finite."""
     return NOT_FINITE if share is None else format_numbers.format_percent(share)
 
 
-def _more(total: int, shown: int) -> str:
+def _format_rest(total: int, shown: int) -> str:
     return f" and {total - shown:,} more" if total > shown else ""

@@ -17,6 +17,7 @@ SMALL_FACTOR = 0.1
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 INTERVALS = "Intervals in brackets are 95 %."
 """The convention of all tables, named once per table."""
+COPIED = "copied bit for bit"
 TEXT_ONLY = "calibration and figures use text only"
 """Note of a plan and a report on a model with parts that text does not run through."""
 
@@ -68,9 +69,6 @@ def describe_copy(parts: Sequence[PlanPart]) -> str:
     """Return how parts are copied: "copied bit for bit", or with codes that became values."""
     is_decoded = any(part.decoded for part in parts)
     return "copied, codes that the format does not hold decoded" if is_decoded else COPIED
-
-
-COPIED = "copied bit for bit"
 
 
 def format_parameters(n: int) -> str:

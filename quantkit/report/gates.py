@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, GateResult, Outcome
+from quantkit.artifact.fidelity_schema import (
+    UNPROVEN,
+    BenchmarkResult,
+    Fidelity,
+    GateResult,
+    Outcome,
+)
 from quantkit.evaluate.statistics import wilson_interval
 from quantkit.figure_readers import NOT_FINITE, NOT_MEASURED, Reading
 from quantkit.figures import find_figure, is_size
@@ -29,15 +35,15 @@ def judge_gates(gates: Mapping[str, Gate], fidelity: Fidelity) -> list[GateResul
     tasks = {row.task: row for row in fidelity.benchmarks}
     results: list[GateResult] = []
     for figure, gate in gates.items():
-        found = _judge_task(figure, gate, tasks.get(figure))
+        judged = _judge_task(figure, gate, tasks.get(figure))
         reading = read_figure(figure, fidelity)
         if gate.max is not None:
             bound = f"<= {_format_bound(figure, gate.max)}"
-            found.append(_judge_upper(figure, bound, reading, gate.max))
+            judged.append(_judge_upper(figure, bound, reading, gate.max))
         if gate.min is not None:
             bound = f">= {_format_bound(figure, gate.min)}"
-            found.append(_judge_lower(figure, bound, reading, gate.min))
-        results += [_require_proof(result) if gate.proven else result for result in found]
+            judged.append(_judge_lower(figure, bound, reading, gate.min))
+        results += [_require_proof(result) if gate.proven else result for result in judged]
     return results
 
 
@@ -84,18 +90,17 @@ def _judge_lower(figure: str, bound: str, reading: Reading, limit: float) -> Gat
 def _make_result(
     figure: str, bound: str, reading: Reading, *, is_kept: bool, is_proven: bool = True
 ) -> GateResult:
+    """Return the result of a bound; is_kept counts for a figure with a value only."""
     outcome: Outcome = "missed"
-    ok: bool | None = is_kept
-    if reading.value is None:
-        ok = False if reading.reason == NOT_FINITE else None
-        outcome = "not judged" if ok is None else "missed"
-    elif is_kept:
-        outcome = "kept" if is_proven else "kept, not proven"
+    if reading.value is None and reading.reason != NOT_FINITE:
+        outcome = "not judged"
+    elif reading.value is not None and is_kept:
+        outcome = "kept" if is_proven else UNPROVEN
     return GateResult(
         figure=figure,
         bound=bound,
         value=reading.value,
-        ok=ok,
+        ok=None if outcome == "not judged" else outcome != "missed",
         reason=reading.reason,
         n=reading.n,
         ci=reading.ci,
@@ -105,7 +110,7 @@ def _make_result(
 
 def _require_proof(result: GateResult) -> GateResult:
     """Return a result that is kept but not proven as missed."""
-    if result.outcome != "kept, not proven":
+    if not result.is_unproven:
         return result
     reason = "; ".join(filter(None, ["not proven: its interval crosses the bound", result.reason]))
     return result.model_copy(update={"ok": False, "outcome": "missed", "reason": reason})

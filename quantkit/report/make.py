@@ -16,6 +16,7 @@ from quantkit.artifact.account_tensors import (
     SourceAccount,
     account_tensors,
     list_block_tensors,
+    list_held_names,
 )
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
 from quantkit.artifact.front_matter import read_front_matter, read_languages
@@ -44,6 +45,7 @@ from quantkit.plan.summary import (
     summarize_rules,
 )
 from quantkit.report.format_numbers import TEXT_ONLY, describe_copy, format_parts
+from quantkit.report.reproduce import BuildCommand
 from quantkit.texts.corpora import CorpusSet
 from quantkit.texts.tokens import Tokens
 
@@ -63,7 +65,7 @@ PROTECTED_REASON = "only a rule that names it quantizes it"
 
 @dataclass(frozen=True, kw_only=True)
 class StatedFacts:
-    """What the source's model card states; license None: nothing."""
+    """Facts of the source's model card; None or empty where it states nothing."""
 
     license: fidelity_schema.License | None = None
     languages: tuple[str, ...] = ()  # "en"
@@ -77,12 +79,11 @@ def make_report(
     likelihood: Sequence[fidelity_schema.LikelihoodResult],
     benchmarks: Sequence[BenchmarkResult],
     stated: StatedFacts,
-    command: tuple[str, tuple[str, ...]],
+    command: BuildCommand,
 ) -> Fidelity:
     """Return the report before its gates are judged.
 
-    stated: by the source's card. command: builds the artifact again, with the local files that it
-    reads.
+    stated: by the source's card; command: builds the artifact again.
     """
     records = [record for block in blocks for record in block.modules]
     records += list_kept_codes(plan)
@@ -111,8 +112,8 @@ def make_report(
         versions=read_versions(plan),
         seeds={"calibration": plan.recipe.calibration.seed} if plan.recipe.calibration else {},
         hashes={"recipe": plan.recipe.hash, "plan": plan.hash},
-        command=command[0],
-        needs=command[1],
+        command=command.text,
+        needs=command.needs,
     )
 
 
@@ -289,8 +290,8 @@ def account_source(plan: Plan, source: Checkpoint, folder: Path) -> SourceAccoun
             if any(plan.decisions[linear.name].action == "drop" for linear in block.linears)
             for name in list_block_tensors(block)
         },
-        {name for name, d in plan.decisions.items() if (d.scheme or d.codes) is not None},
-        Checkpoint.open(folder).stored_specs.keys(),
+        plan.schemes.keys(),
+        list_held_names(Checkpoint.open(folder).split_experts(blocks)),
     )
     if fault := account.describe_missing():
         raise ArtifactError(f"{folder}: {fault}; start over with --restart")
@@ -298,7 +299,7 @@ def account_source(plan: Plan, source: Checkpoint, folder: Path) -> SourceAccoun
 
 
 def read_stated_facts(folder: Path) -> StatedFacts:
-    """Return what the source's model card states."""
+    """Return the license and the languages of the source's model card."""
     stated, license = read_front_matter(folder), None
     if "license" in stated:
         license = fidelity_schema.License(
@@ -344,7 +345,7 @@ def list_pools(labels: Sequence[str], pooled: Sequence[str]) -> dict[str, tuple[
     for label, pool in zip(labels, pooled, strict=True):
         members.setdefault(pool, set()).add(label)
     return {
-        pool: tuple(sorted(pooled)) for pool, pooled in sorted(members.items()) if pooled != {pool}
+        pool: tuple(sorted(names)) for pool, names in sorted(members.items()) if names != {pool}
     }
 
 

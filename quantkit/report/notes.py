@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.artifact.fidelity_schema import Fidelity, GateResult
+from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.figure_readers import list_seen_kinds
 from quantkit.plan.size_gain import describe_small_gain
 from quantkit.texts.exposure import LEAST_TOKENS, describe_exposure, describe_narrowness
@@ -33,19 +33,14 @@ def describe_conversion(fidelity: Fidelity) -> list[str]:
 
 def describe_unproven(fidelity: Fidelity) -> list[str]:
     """Return a sentence on gates that are kept and not proven."""
-    rows = [f"{row.figure} {row.bound}" for row in fidelity.gates if is_unproven(row)]
+    rows = [f"{row.figure} {row.bound}" for row in fidelity.gates if row.is_unproven]
     if not rows:
         return []
-    noun = "gate is" if len(rows) == 1 else "gates are"
+    verb = "is" if len(rows) == 1 else "are"
     return [
-        f"{len(rows)} of {len(fidelity.gates)} {noun} kept and not proven, because the 95 % "
+        f"{len(rows)} of {len(fidelity.gates)} gates {verb} kept and not proven, because the 95 % "
         f"interval crosses the bound: {', '.join(rows)}."
     ]
-
-
-def is_unproven(gate: GateResult) -> bool:
-    """Return whether a figure keeps its bound and its interval does not."""
-    return gate.outcome == "kept, not proven"
 
 
 def list_text_notes(fidelity: Fidelity) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 
 from quantkit.artifact.layout import RECIPE
@@ -25,10 +26,20 @@ MAX_CHARACTERS = 20_000
 """Longest recipe that the command spells out; a card has 60,000 characters."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BuildCommand:
+    """A command for a shell in an empty folder; needs: the local files that it reads, each with its
+    use in parentheses.
+    """
+
+    text: str
+    needs: tuple[str, ...] = ()
+
+
 def make_build_command(
     text: str, plan: Plan, *, evaluate: bool, trusted_code: Sequence[str]
-) -> tuple[str, tuple[str, ...]]:
-    """Return the command that builds an artifact again, and the local files that it reads.
+) -> BuildCommand:
+    """Return the command that builds an artifact again.
 
     text: the recipe's file. The command names a recipe that ships with quantkit, writes the recipe
     with a here-document, or, for a recipe that is too long for a card or has characters that no
@@ -36,6 +47,7 @@ def make_build_command(
     """
     recipe, needs = plan.recipe, list_local_files(plan)
     resolved, name = resolve_recipe_text(text, recipe), PurePath(recipe.output.path).name
+    # a hidden folder is only written to if the command line names it
     output = name if name != read_output_name(resolved) or name.startswith(".") else ""
     before, shipped = "", find_shipped_recipe(resolved)
     if shipped is not None:
@@ -52,7 +64,7 @@ def make_build_command(
     words += ["--output", shlex.quote(output)] if output else []
     words += ["--skip-evaluation"] if recipe.evaluation.tasks and not evaluate else []
     words += [f"--trust-task-code {shlex.quote(code)}" for code in trusted_code]
-    return before + " ".join(words), needs
+    return BuildCommand(text=before + " ".join(words), needs=needs)
 
 
 def is_showable(text: str) -> bool:

@@ -24,6 +24,10 @@ from quantkit.report.error_tables import (
 )
 from quantkit.report.table import Table
 
+KIND_FIGURES = ("kl_mean", "kl_p99", "ppl_ratio", "top1")
+"""Columns of the table with a row per kind of text."""
+MOST_COLUMNS = 4
+"""Kinds of text, all text included, up to which each has a column and not a row."""
 LIKELIHOOD = {
     "source": "Log-likelihood per token of the solutions under the source, mean over items.",
     "artifact": "The same under the artifact.",
@@ -84,7 +88,7 @@ def make_comparison_table(results: Sequence[BenchmarkResult], how: str) -> Table
 
 
 def describe_pass(results: Sequence[BenchmarkResult]) -> str:
-    """Return the margin behind "pass" as a sentence."""
+    """Return a sentence on the loss that "pass" and "fail" refer to; "" without such verdicts."""
     required = dict.fromkeys(row.required for row in results if row.required is not None)
     losses = " or ".join(f"{100 * (1 - share):.3g} %" for share in required)
     if not losses:
@@ -100,7 +104,7 @@ def make_distribution_table(fidelity: Fidelity) -> Table:
 
     Of many kinds of text only all text has a column; `make_kind_table` has a row for each.
     """
-    domains = list_columns(fidelity)
+    domains = list_column_domains(fidelity)
     rows = list[tuple[str, ...]]()
     seen = list_seen_kinds(fidelity)
     if domains:
@@ -133,14 +137,10 @@ def make_distribution_table(fidelity: Fidelity) -> Table:
     )
 
 
-def list_columns(fidelity: Fidelity) -> Sequence[DistributionResult]:
+def list_column_domains(fidelity: Fidelity) -> Sequence[DistributionResult]:
     """Return the domains that have a column: all of a few, and all text of many."""
     rows = fidelity.distribution
     return rows if len(rows) <= MOST_COLUMNS else rows[:1]
-
-
-KIND_FIGURES = ("kl_mean", "kl_p99", "ppl_ratio", "top1")
-MOST_COLUMNS = 4
 
 
 def make_kind_table(fidelity: Fidelity) -> Table:
@@ -225,7 +225,7 @@ def make_likelihood_table(fidelity: Fidelity) -> Table:
 
 
 def make_gate_table(fidelity: Fidelity) -> Table:
-    """Return every bound of the recipe with value, interval, number of samples and outcome."""
+    """Return every bound of the recipe with value, interval, number of samples, and outcome."""
     rows = tuple(
         (
             row.figure,
@@ -236,7 +236,7 @@ def make_gate_table(fidelity: Fidelity) -> Table:
         )
         for row in fidelity.gates
     )
-    is_open = any(row.outcome == "kept, not proven" for row in fidelity.gates)
+    has_unproven = any(row.is_unproven for row in fidelity.gates)
     note = (
         "Kept, not proven: the figure keeps its bound and its interval crosses it; more text or "
         "items decide. gates: {proven: true} makes it a miss."
@@ -245,7 +245,7 @@ def make_gate_table(fidelity: Fidelity) -> Table:
         title="Gates",
         columns=("figure", ">bound", ">value [95 % CI]", ">n", "result"),
         rows=rows,
-        note=note if is_open else "",
+        note=note if has_unproven else "",
         meanings=define_figures(row.figure for row in fidelity.gates),
     )
 

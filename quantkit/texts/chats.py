@@ -29,8 +29,8 @@ ASSISTANT = "assistant"
 SHAREGPT_ROLES = {"human": "user", "gpt": ASSISTANT, "observation": "tool"}
 TOOLS_COLUMN = "tools"
 """Next to the messages: JSON schemas of functions, or their JSON text; as transformers names it."""
-ANSWER_KEYS = ("content", "tool_calls", *REASONING_KEYS)
-"""Keys of a message with what the model writes."""
+ANSWER_KEYS = ("tool_calls", *REASONING_KEYS)
+"""Keys of an assistant's message that are part of its answer, next to the content."""
 PLAIN_JOIN = "\n\n"
 """Between the messages of a chat in the text of a model without a chat template."""
 
@@ -55,7 +55,7 @@ class Chat:
 
 
 class _UnreadableChat(Exception):
-    """Why a cell is no chat, after the place."""
+    """The reason why a cell is no chat; messages put the place in front."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,11 +126,10 @@ def is_message_list(cell: object) -> bool:
 
 def _is_answer(message: Message) -> bool:
     """Return whether a message is the assistant's and not empty."""
-    values = [message.get(key) for key in ANSWER_KEYS] if message["role"] == ASSISTANT else []
-    return any(
-        bool(join_content(value).strip()) if key == "content" else bool(value)
-        for key, value in zip(ANSWER_KEYS, values)
-    )
+    if message["role"] != ASSISTANT:
+        return False
+    has_text = bool(join_content(message.get("content")).strip())
+    return has_text or any(message.get(key) for key in ANSWER_KEYS)
 
 
 def join_content(content: object) -> str:
@@ -228,7 +227,7 @@ def cut_chats(
     A chat without an answer in its first `length` tokens is left out; with `count_all` every token
     is in a range, and the chat stays. A model without a chat template gets the contents of the
     messages joined by blank lines. Raises CalibrationError if the model's template refuses a chat;
-    with `skip_refused` such chats are counted. A template that needs too much is always an error.
+    with `skip_refused` such chats are counted. A template over its limits is always an error.
     """
     pieces, reasons = list[list[Segment]](), list[str]()
     if not has_chat_template(tokenizer):
@@ -280,7 +279,7 @@ def _join_messages(chat: Chat) -> list[Segment]:
 def _render_segments(
     worker: TemplateWorker, tokenizer: ChatTokenizer, chat: Chat, has_parts: bool
 ) -> list[Segment]:
-    """Return the rendered chat in segments; the text of earlier turns must stay as it was.
+    """Return the rendered chat in segments; later turns must not change the text of earlier ones.
 
     A template that changes earlier turns (one that drops their reasoning, say) leaves the last
     answer as the only one that counts. has_parts: whether it reads content in parts; others get

@@ -236,10 +236,7 @@ def _sample_parts(
     """
     if sequences is None:
         # whole sequences of each part, so that no rounded share exceeds a part
-        whole = {
-            part.spec.name: _count_tokens(_cut_part(part, tokenizer, length).rows) // length
-            for part in corpus.parts
-        }
+        whole = {part.spec.name: _count_windows(part, tokenizer, length) for part in corpus.parts}
         sequences = int(min(whole[name] / share for name, share in shares.items()))
     if sequences < len(corpus.parts):
         raise UsageError(
@@ -247,23 +244,23 @@ def _sample_parts(
             f"found {sequences}. Raise `sequences`"
         )
     weights = {name: max(1, round(share * SHARE_UNITS)) for name, share in shares.items()}
-    little = {
-        part.spec.name: _count_tokens(_cut_part(part, tokenizer, length).rows) // length
+    available = {
+        part.spec.name: _count_windows(part, tokenizer, length)
         for part in corpus.parts
         if part.spec.texts is not None
     }
-    counts = move_missing(split_proportionally(weights, sequences), little, unseen)
+    counts = move_missing(split_proportionally(weights, sequences), available, unseen)
     picks, refused = list[TokenSequence](), dict[str, int]()
     for part in corpus.parts:
         budget = counts[part.spec.name] * length
         cut = _pick_rows(part, tokenizer, length, budget, f"{seed} {part.spec.name}")
         if cut.refused:
             refused[part.spec.name] = cut.refused
-        if (available := _count_tokens(cut.rows)) < budget:
+        if (counted := _count_tokens(cut.rows)) < budget:
             raise UsageError(
                 f"{corpus.where}: part {part.spec.name}: expected {budget:,} tokens, its share of "
-                f"{sequences} sequences of {length}, found {available:,}, enough for "
-                f"{int(available // length / shares[part.spec.name])}{cut.describe_refused()}. "
+                f"{sequences} sequences of {length}, found {counted:,}, enough for "
+                f"{int(counted // length / shares[part.spec.name])}{cut.describe_refused()}. "
                 "Lower `share` or `sequences`, or add text"
             )
         picks += cut.rows
@@ -319,7 +316,7 @@ def _pick_rows(
 def _take_turns(
     rows: Sequence[TokenSequence], length: int, rng: random.Random
 ) -> list[TokenSequence]:
-    """Return sequences so that each label has one per turn; its shorter window is its last one."""
+    """Return sequences in turns of one per label; the shorter window of a label is its last."""
     stacks = dict[str, list[TokenSequence]]()
     for row in rng.sample(rows, len(rows)):
         stacks.setdefault(row.domain, []).append(row)
@@ -330,6 +327,11 @@ def _take_turns(
 
 def _count_tokens(rows: Sequence[TokenSequence]) -> int:
     return sum(row.n_counted for row in rows)
+
+
+def _count_windows(part: CorpusPart, tokenizer: Tokenizer, length: int) -> int:
+    """Return the whole sequences of `length` counted tokens that a part has."""
+    return _count_tokens(_cut_part(part, tokenizer, length).rows) // length
 
 
 def _cut_part(part: CorpusPart, tokenizer: Tokenizer, length: int) -> CutPart:

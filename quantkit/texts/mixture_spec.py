@@ -42,7 +42,7 @@ PartPacking = Literal["documents", "windows", "chats"]
 Count = Literal["answers", "all"]
 """Tokens of a chat that count: those of the assistant's messages, or all."""
 Refused = Literal["stop", "skip"]
-"""What follows a chat that quantkit or the model's chat template refuses: an error, or a count."""
+"""Treatment of a chat that quantkit or the chat template refuses: an error, or it is counted."""
 FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 MAX_PARTS = 64

@@ -12,6 +12,7 @@ from quantkit.artifact.account_tensors import (
     SourceAccount,
     account_tensors,
     list_block_tensors,
+    list_held_names,
 )
 from quantkit.artifact.read_manifest import get_section, read_manifest
 from quantkit.checkpoint.encoding import remove_quantization
@@ -163,7 +164,7 @@ def account_source(pair: SourcePair) -> SourceAccount:
         {item.name: item.reason for item in pair.left_out},
         {name for block in left for name in list_block_tensors(block)},
         pair.schemes.keys(),
-        pair.stored.stored_specs.keys(),
+        list_held_names(pair.stored),
     )
 
 

@@ -425,11 +425,13 @@ CARRIED = (
     *("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "x/tokenizer.json"),
     *("assets/figure.png", "configuration.json", "original/tokenizer.model", "audio.v2.yaml"),
     *("additional_chat_templates/x/y.jinja", "trainer_state.json", "evaluation_results.csv"),
+    "2_Dense/model.safetensors",  # if modules.json names 2_Dense
 )
 LEFT = (
     *("vocab.pkl", "vocab.bin", "tokenizer.pkl", "LICENSE.bin", "LICENSE.safetensors", "NOTICE.PT"),
     *("tokenizer_quant_config.json", "hf_quant_config.json", "config.json", "README.md"),
-    *("x/params.json", "x/config.json", "../tokenizer.json", "2_Dense/model.safetensors"),
+    *("x/params.json", "x/config.json", "../tokenizer.json", "x/model.safetensors"),
+    *("2_Dense/pytorch_model.bin", "2_Dense/x.safetensors", "x/2_Dense/model.safetensors"),
     *("x/modules.json", "quantkit/manifest.json", "recipe.yaml", "model_index.json", "page.html"),
     *("config.4.0.0.json", "model.safetensors.index.fp8.json", "x/hf_quant_config.json"),
     *("x/y.py", "figure.svg", "run.sh", "a/b/c/d/e.txt", "x/LICENSE.bin", "adapter_x.json", "data"),

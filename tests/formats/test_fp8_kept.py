@@ -65,8 +65,13 @@ def make_ct_plan(folder: Path, **keys: str) -> Plan:
 
 
 def list_fp8_warnings(plan: Plan) -> list[str]:
-    """Return the warnings of a plan that are about FP8."""
-    return [warning for warning in plan.warnings if "FP8" in warning]
+    """Return the warnings of a plan about FP8, and about inputs that are not rescaled."""
+    return [x for x in plan.warnings if "FP8" in x or "not rescaled" in x]
+
+
+def list_unscaled_warnings(plan: Plan) -> list[str]:
+    """Return the warnings of a plan about inputs that are not rescaled."""
+    return [warning for warning in plan.warnings if "not rescaled" in warning]
 
 
 def list_plan_faults(folder: Path, **keys: str) -> list[str]:
@@ -253,9 +258,10 @@ def test_awq_does_not_scale_fp8_weights(source: Path, tmp_path: Path) -> None:
     }
     assert not any(module.rescaled for module in experts if not module.name.endswith("down_proj"))
     assert any(module.rescaled for module in experts if module.name.endswith("down_proj"))
-    (warning,) = list_fp8_warnings(make_ct_plan(source, quantize=AWQ))
+    (warning,) = list_unscaled_warnings(make_ct_plan(source, quantize=AWQ))
     assert warning.startswith(
-        "1 inputs are not rescaled, because a linear that reads or produces them stays in FP8"
+        "1 inputs are not rescaled, because a linear that reads or produces them keeps its stored "
+        "bits, e.g. "
     )
 
 
@@ -263,7 +269,7 @@ def test_awq_scales_bf16_readers(source: Path, tmp_path: Path) -> None:
     rules = (
         f'[{EXPERTS}, {{match: "*.shared_experts.*", keep: bf16}}, {{match: "*", keep: source}}]'
     )
-    assert list_fp8_warnings(make_ct_plan(source, quantize=AWQ, rules=rules)) == []
+    assert list_unscaled_warnings(make_ct_plan(source, quantize=AWQ, rules=rules)) == []
     result = build(source, tmp_path / "a", quantize=AWQ, rules=rules)
     assert result.fidelity.fallbacks == ()
     assert any(
@@ -275,7 +281,9 @@ def test_scaling_fp8_weights_raises(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FP8 bytes are copied only if they still represent the measured weight."""
-    monkeypatch.setattr(block_plan, "is_unscaled_for_fp8", lambda block, group, decisions: False)
+    monkeypatch.setattr(
+        block_plan, "is_unscaled_for_kept_bits", lambda block, group, decisions: False
+    )
     with pytest.raises(
         NumericsError,
         match="expected the source's values, because its FP8 blocks are kept, found others",

@@ -218,7 +218,7 @@ def test_arguments_that_depend_on_tokens_are_rejected() -> None:
     """Layers of Gemma 4 read an embedding of their own for each token."""
     sizes = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 768}
     config = family("gemma4_text", head_dim=32, num_kv_shared_layers=0, **sizes)
-    assert "given more than hidden states that depends on the text" in reason(config)
+    assert "another argument than states and token ids that depends on the text" in reason(config)
 
 
 def test_weight_that_is_used_without_a_call_is_kept() -> None:

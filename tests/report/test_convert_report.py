@@ -58,7 +58,22 @@ def test_a_report_is_converted_once() -> None:
     assert convert_report(json.loads(once.to_json())) == json.loads(once.to_json())
 
 
-@pytest.mark.parametrize("wrong", [{"modules": 3}, {"modules": [7]}, {"gates": "x"}])
+HUGE = 10**400
+"""An integer that JSON can hold and a float cannot."""
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"modules": 3},
+        {"modules": [7]},
+        {"gates": "x"},
+        {"modules": [{"output_relative_error": HUGE}]},
+        {"distribution": [{"domain": "all", "kl_mean": {"value": HUGE, "se": 1}}]},
+        {"gates": [{"figure": "t.recovery", "bound": "<= 1", "value": HUGE, "ok": True}],
+         "benchmarks": [{"task": "t", "recovery": {"value": 1, "ci": [HUGE, HUGE]}}]},
+    ],
+)  # fmt: skip
 def test_damaged_old_reports_are_refused_by_the_schema(wrong: Mapping[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Fidelity.model_validate(make_old(**wrong))
@@ -68,6 +83,7 @@ def test_manifests_of_both_versions_give_the_norm_ratio(tmp_path: Path) -> None:
     assert get_output_error({"output_error": 0.0053}) == pytest.approx(0.0728, rel=1e-3)
     assert get_output_error({"output_relative_error": 0.0728}) == 0.0728
     assert get_output_error({"output_error": None}) is get_output_error({}) is None
+    assert get_output_error({"output_error": HUGE}) is None
     scheme = {"bits": 4, "group_size": 64, "symmetric": True}
     manifest = {"modules": {"a": {"scheme": scheme, "output_error": 0.0025}}}
     rows = Artifact(path=tmp_path, manifest=manifest).modules
@@ -102,8 +118,9 @@ def test_both_keys_and_wrong_bounds_are_faults() -> None:
     both = "gates:\n  module_output_error: {max: 0.01}\n  output_error: {max: 0.1}\n"
     with pytest.raises(RecipeError, match="no figure .* named 'module_output_error'"):
         parse_gates(both, "g.yaml", [])
-    with pytest.raises(RecipeError, match="g.yaml:2: gates.output_error"):
-        parse_gates("gates:\n  module_output_error: {max: [1]}\n", "g.yaml", [])
+    for bound in ("[1]", HUGE):
+        with pytest.raises(RecipeError, match="g.yaml:2: gates.output_error"):
+            parse_gates(f"gates:\n  module_output_error: {{max: {bound}}}\n", "g.yaml", [])
 
 
 def test_quantkit_gate_says_what_it_converted(artifact: Path) -> None:

@@ -491,7 +491,7 @@ def test_unproven_gates_are_named_and_the_margin_of_pass_is_said() -> None:
     row = TASK.model_copy(update={"required": 0.98, "verdict": "pass"})
     report = gates.apply_gates({"kl_mean": Gate(max=0.0004)}, make_example({"benchmarks": [row]}))
     assert report.status == "accepted"
-    assert any("1 of 1 gate is kept and not proven" in note for note in notes.list_notes(report))
+    assert any("1 of 1 gates is kept and not proven" in note for note in notes.list_notes(report))
     table = tables.make_gate_table(report)
     assert table.rows[0][2:] == ("0.000361 [0.000319, 0.000403]", "10,240", "kept, not proven")
     assert "excludes a loss of more than 2 %" in tables.make_benchmark_table(report).note

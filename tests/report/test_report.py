@@ -219,6 +219,10 @@ def test_card_with_long_names_stays_under_its_limit() -> None:
             ],
             "versions": {f"{long}{i}": long for i in range(200)},
             "command": long,
+            "source": {
+                **dict(FIDELITY["source"]),  # type: ignore[call-overload]
+                "languages": [long] * 2000,
+            },
             "artifact": {
                 **dict(FIDELITY["artifact"]),  # type: ignore[call-overload]
                 "name": long,

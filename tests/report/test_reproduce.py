@@ -124,7 +124,7 @@ def test_shipped_recipe_is_named_and_options_are_kept(tmp_path: Path) -> None:
     plan = make_shipped_plan(tmp_path, text)
 
     def make(plan: Plan, evaluate: bool = True, *codes: str) -> str:
-        return reproduce.make_build_command(text, plan, evaluate=evaluate, trusted_code=codes)[0]
+        return reproduce.make_build_command(text, plan, evaluate=evaluate, trusted_code=codes).text
 
     assert make(plan) == "quantkit build tiny-v3-awq4"
     assert make(plan, False) == "quantkit build tiny-v3-awq4 --skip-evaluation"
@@ -146,7 +146,7 @@ def test_recipe_in_the_command_is_not_changed_by_shell_or_markdown(
     """A hostile or odd line reaches the recipe as it is, and ends nothing."""
     text = f"{make_recipe_text('org/name', Path('out'))}{line}\n"
     plan = make_shipped_plan(tmp_path, text)
-    command, _ = reproduce.make_build_command(text, plan, evaluate=True, trusted_code=())
+    command = reproduce.make_build_command(text, plan, evaluate=True, trusted_code=()).text
     (tmp_path / "shown").mkdir()
     report = make_example({"command": command})
     (tmp_path / "shown" / MODEL_CARD).write_text(card.render_card(report))
@@ -167,7 +167,8 @@ def test_delimiter_is_no_line_of_the_recipe() -> None:
 def test_recipe_that_no_page_can_show_is_read_from_the_artifact(line: str, tmp_path: Path) -> None:
     text = f"{make_recipe_text('org/name', Path('out'))}{line}\n"
     plan = make_shipped_plan(tmp_path, text)
-    command, needs = reproduce.make_build_command(text, plan, evaluate=True, trusted_code=())
+    built = reproduce.make_build_command(text, plan, evaluate=True, trusted_code=())
+    command, needs = built.text, built.needs
     assert command == "quantkit build ./out/recipe.yaml --output again/out"
     assert needs[0] == "./out/recipe.yaml (the recipe in this artifact)"
 

@@ -11,8 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.builds import build
 from support.checkpoints import make_plan, make_tiny_config, write_checkpoint
+from support.gpt_oss import write_gpt_oss, write_mxfp4
 
-from quantkit.artifact.account_tensors import account_tensors, map_stored_tensors
+from quantkit.artifact.account_tensors import (
+    account_tensors,
+    list_held_names,
+    map_stored_tensors,
+)
 from quantkit.artifact.layout import FIDELITY, SINGLE
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import ArtifactError
@@ -86,3 +91,24 @@ def test_codes_scales_and_weights_are_one_logical_tensor(tmp_path: Path) -> None
     weight = scales[0].removesuffix("_scale_inv")
     lost = account_tensors(checkpoint, {}, (), (), names - {weight})
     assert set(lost.missing) == {weight, scales[0]}
+
+
+def test_codes_of_experts_together_are_parts_of_every_expert(tmp_path: Path) -> None:
+    """Copied as they are stored, or one by one; codes, scales and biases are lost by their name."""
+    plain = write_gpt_oss(tmp_path / "a", num_hidden_layers=1, layer_types=["full_attention"])
+    folder = write_mxfp4(plain, tmp_path / "b")
+    blocks = make_plan(folder, **KEYS).layout.blocks
+    opened = Checkpoint.open(folder, decode=True).split_experts(blocks)
+    module, made = "model.layers.0.mlp.experts", map_stored_tensors(opened)
+    singles = tuple(f"{module}.{e}.down_proj.weight" for e in range(4))
+    assert made[f"{module}.down_proj_blocks"] == made[f"{module}.down_proj_scales"] == singles
+    together = list_held_names(Checkpoint.open(folder).split_experts(blocks))
+    assert account_tensors(opened, {}, (), (), together).missing == ()
+    assert account_tensors(opened, {}, (), (), set(opened.specs)).missing == ()
+    lost = account_tensors(opened, {}, (), (), set(opened.specs) - {singles[1]})
+    assert set(lost.missing) == {f"{module}.down_proj_blocks", f"{module}.down_proj_scales"}
+    tensors = load_file(folder / SINGLE)
+    del tensors[f"{module}.down_proj_bias"]
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    fewer = list_held_names(Checkpoint.open(folder).split_experts(blocks))
+    assert account_tensors(opened, {}, (), (), fewer).missing == (f"{module}.down_proj_bias",)

@@ -143,17 +143,17 @@ def split_part_modules(contents: Contents) -> tuple[list[str], list[str]]:
     """Return the modules of a wrapper's parts, from the name of their part on: those in FP8 blocks,
     and the others.
     """
-    names, blocks = list_part_names(contents), {*contents.fp8}
-    found: tuple[list[str], list[str]] = ([], [])
+    names, fp8 = list_part_names(contents), {*contents.fp8}
+    blocks, plain = list[str](), list[str]()
     for module in (module for modules in contents.parts.values() for module in modules):
         name = next((x for x in names if is_in(module, x)), module)
         start = f".{module}.".index(f".{name}.")
-        found[module not in blocks].append(module[start:])
-    return found
+        (blocks if module in fp8 else plain).append(module[start:])
+    return blocks, plain
 
 
 def is_in(module: str, name: str) -> bool:
-    """Return whether a path has these components in it."""
+    """Return whether the path of a module contains the components of `name` in a row."""
     return f".{name}." in f".{module}."
 
 
