@@ -91,9 +91,10 @@ class YamlDocument:
         for depth, key in enumerate(path[:-1], 1):
             section = inner.get(str(key))
             if section is not None and not isinstance(section, dict):
+                actual = "a list" if isinstance(section, list) else printable(str(section))
                 raise RecipeError([
-                    f"override {format_path(path)}: {format_path(path[:depth])} is no mapping of "
-                    "keys"
+                    f"override {format_path(path)}: expected keys in {format_path(path[:depth])}, "
+                    f"found {actual}; override {format_path(path[:depth])} itself"
                 ])
             copied: dict[str, object] = dict(section or {})
             inner[str(key)] = copied

@@ -149,8 +149,14 @@ def cast_meta_model(meta_model: MetaModel, dtype: torch.dtype) -> MetaModel:
     """Return the model to compute in another dtype."""
     if dtype == meta_model.dtype:
         return meta_model
-    outer = make_outer_model(meta_model.model, meta_model.device, dtype, meta_model.tables)
-    return replace(meta_model, outer=outer, dtype=dtype)
+    config, device = meta_model.full_config, meta_model.device
+    with hide_warnings(), torch.device("meta"):  # buffers in the dtypes that transformers chooses
+        model = get_auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
+    if meta_model.left_out:
+        leave_out_parts(model)
+    fill_computed_buffers(model, device)
+    outer = make_outer_model(model.eval(), device, dtype, meta_model.tables)
+    return replace(meta_model, model=model, outer=outer, dtype=dtype)
 
 
 def load_tables(meta_model: MetaModel, tables: Mapping[str, Tensor]) -> MetaModel:

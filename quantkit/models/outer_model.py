@@ -411,10 +411,13 @@ def make_embedding(
     tensors: Mapping[str, Tensor],
 ) -> Stub:
     """Make the module that embeds tokens: the embedding itself if its weight is among `tensors`."""
-    weight = tensors.get(f"{get_module_name(model, embedding)}.weight")
+    name, own = get_module_name(model, embedding), copy.deepcopy(embedding)
+    weight = tensors.get(f"{name}.weight")
     if weight is None:
         return EmbeddingStub(embedding, device, dtype)
-    return RowEmbedding(copy.deepcopy(embedding), weight, device, dtype)
+    for local, module in own.named_children():  # a norm of the embedded rows
+        fill_tensors(module, f"{name}.{local}", device, dtype, tensors)
+    return RowEmbedding(own, weight, device, dtype)
 
 
 def make_head(

@@ -189,13 +189,16 @@ def find_self_faults(
         where = recipe.where(texts[0].stream, "set")
         faults.append(
             f"{where}: {texts[0].stream}.set: {fault}; set calibration.endpoint to a server of "
-            "the model, choose another set, or raise memory"
+            + ("a model" if layout.output != "logits" else "the model, raise memory")
+            + ", or choose another set"
         )
     return faults
 
 
 def find_sampling_fault(config: Config, layout: Layout, budget_bytes: int, value_bytes: int) -> str:
     """Return why the model cannot be sampled in this process, or ""."""
+    if layout.output != "logits":
+        return "the model has no language head to sample text with"
     needed = estimate_sampling_bytes(config, layout, value_bytes)
     if needed <= budget_bytes:
         return ""

@@ -51,7 +51,7 @@ def describe_exposure(fidelity: Mapping[str, float], calibrated: Collection[str]
     fidelity: tokens or shares per label; calibrated: labels of the calibration set.
     """
     share = compute_unseen_share(fidelity, calibrated)
-    if not calibrated or share >= LEAST_UNSEEN:
+    if not calibrated or not fidelity or share >= LEAST_UNSEEN:
         return ""
     unseen = sorted(set(fidelity) - set(calibrated))
     names = f" ({', '.join(unseen)})" if unseen else ""

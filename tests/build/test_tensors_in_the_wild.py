@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from quantkit.artifact.layout import PLAN
 from quantkit.errors import CheckpointError, RecipeError
+from quantkit.plan import sources
 from quantkit.plan.model_recipe import read_target
 from quantkit.plan.recipe_draft import RecipeRequest
 from quantkit.verify.deep import verify_deep
@@ -192,3 +193,27 @@ def test_embedding_model_needs_no_recipe(tmp_path: Path) -> None:
     chosen = read_target(RecipeRequest(model=str(folder)), {})
     assert chosen.recipe.fidelity is None
     assert "\nfidelity: none" in chosen.text
+    with pytest.raises(RecipeError, match=r"keys in fidelity, found .*override fidelity itself"):
+        read_target(RecipeRequest(model=str(folder)), {"fidelity.set": "tiny-v3-heldout"})
+
+
+def test_embedding_model_is_not_calibrated_on_text_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its states times the embedding, to which the head is tied, are no words."""
+    monkeypatch.setattr(sources, "find_hub_fault", lambda: "no network")
+    monkeypatch.delenv("QUANTKIT_DATA", raising=False)
+    config = make_tiny_config("qwen3", tie_word_embeddings=True, architectures=["Qwen3Model"])
+    folder = change_tensors(write_checkpoint(tmp_path / "m", config), strip_base)
+    source = sources.read_model_facts(str(folder))
+    recipe = read_target(RecipeRequest(model=str(folder)), {}).recipe
+    resolved = sources.resolve_texts(recipe, source)
+    assert resolved.calibration and resolved.calibration.set == "general-math-code"
+    assert "no language head" in resolved.chosen_texts["calibration"][1]
+    with pytest.raises(RecipeError, match=r"calibration\.set: the model has no language head"):
+        make_plan(
+            folder,
+            **NO_TEXT,
+            calibration="{set: self, sequences: 4}",
+            quantize="{method: gptq, bits: 4, group_size: 64, symmetric: true}",
+        )

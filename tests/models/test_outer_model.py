@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.checkpoints import make_tiny_config
 from support.underived_models import REPLAYED, STREAMS, family
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit import registry
@@ -22,7 +22,7 @@ from quantkit.models.layers import (
     load_outer_model,
     make_meta_model,
 )
-from quantkit.models.outer_model import count_bytes, name_tensors
+from quantkit.models.outer_model import count_bytes, make_embedding, name_tensors
 
 CPU = torch.device("cpu")
 MORE = {
@@ -184,6 +184,31 @@ def test_outer_model_of_another_dtype() -> None:
     tensors = dict(name_tensors(meta.outer.record(1, 8)))
     floating = {x.dtype for x in tensors.values() if x.is_floating_point()}
     assert floating == {torch.bfloat16}
+
+
+def test_computed_buffers_have_the_dtype_that_transformers_chooses() -> None:
+    """xglm adds sinusoids to bfloat16 embeddings; in float32 its norms refuse the sum."""
+    sizes = {"d_model": 64, "ffn_dim": 128, "num_layers": 2, "attention_heads": 2}
+    config = {"model_type": "xglm", "vocab_size": 96, "max_position_embeddings": 64, **sizes}
+    meta = cast_meta_model(make_meta(config), torch.bfloat16)
+    assert {x.dtype for _, x in meta.model.named_buffers() if not x.is_meta} == {torch.bfloat16}
+    assert meta.outer.form.dtype == torch.bfloat16
+
+
+def test_norm_inside_the_embedding_has_its_weights() -> None:
+    """inkling_text normalizes embedded rows there."""
+    with torch.device("meta"):
+        embedding = nn.Embedding(8, 4)
+        embedding.norm = nn.LayerNorm(4)
+        model = nn.ModuleDict({"embed": embedding})
+    generator = torch.Generator().manual_seed(0)
+    weight, scale = (torch.randn(*x, generator=generator) for x in ((8, 4), (4,)))
+    tensors = {"embed.weight": weight, "embed.norm.weight": scale}
+    tensors["embed.norm.bias"] = torch.ones(4)
+    made = make_embedding(model, embedding, CPU, torch.float32, tensors)
+    assert torch.equal(made(torch.tensor([[3, 1, 3]])), weight[[3, 1, 3]][None])
+    assert torch.equal(made.original.norm.weight, scale)
+    assert torch.equal(made.original.norm.bias, torch.ones(4))
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ fidelty: {}
     actual = faults(text, {"compute.device": "tpu", "rules.0.match": "x"})
     methods = re.sub(r".*Known: ", "", next(fault for fault in actual if "method" in fault))
     assert actual == (
-        "override rules.0.match: rules is no mapping of keys",
+        "override rules.0.match: expected keys in rules, found a list; override rules itself",
         "override compute.device: compute.device: expected auto, cpu or cuda, found 'tpu'",
         "x.yaml:1: version: expected 1, found 2",
         "x.yaml:1: fidelity: missing; this key has no default",

@@ -53,6 +53,7 @@ def test_fidelity_text_of_calibrated_kinds_is_reported() -> None:
     )
     assert describe_exposure(text, {"web-zh"}) == ""
     assert describe_exposure(text, set()) == ""
+    assert describe_exposure({}, {"web-zh"}) == ""  # fidelity: none
     assert compute_unseen_share({}, {"prose"}) == 0.0
 
 
