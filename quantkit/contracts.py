@@ -33,8 +33,7 @@ PROTECTED_ROLES: frozenset[Role] = frozenset({"router", "embedding", "head", "mt
 """Roles that a rule quantizes only if its pattern names them (recipe.schema.Rule)."""
 
 FloatDtype = Literal["bfloat16", "float16", "float32"]
-ScaleDtype = Literal["bfloat16", "float16", "float32", "uint8", "float8_e4m3fn"]
-"""uint8 and float8_e4m3fn: scales of mxfp4 and nvfp4, whose codes are only copied."""
+ScaleDtype = Literal[FloatDtype, "uint8", "float8_e4m3fn"]  # the last: of mxfp4 and nvfp4
 SchemeKind = Literal["int", "nf4", "fp8", "int8", "mxfp4", "nvfp4"]
 """int, nf4: codes that quantkit makes; the others: codes of a source, which are only copied."""
 
@@ -149,8 +148,7 @@ class HeadRows:
 class Absorber:
     """The earlier tensor that is divided by a group's scale.
 
-    A norm weight [in] is divided channel by channel, a linear row by row: row c for channel c, or
-    the row that `rows` gives.
+    A norm weight [in] is divided by channel, a linear by row: row c for channel c, or that of rows.
     """
 
     module: str

