@@ -41,8 +41,8 @@ def sum_binomial(k: int, n: int, p: float) -> float:
 def test_mean_interval_equals_the_sums_over_documents() -> None:
     a, _, documents = make_tokens(200, 10)
     mean, error, g = average_slowly(a.tolist(), documents.tolist())
-    found, (low, high) = clustered.compute_mean_interval(a, documents)
-    assert found == pytest.approx(error, rel=1e-12)
+    error_of_mean, (low, high) = clustered.compute_mean_interval(a, documents)
+    assert error_of_mean == pytest.approx(error, rel=1e-12)
     half = float(stats.t.ppf(0.975, g - 1)) * error
     assert (low, high) == (pytest.approx(mean - half), pytest.approx(mean + half))
     alone, _ = clustered.compute_mean_interval(a)
@@ -84,66 +84,66 @@ def test_share_interval_equals_a_search_over_binomial_tails() -> None:
     assert clustered.compute_share_interval(np.zeros(50))[0] == 0.0
 
 
-def _accepts(p: float, found: float, size: float) -> bool:
+def _accepts(p: float, count: float, size: float) -> bool:
     """Whether both tails at p have more than 2.5 %; betainc continues the binomial sum."""
     from scipy.special import betainc
 
-    at_least = betainc(found, size - found + 1, p)
-    at_most = 1 - betainc(found + 1, size - found, p)
+    at_least = betainc(count, size - count + 1, p)
+    at_most = 1 - betainc(count + 1, size - count, p)
     return bool(at_least > 0.025 and at_most > 0.025)
 
 
 def test_comparison_equals_its_definitions() -> None:
     a, b, documents = make_tokens(300, 10, seed=2)
-    found = clustered.compare_kl(a, b, documents)
+    comparison = clustered.compare_kl(a, b, documents)
     logs = [log(y / x) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
     mean, error, g = average_slowly(logs, documents.tolist())
     t = float(stats.t.ppf(0.975, g - 1))
-    assert found.typical.value == pytest.approx(exp(mean))
-    assert found.typical.interval == (
+    assert comparison.typical.value == pytest.approx(exp(mean))
+    assert comparison.typical.interval == (
         pytest.approx(exp(mean - t * error)),
         pytest.approx(exp(mean + t * error)),
     )
     larger = [sum(logs[i : i + 10]) > 0 for i in range(0, 300, 10)]
-    assert (found.documents, found.larger_documents) == (30, sum(larger))
+    assert (comparison.documents, comparison.larger_documents) == (30, sum(larger))
     k = max(sum(larger), 30 - sum(larger))
     p = min(1.0, 2 * (1 - sum_binomial(k - 1, 30, 0.5)))
-    assert found.sign_p == pytest.approx(p, rel=1e-6)
-    assert found.larger == sum(y > x for x, y in zip(a, b, strict=True)) / 300
-    assert found.left_out == 1 and found.top_share[0] == pytest.approx(a.max() / a.sum())
+    assert comparison.sign_p == pytest.approx(p, rel=1e-6)
+    assert comparison.larger == sum(y > x for x, y in zip(a, b, strict=True)) / 300
+    assert comparison.left_out == 1 and comparison.top_share[0] == pytest.approx(a.max() / a.sum())
     largest = int(np.argmax(np.maximum(a, b)))
     rest = [i for i in range(300) if i != largest]
-    assert found.trimmed.value == pytest.approx(b[rest].sum() / a[rest].sum())
-    assert found.trimmed_kl[0] == pytest.approx(a[rest].mean())
+    assert comparison.trimmed.value == pytest.approx(b[rest].sum() / a[rest].sum())
+    assert comparison.trimmed_kl[0] == pytest.approx(a[rest].mean())
 
 
 def test_ratio_of_means_agrees_with_the_jackknife_over_documents() -> None:
     a, b, documents = make_tokens(2000, 20, seed=3)
-    found = clustered.compare_kl(a, b, documents).mean
+    ratio_of_means = clustered.compare_kl(a, b, documents).mean
     without = []
     for document in sorted(set(documents.tolist())):
         rest = documents != document
         without.append(log(b[rest].mean() / a[rest].mean()))
     g = len(without)
     error = float(np.std(without)) * sqrt(g - 1)
-    low, high = found.interval
+    low, high = ratio_of_means.interval
     assert low is not None and high is not None
     assert log(high / low) / 2 == pytest.approx(float(stats.t.ppf(0.975, g - 1)) * error, rel=0.1)
-    assert found.value == pytest.approx(b.mean() / a.mean())
+    assert ratio_of_means.value == pytest.approx(b.mean() / a.mean())
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_ratio_of_quantiles_is_the_inverted_test(share: float) -> None:
     """A grid of ratios with a test of explicit loops finds the same ends."""
     a, b, documents = make_tokens(400, 10, seed=4)
-    found = clustered.compute_quantile_ratio(a, b, share, documents)
-    assert found is not None
-    assert found.value == pytest.approx(np.quantile(b, share) / np.quantile(a, share))
-    grid = np.exp(np.linspace(log(found.value) - 2, log(found.value) + 2, 801))
+    ratio = clustered.compute_quantile_ratio(a, b, share, documents)
+    assert ratio is not None
+    assert ratio.value == pytest.approx(np.quantile(b, share) / np.quantile(a, share))
+    grid = np.exp(np.linspace(log(ratio.value) - 2, log(ratio.value) + 2, 801))
     kept = [
         r for r in grid if _is_balanced((r * a).tolist(), b.tolist(), share, documents.tolist())
     ]
-    low, high = found.interval
+    low, high = ratio.interval
     assert low == pytest.approx(kept[0], rel=0.011) and high == pytest.approx(kept[-1], rel=0.011)
 
 
@@ -169,20 +169,20 @@ def test_one_token_that_is_half_of_the_mean_hides_nothing() -> None:
     dice = np.random.default_rng(5)
     b = 3 * a * np.exp(dice.normal(0, 0.4, 2000))
     b[7] = b.sum()
-    found = clustered.compare_kl(a, b, documents)
+    comparison = clustered.compare_kl(a, b, documents)
     widths = []
-    for ratio in (found.mean, found.typical, found.trimmed):
+    for ratio in (comparison.mean, comparison.typical, comparison.trimmed):
         low, high = ratio.interval
         assert low is not None and high is not None and low > 1
         widths.append(high / low)
-    assert found.top_share[1] > 0.49 and widths[0] > 5 and max(widths[1:]) < 1.2
-    assert found.typical.value == pytest.approx(3, rel=0.05)
-    assert found.trimmed.value == pytest.approx(3 * exp(0.08), rel=0.05)
-    assert found.larger_interval[0] is not None and found.larger_interval[0] > 0.9
+    assert comparison.top_share[1] > 0.49 and widths[0] > 5 and max(widths[1:]) < 1.2
+    assert comparison.typical.value == pytest.approx(3, rel=0.05)
+    assert comparison.trimmed.value == pytest.approx(3 * exp(0.08), rel=0.05)
+    assert comparison.larger_interval[0] is not None and comparison.larger_interval[0] > 0.9
 
 
 def test_zeros_count_as_the_floor_and_a_source_has_no_ratio() -> None:
     a, b = np.array([0.0, 1e-12, 1e-3, 0.0]), np.array([0.0, 1e-9, 2e-3, 1e-9])
-    found = clustered.compare_kl(a, b)
-    assert found.typical.value == pytest.approx(2 ** (1 / 4)) and found.larger == 0.875
+    comparison = clustered.compare_kl(a, b)
+    assert comparison.typical.value == pytest.approx(2 ** (1 / 4)) and comparison.larger == 0.875
     assert clustered.compute_quantile_ratio(np.zeros(9), np.ones(9), 0.5) is None

@@ -106,15 +106,17 @@ def test_summary_equals_scipy() -> None:
 def test_interval_of_a_quantile_covers_it() -> None:
     """Medians of 400 normal values: at least 93 % of the intervals hold the true 0."""
     values = torch.randn(400, 400, generator=torch.Generator().manual_seed(4))
-    found = [fidelity.estimate_quantile(row, 0.5).interval or (1.0, 1.0) for row in values]
-    inside = sum(low <= 0 <= high for low, high in found if low is not None and high is not None)
+    intervals = [fidelity.estimate_quantile(row, 0.5).interval or (1.0, 1.0) for row in values]
+    inside = sum(
+        low <= 0 <= high for low, high in intervals if low is not None and high is not None
+    )
     assert 0.93 <= inside / 400 <= 0.98
 
 
 def test_interval_of_a_quantile_is_open_for_a_small_sample() -> None:
     """The 99.9 % of 100 values may lie above the largest."""
-    found = fidelity.estimate_quantile(torch.arange(100.0), 0.999)
-    assert found.error is None and found.interval is not None and found.interval[1] is None
+    quantile = fidelity.estimate_quantile(torch.arange(100.0), 0.999)
+    assert quantile.error is None and quantile.interval is not None and quantile.interval[1] is None
 
 
 def test_intervals_of_the_summary_follow_from_that_of_a_mean() -> None:
@@ -150,10 +152,10 @@ def test_router_agreement_ignores_order() -> None:
 def test_interval_of_a_mean_that_is_not_negative_is_not_negative() -> None:
     """One value is nearly all of the mean: the symmetric interval would reach below 0."""
     values = torch.tensor([1e-6] * 200 + [1.0])
-    found, plain = fidelity.estimate_positive_mean(values), fidelity.estimate_mean(values)
-    assert found.interval is not None and plain.interval is not None
-    (low, high), (below, above) = found.interval, plain.interval
+    positive, plain = fidelity.estimate_positive_mean(values), fidelity.estimate_mean(values)
+    assert positive.interval is not None and plain.interval is not None
+    (low, high), (below, above) = positive.interval, plain.interval
     assert low is not None and high is not None and above is not None and below is not None
-    assert below < 0 < low < found.value < high
-    half = (above - found.value) / found.value
-    assert (low, high) == pytest.approx((found.value * exp(-half), found.value * exp(half)))
+    assert below < 0 < low < positive.value < high
+    half = (above - positive.value) / positive.value
+    assert (low, high) == pytest.approx((positive.value * exp(-half), positive.value * exp(half)))

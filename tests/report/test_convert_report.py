@@ -87,8 +87,8 @@ def test_manifests_of_both_versions_give_the_norm_ratio(tmp_path: Path) -> None:
     scheme = {"bits": 4, "group_size": 64, "symmetric": True}
     manifest = {"modules": {"a": {"scheme": scheme, "output_error": 0.0025}}}
     rows = Artifact(path=tmp_path, manifest=manifest).modules
-    found = rows[0] if isinstance(rows, list) else rows.to_dict("records")[0]
-    assert found["output_relative_error"] == pytest.approx(0.05)
+    row = rows[0] if isinstance(rows, list) else rows.to_dict("records")[0]
+    assert row["output_relative_error"] == pytest.approx(0.05)
 
 
 def test_copies_of_an_error_agree_in_both_versions() -> None:
@@ -143,10 +143,10 @@ def test_gates_of_an_old_report_get_the_interval_of_their_figure() -> None:
         {"figure": "tiny-v3-math.recovery", "bound": ">= 0.99", "value": 0.9964, "ok": True},
         {"figure": "size", "bound": "<= 9.00 MB", "value": 6_412_345, "ok": True},
     ]
-    found = Fidelity.model_validate(make_old(gates=gates)).gates
+    converted = Fidelity.model_validate(make_old(gates=gates)).gates
     unproven = "kept, not proven"
-    assert [row.outcome for row in found] == ["kept", unproven, unproven, "kept"]
-    assert found[0].ci == pytest.approx(
+    assert [row.outcome for row in converted] == ["kept", unproven, unproven, "kept"]
+    assert converted[0].ci == pytest.approx(
         (0.000361 - 1.96 * 2.14e-5, 0.000361 + 1.96 * 2.14e-5), rel=1e-4
     )
-    assert (found[0].n, found[2].n, found[3].ci) == (10_240, 300, None)
+    assert (converted[0].n, converted[2].n, converted[3].ci) == (10_240, 300, None)

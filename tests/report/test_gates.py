@@ -462,11 +462,11 @@ def test_three_outcomes_by_figure_and_interval() -> None:
 def test_bounds_of_a_task_have_outcome_interval_and_items() -> None:
     report = make_example({"benchmarks": [TASK]})
     gate = Gate(min_recovery=0.98, min_score=0.7, max_lost=5)
-    found = {row.figure: row for row in gates.judge_gates({"t": gate}, report)}
-    assert found["t.recovery"].outcome == "kept, not proven"
-    assert found["t.recovery"].ci == (0.969, 1.006) and found["t.recovery"].n == 300
-    assert found["t.score"].outcome == "kept" and found["t.lost"].outcome == "kept"
-    ci = found["t.score"].ci
+    results = {row.figure: row for row in gates.judge_gates({"t": gate}, report)}
+    assert results["t.recovery"].outcome == "kept, not proven"
+    assert results["t.recovery"].ci == (0.969, 1.006) and results["t.recovery"].n == 300
+    assert results["t.score"].outcome == "kept" and results["t.lost"].outcome == "kept"
+    ci = results["t.score"].ci
     assert ci is not None and ci[0] is not None and 0.73 < ci[0] < 0.75
     strict = gates.judge_gates({"t": Gate(min_recovery=0.98, proven=True)}, report)[0]
     assert (strict.ok, strict.outcome) == (False, "missed") and "not proven" in strict.reason

@@ -207,8 +207,8 @@ def test_chats_that_the_template_refuses_stop_or_are_counted(
     chats, _ = read_chats([{"c": AGENT}, {"c": list(TWO_TURNS.messages)}], "c", "f", 10)
     with pytest.raises(CalibrationError, match="found: no role developer.*`refused: skip`"):
         cut_chats(chats, tokenizer, 64)
-    found = cut_chats(chats, tokenizer, 64, skip_refused=True)
-    assert (len(found.rows), found.refused, found.reason) == (1, 1, "no role developer")
+    cut = cut_chats(chats, tokenizer, 64, skip_refused=True)
+    assert (len(cut.rows), cut.refused, cut.reason) == (1, 1, "no role developer")
 
 
 def test_template_over_its_limits_is_not_skipped(

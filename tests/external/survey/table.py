@@ -50,7 +50,8 @@ def iterate_group(names: Mapping[str, Result], scaled: Results) -> Iterator[str]
         if "kl_transformers" in result:
             how = "derived" if result["derived"] else "table"
             cells = f"{format_figures(result)} | {format_figures(scaled.get(name, {}))}"
-            yield f"| {name} | {how} | {result.get('scaled', '')} | {cells} |"
+            folded = scaled.get(name, result).get("scaled", "")
+            yield f"| {name} | {how} | {folded} | {cells} |"
     others = {name: x for name, x in names.items() if "kl_transformers" not in x}
     if others:
         yield "\n| type | status | reason |\n|---|---|---|"
