@@ -31,13 +31,17 @@ CHOSEN_NAME = "recipe.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenRecipe:
-    """A recipe, its commented text, and the choices that the text states."""
+    """A recipe, its commented text, and the choices that the text states.
+
+    notes: paragraphs of the comment at its head.
+    """
 
     title: str
     text: str
     recipe: Recipe
     sections: tuple[Section, ...]
     engines: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def choices(self) -> tuple[tuple[str, str, str], ...]:
@@ -113,6 +117,7 @@ def make_chosen(
         recipe=parse_recipe(text, CHOSEN_NAME),
         sections=sections,
         engines=engines,
+        notes=tuple(notes),
     )
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantkit.errors import UsageError
 from quantkit.io.yaml_document import printable
-from quantkit.plan.choose_recipe import CHOSEN_NAME, ChosenRecipe, choose_recipe
+from quantkit.plan.choose_recipe import CHOSEN_NAME, ChosenRecipe, choose_recipe, make_chosen
 from quantkit.plan.plan import match_source
 from quantkit.plan.recipe_draft import RecipeRequest
 from quantkit.plan.sources import read_model_facts
 from quantkit.recipe.parse import parse_recipe, write_overrides
 from quantkit.recipe.recipe_file import is_model, read_recipe
 from quantkit.recipe.schema import Recipe
+from quantkit.recipe.write_recipe import Section
+
+OVERRIDDEN = "set by an override"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,5 +55,33 @@ def read_target(request: RecipeRequest, overrides: Mapping[str, str]) -> TargetR
 def finish_recipe(chosen: ChosenRecipe, overrides: Mapping[str, str]) -> TargetRecipe:
     """Write `overrides` into the text of a chosen recipe; raises RecipeError for wrong ones."""
     parse_recipe(chosen.text, CHOSEN_NAME, overrides)  # faults name the overrides, not lines
+    chosen = mark_overrides(chosen, overrides)
     text = write_overrides(chosen.text, overrides)
     return TargetRecipe(text=text, recipe=parse_recipe(text, CHOSEN_NAME), chosen=chosen)
+
+
+def mark_overrides(chosen: ChosenRecipe, overrides: Mapping[str, str]) -> ChosenRecipe:
+    """Return a chosen recipe in which the reason of an overridden value is the override.
+
+    The text keeps the chosen values, which `write_overrides` replaces; the choices have the new
+    ones. Choices in a section that is overridden as a whole are left out.
+    """
+
+    def mark(section: Section, *, with_value: bool) -> Section:
+        choices = []
+        for choice in section.choices:
+            value = overrides.get(f"{section.name}.{choice.key}".lstrip("."))
+            if value is not None:
+                shown = value if with_value else choice.value
+                choice = replace(choice, value=shown, reason=OVERRIDDEN)
+            choices.append(choice)
+        return replace(section, choices=tuple(choices))
+
+    written = tuple(mark(section, with_value=False) for section in chosen.sections)
+    shown = tuple(
+        mark(section, with_value=True)
+        for section in chosen.sections
+        if section.name not in overrides
+    )
+    text = make_chosen(chosen.title, written, chosen.engines, chosen.notes)
+    return replace(text, sections=shown)

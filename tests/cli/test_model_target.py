@@ -27,6 +27,15 @@ def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def test_overridden_values_are_shown_with_the_override_as_reason() -> None:
+    changes = ("quantize.bits=8", "fidelity=none", "gates={}")
+    done = run("plan", MODEL, *(part for change in changes for part in ("--set", change)))
+    assert done.exit_code == 0, done.output
+    rows = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    assert ["quantize.bits", "8", "set by an override"] in [[x.strip() for x in r] for r in rows]
+    assert "fidelity.set " not in done.stdout
+
+
 def test_build_of_a_model_writes_a_recipe_that_builds_the_same_bytes() -> None:
     first = run(*BUILD)
     assert first.exit_code == 0, first.output
