@@ -7,6 +7,7 @@ complete by hash.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -64,7 +65,7 @@ def pull_artifact(
     Raises TransferError if the remote has no complete artifact or sends other bytes, UsageError if
     something else is at `path`.
     """
-    path = path.expanduser().absolute()
+    path = Path(os.path.expanduser(path)).absolute()
     with note_resume(), closing(open_remote(src, options)) as remote:
         content = retry(lambda: remote.fetch_manifest(MANIFEST), remote.where, options.retry_policy)
         if content is None:

@@ -179,7 +179,7 @@ def parse_address(text: str) -> tuple[str, str]:
             f"{remove_secrets(text)}: expected one URL, found a chain of them; name the remote "
             "itself"
         )
-    if Path(text).expanduser().exists() or not _HUB_ID.fullmatch(text):
+    if Path(os.path.expanduser(text)).exists() or not _HUB_ID.fullmatch(text):
         return "file", text
     if Path(text).parent.is_dir():
         raise UsageError(

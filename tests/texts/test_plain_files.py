@@ -70,7 +70,7 @@ def test_parquet_plain_text_and_folders_are_sets(tmp_path: Path) -> None:
 def test_content_in_parts_is_joined(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "d "}, {"type": "text", "text": "e"}]
     path = write_rows(tmp_path / "a.jsonl", [{"messages": chat("a", parts)}])
-    assert load(path).parts[0].chats[0][1]["content"] == parts
+    assert load(path).parts[0].chats[0].messages[1]["content"] == parts
     tokens = sample_sequences(load(f"{path}?count=all"), WordTokenizer(), 1, 3, 0)
     assert tokens.lengths == (3,)
     image = [{"type": "image_url", "image_url": "x"}]

@@ -184,7 +184,7 @@ def open_folder(rest: str, text: str, options: RemoteOptions) -> FolderRemote:
                 f"{shorten_repr(host)}"
             )
         rest = "/" + unquote(tail)
-    path = Path(rest).expanduser().absolute()
+    path = Path(os.path.expanduser(rest)).absolute()
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path}: expected a folder or nothing, found a file; choose another path")
     return FolderRemote(path, options.jobs)
