@@ -89,10 +89,16 @@ def _list_intervals(distribution: object, benchmarks: object) -> dict[str, tuple
     return intervals
 
 
-def _add_interval(row: Row, intervals: Mapping[str, tuple[Any, Any]]) -> Row:
-    """Return a gate with its interval, and not proven if the interval crosses its bound."""
+def _split_bound(row: Row) -> tuple[str, str]:
+    """Return sign and number of a gate's bound, "<= 0.05"; "" for a bound that is no text."""
     bound = row.get("bound")
     sign, _, number = bound.partition(" ") if isinstance(bound, str) else ("", "", "")
+    return sign, number
+
+
+def _add_interval(row: Row, intervals: Mapping[str, tuple[Any, Any]]) -> Row:
+    """Return a gate with its interval, and not proven if the interval crosses its bound."""
+    sign, number = _split_bound(row)
     ci, n = intervals.get(str(row.get("figure")), (None, None))
     try:
         ends, limit = [float(end) for end in ci or ()], float(number)
@@ -108,8 +114,7 @@ def _convert_gate(row: Row) -> Row:
     """Return a gate on outputs with bound and value as norm ratios; other gates unchanged."""
     if row.get("figure") != ENERGY_GATE:
         return row
-    bound = row.get("bound")
-    sign, _, number = bound.partition(" ") if isinstance(bound, str) else ("", "", "")
+    (sign, number), bound = _split_bound(row), row.get("bound")
     with suppress(ValueError):  # no number, which the schema reports
         bound = f"{sign} {convert_energy(float(number)):g}"
     return {**row, "figure": NORM_GATE, "bound": bound, "value": convert_energy(row.get("value"))}

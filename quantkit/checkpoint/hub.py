@@ -55,6 +55,7 @@ from quantkit.errors import CheckpointError, HubUnreachable, UsageError
 from quantkit.io.bounded_http import ResponseLimits
 from quantkit.io.files import (
     JSON_LIMIT_BYTES,
+    expand_home,
     get_free_bytes,
     join_faults,
     parse_json,
@@ -222,7 +223,7 @@ def find_local_folder(model: str) -> Path | None:
 def _locate_local(model: str, revision: str | None) -> Path | None:
     """Return the folder of a local model; None for a Hub id."""
     try:
-        path = Path(model).expanduser()
+        path = expand_home(model)
         is_local, is_single_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError):  # a name too long for any file; an unknown user's home
         path, is_local, is_single_file = Path(), False, False

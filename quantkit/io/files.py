@@ -92,6 +92,13 @@ def is_encodable(value: object) -> bool:
     return True
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return a path with `~` replaced by a home; that of an unknown user stays as it is, where
+    pathlib raises RuntimeError.
+    """
+    return Path(os.path.expanduser(path))
+
+
 def is_file(path: Path) -> bool:
     """Return whether a file exists; False for impossible names (too long, or with NUL)."""
     try:

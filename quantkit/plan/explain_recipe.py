@@ -9,6 +9,7 @@ from pathlib import Path
 
 from quantkit import registry
 from quantkit.checkpoint.source_config import read_text_config
+from quantkit.io.files import expand_home
 from quantkit.plan.decisions import Decision
 from quantkit.plan.match_checkpoint import MatchedLayout
 from quantkit.plan.plan import SourceFacts
@@ -245,9 +246,7 @@ def choose_output(draft: Draft) -> str:
     if draft.request.output is not None:
         return draft.request.output
     name = draft.request.model.removeprefix("builtin:")
-    last = (
-        Path(name).expanduser().resolve().name if name.startswith((".", "~")) else Path(name).name
-    )
+    last = expand_home(name).resolve().name if name.startswith((".", "~")) else Path(name).name
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "model"
     suffix = "nf4" if draft.method == "nf4" else f"{draft.method.replace('_', '-')}{draft.bits}"
     return f"artifacts/{safe[:100]}-{suffix}"

@@ -7,7 +7,6 @@ complete by hash.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -22,7 +21,13 @@ from quantkit.artifact.layout import (
 )
 from quantkit.artifact.replace import check_replaceable
 from quantkit.errors import ArtifactError, TransferError, UsageError
-from quantkit.io.files import JSON_LIMIT_BYTES, get_free_bytes, parse_json, shorten_repr
+from quantkit.io.files import (
+    JSON_LIMIT_BYTES,
+    expand_home,
+    get_free_bytes,
+    parse_json,
+    shorten_repr,
+)
 from quantkit.io.retry import RetryPolicy, TransientError, retry
 from quantkit.progress import ProgressCallback
 from quantkit.publish.remote import Remote, RemoteOptions, open_remote
@@ -65,7 +70,7 @@ def pull_artifact(
     Raises TransferError if the remote has no complete artifact or sends other bytes, UsageError if
     something else is at `path`.
     """
-    path = Path(os.path.expanduser(path)).absolute()
+    path = expand_home(path).absolute()
     with note_resume(), closing(open_remote(src, options)) as remote:
         content = retry(lambda: remote.fetch_manifest(MANIFEST), remote.where, options.retry_policy)
         if content is None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 from quantkit.errors import QuantkitError, TransferError, UsageError
-from quantkit.io.files import shorten_repr
+from quantkit.io.files import expand_home, shorten_repr
 from quantkit.io.retry import ResponseRefused, RetryPolicy, TransientError, retry
 from quantkit.publish import remotes
 
@@ -179,7 +179,7 @@ def parse_address(text: str) -> tuple[str, str]:
             f"{remove_secrets(text)}: expected one URL, found a chain of them; name the remote "
             "itself"
         )
-    if Path(os.path.expanduser(text)).exists() or not _HUB_ID.fullmatch(text):
+    if expand_home(text).exists() or not _HUB_ID.fullmatch(text):
         return "file", text
     if Path(text).parent.is_dir():
         raise UsageError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from quantkit.checkpoint.file_names import HUB_ID
 from quantkit.checkpoint.foreign_weights import PICKLED
 from quantkit.errors import UsageError
-from quantkit.io.files import is_file, write_output
+from quantkit.io.files import expand_home, is_file, write_output
 from quantkit.io.package_data import BUILTIN_PREFIX, is_recipe_name, locate_folder
 from quantkit.io.yaml_document import printable
 from quantkit.recipe.parse import parse_recipe
@@ -58,7 +58,7 @@ def is_model(target: str) -> bool:
         return True  # a file of weights is refused with its right step, where models are located
     if is_recipe_name(target) or any(is_file(Path(target + end)) for end in ("", ".yaml")):
         return False
-    return is_folder(Path(target).expanduser()) or HUB_ID.fullmatch(target) is not None
+    return is_folder(expand_home(target)) or HUB_ID.fullmatch(target) is not None
 
 
 def is_folder(path: Path) -> bool:

@@ -160,3 +160,8 @@ def test_wrong_builtin_model_lists_the_known_ones(
         "source.model: no built-in model 'builtin:tiny_v4'; did you mean builtin:tiny-v3? known: "
         "builtin:tiny-v3"
     )
+
+
+def test_expand_home_keeps_the_path_of_an_unknown_user() -> None:
+    assert files.expand_home("~") == Path.home() and files.expand_home("a/~") == Path("a/~")
+    assert files.expand_home("~nobody-here/x") == Path("~nobody-here/x")

@@ -15,6 +15,7 @@ from quantkit.io.files import (
     JSON_LIMIT_BYTES,
     PART,
     describe_os_error,
+    expand_home,
     make_folder,
     make_write_error,
     open_part,
@@ -184,7 +185,7 @@ def open_folder(rest: str, text: str, options: RemoteOptions) -> FolderRemote:
                 f"{shorten_repr(host)}"
             )
         rest = "/" + unquote(tail)
-    path = Path(os.path.expanduser(rest)).absolute()
+    path = expand_home(rest).absolute()
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path}: expected a folder or nothing, found a file; choose another path")
     return FolderRemote(path, options.jobs)
