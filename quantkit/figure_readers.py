@@ -105,6 +105,11 @@ def read_mean_over_kinds(report: Any, _part: str) -> Reading:
     return average_readings(list(list_kinds(report).values()))
 
 
+def make_normal_interval(value: float, error: float) -> tuple[float, float]:
+    """Return the 95 % interval of a figure by its standard error."""
+    return value - NORMAL * error, value + NORMAL * error
+
+
 def average_readings(readings: Sequence[Reading]) -> Reading:
     """Return the mean of independent readings, with its standard error if each has one."""
     values = [reading.value for reading in readings if reading.value is not None]
@@ -116,7 +121,7 @@ def average_readings(readings: Sequence[Reading]) -> Reading:
     if len(errors) < len(readings):
         return Reading(value=mean)
     error = hypot(*errors) / len(errors)
-    return Reading(value=mean, se=error, ci=(mean - NORMAL * error, mean + NORMAL * error))
+    return Reading(value=mean, se=error, ci=make_normal_interval(mean, error))
 
 
 def read_shift(report: Any, _part: str) -> Reading:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from quantkit.figure_readers import ALL_TEXT, NORMAL
+from quantkit.figure_readers import ALL_TEXT, make_normal_interval
 from quantkit.figures import ENERGY_GATE, NORM_GATE, convert_energy
 
 QUANTILES = ("kl_median", "kl_p99", "kl_p999")
@@ -64,7 +64,7 @@ def _widen(key: str, figure: Row) -> tuple[float, float] | None:
     if key in QUANTILES or not isinstance(value, int | float):
         return None
     try:
-        return value - NORMAL * error, value + NORMAL * error
+        return make_normal_interval(value, error)
     except OverflowError:  # an integer of JSON that is too large for a float
         return None
 

@@ -8,6 +8,7 @@ from quantkit.diff.paired_figures import ALL_TASKS
 from quantkit.figure_readers import ALL_TEXT
 from quantkit.report import format_numbers
 from quantkit.report.notes import capitalize_first
+from quantkit.texts.exposure import count_noun
 
 DOMINANT = 0.2
 """Share of a mean from which its largest token is named."""
@@ -85,8 +86,8 @@ def describe_benchmarks(diff: Diff) -> list[str]:
     return [
         "B is " + " and ".join(sides)
         if sides
-        else f"no resolved difference on {_format_quantity(len(paired), 'benchmark')}",
-        f"{_format_quantity(lost, 'item')} lost, {len(diff.flips) - lost:,} gained",
+        else f"no resolved difference on {count_noun(len(paired), 'benchmark')}",
+        f"{count_noun(lost, 'item')} lost, {len(diff.flips) - lost:,} gained",
     ]
 
 
@@ -99,7 +100,3 @@ def describe_size(rows: tuple[Quantity, ...]) -> str:
     if row.a == row.b:
         return f"both have {a} of weights"
     return f"weights {a} -> {b} ({format_numbers.format_factors(Figure(value=row.b / row.a))})"
-
-
-def _format_quantity(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

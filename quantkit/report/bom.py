@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 
 from quantkit.artifact.fidelity_schema import Fidelity, Figure, TextPart, TextSet
 from quantkit.checkpoint.tensors import WrittenFile
-from quantkit.figure_readers import NORMAL
+from quantkit.figure_readers import make_normal_interval
 from quantkit.report import card_data
 
 MODEL_REF = "model"
@@ -166,7 +166,7 @@ def make_metric(key: str, part: str, figure: Figure) -> dict[str, object]:
     """Return a metric with its 95 % interval, by the standard error if that is all it has."""
     low, high = figure.ci or (None, None)
     if figure.ci is None and figure.value is not None and figure.se is not None:
-        low, high = figure.value - NORMAL * figure.se, figure.value + NORMAL * figure.se
+        low, high = make_normal_interval(figure.value, figure.se)
     interval = {
         name: repr(bound)
         for name, bound in (("lowerBound", low), ("upperBound", high))

@@ -39,11 +39,7 @@ def make_module_table(fidelity: Fidelity, limit: int = WORST) -> Table:
         for row in worst
     )
     columns = ("module", "method", ">weights", ">SQNR dB", ">outputs", ">tokens", "note")
-    note = (
-        f"The {len(rows)} worst of {len(quantized):,}; all in {MORE}. "
-        if len(rows) < len(quantized)
-        else ""
-    )
+    note = _describe_cut(len(rows), len(quantized), f"worst of {len(quantized):,}; all in {MORE}. ")
     return Table(
         title="Relative error of weights and outputs, worst modules",
         columns=columns,
@@ -59,11 +55,8 @@ def make_block_table(fidelity: Fidelity, limit: int = WORST) -> Table:
         :limit
     ]
     rows = tuple((row.block, _format_share(row.relative_error)) for row in worst)
-    note = (
-        f"The {len(rows)} worst of {len(fidelity.blocks)} blocks."
-        if len(rows) < len(fidelity.blocks)
-        else ""
-    )
+    total = len(fidelity.blocks)
+    note = _describe_cut(len(rows), total, f"worst of {total} blocks.")
     return Table(
         title="Relative error of the hidden states after a block",
         columns=("block", ">error"),
@@ -77,11 +70,8 @@ def make_router_table(fidelity: Fidelity, limit: int = WORST) -> Table:
     """Return the share of expert choices that agree with the source's, lowest first."""
     lowest = sorted(fidelity.routers, key=lambda row: _rank(row.agreement, missing=-1.0))[:limit]
     rows = tuple((row.block, _format_share(row.agreement)) for row in lowest)
-    note = (
-        f"The {len(rows)} lowest of {len(fidelity.routers)} layers."
-        if len(rows) < len(fidelity.routers)
-        else ""
-    )
+    total = len(fidelity.routers)
+    note = _describe_cut(len(rows), total, f"lowest of {total} layers.")
     columns = ("block", ">same experts")
     return Table(
         title="Router agreement",
@@ -195,6 +185,11 @@ def _rank(value: float | None, missing: float) -> float:
 def _format_share(share: float | None) -> str:
     """Return a share that was measured; None is one that is not finite."""
     return NOT_FINITE if share is None else format_numbers.format_percent(share)
+
+
+def _describe_cut(shown: int, total: int, rest: str) -> str:
+    """Return "The 10 worst of 61 blocks." for a table that does not show all rows."""
+    return f"The {shown} {rest}" if shown < total else ""
 
 
 def _format_rest(total: int, shown: int) -> str:

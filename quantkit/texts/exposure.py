@@ -133,4 +133,4 @@ def pick_label(labels: Sequence[str], calibrated: Collection[str]) -> str:
 
 def count_noun(count: int, noun: str) -> str:
     """Return "1 kind" or "3 kinds"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
