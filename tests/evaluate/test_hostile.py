@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import resource
 import time
 from pathlib import Path
 
@@ -32,6 +34,21 @@ def test_hostile_program_is_contained(jail, program, monkeypatch):
         # on a busy machine the wall clock can end what would use up its processor time
         reasons = (*program.reason, *[hostile.WALL] * (hostile.CPU in program.reason))
         assert any(reason in result.reason for reason in reasons), result.reason
+
+
+@pytest.mark.parametrize("name", ["reading inherited files", "no answer"])
+def test_descriptors_of_programs_do_not_depend_on_files_open_here(jail, name):
+    (program,) = (one for one in hostile.PROGRAMS if one.name == name)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as opened:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1100):
+            opened.enter_context(open(os.devnull, "rb"))
+        tests = hostile.WRONG if program.tests is None else program.tests
+        (result,) = run_programs([Program(source=program.source, tests=tests)], jail, 4)
+    assert result.passed == (program.tests is not None), result.reason
+    assert not program.reason or any(reason in result.reason for reason in program.reason)
 
 
 def test_tests_of_hostile_programs_can_pass(jail):

@@ -487,6 +487,10 @@ def main() -> None:
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     os.close(null)
+    # the number is the parent's, which may have thousands of open files; here it is always low
+    low = os.dup(channel)
+    os.close(channel)
+    channel = low
     if role == "program":
         run_program(channel, job, report_fd)
     else:
