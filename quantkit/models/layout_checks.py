@@ -25,6 +25,7 @@ from quantkit.contracts import Absorber, Block, Config, Layout, Linear, LinearGr
 from quantkit.models import scaling
 from quantkit.models.experts import BlockRun, run_block, run_router, select_dense_tensors
 from quantkit.models.inspect import mark_routers
+from quantkit.models.layer_calls import name_tensors
 from quantkit.models.layers import (
     DecoderLayer,
     MetaModel,
@@ -33,7 +34,6 @@ from quantkit.models.layers import (
     make_random_rows,
     run_layer,
 )
-from quantkit.models.outer_model import name_tensors
 from quantkit.models.row_maps import list_row_maps
 
 LENGTHS = (20, 13)

@@ -40,8 +40,8 @@ from quantkit.models import (
     small_instance,
     stored_names,
 )
+from quantkit.models.layer_calls import LayerCall
 from quantkit.models.layers import make_meta_model
-from quantkit.models.outer_model import LayerCall
 from quantkit.models.state_rows import StateForm
 from quantkit.plan.plan import Plan
 from quantkit.progress import Progress
