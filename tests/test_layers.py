@@ -46,7 +46,6 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "artifact/front_matter.py": frozenset({"read_text"}),  # the source's model card
     "build/spool.py": frozenset({"unlink"}),  # hidden states on disk
     "evaluate/answer_store.py": frozenset({"mkdir"}),  # the folder of its SQLite file
-    "artifact/model_files.py": frozenset({"read_bytes"}),  # the source's sidecars
     "artifact/staging.py": frozenset({"rename", "unlink"}),  # the staging folder and its renaming
     "artifact/replace.py": frozenset({"rmdir", "unlink"}),  # the files of a replaced artifact
     "recipe/recipe_file.py": frozenset({"read_text"}),  # the recipe
