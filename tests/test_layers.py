@@ -63,7 +63,7 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
         "unlink",
     }),  # the scratch folder of an interrupted build
     "evaluate/results.py": frozenset({"mkdir"}),  # the folder of an evaluation
-    "evaluate/token_fidelity.py": frozenset({"write_table"}),  # pyarrow writes its own files
+    "evaluate/token_samples.py": frozenset({"write_table"}),  # pyarrow writes its own files
     "evaluate/solution_likelihood.py": frozenset({"write_table"}),  # the same
     "evaluate/item_results.py": frozenset({"write_table", "mkdir"}),  # to memory; its cache
     "evaluate/backends.py": frozenset({"from_pretrained"}),  # transformers reads its own files
