@@ -32,7 +32,7 @@ from quantkit.figures import FigureDefinition, list_headline_figures
 from quantkit.io import user_cache
 from quantkit.io.files import is_file, write_atomic, write_output
 from quantkit.io.path_safety import check_no_link
-from quantkit.report import card, format_numbers, module_ranges, notes, reproduce, tables
+from quantkit.report import format_numbers, module_ranges, notes, reproduce, tables, verdict
 from quantkit.report.charts import CONFIG, Plot, make_charts
 from quantkit.report.definitions import HEADINGS, Meanings
 from quantkit.report.samples import Answer, ChangedItem, Samples, read_samples
@@ -129,7 +129,8 @@ def render_page(fidelity: Fidelity, samples: Samples) -> str:
         tables=tables,
         notes=notes,
         tiles=make_tiles(fidelity),
-        verdict=card.format_verdict(fidelity),
+        verdict=verdict.format_verdict(fidelity),
+        status=verdict.choose_status(fidelity),
         intervals=draw_intervals([row.delta_pp for row in fidelity.benchmarks]),
         worst=WORST,
         same_bytes=reproduce.SAME_BYTES,
