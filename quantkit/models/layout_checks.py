@@ -14,7 +14,7 @@ Only checked properties are used: without an absorber a group's input is not sca
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from quantkit.contracts import Absorber, Block, Config, Layout, Linear, LinearGr
 from quantkit.models import scaling
 from quantkit.models.experts import BlockRun, run_block, run_router, select_dense_tensors
 from quantkit.models.inspect import mark_routers
+from quantkit.models.layer_calls import name_tensors
 from quantkit.models.layers import (
     DecoderLayer,
     MetaModel,
@@ -33,7 +34,6 @@ from quantkit.models.layers import (
     make_random_rows,
     run_layer,
 )
-from quantkit.models.outer_model import name_tensors
 from quantkit.models.row_maps import list_row_maps
 
 LENGTHS = (20, 13)
@@ -81,13 +81,14 @@ class ShortRun:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTrial:
-    """A block of the instance with an input and its output."""
+    """A block of the instance with an input and its output; silent: as of `find_silent_modules`."""
 
     config: Config
     meta_model: MetaModel
     block: Block
     tensors: Mapping[str, Tensor]  # of the block, by full name
     rows: Tensor  # of states [tokens, width]
+    silent: Mapping[str, bool] = field(default_factory=dict)
 
     @cached_property
     def out(self) -> Tensor:
@@ -175,10 +176,9 @@ class BlockTrial:
         """The unchanged block, as of `run_short`."""
         return self.run_short(self.tensors)
 
-    @cached_property
-    def silent(self) -> dict[str, bool]:
-        """The modules of the layer whose tensors do not change the states after a short run, by
-        path, and whether their own output shows what they read.
+    def find_silent_modules(self) -> dict[str, bool]:
+        """Return the modules of the layer whose tensors do not change the states after a short run,
+        by path, and whether their own output shows what they read.
 
         The states after the block show nothing about folds into such a module, or into a tensor
         that it reads.
@@ -451,6 +451,7 @@ def inspect_blocks(
     rows = make_random_rows(meta_model.outer, LENGTHS, seed=3)  # [tokens, width]
     known: dict[tuple[str, ...], tuple[InputReaders, ...]] = {}
     known_routers: dict[tuple[str, ...], tuple[str, ...]] = {}
+    known_silent: dict[tuple[str, ...], dict[str, bool]] = {}
     result = []
     for block in layout.blocks:
         trial = BlockTrial(
@@ -463,9 +464,10 @@ def inspect_blocks(
         kind = tuple(name.removeprefix(block.name) for name in trial.tensors)
         if kind not in known_routers:
             known_routers[kind] = trial.find_routers()
+            known_silent[kind] = trial.find_silent_modules()
         routers = tuple(f"{block.name}{local}" for local in known_routers[kind])
-        if routers:
-            trial = replace(trial, block=mark_routers(block, routers))
+        marked = mark_routers(block, routers) if routers else block
+        trial = replace(trial, block=marked, silent=known_silent[kind])
         readings = trial.readings()
         best = known.get(kind, ())
         is_same = [r.readers for r in best] == [r.readers for r in readings]
