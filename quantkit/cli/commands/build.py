@@ -144,11 +144,12 @@ def start_build(log: BuildLog, plans: Sequence[Plan], *, quiet: bool) -> None:
     """Open the log file of a build whose plan is accepted, and print the plan."""
     from quantkit.cli.rich_output import show
     from quantkit.plan.summary import summarize_plan
+    from quantkit.plan.time_estimate import estimate_plan
     from quantkit.report.terminal_plan import render_plans
 
     log.open_file(Path(plans[0].path))
     if not quiet:
-        show(render_plans([summarize_plan(plan) for plan in plans]))
+        show(render_plans([summarize_plan(plan, (), estimate_plan(plan)) for plan in plans]))
 
 
 def write_results(
