@@ -28,12 +28,14 @@ from quantkit.plan.memory import iterate_solves
 from quantkit.plan.plan import Plan
 from quantkit.plan.plan_schema import PlanTime
 from quantkit.plan.sources import resolve_compute
+from quantkit.progress import Phase
 
 LOG = logging.getLogger(__name__)
 
 LARGEST_RATIO = 30.0
 """Ratio of the work of two builds above which none is estimated from the other: the time of a
 small model is that of starting its operations."""
+SIDES = ("source", "artifact")
 MOST_RECORDS = 200
 """Builds that are kept, the newest."""
 STEPS = ("source hashes", "quantize", "distribution", "benchmarks")
@@ -205,6 +207,25 @@ def find_nearest(build: BuildRate, step: str, rates: Iterable[BuildRate]) -> Bui
         if distance <= least:
             best, least = rate, distance
     return best
+
+
+def list_phases(plans: Sequence[Plan], time: PlanTime, *, evaluate: bool) -> list[Phase]:
+    """Return the stages that a build of these plans reports, with their expected seconds.
+
+    Plans with one set of codes share a quantization; formats that store other weights have one of
+    their own.
+    """
+    steps = time.steps
+    phases = [Phase(stage="source's sha256", seconds=steps.get("source hashes", 0.0))]
+    holding = [plan.format.holds_codes for plan in plans]
+    for _ in range(any(holding) + holding.count(False)):
+        phases.append(Phase(stage="blocks", seconds=steps.get("quantize")))
+        phases.append(Phase(stage="distribution", seconds=steps.get("distribution", 0.0)))
+        if evaluate and plans[0].recipe.evaluation.tasks:
+            seconds = steps.get("benchmarks")
+            half = None if seconds is None else seconds / 2
+            phases += [Phase(stage=f"benchmarks, {side}", seconds=half) for side in SIDES]
+    return phases
 
 
 # ------------------------------------------------------------------------------------------ record
