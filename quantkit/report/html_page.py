@@ -32,7 +32,15 @@ from quantkit.figures import FigureDefinition, list_headline_figures
 from quantkit.io import user_cache
 from quantkit.io.files import is_file, write_atomic, write_output
 from quantkit.io.path_safety import check_no_link
-from quantkit.report import card, format_numbers, module_ranges, notes, reproduce, tables
+from quantkit.report import (
+    card,
+    format_numbers,
+    loading,
+    module_ranges,
+    notes,
+    reproduce,
+    tables,
+)
 from quantkit.report.charts import CONFIG, Plot, make_charts
 from quantkit.report.definitions import HEADINGS, Meanings
 from quantkit.report.samples import Answer, ChangedItem, Samples, read_samples
@@ -127,6 +135,7 @@ def render_page(fidelity: Fidelity, samples: Samples) -> str:
         items=items,
         hidden=len(samples.changed) - len(items),
         tables=tables,
+        loading=loading,
         notes=notes,
         tiles=make_tiles(fidelity),
         verdict=card.format_verdict(fidelity),
