@@ -44,12 +44,8 @@ from quantkit.evaluate.self_sampler import open_self_source
 from quantkit.evaluate.solution_likelihood import GoldSolutions, ScoredSolution
 from quantkit.evaluate.source_comparison import SourceComparison, compare_with_source
 from quantkit.evaluate.tasks import check_trust
-from quantkit.evaluate.token_fidelity import (
-    TextFidelity,
-    load_stream_pair,
-    measure_text,
-    write_tokens,
-)
+from quantkit.evaluate.token_fidelity import load_stream_pair, measure_text
+from quantkit.evaluate.token_samples import TokenSamples, sample_tokens, write_tokens
 from quantkit.io import package_data
 from quantkit.io.files import write_atomic
 from quantkit.io.host import HEAP_BYTES, keep_freed_memory, return_freed_memory
@@ -92,6 +88,7 @@ class TokenizedTexts:
     tokens: Mapping[TextName, Tokens]
     descriptions: Mapping[TextName, TextSet]
     solutions: GoldSolutions  # run after the fidelity text
+    tokenizer: corpora.Tokenizer
     notes: tuple[str, ...] = ()  # rows and documents that are left out
 
     def stream_texts(self) -> StreamTexts:
@@ -118,7 +115,7 @@ class TokenizedTexts:
 class StreamFigures:
     """Figures of the streams after the last block; `tokens` is None with `fidelity: none`."""
 
-    tokens: TextFidelity | None = None
+    tokens: TokenSamples | None = None
     solutions: Sequence[ScoredSolution] = ()
 
 
@@ -388,6 +385,7 @@ def tokenize(
         tokens={"calibration": nothing, "fidelity": nothing, **tokens},
         descriptions=descriptions,
         solutions=solutions,
+        tokenizer=tokenizer,
         notes=tuple(notes),
     )
 
@@ -470,7 +468,7 @@ def quantize_and_measure(
             model, plans[0].layout, source, head, streams["reference"], streams["quantized"]
         )
         figures = StreamFigures(
-            tokens=measure_text(both),
+            tokens=sample_tokens(both, measure_text(both), texts.tokenizer),
             solutions=solution_likelihood.score_solutions(both, texts.solutions.items),
         )
     for stream in streams.values():
@@ -489,7 +487,7 @@ def write_evidence(
     write_atomic(folder / layout.MODEL_CARD, card.render_card(report).encode())
     write_atomic(folder / layout.PLAN, format_plan(plan).encode())
     if figures.tokens:
-        write_tokens(figures.tokens, folder / layout.TOKEN_SAMPLES)
+        write_tokens(figures.tokens, folder)
     if figures.solutions:
         solution_likelihood.write_solutions(figures.solutions, folder / layout.SOLUTION_SAMPLES)
     if compared.pairs:

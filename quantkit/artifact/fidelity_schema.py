@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from quantkit.artifact.convert_report import convert_report
 from quantkit.artifact.layout import FIDELITY_VERSION
+from quantkit.artifact.token_schema import MOST_TOKENS, WorstToken
 from quantkit.figures import list_stored_keys
 from quantkit.plan.plan_schema import FROZEN, PlanRule
 
@@ -418,6 +419,7 @@ class Fidelity(BaseModel):
     calibration: TextSet | None = None
     measured_on: TextSet | None = None
     distribution: tuple[DistributionResult, ...] = ()
+    worst_tokens: Annotated[tuple[WorstToken, ...], Field(max_length=MOST_TOKENS)] = ()
     likelihood: tuple[LikelihoodResult, ...] = ()
     blocks: tuple[BlockError, ...] = ()
     modules: tuple[ModuleResult, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
@@ -21,14 +22,16 @@ from quantkit.cli.console import escape_controls
 from quantkit.progress import Progress
 
 WIDTH = 100
-"""Columns of output that does not go to a terminal."""
+"""Columns of output that does not go to a terminal, unless COLUMNS says otherwise."""
 
 
 def show(*renderables: RenderableType) -> None:
-    """Print to stdout, WIDTH columns wide if it is not a terminal."""
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    """Print to stdout, as wide as the terminal, or as COLUMNS says, or WIDTH columns wide."""
+    columns = os.environ.get("COLUMNS", "")
+    has_width = sys.stdout.isatty() or (columns.isdecimal() and int(columns) > 0)
+    console = Console() if has_width else Console(width=WIDTH)
     for renderable in renderables:
-        console.print(EscapedRenderable(renderable))
+        console.print(EscapedRenderable(renderable), crop=False)  # a long path is shown whole
 
 
 class EscapedRenderable:

@@ -33,13 +33,14 @@ from quantkit.io import user_cache
 from quantkit.io.files import is_file, write_atomic, write_output
 from quantkit.io.path_safety import check_no_link
 from quantkit.report import (
-    card,
     format_numbers,
     loading,
     module_ranges,
     notes,
     reproduce,
     tables,
+    token_tables,
+    verdict,
 )
 from quantkit.report.charts import CONFIG, Plot, make_charts
 from quantkit.report.definitions import HEADINGS, Meanings
@@ -138,7 +139,10 @@ def render_page(fidelity: Fidelity, samples: Samples) -> str:
         loading=loading,
         notes=notes,
         tiles=make_tiles(fidelity),
-        verdict=card.format_verdict(fidelity),
+        alike=token_tables.ALIKE,
+        no_tokens=token_tables.describe_no_tokens(fidelity),
+        verdict=verdict.format_verdict(fidelity),
+        status=verdict.choose_status(fidelity),
         intervals=draw_intervals([row.delta_pp for row in fidelity.benchmarks]),
         worst=WORST,
         same_bytes=reproduce.SAME_BYTES,
@@ -197,6 +201,9 @@ def make_environment(*, autoescape: bool) -> Environment:
         "folded": module_ranges.fold_names,
         "definitions": list_definitions,
         "columns": count_columns,
+        "nats": format_numbers.format_digits,
+        "quoted": token_tables.quote_token,
+        "share": token_tables.format_share,
     }
     return environment
 

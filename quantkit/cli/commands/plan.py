@@ -16,7 +16,7 @@ from quantkit.cli.model_target import (
 from quantkit.cli.options import JSON, SET, parse_overrides
 from quantkit.cli.rich_output import show
 from quantkit.plan.summary import summarize_plan
-from quantkit.report.terminal import render_plans
+from quantkit.report.terminal_plan import render_plans
 
 
 @click.command()
