@@ -59,6 +59,7 @@ from quantkit.progress import ProgressCallback
 from quantkit.recipe.schema import Recipe
 from quantkit.report import bom, card, gates, html_page
 from quantkit.report import make as evidence
+from quantkit.report.loading import add_checks
 from quantkit.report.make import TextName
 from quantkit.report.reproduce import BuildCommand, make_build_command
 from quantkit.texts import corpora
@@ -293,9 +294,8 @@ def build_group(
         command = make_build_command(
             text, artifact.plan, evaluate=evaluate, trusted_code=trusted_code
         )
-        accounted = evidence.account_source(artifact.plan, source, artifact.folder).describe()
         report = report_artifact(artifact.plan, source, measured, command)
-        report = report.model_copy(update={"source_tensors": accounted})
+        report = add_checks(report, artifact.plan, source, built.blocks, artifact.folder)
         write_evidence(artifact.plan, artifact.folder, report, figures, compared)
         write_atomic(artifact.folder / layout.BOM, bom.render_bom(report, files).encode())
         write_timings(artifact.folder, built.blocks, timer)

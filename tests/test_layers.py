@@ -66,6 +66,7 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "evaluate/token_samples.py": frozenset({"write_table"}),  # pyarrow writes its own files
     "evaluate/solution_likelihood.py": frozenset({"write_table"}),  # the same
     "evaluate/item_results.py": frozenset({"write_table", "mkdir"}),  # to memory; its cache
+    "verify/engines/transformers_load.py": frozenset({"from_pretrained"}),  # of a state, no file
     "evaluate/backends.py": frozenset({"from_pretrained"}),  # transformers reads its own files
     "doctor.py": frozenset({"huggingface_hub"}),  # whether a token is stored; no request
     "evaluate/endpoint_text.py": frozenset({"openai"}),  # types of the official client
