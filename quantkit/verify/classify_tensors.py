@@ -167,7 +167,7 @@ def classify_linear(
         return (
             None,
             f"{module}: expected the tensors of {scheme.bits}-bit codes, found "
-            f"{', '.join(sorted(tensors))}",
+            f"{', '.join(sorted(tensors)) or 'none'}",
         )
     linear = Linear(
         name=module, out_features=shape[0], in_features=shape[1], role="mlp", bias="bias" in tensors
