@@ -44,12 +44,8 @@ from quantkit.evaluate.self_sampler import open_self_source
 from quantkit.evaluate.solution_likelihood import GoldSolutions, ScoredSolution
 from quantkit.evaluate.source_comparison import SourceComparison, compare_with_source
 from quantkit.evaluate.tasks import check_trust
-from quantkit.evaluate.token_fidelity import (
-    TextFidelity,
-    load_stream_pair,
-    measure_text,
-    write_tokens,
-)
+from quantkit.evaluate.token_fidelity import load_stream_pair, measure_text
+from quantkit.evaluate.token_samples import TokenSamples, sample_tokens, write_tokens
 from quantkit.io import package_data
 from quantkit.io.files import write_atomic
 from quantkit.io.host import HEAP_BYTES, keep_freed_memory, return_freed_memory
@@ -63,6 +59,7 @@ from quantkit.progress import ProgressCallback
 from quantkit.recipe.schema import Recipe
 from quantkit.report import bom, card, gates, html_page
 from quantkit.report import make as evidence
+from quantkit.report.loading import add_checks
 from quantkit.report.make import TextName
 from quantkit.report.reproduce import BuildCommand, make_build_command
 from quantkit.texts import corpora
@@ -92,6 +89,7 @@ class TokenizedTexts:
     tokens: Mapping[TextName, Tokens]
     descriptions: Mapping[TextName, TextSet]
     solutions: GoldSolutions  # run after the fidelity text
+    tokenizer: corpora.Tokenizer
     notes: tuple[str, ...] = ()  # rows and documents that are left out
 
     def stream_texts(self) -> StreamTexts:
@@ -118,7 +116,7 @@ class TokenizedTexts:
 class StreamFigures:
     """Figures of the streams after the last block; `tokens` is None with `fidelity: none`."""
 
-    tokens: TextFidelity | None = None
+    tokens: TokenSamples | None = None
     solutions: Sequence[ScoredSolution] = ()
 
 
@@ -296,9 +294,8 @@ def build_group(
         command = make_build_command(
             text, artifact.plan, evaluate=evaluate, trusted_code=trusted_code
         )
-        accounted = evidence.account_source(artifact.plan, source, artifact.folder).describe()
         report = report_artifact(artifact.plan, source, measured, command)
-        report = report.model_copy(update={"source_tensors": accounted})
+        report = add_checks(report, artifact.plan, source, built.blocks, artifact.folder)
         write_evidence(artifact.plan, artifact.folder, report, figures, compared)
         write_atomic(artifact.folder / layout.BOM, bom.render_bom(report, files).encode())
         write_timings(artifact.folder, built.blocks, timer)
@@ -394,6 +391,7 @@ def tokenize(
         tokens={"calibration": nothing, "fidelity": nothing, **tokens},
         descriptions=descriptions,
         solutions=solutions,
+        tokenizer=tokenizer,
         notes=tuple(notes),
     )
 
@@ -471,7 +469,7 @@ def quantize_and_measure(
             model, plans[0].layout, source, head, streams["reference"], streams["quantized"]
         )
         figures = StreamFigures(
-            tokens=measure_text(both),
+            tokens=sample_tokens(both, measure_text(both), texts.tokenizer),
             solutions=solution_likelihood.score_solutions(both, texts.solutions.items),
         )
     for stream in streams.values():
@@ -490,7 +488,7 @@ def write_evidence(
     write_atomic(folder / layout.MODEL_CARD, card.render_card(report).encode())
     write_atomic(folder / layout.PLAN, format_plan(plan).encode())
     if figures.tokens:
-        write_tokens(figures.tokens, folder / layout.TOKEN_SAMPLES)
+        write_tokens(figures.tokens, folder)
     if figures.solutions:
         solution_likelihood.write_solutions(figures.solutions, folder / layout.SOLUTION_SAMPLES)
     if compared.pairs:

@@ -5,15 +5,16 @@ Checked on it (`small_instance`), after experts and logits (`logit_checks`):
     readers      linears with the same input values form a group; a linear that is not called once
                  with all tokens is kept;
     absorbers    a tensor absorbs a group's scale if dividing it and multiplying the readers leaves
-                 the block's output unchanged.
+                 the block's output unchanged, and the output of each module that it does not
+                 depend on in so short a text, such as an indexer that selects the best 2048 tokens.
 
 Only checked properties are used: without an absorber a group's input is not scaled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +25,9 @@ from quantkit.contracts import Absorber, Block, Config, Layout, Linear, LinearGr
 from quantkit.models import scaling
 from quantkit.models.experts import BlockRun, run_block, run_router, select_dense_tensors
 from quantkit.models.inspect import mark_routers
+from quantkit.models.layer_calls import name_tensors
 from quantkit.models.layers import (
+    DecoderLayer,
     MetaModel,
     get_layer_name,
     make_decoder_layer,
@@ -62,14 +65,30 @@ def select_block_tensors(block: Block, tensors: Mapping[str, Tensor]) -> dict[st
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShortRun:
+    """A block run on few tokens: states [SHORT, n] after it, and tensors of modules by path."""
+
+    out: Tensor
+    values: Mapping[str, Sequence[Tensor]]
+
+    def equals(self, other: ShortRun, changed: Collection[str] = ()) -> bool:
+        """Return whether two runs are equal but for the order of sums and `changed` modules."""
+        pairs = [(self.out, other.out)]
+        for path in self.values.keys() - {*changed}:
+            pairs += zip(self.values[path], other.values[path], strict=True)
+        return all(is_unchanged(x.float(), plain.float()) for plain, x in pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockTrial:
-    """A block of the instance with an input and its output."""
+    """A block of the instance with an input and its output; silent: as of `find_silent_modules`."""
 
     config: Config
     meta_model: MetaModel
     block: Block
     tensors: Mapping[str, Tensor]  # of the block, by full name
     rows: Tensor  # of states [tokens, width]
+    silent: Mapping[str, bool] = field(default_factory=dict)
 
     @cached_property
     def out(self) -> Tensor:
@@ -153,21 +172,55 @@ class BlockTrial:
         return torch.equal(x.reshape(routed.hidden.shape), routed.hidden)
 
     @cached_property
-    def short_out(self) -> Tensor:
-        """States after the unchanged block, as of `run_short`."""
+    def short_run(self) -> ShortRun:
+        """The unchanged block, as of `run_short`."""
         return self.run_short(self.tensors)
 
-    def run_short(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the states [SHORT, n] after the block with these tensors, of few tokens, with
-        experts that return zeros.
+    def find_silent_modules(self) -> dict[str, bool]:
+        """Return the modules of the layer whose tensors do not change the states after a short run,
+        by path, and whether their own output shows what they read.
+
+        The states after the block show nothing about folds into such a module, or into a tensor
+        that it reads.
         """
+        layer = make_decoder_layer(
+            self.meta_model, self.block, select_dense_tensors(self.block, self.tensors)
+        )
+        own = {
+            path: [x for x in module.parameters(recurse=False) if x.is_floating_point()]
+            for path, module in layer.module.named_modules()
+        }
+        plain = self.record_short(layer, dict.fromkeys((x for x in own if own[x]), True))
+        silent = {}
+        for path in plain.values:
+            values = [parameter.data for parameter in own[path]]
+            for parameter, value in zip(own[path], values, strict=True):
+                parameter.data = value.flip(0) * 1.5
+            other = self.record_short(layer, {path: True})
+            for parameter, value in zip(own[path], values, strict=True):
+                parameter.data = value
+            if other.equals(plain, {path}):
+                silent[path] = not other.equals(plain)
+        return silent
+
+    def run_short(self, tensors: Mapping[str, Tensor]) -> ShortRun:
+        """Run the block with these tensors on few tokens, with experts that return zeros."""
         dense = select_dense_tensors(self.block, tensors)
         layer = make_decoder_layer(self.meta_model, self.block, dense)
-        out, _ = run_layer(self.meta_model, layer, self.rows[:SHORT], (SHORT,))
-        return self.meta_model.outer.form.get_hidden(out)
+        return self.record_short(layer, self.silent)
+
+    def record_short(self, layer: DecoderLayer, modules: Mapping[str, bool]) -> ShortRun:
+        """Run a layer on the first rows; record outputs of modules, or inputs."""
+        values, remove = watch_modules(layer.module, modules)
+        try:
+            out, _ = run_layer(self.meta_model, layer, self.rows[:SHORT], (SHORT,))
+        finally:
+            remove()
+        return ShortRun(out=self.meta_model.outer.form.get_hidden(out), values=values)
 
     def holds(self, groups: tuple[LinearGroup, ...]) -> bool:
-        """Return whether scaling the inputs of these groups leaves the block's output unchanged.
+        """Return whether scaling the inputs of these groups leaves the block's output unchanged,
+        and the outputs of its silent modules but for the absorbers.
 
         Most wrong absorbers change a few tokens already, without the experts, which takes a tenth
         of the time.
@@ -180,7 +233,10 @@ class BlockTrial:
                 scaling.divide_absorber(changed, group.absorber, scale)
                 scaling.multiply_readers(changed, group, scale)
                 self.multiply_experts(changed, group, scale)
-        if not is_unchanged(self.run_short(changed), self.short_out):
+        absorbers = {
+            get_layer_name(self.block, group.absorber.module) for group in groups if group.absorber
+        }
+        if not self.short_run.equals(self.run_short(changed), absorbers):
             return False
         return is_unchanged(self.run(changed), self.out)
 
@@ -232,6 +288,33 @@ class BlockTrial:
         return tuple(sorted(x.removeprefix(self.block.name) for x in {*routers, *gates}))
 
 
+def watch_modules(
+    layer: nn.Module, modules: Mapping[str, bool]
+) -> tuple[dict[str, list[Tensor]], Callable[[], None]]:
+    """Record tensors of modules in the forwards of a layer: by path, their outputs if the value is
+    true, else their inputs. Return them and a function that ends it.
+    """
+    values: dict[str, list[Tensor]] = {path: [] for path in modules}
+
+    def make_hook(path: str) -> Any:
+        def hook(_module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
+            used = output if modules[path] else (args, keywords)
+            values[path].extend(tensor.clone() for _, tensor in name_tensors(used))
+
+        return hook
+
+    handles = [
+        layer.get_submodule(path).register_forward_hook(make_hook(path), with_kwargs=True)
+        for path in modules
+    ]
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return values, remove
+
+
 def is_same_input(x: Tensor, y: Tensor) -> bool:
     """Return whether two linears are given the same values, flattened or not."""
     if x.shape[-1] != y.shape[-1] or x.numel() != y.numel():
@@ -277,9 +360,11 @@ def make_absorber(block: Block, reading: InputReaders, hf_config: Any) -> Absorb
     if reading.absorber is None:
         return None
     module, sizes = f"{block.name}.{reading.absorber}", {x.name: x for x in block.linears}
+    shapes = {spec.name.removesuffix(".weight"): spec.shape for spec in block.others}
+    reader = f"{block.name}.{reading.readers[0]}"  # a router of its own class is no linear yet
+    into = sizes[reader].in_features if reader in sizes else shapes[reader][-1]
     if module not in sizes:
-        return Absorber(module=module)
-    into = sizes[f"{block.name}.{reading.readers[0]}"].in_features
+        return Absorber(module=module) if shapes[module] == (into,) else None
     maps = list_row_maps(sizes[module].out_features, into, hf_config)
     if reading.rows not in maps:  # found on the small instance, and not possible in this one
         return None
@@ -366,6 +451,7 @@ def inspect_blocks(
     rows = make_random_rows(meta_model.outer, LENGTHS, seed=3)  # [tokens, width]
     known: dict[tuple[str, ...], tuple[InputReaders, ...]] = {}
     known_routers: dict[tuple[str, ...], tuple[str, ...]] = {}
+    known_silent: dict[tuple[str, ...], dict[str, bool]] = {}
     result = []
     for block in layout.blocks:
         trial = BlockTrial(
@@ -378,9 +464,10 @@ def inspect_blocks(
         kind = tuple(name.removeprefix(block.name) for name in trial.tensors)
         if kind not in known_routers:
             known_routers[kind] = trial.find_routers()
+            known_silent[kind] = trial.find_silent_modules()
         routers = tuple(f"{block.name}{local}" for local in known_routers[kind])
-        if routers:
-            trial = replace(trial, block=mark_routers(block, routers))
+        marked = mark_routers(block, routers) if routers else block
+        trial = replace(trial, block=marked, silent=known_silent[kind])
         readings = trial.readings()
         best = known.get(kind, ())
         is_same = [r.readers for r in best] == [r.readers for r in readings]

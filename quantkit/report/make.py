@@ -30,6 +30,7 @@ from quantkit.contracts import PROTECTED_ROLES
 from quantkit.contracts import Role as LinearRole
 from quantkit.errors import ArtifactError
 from quantkit.evaluate.token_fidelity import TextFidelity
+from quantkit.evaluate.token_samples import TokenSamples, list_worst_tokens
 from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, has_separate_shared_experts
 from quantkit.numerics.fidelity import Estimate
 from quantkit.plan.decisions import NO_RULE, Decision
@@ -74,7 +75,7 @@ class StatedFacts:
 def make_report(
     plan: Plan,
     blocks: Sequence[BlockRecord],
-    measured: TextFidelity | None,
+    samples: TokenSamples | None,
     texts: Mapping[TextName, fidelity_schema.TextSet],
     likelihood: Sequence[fidelity_schema.LikelihoodResult],
     benchmarks: Sequence[BenchmarkResult],
@@ -87,12 +88,14 @@ def make_report(
     """
     records = [record for block in blocks for record in block.modules]
     records += list_kept_codes(plan)
+    measured = samples.measured if samples else None
     return Fidelity(
         artifact=summarize_artifact(plan),
         source=summarize_source(plan, stated),
         calibration=texts.get("calibration"),
         measured_on=add_repeated(texts.get("fidelity"), measured),
         distribution=summarize_distribution(measured) if measured else (),
+        worst_tokens=list_worst_tokens(samples) if samples else (),
         likelihood=tuple(likelihood),
         blocks=tuple(
             fidelity_schema.BlockError(block=block.name, relative_error=block.output_error)

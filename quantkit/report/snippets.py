@@ -1,4 +1,4 @@
-"""How engines load an artifact, as code for its card, and the versions that were tried. Pure."""
+"""How engines load an artifact, as code for its card. Pure."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import json
 from collections.abc import Iterator
 
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, TRIED
-from quantkit.report.table import Table
 
-NOT_TRIED = "no test of quantkit runs it"
 _VLLM = """\
 from vllm import LLM, SamplingParams
 
@@ -44,24 +41,3 @@ def list_snippets(fidelity: Fidelity) -> Iterator[tuple[str, str]]:
             install = f"# pip install transformers {package}\n" if package else ""
             yield engine, code.format(name=name, install=install)
     yield "quantkit", _QUANTKIT.format(name=name)
-
-
-def make_engine_table(fidelity: Fidelity) -> Table:
-    """Return the engines that load the artifact, with the version that was tried and its flag."""
-    rows = tuple(
-        (
-            serving.engine,
-            describe_trial(serving.engine, fidelity.artifact.format),
-            DISABLE_SHARED_FUSION if DISABLE_SHARED_FUSION in serving.command else "",
-        )
-        for serving in fidelity.artifact.serving
-    )
-    note = "Tried: the tests of quantkit load small models of this format with this version."
-    columns = ("engine", "tried with", "needs")
-    return Table(title="Engines", columns=columns, rows=rows, note=note if rows else "")
-
-
-def describe_trial(engine: str, format_name: str) -> str:
-    """Return the version of an engine with which tests load a format."""
-    version, formats = TRIED.get(engine, ("", frozenset[str]()))
-    return version if format_name in formats else NOT_TRIED

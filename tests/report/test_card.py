@@ -10,7 +10,7 @@ from support.paths import ROOT
 from support.report_example import FIDELITY
 from support.report_variants import make_example, render_to_text
 
-from quantkit.report import card, format_numbers, html_page, runs, terminal
+from quantkit.report import card, format_numbers, html_page, loading, runs, terminal
 
 
 def test_hub_library_accepts_the_front_matter() -> None:
@@ -66,9 +66,27 @@ def test_library_and_snippets_are_those_of_engines_that_load_it(
     assert ("AutoModelForCausalLM" in text) == ("transformers" in engines)
     assert ("from vllm" in text) == ("vLLM" in engines)
     if "SGLang" in engines:
-        assert "| SGLang | no test of quantkit runs it |  |" in text
+        assert "| SGLang | not checked | no test of quantkit runs it |  |" in text
     if "transformers" in engines:
-        assert "| transformers | 5.23.0 |  |" in text
+        assert "| transformers | not checked | 5.23.0 |  |" in text
+
+
+def test_engines_say_how_names_and_shapes_were_checked() -> None:
+    """An engine without a check, as in earlier reports, says so."""
+    rows = [
+        {"engine": "vLLM", "version": "0.32.0", "how": "names", "tensors": 52, "skipped": 9},
+        {"engine": "SGLang", "how": "not checked", "reason": "no map of ArceeForCausalLM"},
+    ]
+    serving = [{"engine": name, "command": name} for name in ("vLLM", "SGLang", "transformers")]
+    artifact = {**dict(FIDELITY["artifact"]), "serving": serving}  # type: ignore[call-overload]
+    report = make_example({"artifact": artifact, "loading": rows})
+    table = {row[0]: row[1] for row in loading.make_engine_table(report).rows}
+    assert table == {
+        "vLLM": "52 tensors by the published map of vLLM 0.32.0; not run; it skips 9 others",
+        "SGLang": "not checked: no map of ArceeForCausalLM",
+        "transformers": "not checked",
+    }
+    assert table["vLLM"] in card.render_card(report)
 
 
 def test_tried_versions_are_those_of_the_tests() -> None:
