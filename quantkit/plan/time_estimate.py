@@ -24,8 +24,9 @@ from quantkit.errors import QuantkitError
 from quantkit.io import user_cache
 from quantkit.io.files import make_folder, read_json, write_json
 from quantkit.plan.decisions import Decision
+from quantkit.plan.measurements import count_text_tokens
 from quantkit.plan.memory import iterate_solves
-from quantkit.plan.plan import Plan
+from quantkit.plan.plan import Plan, TextUse
 from quantkit.plan.plan_schema import PlanTime
 from quantkit.plan.sources import resolve_compute
 from quantkit.progress import Phase
@@ -36,6 +37,7 @@ LARGEST_RATIO = 30.0
 """Ratio of the work of two builds above which none is estimated from the other: the time of a
 small model is that of starting its operations."""
 SIDES = ("source", "artifact")
+TEXT_USES: tuple[TextUse, ...] = ("calibration", "fidelity")
 MOST_RECORDS = 200
 """Builds that are kept, the newest."""
 STEPS = ("source hashes", "quantize", "distribution", "benchmarks")
@@ -72,9 +74,10 @@ def compute_work(plan: Plan) -> dict[str, float]:
 
     A forward pass multiplies every weight that a token uses by each token: both streams of the
     fidelity text, and the calibration text with original and with stored weights. Statistics and
-    rounding of a matrix take tokens x in^2 and in^2 x (in + out) multiplications.
+    rounding of a matrix take tokens x in^2 and in^2 x (in + out) multiplications. Gold solutions
+    are left out: their number of tokens is not known before a tokenizer has read them.
     """
-    calibration, fidelity = (plan.tokens.get(use, 0) for use in ("calibration", "fidelity"))
+    calibration, fidelity = (count_text_tokens(plan, use) for use in TEXT_USES)
     passes = (2 if plan.needs_calibration else 0) * calibration + 2 * fidelity
     quantize = 0.0
     for block in plan.layout.blocks:

@@ -183,6 +183,7 @@ def write_results(
         return
     for times in dict.fromkeys(format_times(result) for result in results):
         click.echo(times, err=True)
+    click.echo()
     show(render_results([(result.path, result.fidelity) for result in results], full=full))
 
 
