@@ -116,6 +116,7 @@ class SourceModel(BaseModel):
     languages: tuple[str, ...] = ()  # as its card states them: "en"
     library_name: str = "transformers"
     pipeline_tag: str = "text-generation"
+    chat: bool = False  # it has a chat template
 
 
 class TextPart(BaseModel):
