@@ -112,6 +112,7 @@ class Plan:
     shards: tuple[Shard, ...]
     memory: MemoryPlan
     warnings: tuple[str, ...]
+    stream_tokens: Mapping[str, int] = field(default_factory=dict)  # upper bounds before a build
     texts: tuple[PlanText, ...] = ()
 
     @cached_property  # read once per linear, 45,000 times for DeepSeek-V3
@@ -413,6 +414,7 @@ def make_plan(
         tokens=tokens,
         hidden_bytes=hidden_bytes,
         longest=find_longest_text(recipe, decisions),
+        yardstick=bool(recipe.fidelity and recipe.fidelity.yardstick),
     )
     if memory.needed_bytes > budget_bytes:
         faults.append(f"{recipe.where('memory')}: memory: {format_memory_fault(memory)}")
@@ -432,6 +434,7 @@ def make_plan(
             list_written_tensors(source, matched, format_name, decisions), recipe.output.shard_bytes
         ),
         memory=memory,
+        stream_tokens=tokens,
         warnings=(
             *collect_warnings(matched, source, recipe, format_name, decisions),
             *find_idle_rules(rules, decisions),

@@ -102,6 +102,7 @@ class PlanSummary(BaseModel):
     copied: tuple[PlanPart, ...] = ()  # parts of a wrapper besides its text model
     texts: tuple[PlanText, ...] = ()
     sampled: tuple[str, ...] = ()  # a sentence per text that the model samples itself
+    costs: tuple[str, ...] = ()  # a sentence per measurement that a key of the recipe adds
     warnings: tuple[str, ...] = ()
 
 
