@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from quantkit.cli.console import handle_errors, print_json
+from quantkit.cli.console import echo, handle_errors, print_json
 from quantkit.cli.options import DRY_RUN, JOBS, JSON, TRIES
 from quantkit.cli.rich_output import ProgressBar
 from quantkit.io.retry import RetryPolicy
@@ -65,12 +65,12 @@ def command(  # noqa: PLR0913  # one parameter per option
     if json_out:
         print_json({"artifact": str(artifact), "dry_run": dry_run, **done.values()})
         return
-    click.echo(
+    echo(
         f"{done.location}: {'would send' if dry_run else 'sent'} {len(done.files)} files, "
         f"{format_bytes(done.n_bytes)}; {done.n_present} files, {format_bytes(done.present_bytes)} "
         "were there"
     )
     for name in done.files if dry_run else ():
-        click.echo(f"  {name}")
+        echo(f"  {name}")
     for name in done.removed:
-        click.echo(f"  {'would remove' if dry_run else 'removed'} {name}")
+        echo(f"  {'would remove' if dry_run else 'removed'} {name}")
