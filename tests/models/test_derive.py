@@ -33,6 +33,7 @@ from quantkit.contracts import (
 )
 from quantkit.errors import ArtifactError, CheckpointError, UsageError
 from quantkit.models import (
+    block_trial,
     derive,
     full_model,
     inspect,
@@ -158,7 +159,7 @@ def test_scalable_inputs_of_derived_layout(model_type: str) -> None:
         assert scaled == SCALED[model_type]
 
 
-def trial(model_type: str) -> layout_checks.BlockTrial:
+def trial(model_type: str) -> block_trial.BlockTrial:
     """Make a trial of the first block of a small instance."""
     config = Config(values=family(model_type))
     bones = make_meta_model(
@@ -171,16 +172,16 @@ def trial(model_type: str) -> layout_checks.BlockTrial:
     )
     layout = inspect.inspect_layout(config, bones, names)
     rows = torch.randn(
-        sum(layout_checks.LENGTHS),
+        sum(block_trial.LENGTHS),
         layout.embedding.in_features,
         generator=torch.Generator().manual_seed(5),
     )
     block = layout.blocks[0]
-    return layout_checks.BlockTrial(
+    return block_trial.BlockTrial(
         config=config,
         meta_model=bones,
         block=block,
-        tensors=layout_checks.select_block_tensors(block, tensors),
+        tensors=block_trial.select_block_tensors(block, tensors),
         rows=rows,
     )
 
@@ -232,7 +233,7 @@ def test_silent_module_that_shows_nothing_reads_no_scaled_input() -> None:
 def test_absorber_of_another_width_in_the_real_model() -> None:
     """Equal widths of the small instance may differ in the real model."""
     block = trial("axk2").block
-    reading = layout_checks.InputReaders(
+    reading = block_trial.InputReaders(
         readers=("mlp.down_proj",), absorber="post_attention_layernorm"
     )
     assert layout_checks.make_absorber(block, reading, None) is None
