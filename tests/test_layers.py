@@ -15,7 +15,7 @@ from support.paths import ROOT
 PACKAGE = ROOT / "quantkit"
 
 ROWS = (
-    "version library_settings errors progress figure_readers",
+    "version library_settings errors progress figure_readers dtypes",
     "contracts figures",
     "numerics/ io/",
     "methods/ roundings/ formats/ architectures/",

@@ -174,6 +174,15 @@ class FidelityText(BaseModel):
     length: Annotated[Count, Field(ge=2), describe("Tokens per window.", "512", "integer >= 2")] = (
         2048  # a token and its successor
     )
+    yardstick: Annotated[
+        Literal["rtn"] | None,
+        describe(
+            "`rtn` measures in the same pass what rounding to nearest would cost: the same "
+            "modules, bits and groups, without calibration. The text runs a third time through "
+            "every block.",
+            "rtn",
+        ),
+    ] = None
 
 
 class Evaluation(BaseModel):

@@ -49,7 +49,7 @@ class SummaryLine:
 
 
 @dataclass(frozen=True)
-class ShortForm:
+class LabeledLines:
     """Lines with their labels in one column."""
 
     lines: Sequence[SummaryLine]
@@ -77,7 +77,7 @@ def choose_wording(wordings: Sequence[str], room: int) -> str:
     return next((text for text in wordings if len(text) <= room), wordings[-1])
 
 
-def make_short_form(fidelity: Fidelity, artifact: Path, *, warnings: bool = True) -> ShortForm:
+def make_short_form(fidelity: Fidelity, artifact: Path, *, warnings: bool = True) -> LabeledLines:
     """Return verdict, size, KL, benchmarks, page and next command of an artifact in its folder.
 
     warnings: add the lines of `list_warnings`.
@@ -95,7 +95,7 @@ def make_short_form(fidelity: Fidelity, artifact: Path, *, warnings: bool = True
         SummaryLine(label="page", wordings=(f"{artifact / PAGE}",), is_whole=True),
         SummaryLine(label="next", wordings=(make_next_command(fidelity, artifact),), is_whole=True),
     ]
-    return ShortForm([escape_line(line) for line in lines])
+    return LabeledLines([escape_line(line) for line in lines])
 
 
 def escape_line(line: SummaryLine) -> SummaryLine:

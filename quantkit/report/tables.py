@@ -29,6 +29,10 @@ KIND_FIGURES = ("kl_mean", "kl_p99", "ppl_ratio", "top1")
 """Columns of the table with a row per kind of text."""
 MOST_COLUMNS = 4
 """Kinds of text, all text included, up to which each has a column and not a row."""
+HEADROOM = (
+    "Distance of the value from its bound, as a share of an upper bound, else in the figure's "
+    "unit; negative is a miss."
+)
 LIKELIHOOD = {
     "source": "Log-likelihood per token of the solutions under the source, mean over items.",
     "artifact": "The same under the artifact.",
@@ -232,6 +236,7 @@ def make_gate_table(fidelity: Fidelity) -> Table:
             row.figure,
             row.bound,
             format_numbers.format_gate_value(row),
+            format_numbers.format_headroom(row),
             format_numbers.format_count(row.n),
             f"{row.outcome}: {row.reason}" if row.reason else row.outcome,
         )
@@ -244,10 +249,15 @@ def make_gate_table(fidelity: Fidelity) -> Table:
     )
     return Table(
         title="Gates",
-        columns=("figure", ">bound", ">value [95 % CI]", ">n", "result"),
+        columns=("figure", ">bound", ">value [95 % CI]", ">headroom", ">n", "result"),
         rows=rows,
         note=note if has_unproven else "",
-        meanings=define_figures(row.figure for row in fidelity.gates),
+        meanings=(
+            ("headroom", HEADROOM),
+            *define_figures(row.figure for row in fidelity.gates),
+        )
+        if rows
+        else (),
     )
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quantkit.cli.build_log import BuildLog
+    from quantkit.cli.rich_output import ProgressBar
     from quantkit.pipeline import BuildResult
     from quantkit.plan.plan import Plan
     from quantkit.plan.recipe_draft import RecipeRequest
@@ -118,7 +119,9 @@ def command(
             overwrite=overwrite,
             evaluate=not skip_evaluation,
             trusted_code=trusted_code,
-            on_plan=partial(start_build, log, quiet=json_out),
+            on_plan=partial(
+                start_build, log, progress_bar, quiet=json_out, evaluate=not skip_evaluation
+            ),
             on_progress=progress_bar.update,
             restart=restart,
             on_message=log.show_message,
@@ -145,15 +148,28 @@ def prepare_recipe(
     return read.text, read.recipe
 
 
-def start_build(log: BuildLog, plans: Sequence[Plan], *, quiet: bool) -> None:
-    """Open the log file of a build whose plan is accepted, and print the plan."""
+def start_build(
+    log: BuildLog,
+    progress_bar: ProgressBar,
+    plans: Sequence[Plan],
+    *,
+    quiet: bool,
+    evaluate: bool,
+) -> None:
+    """Open the log file of a build whose plan is accepted, set the phases of its progress, and
+    print the plan.
+    """
     from quantkit.cli.rich_output import show
     from quantkit.plan.summary import summarize_plan
+    from quantkit.plan.time_estimate import estimate_plan, list_phases
     from quantkit.report.terminal_plan import render_plans
 
     log.open_file(Path(plans[0].path))
+    times = [estimate_plan(plan) for plan in plans]
+    progress_bar.set_phases(list_phases(plans, times[0], evaluate=evaluate))
     if not quiet:
-        show(render_plans([summarize_plan(plan) for plan in plans]))
+        summaries = [summarize_plan(plan, (), time) for plan, time in zip(plans, times)]
+        show(render_plans(summaries))
 
 
 def write_results(
@@ -172,6 +188,7 @@ def write_results(
         return
     for times in dict.fromkeys(format_times(result) for result in results):
         click.echo(times, err=True)
+    click.echo()
     show(render_results([(result.path, result.fidelity) for result in results], full=full))
 
 
