@@ -112,7 +112,8 @@ class Plan:
     shards: tuple[Shard, ...]
     memory: MemoryPlan
     warnings: tuple[str, ...]
-    stream_tokens: Mapping[str, int] = field(default_factory=dict)  # upper bounds before a build
+    # upper bounds before a build
+    stream_tokens: Mapping[Literal["calibration", "fidelity"], int] = field(default_factory=dict)
     texts: tuple[PlanText, ...] = ()
 
     @cached_property  # read once per linear, 45,000 times for DeepSeek-V3
@@ -434,7 +435,7 @@ def make_plan(
             list_written_tensors(source, matched, format_name, decisions), recipe.output.shard_bytes
         ),
         memory=memory,
-        stream_tokens=tokens,
+        stream_tokens=dict(tokens),
         warnings=(
             *collect_warnings(matched, source, recipe, format_name, decisions),
             *find_idle_rules(rules, decisions),
