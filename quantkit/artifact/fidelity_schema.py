@@ -100,6 +100,7 @@ class SourceModel(BaseModel):
     languages: tuple[str, ...] = ()  # as its card states them: "en"
     library_name: str = "transformers"
     pipeline_tag: str = "text-generation"
+    chat: bool = False  # it has a chat template
 
 
 class TextPart(BaseModel):
@@ -386,6 +387,23 @@ class GateResult(BaseModel):
         return {**values, "outcome": words[ok]} if ok in (True, False, None) else values
 
 
+class EngineLoading(BaseModel):
+    """Whether an engine's model and the artifact's tensors fit, by names and shapes.
+
+    how: "run": the engine's own loader ran without values; "names": the map in its source was
+    followed. tensors: with a parameter; skipped: left out by the engine on purpose.
+    """
+
+    model_config = FROZEN
+    engine: str
+    version: str = ""
+    how: Literal["run", "names", "not checked"]
+    reason: str = ""  # why it was not checked
+    tensors: int = 0
+    skipped: int = 0
+    faults: tuple[str, ...] = ()
+
+
 class Fidelity(BaseModel):
     """The whole report."""
 
@@ -415,6 +433,7 @@ class Fidelity(BaseModel):
     hashes: dict[str, str] = {}  # "recipe", "plan", ...
     command: str = ""  # builds the artifact again in an empty folder
     source_tensors: str = ""  # how the tensors of the source are accounted for
+    loading: tuple[EngineLoading, ...] = ()  # () in earlier reports
     needs: tuple[str, ...] = ()  # local files that the command reads
 
     @model_validator(mode="before")

@@ -20,7 +20,7 @@ from quantkit.artifact.account_tensors import (
 )
 from quantkit.artifact.engine_reasons import NOT_FOR
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity
-from quantkit.artifact.front_matter import read_front_matter, read_languages
+from quantkit.artifact.front_matter import has_chat_template, read_front_matter, read_languages
 from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.records import BlockRecord, ModuleRecord, list_kept_codes
 from quantkit.build.quantize_linear import FALLBACKS
@@ -66,10 +66,11 @@ PROTECTED_REASON = "only a rule that names it quantizes it"
 
 @dataclass(frozen=True, kw_only=True)
 class StatedFacts:
-    """Facts of the source's model card; None or empty where it states nothing."""
+    """Facts that the source states: None or empty where its card says nothing."""
 
     license: fidelity_schema.License | None = None
     languages: tuple[str, ...] = ()  # "en"
+    chat: bool = False  # it has a chat template
 
 
 def make_report(
@@ -276,6 +277,7 @@ def summarize_source(plan: Plan, stated: StatedFacts) -> fidelity_schema.SourceM
         baseline=format_baseline(plan),
         license=stated.license,
         languages=stated.languages,
+        chat=stated.chat,
         pipeline_tag=PIPELINE_TAGS.get(plan.layout.output, "feature-extraction"),
     )
 
@@ -304,13 +306,15 @@ def account_source(plan: Plan, source: Checkpoint, folder: Path) -> SourceAccoun
 
 
 def read_stated_facts(folder: Path) -> StatedFacts:
-    """Return the license and the languages of the source's model card."""
+    """Return license and languages of the source's card, and whether it has a chat template."""
     stated, license = read_front_matter(folder), None
     if "license" in stated:
         license = fidelity_schema.License(
             id=stated["license"], name=stated.get("license_name"), link=stated.get("license_link")
         )
-    return StatedFacts(license=license, languages=read_languages(folder))
+    return StatedFacts(
+        license=license, languages=read_languages(folder), chat=has_chat_template(folder)
+    )
 
 
 def summarize_text(
