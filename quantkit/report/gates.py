@@ -161,9 +161,16 @@ def _judge_task(task: str, gate: Gate, row: BenchmarkResult | None) -> list[Gate
         bound = f">= {gate.min_score:g}"
         results.append(_judge_lower(f"{task}.score", bound, reading, gate.min_score))
     rates = (("truncated", gate.max_truncated_pp), ("unparsed", gate.max_unparsed_pp))
-    return results + [
+    results += [
         _judge_rise(task, name, limit, row, absent) for name, limit in rates if limit is not None
     ]
+    return [_fail_broken(result, row.fault) for result in results] if row and row.fault else results
+
+
+def _fail_broken(result: GateResult, fault: str) -> GateResult:
+    """Return a bound of a task that is not valid as missed."""
+    reason = "; ".join(filter(None, [f"not valid: {fault}", result.reason]))
+    return result.model_copy(update={"ok": False, "outcome": "missed", "reason": reason})
 
 
 def _find_score_interval(row: BenchmarkResult) -> tuple[float, float] | None:
