@@ -44,12 +44,8 @@ from quantkit.evaluate.self_sampler import open_self_source
 from quantkit.evaluate.solution_likelihood import GoldSolutions, ScoredSolution
 from quantkit.evaluate.source_comparison import SourceComparison, compare_with_source
 from quantkit.evaluate.tasks import check_trust
-from quantkit.evaluate.token_fidelity import (
-    TextFidelity,
-    load_stream_pair,
-    measure_text,
-    write_tokens,
-)
+from quantkit.evaluate.token_fidelity import load_stream_pair, measure_text
+from quantkit.evaluate.token_samples import TokenSamples, sample_tokens, write_tokens
 from quantkit.io import package_data
 from quantkit.io.files import write_atomic
 from quantkit.io.host import HEAP_BYTES, keep_freed_memory, return_freed_memory
@@ -58,10 +54,12 @@ from quantkit.plan import sources
 from quantkit.plan.plan import Plan, SourceFacts
 from quantkit.plan.read_texts import find_largest_id, select_texts
 from quantkit.plan.self_texts import list_self_texts
+from quantkit.plan.time_estimate import record_build
 from quantkit.progress import ProgressCallback
 from quantkit.recipe.schema import Recipe
 from quantkit.report import bom, card, gates, html_page
 from quantkit.report import make as evidence
+from quantkit.report.loading import add_checks
 from quantkit.report.make import TextName
 from quantkit.report.reproduce import BuildCommand, make_build_command
 from quantkit.texts import corpora
@@ -91,6 +89,7 @@ class TokenizedTexts:
     tokens: Mapping[TextName, Tokens]
     descriptions: Mapping[TextName, TextSet]
     solutions: GoldSolutions  # run after the fidelity text
+    tokenizer: corpora.Tokenizer
     notes: tuple[str, ...] = ()  # rows and documents that are left out
 
     def stream_texts(self) -> StreamTexts:
@@ -117,7 +116,7 @@ class TokenizedTexts:
 class StreamFigures:
     """Figures of the streams after the last block; `tokens` is None with `fidelity: none`."""
 
-    tokens: TextFidelity | None = None
+    tokens: TokenSamples | None = None
     solutions: Sequence[ScoredSolution] = ()
 
 
@@ -212,7 +211,8 @@ def plan_checked(
 
     text: the recipe's file. trusted_code: None without benchmarks.
     """
-    plans = sources.plan_recipe(recipe, facts, texts.counts(), texts.notes)
+    counted = {name: tokens.n_tokens for name, tokens in texts.tokens.items()}
+    plans = sources.plan_recipe(recipe, facts, texts.counts(), texts.notes, counted)
     check_model_files(plans, text)
     largest = [find_largest_id(tokens) for tokens in texts.stream_texts().values()]
     return check_before_build(plans, largest, trusted_code)
@@ -294,15 +294,17 @@ def build_group(
         command = make_build_command(
             text, artifact.plan, evaluate=evaluate, trusted_code=trusted_code
         )
-        accounted = evidence.account_source(artifact.plan, source, artifact.folder).describe()
         report = report_artifact(artifact.plan, source, measured, command)
-        report = report.model_copy(update={"source_tensors": accounted})
+        report = add_checks(report, artifact.plan, source, built.blocks, artifact.folder)
         write_evidence(artifact.plan, artifact.folder, report, figures, compared)
         write_atomic(artifact.folder / layout.BOM, bom.render_bom(report, files).encode())
         write_timings(artifact.folder, built.blocks, timer)
         manifest = make_manifest(artifact.plan, source, report, built.blocks)
         sealed[artifact.plan.format_name] = seal_artifact(artifact.folder, manifest, files)
     build.mark_sealed(loop, sealed)
+    if not build.resumed:  # the seconds are those of whole steps
+        scored = all(row.status == "ok" for row in compared.rows)
+        record_build(plan, timer.laps, [x.seconds for x in built.blocks], is_scored=scored)
 
 
 def report_artifact(
@@ -373,7 +375,8 @@ def tokenize(
             labels=sampled.domains,
         )
     if "calibration" in tokens:
-        texts = decode_sequences(tokenizer, tokens["calibration"])
+        rows = tokens["calibration"].select(range(tokens["calibration"].n_sequences))
+        texts = [tokenizer.decode(row.ids) for row in rows]
         overlaps = check_overlaps(recipe.evaluation.tasks, texts, trusted_code)
         described = descriptions["calibration"].model_copy(update={"overlaps": overlaps})
         descriptions["calibration"] = described
@@ -388,6 +391,7 @@ def tokenize(
         tokens={"calibration": nothing, "fidelity": nothing, **tokens},
         descriptions=descriptions,
         solutions=solutions,
+        tokenizer=tokenizer,
         notes=tuple(notes),
     )
 
@@ -415,11 +419,6 @@ def load_sets(
             sampler = own.make_sampler(name, sequences, length, seed) if own is not None else None
             sets[name] = corpora.load_set(set_name, place, sampler)
     return sets
-
-
-def decode_sequences(tokenizer: corpora.Tokenizer, tokens: Tokens) -> list[str]:
-    """Return the text of every sequence."""
-    return [tokenizer.decode(row.ids) for row in tokens.select(range(tokens.n_sequences))]
 
 
 def quantize_and_measure(
@@ -470,7 +469,7 @@ def quantize_and_measure(
             model, plans[0].layout, source, head, streams["reference"], streams["quantized"]
         )
         figures = StreamFigures(
-            tokens=measure_text(both),
+            tokens=sample_tokens(both, measure_text(both), texts.tokenizer),
             solutions=solution_likelihood.score_solutions(both, texts.solutions.items),
         )
     for stream in streams.values():
@@ -489,7 +488,7 @@ def write_evidence(
     write_atomic(folder / layout.MODEL_CARD, card.render_card(report).encode())
     write_atomic(folder / layout.PLAN, format_plan(plan).encode())
     if figures.tokens:
-        write_tokens(figures.tokens, folder / layout.TOKEN_SAMPLES)
+        write_tokens(figures.tokens, folder)
     if figures.solutions:
         solution_likelihood.write_solutions(figures.solutions, folder / layout.SOLUTION_SAMPLES)
     if compared.pairs:

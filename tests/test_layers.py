@@ -15,7 +15,7 @@ from support.paths import ROOT
 PACKAGE = ROOT / "quantkit"
 
 ROWS = (
-    "version library_settings errors progress figure_readers",
+    "version library_settings errors progress figure_readers dtypes",
     "contracts figures",
     "numerics/ io/",
     "methods/ roundings/ formats/ architectures/",
@@ -46,7 +46,6 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "artifact/front_matter.py": frozenset({"read_text"}),  # the source's model card
     "build/spool.py": frozenset({"unlink"}),  # hidden states on disk
     "evaluate/answer_store.py": frozenset({"mkdir"}),  # the folder of its SQLite file
-    "artifact/model_files.py": frozenset({"read_bytes"}),  # the source's sidecars
     "artifact/staging.py": frozenset({"rename", "unlink"}),  # the staging folder and its renaming
     "artifact/replace.py": frozenset({"rmdir", "unlink"}),  # the files of a replaced artifact
     "recipe/recipe_file.py": frozenset({"read_text"}),  # the recipe
@@ -64,9 +63,10 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
         "unlink",
     }),  # the scratch folder of an interrupted build
     "evaluate/results.py": frozenset({"mkdir"}),  # the folder of an evaluation
-    "evaluate/token_fidelity.py": frozenset({"write_table"}),  # pyarrow writes its own files
+    "evaluate/token_samples.py": frozenset({"write_table"}),  # pyarrow writes its own files
     "evaluate/solution_likelihood.py": frozenset({"write_table"}),  # the same
     "evaluate/item_results.py": frozenset({"write_table", "mkdir"}),  # to memory; its cache
+    "verify/engines/transformers_load.py": frozenset({"from_pretrained"}),  # of a state, no file
     "evaluate/backends.py": frozenset({"from_pretrained"}),  # transformers reads its own files
     "doctor.py": frozenset({"huggingface_hub"}),  # whether a token is stored; no request
     "evaluate/endpoint_text.py": frozenset({"openai"}),  # types of the official client

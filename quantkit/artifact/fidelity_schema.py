@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from quantkit.artifact.convert_report import convert_report
 from quantkit.artifact.layout import FIDELITY_VERSION
+from quantkit.artifact.token_schema import MOST_TOKENS, WorstToken
 from quantkit.figures import list_stored_keys
 from quantkit.plan.plan_schema import FROZEN, PlanRule
 
@@ -115,6 +116,7 @@ class SourceModel(BaseModel):
     languages: tuple[str, ...] = ()  # as its card states them: "en"
     library_name: str = "transformers"
     pipeline_tag: str = "text-generation"
+    chat: bool = False  # it has a chat template
 
 
 class TextPart(BaseModel):
@@ -389,6 +391,23 @@ class GateResult(BaseModel):
         return {**values, "outcome": words[ok]} if ok in (True, False, None) else values
 
 
+class EngineLoading(BaseModel):
+    """Whether an engine's model and the artifact's tensors fit, by names and shapes.
+
+    how: "run": the engine's own loader ran without values; "names": the map in its source was
+    followed. tensors: with a parameter; skipped: left out by the engine on purpose.
+    """
+
+    model_config = FROZEN
+    engine: str
+    version: str = ""
+    how: Literal["run", "names", "not checked"]
+    reason: str = ""  # why it was not checked
+    tensors: int = 0
+    skipped: int = 0
+    faults: tuple[str, ...] = ()
+
+
 class Fidelity(BaseModel):
     """The whole report."""
 
@@ -401,6 +420,7 @@ class Fidelity(BaseModel):
     calibration: TextSet | None = None
     measured_on: TextSet | None = None
     distribution: tuple[DistributionResult, ...] = ()
+    worst_tokens: Annotated[tuple[WorstToken, ...], Field(max_length=MOST_TOKENS)] = ()
     likelihood: tuple[LikelihoodResult, ...] = ()
     blocks: tuple[BlockError, ...] = ()
     modules: tuple[ModuleResult, ...] = ()
@@ -415,6 +435,7 @@ class Fidelity(BaseModel):
     hashes: dict[str, str] = {}  # "recipe", "plan", ...
     command: str = ""  # builds the artifact again in an empty folder
     source_tensors: str = ""  # how the tensors of the source are accounted for
+    loading: tuple[EngineLoading, ...] = ()  # () in earlier reports
     needs: tuple[str, ...] = ()  # local files that the command reads
 
     @model_validator(mode="before")

@@ -44,6 +44,10 @@ LOADTEST_PAGE = "quantkit/loadtest.html"
 
 SAMPLES_FOLDER = "quantkit/samples/"
 TOKEN_SAMPLES = "quantkit/samples/tokens.parquet"
+TEXT_SAMPLES = "quantkit/samples/text.parquet"
+"""The fidelity text, a row per token."""
+PREDICTION_SAMPLES = "quantkit/samples/predictions.parquet"
+"""The most probable tokens of source and artifact where their KL is largest."""
 SOLUTION_SAMPLES = "quantkit/samples/solutions.parquet"
 BENCHMARK_SAMPLES = "quantkit/samples/benchmarks.parquet"
 
@@ -71,7 +75,7 @@ OWN_FILES = frozenset({
         SIGNATURE,
         LOADTEST,
     ),
-    *(TOKEN_SAMPLES, SOLUTION_SAMPLES, BENCHMARK_SAMPLES),
+    *(TOKEN_SAMPLES, TEXT_SAMPLES, PREDICTION_SAMPLES, SOLUTION_SAMPLES, BENCHMARK_SAMPLES),
 })
 """Every file of an artifact but its weights and the source's sidecars."""
 

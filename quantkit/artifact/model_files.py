@@ -12,7 +12,7 @@ from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.encoding import remove_quantization
 from quantkit.contracts import Contents, Layout, ModelPart
 from quantkit.formats.common.engine_names import LM_HEAD
-from quantkit.io.files import make_folder, write_atomic, write_json
+from quantkit.io.files import iterate_chunks, make_folder, write_atomic, write_json
 from quantkit.plan.plan import Plan
 from quantkit.recipe.resolved_text import resolve_recipe_text
 
@@ -120,7 +120,7 @@ def write_model_files(folder: Path, plan: Plan, source: Checkpoint, recipe_text:
     for path in source.sidecars:
         target = folder / path.relative_to(source.folder)
         make_folder(target.parent)  # additional_chat_templates
-        write_atomic(target, path.read_bytes())
+        write_atomic(target, iterate_chunks(path))
     write_json(folder / CONFIG, make_config(plan), infinite=True)
     write_atomic(folder / RECIPE, resolve_recipe_text(recipe_text, plan.recipe).encode())
     if len(plan.shards) > 1:

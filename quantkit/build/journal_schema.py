@@ -90,7 +90,8 @@ _ENTRIES: TypeAdapter[Any] = TypeAdapter(
 def open_build_journal(path: Path) -> Journal | None:
     """Open the journal of a build; None without a file.
 
-    Raises ArtifactError for a damaged file and for entries of another shape.
+    Raises ArtifactError for a damaged file and for entries of another shape, which other versions
+    write: the checksum of each line is right.
     """
     journal = Journal.open(path)
     if journal is None:
@@ -101,8 +102,9 @@ def open_build_journal(path: Path) -> Journal | None:
         details = fault.errors(include_url=False, include_input=False)[0]
         number = details["loc"][0] if details["loc"] else 0
         raise ArtifactError(
-            f"{path}: line {int(number) + 1}: expected an entry of a build, found another; the "
-            "journal is damaged, start over with --restart"
+            f"{path}: line {int(number) + 1}: expected an entry of a build by this version of "
+            "quantkit, found another; continue with the version that wrote it, or start over with "
+            "--restart"
         ) from None
     if not isinstance(first, BeganEntry) or any(isinstance(entry, BeganEntry) for entry in rest):
         raise ArtifactError(

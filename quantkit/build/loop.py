@@ -101,12 +101,15 @@ def build_blocks(
         built = BuiltBlocks(
             streams=open_streams(build, texts, folder), blocks=list(progress.blocks)
         )
-        for number, plan in islice(enumerate(block_plans), len(built.blocks), None):
-            report = partial(report_block, on_progress, number, total, plan.block.name)
+        began = len(built.blocks)
+        for number, plan in islice(enumerate(block_plans), began, None):
+            report = partial(
+                report_block, on_progress, built.blocks, plan.block.name, number, total, began
+            )
             before, record = dict(built.streams), BlockRecord(name=plan.block.name)
-            began = time.monotonic()
+            started = time.monotonic()
             built.streams = build_block(build, plan, before, record, report)
-            record.seconds = time.monotonic() - began
+            record.seconds = time.monotonic() - started
             built.blocks.append(record)
             progress.commit_step(writers, before, built.streams, folder, record)
             log_block(record)
@@ -244,7 +247,19 @@ def log_block(record: BlockRecord) -> None:
 
 
 def report_block(
-    on_progress: ProgressCallback, number: int, total: int, name: str, share: float
+    on_progress: ProgressCallback,
+    blocks: Sequence[BlockRecord],
+    name: str,
+    number: int,
+    total: int,
+    began: int,
+    share: float,
 ) -> None:
-    """Report the share of a block that is done."""
-    on_progress(Progress(stage="blocks", done=number + share, total=total, note=name))
+    """Report the share of a block that is done, and the error of the hidden states so far: after
+    the last finished block.
+
+    began: blocks that an earlier run has finished.
+    """
+    error = next((x.output_error for x in reversed(blocks) if x.output_error is not None), None)
+    note = name if error is None else f"{name}, error {100 * error:.2f} %"
+    on_progress(Progress(stage="blocks", done=number + share, total=total, note=note, began=began))

@@ -5,8 +5,11 @@ error.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,10 +84,45 @@ def raise_on_sigterm() -> Iterator[None]:
 
 
 def exit_with_error(message: str, error: BaseException, code: int) -> NoReturn:
-    """Print the message and the notes of the exception to stderr, then exit with `code`."""
+    """Print the message and the notes of the exception to stderr, then exit with `code`.
+
+    On a terminal lines are wrapped between words and the first word is red; elsewhere a message
+    keeps its lines, so that programs can search them.
+    """
+    is_terminal = sys.stderr.isatty()
     for line in (message, *getattr(error, "__notes__", ())):
-        click.echo(format_message(line), err=True)
+        text = format_message(line)
+        if is_terminal:
+            text = color_label(wrap_lines(text, shutil.get_terminal_size().columns))
+        click.echo(text, err=True)
     sys.exit(code)
+
+
+def wrap_lines(text: str, width: int) -> str:
+    """Return text in lines of `width` characters, broken between words only: a path stays whole.
+
+    Lines that follow from one are indented by two more than it.
+    """
+    wrapped = []
+    for line in text.split("\n"):
+        indent = " " * (len(line) - len(line.lstrip()))
+        parts = textwrap.wrap(
+            line,
+            max(20, width),
+            subsequent_indent=f"{indent}  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        wrapped.append("\n".join(parts))
+    return "\n".join(wrapped)
+
+
+def color_label(text: str) -> str:
+    """Return an error message with "error:" in red and bold, unless NO_COLOR is set."""
+    label = "error:"
+    if not text.startswith(label) or os.environ.get("NO_COLOR"):
+        return text
+    return click.style(label, fg="red", bold=True) + text.removeprefix(label)
 
 
 def format_os_error(error: OSError) -> str:

@@ -13,28 +13,42 @@ import click
 from quantkit.library_settings import apply_settings
 from quantkit.version import __version__
 
-COMMANDS: Mapping[str, str] = {
-    "build": "Quantize a model as a recipe says, measure it, and write the artifact.",
-    "cost": "Compare owned and rented GPUs with API prices per million tokens.",
-    "diff": "Compare artifact B with A.",
-    "doctor": "Check the environment: packages, devices, sandbox, hub, disk.",
-    "eval": "Run benchmarks on an artifact, a model or a server.",
-    "gate": "Check an artifact against gates.",
-    "init": "Print a commented recipe for a model.",
-    "key": "Create an API key for the gateway.",
-    "loadtest": "Measure a server under increasing load.",
-    "plan": "Show what a build would do.",
-    "publish": "Verify an artifact and upload it to DEST.",
-    "pull": "Download an artifact from SRC and verify it.",
-    "report": "Print the fidelity report of an artifact.",
-    "runs": "List the artifacts in FOLDER with their key figures.",
-    "schema": "Print the JSON Schema of a recipe.",
-    "serve": "Verify an artifact, size it, and serve it.",
-    "sign": "Check an artifact and sign all of its files.",
-    "size": "Estimate the memory and speed of a model.",
-    "verify": "Check an artifact against its manifest.",
+GROUPS: Mapping[str, Mapping[str, str]] = {
+    "Quantize": {
+        "doctor": "Check the environment: packages, devices, sandbox, hub, disk.",
+        "init": "Print a commented recipe for a model.",
+        "schema": "Print the JSON Schema of a recipe.",
+        "plan": "Show what a build would do.",
+        "build": "Quantize a model as a recipe says, measure it, and write the artifact.",
+    },
+    "Judge": {
+        "report": "Print the fidelity report of an artifact.",
+        "verify": "Check an artifact against its manifest.",
+        "gate": "Check an artifact against gates.",
+        "diff": "Compare artifact B with A.",
+        "runs": "List the artifacts in FOLDER with their key figures.",
+        "eval": "Run benchmarks on an artifact, a model or a server.",
+    },
+    "Hand over": {
+        "sign": "Check an artifact and sign all of its files.",
+        "publish": "Verify an artifact and upload it to DEST.",
+        "pull": "Download an artifact from SRC and verify it.",
+    },
+    "Serve": {
+        "size": "Estimate the memory and speed of a model.",
+        "serve": "Verify an artifact, size it, and serve it.",
+        "key": "Create an API key for the gateway.",
+        "loadtest": "Measure a server under increasing load.",
+        "cost": "Compare owned and rented GPUs with API prices per million tokens.",
+    },
 }
-"""Command -> short help, the first sentence of its docstring: `--help` imports no command."""
+"""Task -> its commands in the order of work, each with its short help, the first sentence of its
+docstring: `--help` imports no command."""
+
+COMMANDS: Mapping[str, str] = {
+    name: text for commands in GROUPS.values() for name, text in commands.items()
+}
+"""Command -> short help."""
 
 
 class LazyGroup(click.Group):
@@ -53,9 +67,12 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the short helps of COMMANDS, without importing any command."""
-        with formatter.section("Commands"):
-            formatter.write_dl(sorted(COMMANDS.items()))
+        """Write the short helps by task, with one width of names, without importing any command."""
+        width = max(map(len, COMMANDS))
+        for task, commands in GROUPS.items():
+            with formatter.section(task):
+                rows = [(name.ljust(width), text) for name, text in commands.items()]
+                formatter.write_dl(rows)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -8,7 +8,7 @@ from math import floor, isfinite, log10
 from statistics import median
 
 from quantkit.diff.diff_schema import Diff, ErrorShift
-from quantkit.diff.sides import TokenFigures
+from quantkit.diff.token_texts import TokenFigures
 from quantkit.report.charts import (
     TIGHT,
     Plot,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.diff import changes, loadtest_diff, paired_figures, paired_tokens
+from quantkit.diff import changes, loadtest_diff, paired_figures, paired_tokens, token_texts
 from quantkit.diff.comparability import (
     BASELINE_NOISE,
     Comparability,
@@ -10,7 +10,7 @@ from quantkit.diff.comparability import (
     compute_baseline_gap,
     is_same_text,
 )
-from quantkit.diff.diff_schema import ComparedModel, Diff
+from quantkit.diff.diff_schema import ComparedModel, Diff, WorseToken
 from quantkit.diff.headline import format_headline
 from quantkit.diff.sides import Side
 from quantkit.errors import NotComparable
@@ -42,6 +42,7 @@ def compare_sides(a: Side, b: Side, *, partial: bool = False) -> Diff:
         tensors=changes.group_tensors(a, b),
         kl=paired_tokens.compare_kl(a, b, allowed),
         distribution=paired_tokens.pair_distributions(a, b, allowed),
+        worse_tokens=list_worse_tokens(a, b, allowed),
         likelihood=paired_figures.pair_likelihoods(a, b, allowed),
         benchmarks=paired_figures.pair_benchmarks(a, b, allowed),
         blocks=paired_figures.compare_blocks(a, b, allowed),
@@ -54,6 +55,15 @@ def compare_sides(a: Side, b: Side, *, partial: bool = False) -> Diff:
         reworded=reworded,
     )
     return diff.model_copy(update={"headline": format_headline(diff)})
+
+
+def list_worse_tokens(a: Side, b: Side, allowed: Comparability) -> tuple[WorseToken, ...]:
+    """Return the tokens that got worse most; none if the tokens are not comparable."""
+    if allowed.source or allowed.text or a.tokens is None or b.tokens is None:
+        return ()
+    if not paired_tokens.is_pairable(a.tokens, b.tokens):
+        return ()
+    return token_texts.list_worse_tokens(a.tokens, b.tokens, (a.texts, b.texts))
 
 
 def _describe_side(side: Side) -> ComparedModel:
@@ -85,6 +95,12 @@ def _list_notes(a: Side, b: Side, allowed: Comparability) -> tuple[str, ...]:
         f"{side.name}: {describe_conversion(side.fidelity)[0]}"
         for side in (a, b)
         if side.kind != "source" and side.fidelity.converted_from is not None
+    ]
+    notes += [
+        f"{side.name} was built by an earlier version, which kept no token ids: the tokens that "
+        "got worse are not listed."
+        for side in (a, b)
+        if side.tokens is not None and side.tokens.places is None and side.kind != "source"
     ]
     if allowed.source:
         return tuple(notes + loadtest_diff.list_loadtest_notes(a, b))

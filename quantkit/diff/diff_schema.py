@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from quantkit.artifact.fidelity_schema import Figure, Number, Status
+from quantkit.artifact.token_schema import Choices, Probability, TokenPlace
 from quantkit.plan.plan_schema import FROZEN
 from quantkit.report.samples import Answer
 
@@ -177,6 +178,23 @@ class FlippedItem(BaseModel):
         return self.b.score < self.a.score
 
 
+class WorseToken(TokenPlace):
+    """A token whose KL is larger in B, in nats, with the predictions of source, A and B.
+
+    p_*: probability of the true token. Predictions are empty where a side did not keep them: it
+    keeps those of its largest KL.
+    """
+
+    kl_a: float
+    kl_b: float
+    p_source: Probability
+    p_a: Probability
+    p_b: Probability
+    source: Choices = ()
+    a: Choices = ()
+    b: Choices = ()
+
+
 class LoadDiff(BaseModel):
     """A figure of two load tests at one concurrency."""
 
@@ -206,6 +224,7 @@ class Diff(BaseModel):
     tensors: tuple[TensorGroup, ...] = ()
     kl: tuple[KLDiff, ...] = ()
     distribution: tuple[DistributionDiff, ...] = ()
+    worse_tokens: tuple[WorseToken, ...] = ()
     likelihood: tuple[LikelihoodDiff, ...] = ()
     benchmarks: tuple[BenchmarkDiff, ...] = ()
     blocks: tuple[ErrorShift, ...] = ()

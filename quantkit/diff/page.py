@@ -10,13 +10,14 @@ from jinja2 import Environment
 from quantkit.diff import tables
 from quantkit.diff.charts import make_charts
 from quantkit.diff.diff_schema import Diff, DistributionDiff, FlippedItem, KLDiff
-from quantkit.diff.sides import TokenFigures
 from quantkit.diff.token_tables import LARGER, SENTENCES, TYPICAL
+from quantkit.diff.token_texts import TokenFigures
 from quantkit.figure_readers import ALL_TEXT
 from quantkit.figures import find_figure
 from quantkit.report import format_numbers, html_page
 from quantkit.report.html_page import Tile
 from quantkit.report.samples import ChangedItem
+from quantkit.report.token_tables import ALIKE
 
 ROWS = 200  # rows of the tables of modules, blocks and routers
 NAMES = 400  # lines of folded names per group
@@ -32,6 +33,7 @@ def render_page(diff: Diff, a: TokenFigures | None = None, b: TokenFigures | Non
         hidden=len(diff.flips) - len(items),
         tables=tables,
         tiles=make_tiles(diff),
+        alike=ALIKE,
         headline=diff.headline,
         intervals=html_page.draw_intervals([row.delta_pp for row in diff.benchmarks]),
         rows=ROWS,

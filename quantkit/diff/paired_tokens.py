@@ -13,7 +13,8 @@ import numpy as np
 from quantkit.artifact.fidelity_schema import DistributionResult, Figure
 from quantkit.diff.comparability import Comparability
 from quantkit.diff.diff_schema import DistributionDiff, KLDiff, Resolution
-from quantkit.diff.sides import Side, TokenFigures
+from quantkit.diff.sides import Side
+from quantkit.diff.token_texts import TokenFigures
 from quantkit.evaluate import statistics
 from quantkit.figure_readers import ALL_TEXT
 from quantkit.figures import FigureDefinition, list_figures

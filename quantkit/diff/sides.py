@@ -6,7 +6,7 @@ So an artifact and its source are compared like two artifacts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from quantkit.artifact.loadtest_schema import LoadTest, read_load_test
 from quantkit.artifact.read_manifest import get_section
 from quantkit.artifact.read_report import read_report_file, read_sealed_report
 from quantkit.diff.diff_schema import SideKind
+from quantkit.diff.token_texts import TokenFigures, TokenTexts, read_texts
 from quantkit.errors import ArtifactError, CheckpointError, HubUnreachable, UsageError
 from quantkit.figures import list_figures
 from quantkit.io.files import read_json
@@ -54,6 +55,7 @@ _TOKEN = {
     "nll_artifact": "double",
     "same_top": "bool",
 }
+_PLACE = {"sequence": "int32", "position": "int32", "token": "int32"}
 _SOLUTION = {
     "task": "string",
     "doc_id": "int64",
@@ -75,21 +77,6 @@ class PairedItem:
     target: str
     answer: Answer | None  # None if it could not be scored
     source: Answer | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenFigures:
-    """Values of every scored token, in the order of the text.
-
-    documents: None in samples of earlier versions.
-    """
-
-    domains: Sequence[str]
-    kl: Sequence[float]
-    nll_source: Sequence[float]
-    nll: Sequence[float]
-    same_top: Sequence[bool]
-    documents: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +104,7 @@ class Side:
     versions: Mapping[str, str] | None = None
     items: Mapping[ItemKey, PairedItem] | None = None
     tokens: TokenFigures | None = None
+    texts: TokenTexts | None = None
     solutions: Mapping[tuple[str, int], SolutionScore] | None = None  # by task and item
     load: LoadTest | None = None
     load_fault: str = ""  # why the load test cannot be read
@@ -202,6 +190,7 @@ def _read_artifact(path: Path) -> Side:
         if (path / BENCHMARK_SAMPLES).is_file()
         else None,
         tokens=read_tokens(path / TOKEN_SAMPLES) if (path / TOKEN_SAMPLES).is_file() else None,
+        texts=read_texts(path, read_typed_columns),
         solutions=_read_solutions(path / SOLUTION_SAMPLES)
         if (path / SOLUTION_SAMPLES).is_file()
         else None,
@@ -244,7 +233,7 @@ def _parse_count(value: object, what: str, path: Path) -> int:
     )
 
 
-def _read_typed_columns(path: Path, types: Mapping[str, str]) -> Any:
+def read_typed_columns(path: Path, types: Mapping[str, str]) -> Any:
     """Read columns, checking their Arrow types; only scores may be null. Raises ArtifactError."""
     table = read_columns(path, list(types))
     for name, expected in types.items():
@@ -263,7 +252,7 @@ def _read_typed_columns(path: Path, types: Mapping[str, str]) -> Any:
 
 
 def _read_items(path: Path) -> dict[ItemKey, PairedItem]:
-    rows = _read_typed_columns(
+    rows = read_typed_columns(
         path,
         _ITEM
         | {f"{side}_{name}": kind for side in ("base", "quant") for name, kind in _ANSWER.items()},
@@ -288,7 +277,9 @@ def _parse_scored_answer(row: Mapping[str, Any], side: str) -> Answer | None:
 def read_tokens(path: Path) -> TokenFigures:
     """Read the values of every scored token."""
     types = _TOKEN | ({"document": "int64"} if has_column(path, "document") else {})
-    table = _read_typed_columns(path, types).to_pydict()
+    has_places = has_column(path, "sequence")
+    table = read_typed_columns(path, types | (_PLACE if has_places else {})).to_pydict()
+    places = list(zip(table["sequence"], table["position"])) if has_places else None
     return TokenFigures(
         domains=table["domain"],
         kl=table["kl"],
@@ -296,6 +287,8 @@ def read_tokens(path: Path) -> TokenFigures:
         nll=table["nll_artifact"],
         same_top=table["same_top"],
         documents=table.get("document"),
+        ids=table.get("token"),
+        places=places,
     )
 
 
@@ -304,7 +297,7 @@ def _read_solutions(path: Path) -> dict[tuple[str, int], SolutionScore]:
         (row["task"], row["doc_id"]): SolutionScore(
             n_tokens=row["n_tokens"], source=row["source"], value=row["artifact"]
         )
-        for row in _read_typed_columns(path, _SOLUTION).to_pylist()
+        for row in read_typed_columns(path, _SOLUTION).to_pylist()
     }
 
 
@@ -346,9 +339,11 @@ def _make_source_side(text: str, artifact: Side) -> Side:
             kl=[0.0] * len(tokens.kl),
             nll=tokens.nll_source,
             same_top=[True] * len(tokens.kl),
+            side="source",
         )
         if tokens
         else None,
+        texts=artifact.texts,
         solutions={key: replace(row, value=row.source) for key, row in solutions.items()}
         if solutions
         else None,

@@ -10,11 +10,16 @@ from quantkit.diff.diff_schema import (
     ErrorShift,
     TensorGroup,
 )
-from quantkit.diff.token_tables import make_distribution_table, make_kind_table
+from quantkit.diff.token_tables import (
+    make_distribution_table,
+    make_kind_table,
+    make_worse_token_table,
+)
 from quantkit.figure_readers import NOT_FINITE
 from quantkit.report import format_numbers
 from quantkit.report.definitions import HEADINGS, HIDDEN_STATES, define_columns
 from quantkit.report.table import Table
+from quantkit.report.token_tables import SHOWN
 
 MORE = "all in --json"
 SCORES = {"A": "Score of A.", "B": "Score of B, on the same items."}
@@ -315,6 +320,7 @@ def make_tables(diff: Diff, limit: int) -> list[Table]:
         make_benchmark_table(diff),
         make_distribution_table(diff),
         make_kind_table(diff),
+        make_worse_token_table(diff, min(limit, SHOWN)),
         make_likelihood_table(diff),
         make_gate_table(diff),
         make_recipe_table(diff),

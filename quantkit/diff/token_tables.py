@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from quantkit.artifact.fidelity_schema import Figure
+from quantkit.artifact.token_schema import MOST_TOKENS
 from quantkit.diff.diff_schema import Diff, DistributionDiff, KLDiff
 from quantkit.figure_readers import ALL_TEXT
 from quantkit.figures import FigureDefinition, list_figures
-from quantkit.report import format_numbers
+from quantkit.report import format_numbers, token_tables
 from quantkit.report.definitions import Meanings
 from quantkit.report.table import Table
 
@@ -136,6 +137,39 @@ def make_kind_table(diff: Diff) -> Table:
         rows=tuple(rows),
         note=note if rows and diff.kl else "",
         meanings=meanings,
+    )
+
+
+def make_worse_token_table(diff: Diff, limit: int = MOST_TOKENS) -> Table:
+    """Return the tokens whose KL rose most from A to B, with the best guess of each model."""
+    rows = tuple(
+        (
+            token_tables.quote_context(row.context, is_cut=row.is_cut),
+            f"{token_tables.quote_token(row.token)} {token_tables.format_share(row.p_a)} to "
+            f"{token_tables.format_share(row.p_b)}",
+            format_numbers.format_digits(row.kl_a),
+            format_numbers.format_digits(row.kl_b),
+            token_tables.format_choice(row.source) or format_numbers.MISSING,
+            token_tables.format_choice(row.b) or format_numbers.MISSING,
+            row.kind,
+        )
+        for row in diff.worse_tokens[:limit]
+    )
+    total = len(diff.worse_tokens)
+    rest = f"The worst {len(rows)} of {total}; all in --json. " if len(rows) < total else ""
+    return Table(
+        title="Tokens that got worse most",
+        columns=("after", "true token", ">KL, A", ">KL, B", "source says", "B says", "text"),
+        rows=rows,
+        note=rest + token_tables.ALIKE if rows else "",
+        meanings=(
+            ("after", token_tables.AFTER),
+            ("true token", "The token that the text has there, with its probability in A and B."),
+            ("KL, A", token_tables.KL),
+            ("KL, B", token_tables.KL),
+            ("source says", token_tables.TOP),
+            ("B says", token_tables.TOP),
+        ),
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,11 +31,13 @@ from quantkit.plan.memory import HEAD_CHUNK
 class TextFidelity:
     """Fidelity of every scored token of the text, in stream order, and each token's domain.
 
-    documents: [n] int64, the document of each token; repeated: tokens whose context begins an
-    earlier document too (`find_documents`).
+    rows: [n] int64, the rows of the stream whose next tokens these are; documents: [n] int64, the
+    document of each token; repeated: tokens whose context begins an earlier document too
+    (`find_documents`).
     """
 
     tokens: TokenFidelity
+    rows: Tensor
     domains: tuple[str, ...]  # one per token
     documents: Tensor
     repeated: int
@@ -58,25 +59,6 @@ class TextFidelity:
                 self.documents[mask],
             )
         return summaries
-
-
-def write_tokens(measured: TextFidelity, path: Path) -> None:
-    """Write the figures of every scored token as Parquet, in stream order.
-
-    Histograms are made from it.
-    """
-    import pyarrow as arrow  # heavy
-    import pyarrow.parquet as parquet
-
-    columns = {
-        "domain": arrow.array(measured.domains, arrow.string()),
-        "document": arrow.array(measured.documents.numpy()),
-        "kl": arrow.array(measured.tokens.kl.numpy()),
-        "nll_source": arrow.array(measured.tokens.nll_source.numpy()),
-        "nll_artifact": arrow.array(measured.tokens.nll_quantized.numpy()),
-        "same_top": arrow.array(measured.tokens.same_top.numpy()),
-    }
-    parquet.write_table(arrow.table(columns), path)
 
 
 class LMHead:
@@ -121,6 +103,22 @@ class StreamPair:
             )
         return tokens
 
+    def rank_predictions(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the `count` most probable tokens after each of `rows` [n] of the streams.
+
+        Returns ids [n, 2, count] int64 and probabilities [n, 2, count] float64, the source's first.
+        """
+        sides = ((self.source, self.reference), (self.artifact, self.quantized))
+        ids, p = list[Tensor](), list[Tensor]()
+        for chunk in rows.split(HEAD_CHUNK):
+            ranked = [
+                fidelity.rank_predictions(head.logits(stream.hidden.gather(chunk)).cpu(), count)
+                for head, stream in sides
+            ]
+            ids.append(torch.stack([of_side for of_side, _ in ranked], dim=1))
+            p.append(torch.stack([of_side for _, of_side in ranked], dim=1))
+        return torch.cat(ids), torch.cat(p)
+
 
 def load_stream_pair(
     skeleton: MetaModel,
@@ -144,7 +142,11 @@ def measure_text(pair: StreamPair) -> TextFidelity:
     rows, domains = select_scored_rows(pair.reference)
     documents, repeated = find_documents(pair.reference, rows)
     return TextFidelity(
-        tokens=pair.compare(rows), domains=domains, documents=documents, repeated=repeated
+        tokens=pair.compare(rows),
+        rows=rows,
+        domains=domains,
+        documents=documents,
+        repeated=repeated,
     )
 
 

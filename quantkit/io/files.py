@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
@@ -22,6 +22,7 @@ from pathlib import Path
 from quantkit.errors import CheckpointError, QuantkitError
 
 JSON_LIMIT_BYTES = 100_000_000
+CHUNK_BYTES = 1 << 20
 """Largest JSON file of a checkpoint; DeepSeek-V3's index of 92,000 names has 9 MB."""
 
 PART = ".part"
@@ -187,6 +188,21 @@ def read_bytes(
         ) from None
 
 
+def iterate_chunks(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file in chunks of at most CHUNK_BYTES.
+
+    Raises CheckpointError if it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+    except OSError as fault:
+        raise CheckpointError(
+            f"{path}: expected a readable file, found: {describe_os_error(fault)}; check the path"
+        ) from None
+
+
 def read_prefix(path: Path, n_bytes: int) -> bytes:
     """Read the first bytes of a file of any size.
 
@@ -248,11 +264,12 @@ def make_write_error(path: Path, fault: OSError) -> QuantkitError:
     )
 
 
-def write_atomic(path: Path, content: bytes, token: str | None = None) -> None:
+def write_atomic(path: Path, content: bytes | Iterable[bytes], token: str | None = None) -> None:
     """Write a new file next to its place and rename it; a link at `path` is replaced.
 
-    `token` names the new file, for a caller that must recognize the remains of a killed process;
-    random by default. Raises QuantkitError and keeps the old file if that fails.
+    A large file's content is given in chunks. `token` names the new file, for a caller that must
+    recognize the remains of a killed process; random by default. Raises QuantkitError and keeps the
+    old file if that fails.
     """
     part = name_part(path.parent, token or secrets.token_hex(8))
     try:
@@ -261,7 +278,8 @@ def write_atomic(path: Path, content: bytes, token: str | None = None) -> None:
         raise make_write_error(path, fault) from fault
     try:
         try:
-            write_all(descriptor, content)
+            for chunk in (content,) if isinstance(content, bytes) else content:
+                write_all(descriptor, chunk)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

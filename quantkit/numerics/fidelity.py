@@ -91,6 +91,22 @@ def concatenate_tokens(parts: list[TokenFidelity]) -> TokenFidelity:
     )
 
 
+def rank_predictions(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` most probable tokens of logits [n, vocab], most probable first.
+
+    Returns ids [n, count] int64 and probabilities [n, count] float64; equal logits are in ascending
+    order of ids.
+    """
+    count = min(count, logits.shape[-1])
+    values, ids = logits.double().topk(count, dim=-1)
+    order = ids.argsort(dim=-1)
+    values, ids = values.gather(-1, order), ids.gather(-1, order)
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    values, ids = values.gather(-1, order), ids.gather(-1, order)
+    total = torch.logsumexp(logits.double(), dim=-1, keepdim=True)  # [n, 1]
+    return ids, torch.exp(values - total)
+
+
 def estimate_mean(values: Tensor, documents: Tensor | None = None) -> Estimate:
     """Estimate the mean of values [n] of `documents` [n], by default each on its own."""
     n = values.numel()

@@ -7,6 +7,13 @@ from collections.abc import Sequence
 from quantkit.checkpoint.logical_tensors import describe_encodings
 from quantkit.contracts import Scheme
 from quantkit.plan.decisions import Decision
+from quantkit.plan.measurements import (
+    explain_scratch,
+    list_gates,
+    summarize_engines,
+    summarize_streams,
+    summarize_tasks,
+)
 from quantkit.plan.plan import Plan
 from quantkit.plan.plan_schema import (
     PlanMemory,
@@ -15,15 +22,18 @@ from quantkit.plan.plan_schema import (
     PlanShard,
     PlanSource,
     PlanSummary,
+    PlanTime,
     PlanTotals,
 )
 from quantkit.plan.size_gain import describe_small_gain
 
 
-def summarize_plan(plan: Plan, sampled: Sequence[str] = ()) -> PlanSummary:
+def summarize_plan(
+    plan: Plan, sampled: Sequence[str] = (), time: PlanTime | None = None
+) -> PlanSummary:
     """Return the summary that `quantkit plan` prints.
 
-    sampled: sentences on texts that the model samples itself.
+    sampled: sentences on texts that the model samples itself. time: see `time_estimate`.
     """
     memory = plan.memory
     parts = {"base": memory.base_bytes}
@@ -49,6 +59,7 @@ def summarize_plan(plan: Plan, sampled: Sequence[str] = ()) -> PlanSummary:
             peak=memory.peak_bytes,
             parts={name: value for name, value in parts.items() if value},
             scratch_disk=memory.scratch_bytes,
+            scratch_reason=explain_scratch(plan),
             experts_per_wave=memory.wave_experts or None,
         ),
         shards=tuple(
@@ -56,6 +67,11 @@ def summarize_plan(plan: Plan, sampled: Sequence[str] = ()) -> PlanSummary:
         ),
         copied=summarize_copied(plan),
         texts=plan.texts,
+        streams=summarize_streams(plan),
+        tasks=summarize_tasks(plan),
+        gates=list_gates(plan.recipe.gates),
+        engines=summarize_engines(plan),
+        time=time,
         sampled=tuple(sampled),
         warnings=(*plan.warnings, *find_size_warnings(plan)),
     )

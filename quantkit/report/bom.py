@@ -17,6 +17,7 @@ from quantkit.artifact.fidelity_schema import Fidelity, Figure, TextPart, TextSe
 from quantkit.checkpoint.tensors import WrittenFile
 from quantkit.figure_readers import make_normal_interval
 from quantkit.report import card_data
+from quantkit.report.verdict import format_verdict
 
 MODEL_REF = "model"
 
@@ -88,6 +89,7 @@ def make_model(
             {"name": f"quantkit:{name}", "value": str(value)}
             for name, value in (
                 ("status", fidelity.status),
+                ("verdict", format_verdict(fidelity)),
                 ("bits_overall", artifact.bits_overall),
                 ("bytes_source", artifact.bytes_source),
                 ("bytes_artifact", artifact.bytes_artifact),

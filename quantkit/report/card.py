@@ -11,11 +11,13 @@ from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.report import (
     card_data,
     format_numbers,
+    loading,
     markdown,
     notes,
     reproduce,
     snippets,
     tables,
+    verdict,
 )
 
 MAX_CHARACTERS = 60_000
@@ -50,11 +52,12 @@ def _render(fidelity: Fidelity, rows: int, cell: int) -> str:
             head=card_data.format_front_matter(fidelity, cell),
             title=card_data.make_title(fidelity),
             snippets=snippets,
+            loading=loading,
             rows=rows,
             tables=tables,
             notes=notes,
             size_change=format_numbers.format_size_change,
-            verdict=format_verdict(fidelity),
+            verdict=verdict.format_verdict(fidelity),
             same_bytes=reproduce.SAME_BYTES,
             most_command=MOST_COMMAND,
         )
@@ -81,27 +84,3 @@ def make_environment(rows: int, cell: int) -> Environment:
     environment.filters["size"] = format_numbers.format_size
     environment.filters["parameters"] = format_numbers.format_parameters
     return environment
-
-
-def _count_gates(fidelity: Fidelity) -> str:
-    """Return "the gate" or "all 3 gates"."""
-    return "the gate" if len(fidelity.gates) == 1 else f"all {len(fidelity.gates)} gates"
-
-
-def format_verdict(fidelity: Fidelity) -> str:
-    """Return one sentence on the gates."""
-    failed = sum(row.ok is False for row in fidelity.gates)
-    unmeasured = sum(row.ok is None for row in fidelity.gates)
-    if fidelity.status == "accepted":
-        return f"Accepted: it passes {_count_gates(fidelity)} of its recipe."
-    if fidelity.status == "rejected":
-        return (
-            "Rejected: it fails the gate of its recipe."
-            if len(fidelity.gates) == 1
-            else f"Rejected: it fails {failed} of the {len(fidelity.gates)} gates of its recipe."
-        )
-    return (
-        f"Not judged: {unmeasured} of {len(fidelity.gates)} gates have no figure."
-        if unmeasured
-        else "Not judged: no gates."
-    )

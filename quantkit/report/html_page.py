@@ -32,7 +32,16 @@ from quantkit.figures import FigureDefinition, list_headline_figures
 from quantkit.io import user_cache
 from quantkit.io.files import is_file, write_atomic, write_output
 from quantkit.io.path_safety import check_no_link
-from quantkit.report import card, format_numbers, module_ranges, notes, reproduce, tables
+from quantkit.report import (
+    format_numbers,
+    loading,
+    module_ranges,
+    notes,
+    reproduce,
+    tables,
+    token_tables,
+    verdict,
+)
 from quantkit.report.charts import CONFIG, Plot, make_charts
 from quantkit.report.definitions import HEADINGS, Meanings
 from quantkit.report.samples import Answer, ChangedItem, Samples, read_samples
@@ -127,9 +136,13 @@ def render_page(fidelity: Fidelity, samples: Samples) -> str:
         items=items,
         hidden=len(samples.changed) - len(items),
         tables=tables,
+        loading=loading,
         notes=notes,
         tiles=make_tiles(fidelity),
-        verdict=card.format_verdict(fidelity),
+        alike=token_tables.ALIKE,
+        no_tokens=token_tables.describe_no_tokens(fidelity),
+        verdict=verdict.format_verdict(fidelity),
+        status=verdict.choose_status(fidelity),
         intervals=draw_intervals([row.delta_pp for row in fidelity.benchmarks]),
         worst=WORST,
         same_bytes=reproduce.SAME_BYTES,
@@ -188,6 +201,9 @@ def make_environment(*, autoescape: bool) -> Environment:
         "folded": module_ranges.fold_names,
         "definitions": list_definitions,
         "columns": count_columns,
+        "nats": format_numbers.format_digits,
+        "quoted": token_tables.quote_token,
+        "share": token_tables.format_share,
     }
     return environment
 

@@ -10,7 +10,8 @@ from quantkit.report import format_numbers
 
 
 def format_junit(reports: Sequence[Fidelity]) -> bytes:
-    """Return the XML file: a missed bound is a failure, a bound without a figure is skipped.
+    """Return the XML file: a missed bound is a failure, a bound without a figure is skipped, and
+    one that is kept and not proven says so in its output.
 
     The same gates give the same bytes.
     """
@@ -37,6 +38,10 @@ def format_junit(reports: Sequence[Fidelity]) -> bytes:
             elif gate.ok is None:
                 Xml.SubElement(
                     case, "skipped", message=_replace_invalid(gate.reason or "not judged")
+                )
+            elif gate.is_unproven:
+                Xml.SubElement(case, "system-out").text = _replace_invalid(
+                    f"{message}, {gate.outcome}: its interval crosses the bound"
                 )
     for key, value in _counts([gate for report in reports for gate in report.gates]).items():
         if key != "skipped":

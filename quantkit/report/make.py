@@ -20,7 +20,7 @@ from quantkit.artifact.account_tensors import (
 )
 from quantkit.artifact.engine_reasons import NOT_FOR
 from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
-from quantkit.artifact.front_matter import read_front_matter, read_languages
+from quantkit.artifact.front_matter import has_chat_template, read_front_matter, read_languages
 from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.records import BlockRecord, ModuleRecord, list_kept_codes
 from quantkit.build.quantize_linear import FALLBACKS
@@ -30,6 +30,7 @@ from quantkit.contracts import PROTECTED_ROLES
 from quantkit.contracts import Role as LinearRole
 from quantkit.errors import ArtifactError
 from quantkit.evaluate.token_fidelity import TextFidelity
+from quantkit.evaluate.token_samples import TokenSamples, list_worst_tokens
 from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, has_separate_shared_experts
 from quantkit.numerics.fidelity import Estimate
 from quantkit.plan.decisions import NO_RULE, Decision
@@ -65,16 +66,17 @@ PROTECTED_REASON = "only a rule that names it quantizes it"
 
 @dataclass(frozen=True, kw_only=True)
 class StatedFacts:
-    """Facts of the source's model card; None or empty where it states nothing."""
+    """Facts that the source states: None or empty where its card says nothing."""
 
     license: fidelity_schema.License | None = None
     languages: tuple[str, ...] = ()  # "en"
+    chat: bool = False  # it has a chat template
 
 
 def make_report(
     plan: Plan,
     blocks: Sequence[BlockRecord],
-    measured: TextFidelity | None,
+    samples: TokenSamples | None,
     texts: Mapping[TextName, fidelity_schema.TextSet],
     likelihood: Sequence[fidelity_schema.LikelihoodResult],
     benchmarks: Sequence[BenchmarkResult],
@@ -87,12 +89,14 @@ def make_report(
     """
     records = [record for block in blocks for record in block.modules]
     records += list_kept_codes(plan)
+    measured = samples.measured if samples else None
     return Fidelity(
         artifact=summarize_artifact(plan),
         source=summarize_source(plan, stated),
         calibration=texts.get("calibration"),
         measured_on=add_repeated(texts.get("fidelity"), measured),
         distribution=summarize_distribution(measured) if measured else (),
+        worst_tokens=list_worst_tokens(samples) if samples else (),
         likelihood=tuple(likelihood),
         blocks=tuple(
             fidelity_schema.BlockError(block=block.name, relative_error=block.output_error)
@@ -271,6 +275,7 @@ def summarize_source(plan: Plan, stated: StatedFacts) -> fidelity_schema.SourceM
         baseline=format_baseline(plan),
         license=stated.license,
         languages=stated.languages,
+        chat=stated.chat,
         pipeline_tag=PIPELINE_TAGS.get(plan.layout.output, "feature-extraction"),
     )
 
@@ -299,13 +304,15 @@ def account_source(plan: Plan, source: Checkpoint, folder: Path) -> SourceAccoun
 
 
 def read_stated_facts(folder: Path) -> StatedFacts:
-    """Return the license and the languages of the source's model card."""
+    """Return license and languages of the source's card, and whether it has a chat template."""
     stated, license = read_front_matter(folder), None
     if "license" in stated:
         license = fidelity_schema.License(
             id=stated["license"], name=stated.get("license_name"), link=stated.get("license_link")
         )
-    return StatedFacts(license=license, languages=read_languages(folder))
+    return StatedFacts(
+        license=license, languages=read_languages(folder), chat=has_chat_template(folder)
+    )
 
 
 def summarize_text(

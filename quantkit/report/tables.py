@@ -23,6 +23,7 @@ from quantkit.report.error_tables import (
     make_router_table,
 )
 from quantkit.report.table import Table
+from quantkit.report.token_tables import make_token_table
 
 KIND_FIGURES = ("kl_mean", "kl_p99", "ppl_ratio", "top1")
 """Columns of the table with a row per kind of text."""
@@ -363,6 +364,7 @@ def make_tables(fidelity: Fidelity) -> Sequence[Table]:
         make_benchmark_table(fidelity),
         make_distribution_table(fidelity),
         make_kind_table(fidelity),
+        make_token_table(fidelity),
         make_likelihood_table(fidelity),
         make_gate_table(fidelity),
         make_role_table(fidelity),

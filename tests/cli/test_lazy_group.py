@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -34,9 +35,11 @@ def test_short_help_is_the_first_sentence_of_the_docstring(name: str) -> None:
 def test_help_lists_every_command_with_its_short_help() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    listed = " ".join(result.stdout.partition("Commands:")[2].split())
+    listed = " ".join(result.stdout.partition("Options:")[2].split())
     for name, short_help in COMMANDS.items():
         assert f"{name} {short_help}" in listed
+    headings = re.findall(r"^(\w[\w ]*):$", result.stdout, flags=re.MULTILINE)
+    assert headings == ["Options", "Quantize", "Judge", "Hand over", "Serve"]
 
 
 @pytest.mark.parametrize("name", MODULES)

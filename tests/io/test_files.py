@@ -35,6 +35,19 @@ def test_write_atomic_replaces_the_file_or_keeps_the_old_one(
     assert json.loads(path.read_text(encoding="utf-8")) == {"b": 1, "a": ["é"]}
 
 
+def test_large_files_are_copied_in_chunks_and_kept_if_the_source_fails(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(os.urandom(2 * files.CHUNK_BYTES + 5))
+    sizes = [len(chunk) for chunk in files.iterate_chunks(source)]
+    assert sizes == [files.CHUNK_BYTES, files.CHUNK_BYTES, 5]
+    files.write_atomic(target, files.iterate_chunks(source))
+    assert target.read_bytes() == source.read_bytes()
+    with pytest.raises(CheckpointError, match="lost: expected a readable file"):
+        files.write_atomic(target, files.iterate_chunks(tmp_path / "lost"))
+    assert target.read_bytes() == source.read_bytes()
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["source", "target"]
+
+
 def test_write_output_keeps_links_pipes_and_devices(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)

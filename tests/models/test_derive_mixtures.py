@@ -212,6 +212,18 @@ def test_routers_and_gates_have_a_role_that_no_general_rule_selects() -> None:
         assert {f"{block.name}{name}" for name in routers} <= set(group.readers)
 
 
+@pytest.mark.parametrize("selected", [64, 4])
+def test_indexer_that_selects_every_token_absorbs_no_scale(selected: int) -> None:
+    """The proof's texts have 20 tokens: 64 selected ones are all of them, and no weight of the
+    indexer changes the output. Its key norm has the width of its queries' input.
+    """
+    block = derive_layout(family("axk2", index_topk=selected, num_hidden_layers=1)).blocks[0]
+    absorbers = {x.readers[0].removeprefix(f"{block.name}."): x.absorber for x in block.groups}
+    assert absorbers["self_attn.indexer.wq_b"] is None
+    scaled = {name for name, absorber in absorbers.items() if absorber}
+    assert scaled == {"self_attn.kv_b_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}
+
+
 def test_number_of_experts_is_that_of_the_real_model() -> None:
     """The checks run on fewer experts."""
     layout = derive_layout(family("olmoe", num_experts=48, num_hidden_layers=1))

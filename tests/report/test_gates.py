@@ -283,6 +283,7 @@ def write_prose_set(folder: Path) -> Path:
 # -------------------------------------------------------------------------------------------- JUnit
 
 ALLOWED: Mapping[str, tuple[set[str], set[str], set[str]]] = {
+    "system-out": (set(), set(), set()),
     "testsuites": (set(), {"name", "time", "tests", "failures", "errors"}, {"testsuite"}),
     "testsuite": (
         {"name", "tests", "failures", "errors"},
@@ -348,6 +349,17 @@ def test_junit_marks_failed_and_skipped_gates() -> None:
     failure = root.find(".//failure")
     assert failure is not None and failure.get("message") == "kl_mean <= 0.0003: found 0.000361"
     assert format_junit([report]) == format_junit([report])
+
+
+def test_junit_says_that_a_kept_gate_is_not_proven() -> None:
+    bounds = {"kl_mean": Gate(max=0.0004), "kl_max": Gate(max=1)}
+    root = parse_junit(format_junit([gates.apply_gates(bounds, make_example())]))
+    said = {case.get("name"): case.findtext("system-out") for case in root.iter("testcase")}
+    assert said == {
+        "kl_mean <= 0.0004": "kl_mean <= 0.0004: found 0.000361, kept, not proven: its interval "
+        "crosses the bound",
+        "kl_max <= 1": None,
+    }
 
 
 def test_junit_escapes_untrusted_names() -> None:

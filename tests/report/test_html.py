@@ -44,6 +44,7 @@ ORDER = (
     "artifact",
     "benchmarks",
     "distribution",
+    "tokens",
     "plots",
     "modules",
     "fallbacks",

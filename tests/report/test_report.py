@@ -21,8 +21,20 @@ from quantkit.artifact.fidelity_schema import (
 from quantkit.figures import list_keys
 from quantkit.plan.plan_schema import PlanSummary
 from quantkit.recipe.schema import Gate
-from quantkit.report import card, format_numbers, gates, markdown, tables, terminal
+from quantkit.report import (
+    card,
+    format_numbers,
+    gates,
+    markdown,
+    tables,
+    terminal,
+    terminal_plan,
+    terminal_tables,
+)
+from quantkit.report.html_page import render_page
+from quantkit.report.samples import read_samples
 from quantkit.report.table import Table
+from quantkit.report.verdict import format_verdict
 
 
 def join_lines(text: str) -> str:
@@ -49,7 +61,7 @@ def test_terminal_report_matches_golden_file() -> None:
 
 def test_terminal_plan_matches_golden_file() -> None:
     assert (
-        render_to_text(terminal.render_plan(PlanSummary.model_validate(PLAN)))
+        render_to_text(terminal_plan.render_plan(PlanSummary.model_validate(PLAN)))
         == (GOLDEN / "plan.txt").read_text()
     )
 
@@ -67,7 +79,34 @@ def test_artifact_that_saves_nothing_is_reported(n_bytes: int, share: str) -> No
 def test_verdict_on_a_single_gate_is_singular() -> None:
     for bound, words in ((1.0, "it passes the gate of"), (1e-9, "it fails the gate of")):
         report = gates.apply_gates({"kl_mean": Gate(max=bound)}, make_example())
-        assert words in card.format_verdict(report)
+        assert words in format_verdict(report)
+
+
+def test_every_view_says_that_gates_are_not_proven() -> None:
+    """kl_mean is 0.000361 [0.000319, 0.000403], and keeps 0.0004 without proof."""
+    bounds = {"kl_mean": Gate(max=0.0004), "kl_max": Gate(max=1)}
+    for gate, sentence in (
+        (bounds, "Accepted: it keeps all 2 gates of its recipe, 1 of them not proven."),
+        (
+            {"kl_mean": Gate(max=0.0004)},
+            "Accepted: it keeps the gate of its recipe, which is not proven",
+        ),
+        (
+            {**bounds, "top1": Gate(min=1)},
+            "Rejected: it fails 1 of the 3 gates of its recipe, 1 other is not proven.",
+        ),
+        (
+            {**bounds, "tiny-v3-code": Gate(min_recovery=0.98)},
+            "Not judged: 1 of 3 gates have no figure, 1 other is not proven.",
+        ),
+    ):
+        report = gates.apply_gates(gate, make_example())
+        assert sentence in card.render_card(report)
+        assert join_lines(sentence) in join_lines(render_to_text(terminal.render_report(report)))
+        assert sentence in render_page(report, read_samples(GOLDEN, {}))
+        assert "passes" not in format_verdict(report)
+    proven = gates.apply_gates({"kl_max": Gate(max=1)}, make_example())
+    assert format_verdict(proven) == "Accepted: it passes the gate of its recipe."
 
 
 def test_card_and_terminal_show_the_same_cells() -> None:
@@ -281,10 +320,10 @@ def test_terminal_report_fits_its_width_without_loss(width: int) -> None:
 
 def test_columns_fit_every_number_and_word() -> None:
     content = Table(title="t", columns=("a", ">n"), rows=(("long words here " * 9, "1,234 ±5"),))
-    assert terminal.compute_widths(content, 100) == [89, 8]
-    assert terminal.compute_widths(content, 60) == [49, 8]
+    assert terminal_tables.compute_widths(content, 100) == [89, 8]
+    assert terminal_tables.compute_widths(content, 60) == [49, 8]
     crowded = Table(title="t", columns=(">a", ">b"), rows=(("1" * 60, "2" * 60),))
-    assert terminal.compute_widths(crowded, 100) == [None, None]
+    assert terminal_tables.compute_widths(crowded, 100) is None
 
 
 def test_narrow_terminal_breaks_no_number() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from support.report_example import FIDELITY
 
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.diff.sides import ItemKey, PairedItem, Side, SolutionScore, TokenFigures
+from quantkit.diff.sides import ItemKey, PairedItem, Side, SolutionScore
+from quantkit.diff.token_texts import TokenFigures
 from quantkit.report.samples import Answer
 
 N_TOKENS = 600
@@ -70,6 +71,8 @@ def make_tokens(scale: float, seed: int = 0) -> TokenFigures:
         nll=nll,
         same_top=same,
         documents=[n // 12 for n in range(N_TOKENS)],
+        ids=[n % 50 for n in range(N_TOKENS)],
+        places=[(n // 12, 1 + n % 12) for n in range(N_TOKENS)],
     )
 
 

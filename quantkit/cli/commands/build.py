@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quantkit.cli.build_log import BuildLog
+    from quantkit.cli.rich_output import ProgressBar
     from quantkit.pipeline import BuildResult
     from quantkit.plan.plan import Plan
     from quantkit.plan.recipe_draft import RecipeRequest
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     "--restart", is_flag=True, help="Discard the progress of an interrupted build and start over."
 )
 @click.option("--skip-evaluation", is_flag=True, help="Skip the benchmarks; the report says so.")
+@click.option("--full", is_flag=True, help="Print every table of the report, not six lines.")
 @click.option(
     "--verbose",
     is_flag=True,
@@ -75,6 +77,7 @@ def command(
     overwrite: bool,
     restart: bool,
     skip_evaluation: bool,
+    full: bool,
     verbose: bool,
     trusted_code: tuple[str, ...],
     junit: Path | None,
@@ -87,7 +90,8 @@ def command(
     written to recipe.yaml, which builds the same artifact. If a build is interrupted, the same
     command resumes after the last finished block; the bytes are the same. Exits with 3 if a gate is
     missed. A recipe file that writes outside the working folder needs --output or a confirmation.
-    The log of the build, module by module, is kept in OUTPUT.build.log.
+    Ends with six lines: verdict, size, KL, benchmarks, page, and the next command. The log of the
+    build, module by module, is kept in OUTPUT.build.log.
 
     \b
     Example: quantkit build tiny-v3-awq4
@@ -111,12 +115,14 @@ def command(
             overwrite=overwrite,
             evaluate=not skip_evaluation,
             trusted_code=trusted_code,
-            on_plan=partial(start_build, log, quiet=json_out),
+            on_plan=partial(
+                start_build, log, progress_bar, quiet=json_out, evaluate=not skip_evaluation
+            ),
             on_progress=progress_bar.update,
             restart=restart,
             on_message=log.show_message,
         )
-    write_results(results, junit, json_out)
+    write_results(results, junit, json_out, full=full)
     check_gates(results)
 
 
@@ -137,32 +143,48 @@ def prepare_recipe(
     return read.text, read.recipe
 
 
-def start_build(log: BuildLog, plans: Sequence[Plan], *, quiet: bool) -> None:
-    """Open the log file of a build whose plan is accepted, and print the plan."""
+def start_build(
+    log: BuildLog,
+    progress_bar: ProgressBar,
+    plans: Sequence[Plan],
+    *,
+    quiet: bool,
+    evaluate: bool,
+) -> None:
+    """Open the log file of a build whose plan is accepted, set the phases of its progress, and
+    print the plan.
+    """
     from quantkit.cli.rich_output import show
     from quantkit.plan.summary import summarize_plan
-    from quantkit.report.terminal import render_plans
+    from quantkit.plan.time_estimate import estimate_plan, list_phases
+    from quantkit.report.terminal_plan import render_plans
 
     log.open_file(Path(plans[0].path))
+    times = [estimate_plan(plan) for plan in plans]
+    progress_bar.set_phases(list_phases(plans, times[0], evaluate=evaluate))
     if not quiet:
-        show(render_plans([summarize_plan(plan) for plan in plans]))
+        summaries = [summarize_plan(plan, (), time) for plan, time in zip(plans, times)]
+        show(render_plans(summaries))
 
 
-def write_results(results: Sequence[BuildResult], junit: Path | None, json_out: bool) -> None:
+def write_results(
+    results: Sequence[BuildResult], junit: Path | None, json_out: bool, *, full: bool
+) -> None:
     """Print the reports of artifacts, and write their gates as JUnit XML."""
     from quantkit.cli.rich_output import show
     from quantkit.io.files import write_output
     from quantkit.report.junit import format_junit
-    from quantkit.report.terminal import render_reports
+    from quantkit.report.terminal import render_results
 
     if junit:
         write_output(junit, format_junit([result.fidelity for result in results]))
     if json_out:
         print_json_list([result.fidelity.model_dump(mode="json") for result in results])
         return
-    show(render_reports([result.fidelity for result in results]))
-    for result in results:
-        click.echo(format_result(result))
+    for times in dict.fromkeys(format_times(result) for result in results):
+        click.echo(times, err=True)
+    click.echo()
+    show(render_results([(result.path, result.fidelity) for result in results], full=full))
 
 
 def confirm_output(name: str, recipe: Recipe) -> None:
@@ -182,11 +204,10 @@ def confirm_output(name: str, recipe: Recipe) -> None:
     raise UsageError(f"{message}; pass --output DIR, or --set output.path=DIR, to write there")
 
 
-def format_result(result: BuildResult) -> str:
-    """Return path, status, seconds per step and peak memory of an artifact."""
+def format_times(result: BuildResult) -> str:
+    """Return the seconds of each step and the peak memory of a build."""
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
-    peak = f"peak memory {result.peak_bytes / 1e9:.2f} GB"
-    return f"{result.path}: {result.fidelity.status} ({times}; {peak})"
+    return f"{times}; peak memory {result.peak_bytes / 1e9:.2f} GB"
 
 
 def check_gates(results: Sequence[BuildResult]) -> None:

@@ -12,11 +12,12 @@ from quantkit.cli.options import JSON
 from quantkit.cli.rich_output import show
 from quantkit.errors import UsageError
 from quantkit.report.html_page import rebuild_page
-from quantkit.report.terminal import render_report
+from quantkit.report.terminal import render_results
 
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--full", is_flag=True, help="Print every table, not six lines.")
 @click.option(
     "--html",
     "html_out",
@@ -30,12 +31,15 @@ from quantkit.report.terminal import render_report
 )
 @JSON
 @handle_errors
-def command(artifact: Path, html_out: bool, output: Path | None, json_out: bool) -> None:
+def command(
+    artifact: Path, full: bool, html_out: bool, output: Path | None, json_out: bool
+) -> None:
     """Print the fidelity report of an artifact.
 
-    With --html, write its HTML page again.
+    Prints six lines: verdict, size, KL, benchmarks, page, and the next command; with --full every
+    table before them. With --html, write its HTML page again.
 
-    Example: quantkit report artifacts/tiny-v3-awq4 --html --output review.html
+    Example: quantkit report artifacts/tiny-v3-awq4 --full
     """
     if output and not html_out:
         raise UsageError(
@@ -49,4 +53,4 @@ def command(artifact: Path, html_out: bool, output: Path | None, json_out: bool)
     if json_out:
         print_json(fidelity.model_dump(mode="json"))
     else:
-        show(render_report(fidelity))
+        show(render_results([(artifact, fidelity)], full=full))

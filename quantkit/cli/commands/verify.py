@@ -209,6 +209,7 @@ def make_deep_json(report: DeepReport) -> dict[str, object]:
         "source_files_hashed": report.files[0],
         "source_files": report.files[1],
         "carried_files": report.carried,
+        "engines": {check.engine: check.describe_check() for check in report.engines},
         "proofs": {proof.name: proof.kind for proof in report.proofs},
         "not_proven": {proof.name: proof.reason for proof in report.proofs if proof.reason},
     }

@@ -479,18 +479,15 @@ def run_tests(channel: int, job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Run a role: job as JSON from standard input, report to standard output."""
-    role, channel = sys.argv[1], int(sys.argv[2])
-    with os.fdopen(os.dup(0), "rb") as job_file:
-        job = json.loads(job_file.read())
+    role, inherited = sys.argv[1], int(sys.argv[2])
+    job = json.loads(sys.stdin.buffer.read())
     report_fd = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     os.close(null)
-    # the number is the parent's, which may have thousands of open files; here it is always low
-    low = os.dup(channel)
-    os.close(channel)
-    channel = low
+    channel = os.dup(inherited)  # a low number: the parent may have thousands of open files
+    os.close(inherited)
     if role == "program":
         run_program(channel, job, report_fd)
     else:
