@@ -78,7 +78,13 @@ class TimeKeeper:
         unknown = next((n for n, phase in enumerate(later) if phase.seconds is None), len(later))
         return TimeLeft(
             seconds=here + sum(phase.seconds or 0.0 for phase in later[:unknown]),
-            unknown=tuple(dict.fromkeys(phase.stage for phase in later[unknown:])),
+            unknown=tuple(
+                dict.fromkeys(
+                    phase.stage.partition(",")[0]
+                    for phase in later[unknown:]
+                    if phase.seconds is None
+                )
+            ),
         )
 
     def _estimate_running(self, progress: Progress, elapsed: float, share: float) -> float | None:

@@ -26,6 +26,7 @@ from quantkit.report.format_numbers import format_duration
 
 BAR = 16
 """Characters of a bar, so that stage, bar and error fit into 80."""
+STAGE = len("benchmarks, artifact")
 TOTAL = "all phases"
 
 WIDTH = 100
@@ -115,9 +116,10 @@ class ProgressBar:
 
 def make_columns() -> tuple[ProgressColumn, ...]:
     """Return the columns of the bars; red is for errors alone."""
+    stage = Column(no_wrap=True, min_width=STAGE)
     note = Column(no_wrap=True, overflow="ellipsis")
     return (
-        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.description}", markup=False, table_column=stage),
         BarColumn(bar_width=BAR, complete_style="cyan", finished_style="green", pulse_style="cyan"),
         TextColumn("{task.percentage:>3.0f} %", markup=False),
         TimeElapsedColumn(),

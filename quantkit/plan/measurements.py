@@ -37,11 +37,18 @@ def summarize_streams(plan: Plan) -> tuple[PlanStream, ...]:
             set=name,
             sequences=sequences,
             length=length,
-            tokens=plan.text_tokens.get(use, plan.tokens.get(use, 0) - count_solutions(plan, use)),
+            tokens=count_text_tokens(plan, use),
             is_counted=use in plan.text_tokens,
         )
         for use, name, sequences, length, _ in select_texts(plan.recipe)
     )
+
+
+def count_text_tokens(plan: Plan, use: TextUse) -> int:
+    """Return the tokens of a text without gold solutions: counted, else at most this number."""
+    if use in plan.text_tokens:
+        return plan.text_tokens[use]
+    return max(0, plan.tokens.get(use, 0) - count_solutions(plan, use))
 
 
 def count_solutions(plan: Plan, use: TextUse) -> int:

@@ -68,6 +68,15 @@ def test_stage_of_unknown_length_is_named(clock: Clock) -> None:
     left = keeper.update(report("blocks", 5))
     assert left == TimeLeft(seconds=30, unknown=("benchmarks",))
     assert describe_left(left) == "30 s left, then benchmarks"
+    keeper.set_phases([
+        Phase(stage="hashes", seconds=3),
+        Phase(stage="blocks"),
+        Phase(stage="distribution", seconds=0),
+        Phase(stage="benchmarks, source"),
+        Phase(stage="benchmarks, artifact"),
+    ])
+    left = keeper.update(report("hashes", 0))
+    assert left == TimeLeft(seconds=3, unknown=("blocks", "benchmarks"))
 
 
 def test_resumed_stage_is_measured_from_where_it_began(clock: Clock) -> None:

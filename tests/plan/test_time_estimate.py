@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.plans import plan_checkpoint
 
+from quantkit.evaluate.local_checks import count_tokens
 from quantkit.plan import time_estimate
 from quantkit.plan.time_estimate import (
     MOST_RECORDS,
@@ -122,6 +124,16 @@ def test_experts_count_by_the_share_that_a_token_uses() -> None:
     )
     forward = 2 * plan.tokens["fidelity"] * (others + share * routed)
     assert 0 < share < 1 and forward < compute_work(plan)["quantize"] < forward * 10
+
+
+def test_work_of_a_counted_text_is_that_of_the_build() -> None:
+    """The plan bounds the tokens of gold solutions; the build has counted them."""
+    plan = plan_checkpoint(evaluation="{tasks: [gsm8k], likelihood: 4}")
+    counted = count_tokens(plan, {"calibration": 900, "fidelity": 500})
+    tokens = {"calibration": 900, "fidelity": 500 + 77}
+    built = replace(counted, tokens=tokens)
+    assert compute_work(counted) == compute_work(built)
+    assert compute_work(plan)["quantize"] > compute_work(counted)["quantize"]
 
 
 def test_measured_build_is_recorded_and_gives_the_estimate(cache: Path) -> None:
