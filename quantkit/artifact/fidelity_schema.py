@@ -333,6 +333,7 @@ class BenchmarkResult(BaseModel):
     unparsed: tuple[Number, Number] | None = (
         None  # share of answers without a parsable result: source, artifact
     )
+    fault: str = ""  # why the task is not valid: too many answers are cut or have no result
     data_sha256: str = ""
 
 

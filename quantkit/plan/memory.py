@@ -244,13 +244,14 @@ def plan_memory(
     part, fitting = (choose_slice_size(max_experts), room // expert) if expert else (0, 0)
     wave = max_experts if fitting >= max_experts else max(part, fitting // part * part)
     head = layout.head or layout.embedding
-    runs = {"calibration": 2 if grams > 1 else 1, "fidelity": 3 if yardstick else 2}
-    texts = sum(runs[name] * tokens[name] for name in runs)
+    both = 2 if grams > 1 else 1  # the calibration text, also in the original model
+    stored = 2 if yardstick else 1  # streams of the fidelity text under stored weights
+    texts = both * tokens["calibration"] + (1 + stored) * tokens["fidelity"]
     # states before and after a block; sums and inputs of the experts, for calibration those from
     # original weights and those from stored ones
     numbers = (2 * width + sums + expert_width) * texts + expert_width * tokens["calibration"]
     if wave < max_experts:  # a wave advances those of stored weights besides those of the journal
-        moved = tokens["calibration"] + (runs["fidelity"] - 1) * tokens["fidelity"]
+        moved = tokens["calibration"] + stored * tokens["fidelity"]
         numbers += (sums or width) * moved
     return MemoryPlan(
         budget_bytes=budget_bytes,

@@ -184,6 +184,12 @@ class FidelityText(BaseModel):
         ),
     ] = None
 
+    @model_serializer(mode="wrap")
+    def omit_yardstick(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `yardstick` out if it is unset, as in recipes before this key: their hash stays."""
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if key != "yardstick" or value}
+
 
 class Evaluation(BaseModel):
     """The benchmarks, run on the source and on the artifact as read back."""

@@ -66,7 +66,7 @@ def make_comparison_table(results: Sequence[BenchmarkResult], how: str) -> Table
             format_numbers.format_recovery(row.recovery),
             changed,
             format_numbers.format_probability(row.mcnemar_p),
-            row.verdict,
+            "; ".join(filter(None, ["not valid" if row.fault else "", row.verdict])),
         ))
     columns = (
         "task",
@@ -81,6 +81,7 @@ def make_comparison_table(results: Sequence[BenchmarkResult], how: str) -> Table
     )
     note = f"{how}; p is McNemar's exact test on the changed items."
     note += describe_pass(results)
+    note += "".join(f" Not valid: {row.fault}." for row in results if row.fault)
     note += _format_rates("Cut at the token limit", [(row.task, row.truncated) for row in results])
     note += _format_rates("Without a result", [(row.task, row.unparsed) for row in results])
     return Table(
