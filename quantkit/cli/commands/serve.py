@@ -105,6 +105,19 @@ ENGINES = ["auto", "vllm", "sglang", "transformers"]
     help="gateway: serve /metrics and /ready without a key, also to other machines.",
 )
 @click.option(
+    "--canary",
+    "canary_seconds",
+    type=click.FloatRange(10),
+    metavar="SECONDS",
+    help="gateway: compare log-probabilities of known text with the report's, this often.",
+)
+@click.option(
+    "--monitoring",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write Prometheus' configuration, alert rules and a Grafana dashboard; start nothing.",
+)
+@click.option(
     "--start-seconds",
     type=click.FloatRange(1),
     default=3600,
@@ -126,8 +139,9 @@ def command(  # noqa: PLR0913  # one parameter per option
     users: int, gpu: str | None, kv: Any, host: str, port: int, name: str,
     chat_template: Path | None, docker: bool, kubernetes: bool, gateway: bool,
     limits: tuple[str, ...], keys: Path | None, fallback: tuple[str, ...], fallback_key: str,
-    engine_key: str, allow_host: tuple[str, ...], open_metrics: bool, start_seconds: float,
-    no_verify: bool, private_copy: Path | None, json_out: bool,
+    engine_key: str, allow_host: tuple[str, ...], open_metrics: bool,
+    canary_seconds: float | None, monitoring: Path | None, start_seconds: float, no_verify: bool,
+    private_copy: Path | None, json_out: bool,
 ) -> None:  # fmt: skip
     """Verify an artifact, size it, and serve it.
 
@@ -148,7 +162,7 @@ def command(  # noqa: PLR0913  # one parameter per option
     gateway_options = GatewayOptions(
         is_enabled=gateway, host=host, port=port, limits=limits, keys=keys, fallbacks=fallback,
         key_variable=fallback_key, allowed_hosts=allow_host, has_open_metrics=open_metrics,
-        running=users,
+        running=users, canary_seconds=canary_seconds or 0.0,
     )  # fmt: skip
     gateway_options.check()
     if artifact.startswith(("http://", "https://")):
@@ -160,7 +174,9 @@ def command(  # noqa: PLR0913  # one parameter per option
         )
     # the engine of a gateway is reachable from this machine only
     engine_host, engine_port = (
-        (engine_process.LOOPBACK, engine_process.find_free_port()) if gateway else (host, port)
+        (engine_process.LOOPBACK, engine_process.choose_engine_port(port))
+        if gateway
+        else (host, port)
     )
     serve_options = launch_plan.ServeOptions(
         artifact=artifact, engine=engine, context=context, users=users, gpu=gpu, kv=kv,
@@ -171,6 +187,9 @@ def command(  # noqa: PLR0913  # one parameter per option
     if docker or kubernetes:
         for text in launch_plan.render_containers(plan, docker=docker, kubernetes=kubernetes):
             click.echo(text)
+    elif monitoring is not None:
+        for file in start.write_monitoring(plan, gateway_options, monitoring):
+            click.echo(file)
     elif dry_run:
         print_plan(plan, gateway_options.adapt_to(plan), json_out)
     else:
@@ -216,6 +235,10 @@ def serve_address(
     if not gateway.is_enabled:
         raise UsageError(
             f"{address}: the address of a server: expected --gateway, to be started in front of it"
+        )
+    if gateway.canary_seconds:
+        raise UsageError(
+            "--canary: expected an artifact, found the address of a server; leave it out"
         )
     server = start.make_server_upstream(address, engine_key)
     if dry_run:
