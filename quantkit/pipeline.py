@@ -465,9 +465,7 @@ def quantize_and_measure(
             make_meta_model(plans[0].source.config, precision.device, precision.dtype),
             Checkpoint.open(folder),
         )
-        both = load_stream_pair(
-            model, plans[0].layout, source, head, streams["reference"], streams["quantized"]
-        )
+        both = load_stream_pair(model, plans[0].layout, source, head, streams)
         figures = StreamFigures(
             tokens=sample_tokens(both, measure_text(both), texts.tokenizer),
             solutions=solution_likelihood.score_solutions(both, texts.solutions.items),

@@ -29,7 +29,7 @@ ROWS = (
     "build/ publish/",
     "evaluate/",
     "report/",
-    "pipeline doctor progress_bars diff/ serve/",
+    "pipeline doctor progress_bars diff/ serve/ tracking/",
     "api",
     "cli/",
     "__init__ __main__",

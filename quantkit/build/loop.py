@@ -19,7 +19,7 @@ import torch
 
 from quantkit.artifact.records import BlockRecord
 from quantkit.artifact.writer import ArtifactWriter
-from quantkit.build import dense, moe
+from quantkit.build import dense, moe, yardstick
 from quantkit.build.block_figures import check_finite, format_block, format_module, measure_block
 from quantkit.build.block_plan import (
     BlockPlan,
@@ -160,9 +160,12 @@ def quantize_block(context: BlockContext) -> None:
         scaled = dense.scale_groups(context, tensors, calibration, state.errors)
     stored = dense.quantize_dense(context, scaled)
     routings = dense.run_stored_block(context, stored)
+    rounded = yardstick.round_dense(context, tensors) if yardstick.is_measured(context) else {}
+    if rounded:
+        routings[yardstick.STREAM] = yardstick.run_dense(context, rounded)
     restore_streams(context)
     moe.quantize_pass(context, scaled, calibration, reference, state, routings)
-    moe.return_sums_inside(context, tensors, stored)
+    moe.return_sums_inside(context, tensors, stored, rounded)
     if "reference" in context.streams:
         measure_block(context, reference, routings["quantized"])
 

@@ -460,6 +460,7 @@ def plan_build_memory(
         tokens=tokens,
         hidden_bytes=hidden_bytes,
         longest=find_longest_text(recipe, decisions),
+        yardstick=bool(recipe.fidelity and recipe.fidelity.yardstick),
     )
 
 

@@ -155,6 +155,7 @@ class PlanSummary(BaseModel):
     engines: tuple[PlanEngine, ...] = ()
     time: PlanTime | None = None  # None: not estimated, as in plan.json
     sampled: tuple[str, ...] = ()  # a sentence per text that the model samples itself
+    costs: tuple[str, ...] = ()  # a sentence per measurement that a key of the recipe adds
     warnings: tuple[str, ...] = ()
 
 

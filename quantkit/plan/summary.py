@@ -73,8 +73,28 @@ def summarize_plan(
         engines=summarize_engines(plan),
         time=time,
         sampled=tuple(sampled),
+        costs=describe_costs(plan),
         warnings=(*plan.warnings, *find_size_warnings(plan)),
     )
+
+
+def describe_costs(plan: Plan) -> tuple[str, ...]:
+    """Return what the yardstick costs: a sentence, nothing without one."""
+    text = plan.recipe.fidelity
+    if text is None or text.yardstick is None:
+        return ()
+    tokens = plan.tokens.get("fidelity", 0)
+    calibrated = plan.tokens.get("calibration", 0) if plan.needs_calibration else 0
+    before = calibrated * (2 if plan.propagation == "both" else 1) + 2 * tokens
+    factor = f", {1 + tokens / before:.2f} times the forward passes" if before else ""
+    cost = (
+        f"yardstick {text.yardstick}: the fidelity text, at most {tokens:,} tokens, runs through "
+        f"every block once more, with weights rounded to nearest{factor}"
+    )
+    used = {d.method for d in plan.decisions.values() if d.action == "quantize"}
+    if used <= {text.yardstick}:
+        cost += "; every module of this recipe is rounded to nearest, so it measures the same twice"
+    return (cost,)
 
 
 def summarize_source(plan: Plan) -> PlanSource:

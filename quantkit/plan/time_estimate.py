@@ -72,13 +72,15 @@ class BuildRates(BaseModel):
 def compute_work(plan: Plan) -> dict[str, float]:
     """Return the work of each step of a build of this plan; 0 for a step that it does not have.
 
-    A forward pass multiplies every weight that a token uses by each token: both streams of the
-    fidelity text, and the calibration text with original and with stored weights. Statistics and
+    A forward pass multiplies every weight that a token uses by each token: the streams of the
+    fidelity text, three with a yardstick, and the calibration text with original and with stored weights. Statistics and
     rounding of a matrix take tokens x in^2 and in^2 x (in + out) multiplications. Gold solutions
     are left out: their number of tokens is not known before a tokenizer has read them.
     """
     calibration, fidelity = (count_text_tokens(plan, use) for use in TEXT_USES)
-    passes = (2 if plan.needs_calibration else 0) * calibration + 2 * fidelity
+    has_yardstick = plan.recipe.fidelity is not None and plan.recipe.fidelity.yardstick is not None
+    streams = 3 if has_yardstick else 2
+    passes = (2 if plan.needs_calibration else 0) * calibration + streams * fidelity
     quantize = 0.0
     for block in plan.layout.blocks:
         if block.kind == "mtp":
@@ -97,7 +99,7 @@ def compute_work(plan: Plan) -> dict[str, float]:
     return {
         "source hashes": float(plan.source_bytes()),
         "quantize": quantize,
-        "distribution": 2.0 * fidelity * head.n_parameters,
+        "distribution": float(streams * fidelity * head.n_parameters),
         "benchmarks": active + head.n_parameters if plan.recipe.evaluation.tasks else 0.0,
     }
 

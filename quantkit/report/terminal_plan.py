@@ -55,7 +55,7 @@ def render_plan(plan: PlanSummary) -> Group:
         how = format_numbers.describe_copy(plan.copied)
         copied = f"{how}: {parts}; {format_numbers.TEXT_ONLY}"
         head.append("\n" + strip_control_characters(copied), style="not bold")
-    for text in plan.sampled:
+    for text in (*plan.sampled, *plan.costs):
         head.append("\n" + strip_control_characters(text), style="not bold")
     warnings = [
         Text(strip_control_characters(f"warning: {warning}"), style="yellow")
