@@ -1,12 +1,14 @@
-"""compressed-tensors "pack-quantized": integer codes of 2 to 8 bits (formats/README.md).
+"""compressed-tensors: integer codes of 2 to 8 bits, MXFP4 and NVFP4 (formats/README.md).
+
+Integers are "pack-quantized":
 
     weight_packed      [out, in * bits / 32] int32    sequential codes, lowest first; not transposed
     weight_scale       [out, n_groups] float16 or bfloat16
     weight_zero_point  [out * bits / 32, n_groups] int32    asymmetric only; packed along `out`
     weight_shape       [2] int64    out, in
 
-Other linears stay BF16, in other codes of the source (common/source_codes.py), or in its FP8 blocks
-("float-quantized"), bit for bit:
+FP4 and other codes of a source are in common/source_codes.py. Other linears stay BF16, or in the
+source's FP8 blocks ("float-quantized"), bit for bit:
 
     weight        [out, in] float8_e4m3fn
     weight_scale  [ceil(out / 128), ceil(in / 128)] float32    the source's weight_scale_inv
@@ -49,7 +51,13 @@ from quantkit.formats.common.checks import (
     require_bytes,
 )
 from quantkit.formats.common.engine_names import LM_HEAD, SERVERS, TRANSFORMERS, make_patterns
-from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, check_zero_points
+from quantkit.formats.common.packed import (
+    GROUP_SIZES,
+    OWN_FORMATS,
+    SCALE_DTYPES,
+    SERVED_BITS,
+    check_zero_points,
+)
 from quantkit.formats.common.wrapper_names import (
     get_prefix,
     list_fp8_part_patterns,
@@ -79,7 +87,7 @@ def find_scheme_fault(scheme: Scheme) -> str | None:
     """Return why no linear of this scheme can be stored, or None."""
     if scheme.kind != "int" or scheme.bits not in BITS:
         kind = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
-        use = "dense to study it" if scheme.kind == "int" else "bitsandbytes"
+        use = "dense to study it" if scheme.kind == "int" else OWN_FORMATS[scheme.kind]
         return (
             "vLLM, SGLang and transformers read compressed-tensors with 2 to 8 bits, "
             f"found {kind}; use format {use}"
@@ -182,6 +190,8 @@ def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
 
     from quantkit.numerics import bitpack
 
+    if scheme.kind in source_codes.KINDS:
+        return source_codes.pack(quantized, scheme)
     check_zero_points(quantized, scheme, "compressed_tensors")
     tensors = {
         # [out, in] -> [out, in * bits / 32]

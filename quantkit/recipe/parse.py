@@ -29,12 +29,12 @@ from quantkit.io.yaml_document import (
 )
 from quantkit.recipe.patterns import PRESETS, find_pattern_fault
 from quantkit.recipe.rewrite import rewrite_yaml
+from quantkit.recipe.quantize import Quantize
 from quantkit.recipe.schema import (
     SECTIONS,
     SUBSECTIONS,
     Gate,
     Gates,
-    Quantize,
     Recipe,
     Rule,
     RuleEntry,
