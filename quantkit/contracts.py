@@ -472,7 +472,7 @@ class Format:
     dequantize: back to [out, in] float32;
     quantization_config: the entry for config.json, or None for an ordinary unquantized checkpoint;
     fp8_scale: local name of a kept FP8 weight's block scales; None: it becomes BF16;
-    copies_codes: whether kept integer codes of compressed-tensors are stored unchanged;
+    copies_codes: whether a kept linear's codes of compressed-tensors are stored unchanged;
     accepts_fp8: None, or why this linear of a block that transformers runs cannot stay in FP8
     blocks of that side;
     holds_codes: whether `dequantize` gives (codes - zero) * scale in float32: equal codes are equal
@@ -489,7 +489,7 @@ class Format:
     # engine -> the exact command that serves the artifact, "{path}" for its folder
     engines: Mapping[str, str]
     fp8_scale: str | None = None
-    copies_codes: bool = False
+    copies_codes: Callable[[Scheme, Linear], bool] | None = None
     accepts_fp8: Callable[[Linear, int], str | None] | None = None
     holds_codes: bool = True
     ordinary: bool = False  # stores plain weights, which engines may fuse in any case

@@ -173,14 +173,15 @@ def keep_codes(
 
     schemes: of codes in the source, by module. If nothing is quantized no codes are kept.
     """
-    if not output.copies_codes or not any(d.action == "quantize" for d in decisions.values()):
+    copies = output.copies_codes
+    if copies is None or not any(d.action == "quantize" for d in decisions.values()):
         return dict(decisions)
 
     def decide(name: str, decision: Decision) -> Decision:
         scheme = schemes.get(name)
         if scheme is None or (decision.action, decision.keep) != ("keep", "source"):
             return decision
-        is_stored = output.accepts(scheme, decision.linear) is None
+        is_stored = copies(scheme, decision.linear)
         return replace(decision, keep="codes", codes=scheme) if is_stored else decision
 
     return {name: decide(name, decision) for name, decision in decisions.items()}
@@ -197,7 +198,8 @@ def copy_expert_codes(
     encoded: weights in codes, by name. If nothing is quantized no codes are kept.
     """
     result = dict(decisions)
-    if not output.copies_codes or not any(d.action == "quantize" for d in decisions.values()):
+    is_quantized = any(d.action == "quantize" for d in decisions.values())
+    if output.copies_codes is None or not is_quantized:
         return result
     for block in layout.blocks:
         weights = [encoded.get(x.name) for x in block.stacked if x.kind == "weight"]

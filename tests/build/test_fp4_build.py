@@ -179,3 +179,31 @@ def test_fp4_next_to_integers(source: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         own = load_model(result.path, device="cpu", dtype="float32")(ids, use_cache=False).logits
     assert torch.allclose(own, compute_logits(result.path, ids), atol=0.02)
+
+
+@pytest.mark.parametrize("scheme", LAYOUTS)
+def test_routed_experts(tmp_path: Path, scheme: str) -> None:
+    """vLLM takes one global scale for gate and up of an expert; transformers reads no FP4."""
+    source = write_checkpoint(tmp_path / "source", make_tiny_config("qwen3_moe"))
+    keys = {**KEYS, "rules": "experts-only", "quantize": f"{{scheme: {scheme}, method: rtn}}"}
+    (warning,) = (text for text in make_plan(source, **keys).warnings if "integer codes" in text)
+    assert warning.startswith("transformers: reads routed experts of compressed-tensors")
+    result = build(source, tmp_path / "out", **keys)
+    stored = load_file(result.path / "model.safetensors")
+    own = load_model(result.path).state_dict()
+    experts = {name.partition(".gate_proj.")[0] for name in stored if ".gate_proj." in name}
+    stacks = {name.rpartition(".")[0] for name in experts}
+    for stack in stacks:
+        merged = own[f"{stack}.gate_up_proj"]
+        for expert in range(len(merged)):
+            gate, up = (
+                {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+                for prefix in (f"{stack}.{expert}.{name}_proj." for name in ("gate", "up"))
+            )
+            expected = np.concatenate([read_slowly(gate), read_slowly(up)])
+            assert np.array_equal(merged[expert].double().numpy(), expected)
+            if scheme == "nvfp4":
+                assert torch.equal(gate["weight_global_scale"], up["weight_global_scale"])
+    assert stacks
+    verify_artifact(result.path)
+    assert not verify_deep(result.path, None, None, 0, lambda _: None).counts(["unproven"])

@@ -334,7 +334,7 @@ fidelty: {}
         "x.yaml:7: rules[2].keep: expected source or bf16, found 'sorce'",
         "x.yaml:8: rules[3].quantize.bits: expected at most 8, found 17",
         "x.yaml:8: rules[3].quantize.bitts: unknown key. Did you mean 'bits'? Known: method, "
-        "rounding, bits, group_size, symmetric, scale_dtype, double_quant.",
+        "rounding, scheme, bits, group_size, symmetric, scale_dtype, double_quant.",
         "x.yaml:9: rules[4]: a rule is {match: PATTERN, quantize: default} or {match: PATTERN, "
         "keep: source}, or {preset: NAME}",
         "x.yaml:10: rules[5].preset: no preset named 'expert-only'. Did you mean 'experts-only'? "

@@ -87,13 +87,11 @@ KINDS: Mapping[str, SourceCodes] = {
 
 
 def find_rejection(linear: Linear) -> str | None:
-    """Return why engines could not load this linear in codes of the source, or None."""
+    """Return why engines could not load this linear in such codes, with what to do, or None."""
     if linear.role in PROTECTED_ROLES:
-        return f"vLLM and SGLang build this {linear.role.replace('_', ' ')} without codes"
-    if linear.role == "routed_expert":
-        return "transformers reads routed experts of compressed-tensors in integer codes only"
+        return f"vLLM and SGLang build this {linear.role.replace('_', ' ')} without codes; keep it"
     if linear.name.endswith(".kv_b_proj"):
-        return "SGLang looks for kv_b_proj's plain weight in compressed-tensors files"
+        return "SGLang looks for kv_b_proj's plain weight in compressed-tensors files; keep it"
     return None
 
 
