@@ -124,8 +124,7 @@ def command(
             on_message=log.show_message,
         )
     write_results(results, junit, json_out, full=full)
-    log_results(tracker, [result.path for result in results])
-    check_gates(results)
+    log_and_check_gates(results, tracker)
 
 
 def prepare_recipe(
@@ -210,6 +209,12 @@ def format_times(result: BuildResult) -> str:
     """Return the seconds of each step and the peak memory of a build."""
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
     return f"{times}; peak memory {result.peak_bytes / 1e9:.2f} GB"
+
+
+def log_and_check_gates(results: Sequence[BuildResult], tracker: str | None) -> None:
+    """Log artifacts to a tracker, and raise GateMissed if a gate of any of them was missed."""
+    log_results(tracker, [result.path for result in results])
+    check_gates(results)
 
 
 def check_gates(results: Sequence[BuildResult]) -> None:
