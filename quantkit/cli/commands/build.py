@@ -93,8 +93,7 @@ def command(
     written to recipe.yaml, which builds the same artifact. If a build is interrupted, the same
     command resumes after the last finished block; the bytes are the same. Exits with 3 if a gate is
     missed. A recipe file that writes outside the working folder needs --output or a confirmation.
-    Ends with six lines: verdict, size, KL, benchmarks, page, and the next command. The log of the
-    build, module by module, is kept in OUTPUT.build.log.
+    Ends with six lines, from verdict to next command; OUTPUT.build.log has each block and module.
 
     \b
     Example: quantkit build tiny-v3-awq4
