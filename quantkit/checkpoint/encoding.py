@@ -96,7 +96,7 @@ class SourceQuantization:
         nested = self.config.values.get("text_config")
         places = (self.config.values, nested if isinstance(nested, dict) else {})
         names = (place.get(key) for place in places for key in ("dtype", "torch_dtype"))
-        return next((FLOAT_NAMES[name] for name in names if name in FLOAT_NAMES), "")
+        return next((FLOAT_NAMES[str(x)] for x in names if x in FLOAT_NAMES), "")
 
     @cached_property
     def groups(self) -> tuple[Mapping[str, object], ...]:

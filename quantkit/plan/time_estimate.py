@@ -72,14 +72,14 @@ class BuildRates(BaseModel):
 def compute_work(plan: Plan) -> dict[str, float]:
     """Return the work of each step of a build of this plan; 0 for a step that it does not have.
 
-    A forward pass multiplies every weight that a token uses by each token: two streams of the
-    fidelity text, three with a yardstick, and the calibration text with original and with stored weights. Statistics and
-    rounding of a matrix take tokens x in^2 and in^2 x (in + out) multiplications. Gold solutions
-    are left out: their number of tokens is not known before a tokenizer has read them.
+    A forward pass multiplies every weight that a token uses by each token: the streams of the
+    fidelity text, three with a yardstick, and the calibration text with original and with stored
+    weights. Statistics and rounding of a matrix take tokens x in^2 and in^2 x (in + out)
+    multiplications. Gold solutions are left out: their number of tokens is not known before a tokenizer has read them.
     """
     calibration, fidelity = (count_text_tokens(plan, use) for use in TEXT_USES)
-    text = plan.recipe.fidelity
-    streams = 3 if text is not None and text.yardstick else 2
+    has_yardstick = plan.recipe.fidelity is not None and plan.recipe.fidelity.yardstick is not None
+    streams = 3 if has_yardstick else 2
     passes = (2 if plan.needs_calibration else 0) * calibration + streams * fidelity
     quantize = 0.0
     for block in plan.layout.blocks:

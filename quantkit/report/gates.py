@@ -39,11 +39,11 @@ def judge_gates(gates: Mapping[str, Gate], fidelity: Fidelity) -> list[GateResul
         reading = read_figure(figure, fidelity)
         if gate.max is not None:
             bound = f"<= {_format_bound(figure, gate.max)}"
-            judged.append(_judge_upper(figure, bound, reading, gate.max))
+            judged.append(judge_upper(figure, bound, reading, gate.max))
         if gate.min is not None:
             bound = f">= {_format_bound(figure, gate.min)}"
-            judged.append(_judge_lower(figure, bound, reading, gate.min))
-        results += [_require_proof(result) if gate.proven else result for result in judged]
+            judged.append(judge_lower(figure, bound, reading, gate.min))
+        results += [require_proof(result) if gate.proven else result for result in judged]
     return results
 
 
@@ -71,7 +71,7 @@ def _format_bound(figure: str, bound: float) -> str:
     return format_numbers.format_size(round(bound)) if is_size(figure) else f"{bound:g}"
 
 
-def _judge_upper(figure: str, bound: str, reading: Reading, limit: float) -> GateResult:
+def judge_upper(figure: str, bound: str, reading: Reading, limit: float) -> GateResult:
     """Judge an upper bound by the figure and by the upper end of its interval."""
     high = reading.ci[1] if reading.ci else None
     is_proven = reading.ci is None or (high is not None and high <= limit)
@@ -80,7 +80,7 @@ def _judge_upper(figure: str, bound: str, reading: Reading, limit: float) -> Gat
     return _make_result(figure, bound, reading, is_kept=is_kept, is_proven=is_proven, headroom=room)
 
 
-def _judge_lower(figure: str, bound: str, reading: Reading, limit: float) -> GateResult:
+def judge_lower(figure: str, bound: str, reading: Reading, limit: float) -> GateResult:
     """Judge a lower bound by the figure and by the lower end of its interval."""
     low = reading.ci[0] if reading.ci else None
     is_proven = reading.ci is None or (low is not None and low >= limit)
@@ -120,7 +120,7 @@ def _make_result(
     )
 
 
-def _require_proof(result: GateResult) -> GateResult:
+def require_proof(result: GateResult) -> GateResult:
     """Return a result that is kept but not proven as missed."""
     if not result.is_unproven:
         return result
@@ -159,7 +159,7 @@ def _judge_task(task: str, gate: Gate, row: BenchmarkResult | None) -> list[Gate
         ci = _find_score_interval(row) if row else None
         reading = Reading(value=score, n=n, ci=ci, reason=absent if score is None else "")
         bound = f">= {gate.min_score:g}"
-        results.append(_judge_lower(f"{task}.score", bound, reading, gate.min_score))
+        results.append(judge_lower(f"{task}.score", bound, reading, gate.min_score))
     rates = (("truncated", gate.max_truncated_pp), ("unparsed", gate.max_unparsed_pp))
     results += [
         _judge_rise(task, name, limit, row, absent) for name, limit in rates if limit is not None
@@ -197,7 +197,7 @@ def _judge_recovery(
         ci=figure.ci if figure else None,
         reason=absent if row is None else reason,
     )
-    return _judge_lower(f"{task}.recovery", f">= {min_recovery:g}", reading, min_recovery)
+    return judge_lower(f"{task}.recovery", f">= {min_recovery:g}", reading, min_recovery)
 
 
 def _judge_rise(

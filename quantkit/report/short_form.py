@@ -33,8 +33,9 @@ from quantkit.texts.exposure import (
 
 STYLES = {"accepted": "green", "rejected": "bold red", "not judged": "yellow"}
 """Status, see `choose_status` -> style of the verdict."""
-WORST, MEAN = (
-    next(row for row in FIGURES if row.key == key) for key in ("kl_worst_kind", "kl_mean")
+WORST, MEAN, YARDSTICK = (
+    next(row for row in FIGURES if row.key == key)
+    for key in ("kl_worst_kind", "kl_mean", "yardstick")
 )
 
 
@@ -120,16 +121,19 @@ def word_size(fidelity: Fidelity) -> tuple[str, ...]:
 
 
 def word_kl(fidelity: Fidelity) -> tuple[str, ...]:
-    """Return the mean KL of the worst kind of text, and over all text, in one unit: with both
-    intervals, with that of the worst kind, with none.
+    """Return the mean KL of the worst kind of text, and over all text, in one unit: with all
+    intervals, with that of the worst kind, with none. The mean is compared with the yardstick's, if
+    the report has one.
     """
     worst, mean = WORST.read(fidelity), MEAN.read(fidelity)
     if not mean.is_measured:
         return (mean.reason or "not measured",)
     power = format_numbers.choose_power(MEAN, [worst, mean])
     unit = f"{format_numbers.format_power(power)} nats/token" if power else "nats/token"
+    yardstick = YARDSTICK.read(fidelity)
     whole, bare = (
-        format_numbers.format_reading(MEAN, reading, power) for reading in (mean, drop_ends(mean))
+        f"{format_numbers.format_reading(MEAN, reading, power)}{describe_yardstick(multiple)}"
+        for reading, multiple in ((mean, yardstick), (drop_ends(mean), drop_ends(yardstick)))
     )
     if not worst.is_measured:  # text of one kind
         return (f"mean {whole} {unit}", f"mean {bare} {unit}")
@@ -143,6 +147,13 @@ def word_kl(fidelity: Fidelity) -> tuple[str, ...]:
         f"{first}, mean {bare}, {unit}",
         f"{short}, mean {bare}, {unit}",
     )
+
+
+def describe_yardstick(multiple: Reading) -> str:
+    """Return " (0.30x of RTN)"; nothing without a yardstick."""
+    if not multiple.is_measured:
+        return ""
+    return f" ({format_numbers.format_reading(YARDSTICK, multiple)} of RTN)"
 
 
 def drop_ends(reading: Reading) -> Reading:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quantkit.cli.console import escape_controls, handle_errors, print_json_list
+from quantkit.cli.log_to import LOG_TO, check_tracker_option, log_results
 from quantkit.cli.model_target import (
     CHOSEN_FILE,
     add_model_options,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     help="Print the log to stderr: every block and module. It is also in OUTPUT.build.log.",
 )
 @TRUST_TASK_CODE
+@LOG_TO
 @JUNIT
 @JSON
 @handle_errors
@@ -80,6 +82,7 @@ def command(
     full: bool,
     verbose: bool,
     trusted_code: tuple[str, ...],
+    tracker: str | None,
     junit: Path | None,
     json_out: bool,
 ) -> None:
@@ -103,6 +106,7 @@ def command(
     from quantkit.pipeline import build_artifacts
     from quantkit.plan.recipe_draft import RecipeRequest
 
+    check_tracker_option(tracker)
     request = RecipeRequest(
         model=target, method=method, bits=bits, format=format_name, rules=rules, output=output
     )
@@ -123,6 +127,7 @@ def command(
             on_message=log.show_message,
         )
     write_results(results, junit, json_out, full=full)
+    log_results(tracker, [result.path for result in results])
     check_gates(results)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from quantkit.cli.console import handle_errors, print_json
+from quantkit.cli.console import echo, handle_errors, print_json
 from quantkit.cli.options import DRY_RUN, JOBS, JSON, TRIES
 from quantkit.cli.rich_output import ProgressBar
 from quantkit.errors import TransferError
@@ -86,17 +86,17 @@ def command(  # noqa: PLR0913  # one parameter per option
             **done.values(),
         })
         return
-    click.echo(
+    echo(
         f"{done.location}: {'would send' if dry_run else 'sent'} {len(done.files)} files, "
         f"{format_bytes(done.n_bytes)}; {done.n_present} files, {format_bytes(done.present_bytes)} "
         "were there"
     )
     for name in done.files if dry_run else ():
-        click.echo(f"  {name}")
+        echo(f"  {name}")
     if collection:
-        click.echo(f"  {'would be' if dry_run else 'is'} in the collection {collection}")
+        echo(f"  {'would be' if dry_run else 'is'} in the collection {collection}")
     for name in done.removed:
-        click.echo(f"  {'would remove' if dry_run else 'removed'} {name}")
+        echo(f"  {'would remove' if dry_run else 'removed'} {name}")
 
 
 def prepare_collection(dest: str, collection: str, policy: RetryPolicy) -> Callable[[], None]:
