@@ -30,7 +30,7 @@ PROTECTED_ROLES: frozenset[Role] = frozenset({"router", "embedding", "head", "mt
 
 ScaleDtype = Literal[FloatDtype, "uint8", "float8_e4m3fn"]  # the last: of mxfp4 and nvfp4
 SchemeKind = Literal["int", "nf4", "fp8", "int8", "mxfp4", "nvfp4"]
-"""int, nf4: codes that quantkit makes; the others: codes of a source, which are only copied."""
+"""int, nf4, mxfp4, nvfp4: codes that quantkit makes; fp8, int8: only copied from a source."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -374,14 +374,16 @@ class InputStats:
 class Quantized:
     """A quantized weight, from a method to a format.
 
-    w ~ (codes - zero) * scale; of kind nf4 w ~ codebook[codes] * scale. codes [..., out, in] uint8
-    in 0 .. 2**bits - 1; scale [..., out, n_groups] in scheme.scale_dtype, rounded before the codes
-    were chosen; zero [..., out, n_groups] uint8, None for symmetric (the middle code).
+    w ~ (codes - zero) * scale; nf4: codebook[codes] * scale; mxfp4, nvfp4: e2m1[codes] * scale /
+    global_scale. codes [..., out, in] uint8 in 0 .. 2**bits - 1; scale [..., out, n_groups] in
+    scheme.scale_dtype, rounded before the codes were chosen; zero like it, uint8, None for
+    symmetric (the middle code); global_scale [..., 1, 1] float32, of nvfp4 only.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
+    global_scale: Tensor | None = None
 
 
 Solve: TypeAlias = "Callable[[Tensor, InputStats | None, Scheme], Quantized]"
@@ -412,14 +414,12 @@ class Rescale:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How codes are chosen.
-
-    solve(weight [..., out, in] float32, stats or None, scheme) -> Quantized, batched.
-    """
+    """How codes are chosen: `solve`, batched; kinds: of the schemes that it makes codes of."""
 
     solve: Solve
     rescale: Rescale | None = None
     needs_stats: bool = True
+    kinds: tuple[SchemeKind, ...] = ("int",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -467,7 +467,7 @@ class Format:
     dequantize: back to [out, in] float32;
     quantization_config: the entry for config.json, or None for an ordinary unquantized checkpoint;
     fp8_scale: local name of a kept FP8 weight's block scales; None: it becomes BF16;
-    copies_codes: whether kept integer codes of compressed-tensors are stored unchanged;
+    copies_codes: whether a kept linear's codes of compressed-tensors are stored unchanged;
     accepts_fp8: None, or why this linear of a block that transformers runs cannot stay in FP8
     blocks of that side;
     holds_codes: whether `dequantize` gives (codes - zero) * scale in float32: equal codes are equal
@@ -484,7 +484,7 @@ class Format:
     # engine -> the exact command that serves the artifact, "{path}" for its folder
     engines: Mapping[str, str]
     fp8_scale: str | None = None
-    copies_codes: bool = False
+    copies_codes: Callable[[Scheme, Linear], bool] | None = None
     accepts_fp8: Callable[[Linear, int], str | None] | None = None
     holds_codes: bool = True
     ordinary: bool = False  # stores plain weights, which engines may fuse in any case

@@ -20,8 +20,8 @@ from quantkit.contracts import (
     Scheme,
 )
 from quantkit.errors import NumericsError
-from quantkit.numerics import affine, nf4
 from quantkit.numerics import gram as grams
+from quantkit.numerics import grids, nf4
 from quantkit.plan.decisions import Decision
 
 FALLBACKS: Mapping[str, str] = {
@@ -142,11 +142,15 @@ def shrink_stats(stats: InputStats | None, shrinkage: float) -> InputStats | Non
 
 
 def split_quantized(quantized: Quantized, rows: Sequence[int]) -> list[Quantized]:
-    """Split the codes of matrices that were stacked along their rows."""
+    """Split the codes of matrices that were stacked along their rows.
+
+    A global scale is that of all parts: engines need one for linears that they merge at load.
+    """
     codes, scales = quantized.codes.split(list(rows)), quantized.scale.split(list(rows))
     zeros = [None] * len(rows) if quantized.zero is None else quantized.zero.split(list(rows))
     return [
-        Quantized(codes=c, scale=s, zero=z) for c, s, z in zip(codes, scales, zeros, strict=True)
+        replace(quantized, codes=c, scale=s, zero=z)
+        for c, s, z in zip(codes, scales, zeros, strict=True)
     ]
 
 
@@ -212,6 +216,6 @@ def find_fallbacks(quantized: Quantized, scheme: Scheme) -> tuple[str, ...]:
     counts = (
         nf4.count_fallbacks(quantized)
         if scheme.kind == "nf4"
-        else affine.count_fallbacks(quantized, scheme)
+        else grids.count_fallbacks(quantized, scheme)
     )
     return tuple(name for name, count in counts.items() if int(count.sum()))

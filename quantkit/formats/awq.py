@@ -39,7 +39,7 @@ from quantkit.formats.common.engine_names import (
     join_lines,
     make_patterns,
 )
-from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES
+from quantkit.formats.common.packed import GROUP_SIZES, OWN_FORMATS, SCALE_DTYPES
 from quantkit.formats.common.wrapper_names import (
     add_prefixes,
     get_prefix,
@@ -82,7 +82,7 @@ def find_scheme_fault(scheme: Scheme) -> str | None:
         use = (
             "format compressed_tensors, which holds 2 to 8 bits"
             if scheme.kind == "int"
-            else "format bitsandbytes"
+            else f"format {OWN_FORMATS[scheme.kind]}"
         )
         return (
             f"AutoAWQ, vLLM and SGLang read AWQ with 4-bit integers only, found {kind}; use {use}"

@@ -64,9 +64,10 @@ MAX_OFFSET_CHARACTERS = 24
 def find_rejection(scheme: Scheme, linear: Linear) -> str | None:
     """Return the first reason why no engine could load this linear, with what to do, or None."""
     if scheme.kind != "nf4":
+        codes = f"{scheme.bits}-bit integers" if scheme.kind == "int" else scheme.kind
         return (
-            f"transformers reads 4-bit bitsandbytes as NF4, found {scheme.bits}-bit integers; use "
-            "method nf4, or another format"
+            f"transformers reads 4-bit bitsandbytes as NF4, found {codes}; use method nf4, or "
+            "another format"
         )
     if linear.role in PROTECTED_ROLES:
         return (

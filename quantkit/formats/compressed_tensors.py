@@ -1,12 +1,14 @@
-"""compressed-tensors "pack-quantized": integer codes of 2 to 8 bits (formats/README.md).
+"""compressed-tensors: integer codes of 2 to 8 bits, MXFP4 and NVFP4 (formats/README.md).
+
+Integers are "pack-quantized":
 
     weight_packed      [out, in * bits / 32] int32    sequential codes, lowest first; not transposed
     weight_scale       [out, n_groups] float16 or bfloat16
     weight_zero_point  [out * bits / 32, n_groups] int32    asymmetric only; packed along `out`
     weight_shape       [2] int64    out, in
 
-Other linears stay BF16, in other codes of the source (common/source_codes.py), or in its FP8 blocks
-("float-quantized"), bit for bit:
+FP4 and other codes of a source are in common/source_codes.py. Other linears stay BF16, or in the
+source's FP8 blocks ("float-quantized"), bit for bit:
 
     weight        [out, in] float8_e4m3fn
     weight_scale  [ceil(out / 128), ceil(in / 128)] float32    the source's weight_scale_inv
@@ -49,7 +51,13 @@ from quantkit.formats.common.checks import (
     require_bytes,
 )
 from quantkit.formats.common.engine_names import LM_HEAD, SERVERS, TRANSFORMERS, make_patterns
-from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS, check_zero_points
+from quantkit.formats.common.packed import (
+    GROUP_SIZES,
+    OWN_FORMATS,
+    SCALE_DTYPES,
+    SERVED_BITS,
+    check_zero_points,
+)
 from quantkit.formats.common.wrapper_names import (
     get_prefix,
     list_fp8_part_patterns,
@@ -75,11 +83,21 @@ def find_rejection(scheme: Scheme, linear: Linear) -> str | None:
     return find_scheme_fault(scheme) or find_linear_fault(scheme, linear)
 
 
+def copies_codes(scheme: Scheme, linear: Linear) -> bool:
+    """Return whether a kept linear's codes are stored unchanged.
+
+    Experts in other codes than integers are decoded: a recipe that keeps them does not ask for an
+    artifact that transformers cannot load.
+    """
+    is_other_expert = linear.role == "routed_expert" and scheme.kind != "int"
+    return not is_other_expert and find_rejection(scheme, linear) is None
+
+
 def find_scheme_fault(scheme: Scheme) -> str | None:
     """Return why no linear of this scheme can be stored, or None."""
     if scheme.kind != "int" or scheme.bits not in BITS:
         kind = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
-        use = "dense to study it" if scheme.kind == "int" else "bitsandbytes"
+        use = "dense to study it" if scheme.kind == "int" else OWN_FORMATS[scheme.kind]
         return (
             "vLLM, SGLang and transformers read compressed-tensors with 2 to 8 bits, "
             f"found {kind}; use format {use}"
@@ -148,10 +166,13 @@ def find_engine_limits(
             "loads zero points of compressed-tensors only by from_pretrained(..., "
             "quantization_config=CompressedTensorsConfig(dequantize=True)), and of one scheme"
         )
-    elif (
-        len(group_by_codes({e.name: s for e, s in schemes.items() if e.role == "routed_expert"}))
-        > 1
-    ):
+    routed = {e.name: s for e, s in schemes.items() if e.role == "routed_expert"}
+    if any(scheme.kind != "int" for scheme in routed.values()):
+        reasons["transformers"] = (
+            "reads routed experts of compressed-tensors in integer codes only; quantkit.load and "
+            "`quantkit serve --engine transformers` read this artifact"
+        )
+    elif len(group_by_codes(routed)) > 1 and "transformers" not in reasons:
         reasons["transformers"] = "reads all routed experts of compressed-tensors by one scheme"
     return reasons
 
@@ -182,6 +203,8 @@ def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
 
     from quantkit.numerics import bitpack
 
+    if scheme.kind in source_codes.KINDS:
+        return source_codes.pack(quantized, scheme)
     check_zero_points(quantized, scheme, "compressed_tensors")
     tensors = {
         # [out, in] -> [out, in * bits / 32]
@@ -236,8 +259,8 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
     For one scheme without FP8: one group with the target "Linear". SGLang then disables the fusion
     of shared experts by itself if they are stored differently, and llama.cpp converts the artifact.
     Otherwise one group per scheme, the most frequent with the target "Linear", and one for FP8.
-    Each group names its own format; the general one stays "pack-quantized", which SGLang checks for
-    experts.
+    Each group names its own format; the general one is that of the first, "pack-quantized" wherever
+    there are integers, which SGLang checks for experts.
     """
     part_patterns = [f"re:{pattern}" for pattern in list_part_patterns(contents)]
     part_blocks = [f"re:{pattern}" for pattern in list_fp8_part_patterns(contents)]
@@ -261,7 +284,7 @@ def make_quantization_config(contents: Contents) -> dict[str, object]:
         groups.append(make_fp8_group(targets))
     return {
         "quant_method": QUANT_METHOD,
-        "format": "pack-quantized",
+        "format": groups[0]["format"],
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
@@ -450,7 +473,7 @@ FORMAT = Format(
     quant_method=QUANT_METHOD,
     one_scheme=False,
     fp8_scale="weight_scale",
-    copies_codes=True,
+    copies_codes=copies_codes,
     accepts_fp8=find_fp8_rejection,
     limits=find_engine_limits,
     engines={**SERVERS, **TRANSFORMERS},

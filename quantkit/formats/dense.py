@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from quantkit.contracts import Contents, Format, Linear, Quantized, Scheme, TensorSpec
 from quantkit.formats.common.checks import FINITE, FormatChecks
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS
+from quantkit.formats.common.packed import OWN_FORMATS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 def find_rejection(scheme: Scheme, linear: Linear) -> str | None:
     """Return None for whole groups of integer codes, any bits and any role, else the reason."""
     if scheme.kind != "int":
-        return f"format dense stores integer schemes, found {scheme.kind}; use format bitsandbytes"
+        own = OWN_FORMATS[scheme.kind]
+        return f"format dense stores integer schemes, found {scheme.kind}; use format {own}"
     if scheme.group_size != -1 and linear.in_features % scheme.group_size:
         return f"group_size {scheme.group_size} does not divide {linear.in_features} input features"
     return None

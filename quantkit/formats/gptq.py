@@ -14,7 +14,12 @@ from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quanti
 from quantkit.errors import UsageError
 from quantkit.formats.common import gptq_tensors
 from quantkit.formats.common.engine_names import SERVERS
-from quantkit.formats.common.packed import GROUP_SIZES, SCALE_DTYPES, SERVED_BITS
+from quantkit.formats.common.packed import (
+    GROUP_SIZES,
+    OWN_FORMATS,
+    SCALE_DTYPES,
+    SERVED_BITS,
+)
 from quantkit.numerics.bitpack import count_codes_per_run
 
 if TYPE_CHECKING:
@@ -30,12 +35,8 @@ def find_scheme_fault(scheme: Scheme) -> str | None:
     """Return why no linear of this scheme can be stored, or None."""
     if scheme.kind != "int" or scheme.bits not in SERVED_BITS:
         kind = f"{scheme.bits} bits" if scheme.kind == "int" else scheme.kind
-        use = (
-            "bitsandbytes"
-            if scheme.kind == "nf4"
-            else "gptq_v2"
-            if scheme.bits < 4
-            else "compressed_tensors"
+        use = OWN_FORMATS.get(scheme.kind) or (
+            "gptq_v2" if scheme.bits < 4 else "compressed_tensors"
         )
         return (
             f"vLLM and SGLang read GPTQ with 4-bit or 8-bit integers, found {kind}; use format "

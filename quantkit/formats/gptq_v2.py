@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING
 from quantkit.contracts import PROTECTED_ROLES, Contents, Format, Linear, Quantized, Scheme
 from quantkit.formats.common import gptq_tensors
 from quantkit.formats.common.engine_names import SERVERS, TRANSFORMERS
-from quantkit.formats.common.packed import SCALE_DTYPES, SERVED_BITS, check_zero_points
+from quantkit.formats.common.packed import (
+    OWN_FORMATS,
+    SCALE_DTYPES,
+    SERVED_BITS,
+    check_zero_points,
+)
 from quantkit.numerics.bitpack import count_codes_per_run
 
 if TYPE_CHECKING:
@@ -29,7 +34,7 @@ def find_rejection(scheme: Scheme, linear: Linear) -> str | None:
         use = (
             "format compressed_tensors, which holds 2 to 8 bits"
             if scheme.kind == "int"
-            else "format bitsandbytes"
+            else f"format {OWN_FORMATS[scheme.kind]}"
         )
         return f"GPTQModel reads GPTQ with 2, 3, 4 or 8 bits, found {kind}; use {use}"
     if scheme.scale_dtype not in SCALE_DTYPES:

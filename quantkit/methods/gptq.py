@@ -17,4 +17,4 @@ def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized
     return gptq.quantize_gptq(weight, stats, scheme).quantized
 
 
-METHOD = Method(solve=solve)
+METHOD = Method(solve=solve, kinds=("int", "mxfp4", "nvfp4"))

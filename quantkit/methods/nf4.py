@@ -31,4 +31,4 @@ def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized
     return Quantized(codes=codes, scale=absmax, zero=None)
 
 
-METHOD = Method(solve=solve, needs_stats=False)
+METHOD = Method(solve=solve, needs_stats=False, kinds=("nf4",))

@@ -1,4 +1,7 @@
-"""RTN: round every weight to the nearest code of its group's min/max range; the baseline."""
+"""RTN: round every weight to the nearest code of its group's min/max range; the baseline.
+
+FP4 has the range of the group's largest weight.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized
 
     Raises NumericsError if a weight is not finite or the group size does not divide `in`.
     """
-    from quantkit.numerics import affine  # torch is imported with the first weight
+    from quantkit.numerics import grids  # torch is imported with the first weight
 
-    return affine.quantize_rtn(weight, scheme)
+    return grids.quantize_rtn(weight, scheme)
 
 
-METHOD = Method(solve=solve, needs_stats=False)
+METHOD = Method(solve=solve, needs_stats=False, kinds=("int", "mxfp4", "nvfp4"))

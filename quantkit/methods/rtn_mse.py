@@ -20,11 +20,13 @@ def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized
     Statistics are not used. No group's squared error is above that of its min/max range. Raises
     NumericsError if a weight is not finite or the group size does not divide `in`.
     """
-    from quantkit.numerics import affine, range_search  # torch is imported with the first weight
+    from quantkit.numerics import affine, fp4, range_search  # torch comes with the first weight
 
     importance = weight.new_ones(weight.shape[-1])
+    if scheme.kind in fp4.KINDS:
+        return fp4.quantize(weight, *fp4.search_scales(weight, importance, scheme), scheme)
     scale, zero = range_search.search_ranges_by_diagonal(weight, importance, scheme)
     return affine.quantize(weight, scale, zero, scheme)
 
 
-METHOD = Method(solve=solve, needs_stats=False)
+METHOD = Method(solve=solve, needs_stats=False, kinds=("int", "mxfp4", "nvfp4"))

@@ -8,16 +8,23 @@ With the codes u = codes - zero of a group fixed and P = (D H) on its columns, m
 adds 2 t P u^T + t^2 u H u^T, which is least at t = -P u^T / (u H u^T): the second step, a scale in
 closed form. Groups are visited in turn. No step raises the error, because a scale moves, as it is
 stored, only where that lowers the error.
+
+The error is a parabola in the value of a code and in a scale, so that of any grid the nearest value
+is the best: FP4 differs from integers only in how values and scales are rounded.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from quantkit.contracts import Quantized, Scheme
-from quantkit.numerics import affine
+from quantkit.numerics import affine, fp4, grids
 from quantkit.numerics.cholesky import BLOCK_COLUMNS, compute_mean_diagonal
+from quantkit.numerics.microscaling import decode_e2m1, encode_e2m1, round_to_e2m1
 
 SWEEPS = 2
 """Visits of every group. On text outside the calibration set (SmolLM2-135M, 4 bits) the first
@@ -35,6 +42,52 @@ def add_damping(gram: Tensor, damping: Tensor) -> Tensor:
     return result
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Descent:
+    """Codes and scales as float32 numbers, and how they are rounded.
+
+    codes [..., out, in] and scale [..., out, n_groups]: of integers the codes, of FP4 their values;
+    default_zero: the zero point where none is stored; round_codes: to the grid, in place;
+    round_scale: [..., out] to the nearest stored scale; store: codes [..., out, in] and scale back.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    default_zero: int
+    round_codes: Callable[[Tensor], Tensor]
+    round_scale: Callable[[Tensor], Tensor]
+    store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def make_descent(quantized: Quantized, scheme: Scheme) -> Descent:
+    """Return codes and scales for the descent, by the scheme's kind."""
+    shared = quantized.global_scale
+    if scheme.kind not in fp4.KINDS:
+        top, dtype = float(2**scheme.bits - 1), quantized.scale.dtype
+        return Descent(
+            codes=quantized.codes.float(),
+            scale=quantized.scale.float(),
+            default_zero=affine.get_default_zero_point(scheme),
+            round_codes=lambda codes: codes.round_().clamp_(0, top),
+            round_scale=lambda scale: affine.round_scale(scale, scheme).float(),
+            # the cast is exact: every step ended on a stored scale
+            store=lambda codes, scale: (codes.to(torch.uint8), scale.to(dtype)),
+        )
+
+    def store_scale(scale: Tensor, shared: Tensor | None) -> Tensor:
+        return fp4.store_scale(fp4.round_scale(scale, shared, scheme), scheme)
+
+    row = None if shared is None else shared.squeeze(-1)  # [..., 1, 1] -> [..., 1]
+    return Descent(
+        codes=decode_e2m1(quantized.codes),
+        scale=fp4.decode_steps(quantized.scale, shared),
+        default_zero=0,
+        round_codes=round_to_e2m1,
+        round_scale=lambda scale: fp4.decode_steps(store_scale(scale, row), row),
+        store=lambda codes, scale: (encode_e2m1(codes), store_scale(scale, shared)),
+    )
+
+
 def refine_codes_and_scales(
     weight: Tensor, gram: Tensor, quantized: Quantized, scheme: Scheme, sweeps: int = SWEEPS
 ) -> Quantized:
@@ -45,16 +98,17 @@ def refine_codes_and_scales(
     copies of the weight and two of a group of columns.
     """
     group = weight.shape[-1] // quantized.scale.shape[-1]
+    descent = make_descent(quantized, scheme)
     # [..., out, in] -> [..., in, out]: a column is a row in memory
-    delta = affine.dequantize(quantized, scheme).sub_(weight).mT.contiguous()
-    codes = quantized.codes.mT.float().contiguous()
-    scale = quantized.scale.mT.float().contiguous()  # [..., out, n_groups] -> [..., n_groups, out]
+    delta = grids.dequantize(quantized, scheme).sub_(weight).mT.contiguous()
+    codes = descent.codes.mT.contiguous()
+    scale = descent.scale.mT.contiguous()  # [..., out, n_groups] -> [..., n_groups, out]
     zero = None if quantized.zero is None else quantized.zero.mT.float()
     for _ in range(sweeps):
         for index in range(scale.shape[-2]):
             columns = slice(index * group, (index + 1) * group)
             offset = (
-                torch.full_like(scale[..., 0, :], affine.get_default_zero_point(scheme))
+                torch.full_like(scale[..., 0, :], descent.default_zero)
                 if zero is None
                 else zero[..., index, :]
             )
@@ -62,18 +116,26 @@ def refine_codes_and_scales(
             gradient = gram[..., columns, :] @ delta
             own = gram[..., columns, columns]
             group_delta, group_codes = delta[..., columns, :], codes[..., columns, :]
-            update_codes(own, gradient, group_delta, group_codes, scale[..., index, :], scheme)
+            update_codes(
+                own, gradient, group_delta, group_codes, scale[..., index, :], descent.round_codes
+            )
             signed = group_codes - offset.unsqueeze(-2)
-            step = compute_scale_step(own, gradient, signed, scale[..., index, :], scheme)
+            step = compute_scale_step(
+                own, gradient, signed, scale[..., index, :], descent.round_scale
+            )
             group_delta.addcmul_(signed, step.unsqueeze(-2))
             scale[..., index, :] += step
-    # the cast is exact: every step ended on a stored scale
-    stored = scale.mT.contiguous().to(quantized.scale.dtype)
-    return Quantized(codes=codes.mT.contiguous().to(torch.uint8), scale=stored, zero=quantized.zero)
+    stored_codes, stored_scale = descent.store(codes.mT.contiguous(), scale.mT.contiguous())
+    return replace(quantized, codes=stored_codes, scale=stored_scale)
 
 
 def update_codes(
-    gram: Tensor, gradient: Tensor, delta: Tensor, codes: Tensor, scale: Tensor, scheme: Scheme
+    gram: Tensor,
+    gradient: Tensor,
+    delta: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    round_codes: Callable[[Tensor], Tensor],
 ) -> None:
     """Move the codes of one group to the least error, column by column.
 
@@ -82,7 +144,6 @@ def update_codes(
     columns at a time: within a block a change moves column by column, to the rest of the group in
     one product.
     """
-    top = float(2**scheme.bits - 1)
     # [..., group, out]
     curvature = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * scale.unsqueeze(-2)
     for start in range(0, codes.shape[-2], BLOCK_COLUMNS):
@@ -95,7 +156,7 @@ def update_codes(
         lines = zip(*(x.unbind(-2) for x in tensors), weights)
         for k, (slope, curve, old_code, code, change, weight) in enumerate(lines):
             torch.sub(old_code, torch.div(slope, curve, out=change), out=code)
-            code.round_().clamp_(0, top)
+            round_codes(code)
             torch.sub(code, old_code, out=change).mul_(scale)
             later = current.narrow(-2, k + 1, count - k - 1)
             later.addcmul_(weight.narrow(-2, k + 1, count - k - 1), change.unsqueeze(-2))
@@ -105,7 +166,11 @@ def update_codes(
 
 
 def compute_scale_step(
-    gram: Tensor, gradient: Tensor, codes: Tensor, scale: Tensor, scheme: Scheme
+    gram: Tensor,
+    gradient: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    round_scale: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Return the step of one group's scale [..., out], 0 where no stored scale lowers the error.
 
@@ -114,6 +179,6 @@ def compute_scale_step(
     slope = (gradient * codes).sum(dim=-2)  # [..., group, out] -> [..., out]
     curvature = ((gram @ codes) * codes).sum(dim=-2)
     best = scale - torch.where(curvature > 0, slope / curvature, torch.zeros_like(slope))
-    step = affine.round_scale(best, scheme).float() - scale
+    step = round_scale(best) - scale
     lowers = (best > 0) & (2 * step * slope + step.square() * curvature < 0)
     return torch.where(lowers, step, torch.zeros_like(step))

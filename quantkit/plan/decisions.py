@@ -16,13 +16,17 @@ from quantkit.contracts import (
     Linear,
     LinearGroup,
     Rescale,
+    ScaleDtype,
     Scheme,
     TensorSpec,
 )
 from quantkit.formats.common.engine_names import SERVERS
-from quantkit.recipe.schema import Quantize, Recipe, Rule
+from quantkit.recipe.quantize import Quantize
+from quantkit.recipe.schema import Recipe, Rule
 
 NO_RULE = "no rule"
+FP4_SCALES: Mapping[str, ScaleDtype] = {"mxfp4": "uint8", "nvfp4": "float8_e4m3fn"}
+"""Scheme of FP4 -> dtype of its scales."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,11 +77,13 @@ def make_scheme(quantize: Quantize, source_dtype: str) -> Scheme:
             if source_dtype == "F32"
             else resolve_scale_dtype(quantize, source_dtype),
         )
+    own = FP4_SCALES.get(quantize.scheme)
     return Scheme(
         bits=quantize.bits,
         group_size=quantize.group_size,
         symmetric=quantize.symmetric,
-        scale_dtype=resolve_scale_dtype(quantize, source_dtype),
+        scale_dtype=own or resolve_scale_dtype(quantize, source_dtype),
+        kind=quantize.scheme,
     )
 
 
@@ -167,14 +173,15 @@ def keep_codes(
 
     schemes: of codes in the source, by module. If nothing is quantized no codes are kept.
     """
-    if not output.copies_codes or not any(d.action == "quantize" for d in decisions.values()):
+    copies = output.copies_codes
+    if copies is None or not any(d.action == "quantize" for d in decisions.values()):
         return dict(decisions)
 
     def decide(name: str, decision: Decision) -> Decision:
         scheme = schemes.get(name)
         if scheme is None or (decision.action, decision.keep) != ("keep", "source"):
             return decision
-        is_stored = output.accepts(scheme, decision.linear) is None
+        is_stored = copies(scheme, decision.linear)
         return replace(decision, keep="codes", codes=scheme) if is_stored else decision
 
     return {name: decide(name, decision) for name, decision in decisions.items()}
@@ -191,7 +198,8 @@ def copy_expert_codes(
     encoded: weights in codes, by name. If nothing is quantized no codes are kept.
     """
     result = dict(decisions)
-    if not output.copies_codes or not any(d.action == "quantize" for d in decisions.values()):
+    is_quantized = any(d.action == "quantize" for d in decisions.values())
+    if output.copies_codes is None or not is_quantized:
         return result
     for block in layout.blocks:
         weights = [encoded.get(x.name) for x in block.stacked if x.kind == "weight"]
@@ -413,9 +421,11 @@ def find_fused_faults(
             for name in members:
                 decision = decisions[name]
                 kept = {"fp8": " in FP8", "codes": " in codes"}.get(decision.keep, "")
-                outcomes.setdefault(
-                    (decision.action + kept, decision.scheme or decision.codes), name
-                )
+                action = decision.action + kept
+                if decision.scheme is not None and decision.scheme.kind == "nvfp4":
+                    # solved together, they get the one global scale that engines expect
+                    action = f"{action} by {decision.method}, {decision.rounding}"
+                outcomes.setdefault((action, decision.scheme or decision.codes), name)
             if len(outcomes) > 1:
                 members_text = ", ".join(
                     f"{name} ({decisions[name].rule}: {action})"

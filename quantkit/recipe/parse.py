@@ -28,12 +28,12 @@ from quantkit.io.yaml_document import (
     printable,
 )
 from quantkit.recipe.patterns import PRESETS, find_pattern_fault
+from quantkit.recipe.quantize import Quantize
 from quantkit.recipe.rewrite import rewrite_yaml
 from quantkit.recipe.schema import (
     SECTIONS,
     SUBSECTIONS,
     Gate,
-    Quantize,
     Recipe,
     Rule,
     RuleEntry,

@@ -18,13 +18,12 @@ from pydantic import (
     PrivateAttr,
     SerializerFunctionWrapHandler,
     model_serializer,
-    model_validator,
 )
 
 from quantkit import registry
-from quantkit.contracts import FALLBACK_ROUNDING
 from quantkit.io.yaml_document import YamlDocument
 from quantkit.recipe import patterns
+from quantkit.recipe.quantize import Quantize
 from quantkit.recipe.sections import (
     AUTO,
     Calibration,
@@ -40,9 +39,7 @@ from quantkit.recipe.value_types import (
     FROZEN,
     Bound,
     FormatNames,
-    MethodName,
     Points,
-    RoundingName,
     Seed,
     Share,
     Size,
@@ -50,128 +47,6 @@ from quantkit.recipe.value_types import (
     describe,
     none_as_null,
 )
-
-DEFAULT_METHOD = "awq"
-METHOD_DEFAULTS: Mapping[str, Mapping[str, object]] = {
-    "awq": {"rounding": "gptq"},
-    "gptq": {"rounding": "gptq"},
-    "nf4": {
-        "rounding": "nearest", "bits": 4, "group_size": 64, "symmetric": True,
-        "scale_dtype": "auto", "double_quant": True,
-    },
-}  # fmt: skip
-"""Values that follow from a method, so that a recipe can omit them; for nf4 only double_quant may
-differ.
-"""
-
-
-class Quantize(BaseModel):
-    """The scheme of a quantized matrix: the default, or with the changes of a rule."""
-
-    model_config = FROZEN
-    method: Annotated[
-        MethodName,
-        describe("Quantization method: a module of quantkit/methods/.", "gptq"),
-    ] = DEFAULT_METHOD
-    rounding: Annotated[
-        RoundingName,
-        describe(
-            "How codes are chosen after the method's scaling. `gptq` compensates the error of a "
-            "column in the next columns, then refines codes and scales by coordinate descent. "
-            "`gptq_once` omits the refinement: half of the time, slightly larger error. Methods "
-            "awq and gptq: default `gptq`; gptq: never `nearest`.",
-            "gptq",
-        ),
-    ] = FALLBACK_ROUNDING
-    bits: Annotated[int, Field(ge=2, le=8), describe("Bits of a weight's code.", "8")] = 4
-    group_size: Annotated[
-        Literal[32, 64, 128, -1],
-        describe("Consecutive weights of a row that share a scale; `-1` is the whole row.", "64"),
-    ] = 128
-    symmetric: Annotated[
-        bool,
-        describe("Store no zero points: the range of a group is [-max, max].", "true"),
-    ] = False
-    scale_dtype: Annotated[
-        Literal["auto", "bfloat16", "float16"],
-        describe("Dtype of the scales; `auto` follows the source.", "float16"),
-    ] = "auto"
-    double_quant: Annotated[
-        bool | None,
-        describe(
-            "Method nf4 only, where the default is `true` and the values of bits, group_size, "
-            "symmetric and scale_dtype are fixed: store the scales of the blocks in 8 bits.",
-            "false",
-        ),
-    ] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _own_values(cls, values: object) -> object:
-        """Add the values that follow from the method."""
-        return (
-            {**METHOD_DEFAULTS.get(str(values.get("method", DEFAULT_METHOD)), {}), **values}
-            if isinstance(values, dict)
-            else values
-        )
-
-    def apply_changes(self, changes: Mapping[str, object]) -> dict[str, object]:
-        """Return these values with the `changes` of a rule; defaults of one method do not pass to
-        another.
-        """
-        method = str(changes.get("method", self.method))
-        left = (
-            ()
-            if method == self.method
-            else (*METHOD_DEFAULTS.get(self.method, {}), *METHOD_DEFAULTS.get(method, {}))
-        )
-        return {key: value for key, value in self.model_dump().items() if key not in left} | {
-            **changes
-        }
-
-    @model_validator(mode="after")
-    def _nf4_fits(self) -> Quantize:
-        if self.method != "nf4":
-            if self.double_quant is not None:
-                raise ValueError(
-                    f"double_quant is for method nf4, found method: {self.method}; leave it out, "
-                    "or set method: nf4"
-                )
-            return self
-        fixed = {
-            key: value for key, value in METHOD_DEFAULTS["nf4"].items() if key != "double_quant"
-        }
-        wrong = {key: getattr(self, key) for key in fixed if getattr(self, key) != fixed[key]}
-        if wrong:
-            expected, actual = (
-                ", ".join(f"{key}: {str(value).lower()}" for key, value in values.items())
-                for values in (fixed, wrong)
-            )
-            raise ValueError(
-                f"method nf4 is {expected}, found {actual}; leave that out, or choose another "
-                "method"
-            )
-        if self.double_quant is None:
-            raise ValueError(
-                "double_quant: method nf4 expects true or false, found nothing; leave it out for "
-                "true"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _rounding_fits(self) -> Quantize:
-        if self.method == "gptq" and self.rounding == "nearest":
-            raise ValueError(
-                "method gptq is a rounding, found rounding: nearest; set rounding: gptq, or "
-                "method: awq for ranges by calibration and codes by plain rounding"
-            )
-        learns = registry.get_rounding(self.rounding).needs_stats
-        if learns and not registry.get_method(self.method).needs_stats:
-            raise ValueError(
-                f"rounding {self.rounding} learns from calibration, and method {self.method} does "
-                "without; set rounding: nearest, or method: gptq"
-            )
-        return self
 
 
 class Rule(BaseModel):

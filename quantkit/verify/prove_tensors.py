@@ -20,7 +20,7 @@ from quantkit.artifact.read_manifest import get_output_error
 from quantkit.artifact.records import KEPT_CODES
 from quantkit.checkpoint.encoding import FP8
 from quantkit.checkpoint.tensors import TORCH_DTYPES
-from quantkit.contracts import Absorber, Method, Scheme
+from quantkit.contracts import Absorber, Method
 from quantkit.numerics import gram
 from quantkit.verify.source_pair import SourcePair
 
@@ -47,6 +47,8 @@ ROUNDING_TOLERANCE = 1.5 * 2.0**-8
 """Relative difference by rounding to bfloat16 (half a unit in the last place) and fitted factors.
 """
 PIECE_ELEMENTS = 1 << 24
+SHARED_SCALE = "weight_global_scale"
+"""Local name of NVFP4's scale of a whole matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +152,17 @@ def prove_linear(pair: SourcePair, module: str) -> Proof:
     if source.rows or source.columns:
         return prove_scaled(pair, module, source, dequantized, record)
     if (method := find_data_free_method(record)) is not None:
-        return prove_by_requantizing(pair, module, source.weight, tensors, scheme, method)
+        packed = pair.format.pack(method.solve(source.weight, None, scheme), scheme)
+        # linears that read one input share a global scale, which this one alone may not give
+        if have_equal_shared_scale(packed, tensors):
+            return prove_by_requantizing(module, packed, tensors)
     return prove_by_error(module, source.weight, dequantized, record)
+
+
+def have_equal_shared_scale(packed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether two versions of a linear have the same scale of the whole matrix, or none."""
+    first, second = packed.get(SHARED_SCALE), tensors.get(SHARED_SCALE)
+    return first is None or second is None or torch.equal(first, second)
 
 
 def find_data_free_method(record: Any) -> Method | None:
@@ -167,16 +178,9 @@ def find_data_free_method(record: Any) -> Method | None:
 
 
 def prove_by_requantizing(
-    pair: SourcePair,
-    module: str,
-    weight: Tensor,
-    tensors: dict[str, Tensor],
-    scheme: Scheme,
-    method: Method,
+    module: str, packed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> Proof:
-    """Quantize again: every code, scale and zero point must be the same."""
-    assert pair.format is not None
-    packed = pair.format.pack(method.solve(weight, None, scheme), scheme)
+    """Compare with the source quantized again: codes, scales and zero points must be the same."""
     for local, tensor in packed.items():
         if not have_same_bytes(tensor, tensors[local]):
             at = int((view_bytes(tensor) != view_bytes(tensors[local])).nonzero()[0])

@@ -160,7 +160,7 @@ def test_binary_recipe_is_refused(tmp_path: Path) -> None:
         ),
         (
             "quantize.group_size=100",
-            "override quantize.group_size: quantize.group_size: expected 32, 64, 128 or -1, f",
+            "override quantize.group_size: quantize.group_size: expected 16, 32, 64, 128 or ",
         ),
         ("memory=1MB", "override memory: memory: the smallest wave (2 experts) needs "),
         (

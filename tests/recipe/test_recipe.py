@@ -15,7 +15,8 @@ from quantkit.io.yaml_document import MAX_CHARACTERS, parse_scalar
 from quantkit.recipe import patterns
 from quantkit.recipe.parse import apply_overrides, expand_preset, parse_recipe
 from quantkit.recipe.patterns import PRESETS, matches_module, names_module
-from quantkit.recipe.schema import Quantize, Recipe, list_keys
+from quantkit.recipe.quantize import Quantize
+from quantkit.recipe.schema import Recipe, list_keys
 from quantkit.recipe.value_types import parse_size
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -325,7 +326,7 @@ fidelty: {}
         "trust_remote_code.",
         f"x.yaml:3: quantize.method: no method named 'awk'. Did you mean 'awq'? Known: {methods}",
         "x.yaml:3: quantize.bits: expected at most 8, found 9",
-        "x.yaml:3: quantize.group_size: expected 32, 64, 128 or -1, found 100",
+        "x.yaml:3: quantize.group_size: expected 16, 32, 64, 128 or -1, found 100",
         "x.yaml:3: quantize.symmetric: expected true or false, found 'yes'",
         "x.yaml:5: rules[0].match: not a regular expression: missing ), unterminated subpattern at "
         "position 0",
@@ -333,7 +334,7 @@ fidelty: {}
         "x.yaml:7: rules[2].keep: expected source or bf16, found 'sorce'",
         "x.yaml:8: rules[3].quantize.bits: expected at most 8, found 17",
         "x.yaml:8: rules[3].quantize.bitts: unknown key. Did you mean 'bits'? Known: method, "
-        "rounding, bits, group_size, symmetric, scale_dtype, double_quant.",
+        "rounding, scheme, bits, group_size, symmetric, scale_dtype, double_quant.",
         "x.yaml:9: rules[4]: a rule is {match: PATTERN, quantize: default} or {match: PATTERN, "
         "keep: source}, or {preset: NAME}",
         "x.yaml:10: rules[5].preset: no preset named 'expert-only'. Did you mean 'experts-only'? "
@@ -344,8 +345,7 @@ fidelty: {}
         "x.yaml:13: gates.kl_maen: no figure or task of evaluation.tasks named 'kl_maen'. Did you "
         "mean 'kl_mean'? Known: size, bits_overall, bits_per_weight, kl_worst_kind, kl_mean_kinds, "
         "shift, kl_mean, yardstick, kl_yardstick, kl_noise, kl_median, kl_p99, kl_p999, kl_max, "
-        "ppl_source, ppl_artifact, ppl_ratio, "
-        "top1, mean_delta_p, rms_delta_p, router_agreement, block_error, module_error, "
+        "ppl_source, ppl_artifact, ppl_ratio, top1, mean_delta_p, rms_delta_p, router_agreement, block_error, module_error, "
         "output_error, experts_uncalibrated, coverage, fallbacks, lost_items, overlapping_items, "
         "likelihood, gsm8k. Of one kind of text: kl_mean@code.",
         "x.yaml:13: gates.gsm8k: expected {min_recovery: NUMBER} or {margin_pp: NUMBER} or "
@@ -430,7 +430,7 @@ def test_invalid_yaml_is_refused(text: str, fault: str) -> None:
         (
             "quantize",
             "{group_size: true}",
-            "quantize.group_size: expected 32, 64, 128 or -1, found true",
+            "quantize.group_size: expected 16, 32, 64, 128 or -1, found true",
         ),
         (
             "gates",
@@ -897,3 +897,51 @@ def test_format_accepts_the_spelling_of_engines() -> None:
     assert parse_recipe(SMALLEST, "r.yaml", {"format": "compressed-tensors"}).format == (
         "compressed_tensors",
     )
+
+
+# ---------------------------------------------------------------------------------------------- FP4
+
+
+def test_values_of_an_fp4_scheme_may_be_omitted() -> None:
+    nvfp4, mxfp4 = Quantize(scheme="nvfp4"), Quantize(scheme="mxfp4", method="rtn")
+    assert (nvfp4.method, nvfp4.rounding, nvfp4.group_size) == ("gptq", "gptq", 16)
+    assert (mxfp4.method, mxfp4.rounding, mxfp4.group_size) == ("rtn", "nearest", 32)
+    assert nvfp4.symmetric and (nvfp4.bits, nvfp4.scale_dtype) == (4, "auto")
+    assert "scheme" not in Quantize().model_dump() and nvfp4.model_dump()["scheme"] == "nvfp4"
+
+
+def test_values_of_a_scheme_do_not_pass_to_another() -> None:
+    rules = (
+        "rules:\n  - {match: '*.q_proj', quantize: {scheme: mxfp4}}\n"
+        "  - {match: '*.k_proj', quantize: {scheme: int}}\n"
+        "  - {match: '*', quantize: {method: rtn, rounding: nearest}}\n"
+    )
+    recipe = parse_recipe(SMALLEST + "quantize: {scheme: nvfp4}\n" + rules, "x.yaml")
+    assert recipe.rules is not None
+    assert [rule.quantize for rule in recipe.rules] == [
+        Quantize(scheme="mxfp4"),
+        Quantize(method="gptq"),
+        Quantize(scheme="nvfp4", method="rtn"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "output"),
+    [
+        (
+            "{scheme: nvfp4, bits: 3, group_size: 128}",
+            "scheme nvfp4 is bits: 4, group_size: 16, symmetric: true, scale_dtype: auto, found "
+            "bits: 3, group_size: 128; leave that out, or choose scheme: int",
+        ),
+        ("{scheme: mxfp4, symmetric: false}", "found symmetric: false; leave that out"),
+        ("{scheme: mxfp4, scale_dtype: float16}", "found scale_dtype: float16; leave that out"),
+        ("{scheme: nvfp4, method: awq}", "method awq makes no codes of scheme nvfp4; use method"),
+        ("{scheme: nvfp4, method: nf4}", "method nf4 "),
+        ("{group_size: 16}", "group_size: 16 is that of scheme nvfp4, integer codes have 32"),
+        ("{scheme: fp4}", "expected int, mxfp4 or nvfp4, found 'fp4'"),
+    ],
+)
+def test_contradiction_of_a_scheme_is_one_fault(written: str, output: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        parse_recipe(SMALLEST + f"quantize: {written}\n", "x.yaml")
+    assert len(refused.value.faults) == 1 and output in refused.value.faults[0]

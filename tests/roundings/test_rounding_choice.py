@@ -20,7 +20,7 @@ from quantkit.methods import gptq
 from quantkit.numerics import affine, cholesky, range_search
 from quantkit.numerics import gptq as rounding
 from quantkit.plan.decisions import Decision
-from quantkit.recipe.schema import Quantize
+from quantkit.recipe.quantize import Quantize
 
 SCHEME = Scheme(bits=4, group_size=32, symmetric=False, scale_dtype="bfloat16")
 

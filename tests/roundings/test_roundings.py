@@ -23,7 +23,7 @@ from quantkit.errors import NumericsError, UsageError
 from quantkit.numerics import affine, gram
 from quantkit.plan.decisions import Decision
 from quantkit.recipe.parse import parse_recipe
-from quantkit.recipe.schema import Quantize
+from quantkit.recipe.quantize import Quantize
 
 SOLVE = registry.get_method("awq").solve
 

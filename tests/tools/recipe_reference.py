@@ -19,7 +19,8 @@ from pydantic.fields import FieldInfo
 from quantkit import figures, registry
 from quantkit.recipe import value_types
 from quantkit.recipe.patterns import PRESETS
-from quantkit.recipe.schema import METHOD_DEFAULTS, SECTIONS, SUBSECTIONS, Recipe
+from quantkit.recipe.quantize import METHOD_DEFAULTS
+from quantkit.recipe.schema import SECTIONS, SUBSECTIONS, Recipe
 from quantkit.texts.corpus_spec import DOMAINS
 
 RECIPES = Path(__file__).parents[2] / "recipes"

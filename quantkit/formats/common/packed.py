@@ -14,6 +14,14 @@ from quantkit.errors import UsageError
 SCALE_DTYPES: Mapping[str, str] = {x: FLOAT_NAMES[x] for x in ("float16", "bfloat16")}
 """The scale dtypes that engines load, and their names in safetensors."""
 GROUP_SIZES = (32, 64, 128, -1)
+OWN_FORMATS: Mapping[str, str] = {
+    "nf4": "bitsandbytes",
+    "fp8": "compressed_tensors",
+    "int8": "compressed_tensors",
+    "mxfp4": "compressed_tensors",
+    "nvfp4": "compressed_tensors",
+}
+"""Kind of codes that only one format stores -> that format."""
 SERVED_BITS = (4, 8)
 """Those of the Marlin kernels of vLLM and SGLang; others fall back to slow kernels or fail."""
 

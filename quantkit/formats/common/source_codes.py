@@ -1,5 +1,5 @@
-"""Codes of a source that compressed-tensors stores unchanged, next to the integers that quantkit
-makes itself: FP8 and INT8 with one scale per row, MXFP4 and NVFP4 (formats/README.md).
+"""Codes of compressed-tensors other than packed integers: FP8 and INT8 with one scale per row,
+MXFP4 and NVFP4 (formats/README.md).
 
     fp8    weight [out, in] float8_e4m3fn, weight_scale [out, 1]                float-quantized
     int8   weight [out, in] int8,          weight_scale [out, 1]                int-quantized
@@ -7,7 +7,8 @@ makes itself: FP8 and INT8 with one scale per row, MXFP4 and NVFP4 (formats/READ
     nvfp4  weight_packed [out, in / 2] uint8, weight_scale [out, in / 16] float8_e4m3fn,
            weight_global_scale [1] float32                                      nvfp4-pack-quantized
 
-A build only copies them: no method makes such codes.
+A build makes MXFP4 and NVFP4 itself (numerics/fp4.py), and copies codes of each kind that a source
+stores in this form.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantkit.contracts import PROTECTED_ROLES, Linear, Scheme, TensorSpec
+from quantkit.contracts import PROTECTED_ROLES, Linear, Quantized, Scheme, TensorSpec
 from quantkit.dtypes import FLOAT_NAMES
 from quantkit.formats.common.checks import FINITE, MAGNITUDE, SCALE, ValueCheck
 
@@ -86,13 +87,11 @@ KINDS: Mapping[str, SourceCodes] = {
 
 
 def find_rejection(linear: Linear) -> str | None:
-    """Return why engines could not load this linear in codes of the source, or None."""
+    """Return why engines could not load this linear in such codes, with what to do, or None."""
     if linear.role in PROTECTED_ROLES:
-        return f"vLLM and SGLang build this {linear.role.replace('_', ' ')} without codes"
-    if linear.role == "routed_expert":
-        return "transformers reads routed experts of compressed-tensors in integer codes only"
+        return f"vLLM and SGLang build this {linear.role.replace('_', ' ')} without codes; keep it"
     if linear.name.endswith(".kv_b_proj"):
-        return "SGLang looks for kv_b_proj's plain weight in compressed-tensors files"
+        return "SGLang looks for kv_b_proj's plain weight in compressed-tensors files; keep it"
     return None
 
 
@@ -109,6 +108,27 @@ def list_tensors(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
         TensorSpec(name=f"{name}_scale", dtype=dtype, shape=(out, groups)),
         *((shared,) if scheme.kind == "nvfp4" else ()),
     )
+
+
+def pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
+    """Return the tensors of FP4 codes [out, in] by local name; the first code is in the low bits.
+
+    Raises NumericsError if a code does not fit 4 bits.
+    """
+    from quantkit.errors import NumericsError
+    from quantkit.numerics.microscaling import pack_e2m1
+
+    if quantized.codes.numel() and int(quantized.codes.max()) > 15:
+        raise NumericsError(
+            f"{scheme.kind} codes: expected 0 to 15, found {int(quantized.codes.max())}; the "
+            "method and the scheme must agree"
+        )
+    shared = quantized.global_scale
+    return {
+        "weight_packed": pack_e2m1(quantized.codes),  # [out, in] -> [out, in / 2]
+        "weight_scale": quantized.scale.contiguous(),
+        **({} if shared is None else {"weight_global_scale": shared.reshape(1)}),
+    }
 
 
 def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
