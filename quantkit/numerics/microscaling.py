@@ -38,7 +38,7 @@ def unpack_e2m1(codes: Tensor) -> Tensor:
 def pack_e2m1(codes: Tensor) -> Tensor:
     """Pack pairs of FP4 codes, the first in the low bits: [..., 2 n] uint8 -> [..., n] uint8."""
     pairs = codes.unflatten(-1, (-1, 2))  # [..., 2 n] -> [..., n, 2]
-    return pairs[..., 0] | pairs[..., 1] << 4
+    return torch.bitwise_or(pairs[..., 0], pairs[..., 1] << 4)
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
