@@ -17,22 +17,17 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from quantkit.dtypes import DTYPE_BYTES, FloatDtype
 from quantkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-DTYPE_BYTES: Mapping[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
 
 Role = Literal["attention", "mlp", "shared_expert", "routed_expert",
                "router", "embedding", "head", "mtp_projection"]  # fmt: skip
 PROTECTED_ROLES: frozenset[Role] = frozenset({"router", "embedding", "head", "mtp_projection"})
 """Roles that a rule quantizes only if its pattern names them (recipe.schema.Rule)."""
 
-FloatDtype = Literal["bfloat16", "float16", "float32"]
 ScaleDtype = Literal[FloatDtype, "uint8", "float8_e4m3fn"]  # the last: of mxfp4 and nvfp4
 SchemeKind = Literal["int", "nf4", "fp8", "int8", "mxfp4", "nvfp4"]
 """int, nf4, mxfp4, nvfp4: codes that quantkit makes; fp8, int8: only copied from a source."""

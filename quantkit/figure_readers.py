@@ -58,6 +58,38 @@ def read_distribution(key: str, report: Any, domain: str) -> Reading:
     return Reading(value=figure.value, n=row.tokens, se=figure.se, ci=figure.ci)
 
 
+def read_yardstick_row(report: Any, domain: str, key: str) -> Reading:
+    """Read a figure of the yardstick on one domain, "" for all text."""
+    rows = report.yardstick.rows if report.yardstick is not None else ()
+    row = next((row for row in rows if row.domain == (domain or ALL_TEXT)), None)
+    if row is None:
+        return Reading(value=None, reason=NOT_MEASURED)
+    figure = getattr(row, key)
+    if figure.value is None:
+        return Reading(value=None, reason=NOT_FINITE)
+    return Reading(value=figure.value, n=row.tokens, se=figure.se, ci=figure.ci)
+
+
+def read_yardstick(report: Any, domain: str) -> Reading:
+    """Read the mean KL as a multiple of the yardstick's."""
+    return read_yardstick_row(report, domain, "ratio")
+
+
+def read_yardstick_kl(report: Any, domain: str) -> Reading:
+    """Read the mean KL of the yardstick."""
+    return read_yardstick_row(report, domain, "kl_mean")
+
+
+def read_noise(report: Any, domain: str) -> Reading:
+    """Read the mean KL that bfloat16 costs the source, over all text."""
+    if report.noise_floor is None or domain not in ("", ALL_TEXT):
+        return Reading(value=None, reason=NOT_MEASURED)
+    figure = report.noise_floor.kl_mean
+    if figure.value is None:
+        return Reading(value=None, reason=NOT_FINITE)
+    return Reading(value=figure.value, se=figure.se, ci=figure.ci)
+
+
 def read_extreme(values: Sequence[float | None], *, largest: bool) -> Reading:
     """Read the largest or smallest of values that were all measured; None is a value that is
     not finite."""

@@ -27,15 +27,18 @@ from quantkit.figure_readers import (
     read_lost_items,
     read_mean_over_kinds,
     read_module_error,
+    read_noise,
     read_output_error,
     read_overlapping_items,
     read_router_agreement,
     read_shift,
     read_uncalibrated,
     read_worst_kind,
+    read_yardstick,
+    read_yardstick_kl,
 )
 
-Style = Literal["nats", "ratio", "percent", "signed percent", "count", "bits", "bytes"]
+Style = Literal["nats", "ratio", "factor", "percent", "signed percent", "count", "bits", "bytes"]
 """How a value is written; see `report.format_numbers.STYLES`."""
 
 
@@ -148,6 +151,24 @@ FIGURES: tuple[FigureDefinition, ...] = (
         mark="mean", tile="Mean KL", tile_note="nats per token", run_column="kl", run_heading="KL",
         diff_label="KL mean [nats/token]", diff_tile="Mean KL",
         pairing=Pairing(statistic="mean ratio", column=lambda tokens: tokens.kl),
+    ),
+    FigureDefinition(
+        key="yardstick", label="KL mean / that of RTN", style="factor", direction="lower",
+        reader=read_yardstick,
+        meaning="Mean KL over the yardstick's: the same modules, bits and groups rounded to "
+                "nearest; 1x gains nothing.",
+        tile="Mean KL of RTN's", tile_note="1x: rounding to nearest",
+    ),
+    FigureDefinition(
+        key="kl_yardstick", label="KL mean, RTN [nats/token]", style="nats", direction="lower",
+        unit="nats/token", reader=read_yardstick_kl,
+        meaning="Mean KL of the yardstick, over the same tokens.",
+    ),
+    FigureDefinition(
+        key="kl_noise", label="KL mean, noise floor [nats/token]", style="nats",
+        direction="lower", unit="nats/token", reader=read_noise,
+        meaning="Mean KL of the source with its final norm and head in bfloat16 against itself in "
+                "float32: what an engine's arithmetic moves, at least.",
     ),
     FigureDefinition(
         key="kl_median", label="KL median", style="nats", direction="lower", unit="nats/token",

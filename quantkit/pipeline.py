@@ -54,10 +54,12 @@ from quantkit.plan import sources
 from quantkit.plan.plan import Plan, SourceFacts
 from quantkit.plan.read_texts import find_largest_id, select_texts
 from quantkit.plan.self_texts import list_self_texts
+from quantkit.plan.time_estimate import record_build
 from quantkit.progress import ProgressCallback
 from quantkit.recipe.schema import Recipe
 from quantkit.report import bom, card, gates, html_page
 from quantkit.report import make as evidence
+from quantkit.report.loading import add_checks
 from quantkit.report.make import TextName
 from quantkit.report.reproduce import BuildCommand, make_build_command
 from quantkit.texts import corpora
@@ -209,7 +211,8 @@ def plan_checked(
 
     text: the recipe's file. trusted_code: None without benchmarks.
     """
-    plans = sources.plan_recipe(recipe, facts, texts.counts(), texts.notes)
+    counted = {name: tokens.n_tokens for name, tokens in texts.tokens.items()}
+    plans = sources.plan_recipe(recipe, facts, texts.counts(), texts.notes, counted)
     check_model_files(plans, text)
     largest = [find_largest_id(tokens) for tokens in texts.stream_texts().values()]
     return check_before_build(plans, largest, trusted_code)
@@ -291,15 +294,17 @@ def build_group(
         command = make_build_command(
             text, artifact.plan, evaluate=evaluate, trusted_code=trusted_code
         )
-        accounted = evidence.account_source(artifact.plan, source, artifact.folder).describe()
         report = report_artifact(artifact.plan, source, measured, command)
-        report = report.model_copy(update={"source_tensors": accounted})
+        report = add_checks(report, artifact.plan, source, built.blocks, artifact.folder)
         write_evidence(artifact.plan, artifact.folder, report, figures, compared)
         write_atomic(artifact.folder / layout.BOM, bom.render_bom(report, files).encode())
         write_timings(artifact.folder, built.blocks, timer)
         manifest = make_manifest(artifact.plan, source, report, built.blocks)
         sealed[artifact.plan.format_name] = seal_artifact(artifact.folder, manifest, files)
     build.mark_sealed(loop, sealed)
+    if not build.resumed:  # the seconds are those of whole steps
+        scored = all(row.status == "ok" for row in compared.rows)
+        record_build(plan, timer.laps, [x.seconds for x in built.blocks], is_scored=scored)
 
 
 def report_artifact(
@@ -370,7 +375,8 @@ def tokenize(
             labels=sampled.domains,
         )
     if "calibration" in tokens:
-        texts = decode_sequences(tokenizer, tokens["calibration"])
+        rows = tokens["calibration"].select(range(tokens["calibration"].n_sequences))
+        texts = [tokenizer.decode(row.ids) for row in rows]
         overlaps = check_overlaps(recipe.evaluation.tasks, texts, trusted_code)
         described = descriptions["calibration"].model_copy(update={"overlaps": overlaps})
         descriptions["calibration"] = described
@@ -413,11 +419,6 @@ def load_sets(
             sampler = own.make_sampler(name, sequences, length, seed) if own is not None else None
             sets[name] = corpora.load_set(set_name, place, sampler)
     return sets
-
-
-def decode_sequences(tokenizer: corpora.Tokenizer, tokens: Tokens) -> list[str]:
-    """Return the text of every sequence."""
-    return [tokenizer.decode(row.ids) for row in tokens.select(range(tokens.n_sequences))]
 
 
 def quantize_and_measure(
@@ -464,9 +465,7 @@ def quantize_and_measure(
             make_meta_model(plans[0].source.config, precision.device, precision.dtype),
             Checkpoint.open(folder),
         )
-        both = load_stream_pair(
-            model, plans[0].layout, source, head, streams["reference"], streams["quantized"]
-        )
+        both = load_stream_pair(model, plans[0].layout, source, head, streams)
         figures = StreamFigures(
             tokens=sample_tokens(both, measure_text(both), texts.tokenizer),
             solutions=solution_likelihood.score_solutions(both, texts.solutions.items),

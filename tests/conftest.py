@@ -97,6 +97,7 @@ MEDIUM_FILES = frozenset({
     "report/test_gates.py",
     "report/test_html.py",
     "report/test_html_browser.py",
+    "report/test_runs_browser.py",
     "report/test_narrow_calibration.py",
     "report/test_reproduce.py",
     "serve/test_connections.py",

@@ -15,7 +15,7 @@ from support.paths import ROOT
 PACKAGE = ROOT / "quantkit"
 
 ROWS = (
-    "version library_settings errors progress figure_readers",
+    "version library_settings errors progress figure_readers dtypes",
     "contracts figures",
     "numerics/ io/",
     "methods/ roundings/ formats/ architectures/",
@@ -29,7 +29,7 @@ ROWS = (
     "build/ publish/",
     "evaluate/",
     "report/",
-    "pipeline doctor progress_bars diff/ serve/",
+    "pipeline doctor progress_bars diff/ serve/ tracking/",
     "api",
     "cli/",
     "__init__ __main__",
@@ -66,6 +66,7 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "evaluate/token_samples.py": frozenset({"write_table"}),  # pyarrow writes its own files
     "evaluate/solution_likelihood.py": frozenset({"write_table"}),  # the same
     "evaluate/item_results.py": frozenset({"write_table", "mkdir"}),  # to memory; its cache
+    "verify/engines/transformers_load.py": frozenset({"from_pretrained"}),  # of a state, no file
     "evaluate/backends.py": frozenset({"from_pretrained"}),  # transformers reads its own files
     "doctor.py": frozenset({"huggingface_hub"}),  # whether a token is stored; no request
     "evaluate/endpoint_text.py": frozenset({"openai"}),  # types of the official client
@@ -84,9 +85,11 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "serve/gateway/relay.py": frozenset({"httpx2"}),  # what becomes of its connections
     "serve/gateway/upstreams.py": frozenset({"httpx2"}),  # to the engines; no file
     "serve/loadtest/engine.py": frozenset({"httpx2"}),  # a server's metrics
+    "serve/loadtest/slo_file.py": frozenset({"read_text"}),  # the defaults, package data
     "serve/loadtest/prompts.py": frozenset({"read_bytes"}),  # a data set, as storage reads files
     "serve/loadtest/guidellm.py": frozenset({
         "open",
+        "read_bytes",
         "read_text",
         "unlink",
     }),  # another program's log and results

@@ -14,36 +14,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from math import isfinite
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from quantkit.artifact.convert_report import convert_report
+from quantkit.artifact.figure_schema import Figure as Figure
+from quantkit.artifact.figure_schema import Number as Number
 from quantkit.artifact.layout import FIDELITY_VERSION
 from quantkit.artifact.token_schema import MOST_TOKENS, WorstToken
+from quantkit.artifact.yardstick_schema import NoiseFloor, Yardstick
 from quantkit.figures import list_stored_keys
 from quantkit.plan.plan_schema import FROZEN, PlanRule
 
 Status = Literal["accepted", "rejected", "not judged"]
-
-
-def _drop_non_finite(value: object) -> object:
-    return None if isinstance(value, float) and not isfinite(value) else value
-
-
-Number = Annotated[
-    float | None, AfterValidator(_drop_non_finite)
-]  # after: the text "nan" becomes a number first
-
-
-class Figure(BaseModel):
-    """A measured number with its standard error, or its 95 % confidence interval, if known."""
-
-    model_config = FROZEN
-    value: Number
-    se: Number = None
-    ci: tuple[Number, Number] | None = None
 
 
 # ------------------------------------------------------------------------------- compared artifacts
@@ -116,6 +100,7 @@ class SourceModel(BaseModel):
     languages: tuple[str, ...] = ()  # as its card states them: "en"
     library_name: str = "transformers"
     pipeline_tag: str = "text-generation"
+    chat: bool = False  # it has a chat template
 
 
 class TextPart(BaseModel):
@@ -348,6 +333,7 @@ class BenchmarkResult(BaseModel):
     unparsed: tuple[Number, Number] | None = (
         None  # share of answers without a parsable result: source, artifact
     )
+    fault: str = ""  # why the task is not valid: too many answers are cut or have no result
     data_sha256: str = ""
 
 
@@ -360,8 +346,10 @@ class GateResult(BaseModel):
     """One bound of the recipe; ok is None if the figure was not measured.
 
     n: tokens or items of the figure, ci: its 95 % interval, None for one that has none, such as a
-    size. outcome: "kept, not proven" is a figure within its bound with an interval that crosses it;
-    ok is then False if the recipe says `proven: true`, and the outcome "missed".
+    size. headroom: from the value to the bound, in the figure's unit; negative: missed; None in
+    reports of earlier versions. outcome: "kept, not proven" is a figure within its bound with an
+    interval that crosses it; ok is then False if the recipe says `proven: true`, and the outcome
+    "missed".
     """
 
     model_config = FROZEN
@@ -373,6 +361,15 @@ class GateResult(BaseModel):
     n: int | None = None
     ci: tuple[Number, Number] | None = None
     outcome: Outcome = "not judged"
+    headroom: Number = None
+
+    @property
+    def headroom_share(self) -> float | None:
+        """Headroom as a share of an upper bound above 0; None for other bounds."""
+        if self.headroom is None or self.value is None or not self.bound.startswith("<="):
+            return None
+        limit = self.value + self.headroom
+        return self.headroom / limit if limit > 0 else None
 
     @property
     def is_unproven(self) -> bool:
@@ -390,6 +387,23 @@ class GateResult(BaseModel):
         return {**values, "outcome": words[ok]} if ok in (True, False, None) else values
 
 
+class EngineLoading(BaseModel):
+    """Whether an engine's model and the artifact's tensors fit, by names and shapes.
+
+    how: "run": the engine's own loader ran without values; "names": the map in its source was
+    followed. tensors: with a parameter; skipped: left out by the engine on purpose.
+    """
+
+    model_config = FROZEN
+    engine: str
+    version: str = ""
+    how: Literal["run", "names", "not checked"]
+    reason: str = ""  # why it was not checked
+    tensors: int = 0
+    skipped: int = 0
+    faults: tuple[str, ...] = ()
+
+
 class Fidelity(BaseModel):
     """The whole report."""
 
@@ -402,6 +416,8 @@ class Fidelity(BaseModel):
     calibration: TextSet | None = None
     measured_on: TextSet | None = None
     distribution: tuple[DistributionResult, ...] = ()
+    yardstick: Yardstick | None = None  # only if the recipe asks for it
+    noise_floor: NoiseFloor | None = None  # None: the figures themselves are in bfloat16
     worst_tokens: Annotated[tuple[WorstToken, ...], Field(max_length=MOST_TOKENS)] = ()
     likelihood: tuple[LikelihoodResult, ...] = ()
     blocks: tuple[BlockError, ...] = ()
@@ -417,6 +433,7 @@ class Fidelity(BaseModel):
     hashes: dict[str, str] = {}  # "recipe", "plan", ...
     command: str = ""  # builds the artifact again in an empty folder
     source_tensors: str = ""  # how the tensors of the source are accounted for
+    loading: tuple[EngineLoading, ...] = ()  # () in earlier reports
     needs: tuple[str, ...] = ()  # local files that the command reads
 
     @model_validator(mode="before")

@@ -1,4 +1,4 @@
-"""The front matter of the source's model card, which the artifact carries over."""
+"""Facts of the source that the artifact's card carries over: its front matter, chat template."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from quantkit.artifact.layout import MODEL_CARD
+from quantkit.errors import ArtifactError
 from quantkit.io import safe_yaml
+from quantkit.io.files import is_file, read_json
 
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _LIMIT_BYTES = 1_000_000
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
@@ -23,6 +27,17 @@ def read_languages(folder: Path) -> tuple[str, ...]:
     value = read_card_values(folder).get("language")
     listed = value if isinstance(value, list) else [value]
     return tuple(x for x in listed if isinstance(x, str) and _LANGUAGE.fullmatch(x))
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Return whether a checkpoint has a chat template, in a file or in tokenizer_config.json.
+
+    Raises ArtifactError for an unreadable tokenizer_config.json.
+    """
+    if is_file(folder / CHAT_TEMPLATE):
+        return True
+    path = folder / TOKENIZER_CONFIG
+    return is_file(path) and bool(read_json(path, ArtifactError).get("chat_template"))
 
 
 def read_card_values(folder: Path) -> Mapping[str, object]:

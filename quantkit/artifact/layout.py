@@ -83,7 +83,7 @@ SCHEMA_VERSION: Final = 1
 """`schema_version` of the manifest."""
 FIDELITY_VERSION: Final = 2
 """`version` of fidelity.json."""
-LOADTEST_VERSION: Final = 1
+LOADTEST_VERSION: Final = 2
 """`version` of loadtest.json."""
 
 

@@ -1,6 +1,7 @@
 """Schema of loadtest.json, and its validation.
 
-Times are in milliseconds, throughput is per second of the level's own time.
+Times are in milliseconds unless a name says otherwise, throughput is per second of the level's own
+time. Version 1 has no requests, no GPU figures, no conversations and no answers.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quantkit.artifact.layout import LOADTEST_VERSION
 from quantkit.errors import ArtifactError
@@ -17,6 +18,8 @@ from quantkit.io.files import read_json
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+MAX_REQUESTS, MAX_ANSWERS, MAX_ANSWER_CHARACTERS = 1_000_000, 1_000, 4_000
 
 
 class FrozenModel(BaseModel):
@@ -46,6 +49,54 @@ class CacheCounters(FrozenModel):
         return self.hits / self.asked if self.asked else None
 
 
+class Requests(FrozenModel):
+    """The completed requests of a level in the order of their starts, one column per figure.
+
+    start_s: from the start of the level's first request. ttft_ms: None without a streamed token.
+    cached_tokens: prompt tokens that the server's usage reports as cached, None if it reports none.
+    conversation: requests of one conversation have the same number.
+    """
+
+    start_s: Annotated[tuple[NonNegativeFloat, ...], Field(max_length=MAX_REQUESTS)]
+    latency_ms: tuple[NonNegativeFloat, ...]
+    ttft_ms: tuple[NonNegativeFloat | None, ...]
+    inter_token_ms: tuple[NonNegativeFloat | None, ...]
+    prompt_tokens: tuple[NonNegativeInt | None, ...]
+    output_tokens: tuple[NonNegativeInt | None, ...]
+    cached_tokens: tuple[NonNegativeInt | None, ...]
+    conversation: tuple[NonNegativeInt, ...]
+
+    @model_validator(mode="after")
+    def check_lengths(self) -> Requests:
+        """Check that every column has a value per request."""
+        lengths = {len(getattr(self, name)) for name in type(self).model_fields}
+        if len(lengths) > 1:
+            raise ValueError(f"expected columns of one length, found {sorted(lengths)}")
+        return self
+
+
+class GpuReadings(FrozenModel):
+    """Readings of a metrics endpoint while requests were generating, in the order of time.
+
+    utilization: share of time that a GPU was busy, mean over the GPUs; memory_gb, watts: sums over
+    them; cache: share of the KV cache in use. A figure that the endpoint lacks has no readings.
+    """
+
+    source: str  # "DCGM exporter", "vLLM", "SGLang"
+    gpus: NonNegativeInt
+    utilization: Annotated[tuple[Share, ...], Field(max_length=MAX_REQUESTS)] = ()
+    memory_gb: tuple[NonNegativeFloat, ...] = ()
+    watts: tuple[NonNegativeFloat, ...] = ()
+    cache: tuple[Share, ...] = ()
+
+
+class Answer(FrozenModel):
+    """The answer to a prompt; prompt: its number in the data set."""
+
+    prompt: NonNegativeInt
+    text: Annotated[str, Field(max_length=MAX_ANSWER_CHARACTERS)]
+
+
 class LoadLevel(FrozenModel):
     """Results at one concurrency. inter_token: the mean gap between tokens, per answer."""
 
@@ -62,12 +113,23 @@ class LoadLevel(FrozenModel):
     prompt_tokens: NonNegativeFloat  # mean
     output_tokens: NonNegativeFloat  # mean
     cache: CacheCounters | None = None
+    requests: Requests | None = None
+    gpu: GpuReadings | None = None  # None: not measured
+
+
+class Conversations(FrozenModel):
+    """Conversations of several turns with a common system prompt, at one concurrency."""
+
+    data_sha256: str
+    conversations: NonNegativeInt
+    turns: NonNegativeInt
+    level: LoadLevel
 
 
 class LoadTest(FrozenModel):
     """One run against one server."""
 
-    version: Literal[1] = LOADTEST_VERSION
+    version: Literal[1, 2] = LOADTEST_VERSION
     tool: str
     model: str
     api: Literal["completions", "chat"]
@@ -80,6 +142,8 @@ class LoadTest(FrozenModel):
     machine: str  # the load generator's
     note: str = Field(default="", max_length=500)  # what served, in the operator's words
     levels: Annotated[tuple[LoadLevel, ...], Field(min_length=1)]
+    conversations: Conversations | None = None
+    answers: Annotated[tuple[Answer, ...], Field(max_length=MAX_ANSWERS)] = ()  # of the first level
 
     def comparable(self, other: LoadTest) -> str | None:
         """Return why two runs cannot be compared; None if they sent the same requests."""

@@ -96,10 +96,11 @@ def read_environment(plan: Plan) -> dict[str, str]:
 def format_plan(plan: Plan) -> str:
     """Return the text of plan.json: the resolved recipe, and its decision for every linear.
 
-    The name of the recipe's file, the output path and the memory are left out: they do not decide
-    the artifact.
+    The name of the recipe's file, the output path, memory and time are left out, because they do
+    not decide the artifact, and the keys that repeat the recipe.
     """
-    left_out = {"memory", "output", "recipe", "sampled"}
+    left_out = {"memory", "output", "recipe", "sampled", "time"}
+    left_out |= {"streams", "tasks", "gates", "engines"}
     summary = summarize_plan(plan).model_dump(mode="json", exclude=left_out)
     decisions = {name: [format_action(d), d.rule] for name, d in plan.decisions.items()}
     values = {

@@ -73,6 +73,16 @@ class BuildContext:
             writer.write({name: stored[-1]})
         return stored[0]
 
+    def cast_kept(self, name: str, tensor: Tensor) -> Tensor:
+        """Return an unscaled tensor as the first writer stores it, in float32; integers stay.
+
+        Codes and FP8 blocks keep their values.
+        """
+        writer = self.writers[0]
+        if self._keeps_codes(name, writer) or writer.spec(name).dtype == FP8:
+            return tensor
+        return to_float32(tensor.to(TORCH_DTYPES[writer.spec(name).dtype]))
+
     def _keeps_codes(self, name: str, writer: ArtifactWriter) -> bool:
         """Return whether a writer holds a kept weight as the source's codes, which may have the
         weight's own name.

@@ -4,7 +4,7 @@ move the streams.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -365,20 +365,33 @@ def quantize_dense(context: BlockContext, scaled: ScaledBlock) -> dict[str, Tens
     """Quantize and write everything but the routed experts; return the weights as stored, float32,
     by full name.
     """
+    stored = dict[str, Tensor]()
+    for name, tensor, quantized in iterate_dense(context, scaled):
+        if quantized is None:
+            stored[name] = context.write_kept(name, tensor)
+            continue
+        context.write(quantized.tensors, (quantized.record,))
+        stored[name] = quantized.weight
+    return stored
+
+
+def iterate_dense(
+    context: BlockContext, scaled: ScaledBlock
+) -> Iterator[tuple[str, Tensor, QuantizedLinear | None]]:
+    """Yield the name and the scaled tensor of everything but the routed experts, with the quantized
+    linear, None for what is kept.
+    """
     groups = {reader: group for group in context.plan.groups.values() for reader in group.readers}
-    stored, waiting = dict[str, Tensor](), dict[str, QuantizedLinear]()
+    waiting = dict[str, QuantizedLinear]()
     for name, tensor in scaled.tensors.items():
         linear = context.plan.linears.get(name.removesuffix(".weight"))
         if linear is None or not linear.is_quantized:
-            stored[name] = context.write_kept(name, tensor)
+            yield name, tensor, None
             continue
         module = linear.decision.linear.name
         if name not in waiting:  # the first of those that read its input
             waiting |= quantize_readers(context, scaled, module, groups.get(module))
-        quantized = waiting.pop(name)
-        context.write(quantized.tensors, (quantized.record,))
-        stored[name] = quantized.weight
-    return stored
+        yield name, tensor, waiting.pop(name)
 
 
 def quantize_readers(

@@ -1,8 +1,9 @@
 """Streams: token sequences and their hidden states, on disk between blocks.
 
 Three streams run: `calibration` (for statistics), `reference` (original weights) and `quantized`
-(stored weights); with `propagate: both` also `original`, the calibration text under original
-weights. A stream is a flat array of tokens, sequence after sequence, without padding.
+(stored weights). With `propagate: both` also `original`, the calibration text under original
+weights; with `fidelity.yardstick` also `yardstick`, the fidelity text under weights rounded to
+nearest. A stream is a flat array of tokens, sequence after sequence, without padding.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from quantkit.models.outer_model import OuterModel
 from quantkit.plan.memory import BATCH_TOKENS
 from quantkit.texts.tokens import Tokens, pack_tokens
 
-StreamName = Literal["calibration", "original", "reference", "quantized"]
+StreamName = Literal["calibration", "original", "reference", "quantized", "yardstick"]
 
 
 @dataclass(frozen=True, kw_only=True)

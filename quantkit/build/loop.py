@@ -19,7 +19,7 @@ import torch
 
 from quantkit.artifact.records import BlockRecord
 from quantkit.artifact.writer import ArtifactWriter
-from quantkit.build import dense, moe
+from quantkit.build import dense, moe, yardstick
 from quantkit.build.block_figures import check_finite, format_block, format_module, measure_block
 from quantkit.build.block_plan import (
     BlockPlan,
@@ -101,12 +101,15 @@ def build_blocks(
         built = BuiltBlocks(
             streams=open_streams(build, texts, folder), blocks=list(progress.blocks)
         )
-        for number, plan in islice(enumerate(block_plans), len(built.blocks), None):
-            report = partial(report_block, on_progress, number, total, plan.block.name)
+        began = len(built.blocks)
+        for number, plan in islice(enumerate(block_plans), began, None):
+            report = partial(
+                report_block, on_progress, built.blocks, plan.block.name, number, total, began
+            )
             before, record = dict(built.streams), BlockRecord(name=plan.block.name)
-            began = time.monotonic()
+            started = time.monotonic()
             built.streams = build_block(build, plan, before, record, report)
-            record.seconds = time.monotonic() - began
+            record.seconds = time.monotonic() - started
             built.blocks.append(record)
             progress.commit_step(writers, before, built.streams, folder, record)
             log_block(record)
@@ -157,9 +160,12 @@ def quantize_block(context: BlockContext) -> None:
         scaled = dense.scale_groups(context, tensors, calibration, state.errors)
     stored = dense.quantize_dense(context, scaled)
     routings = dense.run_stored_block(context, stored)
+    rounded = yardstick.round_dense(context, tensors) if yardstick.is_measured(context) else {}
+    if rounded:
+        routings[yardstick.STREAM] = yardstick.run_dense(context, rounded)
     restore_streams(context)
     moe.quantize_pass(context, scaled, calibration, reference, state, routings)
-    moe.return_sums_inside(context, tensors, stored)
+    moe.return_sums_inside(context, tensors, stored, rounded)
     if "reference" in context.streams:
         measure_block(context, reference, routings["quantized"])
 
@@ -244,7 +250,19 @@ def log_block(record: BlockRecord) -> None:
 
 
 def report_block(
-    on_progress: ProgressCallback, number: int, total: int, name: str, share: float
+    on_progress: ProgressCallback,
+    blocks: Sequence[BlockRecord],
+    name: str,
+    number: int,
+    total: int,
+    began: int,
+    share: float,
 ) -> None:
-    """Report the share of a block that is done."""
-    on_progress(Progress(stage="blocks", done=number + share, total=total, note=name))
+    """Report the share of a block that is done, and the error of the hidden states so far: after
+    the last finished block.
+
+    began: blocks that an earlier run has finished.
+    """
+    error = next((x.output_error for x in reversed(blocks) if x.output_error is not None), None)
+    note = name if error is None else f"{name}, error {100 * error:.2f} %"
+    on_progress(Progress(stage="blocks", done=number + share, total=total, note=note, began=began))

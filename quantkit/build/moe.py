@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantkit.build import dense
+from quantkit.build import dense, yardstick
 from quantkit.build.block_plan import ExpertRange
 from quantkit.build.context import BlockContext, ExpertPassState
 from quantkit.build.dense import BlockCalibration, ScaledBlock, ScalingCheckSample
@@ -96,13 +96,19 @@ def quantize_pass(
     plan = context.plan.experts
     if plan is None:
         return
-    settings = expert_settings(context, scaled, calibration)
+    settings, rounded = expert_settings(context, scaled, calibration), list[ExpertSlice]()
+    seen = {name: routing for name, routing in routings.items() if name != yardstick.STREAM}
     start = 0.5 if plan.needs_search else 0.0
     for wave in plan.waves(state.quantized):
         tasks = iterate_tasks(context, wave, calibration, reference, state)
+        if yardstick.is_measured(context):
+            tasks = yardstick.round_experts(context, tasks, rounded)
         stored = [write_result(context, x, state) for x in quantize_tasks(context, tasks, settings)]
-        add_expert_outputs(context, stored, routings)
+        add_expert_outputs(context, stored, seen)
+        if rounded:
+            add_expert_outputs(context, rounded, {yardstick.STREAM: routings[yardstick.STREAM]})
         del stored  # before the next wave is read
+        rounded.clear()
         state.quantized = wave[-1].stop
         checkpoint_if_due(context, state)
         context.report_share(start + (1 - start) * state.quantized / plan.experts.count)
@@ -319,19 +325,22 @@ def add_to_stream(
         before.close()
 
 
-def return_sums_inside(context: BlockContext, original: Tensors, stored: Tensors) -> None:
+def return_sums_inside(
+    context: BlockContext, original: Tensors, stored: Tensors, rounded: Tensors
+) -> None:
     """Run each stream through a layer that takes the sum of its experts inside, now that the sums
     are complete; nothing for other layers.
 
-    original, stored: dense tensors of the block, float32, by full name.
+    original, stored, rounded (of the yardstick): dense tensors of the block, float32, by full name.
     """
     block, state, build = context.plan.block, context.state, context.build
     if block.experts is None or not block.experts.inside:
         return
     for name, sums in list(state.targets.items()):
-        is_original = name in searched_streams(context)
+        weights = original if name in searched_streams(context) else stored
+        weights = rounded if name == yardstick.STREAM else weights
         model = build.calibration_model if name in CALIBRATION_STREAMS else build.model
-        layer = make_decoder_layer(model, block, original if is_original else stored)
+        layer = make_decoder_layer(model, block, weights)
         target, stream = sums, context.streams[name]
         if name in state.saved or sums.width != stream.hidden.width:
             target = create_target(stream, context.name, ".inside")

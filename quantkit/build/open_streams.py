@@ -87,6 +87,8 @@ def select_texts(build: BuildContext, texts: StreamTexts) -> dict[StreamName, To
         selected["original"] = texts["calibration"]
     if plan.recipe.fidelity:
         selected |= {"reference": texts["fidelity"], "quantized": texts["fidelity"]}
+    if plan.recipe.fidelity and plan.recipe.fidelity.yardstick:
+        selected["yardstick"] = texts["fidelity"]
     return selected
 
 

@@ -51,6 +51,15 @@ def name_tensors(
         named = {file: rename_header(header, renames) for file, header in headers.items()}
         owner = {renames.get(name, name): file for name, file in files.items()}
     aliases = find_aliases(config, headers, renames, owner)
+    for head, embedding in list_tied_pairs(config) if aliases else ():
+        if aliases.get(embedding) == head:  # config.json ties them: the model has one of them
+            del aliases[embedding]
+            own = {head: embedding}
+            named = {file: rename_header(header, own) for file, header in named.items()}
+            owner = {own.get(name, name): file for name, file in owner.items()}
+            notes = (*notes, f"{embedding} is stored as {head}, to which config.json ties it")
+        elif aliases.get(head) == embedding:
+            del aliases[head]
     if aliases:
         named = {file: add_aliases(header, aliases) for file, header in named.items()}
         owner = {**owner, **{alias: owner[name] for alias, name in aliases.items()}}

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from quantkit.contracts import Config, ScaleDtype, Scheme, TensorSpec
+from quantkit.contracts import Config, Scheme, TensorSpec
+from quantkit.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.formats.common.checks import check_pattern, compile_any
 from quantkit.io.files import shorten_repr
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
 FP8 = "F8_E4M3"
 E8M0_DTYPES = ("F8_E8M0", "U8")
 """Dtypes of scales that are powers of two: a byte e stands for 2**(e - 127)."""
-SCALE_DTYPES = ("F32", "BF16", "F16")
+SCALE_DTYPES = tuple(FLOAT_DTYPES)
 FETCH_AGAIN = "fetch the checkpoint again"
-_MODEL_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 PartReader = Callable[[str, int, int | None], "Tensor"]
 """Part of an encoded weight ("scale"), first row, row after the last (None: all) -> the rows as
@@ -35,8 +35,6 @@ stored.
 
 Decode = Callable[[PartReader, int, int], "Tensor"]
 """Reader, first row, row after the last -> these rows of the weight in its logical dtype."""
-SCHEME_SCALES: Mapping[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""Dtypes of scales per row that an artifact may hold unchanged."""
 
 
 class EncodingFault(Exception):
@@ -98,7 +96,7 @@ class SourceQuantization:
         nested = self.config.values.get("text_config")
         places = (self.config.values, nested if isinstance(nested, dict) else {})
         names = (place.get(key) for place in places for key in ("dtype", "torch_dtype"))
-        return next((_MODEL_DTYPES[name] for name in names if name in _MODEL_DTYPES), "")
+        return next((FLOAT_NAMES[str(x)] for x in names if x in FLOAT_NAMES), "")
 
     @cached_property
     def groups(self) -> tuple[Mapping[str, object], ...]:
@@ -278,13 +276,13 @@ def make_row_scheme(
     store their tensors under other names or shapes.
     """
     is_own = scale.name == f"{codes.name}_scale" and scale.shape == (codes.shape[0], 1)
-    if not is_own or len(codes.shape) != 2 or scale.dtype not in SCHEME_SCALES:
+    if not is_own or len(codes.shape) != 2 or scale.dtype not in FLOAT_DTYPES:
         return None
     return Scheme(
         bits=8,
         group_size=-1,
         symmetric=True,
-        scale_dtype=SCHEME_SCALES[scale.dtype],
+        scale_dtype=FLOAT_DTYPES[scale.dtype],
         kind=kind,
     )
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from quantkit.contracts import DTYPE_BYTES, TensorSpec
+from quantkit.contracts import TensorSpec
+from quantkit.dtypes import DTYPE_BYTES
 from quantkit.errors import CheckpointError
 from quantkit.io.files import describe_os_error, parse_json, shorten_repr
 

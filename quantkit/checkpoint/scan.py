@@ -15,7 +15,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from quantkit.checkpoint.header import Header
-from quantkit.contracts import DTYPE_BYTES
+from quantkit.dtypes import DTYPE_BYTES
 from quantkit.errors import ArtifactError
 from quantkit.io.files import describe_os_error
 

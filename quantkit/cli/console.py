@@ -98,6 +98,16 @@ def exit_with_error(message: str, error: BaseException, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def echo(text: str) -> None:
+    """Print text to stdout, with control characters escaped and wrapped between words on a
+    terminal.
+    """
+    escaped = escape_controls(text)
+    if sys.stdout.isatty():
+        escaped = wrap_lines(escaped, shutil.get_terminal_size().columns)
+    click.echo(escaped)
+
+
 def wrap_lines(text: str, width: int) -> str:
     """Return text in lines of `width` characters, broken between words only: a path stays whole.
 

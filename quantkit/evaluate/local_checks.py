@@ -4,7 +4,7 @@ disk, benchmarks that cannot run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from quantkit.build.disk_space import describe_disk_shortage
 from quantkit.errors import ArtifactError, EvaluationError, UntrustedCode
 from quantkit.evaluate import source_comparison, task_runner, tasks
 from quantkit.plan.check_model import check_model, check_token_ids
-from quantkit.plan.plan import Plan
+from quantkit.plan.measurements import count_solutions
+from quantkit.plan.plan import Plan, TextUse, plan_build_memory
 from quantkit.plan.read_texts import read_texts
 from quantkit.plan.sources import resolve_compute
 
@@ -25,10 +26,31 @@ def check_local(plans: Sequence[Plan], folder: Path) -> tuple[Plan, ...]:
     check_model(plans[0])
     texts = read_texts(plans[0].recipe, folder)
     check_token_ids(plans[0], texts.largest_ids)
+    plans = [count_tokens(plan, texts.tokens) for plan in plans]
     notes = [*texts.notes, *describe_benchmarks(plans[0])]
     if shortage := describe_disk_shortage(plans):
         notes.append(shortage)
     return add_warnings(plans, notes)
+
+
+def count_tokens(plan: Plan, counts: Mapping[TextUse, int]) -> Plan:
+    """Return the plan with the counted tokens of its texts, and the scratch disk that they need.
+
+    Nothing changes for a text that was not tokenized.
+    """
+    if not counts:
+        return plan
+    solutions = {use: count_solutions(plan, use) for use in counts}
+    tokens = {**plan.tokens, **{use: n + solutions[use] for use, n in counts.items()}}
+    memory = plan_build_memory(
+        plan.recipe,
+        plan.layout,
+        plan.decisions,
+        budget_bytes=plan.memory.budget_bytes,
+        tokens=tokens,
+        hidden_bytes=resolve_compute(plan.recipe).hidden_bytes,
+    )
+    return replace(plan, tokens=tokens, text_tokens=dict(counts), memory=memory)
 
 
 def check_before_build(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import stdev
 
 from quantkit.artifact.fidelity_schema import BenchmarkResult
 from quantkit.errors import EvaluationError, UsageError
 from quantkit.evaluate import (
     answer_store,
+    broken_answers,
     item_results,
     lm_eval_tasks,
     source_comparison,
@@ -58,7 +60,8 @@ class TaskResult:
 
     Score None: not judged.
 
-    The field names are keys of results.json. variant: how answers were read.
+    The field names are keys of results.json. variant: how answers were read; fault: why the task is
+    not valid (`broken_answers`); seed_scores: the score of each seed, empty for one.
     """
 
     task: str
@@ -74,6 +77,13 @@ class TaskResult:
     task_sha256: str
     items_sha256: str
     variant: str = "plain"
+    fault: str = ""
+    seed_scores: tuple[float, ...] = ()
+
+    @property
+    def noise(self) -> float | None:
+        """Standard deviation of the score between seeds; None for fewer than two."""
+        return stdev(self.seed_scores) if len(self.seed_scores) > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +104,11 @@ class EvaluationResult:
         """Tasks that could not run, or whose programs could not be judged."""
         unscored = (row.task for row in self.task_results if row.score is None)
         return (*self.not_run, *dict.fromkeys(unscored))
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Why tasks are not valid: too many answers are cut or have no result."""
+        return tuple(dict.fromkeys(row.fault for row in self.task_results if row.fault))
 
 
 def select_output_folder(name: str, output: Path | None, *, resume: bool) -> Path:
@@ -217,9 +232,26 @@ def summarize_tasks(runs: EvaluationRuns, *, chat: bool = False) -> tuple[TaskRe
     groups: dict[tuple[str, str], list[ItemResult]] = {}
     for item in runs.items:
         groups.setdefault((item.task, item.filter), []).append(item)
-    return tuple(
+    rows = (
         summarize_task(tasks[key[0]], items, rates[key], chat=chat) for key, items in groups.items()
     )
+    return tuple(
+        replace(row, seed_scores=score_seeds(runs.runs, row.task, row.filter)) for row in rows
+    )
+
+
+def score_seeds(
+    runs: Sequence[Sequence[ItemResult]], task: str, filter_name: str
+) -> tuple[float, ...]:
+    """Return the mean score of each seed; empty for one seed and for items without a score."""
+    scores = [
+        [item.score for item in run if (item.task, item.filter) == (task, filter_name)]
+        for run in runs
+    ]
+    known = [[score for score in seed if score is not None] for seed in scores]
+    if len(runs) < 2 or known != scores:
+        return ()
+    return tuple(sum(seed) / len(seed) for seed in known)
 
 
 def summarize_task(
@@ -243,10 +275,16 @@ def summarize_task(
         task_sha256=task.sha256,
         items_sha256=hashlib.sha256(hashes.encode()).hexdigest(),
         variant=task_runner.describe_variant(task, chat=chat),
+        fault=broken_answers.describe_broken(
+            task.name, rates.n, {"model": (rates.truncated, rates.unparsed)}
+        )
+        if rates.is_primary  # other filters read answers more strictly
+        else "",
     )
 
 
 def task_result_to_json(row: TaskResult) -> dict[str, object]:
     """Return a row as results.json has it."""
     limits = [row.interval.low, row.interval.high] if row.interval else None
-    return {**{name: getattr(row, name) for name in row.__dataclass_fields__}, "interval": limits}
+    fields = {name: getattr(row, name) for name in row.__dataclass_fields__}
+    return {**fields, "interval": limits, "noise": row.noise}

@@ -19,7 +19,7 @@ from quantkit.artifact.fidelity_schema import BenchmarkResult, Figure
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.remote_code import allows_remote_code
 from quantkit.errors import EvaluationError
-from quantkit.evaluate import item_results, statistics, task_runner, tasks
+from quantkit.evaluate import broken_answers, item_results, statistics, task_runner, tasks
 from quantkit.evaluate.item_results import ItemPair, ItemResult
 from quantkit.evaluate.sandbox import Sandbox
 from quantkit.evaluate.tasks import Task
@@ -232,6 +232,10 @@ def make_benchmark_row(
         reason = reason or f"{len(task_pairs)} items are too few to compare"
         return BenchmarkResult(task=task.name, status="not run", reason=reason, n=len(task_pairs))
     source_scores, artifact_scores = ([item.score or 0.0 for item in side] for side in sides)
+    rates = {
+        side: (score.truncated, score.unparsed)
+        for side, score in zip(("source", "artifact"), side_scores, strict=True)
+    }
     comparison = statistics.compare_scores(source_scores, artifact_scores, smallest_recovery)
     return BenchmarkResult(
         task=task.name,
@@ -246,8 +250,9 @@ def make_benchmark_row(
         mcnemar_p=comparison.p_value,
         verdict=comparison.text,
         required=comparison.smallest_recovery,
-        truncated=(side_scores[0].truncated, side_scores[1].truncated),
-        unparsed=(side_scores[0].unparsed, side_scores[1].unparsed),
+        truncated=(rates["source"][0], rates["artifact"][0]),
+        unparsed=(rates["source"][1], rates["artifact"][1]),
+        fault=broken_answers.describe_broken(task.name, len(task_pairs), rates),
         data_sha256=task.sha256,
     )
 

@@ -7,20 +7,20 @@ hold whole. The artifact's side is read back from its files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.build.hidden_states import Stream
+from quantkit.build.hidden_states import Stream, StreamName
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.contracts import Layout
 from quantkit.errors import NumericsError
 from quantkit.figure_readers import ALL_TEXT
 from quantkit.models import full_model
-from quantkit.models.layers import MetaModel, load_outer_model
+from quantkit.models.layers import MetaModel, cast_meta_model, load_outer_model
 from quantkit.numerics import fidelity
 from quantkit.numerics.clustered import Array
 from quantkit.numerics.fidelity import Estimate, TokenFidelity
@@ -37,6 +37,8 @@ class TextFidelity:
     """
 
     tokens: TokenFidelity
+    yardstick: TokenFidelity | None = None  # of weights rounded to nearest
+    bfloat16: TokenFidelity | None = None  # of the source with its head in bfloat16
     rows: Tensor
     domains: tuple[str, ...]  # one per token
     documents: Tensor
@@ -79,29 +81,46 @@ class LMHead:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamPair:
-    """The reference and the quantized stream after the last block, each with its own head."""
+    """The reference and the quantized stream after the last block, each with its own head.
+
+    yardstick: the stream of weights rounded to nearest, which has the artifact's head; bfloat16:
+    the source's head in bfloat16.
+    """
 
     reference: Stream
     quantized: Stream
     source: LMHead
     artifact: LMHead
+    yardstick: Stream | None = None
+    bfloat16: LMHead | None = None
 
     def compare(self, rows: Tensor) -> TokenFidelity:
         """Compare both models' predictions of the token after each of `rows` [n] of the streams."""
-        ids, chunks = self.reference.tokens.ids.long(), list[TokenFidelity]()
+        return self.compare_sides(rows, [(self.artifact, self.quantized)])[0]
+
+    def compare_sides(
+        self, rows: Tensor, sides: Sequence[tuple[LMHead, Stream]]
+    ) -> list[TokenFidelity]:
+        """Compare the predictions of each head after its stream with the source's, at `rows` [n].
+
+        Raises NumericsError for distributions that are not finite.
+        """
+        ids, chunks = self.reference.tokens.ids.long(), [list[TokenFidelity]() for _ in sides]
         for chunk in rows.split(HEAD_CHUNK):
-            p = self.source.logits(self.reference.hidden.gather(chunk))
-            q = self.artifact.logits(self.quantized.hidden.gather(chunk))
-            chunks.append(fidelity.compare_logits(p.cpu(), q.cpu(), ids[chunk + 1]))
-        tokens = fidelity.concatenate_tokens(chunks)
-        figures = (tokens.kl, tokens.nll_source, tokens.nll_quantized)
-        if not all(bool(figure.isfinite().all()) for figure in figures):
-            raise NumericsError(
-                "final norm and language-model head: expected finite distributions, found NaN or "
-                "infinity; look for huge values among their weights in source and artifact, and at "
-                "rms_norm_eps in config.json"
-            )
-        return tokens
+            p = self.source.logits(self.reference.hidden.gather(chunk)).cpu()
+            for (head, stream), parts in zip(sides, chunks, strict=True):
+                q = head.logits(stream.hidden.gather(chunk))
+                parts.append(fidelity.compare_logits(p, q.cpu(), ids[chunk + 1]))
+        compared = [fidelity.concatenate_tokens(parts) for parts in chunks]
+        for tokens in compared:
+            figures = (tokens.kl, tokens.nll_source, tokens.nll_quantized)
+            if not all(bool(figure.isfinite().all()) for figure in figures):
+                raise NumericsError(
+                    "final norm and language-model head: expected finite distributions, found NaN "
+                    "or infinity; look for huge values among their weights in source and artifact, "
+                    "and at rms_norm_eps in config.json"
+                )
+        return compared
 
     def rank_predictions(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Return the `count` most probable tokens after each of `rows` [n] of the streams.
@@ -125,24 +144,39 @@ def load_stream_pair(
     layout: Layout,
     source: Checkpoint,
     artifact: Checkpoint,
-    reference: Stream,
-    quantized: Stream,
+    streams: Mapping[StreamName, Stream],
 ) -> StreamPair:
-    """Read both heads and pair them with their streams."""
+    """Read both heads and pair them with their streams.
+
+    Unless the figures are computed in bfloat16, the source's head is read in bfloat16, too.
+    """
+    half = None
+    if skeleton.dtype != torch.bfloat16:
+        half = LMHead(cast_meta_model(skeleton, torch.bfloat16), layout, source)
     return StreamPair(
-        reference=reference,
-        quantized=quantized,
+        reference=streams["reference"],
+        quantized=streams["quantized"],
+        yardstick=streams.get("yardstick"),
         source=LMHead(skeleton, layout, source),
         artifact=LMHead(skeleton, layout, artifact),
+        bfloat16=half,
     )
 
 
 def measure_text(pair: StreamPair) -> TextFidelity:
-    """Compare the two streams at every position of the text that has a next token."""
+    """Compare the streams with the reference at every position that has a next token."""
     rows, domains = select_scored_rows(pair.reference)
     documents, repeated = find_documents(pair.reference, rows)
+    sides = {"artifact": (pair.artifact, pair.quantized)}
+    if pair.yardstick is not None:
+        sides["yardstick"] = (pair.artifact, pair.yardstick)
+    if pair.bfloat16 is not None:
+        sides["bfloat16"] = (pair.bfloat16, pair.reference)
+    compared = dict(zip(sides, pair.compare_sides(rows, list(sides.values())), strict=True))
     return TextFidelity(
-        tokens=pair.compare(rows),
+        tokens=compared["artifact"],
+        yardstick=compared.get("yardstick"),
+        bfloat16=compared.get("bfloat16"),
         rows=rows,
         domains=domains,
         documents=documents,

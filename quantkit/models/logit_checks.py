@@ -21,16 +21,12 @@ from torch import Tensor
 from quantkit.contracts import Config, Layout
 from quantkit.errors import CheckpointError
 from quantkit.models import expert_checks, full_model, layer_states
+from quantkit.models.block_trial import LENGTHS, select_block_tensors
 from quantkit.models.experts import run_block_batches
 from quantkit.models.inspect import make_refusal
+from quantkit.models.layer_calls import name_tensors
 from quantkit.models.layers import MetaModel, embed_tokens, load_outer_model, load_tables
-from quantkit.models.layout_checks import (
-    LENGTHS,
-    BlockFindings,
-    inspect_blocks,
-    select_block_tensors,
-)
-from quantkit.models.outer_model import name_tensors
+from quantkit.models.layout_checks import BlockFindings, inspect_blocks
 from quantkit.models.small_instance import VOCABULARY
 from quantkit.models.stored_names import UnknownForm
 

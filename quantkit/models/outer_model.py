@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantkit.errors import CheckpointError
+from quantkit.models.layer_calls import LayerCall, count_bytes, is_ids, name_tensors
 from quantkit.models.modules import MatmulLinear, freeze, list_prefixes
 from quantkit.models.state_rows import StateForm, StatePart, find_token_axes
+from quantkit.models.stubs import EmbeddingStub, HeadStub, LayerStub, RowEmbedding, Stub
 
 MAX_KEPT_BYTES = 1 << 26
 """Recorded arguments that are kept for the next layer; the largest are masks [n, 1, t, t]."""
@@ -33,117 +35,6 @@ PROBE_TOKENS = (5, 6)
 MAX_EXTRA_OUTPUTS = 3
 FORM_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """Exceptions of transformers' forward when a layer's output has an unexpected form."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerCall:
-    """One call of a layer without its hidden states.
-
-    `by_name`: the hidden states are passed as `hidden_states=`, not as the first argument; `ids`:
-    names (`name_tensors`) of the arguments that are the token ids.
-    """
-
-    arguments: tuple[Any, ...]
-    keywords: Mapping[str, Any]
-    by_name: bool
-    ids: frozenset[str] = frozenset()
-
-    def run(self, layer: nn.Module, form: StateForm, rows: Tensor) -> Tensor:
-        """Call `layer` with rows of states [sequences, tokens, width]; return those after it."""
-        hidden, ids = form.unpack(rows)
-        arguments, keywords = self.arguments, dict(self.keywords)
-        if ids is not None and self.ids:
-            arguments = replace_tensors(arguments, dict.fromkeys(self.ids, ids))
-            keywords = replace_tensors(keywords, dict.fromkeys(self.ids, ids))
-        if self.by_name:
-            out = layer(*arguments, **{**keywords, "hidden_states": hidden})
-        else:
-            out = layer(hidden, *arguments, **keywords)
-        return form.pack(out[0] if isinstance(out, tuple) else out, ids)
-
-
-class Stub(nn.Module):
-    """Stands for a module without weights: other attributes are those of the module."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["original"] = original  # no submodule, so it is neither copied nor moved
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["original"], name)
-
-
-class LayerStub(Stub):
-    """Records the calls of a layer and returns its input, or `answer` if that is set.
-
-    `hidden` are the states of the last call. `n_extra`: the number of outputs after the states;
-    None for a layer that returns no tuple. `marks`: tensors to return there.
-    """
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__(original)
-        self.calls: list[LayerCall] = []
-        self.hidden: Tensor | None = None
-        self.answer: Tensor | None = None
-        self.n_extra: int | None = None
-        self.marks: tuple[Tensor, ...] = ()
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """Return states, in the form that the model expects."""
-        by_name = "hidden_states" in keywords
-        hidden = keywords.pop("hidden_states") if by_name else arguments[0]
-        rest = arguments if by_name else arguments[1:]
-        self.calls.append(LayerCall(arguments=rest, keywords=keywords, by_name=by_name))
-        self.hidden = hidden
-        out = hidden if self.answer is None else self.answer
-        if self.n_extra is None:
-            return out
-        return (out, *(self.marks or [None] * self.n_extra))
-
-
-class EmbeddingStub(Stub):
-    """Returns zeros of the embedding's shape."""
-
-    def __init__(self, original: nn.Embedding, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(original)
-        self.zero = torch.zeros((), device=device, dtype=dtype)
-        self.__dict__["weight"] = self.zero.expand(original.weight.shape)  # no parameter
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """[...] -> [..., hidden]."""
-        return self.zero.expand(*ids.shape, self.original.weight.shape[1])
-
-
-class RowEmbedding(Stub):
-    """The embedding on the rows that a batch needs: its own forward, without a second copy."""
-
-    def __init__(
-        self, original: nn.Embedding, weight: Tensor, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        super().__init__(original)
-        self.__dict__["rows"] = (weight, device, dtype)
-        self.__dict__["weight"] = weight  # no parameter; some models read a row of it
-        original.padding_idx = None  # of training only; the rows here have other numbers
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """[...] -> [..., hidden]."""
-        weight, device, dtype = self.__dict__["rows"]
-        used, number = ids.unique(return_inverse=True)  # [rows], [...]
-        rows = weight[used.to(weight.device)]  # [rows, hidden]
-        self.original.weight = freeze(rows.to(device=device, dtype=dtype))
-        embedded: Tensor = self.original(number)  # [..., hidden]
-        return embedded
-
-
-class HeadStub(Stub):
-    """Stands for the head in a forward whose logits are not used."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] -> [..., 1]."""
-        return hidden[..., :1]
 
 
 class OuterModel:
@@ -453,48 +344,3 @@ def fill_tensors(
             value = torch.zeros((), device=device, dtype=own).expand(tensor.shape)
         value = value.to(device=device, dtype=own)
         setattr(module, kind, value if is_buffer else freeze(value))
-
-
-def name_tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in arguments, each with a name that is the same in every call."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, LayerCall):
-        yield from name_tensors(value.arguments, path)
-        yield from name_tensors(value.keywords, path)
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from name_tensors(part, f"{path}.{key}")
-    elif isinstance(value, tuple | list):
-        for number, part in enumerate(value):
-            yield from name_tensors(part, f"{path}.{number}")
-
-
-def replace_tensors(value: Any, changes: Mapping[str, Tensor], path: str = "") -> Any:
-    """Return arguments with the tensors of `changes` in place of those with these names."""
-    if path in changes:
-        return changes[path]
-    if not any(name.startswith(path) for name in changes):
-        return value
-    if isinstance(value, Mapping):
-        return {key: replace_tensors(x, changes, f"{path}.{key}") for key, x in value.items()}
-    if isinstance(value, tuple | list):
-        parts = [replace_tensors(x, changes, f"{path}.{n}") for n, x in enumerate(value)]
-        return parts if isinstance(value, list) else tuple(parts)
-    return value
-
-
-def is_ids(tensor: Tensor | None, ids: Tensor) -> bool:
-    """Return whether an argument is the token ids [sequences, tokens]."""
-    if tensor is None or tensor.is_floating_point() or tensor.shape != ids.shape:
-        return False
-    return torch.equal(tensor.to(ids), ids)
-
-
-def count_bytes(value: Any) -> int:
-    """Return the bytes of the tensors in arguments; those that layers share count once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for _, tensor in name_tensors(value)
-    }
-    return sum(storages.values())

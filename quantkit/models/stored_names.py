@@ -8,7 +8,7 @@ conversion and compares values; names are not interpreted. A model whose experts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -101,8 +101,9 @@ def find_stored_names(
         result |= name_pieces(experts[path], biases, "bias")
         claimed |= {*kinds.values()}
     result |= {tensors[name]: values[name] for name in tensors if name not in claimed}
+    index = index_parts(parts)
     joined = {
-        name: find_parts(name, x, parts)
+        name: find_parts(name, x, parts, index)
         for name, x in values.items()
         if name not in tensors and name not in claimed
     }
@@ -253,33 +254,38 @@ def make_key(weight: Tensor) -> tuple[object, ...]:
 # --------------------------------------------------------------------------------- tensors in parts
 
 
-def find_parts(name: str, tensor: Tensor, parts: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return the parts of a tensor along its rows, in order; raises UnknownForm."""
-    places = {
-        start: (part, len(value))
-        for part, value in parts.items()
-        for start in find_rows(tensor, value)
-    }
+def index_parts(parts: Mapping[str, Tensor]) -> dict[tuple[object, ...], list[str]]:
+    """Return the names of tensors by the key of their first row."""
+    index: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in parts.items():
+        if tensor.dim() and len(tensor):
+            index.setdefault(make_key(tensor[0]), []).append(name)
+    return index
+
+
+def find_parts(
+    name: str,
+    tensor: Tensor,
+    parts: Mapping[str, Tensor],
+    index: Mapping[tuple[object, ...], Sequence[str]],
+) -> tuple[str, ...]:
+    """Return the parts of a tensor along its rows, in order; index: of `index_parts`.
+
+    Raises UnknownForm.
+    """
     row, result = 0, list[str]()
     while row < len(tensor):
-        if row not in places:
+        near = [x for x in index.get(make_key(tensor[row]), ()) if is_at(tensor, row, parts[x])]
+        if not near:
             raise UnknownForm(
                 f"transformers makes {name} from other tensors of the checkpoint, and not by "
                 "joining their rows"
             )
-        part, count = places[row]
-        result.append(part)
-        row += count
+        result.append(near[0])
+        row += len(parts[near[0]])
     return tuple(result)
 
 
-def find_rows(tensor: Tensor, part: Tensor) -> Iterator[int]:
-    """Yield the rows at which `part` is contained in `tensor`."""
-    if tensor.dim() == 0 or part.dim() != tensor.dim() or part.shape[1:] != tensor.shape[1:]:
-        return
-    if not 0 < len(part) <= len(tensor):
-        return
-    first = (tensor == part[0]).flatten(1).all(1) if tensor.dim() > 1 else tensor == part[0]
-    for start in first.nonzero()[:, 0].tolist():
-        if torch.equal(tensor[start : start + len(part)], part):
-            yield start
+def is_at(tensor: Tensor, row: int, part: Tensor) -> bool:
+    """Return whether `part` is contained in `tensor` from a row on."""
+    return torch.equal(tensor[row : row + len(part)], part)

@@ -21,7 +21,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from quantkit.contracts import ModelPart
 from quantkit.errors import CheckpointError
 from quantkit.models.modules import list_prefixes
-from quantkit.models.outer_model import Stub, find_layers, get_head, get_module_name
+from quantkit.models.outer_model import find_layers, get_head, get_module_name
+from quantkit.models.stubs import Stub
 
 SHOWN = 3
 

@@ -26,7 +26,8 @@ def look_up(table: npt.NDArray[np.float32], index: Tensor) -> Tensor:
     """Return rows of a table [n, ...] for an index [...] uint8: [..., ...] float32."""
     if index.device.type == "cpu":
         return torch.from_numpy(table.take(index.numpy(), axis=0))
-    return torch.from_numpy(table).to(index.device)[index.int()]
+    rows: Tensor = torch.from_numpy(table).to(index.device)[index.int()]
+    return rows
 
 
 def unpack_e2m1(codes: Tensor) -> Tensor:

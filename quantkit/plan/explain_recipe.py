@@ -248,8 +248,12 @@ def choose_output(draft: Draft) -> str:
     name = draft.request.model.removeprefix("builtin:")
     last = expand_home(name).resolve().name if name.startswith((".", "~")) else Path(name).name
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "model"
-    suffix = "nf4" if draft.method == "nf4" else f"{draft.method.replace('_', '-')}{draft.bits}"
-    return f"artifacts/{safe[:100]}-{suffix}"
+    return f"artifacts/{safe[:100]}{name_scheme(draft.method, draft.bits)}"
+
+
+def name_scheme(method: str, bits: int) -> str:
+    """Return the end of the name of an artifact's folder: "-awq4"."""
+    return "-nf4" if method == "nf4" else f"-{method.replace('_', '-')}{bits}"
 
 
 def describe_choice(draft: Draft, source: SourceFacts, matched: MatchedLayout) -> str:

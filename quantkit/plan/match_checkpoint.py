@@ -10,6 +10,7 @@ from quantkit import registry
 from quantkit.checkpoint.encoding import FP8
 from quantkit.checkpoint.stacked import split_specs
 from quantkit.contracts import Architecture, Block, Config, Layout, Linear, Role, TensorSpec
+from quantkit.dtypes import FLOAT_NAMES
 from quantkit.errors import CheckpointError
 from quantkit.io.files import shorten_repr
 from quantkit.plan.left_out import LeftOut, describe_unplaced, find_left_out
@@ -85,9 +86,7 @@ def list_expected_tensors(layout: Layout, config: Config) -> dict[str, TensorSpe
 
     Raises CheckpointError if the architecture lists a tensor twice.
     """
-    plain = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(
-        config.text("torch_dtype", config.text("dtype", "bfloat16")), "BF16"
-    )
+    plain = FLOAT_NAMES.get(config.text("torch_dtype", config.text("dtype", "bfloat16")), "BF16")
     fp8 = read_fp8_block_size(config) is not None
     specs: dict[str, TensorSpec] = {}
     others = [*layout.final_tensors, *(spec for block in layout.blocks for spec in block.others)]

@@ -63,7 +63,7 @@ class MemoryPlan:
     expert_bytes: int  # one routed expert in a wave
     slice_experts: int  # experts per slice; 0 for a dense model
     wave_experts: int  # experts that are held at once, whole slices; 0 for a dense model
-    head_bytes: int  # final norm, lm_head and one chunk of logits
+    head_bytes: int  # final norm, lm_head as read, in float32 and bfloat16, one chunk of logits
     scratch_bytes: int
 
     @property
@@ -111,16 +111,18 @@ def estimate_solve_bytes(linears: Sequence[Linear], feedback: bool) -> int:
     return SOLVE_COPIES * 4 * sum(linear.n_parameters for linear in linears) + grams
 
 
-def estimate_dense_bytes(block: Block, decisions: Mapping[str, Decision], grams: int) -> int:
+def estimate_dense_bytes(
+    block: Block, decisions: Mapping[str, Decision], grams: int, rounded_bytes: int = 0
+) -> int:
     """Return the bytes of a block without its routed experts.
 
     Counts weights in BF16 as read, the next block read ahead, two float32 copies, grams and
     solving. `grams` is the number of matrices summed for each input: 0, 1 (the gram), or 2 (also
     the cross product of two streams, which needs a batch of every input twice). The tensors of an
-    MTP block are processed one by one.
+    MTP block are processed one by one. rounded_bytes: per weight, of the yardstick's copy.
     """
     linears = [linear for linear in block.linears if linear.role != "routed_expert"]
-    sizes = [COPIES_BYTES * linear.n_parameters for linear in linears]
+    sizes = [(COPIES_BYTES + rounded_bytes) * linear.n_parameters for linear in linears]
     together = iterate_solves(block, decisions)
     solving = max(
         (
@@ -168,9 +170,12 @@ def estimate_scaled_expert_bytes(
     return 4 * (3 * hidden * width + grams * (hidden**2 + width**2))
 
 
-def estimate_expert_bytes(experts: Experts, quantized: bool, grams: int) -> int:
+def estimate_expert_bytes(
+    experts: Experts, quantized: bool, grams: int, rounded_bytes: int = 0
+) -> int:
     """Return the bytes of one expert of a wave: weights as in a block, and grams if quantized."""
-    weights = COPIES_BYTES * len(experts.projections) * experts.hidden * experts.intermediate
+    count = len(experts.projections) * experts.hidden * experts.intermediate
+    weights = (COPIES_BYTES + rounded_bytes) * count
     if not (quantized and grams):
         return weights
     return weights + 4 * grams * (experts.hidden**2 + experts.intermediate**2)
@@ -207,6 +212,7 @@ def plan_memory(
     tokens: Mapping[Literal["calibration", "fidelity"], int],
     hidden_bytes: Literal[2, 4],
     longest: int = 0,
+    yardstick: bool = False,
 ) -> MemoryPlan:
     """Return the wave size and the peaks of the largest block.
 
@@ -218,10 +224,11 @@ def plan_memory(
         tokens: lengths of the streams.
         hidden_bytes: bytes of a stored hidden value.
         longest: tokens of the longest sequence.
+        yardstick: whether a third stream runs, with a float32 copy of a block's weights.
     """
-    blocks = layout.blocks
+    blocks, rounded_bytes = layout.blocks, 4 if yardstick else 0
     width = get_state_width(layout)
-    dense = max(estimate_dense_bytes(block, decisions, grams) for block in blocks)
+    dense = max(estimate_dense_bytes(b, decisions, grams, rounded_bytes) for b in blocks)
     batch = max(estimate_batch_bytes(layout, block, longest) for block in blocks)
     expert, max_experts, expert_width, sums = 0, 0, 0, 0
     for block in blocks:
@@ -230,19 +237,22 @@ def plan_memory(
             if block.experts.inside and block.experts.hidden != width:  # in a file of their own
                 sums = max(sums, block.experts.hidden)
             quantized = decisions[block.experts.first].action == "quantize"
-            expert = max(expert, estimate_expert_bytes(block.experts, quantized, grams))
+            one = estimate_expert_bytes(block.experts, quantized, grams, rounded_bytes)
+            expert = max(expert, one)
             max_experts = max(max_experts, block.experts.count)
     room = budget_bytes - BASE_BYTES - dense - batch
     part, fitting = (choose_slice_size(max_experts), room // expert) if expert else (0, 0)
     wave = max_experts if fitting >= max_experts else max(part, fitting // part * part)
     head = layout.head or layout.embedding
     both = 2 if grams > 1 else 1  # the calibration text, also in the original model
-    texts = both * tokens["calibration"] + 2 * tokens["fidelity"]
+    stored = 2 if yardstick else 1  # streams of the fidelity text under stored weights
+    texts = both * tokens["calibration"] + (1 + stored) * tokens["fidelity"]
     # states before and after a block; sums and inputs of the experts, for calibration those from
     # original weights and those from stored ones
     numbers = (2 * width + sums + expert_width) * texts + expert_width * tokens["calibration"]
-    if wave < max_experts:  # a wave advances two of them in addition to those of the journal
-        numbers += (sums or width) * (tokens["calibration"] + tokens["fidelity"])
+    if wave < max_experts:  # a wave advances those of stored weights besides those of the journal
+        moved = tokens["calibration"] + stored * tokens["fidelity"]
+        numbers += (sums or width) * moved
     return MemoryPlan(
         budget_bytes=budget_bytes,
         base_bytes=BASE_BYTES,
@@ -251,7 +261,7 @@ def plan_memory(
         expert_bytes=expert,
         slice_experts=part,
         wave_experts=wave,
-        head_bytes=(2 + 4) * head.n_parameters + 4 * 8 * HEAD_CHUNK * head.out_features,
+        head_bytes=(2 + 4 + 2) * head.n_parameters + 4 * 8 * HEAD_CHUNK * head.out_features,
         scratch_bytes=numbers * (4 if expert else hidden_bytes),  # waves sum in float32
     )
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from quantkit.errors import UsageError
 from quantkit.io.yaml_document import printable
 from quantkit.plan.choose_recipe import CHOSEN_NAME, ChosenRecipe, choose_recipe, make_chosen
+from quantkit.plan.explain_recipe import name_scheme
 from quantkit.plan.plan import match_source
 from quantkit.plan.recipe_draft import RecipeRequest
 from quantkit.plan.sources import read_model_facts
 from quantkit.recipe.parse import parse_recipe, write_overrides
 from quantkit.recipe.recipe_file import is_model, read_recipe
 from quantkit.recipe.schema import Recipe
-from quantkit.recipe.write_recipe import Section
+from quantkit.recipe.write_recipe import Choice, Section
 
 OVERRIDDEN = "set by an override"
 
@@ -39,7 +40,8 @@ def read_target(request: RecipeRequest, overrides: Mapping[str, str]) -> TargetR
     target = request.model
     if is_model(target):
         source = read_model_facts(target)
-        return finish_recipe(choose_recipe(request, source, match_source(source)), overrides)
+        chosen = choose_recipe(request, source, match_source(source))
+        return finish_recipe(request, chosen, overrides)
     places = {"method": "quantize.", "bits": "quantize.", "format": "", "rules": ""}
     for key, section in places.items():
         if getattr(request, key) is not None:
@@ -52,12 +54,31 @@ def read_target(request: RecipeRequest, overrides: Mapping[str, str]) -> TargetR
     return TargetRecipe(text=text, recipe=recipe)
 
 
-def finish_recipe(chosen: ChosenRecipe, overrides: Mapping[str, str]) -> TargetRecipe:
+def finish_recipe(
+    request: RecipeRequest, chosen: ChosenRecipe, overrides: Mapping[str, str]
+) -> TargetRecipe:
     """Write `overrides` into the text of a chosen recipe; raises RecipeError for wrong ones."""
-    parse_recipe(chosen.text, CHOSEN_NAME, overrides)  # faults name the overrides, not lines
+    final = parse_recipe(chosen.text, CHOSEN_NAME, overrides)  # faults name overrides, not lines
+    if request.output is None:
+        chosen = rename_output(chosen, final)
     chosen = mark_overrides(chosen, overrides)
     text = write_overrides(chosen.text, overrides)
     return TargetRecipe(text=text, recipe=parse_recipe(text, CHOSEN_NAME), chosen=chosen)
+
+
+def rename_output(chosen: ChosenRecipe, final: Recipe) -> ChosenRecipe:
+    """Return a chosen recipe whose folder has the method and bits of `final`, its recipe with
+    overrides, in its name.
+    """
+    before, after = chosen.recipe.quantize, final.quantize
+    if before is None or after is None:
+        return chosen
+    path = chosen.recipe.output.path.removesuffix(name_scheme(before.method, before.bits))
+    output = Choice(key="path", value=path + name_scheme(after.method, after.bits), is_text=True)
+    sections = tuple(
+        replace(x, choices=(output,)) if x.name == "output" else x for x in chosen.sections
+    )
+    return make_chosen(chosen.title, sections, chosen.engines, chosen.notes)
 
 
 def mark_overrides(chosen: ChosenRecipe, overrides: Mapping[str, str]) -> ChosenRecipe:

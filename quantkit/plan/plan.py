@@ -49,6 +49,7 @@ from quantkit.recipe.parse import expand_preset
 from quantkit.recipe.schema import Recipe, Rule
 
 Propagation = Literal["quantized", "original", "both"]
+TextUse = Literal["calibration", "fidelity"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,8 @@ class Plan:
     memory: MemoryPlan
     warnings: tuple[str, ...]
     texts: tuple[PlanText, ...] = ()
+    tokens: Mapping[TextUse, int] = field(default_factory=dict)  # of the streams; upper bounds
+    text_tokens: Mapping[TextUse, int] = field(default_factory=dict)  # counted, without solutions
 
     @cached_property  # read once per linear, 45,000 times for DeepSeek-V3
     def format(self) -> Format:
@@ -404,15 +407,13 @@ def make_plan(
             f"{recipe.where('calibration')}: calibration: method {recipe.quantize.method} needs a "
             "set, found none"
         )
-    memory = plan_memory(
+    memory = plan_build_memory(
+        recipe,
         matched.layout,
         decisions,
         budget_bytes=budget_bytes,
-        grams=needs_calibration(decisions)
-        * (2 if resolve_propagation(recipe, matched.layout) == "both" else 1),
         tokens=tokens,
         hidden_bytes=hidden_bytes,
-        longest=find_longest_text(recipe, decisions),
     )
     if memory.needed_bytes > budget_bytes:
         faults.append(f"{recipe.where('memory')}: memory: {format_memory_fault(memory)}")
@@ -432,10 +433,34 @@ def make_plan(
             list_written_tensors(source, matched, format_name, decisions), recipe.output.shard_bytes
         ),
         memory=memory,
+        tokens=dict(tokens),
         warnings=(
             *collect_warnings(matched, source, recipe, format_name, decisions),
             *find_idle_rules(rules, decisions),
         ),
+    )
+
+
+def plan_build_memory(
+    recipe: Recipe,
+    layout: Layout,
+    decisions: Mapping[str, Decision],
+    *,
+    budget_bytes: int,
+    tokens: Mapping[TextUse, int],
+    hidden_bytes: Literal[2, 4],
+) -> MemoryPlan:
+    """Return the memory of a build of these decisions; tokens: lengths of the streams."""
+    copies = 2 if resolve_propagation(recipe, layout) == "both" else 1
+    return plan_memory(
+        layout,
+        decisions,
+        budget_bytes=budget_bytes,
+        grams=needs_calibration(decisions) * copies,
+        tokens=tokens,
+        hidden_bytes=hidden_bytes,
+        longest=find_longest_text(recipe, decisions),
+        yardstick=bool(recipe.fidelity and recipe.fidelity.yardstick),
     )
 
 

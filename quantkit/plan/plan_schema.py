@@ -46,6 +46,7 @@ class PlanMemory(BaseModel):
     peak: int
     parts: dict[str, int] = {}
     scratch_disk: int = 0
+    scratch_reason: str = ""  # what the scratch disk holds
     experts_per_wave: int | None = None
 
 
@@ -88,6 +89,53 @@ class PlanText(BaseModel):
     version: str
 
 
+class PlanStream(BaseModel):
+    """The calibration or fidelity text as a whole.
+
+    sequences: None for all of the set; is_counted: `tokens` were counted by the tokenizer, and are
+    else an upper bound.
+    """
+
+    model_config = FROZEN
+    use: str
+    set: str
+    sequences: int | None
+    length: int
+    tokens: int
+    is_counted: bool
+
+
+class PlanTasks(BaseModel):
+    """The benchmarks; limit: items of each, None for all; gold_solutions: items of each."""
+
+    model_config = FROZEN
+    names: tuple[str, ...] = ()
+    limit: int | None = None
+    gold_solutions: int = 0
+
+
+class PlanEngine(BaseModel):
+    """An engine of the format; tried: the version with which tests load the format."""
+
+    model_config = FROZEN
+    engine: str
+    is_supported: bool
+    tried: str = ""
+    reason: str = ""  # why it does not load the artifact
+
+
+class PlanTime(BaseModel):
+    """Estimated seconds of a build and of its steps; None with the reason if there is no estimate.
+
+    reason: with an estimate, the builds that it is scaled from.
+    """
+
+    model_config = FROZEN
+    seconds: float | None = None
+    steps: dict[str, float] = {}
+    reason: str = ""
+
+
 class PlanSummary(BaseModel):
     """The output of `quantkit plan`."""
 
@@ -101,7 +149,13 @@ class PlanSummary(BaseModel):
     shards: tuple[PlanShard, ...]
     copied: tuple[PlanPart, ...] = ()  # parts of a wrapper besides its text model
     texts: tuple[PlanText, ...] = ()
+    streams: tuple[PlanStream, ...] = ()
+    tasks: PlanTasks = PlanTasks()
+    gates: tuple[str, ...] = ()  # "kl_worst_kind <= 0.4"
+    engines: tuple[PlanEngine, ...] = ()
+    time: PlanTime | None = None  # None: not estimated, as in plan.json
     sampled: tuple[str, ...] = ()  # a sentence per text that the model samples itself
+    costs: tuple[str, ...] = ()  # a sentence per measurement that a key of the recipe adds
     warnings: tuple[str, ...] = ()
 
 

@@ -6,24 +6,23 @@ documents, a tokenizer or a chat template that fails.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from quantkit.checkpoint.remote_code import allows_remote_code
 from quantkit.io import package_data
+from quantkit.plan.plan import TextUse
 from quantkit.plan.self_texts import list_self_texts
 from quantkit.recipe.schema import Recipe
 from quantkit.texts import corpora
 from quantkit.texts.corpus_spec import CorpusSpec, read_spec
 from quantkit.texts.tokens import Tokens
 
-Stream = Literal["calibration", "fidelity"]
 
-
-def select_texts(recipe: Recipe) -> list[tuple[Stream, str, int | None, int, int]]:
+def select_texts(recipe: Recipe) -> list[tuple[TextUse, str, int | None, int, int]]:
     """Return (stream, set, sequences, length, seed) of the texts that a build runs."""
-    selected: list[tuple[Stream, str, int | None, int, int]] = []
+    selected: list[tuple[TextUse, str, int | None, int, int]] = []
     calibration = recipe.calibration if recipe.needs_calibration else None
     if calibration:
         selected.append((
@@ -40,10 +39,13 @@ def select_texts(recipe: Recipe) -> list[tuple[Stream, str, int | None, int, int
 
 @dataclass(frozen=True, kw_only=True)
 class TextFacts:
-    """Facts from tokens: a sentence per kind of rows without any, the largest id of each text."""
+    """Facts from tokens: a sentence per kind of rows without any, the largest id of each text, and
+    the number of tokens of each stream.
+    """
 
     notes: tuple[str, ...] = ()
     largest_ids: tuple[int, ...] = ()
+    tokens: Mapping[TextUse, int] = field(default_factory=dict)
 
 
 def read_texts(recipe: Recipe, folder: Path) -> TextFacts:
@@ -58,7 +60,7 @@ def read_texts(recipe: Recipe, folder: Path) -> TextFacts:
         return TextFacts()
     is_code_allowed = allows_remote_code(recipe.source.trust_remote_code, folder)
     tokenizer = corpora.load_tokenizer(folder, is_code_allowed)
-    calibrated = set[str]()
+    calibrated, counts = set[str](), dict[TextUse, int]()
     for stream, name, sequences, length, seed in selected:
         corpus = corpora.load_set(name, place)
         tokens = corpora.sample_sequences(corpus, tokenizer, sequences, length, seed, calibrated)
@@ -66,7 +68,8 @@ def read_texts(recipe: Recipe, folder: Path) -> TextFacts:
             calibrated = set(tokens.domains)
         notes += corpora.describe_left_out(corpus, tokens, tokenizer)
         largest.append(find_largest_id(tokens))
-    return TextFacts(notes=tuple(notes), largest_ids=tuple(largest))
+        counts[stream] = tokens.n_tokens
+    return TextFacts(notes=tuple(notes), largest_ids=tuple(largest), tokens=counts)
 
 
 def find_largest_id(tokens: Tokens) -> int:

@@ -240,12 +240,13 @@ def plan_recipe(
     source: SourceFacts,
     tokens: Mapping[Literal["calibration", "fidelity"], int] | None = None,
     notes: Sequence[str] = (),
+    counted: Mapping[Literal["calibration", "fidelity"], int] = {},
 ) -> tuple[Plan, ...]:
     """Return one plan per format of the recipe, for this machine.
 
     tokens: of the streams; by default upper bounds, before a tokenizer is loaded. notes: on texts
-    that were tokenized. Raises RecipeError with every fault of the recipe, unknown benchmarks
-    included.
+    that were tokenized. counted: tokens of the texts alone. Raises RecipeError with every fault of
+    the recipe, unknown benchmarks included.
     """
     recipe = resolve_texts(recipe, source).pin_source(source.revision)
     tokens = bound_text_tokens(recipe) if tokens is None else tokens
@@ -279,7 +280,8 @@ def plan_recipe(
         except RecipeError as error:
             faults += error.faults
         else:
-            plans.append(replace(plan, texts=texts, warnings=(*plan.warnings, *warnings)))
+            warned = (*plan.warnings, *warnings)
+            plans.append(replace(plan, texts=texts, text_tokens=counted, warnings=warned))
     faults += find_context_faults(recipe, source.config, matched.layout)
     faults += find_output_faults(recipe, matched)
     faults += find_text_faults(recipe, texts) + find_task_faults(recipe) + find_gate_faults(recipe)

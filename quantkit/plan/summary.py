@@ -7,6 +7,13 @@ from collections.abc import Sequence
 from quantkit.checkpoint.logical_tensors import describe_encodings
 from quantkit.contracts import Scheme
 from quantkit.plan.decisions import Decision
+from quantkit.plan.measurements import (
+    explain_scratch,
+    list_gates,
+    summarize_engines,
+    summarize_streams,
+    summarize_tasks,
+)
 from quantkit.plan.plan import Plan
 from quantkit.plan.plan_schema import (
     PlanMemory,
@@ -15,15 +22,18 @@ from quantkit.plan.plan_schema import (
     PlanShard,
     PlanSource,
     PlanSummary,
+    PlanTime,
     PlanTotals,
 )
 from quantkit.plan.size_gain import describe_small_gain
 
 
-def summarize_plan(plan: Plan, sampled: Sequence[str] = ()) -> PlanSummary:
+def summarize_plan(
+    plan: Plan, sampled: Sequence[str] = (), time: PlanTime | None = None
+) -> PlanSummary:
     """Return the summary that `quantkit plan` prints.
 
-    sampled: sentences on texts that the model samples itself.
+    sampled: sentences on texts that the model samples itself. time: see `time_estimate`.
     """
     memory = plan.memory
     parts = {"base": memory.base_bytes}
@@ -49,6 +59,7 @@ def summarize_plan(plan: Plan, sampled: Sequence[str] = ()) -> PlanSummary:
             peak=memory.peak_bytes,
             parts={name: value for name, value in parts.items() if value},
             scratch_disk=memory.scratch_bytes,
+            scratch_reason=explain_scratch(plan),
             experts_per_wave=memory.wave_experts or None,
         ),
         shards=tuple(
@@ -56,9 +67,34 @@ def summarize_plan(plan: Plan, sampled: Sequence[str] = ()) -> PlanSummary:
         ),
         copied=summarize_copied(plan),
         texts=plan.texts,
+        streams=summarize_streams(plan),
+        tasks=summarize_tasks(plan),
+        gates=list_gates(plan.recipe.gates),
+        engines=summarize_engines(plan),
+        time=time,
         sampled=tuple(sampled),
+        costs=describe_costs(plan),
         warnings=(*plan.warnings, *find_size_warnings(plan)),
     )
+
+
+def describe_costs(plan: Plan) -> tuple[str, ...]:
+    """Return what the yardstick costs: a sentence, nothing without one."""
+    text = plan.recipe.fidelity
+    if text is None or text.yardstick is None:
+        return ()
+    tokens = plan.tokens.get("fidelity", 0)
+    calibrated = plan.tokens.get("calibration", 0) if plan.needs_calibration else 0
+    before = calibrated * (2 if plan.propagation == "both" else 1) + 2 * tokens
+    factor = f", {1 + tokens / before:.2f} times the forward passes" if before else ""
+    cost = (
+        f"yardstick {text.yardstick}: the fidelity text, at most {tokens:,} tokens, runs through "
+        f"every block once more, with weights rounded to nearest{factor}"
+    )
+    used = {d.method for d in plan.decisions.values() if d.action == "quantize"}
+    if used <= {text.yardstick}:
+        cost += "; every module of this recipe is rounded to nearest, so it measures the same twice"
+    return (cost,)
 
 
 def summarize_source(plan: Plan) -> PlanSource:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from quantkit import figures
 from quantkit.errors import RecipeError
@@ -34,11 +34,11 @@ from quantkit.recipe.schema import (
     SECTIONS,
     SUBSECTIONS,
     Gate,
-    Gates,
     Recipe,
     Rule,
     RuleEntry,
 )
+from quantkit.recipe.value_types import FROZEN
 from quantkit.texts.mixture_spec import LABEL_PATTERN
 
 BOUNDS = tuple(key for key in Gate.model_fields if key != "proven")
@@ -46,6 +46,13 @@ _RULE_SHAPE = (
     "a rule is {match: PATTERN, quantize: default} or {match: PATTERN, keep: source}, "
     "or {preset: NAME}"
 )
+
+
+class Gates(BaseModel):
+    """A file of gates alone."""
+
+    model_config = FROZEN
+    gates: Annotated[dict[str, Gate], Field(min_length=1)]
 
 
 def parse_recipe(text: str, name: str, overrides: Mapping[str, str] = {}) -> Recipe:

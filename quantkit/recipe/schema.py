@@ -34,6 +34,7 @@ from quantkit.recipe.sections import (
     Output,
     Source,
 )
+from quantkit.recipe.slo import Slo
 from quantkit.recipe.value_types import (
     FROZEN,
     Bound,
@@ -134,13 +135,6 @@ class Gate(BaseModel):
         return {key: value for key, value in values.items() if key != "proven" or value}
 
 
-class Gates(BaseModel):
-    """A file of gates alone."""
-
-    model_config = FROZEN
-    gates: Annotated[dict[str, Gate], Field(min_length=1)]
-
-
 class Recipe(BaseModel):
     """A whole recipe with its defaults filled in. `rules` None: the default rules of the
     architecture.
@@ -188,6 +182,9 @@ class Recipe(BaseModel):
         ),
         Field(json_schema_extra={"properties": {"proven": {"type": "boolean"}}}),
     ] = {}
+    slo: Annotated[
+        Slo | None, describe("Targets for a service: `quantkit loadtest` judges them, no build.")
+    ] = None
     output: Annotated[Output, describe("The artifact.")]
     memory: Annotated[
         Size | None,
@@ -273,7 +270,7 @@ class Recipe(BaseModel):
 
     def dump(self) -> dict[str, object]:
         """Return the recipe as JSON values, with all defaults and with presets resolved."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude={"slo"} if self.slo is None else None)
 
     def where(self, *path: str | int) -> str:
         """Return file and line of a key for a message: where("quantize", "group_size") ->
@@ -307,14 +304,13 @@ class Recipe(BaseModel):
 
     @property
     def hash(self) -> str:
-        """sha256 of the keys that decide the content of the artifact: all except output.path and
-        memory.
-        """
+        """sha256 of the keys that decide the artifact: all but output.path, memory and slo."""
         absent = (
             {"trust_remote_code"} if self.source.trust_remote_code is None else set[str]()
         )  # omitted if unset, as in recipes before this key
         values = self.model_dump(
-            mode="json", exclude={"memory": True, "output": {"path"}, "source": absent}
+            mode="json",
+            exclude={"memory": True, "slo": True, "output": {"path"}, "source": absent},
         )
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -356,8 +352,8 @@ class RuleEntry(BaseModel):
 
 SECTIONS: Mapping[str, type[BaseModel]] = {
     "source": Source, "quantize": Quantize, "rules": RuleEntry, "calibration": Calibration,
-    "fidelity": FidelityText, "evaluation": Evaluation, "gates": Gate, "output": Output,
-    "compute": Compute,
+    "fidelity": FidelityText, "evaluation": Evaluation, "gates": Gate, "slo": Slo,
+    "output": Output, "compute": Compute,
 }  # fmt: skip
 """Sections with keys of their own; for rules and gates the model of one entry."""
 

@@ -174,6 +174,21 @@ class FidelityText(BaseModel):
     length: Annotated[Count, Field(ge=2), describe("Tokens per window.", "512", "integer >= 2")] = (
         2048  # a token and its successor
     )
+    yardstick: Annotated[
+        Literal["rtn"] | None,
+        describe(
+            "`rtn` measures in the same pass what rounding to nearest would cost: the same "
+            "modules, bits and groups, without calibration. The text runs a third time through "
+            "every block.",
+            "rtn",
+        ),
+    ] = None
+
+    @model_serializer(mode="wrap")
+    def omit_yardstick(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `yardstick` out if it is unset, as in recipes before this key: their hash stays."""
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if key != "yardstick" or value}
 
 
 class Evaluation(BaseModel):

@@ -11,6 +11,7 @@ from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.report import (
     card_data,
     format_numbers,
+    loading,
     markdown,
     notes,
     reproduce,
@@ -51,6 +52,7 @@ def _render(fidelity: Fidelity, rows: int, cell: int) -> str:
             head=card_data.format_front_matter(fidelity, cell),
             title=card_data.make_title(fidelity),
             snippets=snippets,
+            loading=loading,
             rows=rows,
             tables=tables,
             notes=notes,

@@ -91,6 +91,16 @@ def format_digits(value: float | None, significant: int = 3) -> str:
     return f"{value:.{places}f}"
 
 
+def format_duration(seconds: float) -> str:
+    """Return 42.3 as "42 s", 300 as "5 min", 9000 as "2.5 h"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90 * 60:
+        return f"{round(seconds / 60)} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 10 else f"{hours:,.0f} h"
+
+
 def format_percent(share: float | None, places: int = 2) -> str:
     """Return 0.9953 as "99.53 %"."""
     return MISSING if share is None else f"{100 * share:.{places}f} %"
@@ -121,6 +131,11 @@ STYLES: Mapping[Style, NumberFormat] = {
     ),
     "ratio": NumberFormat(  # 1.0003 [1.0001, 1.0005]
         value="{:.4f}".format, end="{:.4f}".format, difference="{:+.4f}".format
+    ),
+    "factor": NumberFormat(  # 0.42x [0.21, 0.81]
+        value=lambda value: format_factor(value),
+        end="{:.2f}".format,
+        difference="{:+.2f}".format,
     ),
     "percent": NumberFormat(  # 99.53 % [99.44, 99.61]
         value=format_percent,
@@ -198,6 +213,8 @@ def format_figure(figure: Figure | None, style: Style, power: int = 0) -> str:
     value, ends = figure.value / unit, figure.ci
     if ends is None:
         return STYLES[style].value(value)
+    if style == "factor":
+        return format_factors(figure)
     low, high = (None if end is None else end / unit for end in ends)
     show, end = STYLES[style].value, STYLES[style].end
     if style == "nats":
@@ -259,6 +276,23 @@ def format_gate_value(gate: GateResult) -> str:
     elif not figure and not gate.ci:
         return format_digits(gate.value)
     return format_figure(Figure(value=gate.value, ci=gate.ci), style)
+
+
+def format_headroom(gate: GateResult) -> str:
+    """Return the distance of a gate's value from its bound: "82 %", "+1.60 points"."""
+    if gate.headroom is None:
+        return MISSING
+    if gate.headroom_share is not None:
+        return f"{100 * gate.headroom_share:.0f} %"
+    figure = find_figure(gate.figure.partition("@")[0])
+    is_share = (figure is not None and figure.style in ("percent", "signed percent")) or (
+        gate.figure.endswith((".recovery", ".score"))
+    )
+    if is_share or gate.figure.endswith(".low"):
+        return f"{(100 if is_share else 1) * gate.headroom:+.2f} points"
+    if figure is not None:
+        return STYLES[figure.style].difference(gate.headroom)
+    return f"{'+' if gate.headroom > 0 else ''}{format_digits(gate.headroom)}"
 
 
 # ------------------------------------------------------------------------ differences, intervals

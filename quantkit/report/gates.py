@@ -39,11 +39,11 @@ def judge_gates(gates: Mapping[str, Gate], fidelity: Fidelity) -> list[GateResul
         reading = read_figure(figure, fidelity)
         if gate.max is not None:
             bound = f"<= {_format_bound(figure, gate.max)}"
-            judged.append(_judge_upper(figure, bound, reading, gate.max))
+            judged.append(judge_upper(figure, bound, reading, gate.max))
         if gate.min is not None:
             bound = f">= {_format_bound(figure, gate.min)}"
-            judged.append(_judge_lower(figure, bound, reading, gate.min))
-        results += [_require_proof(result) if gate.proven else result for result in judged]
+            judged.append(judge_lower(figure, bound, reading, gate.min))
+        results += [require_proof(result) if gate.proven else result for result in judged]
     return results
 
 
@@ -71,26 +71,37 @@ def _format_bound(figure: str, bound: float) -> str:
     return format_numbers.format_size(round(bound)) if is_size(figure) else f"{bound:g}"
 
 
-def _judge_upper(figure: str, bound: str, reading: Reading, limit: float) -> GateResult:
+def judge_upper(figure: str, bound: str, reading: Reading, limit: float) -> GateResult:
     """Judge an upper bound by the figure and by the upper end of its interval."""
     high = reading.ci[1] if reading.ci else None
     is_proven = reading.ci is None or (high is not None and high <= limit)
     is_kept = reading.value is not None and reading.value <= limit
-    return _make_result(figure, bound, reading, is_kept=is_kept, is_proven=is_proven)
+    room = None if reading.value is None else limit - reading.value
+    return _make_result(figure, bound, reading, is_kept=is_kept, is_proven=is_proven, headroom=room)
 
 
-def _judge_lower(figure: str, bound: str, reading: Reading, limit: float) -> GateResult:
+def judge_lower(figure: str, bound: str, reading: Reading, limit: float) -> GateResult:
     """Judge a lower bound by the figure and by the lower end of its interval."""
     low = reading.ci[0] if reading.ci else None
     is_proven = reading.ci is None or (low is not None and low >= limit)
     is_kept = reading.value is not None and reading.value >= limit
-    return _make_result(figure, bound, reading, is_kept=is_kept, is_proven=is_proven)
+    room = None if reading.value is None else reading.value - limit
+    return _make_result(figure, bound, reading, is_kept=is_kept, is_proven=is_proven, headroom=room)
 
 
 def _make_result(
-    figure: str, bound: str, reading: Reading, *, is_kept: bool, is_proven: bool = True
+    figure: str,
+    bound: str,
+    reading: Reading,
+    *,
+    is_kept: bool,
+    headroom: float | None,
+    is_proven: bool = True,
 ) -> GateResult:
-    """Return the result of a bound; is_kept counts for a figure with a value only."""
+    """Return the result of a bound; is_kept counts for a figure with a value only.
+
+    headroom: from the value to the bound, negative beyond it; None without a value.
+    """
     outcome: Outcome = "missed"
     if reading.value is None and reading.reason != NOT_FINITE:
         outcome = "not judged"
@@ -105,10 +116,11 @@ def _make_result(
         n=reading.n,
         ci=reading.ci,
         outcome=outcome,
+        headroom=headroom,
     )
 
 
-def _require_proof(result: GateResult) -> GateResult:
+def require_proof(result: GateResult) -> GateResult:
     """Return a result that is kept but not proven as missed."""
     if not result.is_unproven:
         return result
@@ -139,19 +151,26 @@ def _judge_task(task: str, gate: Gate, row: BenchmarkResult | None) -> list[Gate
             else Reading(value=lost, n=n, reason=absent if lost is None else "")
         )
         is_kept = reading.value is not None and reading.value <= gate.max_lost
-        results.append(
-            _make_result(f"{task}.lost", f"<= {gate.max_lost}", reading, is_kept=is_kept)
-        )
+        room = None if reading.value is None else gate.max_lost - reading.value
+        bound = f"<= {gate.max_lost}"
+        results.append(_make_result(f"{task}.lost", bound, reading, is_kept=is_kept, headroom=room))
     if gate.min_score is not None:
         score = row.artifact if row else None
         ci = _find_score_interval(row) if row else None
         reading = Reading(value=score, n=n, ci=ci, reason=absent if score is None else "")
         bound = f">= {gate.min_score:g}"
-        results.append(_judge_lower(f"{task}.score", bound, reading, gate.min_score))
+        results.append(judge_lower(f"{task}.score", bound, reading, gate.min_score))
     rates = (("truncated", gate.max_truncated_pp), ("unparsed", gate.max_unparsed_pp))
-    return results + [
+    results += [
         _judge_rise(task, name, limit, row, absent) for name, limit in rates if limit is not None
     ]
+    return [_fail_broken(result, row.fault) for result in results] if row and row.fault else results
+
+
+def _fail_broken(result: GateResult, fault: str) -> GateResult:
+    """Return a bound of a task that is not valid as missed."""
+    reason = "; ".join(filter(None, [f"not valid: {fault}", result.reason]))
+    return result.model_copy(update={"ok": False, "outcome": "missed", "reason": reason})
 
 
 def _find_score_interval(row: BenchmarkResult) -> tuple[float, float] | None:
@@ -178,7 +197,7 @@ def _judge_recovery(
         ci=figure.ci if figure else None,
         reason=absent if row is None else reason,
     )
-    return _judge_lower(f"{task}.recovery", f">= {min_recovery:g}", reading, min_recovery)
+    return judge_lower(f"{task}.recovery", f">= {min_recovery:g}", reading, min_recovery)
 
 
 def _judge_rise(
@@ -189,7 +208,9 @@ def _judge_rise(
     rise = None if before is None or after is None else 100 * (after - before)
     reading = Reading(value=rise, n=row.n if row else None, reason=absent if rise is None else "")
     is_kept = rise is not None and rise <= limit
-    return _make_result(f"{task}.{name}_pp", f"<= {limit:g}", reading, is_kept=is_kept)
+    room = None if rise is None else limit - rise
+    bound = f"<= {limit:g}"
+    return _make_result(f"{task}.{name}_pp", bound, reading, is_kept=is_kept, headroom=room)
 
 
 def _judge_margin(task: str, margin: float, row: BenchmarkResult | None, absent: str) -> GateResult:
@@ -197,11 +218,11 @@ def _judge_margin(task: str, margin: float, row: BenchmarkResult | None, absent:
     figure, bound = f"{task}.delta_pp.low", f"> {-margin:g}" if margin else "> 0"
     if row and row.source == row.artifact == 0:
         reading = Reading(value=None, reason="both score 0: no information")
-        return _make_result(figure, bound, reading, is_kept=False)
+        return _make_result(figure, bound, reading, is_kept=False, headroom=None)
     low, high = (row.delta_pp.ci if row and row.delta_pp else None) or (None, None)
     if row is None or low is None or high is None:
         reading = Reading(value=None, reason=absent)
-        return _make_result(figure, bound, reading, is_kept=False)
+        return _make_result(figure, bound, reading, is_kept=False, headroom=None)
     is_open = low <= -margin <= high
     reason = (
         f"not resolved: {row.n:,} items cannot exclude a loss of {margin:g} points"
@@ -209,4 +230,5 @@ def _judge_margin(task: str, margin: float, row: BenchmarkResult | None, absent:
         else ""
     )
     reading = Reading(value=low, n=row.n, ci=(low, high), reason=reason)
-    return _make_result(figure, bound, reading, is_kept=low > -margin)
+    room = low + margin
+    return _make_result(figure, bound, reading, is_kept=low > -margin, headroom=room)

@@ -19,8 +19,8 @@ from quantkit.artifact.account_tensors import (
     list_held_names,
 )
 from quantkit.artifact.engine_reasons import NOT_FOR
-from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity, Figure
-from quantkit.artifact.front_matter import read_front_matter, read_languages
+from quantkit.artifact.fidelity_schema import BenchmarkResult, Fidelity
+from quantkit.artifact.front_matter import has_chat_template, read_front_matter, read_languages
 from quantkit.artifact.make_manifest import read_versions
 from quantkit.artifact.records import BlockRecord, ModuleRecord, list_kept_codes
 from quantkit.build.quantize_linear import FALLBACKS
@@ -32,7 +32,6 @@ from quantkit.errors import ArtifactError
 from quantkit.evaluate.token_fidelity import TextFidelity
 from quantkit.evaluate.token_samples import TokenSamples, list_worst_tokens
 from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, has_separate_shared_experts
-from quantkit.numerics.fidelity import Estimate
 from quantkit.plan.decisions import NO_RULE, Decision
 from quantkit.plan.engine_limits import find_unsupported_engines
 from quantkit.plan.plan import Plan
@@ -47,6 +46,7 @@ from quantkit.plan.summary import (
 )
 from quantkit.report.format_numbers import TEXT_ONLY, describe_copy, format_parts
 from quantkit.report.reproduce import BuildCommand
+from quantkit.report.summarize_yardstick import make_figure, summarize_noise, summarize_yardstick
 from quantkit.texts.corpora import CorpusSet
 from quantkit.texts.tokens import Tokens
 
@@ -66,10 +66,11 @@ PROTECTED_REASON = "only a rule that names it quantizes it"
 
 @dataclass(frozen=True, kw_only=True)
 class StatedFacts:
-    """Facts of the source's model card; None or empty where it states nothing."""
+    """Facts that the source states: None or empty where its card says nothing."""
 
     license: fidelity_schema.License | None = None
     languages: tuple[str, ...] = ()  # "en"
+    chat: bool = False  # it has a chat template
 
 
 def make_report(
@@ -95,6 +96,8 @@ def make_report(
         calibration=texts.get("calibration"),
         measured_on=add_repeated(texts.get("fidelity"), measured),
         distribution=summarize_distribution(measured) if measured else (),
+        yardstick=summarize_yardstick(measured) if measured else None,
+        noise_floor=summarize_noise(measured) if measured else None,
         worst_tokens=list_worst_tokens(samples) if samples else (),
         likelihood=tuple(likelihood),
         blocks=tuple(
@@ -274,6 +277,7 @@ def summarize_source(plan: Plan, stated: StatedFacts) -> fidelity_schema.SourceM
         baseline=format_baseline(plan),
         license=stated.license,
         languages=stated.languages,
+        chat=stated.chat,
         pipeline_tag=PIPELINE_TAGS.get(plan.layout.output, "feature-extraction"),
     )
 
@@ -302,13 +306,15 @@ def account_source(plan: Plan, source: Checkpoint, folder: Path) -> SourceAccoun
 
 
 def read_stated_facts(folder: Path) -> StatedFacts:
-    """Return the license and the languages of the source's model card."""
+    """Return license and languages of the source's card, and whether it has a chat template."""
     stated, license = read_front_matter(folder), None
     if "license" in stated:
         license = fidelity_schema.License(
             id=stated["license"], name=stated.get("license_name"), link=stated.get("license_link")
         )
-    return StatedFacts(license=license, languages=read_languages(folder))
+    return StatedFacts(
+        license=license, languages=read_languages(folder), chat=has_chat_template(folder)
+    )
 
 
 def summarize_text(
@@ -401,11 +407,6 @@ def add_repeated(
     if text is None or measured is None:
         return text
     return text.model_copy(update={"repeated": measured.repeated})
-
-
-def make_figure(estimate: Estimate) -> Figure:
-    """Return an estimate as a figure with its standard error and interval."""
-    return Figure(value=estimate.value, se=estimate.error, ci=estimate.interval)
 
 
 def summarize_distribution(

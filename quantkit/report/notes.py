@@ -16,6 +16,7 @@ def list_notes(fidelity: Fidelity) -> list[str]:
     return [
         *describe_conversion(fidelity),
         *describe_unproven(fidelity),
+        *(f"Not valid: {row.fault}." for row in fidelity.benchmarks if row.fault),
         *size,
         *list_text_notes(fidelity),
     ]

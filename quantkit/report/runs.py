@@ -20,6 +20,7 @@ from quantkit.io.suggestions import format_unknown_name
 from quantkit.report import format_numbers
 from quantkit.report.gates import read_figure
 from quantkit.report.table import Table
+from quantkit.report.verdict import count_unproven, format_status
 
 NOT_SHOWN = "bits_per_weight"
 """Figure that `runs` has in JSON and for sorting only: a line has 100 characters."""
@@ -52,6 +53,13 @@ class Run:
             "recovery": {
                 row.task: row.recovery.value for row in self.fidelity.benchmarks if row.recovery
             },
+            "ci": {
+                row.run_column: reading.ci
+                for row in list_run_columns()
+                if (reading := row.read(self.fidelity)).ci is not None
+            },
+            "engines": [row.engine for row in artifact.serving],
+            "gates_not_proven": count_unproven(self.fidelity),
             "front": self.front,
             "fault": "",
         }
@@ -116,13 +124,13 @@ def mark_front(runs: Sequence[Run]) -> list[Run]:
     source."""
     points: dict[str, list[tuple[int, float]]] = {}
     for run in runs:
-        if (point := _locate_run(run)) is not None:
-            points.setdefault(_find_group(run), []).append(point)
+        if (point := locate_run(run)) is not None:
+            points.setdefault(find_group(run), []).append(point)
     return [
         replace(
             run,
-            front=is_on_front(point, points[_find_group(run)])
-            if (point := _locate_run(run))
+            front=is_on_front(point, points[find_group(run)])
+            if (point := locate_run(run))
             else False,
         )
         for run in runs
@@ -144,7 +152,7 @@ def list_tasks(runs: Sequence[Run]) -> tuple[str, ...]:
 
 def make_run_table(runs: Sequence[Run]) -> Table:
     """Return the runs with their figures; "*" marks the front."""
-    sources = {_find_group(run) for run in runs if run.fidelity}
+    sources = {find_group(run) for run in runs if run.fidelity}
     rows = tuple(_make_row(run) for run in runs if run.fidelity)
     headings = (f">{row.run_heading}" for row in list_run_columns() if row.key != NOT_SHOWN)
     columns = (" ", "name", "status", "format", ">smaller", *headings)
@@ -205,7 +213,7 @@ def _make_row(run: Run) -> tuple[str, ...]:
     return (
         "*" if run.front else " ",
         run.name,
-        fidelity.status,
+        format_status(fidelity),
         fidelity.artifact.format,
         f"{sizes.bytes_source / sizes.bytes_artifact:.2f}x"
         if sizes.bytes_source and sizes.bytes_artifact
@@ -249,12 +257,13 @@ def _read_run(path: Path, folder: Path) -> Run:
     return Run(name=name, fidelity=fidelity)
 
 
-def _locate_run(run: Run) -> tuple[int, float] | None:
+def locate_run(run: Run) -> tuple[int, float] | None:
+    """Return size in bytes and mean KL of an artifact; None without KL."""
     kl = read_figure("kl_mean", run.fidelity).value if run.fidelity else None
     return (run.fidelity.artifact.bytes_artifact, kl) if run.fidelity and kl is not None else None
 
 
-def _find_group(run: Run) -> str:
+def find_group(run: Run) -> str:
     """Return what KL depends on besides the artifact: the source and the text."""
     if run.fidelity is None:
         return ""

@@ -33,8 +33,9 @@ from quantkit.texts.exposure import (
 
 STYLES = {"accepted": "green", "rejected": "bold red", "not judged": "yellow"}
 """Status, see `choose_status` -> style of the verdict."""
-WORST, MEAN = (
-    next(row for row in FIGURES if row.key == key) for key in ("kl_worst_kind", "kl_mean")
+WORST, MEAN, YARDSTICK = (
+    next(row for row in FIGURES if row.key == key)
+    for key in ("kl_worst_kind", "kl_mean", "yardstick")
 )
 
 
@@ -49,7 +50,7 @@ class SummaryLine:
 
 
 @dataclass(frozen=True)
-class ShortForm:
+class LabeledLines:
     """Lines with their labels in one column."""
 
     lines: Sequence[SummaryLine]
@@ -77,7 +78,7 @@ def choose_wording(wordings: Sequence[str], room: int) -> str:
     return next((text for text in wordings if len(text) <= room), wordings[-1])
 
 
-def make_short_form(fidelity: Fidelity, artifact: Path, *, warnings: bool = True) -> ShortForm:
+def make_short_form(fidelity: Fidelity, artifact: Path, *, warnings: bool = True) -> LabeledLines:
     """Return verdict, size, KL, benchmarks, page and next command of an artifact in its folder.
 
     warnings: add the lines of `list_warnings`.
@@ -95,7 +96,7 @@ def make_short_form(fidelity: Fidelity, artifact: Path, *, warnings: bool = True
         SummaryLine(label="page", wordings=(f"{artifact / PAGE}",), is_whole=True),
         SummaryLine(label="next", wordings=(make_next_command(fidelity, artifact),), is_whole=True),
     ]
-    return ShortForm([escape_line(line) for line in lines])
+    return LabeledLines([escape_line(line) for line in lines])
 
 
 def escape_line(line: SummaryLine) -> SummaryLine:
@@ -120,16 +121,19 @@ def word_size(fidelity: Fidelity) -> tuple[str, ...]:
 
 
 def word_kl(fidelity: Fidelity) -> tuple[str, ...]:
-    """Return the mean KL of the worst kind of text, and over all text, in one unit: with both
-    intervals, with that of the worst kind, with none.
+    """Return the mean KL of the worst kind of text, and over all text, in one unit: with all
+    intervals, with that of the worst kind, with none. The mean is compared with the yardstick's, if
+    the report has one.
     """
     worst, mean = WORST.read(fidelity), MEAN.read(fidelity)
     if not mean.is_measured:
         return (mean.reason or "not measured",)
     power = format_numbers.choose_power(MEAN, [worst, mean])
     unit = f"{format_numbers.format_power(power)} nats/token" if power else "nats/token"
+    yardstick = YARDSTICK.read(fidelity)
     whole, bare = (
-        format_numbers.format_reading(MEAN, reading, power) for reading in (mean, drop_ends(mean))
+        f"{format_numbers.format_reading(MEAN, reading, power)}{describe_yardstick(multiple)}"
+        for reading, multiple in ((mean, yardstick), (drop_ends(mean), drop_ends(yardstick)))
     )
     if not worst.is_measured:  # text of one kind
         return (f"mean {whole} {unit}", f"mean {bare} {unit}")
@@ -143,6 +147,13 @@ def word_kl(fidelity: Fidelity) -> tuple[str, ...]:
         f"{first}, mean {bare}, {unit}",
         f"{short}, mean {bare}, {unit}",
     )
+
+
+def describe_yardstick(multiple: Reading) -> str:
+    """Return " (0.30x of RTN)"; nothing without a yardstick."""
+    if not multiple.is_measured:
+        return ""
+    return f" ({format_numbers.format_reading(YARDSTICK, multiple)} of RTN)"
 
 
 def drop_ends(reading: Reading) -> Reading:

@@ -1,4 +1,4 @@
-"""How engines load an artifact, as code for its card, and the versions that were tried. Pure."""
+"""How engines load an artifact, as code for its card. Pure."""
 
 from __future__ import annotations
 
@@ -6,62 +6,58 @@ import json
 from collections.abc import Iterator
 
 from quantkit.artifact.fidelity_schema import Fidelity
-from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, TRIED
-from quantkit.report.table import Table
 
-NOT_TRIED = "no test of quantkit runs it"
+PROMPT = "Once upon a time"
+QUESTION = "Why is the sky blue?"
 _VLLM = """\
 from vllm import LLM, SamplingParams
 
 model = LLM({name})
-print(model.generate("Once upon a time", SamplingParams(max_tokens=64))[0].outputs[0].text)"""
+answers = model.{call}, SamplingParams(max_tokens=64))
+print(answers[0].outputs[0].text)"""
+_VLLM_CALLS = (
+    f'generate("{PROMPT}"',
+    f'chat([{{"role": "user", "content": "{QUESTION}"}}]',
+)
 _TRANSFORMERS = """\
-{install}from transformers import AutoModelForCausalLM, AutoTokenizer
+# pip install {packages}
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({name})
 model = AutoModelForCausalLM.from_pretrained({name}, dtype="auto", device_map="auto")
-inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
+{inputs}
+output = model.generate(**inputs.to(model.device), max_new_tokens=64)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:]))"""
+_TRANSFORMERS_INPUTS = (
+    f'inputs = tokenizer("{PROMPT}", return_tensors="pt")',
+    f"""\
+messages = [{{"role": "user", "content": "{QUESTION}"}}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)""",
+)
 _QUANTKIT = """\
 import quantkit
 
 model = quantkit.load({name})  # a transformers model"""
 PACKAGES = {"compressed_tensors": "compressed-tensors", "bitsandbytes": "bitsandbytes"}
 """Format -> what transformers needs to read it."""
-CODE = {"vLLM": _VLLM, "transformers": _TRANSFORMERS}
 
 
 def list_snippets(fidelity: Fidelity) -> Iterator[tuple[str, str]]:
     """Yield engine and Python code for each library that loads the artifact.
 
-    The folder is named as the artifact; quantkit itself loads every format.
+    The folder is named as the artifact; quantkit itself loads every format. A model with a chat
+    template is asked a question, another one continues a text.
     """
-    name = json.dumps(fidelity.artifact.name, ensure_ascii=False)
+    name, source = json.dumps(fidelity.artifact.name, ensure_ascii=False), fidelity.source
     engines = [command.engine for command in fidelity.artifact.serving]
-    for engine, code in CODE.items():
-        if engine in engines and fidelity.source.pipeline_tag == "text-generation":
+    if source.pipeline_tag == "text-generation":
+        if "vLLM" in engines:
+            yield "vLLM", _VLLM.format(name=name, call=_VLLM_CALLS[source.chat])
+        if "transformers" in engines:
             package = PACKAGES.get(fidelity.artifact.format)
-            install = f"# pip install transformers {package}\n" if package else ""
-            yield engine, code.format(name=name, install=install)
+            packages = " ".join(["transformers", "accelerate", *([package] if package else [])])
+            inputs = _TRANSFORMERS_INPUTS[source.chat]
+            yield "transformers", _TRANSFORMERS.format(name=name, packages=packages, inputs=inputs)
     yield "quantkit", _QUANTKIT.format(name=name)
-
-
-def make_engine_table(fidelity: Fidelity) -> Table:
-    """Return the engines that load the artifact, with the version that was tried and its flag."""
-    rows = tuple(
-        (
-            serving.engine,
-            describe_trial(serving.engine, fidelity.artifact.format),
-            DISABLE_SHARED_FUSION if DISABLE_SHARED_FUSION in serving.command else "",
-        )
-        for serving in fidelity.artifact.serving
-    )
-    note = "Tried: the tests of quantkit load small models of this format with this version."
-    columns = ("engine", "tried with", "needs")
-    return Table(title="Engines", columns=columns, rows=rows, note=note if rows else "")
-
-
-def describe_trial(engine: str, format_name: str) -> str:
-    """Return the version of an engine with which tests load a format."""
-    version, formats = TRIED.get(engine, ("", frozenset[str]()))
-    return version if format_name in formats else NOT_TRIED

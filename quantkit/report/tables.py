@@ -29,6 +29,10 @@ KIND_FIGURES = ("kl_mean", "kl_p99", "ppl_ratio", "top1")
 """Columns of the table with a row per kind of text."""
 MOST_COLUMNS = 4
 """Kinds of text, all text included, up to which each has a column and not a row."""
+HEADROOM = (
+    "Distance of the value from its bound, as a share of an upper bound, else in the figure's "
+    "unit; negative is a miss."
+)
 LIKELIHOOD = {
     "source": "Log-likelihood per token of the solutions under the source, mean over items.",
     "artifact": "The same under the artifact.",
@@ -62,7 +66,7 @@ def make_comparison_table(results: Sequence[BenchmarkResult], how: str) -> Table
             format_numbers.format_recovery(row.recovery),
             changed,
             format_numbers.format_probability(row.mcnemar_p),
-            row.verdict,
+            "; ".join(filter(None, ["not valid" if row.fault else "", row.verdict])),
         ))
     columns = (
         "task",
@@ -77,6 +81,7 @@ def make_comparison_table(results: Sequence[BenchmarkResult], how: str) -> Table
     )
     note = f"{how}; p is McNemar's exact test on the changed items."
     note += describe_pass(results)
+    note += "".join(f" Not valid: {row.fault}." for row in results if row.fault)
     note += _format_rates("Cut at the token limit", [(row.task, row.truncated) for row in results])
     note += _format_rates("Without a result", [(row.task, row.unparsed) for row in results])
     return Table(
@@ -232,6 +237,7 @@ def make_gate_table(fidelity: Fidelity) -> Table:
             row.figure,
             row.bound,
             format_numbers.format_gate_value(row),
+            format_numbers.format_headroom(row),
             format_numbers.format_count(row.n),
             f"{row.outcome}: {row.reason}" if row.reason else row.outcome,
         )
@@ -244,10 +250,15 @@ def make_gate_table(fidelity: Fidelity) -> Table:
     )
     return Table(
         title="Gates",
-        columns=("figure", ">bound", ">value [95 % CI]", ">n", "result"),
+        columns=("figure", ">bound", ">value [95 % CI]", ">headroom", ">n", "result"),
         rows=rows,
         note=note if has_unproven else "",
-        meanings=define_figures(row.figure for row in fidelity.gates),
+        meanings=(
+            ("headroom", HEADROOM),
+            *define_figures(row.figure for row in fidelity.gates),
+        )
+        if rows
+        else (),
     )
 
 

@@ -7,8 +7,17 @@ from collections.abc import Sequence
 from rich.console import Group
 from rich.text import Text
 
-from quantkit.plan.plan_schema import PlanSummary
+from quantkit.plan.plan_schema import (
+    PlanEngine,
+    PlanMemory,
+    PlanStream,
+    PlanSummary,
+    PlanTasks,
+    PlanTime,
+)
 from quantkit.report import format_numbers
+from quantkit.report.format_numbers import format_duration
+from quantkit.report.short_form import LabeledLines, SummaryLine, escape_line
 from quantkit.report.table import Table
 from quantkit.report.terminal_tables import render_table, strip_control_characters
 from quantkit.texts.exposure import format_labels
@@ -18,7 +27,7 @@ SHARDS = 4  # output files that a plan shows
 
 def render_plan(plan: PlanSummary) -> Group:
     """Return a plan: source, rules, totals, memory, shards, warnings."""
-    source, memory = plan.source, plan.memory
+    source = plan.source
     head = Text(strip_control_characters(f"{source.model} -> {plan.output}"), style="bold")
     revision = f" at {source.revision}" if source.revision else ""
     weights, bare = (
@@ -46,19 +55,8 @@ def render_plan(plan: PlanSummary) -> Group:
         how = format_numbers.describe_copy(plan.copied)
         copied = f"{how}: {parts}; {format_numbers.TEXT_ONLY}"
         head.append("\n" + strip_control_characters(copied), style="not bold")
-    for text in plan.sampled:
+    for text in (*plan.sampled, *plan.costs):
         head.append("\n" + strip_control_characters(text), style="not bold")
-    fits = memory.peak <= memory.budget
-    waves = f", {memory.experts_per_wave} experts per wave" if memory.experts_per_wave else ""
-    parts = ", ".join(
-        f"{name} {format_numbers.format_size(n_bytes)}" for name, n_bytes in memory.parts.items()
-    )
-    lines = Text(
-        f"memory: {format_numbers.format_size(memory.peak)} of "
-        f"{format_numbers.format_size(memory.budget)}{waves}{f' ({parts})' if parts else ''}; "
-        f"scratch disk {format_numbers.format_size(memory.scratch_disk)}",
-        style="" if fits else "bold red",
-    )
     warnings = [
         Text(strip_control_characters(f"warning: {warning}"), style="yellow")
         for warning in plan.warnings
@@ -69,9 +67,82 @@ def render_plan(plan: PlanSummary) -> Group:
         render_table(make_rules_table(plan)),
         render_table(make_shards_table(plan)),
         *((render_table(make_texts_table(plan)),) if plan.texts else ()),
-        lines,
+        LabeledLines(list_plan_lines(plan)),
         *warnings,
     )
+
+
+# ------------------------------------------------------------------------------- lines with a label
+
+
+def list_plan_lines(plan: PlanSummary) -> list[SummaryLine]:
+    """Return texts, benchmarks, gates, engines, memory, scratch disk and time of a plan."""
+    lines = [
+        SummaryLine(label=stream.use, wordings=(describe_stream(stream),))
+        for stream in plan.streams
+    ]
+    if plan.tasks.names:
+        lines.append(SummaryLine(label="benchmarks", wordings=(describe_tasks(plan.tasks),)))
+    if plan.gates:
+        lines.append(SummaryLine(label="gates", wordings=("; ".join(plan.gates),)))
+    if plan.engines:
+        lines.append(SummaryLine(label="loads in", wordings=(describe_engines(plan.engines),)))
+    memory = plan.memory
+    style = "" if memory.peak <= memory.budget else "bold red"
+    lines.append(SummaryLine(label="memory", wordings=(describe_memory(memory),), style=style))
+    scratch = format_numbers.format_size(memory.scratch_disk)
+    reason = f": {memory.scratch_reason}" if memory.scratch_reason else ""
+    lines.append(SummaryLine(label="scratch", wordings=(f"{scratch}{reason}",)))
+    if plan.time is not None:
+        lines.append(SummaryLine(label="time", wordings=(describe_time(plan.time),)))
+    return [escape_line(line) for line in lines]
+
+
+def describe_stream(stream: PlanStream) -> str:
+    """Return "tiny-v3, 49,697 tokens, all of the set in sequences of at most 512"."""
+    tokens = f"{'' if stream.is_counted else 'at most '}{stream.tokens:,} tokens"
+    sequences = "all" if stream.sequences is None else f"{stream.sequences:,}"
+    return f"{stream.set}: {tokens} in {sequences} sequences of at most {stream.length:,}"
+
+
+def describe_tasks(tasks: PlanTasks) -> str:
+    """Return the names of the benchmarks and their numbers of items."""
+    items = "all items" if tasks.limit is None else f"the first {tasks.limit:,} items of each"
+    gold = f", gold solutions of {tasks.gold_solutions:,}" if tasks.gold_solutions else ""
+    return f"{', '.join(tasks.names)} ({items}{gold})"
+
+
+def describe_engines(engines: Sequence[PlanEngine]) -> str:
+    """Return the engines that load the artifact, with tried versions, then those that do not."""
+    loads = [
+        f"{row.engine} (tried: {row.tried})" if row.tried else row.engine
+        for row in engines
+        if row.is_supported
+    ]
+    refused = [row.engine for row in engines if not row.is_supported]
+    return "; ".join([", ".join(loads), *([f"not {', '.join(refused)}"] if refused else [])])
+
+
+def describe_memory(memory: PlanMemory) -> str:
+    """Return the peak, the budget, the experts at a time, and the parts of the peak."""
+    waves = f", {memory.experts_per_wave} experts per wave" if memory.experts_per_wave else ""
+    parts = ", ".join(
+        f"{name} {format_numbers.format_size(n_bytes)}" for name, n_bytes in memory.parts.items()
+    )
+    peak, budget = map(format_numbers.format_size, (memory.peak, memory.budget))
+    return f"{peak} of {budget}{waves}{f' ({parts})' if parts else ''}"
+
+
+def describe_time(time: PlanTime) -> str:
+    """Return "about 4 min (quantize 3 min, benchmarks 1 min), scaled from ...", or why not."""
+    if time.seconds is None:
+        return f"not known: {time.reason}"
+    steps = ", ".join(
+        f"{name} {format_duration(seconds)}"
+        for name, seconds in time.steps.items()
+        if seconds >= 0.05 * time.seconds
+    )
+    return f"about {format_duration(time.seconds)} ({steps}), {time.reason}"
 
 
 def render_plans(plans: Sequence[PlanSummary]) -> Group:

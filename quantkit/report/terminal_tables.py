@@ -14,6 +14,7 @@ from rich.text import Text
 
 from quantkit.report.table import Table
 
+WHOLE = 14  # characters of a word that is never broken where a table can do without
 _PIECE = re.compile(r"[^./_,:=|-]*[./_,:=|-]+|[^./_,:=|-]+")
 
 
@@ -75,8 +76,14 @@ def fit_table(table: Table, line: int) -> tuple[Table, list[int]] | None:
 
 
 def split_names(text: str) -> list[str]:
-    """Return the pieces into which the words of a text may be broken: after dots, slashes, ..."""
-    return [piece for word in text.split() for piece in _PIECE.findall(word)]
+    """Return the pieces into which the words of a text may be broken: long ones after dots,
+    slashes, ...
+    """
+    return [
+        piece
+        for word in text.split()
+        for piece in ([word] if len(word) <= WHOLE else _PIECE.findall(word))
+    ]
 
 
 def wrap_cell(text: str, width: int) -> str:
@@ -117,13 +124,15 @@ def format_records(table: Table, line: int) -> Iterator[str]:
     but a row's first are indented.
     """
     for row in table.rows:
-        first, *rest = (" ".join(cell.split()) for cell in row)
-        heading = table.columns[0].removeprefix(">").strip()
-        yield from wrap_cell(f"{heading}: {first}" if heading else first, line).split("\n")
-        for name, cell in zip(table.columns[1:], rest, strict=True):
-            if cell:
-                entry = f"{name.removeprefix('>')}: {cell}"
-                yield from (f"  {part}" for part in wrap_cell(entry, line - 2).split("\n"))
+        indent, mark = "", ""
+        for name, cell in zip(table.columns, row, strict=True):
+            heading, text = name.removeprefix(">").strip(), " ".join(cell.split())
+            if not heading:  # a column of marks
+                mark = f"{text} " if text else ""
+            elif text:
+                entry = wrap_cell(f"{mark}{heading}: {text}", line - len(indent))
+                yield from (f"{indent}{part}" for part in entry.split("\n"))
+                indent, mark = "  ", ""
 
 
 def iterate_layouts(table: Table) -> Iterator[Table]:
@@ -198,10 +207,15 @@ def compute_widths(
     spare = line - sum(widths) - 2 * len(widths) + 1  # a space and a divider between columns
     if spare < 0:
         return None
-    while spare > 0 and widths != natural:
-        narrowest = min(
-            (i for i in range(len(widths)) if widths[i] < natural[i]), key=lambda i: widths[i]
-        )
-        widths[narrowest] += 1
-        spare -= 1
+    words = [
+        min(full, max(len(word) for cell in column for word in (cell.split() or [""])))
+        for column, full in zip(cells, natural, strict=True)
+    ]
+    for goal in (words, natural):  # whole words come before fewer lines
+        while spare > 0 and any(width < most for width, most in zip(widths, goal, strict=True)):
+            narrowest = min(
+                (i for i in range(len(widths)) if widths[i] < goal[i]), key=lambda i: widths[i]
+            )
+            widths[narrowest] += 1
+            spare -= 1
     return widths

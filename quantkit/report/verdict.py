@@ -48,3 +48,9 @@ def choose_status(fidelity: Fidelity) -> Status:
     if fidelity.status == "accepted" and count_unproven(fidelity):
         return "not judged"
     return fidelity.status
+
+
+def format_status(fidelity: Fidelity) -> str:
+    """Return the status for a table: "accepted, 1 not proven"."""
+    n = count_unproven(fidelity)
+    return f"{fidelity.status}, {n} not proven" if n else fidelity.status

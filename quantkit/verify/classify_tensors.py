@@ -14,7 +14,8 @@ from quantkit import registry
 from quantkit.artifact.layout import MANIFEST
 from quantkit.checkpoint.encoding import FP8
 from quantkit.checkpoint.logical_tensors import find_copied_codes
-from quantkit.contracts import Contents, FloatDtype, Format, Linear, Scheme, SchemeKind, TensorSpec
+from quantkit.contracts import Contents, Format, Linear, Scheme, SchemeKind, TensorSpec
+from quantkit.dtypes import FLOAT_NAMES
 from quantkit.errors import UsageError
 from quantkit.formats.common.checks import FINITE, MAGNITUDE, FormatChecks, ValueCheck
 
@@ -166,7 +167,7 @@ def classify_linear(
         return (
             None,
             f"{module}: expected the tensors of {scheme.bits}-bit codes, found "
-            f"{', '.join(sorted(tensors))}",
+            f"{', '.join(sorted(tensors)) or 'none'}",
         )
     linear = Linear(
         name=module, out_features=shape[0], in_features=shape[1], role="mlp", bias="bias" in tensors
@@ -279,7 +280,7 @@ def parse_scheme(values: object) -> Scheme | None:
     sizes = (
         type(bits) is int and 2 <= bits <= 8 and type(group) is int and (group == -1 or group > 0)
     )
-    floats = get_args(FloatDtype)
+    floats = tuple(FLOAT_NAMES)
     names = kind in get_args(SchemeKind) and values["scale_dtype"] in FP4_SCALES.get(kind, floats)
     if not (flags and sizes and names and values["source_dtype"] in (None, *floats)):
         return None

@@ -14,11 +14,14 @@ from quantkit.artifact.account_tensors import (
     list_block_tensors,
     list_held_names,
 )
-from quantkit.artifact.read_manifest import get_section, read_manifest
+from quantkit.artifact.engine_reasons import read_served_engines
+from quantkit.artifact.read_manifest import get_format_name, get_section, read_manifest
 from quantkit.checkpoint.encoding import remove_quantization
 from quantkit.checkpoint.scan import scan_file
 from quantkit.errors import ArtifactError
 from quantkit.plan.check_values import find_value_faults
+from quantkit.verify.engines.check_loading import check_engines
+from quantkit.verify.engines.compare import EngineCheck
 from quantkit.verify.prove_tensors import Proof, ProofKind, prove_kept, prove_linear
 from quantkit.verify.source_pair import SourcePair, open_pair
 
@@ -66,6 +69,7 @@ class DeepReport:
     files: tuple[int, int]
     carried: int
     account: SourceAccount
+    engines: tuple[EngineCheck, ...]
     proofs: tuple[Proof, ...]
 
     def counts(self, kinds: Sequence[ProofKind]) -> dict[ProofKind, int]:
@@ -94,8 +98,17 @@ def verify_deep(
     ]:
         on_tensor(name)
         proofs.append(prove(pair, name))
+    manifest = read_manifest(path)
+    engines = check_engines(
+        path,
+        get_format_name(manifest),
+        pair.modules,
+        manifest.get("parts") or (),  # type: ignore[arg-type]  # the shallow checks read it
+        read_served_engines(path),
+    )
     faults = [
         *find_carried_faults(pair),
+        *(f"{check.engine}: {fault}" for check in engines for fault in check.faults),
         *find_tensor_name_faults(pair),
         *(f"{proof.name}: {proof.fault}" for proof in proofs if proof.fault),
     ]
@@ -112,6 +125,7 @@ def verify_deep(
         files=(files, len(source_hashes)),
         carried=len(pair.source.sidecars),
         account=account_source(pair),
+        engines=engines,
         proofs=tuple(proofs),
     )
 
@@ -215,6 +229,7 @@ def iterate_report_lines(deep: DeepReport) -> Iterator[str]:
         f"{deep.files[1]} weight files hashed"
     )
     yield f"tensors of the source: {deep.account.describe()}"
+    yield from (f"{check.engine}: {check.describe_check()}" for check in deep.engines)
     yield f"config.json but for quantization, and {deep.carried} other files: equal to the source's"
     parts: tuple[tuple[str, tuple[int, int], Sequence[ProofKind]], ...] = (
         ("quantized linears", deep.modules, ("requantized", "reproduced", "scaled", "copied")),

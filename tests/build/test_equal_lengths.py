@@ -22,7 +22,7 @@ from quantkit.build.hidden_states import (
 )
 from quantkit.build.open_streams import needs_equal_lengths
 from quantkit.contracts import Config, Layout
-from quantkit.models import full_model, inspect, layout_checks
+from quantkit.models import block_trial, full_model, inspect
 from quantkit.models.layers import (
     MetaModel,
     load_outer_model,
@@ -64,7 +64,7 @@ def run_blocks(
     outer = load_outer_model(meta, tensors)
     stream = open_stream("reference", make_text(LENGTHS), None, outer, 768, shape, "float32")
     for block in layout.blocks:
-        own = layout_checks.select_block_tensors(block, tensors)
+        own = block_trial.select_block_tensors(block, tensors)
         target = create_target(stream, block.name)
         run_stream(meta, make_decoder_layer(meta, block, own), stream, target, None)
         stream = move_stream(stream, target)

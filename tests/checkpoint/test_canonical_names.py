@@ -99,6 +99,23 @@ def test_tied_head_stands_for_the_embedding(metadata: dict[str, str], tmp_path: 
     tied = {"tie_word_embeddings": True, "metadata": metadata}
     source = Checkpoint.open(save(tmp_path / "m", {HEAD: values}, **tied))
     assert torch.equal(source.read([EMBEDDING])[EMBEDDING], values)
+    assert list(source.specs) == [EMBEDDING]  # the plan leaves no second head out
+    assert source.shards.notes == (
+        f"{EMBEDDING} is stored as {HEAD}, to which config.json ties it",
+    )
+
+
+def test_head_that_metadata_ties_needs_no_tensor(tmp_path: Path) -> None:
+    tied = {"tie_word_embeddings": True, "metadata": {HEAD: EMBEDDING}}
+    source = Checkpoint.open(save(tmp_path / "m", {EMBEDDING: torch.randn(8, 3)}, **tied))
+    assert list(source.specs) == [EMBEDDING] and source.shards.notes == ()
+
+
+def test_metadata_ties_what_config_does_not(tmp_path: Path) -> None:
+    values = torch.randn(8, 3)
+    untied = {"tie_word_embeddings": False, "metadata": {EMBEDDING: HEAD}}
+    source = Checkpoint.open(save(tmp_path / "m", {HEAD: values}, **untied))
+    assert torch.equal(source.read([EMBEDDING])[EMBEDDING], values)
     assert source.shards.notes == (f"{EMBEDDING} is not stored: it is tied to {HEAD}",)
 
 

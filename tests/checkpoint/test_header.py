@@ -15,7 +15,8 @@ from safetensors.torch import save, save_file
 
 from quantkit.checkpoint.header import build_header, parse_header, read_header
 from quantkit.checkpoint.tensors import TORCH_DTYPES
-from quantkit.contracts import DTYPE_BYTES, TensorSpec
+from quantkit.contracts import TensorSpec
+from quantkit.dtypes import DTYPE_BYTES
 from quantkit.errors import CheckpointError
 
 GOOD = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}

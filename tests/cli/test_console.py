@@ -14,7 +14,7 @@ import click
 import pytest
 from support.paths import ROOT
 
-from quantkit.cli.console import color_label, wrap_lines
+from quantkit.cli.console import color_label, echo, wrap_lines
 
 MESSAGE = "error: " + "a/very/long/path/of/a/folder/" * 3 + "x: exists already; choose another one"
 
@@ -64,6 +64,21 @@ def test_error_fits_the_terminal() -> None:
     assert shown.startswith("\x1b[31m\x1b[1merror:\x1b[0m no-such-recipe: ")
     lines = shown.replace("\r", "").splitlines()
     assert len(lines) > 3 and all(len(click.unstyle(line)) <= 60 for line in lines)
+
+
+def test_text_on_a_terminal_is_wrapped_and_elsewhere_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "artifact: accepted: " + "words that follow " * 5 + "\x1b[2J"
+    echo(text)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("\\x1b[2J")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    echo(text)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 2 and max(map(len, lines)) <= 40
+    assert " ".join(part.strip() for part in lines) == line
 
 
 def test_error_elsewhere_is_one_plain_line() -> None:

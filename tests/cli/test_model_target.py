@@ -81,6 +81,20 @@ def test_overrides_are_in_the_written_recipe() -> None:
     assert (recipe.memory, recipe.output.path) == (3 * 10**9, "elsewhere/x")
 
 
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        (["--set", "quantize.bits=8"], "artifacts/tiny-v3-gptq8"),
+        (["--set", "quantize={method: gptq, bits: 3}"], "artifacts/tiny-v3-gptq3"),
+        (["--set", "quantize.bits=8", "--set", "output.path=mine"], "mine"),
+        (["--set", "quantize.bits=8", "--output", "tiny-awq4"], "tiny-awq4"),
+    ],
+)
+def test_folder_is_named_after_the_overridden_scheme(options: list[str], path: str) -> None:
+    text = run("init", MODEL, *options).stdout
+    assert parse_recipe(text, "x.yaml").output.path == path
+
+
 def test_init_for_gpus_states_the_numbers_of_size() -> None:
     text = run("init", MODEL, "--for", "H100 80GB x2", "--context", "512", "--users", "4").stdout
     assert parse_recipe(text, "x.yaml").quantize.bits == 8

@@ -10,7 +10,8 @@ from support.method_cases import peak_bytes
 from torch import Tensor
 
 from quantkit import registry
-from quantkit.contracts import FloatDtype, InputStats, Linear, Method, Quantized, Scheme
+from quantkit.contracts import InputStats, Linear, Method, Quantized, Scheme
+from quantkit.dtypes import FloatDtype
 from quantkit.errors import NumericsError
 from quantkit.methods import awq
 from quantkit.numerics import affine, gram

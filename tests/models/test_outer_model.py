@@ -15,6 +15,7 @@ from quantkit import registry
 from quantkit.contracts import Config
 from quantkit.errors import CheckpointError
 from quantkit.models import outer_model
+from quantkit.models.layer_calls import count_bytes, name_tensors
 from quantkit.models.layers import (
     MetaModel,
     cast_meta_model,
@@ -22,7 +23,7 @@ from quantkit.models.layers import (
     load_outer_model,
     make_meta_model,
 )
-from quantkit.models.outer_model import count_bytes, make_embedding, name_tensors
+from quantkit.models.outer_model import make_embedding
 
 CPU = torch.device("cpu")
 MORE = {

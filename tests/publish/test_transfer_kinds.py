@@ -126,6 +126,38 @@ def test_hub_uses_branches_and_private_repositories(
         assert read_files(tmp_path / str(number)) == read_files(built)
 
 
+def test_hub_adds_the_model_to_a_collection(
+    built: Path, make: Callable[[str], RemoteFixture]
+) -> None:
+    """Again: it stays there once. An unknown collection does not undo the publication."""
+    there, slug = make("hf"), "team/quantized-" + "0a" * 12
+    there.server.collections[slug] = []
+    for _ in range(2):
+        done = run_command("publish", "--force", "--collection", slug, built, there.address)
+        assert done.exit_code == 0 and f"is in the collection {slug}" in done.stdout
+        assert there.server.collections[slug] == ["team/tiny"]
+    other = slug.replace("0a", "0b")
+    done = run_command("publish", "--force", "--collection", other, built, there.address)
+    assert done.exit_code == 1 and MANIFEST in there.server.files("team/tiny")
+    assert "is published, but not in the collection" in done.stderr
+    assert f"collection {other}: expected this on the Hub" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("collection", "address", "sentence"),
+    [
+        ("team/quantized", "hf://team/tiny", "expected the end of a collection's address"),
+        ("team/q-" + "0a" * 12, "folder", "expected a model of the Hub as destination"),
+    ],
+)
+def test_wrong_collection_is_refused_before_anything_is_sent(
+    collection: str, address: str, sentence: str, built: Path, tmp_path: Path
+) -> None:
+    dest = tmp_path / "there" if address == "folder" else address
+    done = run_command("publish", "--force", "--collection", collection, built, dest)
+    assert done.exit_code == 2 and sentence in done.stderr and not (tmp_path / "there").exists()
+
+
 def test_hub_publishes_in_one_commit(built: Path, make: Callable[[str], RemoteFixture]) -> None:
     there = make("hf")
     publish_to(built, there.address)

@@ -356,8 +356,8 @@ fidelty: {}
         "gigabytes'",
         "x.yaml:15: output.shard_bytes: expected a size above 0 and below 8 EiB, found '0'",
         "x.yaml:16: fidelty: unknown key. Did you mean 'fidelity'? Known: version, source, "
-        "quantize, format, rules, calibration, fidelity, evaluation, gates, output, memory, mtp, "
-        "propagate, compute.",
+        "quantize, format, rules, calibration, fidelity, evaluation, gates, slo, output, memory, "
+        "mtp, propagate, compute.",
     )
 
 

@@ -62,6 +62,8 @@ def test_every_key_has_a_meaning_and_an_example_that_parses(section, name, field
             overrides["gates.gsm8k.min_score"] = "0.5"
     else:
         overrides = {f"{section}.{name}".lstrip("."): example}
+    if (section, name) == ("slo", "concurrency"):
+        overrides["slo.targets"] = "{errors: {max: 0}}"
     if name == "double_quant":
         overrides["quantize.method"] = "nf4"
     parse_recipe(SMALLEST, "x.yaml", overrides)

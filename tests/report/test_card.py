@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import httpx2
 import pytest
 from ruamel.yaml import YAML
+from support.builds import build
+from support.checkpoints import make_tiny_config, write_checkpoint
 from support.paths import ROOT
 from support.report_example import FIDELITY
 from support.report_variants import make_example, render_to_text
 
-from quantkit.report import card, format_numbers, html_page, runs, terminal
+from quantkit.report import card, format_numbers, html_page, loading, runs, terminal
+
+SYMMETRIC = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
 
 
 def test_hub_library_accepts_the_front_matter() -> None:
@@ -66,9 +72,27 @@ def test_library_and_snippets_are_those_of_engines_that_load_it(
     assert ("AutoModelForCausalLM" in text) == ("transformers" in engines)
     assert ("from vllm" in text) == ("vLLM" in engines)
     if "SGLang" in engines:
-        assert "| SGLang | no test of quantkit runs it |  |" in text
+        assert "| SGLang | not checked | no test of quantkit runs it |  |" in text
     if "transformers" in engines:
-        assert "| transformers | 5.23.0 |  |" in text
+        assert "| transformers | not checked | 5.23.0 |  |" in text
+
+
+def test_engines_say_how_names_and_shapes_were_checked() -> None:
+    """An engine without a check, as in earlier reports, says so."""
+    rows = [
+        {"engine": "vLLM", "version": "0.32.0", "how": "names", "tensors": 52, "skipped": 9},
+        {"engine": "SGLang", "how": "not checked", "reason": "no map of ArceeForCausalLM"},
+    ]
+    serving = [{"engine": name, "command": name} for name in ("vLLM", "SGLang", "transformers")]
+    artifact = {**dict(FIDELITY["artifact"]), "serving": serving}  # type: ignore[call-overload]
+    report = make_example({"artifact": artifact, "loading": rows})
+    table = {row[0]: row[1] for row in loading.make_engine_table(report).rows}
+    assert table == {
+        "vLLM": "52 tensors by the published map of vLLM 0.32.0; not run; it skips 9 others",
+        "SGLang": "not checked: no map of ArceeForCausalLM",
+        "transformers": "not checked",
+    }
+    assert table["vLLM"] in card.render_card(report)
 
 
 def test_tried_versions_are_those_of_the_tests() -> None:
@@ -93,6 +117,49 @@ def test_snippets_are_python() -> None:
     assert len(blocks) == 2
     for block in blocks:
         compile(block, "card", "exec")
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+@pytest.mark.parametrize("format_name", ["compressed_tensors", "bitsandbytes", "dense"])
+def test_snippet_of_transformers_runs(
+    format_name: str, is_chat: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The code of the card of a real artifact generates text next to the artifact's folder."""
+    source = write_checkpoint(tmp_path / "source", make_tiny_config("llama"))
+    if is_chat:
+        (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}\n")
+    method = {"bitsandbytes": "{method: nf4}"}.get(format_name, SYMMETRIC)
+    build(source, tmp_path / "model", format=format_name, fidelity="none", quantize=method)
+    text = (tmp_path / "model/README.md").read_text()
+    (code,) = [x for x in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "AutoModel" in x]
+    assert ("apply_chat_template" in code) == is_chat
+    if format_name != "bitsandbytes":  # vLLM reads it with a plugin only
+        assert ("model.chat([" in text) == is_chat != ("model.generate(" + '"Once' in text)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "card", "exec"), {})
+    assert capfd.readouterr().out.strip()
+
+
+def test_hub_checks_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub sends the card to the Hub's check of cards; a stand-in parses its metadata
+    with huggingface_hub's own classes, and knows the values of the Hub's lists.
+    """
+    import huggingface_hub.repocard as repocard
+
+    seen: list[dict[str, object]] = []
+
+    class Session:
+        def post(self, url: str, json: dict[str, str], headers: object) -> httpx2.Response:
+            seen.append({"url": url, **json})
+            data = repocard.ModelCard(json["content"], ignore_metadata_errors=False).data
+            assert data.license == "apache-2.0" and data.pipeline_tag == "text-generation"
+            assert all(re.fullmatch(r"[\w.-]{1,100}", tag) for tag in data.tags or ())
+            return httpx2.Response(200, json={}, request=httpx2.Request("POST", url))
+
+    monkeypatch.setattr(repocard, "get_session", Session)
+    repocard.ModelCard(card.render_card(make_example())).validate()
+    assert seen and seen[0]["repoType"] == "model" and str(seen[0]["url"]).endswith("validate-yaml")
 
 
 def test_size_comes_first_everywhere() -> None:

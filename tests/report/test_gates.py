@@ -76,7 +76,11 @@ def test_every_figure_has_a_value_in_a_full_report() -> None:
     calibration["overlaps"] = [{"task": "t", "items": 9, "overlapping": 2}]
     gold = {"task": "t", "n": 9, "source": -0.5, "artifact": -0.6, "difference": {"value": -0.1}}
     place = {"input": "q", "channels": 9, "tokens": 9, "effective_rank": 5, "unspanned": {"a": 0.1}}
+    one, noise = {"value": 1.0}, {"what": "w", "kl_mean": {"value": 1e-5}, "top1": {"value": 1.0}}
+    rtn = {"domain": "all", "tokens": 9, "kl_mean": one, "ratio": one, "typical": one}
     report = make_example({
+        "yardstick": {"top1": one, "rows": [rtn]},
+        "noise_floor": noise,
         "calibration": calibration,
         "coverage": [{"block": "b", "inputs": [place]}],
         "distribution": [pooled, *kinds],
@@ -505,5 +509,10 @@ def test_unproven_gates_are_named_and_the_margin_of_pass_is_said() -> None:
     assert report.status == "accepted"
     assert any("1 of 1 gates is kept and not proven" in note for note in notes.list_notes(report))
     table = tables.make_gate_table(report)
-    assert table.rows[0][2:] == ("0.000361 [0.000319, 0.000403]", "10,240", "kept, not proven")
+    assert table.rows[0][2:] == (
+        "0.000361 [0.000319, 0.000403]",
+        "10 %",
+        "10,240",
+        "kept, not proven",
+    )
     assert "excludes a loss of more than 2 %" in tables.make_benchmark_table(report).note

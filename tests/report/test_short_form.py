@@ -49,6 +49,21 @@ def test_six_lines_in_their_order_with_their_figures() -> None:
     assert lines["next"] == "quantkit report artifacts/tiny-v3-awq4 --full"
 
 
+def test_mean_is_compared_with_the_yardstick_if_there_is_one() -> None:
+    row = {
+        "domain": "all",
+        "tokens": 10_240,
+        "kl_mean": {"value": 0.0012},
+        "ratio": {"value": 0.3, "ci": [0.24, 0.41]},
+        "typical": {"value": 0.2},
+    }
+    report = make_example({"yardstick": {"top1": {"value": 0.99}, "rows": [row]}})
+    assert show(report, 120)["KL"] == (
+        "worst kind 450 (math), mean 361 [319, 403] (0.30x [0.24, 0.41] of RTN), 10⁻⁶ nats/token"
+    )
+    assert show(report)["KL"] == "worst kind 450 (math), mean 361 (0.30x of RTN), 10⁻⁶ nats/token"
+
+
 def test_next_command_depends_on_gates_and_engines() -> None:
     for bounds, changes, command in (
         ({"kl_max": Gate(max=1)}, {}, "quantkit serve artifacts/tiny-v3-awq4"),

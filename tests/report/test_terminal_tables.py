@@ -72,3 +72,19 @@ def test_table_without_room_for_columns_becomes_records() -> None:
         "  " + "c" * 20 + ": 3.0",
     ]
     assert "module: model.layers.1" in text.splitlines()
+
+
+def test_mark_of_a_row_stands_before_its_first_cell() -> None:
+    columns = (" ", "name", *(f">{letter * 20}" for letter in "abcd"))
+    rows = (("*", "best", *"1234"), (" ", "other", *"5678"))
+    lines = render_to_text(render_table(Table(title="T", columns=columns, rows=rows)), 60)
+    assert lines.splitlines()[1] == "* name: best" and "\nname: other\n" in lines
+    assert f"  {'a' * 20}: 1" in lines.splitlines()
+
+
+def test_short_words_stay_whole_and_get_their_room_first() -> None:
+    columns = ("license", "text", ">n")
+    text = "a description of several words, much longer than a line of the terminal has room for"
+    table = Table(title="T", columns=columns, rows=(("Apache-2.0", f"{text} {text}", "1"),))
+    for width in (30, 40, 60, 80):
+        assert "Apache-2.0" in render_to_text(render_table(table), width).split()

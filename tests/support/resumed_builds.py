@@ -7,7 +7,7 @@ from pathlib import Path
 SYMMETRIC = "{method: awq, rounding: gptq, bits: 4, group_size: 64, symmetric: true}"
 SMALL = {
     "calibration": "{set: tiny-v3, sequences: 12, length: 64, min_expert_tokens: 8}",
-    "fidelity": "{set: tiny-v3-heldout, windows: 4, length: 64}",
+    "fidelity": "{set: tiny-v3-heldout, windows: 4, length: 64, yardstick: rtn}",
     "output": "{path: x, shard_bytes: 200kB}",
 }
 

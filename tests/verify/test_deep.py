@@ -38,6 +38,7 @@ from quantkit.cli.main import main
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.recipe.parse import parse_recipe
 from quantkit.verify.deep import PROOF_MEANINGS, DeepReport, verify_deep
+from quantkit.verify.engines import sglang, vllm
 from quantkit.verify.prove_tensors import are_powers_of_two, prove_linear
 from quantkit.verify.shallow import verify_artifact
 from quantkit.verify.source_pair import open_pair
@@ -232,6 +233,9 @@ def test_command_reports_the_proofs(build_artifact: BuildArtifact) -> None:
         f"  source {source}: names, headers, config and tokenizer unchanged, 1 of 1 weight files "
         "hashed",
         "  tensors of the source: 21 accounted for: 21 in the artifact",
+        "  transformers: not checked: the artifact has no command for it",
+        f"  vLLM: 21 tensors by the published map of vLLM {vllm.VERSION}; not run",
+        f"  SGLang: 21 tensors by the published map of SGLang {sglang.VERSION}; not run",
         "  config.json but for quantization, and 2 other files: equal to the source's",
         "  14 of 14 quantized linears",
         "        6 recorded weight error reproduced from source and codes (how calibration chose "

@@ -27,6 +27,7 @@ from quantkit.checkpoint.encoding import (
     require_shape,
 )
 from quantkit.contracts import TensorSpec
+from quantkit.dtypes import FLOAT_NAMES
 from quantkit.errors import CheckpointError
 from quantkit.io.files import parse_json, shorten_repr
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KINDS = ("nf4", "fp4")
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 STATE_LIMIT_BYTES = 4096
 
 
@@ -50,7 +50,7 @@ def claim(codes: StoredCodes) -> EncodedWeight | None:
     values = read_state(codes, state)
     shape, dtype, block = (
         read_shape(values),
-        DTYPES.get(str(values.get("dtype"))),
+        FLOAT_NAMES.get(str(values.get("dtype"))),
         values["blocksize"],
     )
     if shape is None or dtype is None or type(block) is not int or block < 1:

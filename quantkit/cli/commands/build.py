@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quantkit.cli.console import escape_controls, handle_errors, print_json_list
+from quantkit.cli.log_to import LOG_TO, check_tracker_option, log_results
 from quantkit.cli.model_target import (
     CHOSEN_FILE,
     add_model_options,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quantkit.cli.build_log import BuildLog
+    from quantkit.cli.rich_output import ProgressBar
     from quantkit.pipeline import BuildResult
     from quantkit.plan.plan import Plan
     from quantkit.plan.recipe_draft import RecipeRequest
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     help="Print the log to stderr: every block and module. It is also in OUTPUT.build.log.",
 )
 @TRUST_TASK_CODE
+@LOG_TO
 @JUNIT
 @JSON
 @handle_errors
@@ -79,6 +82,7 @@ def command(
     full: bool,
     verbose: bool,
     trusted_code: tuple[str, ...],
+    tracker: str | None,
     junit: Path | None,
     json_out: bool,
 ) -> None:
@@ -102,6 +106,7 @@ def command(
     from quantkit.pipeline import build_artifacts
     from quantkit.plan.recipe_draft import RecipeRequest
 
+    check_tracker_option(tracker)
     request = RecipeRequest(
         model=target, method=method, bits=bits, format=format_name, rules=rules, output=output
     )
@@ -114,12 +119,15 @@ def command(
             overwrite=overwrite,
             evaluate=not skip_evaluation,
             trusted_code=trusted_code,
-            on_plan=partial(start_build, log, quiet=json_out),
+            on_plan=partial(
+                start_build, log, progress_bar, quiet=json_out, evaluate=not skip_evaluation
+            ),
             on_progress=progress_bar.update,
             restart=restart,
             on_message=log.show_message,
         )
     write_results(results, junit, json_out, full=full)
+    log_results(tracker, [result.path for result in results])
     check_gates(results)
 
 
@@ -140,15 +148,28 @@ def prepare_recipe(
     return read.text, read.recipe
 
 
-def start_build(log: BuildLog, plans: Sequence[Plan], *, quiet: bool) -> None:
-    """Open the log file of a build whose plan is accepted, and print the plan."""
+def start_build(
+    log: BuildLog,
+    progress_bar: ProgressBar,
+    plans: Sequence[Plan],
+    *,
+    quiet: bool,
+    evaluate: bool,
+) -> None:
+    """Open the log file of a build whose plan is accepted, set the phases of its progress, and
+    print the plan.
+    """
     from quantkit.cli.rich_output import show
     from quantkit.plan.summary import summarize_plan
+    from quantkit.plan.time_estimate import estimate_plan, list_phases
     from quantkit.report.terminal_plan import render_plans
 
     log.open_file(Path(plans[0].path))
+    times = [estimate_plan(plan) for plan in plans]
+    progress_bar.set_phases(list_phases(plans, times[0], evaluate=evaluate))
     if not quiet:
-        show(render_plans([summarize_plan(plan) for plan in plans]))
+        summaries = [summarize_plan(plan, (), time) for plan, time in zip(plans, times)]
+        show(render_plans(summaries))
 
 
 def write_results(
@@ -167,6 +188,7 @@ def write_results(
         return
     for times in dict.fromkeys(format_times(result) for result in results):
         click.echo(times, err=True)
+    click.echo()
     show(render_results([(result.path, result.fidelity) for result in results], full=full))
 
 

@@ -134,7 +134,7 @@ def command(  # noqa: PLR0913  # one parameter per option
 
     ARTIFACT is a folder, builtin:NAME, a hub id, or with --backend openai a name for the served
     model. An interrupted evaluation continues with --resume and sends no request twice. Exits with
-    1 if a task could not be run.
+    1 if a task could not be run, or if more than 20 % of its answers are cut or have no result.
 
     Example: quantkit eval artifacts/tiny-v3-awq4 --tasks tiny-v3-math --limit 50 --source
     """
@@ -178,6 +178,8 @@ def command(  # noqa: PLR0913  # one parameter per option
     print_result(outcome, setup, json_out)
     if outcome.missing:
         raise EvaluationError(f"not run: {', '.join(outcome.missing)}; results.json says why")
+    if outcome.faults:
+        raise EvaluationError("; ".join(outcome.faults))
 
 
 def print_result(result: EvaluationResult, setup: EvaluationOptions, json_out: bool) -> None:

@@ -10,7 +10,7 @@ import click
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.artifact.layout import PLAN
 from quantkit.artifact.read_report import read_sealed_report
-from quantkit.cli.console import handle_errors, print_json
+from quantkit.cli.console import echo, handle_errors, print_json
 from quantkit.cli.options import JSON, JUNIT
 from quantkit.cli.rich_output import show
 from quantkit.errors import ArtifactError, GateMissed, UsageError
@@ -69,7 +69,7 @@ def command(artifact: Path, gates_file: Path | None, junit: Path | None, json_ou
             f"of {len(judged.gates)} gates {kept} kept, {unproven} kept but not proven, {missed} "
             f"missed, {unmeasured} without a figure"
         )
-        click.echo(f"{artifact}: {judged.status}: {counts} (when built: {built.status})")
+        echo(f"{artifact}: {judged.status}: {counts} (when built: {built.status})")
     check_gates(judged)
 
 

@@ -85,4 +85,4 @@ def command(
             gpu=kind[0], count=kind[1], context=context, users=users or DEFAULT_USERS
         )
         chosen = choose_scheme(request, source, matched, target)
-    click.echo(finish_recipe(chosen, parse_overrides(overrides)).text, nl=False)
+    click.echo(finish_recipe(request, chosen, parse_overrides(overrides)).text, nl=False)

@@ -48,8 +48,8 @@ def command(
     RECIPE is a file or the name of a recipe that ships with quantkit. MODEL is a folder, a hub id
     (owner/name) or builtin:tiny-v3: a recipe is chosen for it and printed with the reasons, as
     `quantkit build MODEL` does. Of the source only headers or the published config are read, and
-    tied weights that are stored twice; texts on this machine are tokenized. Nothing is written
-    without --recipe.
+    tied weights that are stored twice; texts on this machine are tokenized. The time is scaled from
+    complete builds that were measured on this machine. Nothing is written without --recipe.
 
     \b
     Example: quantkit plan v3-awq4
@@ -60,6 +60,7 @@ def command(
     from quantkit.plan.model_recipe import read_target
     from quantkit.plan.recipe_draft import RecipeRequest
     from quantkit.plan.sources import describe_sampled_texts, resolve_source_facts
+    from quantkit.plan.time_estimate import estimate_plan
 
     request = RecipeRequest(
         model=target, method=method, bits=bits, format=format_name, rules=rules, output=output
@@ -75,7 +76,7 @@ def command(
     parsed = read.recipe
     plans = plan_and_check(parsed, resolve_source_facts(parsed))
     sampled = describe_sampled_texts(plans[0].recipe)
-    summaries = [summarize_plan(plan, sampled) for plan in plans]
+    summaries = [summarize_plan(plan, sampled, estimate_plan(plan)) for plan in plans]
     if json_out:
         print_json_list([summary.model_dump(mode="json") for summary in summaries])
     else:

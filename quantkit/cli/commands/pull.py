@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from quantkit.cli.console import handle_errors, print_json
+from quantkit.cli.console import echo, handle_errors, print_json
 from quantkit.cli.options import DRY_RUN, JOBS, JSON, TRIES
 from quantkit.cli.rich_output import ProgressBar
 from quantkit.io.retry import RetryPolicy
@@ -57,9 +57,9 @@ def command(
         })
         return
     action = "would fetch" if dry_run else "verified; fetched"
-    click.echo(
+    echo(
         f"{folder}: {action} {len(done.files)} files, {format_bytes(done.n_bytes)}; "
         f"{done.n_present} files, {format_bytes(done.present_bytes)} were there ({done.status})"
     )
     for name in done.files if dry_run else ():
-        click.echo(f"  {name}")
+        echo(f"  {name}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quantkit.cli.console import handle_errors
+from quantkit.cli.console import echo, handle_errors
 from quantkit.errors import UsageError
 from quantkit.publish.sign import Signer, sign_artifact
 
@@ -67,6 +67,4 @@ def command(
     signer = Signer(
         private_key=private_key, certificate=certificate, chain=chain, sigstore=sigstore
     )
-    click.echo(
-        f"{artifact}: signed, {sign_artifact(artifact, signer, signature, overwrite=overwrite)}"
-    )
+    echo(f"{artifact}: signed, {sign_artifact(artifact, signer, signature, overwrite=overwrite)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quantkit.artifact.layout import SIGNATURE
-from quantkit.cli.console import handle_errors, print_json
+from quantkit.cli.console import echo, handle_errors, print_json
 from quantkit.cli.options import JSON
 from quantkit.errors import UsageError
 from quantkit.publish.sign import Trust, check_signature
@@ -142,14 +142,14 @@ def print_result(
     verified: VerifyReport, signer: str | None, deep_report: DeepReport | None
 ) -> None:
     """Print the checks that passed."""
-    click.echo(
+    echo(
         f"{verified.path}: ok ({verified.files} files, {verified.tensors} tensors, "
         f"{verified.n_bytes / 1e6:.1f} MB, {verified.status})"
     )
     for note in verified.notes:
-        click.echo(f"  {note}")
+        echo(f"  {note}")
     if verified.unsealed:
-        click.echo(
+        echo(
             f"  not sealed by the manifest: {' and '.join(verified.unsealed)}, which a load test "
             "adds later"
         )
@@ -159,16 +159,16 @@ def print_result(
             if verified.unsealed
             else ""
         )
-        click.echo(f"  signed by {signer}{uncovered}")
+        echo(f"  signed by {signer}{uncovered}")
     elif (verified.path / SIGNATURE).is_file():
-        click.echo("  signed, but the signature was not checked: name the signer with --public-key")
+        echo("  signed, but the signature was not checked: name the signer with --public-key")
     if not signer and not deep_report:
-        click.echo(f"  {CONSISTENCY}")
+        echo(f"  {CONSISTENCY}")
     if deep_report:
         from quantkit.verify.deep import iterate_report_lines
 
         for line in iterate_report_lines(deep_report):
-            click.echo(f"  {line}")
+            echo(f"  {line}")
 
 
 def make_json(verified: VerifyReport) -> dict[str, object]:
@@ -209,6 +209,7 @@ def make_deep_json(report: DeepReport) -> dict[str, object]:
         "source_files_hashed": report.files[0],
         "source_files": report.files[1],
         "carried_files": report.carried,
+        "engines": {check.engine: check.describe_check() for check in report.engines},
         "proofs": {proof.name: proof.kind for proof in report.proofs},
         "not_proven": {proof.name: proof.reason for proof in report.proofs if proof.reason},
     }

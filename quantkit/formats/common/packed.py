@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quantkit.contracts import Quantized, Scheme
+from quantkit.dtypes import FLOAT_NAMES
 from quantkit.errors import UsageError
 
-SCALE_DTYPES: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16"}
+SCALE_DTYPES: Mapping[str, str] = {x: FLOAT_NAMES[x] for x in ("float16", "bfloat16")}
 """The scale dtypes that engines load, and their names in safetensors."""
 GROUP_SIZES = (32, 64, 128, -1)
 OWN_FORMATS: Mapping[str, str] = {

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantkit.contracts import PROTECTED_ROLES, Linear, Quantized, Scheme, TensorSpec
+from quantkit.dtypes import FLOAT_NAMES
 from quantkit.formats.common.checks import FINITE, MAGNITUDE, SCALE, ValueCheck
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FLOAT8 = "F8_E4M3"
-SCALE_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _DYNAMIC = {"strategy": "token", "symmetric": True, "dynamic": True}
 
 
@@ -101,7 +101,7 @@ def list_tensors(linear: Linear, scheme: Scheme) -> tuple[TensorSpec, ...]:
     name = f"{linear.name}.weight"
     width = linear.in_features // 2 if kind.is_packed else linear.in_features
     own = f"{name}_packed" if kind.is_packed else name
-    dtype = {"mxfp4": "U8", "nvfp4": FLOAT8}.get(scheme.kind) or SCALE_DTYPES[scheme.scale_dtype]
+    dtype = {"mxfp4": "U8", "nvfp4": FLOAT8}.get(scheme.kind) or FLOAT_NAMES[scheme.scale_dtype]
     shared = TensorSpec(name=f"{name}_global_scale", dtype="F32", shape=(1,))
     return (
         TensorSpec(name=own, dtype=kind.codes, shape=(out, width)),

@@ -15,7 +15,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
@@ -33,7 +33,7 @@ from quantkit.errors import TransferError, UsageError
 from quantkit.io.bounded_http import ResponseLimits
 from quantkit.io.files import JSON_LIMIT_BYTES, shorten_repr
 from quantkit.io.hub_client import HubReader
-from quantkit.io.retry import TransientError
+from quantkit.io.retry import RetryPolicy, TransientError, retry
 from quantkit.publish.hashed_upload import HashedReader
 from quantkit.publish.remote import (
     BytesCallback,
@@ -51,6 +51,7 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REPOSITORY_FILES = re.compile(
     r"\.git\w+|README\.md|(?i:licen[cs]e|notice)[^/]*|.*\.(?:png|jpe?g|gif|svg|webp)"
 )
+_COLLECTION = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+-[0-9a-f]{24}", re.ASCII)
 _MAIN = "main"
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -215,29 +216,32 @@ class HubRemote:
                 self._exists, self._commit = False, None
         return {}
 
-    @contextmanager
-    def _translate(self, name: str = "") -> Iterator[None]:
+    def _translate(self, name: str = "") -> AbstractContextManager[None]:
         """Turn the hub's errors into one sentence each."""
-        where = f"{self.where}: {shorten_repr(name)}" if name else self.where
-        with translate_errors(where):
-            try:
-                yield
-            except OfflineModeIsEnabled as fault:
-                raise TransferError(
-                    "HF_HUB_OFFLINE: expected the Hub to be used, found offline mode"
-                ) from fault
-            except GatedRepoError as fault:
-                raise TransferError(
-                    f"{where}: expected access to this model, found a gate; accept its license on "
-                    "the Hub"
-                ) from fault
-            except (HfHubHTTPError, RuntimeError) as fault:
-                raise translate_http_error(where, fault) from fault
-            except HFValidationError as fault:
-                raise UsageError(
-                    f"{where}: expected a repository and a revision, found: "
-                    f"{describe_exception(fault)}"
-                ) from fault
+        return translate_hub_errors(f"{self.where}: {shorten_repr(name)}" if name else self.where)
+
+
+@contextmanager
+def translate_hub_errors(where: str) -> Iterator[None]:
+    """Turn the hub's errors into one sentence each."""
+    with translate_errors(where):
+        try:
+            yield
+        except OfflineModeIsEnabled as fault:
+            raise TransferError(
+                "HF_HUB_OFFLINE: expected the Hub to be used, found offline mode"
+            ) from fault
+        except GatedRepoError as fault:
+            raise TransferError(
+                f"{where}: expected access to this model, found a gate; accept its license on "
+                "the Hub"
+            ) from fault
+        except (HfHubHTTPError, RuntimeError) as fault:
+            raise translate_http_error(where, fault) from fault
+        except HFValidationError as fault:
+            raise UsageError(
+                f"{where}: expected a repository and a revision, found: {describe_exception(fault)}"
+            ) from fault
 
 
 def translate_http_error(where: str, fault: Exception) -> Exception:
@@ -291,6 +295,40 @@ def compute_git_id(pieces: Iterable[bytes], n_bytes: int) -> str:
     for piece in pieces:
         digest.update(piece)
     return digest.hexdigest()
+
+
+def check_collection(address: str, collection: str) -> str:
+    """Return the repository of an address that can be in a collection of the Hub.
+
+    address: hf://owner/name, or owner/name; collection: the end of its address on the Hub,
+    "owner/title-0123456789abcdef01234567". Raises UsageError for others.
+    """
+    repository = address.removeprefix("hf://")
+    if not _ID.fullmatch(repository):
+        raise UsageError(
+            "--collection: expected a model of the Hub as destination, hf://owner/name, found "
+            f"{remove_secrets(address)}"
+        )
+    if not _COLLECTION.fullmatch(collection):
+        raise UsageError(
+            "--collection: expected the end of a collection's address on the Hub, such as "
+            f"owner/title-0123456789abcdef01234567, found {shorten_repr(collection)}"
+        )
+    return repository
+
+
+def add_to_collection(address: str, collection: str, policy: RetryPolicy) -> None:
+    """Add a published model to a collection of the Hub; one that is in it stays there.
+
+    Raises UsageError as `check_collection`, TransferError if the Hub refuses.
+    """
+    repository, where = check_collection(address, collection), f"collection {collection}"
+
+    def add() -> None:
+        with translate_hub_errors(where):
+            HfApi().add_collection_item(collection, repository, "model", exists_ok=True)
+
+    retry(add, where, policy)
 
 
 def open_hub(rest: str, text: str, options: RemoteOptions) -> HubRemote:

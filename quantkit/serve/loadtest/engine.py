@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import httpx2
@@ -134,11 +135,12 @@ def make_headers(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
-def check_metrics(url: str) -> None:
-    """Check that an address has metrics; QuantkitError otherwise."""
-    if scrape_metrics(url) is None:
+def check_metrics(url: str, option: str) -> None:
+    """Check that the address of an option has metrics, if it has one; QuantkitError otherwise."""
+    if url and scrape_metrics(url) is None:
+        owner = "a DCGM exporter's" if option == "--gpu-metrics" else "an engine's"
         raise QuantkitError(
-            f"--metrics {url}: expected an engine's /metrics, found none; check the address"
+            f"{option} {url}: expected {owner} /metrics, found none; check the address"
         )
 
 
@@ -168,16 +170,24 @@ def parse_cache_counters(text: str) -> CacheCounters | None:
 
 
 def sum_samples(text: str, name: str) -> float | None:
-    """Return the sum of a counter's samples (NAME{LABELS} VALUE); None without any."""
-    values = [
-        line.rpartition(" ")[2]
-        for line in text.splitlines()
-        if line.startswith(name) and line[len(name) : len(name) + 1] in ("{", " ")
-    ]
-    try:
-        return sum(map(float, values)) if values else None
-    except ValueError:
-        return None
+    """Return the sum of a counter's samples; None without any."""
+    values = list_samples(text, name)
+    return sum(values) if values else None
+
+
+def list_samples(text: str, name: str) -> list[float]:
+    """Return the values of a metric's samples, NAME{LABELS} VALUE [TIMESTAMP]; others are skipped.
+
+    A label may hold spaces and braces; the text after the last brace is the value.
+    """
+    values = list[float]()
+    for line in text.splitlines():
+        if line.startswith(name) and line[len(name) : len(name) + 1] in ("{", " "):
+            words = line[len(name) :].rpartition("}")[2].split()
+            with suppress(ValueError, IndexError):
+                value = float(words[0])
+                values += [value] if isfinite(value) else []
+    return values
 
 
 def subtract_counters(

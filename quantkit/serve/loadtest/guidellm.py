@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifact.loadtest_schema import LoadLevel, Percentiles
+from quantkit.artifact.loadtest_schema import Answer, LoadLevel, Percentiles
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.io.files import read_json, write_atomic
+from quantkit.io.files import parse_json, read_bytes, write_atomic
+from quantkit.serve.loadtest.request_rows import parse_answers, parse_requests
 
 PROGRAM = "guidellm"
+MAX_RESULT_BYTES = 2_000_000_000
+"""Results hold 3 kB per request, more with prompts and answers."""
 SLACK_SECONDS = 180
 """Time beyond the duration of a level: GuideLLM starts worker processes and loads a tokenizer."""
 
@@ -67,11 +70,21 @@ def read_version(program: str) -> str:
     return " ".join(process.stdout.split()) or PROGRAM
 
 
+@dataclass(frozen=True, kw_only=True)
+class LevelResult:
+    """A level, the time of its requests (seconds since 1970; None if unknown), and its answers."""
+
+    level: LoadLevel
+    span: tuple[float, float] | None
+    answers: tuple[Answer, ...]
+
+
 def make_scenario(
-    setup: LoadTestSetup, concurrency: int, prompts: Path, results: Path
+    setup: LoadTestSetup, concurrency: int, prompts: Path, results: Path, *, keep_texts: bool
 ) -> dict[str, Any]:
-    """Return GuideLLM's scenario (version 0.8) of one level."""
-    body = {"temperature": 0, "ignore_eos": setup.ignore_eos}
+    """Return GuideLLM's scenario (version 0.8) of one level; keep_texts: requests and answers."""
+    # A server that is not vLLM or SGLang may refuse a parameter that it does not know.
+    body = {"temperature": 0} | ({"ignore_eos": True} if setup.ignore_eos else {})
     backend = {
         "kind": "openai_http",
         "target": setup.url,
@@ -92,7 +105,7 @@ def make_scenario(
         "tokenizer": {"kind": "huggingface_auto", "model": setup.tokenizer},
         "data": [{"kind": "json_file", "path": str(prompts)}],
         "outputs": [{"kind": "json", "path": str(results)}],
-        "metrics": {"kind": "generative", "sample_size": 0},
+        "metrics": {"kind": "generative", "sample_size": None if keep_texts else 0},
     }
     return {"spec": spec}
 
@@ -111,17 +124,34 @@ def make_request_body(setup: LoadTestSetup, text: str) -> dict[str, Any]:
     return body | ({"ignore_eos": True} if setup.ignore_eos else {})
 
 
+def make_rows(setup: LoadTestSetup, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Return GuideLLM's rows of prompts with one turn.
+
+    The number of output tokens makes GuideLLM send ignore_eos.
+    """
+    length = {"output_tokens_count": setup.max_tokens} if setup.ignore_eos else {}
+    return [{"prompt": text, **length} for text in texts]
+
+
 def run_level(
-    setup: LoadTestSetup, concurrency: int, texts: Sequence[str], folder: Path
-) -> LoadLevel:
-    """Run one level; QuantkitError if GuideLLM fails or has no result."""
+    setup: LoadTestSetup,
+    concurrency: int,
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path,
+    texts: Sequence[str] = (),
+) -> LevelResult:
+    """Run one level; QuantkitError if GuideLLM fails or has no result.
+
+    rows: prompts or conversations. texts: the prompts whose answers are kept.
+    """
     prompts, results = folder / "prompts.jsonl", folder / "results.json"
     scenario, log = folder / "scenario.json", folder / "log.txt"
-    rows = [json.dumps({"prompt": text, "output_tokens_count": setup.max_tokens}) for text in texts]
-    write_atomic(prompts, "\n".join([*rows, ""]).encode())
+    write_atomic(prompts, "\n".join([*map(json.dumps, rows), ""]).encode())
     results.unlink(missing_ok=True)
     # A file, not arguments: it has the API key.
-    content = json.dumps(make_scenario(setup, concurrency, prompts, results))
+    content = json.dumps(
+        make_scenario(setup, concurrency, prompts, results, keep_texts=bool(texts))
+    )
     write_atomic(scenario, content.encode())
     command = [setup.program, "run", "--config", str(scenario), "--disable-console"]
     status = run_process(command, setup.seconds + SLACK_SECONDS, log)
@@ -129,7 +159,9 @@ def run_level(
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         message = " ".join(lines[-3:])[-400:] or "nothing"
         raise QuantkitError(f"{PROGRAM}: exited with {status}; its last output: {message}")
-    return parse_level(read_json(results, QuantkitError), concurrency, str(results))
+    content_bytes = read_bytes(results, MAX_RESULT_BYTES, QuantkitError)
+    values = parse_json(content_bytes, str(results), QuantkitError)
+    return parse_result(values, concurrency, str(results), texts)
 
 
 def run_process(command: Sequence[str], seconds: float, log: Path) -> int:
@@ -159,6 +191,30 @@ def run_process(command: Sequence[str], seconds: float, log: Path) -> int:
 def make_environment() -> dict[str, str]:
     """Return this process's environment, without parallel tokenizers in worker processes."""
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def parse_result(
+    values: Mapping[str, Any], concurrency: int, where: str, texts: Sequence[str] = ()
+) -> LevelResult:
+    """Convert GuideLLM's results of one level with its requests; raises as parse_level."""
+    level = parse_level(values, concurrency, where)
+    try:
+        timed = parse_requests(values["benchmarks"][0])
+        answers = parse_answers(values["benchmarks"][0], texts)
+    except (KeyError, TypeError, ValueError, AttributeError) as fault:
+        raise make_format_error(where, fault) from None
+    return LevelResult(
+        level=level.model_copy(update={"requests": timed.requests}) if timed else level,
+        span=(timed.started, timed.ended) if timed else None,
+        answers=answers,
+    )
+
+
+def make_format_error(where: str, fault: Exception) -> QuantkitError:
+    """Return the error for results in another format."""
+    return QuantkitError(
+        f"{where}: expected results of GuideLLM 0.8, found others ({fault!r}); install guidellm 0.8"
+    )
 
 
 def parse_level(values: Mapping[str, Any], concurrency: int, where: str) -> LoadLevel:
@@ -192,10 +248,7 @@ def parse_level(values: Mapping[str, Any], concurrency: int, where: str) -> Load
             output_tokens=output_tokens["mean"],
         )
     except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as fault:
-        raise QuantkitError(
-            f"{where}: expected results of GuideLLM 0.8, found others ({fault!r}); install "
-            "guidellm 0.8"
-        ) from None
+        raise make_format_error(where, fault) from None
 
 
 def parse_spread(metrics: Mapping[str, Any], name: str, factor: float = 1.0) -> Percentiles:

@@ -249,6 +249,27 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Name in the survey -> model type and the values of published models that the defaults lack."""
 
+EXPERTS: Mapping[str, str] = {
+    **dict.fromkeys(("afmoe", "axk1", "flex_olmo", "kolibri1", "beam"), "inside"),
+    **dict.fromkeys(("granitemoe", "granitemoe_swa", "granitemoehybrid"), "together"),
+    **dict.fromkeys(("granitemoeshared", "inkling_text", "aria_text", "aria"), "together"),
+    **dict.fromkeys(("bailing_hybrid", "kimi_linear"), "in parts"),
+    "dbrx": "together, flat",
+    "deepseek_v4": "inside, streams",
+    "doge": "kept",
+    "gpt_oss": "together, biases",
+    "llama4_text": "together, scaled input",
+    "minimax_m3_vl_text": "inside, together",
+    "nemotron_h": "no gate",
+    "qwen4_exp_text": "inside, streams, in parts",
+}
+"""What is special about the experts of a type; the README of the survey explains the words."""
+
+VLLM = frozenset({
+    "llama", "qwen3", "qwen3_moe", "deepseek_v3", "olmo2", "phi3", "smollm3", "starcoder2",
+})  # fmt: skip
+"""Types of which vLLM on a CPU ran a small artifact (tests/README.md, quantkit/README.md)."""
+
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "dense": DENSE,
     "mixtures": MIXTURES,

@@ -8,18 +8,20 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from external.survey.families import GROUPS
+from external.survey.families import EXPERTS, GROUPS, VLLM
 
 Result = Mapping[str, Any]
 Results = Mapping[str, Result]
 MAX_REASON = 200
-HEADER = """\
-| type | how | inputs scaled | GPTQ: report | transformers | AWQ + GPTQ: report | transformers |
-|---|---|---|---|---|---|---|"""
+COLUMNS = (
+    "type", "how", "inputs scaled", "GPTQ: report", "transformers", "AWQ + GPTQ: report",
+    "transformers", "engines tried",
+)  # fmt: skip
+HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 def read_results(path: Path) -> Results:
@@ -43,16 +45,40 @@ def format_figures(result: Result) -> str:
     return f"{result['kl_reported']:.6f} | {result['kl_transformers']:.6f}{mark}"
 
 
-def iterate_group(names: Mapping[str, Result], scaled: Results) -> Iterator[str]:
+def format_engines(name: str, *results: Result) -> str:
+    """Return the engines that ran an artifact of a type; "no" for none.
+
+    transformers counts where it loaded the weights itself: a figure with (2) is that of
+    `quantkit.load`.
+    """
+    is_loaded = any("kl_transformers" in x and x.get("loader") != "quantkit" for x in results)
+    engines = [*(["transformers"] if is_loaded else []), *(["vLLM"] if name in VLLM else [])]
+    return ", ".join(engines) or "no"
+
+
+def format_how(name: str, result: Result) -> str:
+    """Return whether the layout is a table's or derived, and what is special about its experts."""
+    how = "derived" if result["derived"] else "table"
+    return f"{how}: {EXPERTS[name]}" if name in EXPERTS else how
+
+
+def is_built(*results: Result) -> bool:
+    """Return whether an artifact was built and loaded."""
+    return any("kl_transformers" in result for result in results)
+
+
+def iterate_group(names: Sequence[str], results: Results, scaled: Results) -> Iterator[str]:
     """Yield the table of a group's types that are built, and that of the others."""
+    pairs = {name: (results.get(name, {}), scaled.get(name, {})) for name in names}
     yield HEADER
-    for name, result in names.items():
-        if "kl_transformers" in result:
-            how = "derived" if result["derived"] else "table"
-            cells = f"{format_figures(result)} | {format_figures(scaled.get(name, {}))}"
-            folded = scaled.get(name, result).get("scaled", "")
-            yield f"| {name} | {how} | {folded} | {cells} |"
-    others = {name: x for name, x in names.items() if "kl_transformers" not in x}
+    for name, (result, other) in pairs.items():
+        if is_built(result, other):
+            cells = f"{format_figures(result)} | {format_figures(other)}"
+            folded = other.get("scaled") or result.get("scaled", "")
+            how = format_how(name, result or other)
+            engines = format_engines(name, result, other)
+            yield f"| {name} | {how} | {folded} | {cells} | {engines} |"
+    others = {name: x or y for name, (x, y) in pairs.items() if not is_built(x, y)}
     if others:
         yield "\n| type | status | reason |\n|---|---|---|"
     for name, result in others.items():
@@ -62,7 +88,7 @@ def iterate_group(names: Mapping[str, Result], scaled: Results) -> Iterator[str]
 def iterate_lines(results: Results, scaled: Results) -> Iterator[str]:
     """Yield the tables of each group and its counts."""
     for group, names in GROUPS.items():
-        present = {name: results[name] for name in names if name in results}
+        present = [name for name in names if name in results or name in scaled]
         if not present:
             continue
         yield f"\n## {group.capitalize()}\n"
@@ -70,8 +96,8 @@ def iterate_lines(results: Results, scaled: Results) -> Iterator[str]:
             counts = Counter(rows[name]["status"] for name in present if name in rows)
             total = ", ".join(f"{count} {status}" for status, count in counts.most_common())
             if total:
-                yield f"{title}: {len(present)} types, {total}.\n"
-        yield from iterate_group(present, scaled)
+                yield f"{title}: {counts.total()} types, {total}.\n"
+        yield from iterate_group(present, results, scaled)
 
 
 def main() -> None:

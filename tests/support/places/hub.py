@@ -28,6 +28,7 @@ class FakeHub:
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, list[tuple[str, Files]]]] = {}
         self.private: dict[str, bool] = {}
+        self.collections: dict[str, list[str]] = {}
         self.lfs: Files = {}
         self.parts: dict[str, dict[int, bytes]] = {}
         self.requests: list[tuple[str, str]] = []
@@ -52,6 +53,8 @@ class FakeHub:
             and request.headers.get("Authorization") != f"Bearer {TOKEN}"
         ):
             return make_json_response(401, {"error": "Invalid username or password."})
+        if parts[:2] == ["api", "collections"]:
+            return self._collect(request, "/".join(parts[2:4]), is_item=parts[4:] == ["items"])
         match parts:
             case ["api", "repos", "create"]:
                 return self._create(json.loads(request.body()))
@@ -87,6 +90,34 @@ class FakeHub:
         }
         self.private[repository] = values.get("visibility") == "private"
         return make_json_response(200, {"url": f"{self.url}/{repository}", "id": repository})
+
+    def _collect(self, request: HttpRequest, slug: str, is_item: bool) -> HttpResponse:
+        if slug not in self.collections:
+            return make_json_response(404, {"error": "Collection not found"})
+        if not is_item:
+            return make_json_response(200, self._describe(slug))
+        item = json.loads(request.body())["item"]
+        if item["id"] not in self.repos or item["type"] != "model":
+            return make_json_response(400, {"error": "no such model"})
+        if item["id"] in self.collections[slug]:
+            return make_json_response(409, {"error": "already in the collection"})
+        self.collections[slug].append(item["id"])
+        return make_json_response(200, self._describe(slug))
+
+    def _describe(self, slug: str) -> dict[str, object]:
+        names = self.collections[slug]
+        items = [{"_id": n, "id": n, "type": "model", "position": i} for i, n in enumerate(names)]
+        return {
+            "slug": slug,
+            "title": slug,
+            "owner": {"name": slug.partition("/")[0]},
+            "items": items,
+            "lastUpdated": "2026-12-01T00:00:00.000Z",
+            "position": 0,
+            "private": False,
+            "theme": "blue",
+            "upvotes": 0,
+        }
 
     def _api(self, request: HttpRequest, repository: str, rest: list[str]) -> HttpResponse:
         if repository not in self.repos:

@@ -1,0 +1,1 @@
+"""Figures of artifacts in experiment trackers: MLflow and Weights & Biases."""

@@ -1,0 +1,1 @@
+"""How engines map the tensors of an artifact to the parameters of their models."""
