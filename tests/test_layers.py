@@ -81,6 +81,7 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
     "evaluate/sandbox/runner.py": frozenset({"os.open"}),  # /dev/null, inside the jail
     "evaluate/sandbox/jail.py": frozenset({"socket"}),  # a connected pair between two jails
     "evaluate/sandbox/limits.py": frozenset({"read_text"}),  # what /proc says of a jail
+    "serve/canary.py": frozenset({"httpx2"}),  # requests to the engine, bounded
     "serve/gateway/access.py": frozenset({"urllib.parse"}),  # names in headers; no request
     "serve/gateway/relay.py": frozenset({"httpx2"}),  # what becomes of its connections
     "serve/gateway/upstreams.py": frozenset({"httpx2"}),  # to the engines; no file
@@ -97,7 +98,10 @@ MAY_TOUCH_FILES: Mapping[str, frozenset[str]] = {
         "httpx2",
         "socket",
     }),  # is the port free, is the engine there yet
-    "serve/engines/start.py": frozenset({"read_bytes"}),  # a chat template, as storage reads files
+    "serve/engines/start.py": frozenset({
+        "mkdir",
+        "read_bytes",
+    }),  # the folder of monitoring files; a chat template and a manifest, as storage reads files
 }
 """File and network access outside FILE_PACKAGES, with the reason for each."""
 

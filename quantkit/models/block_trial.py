@@ -302,14 +302,18 @@ def watch_modules(
     layer: nn.Module, modules: Mapping[str, bool]
 ) -> tuple[dict[str, list[Tensor]], Callable[[], None]]:
     """Record tensors of modules in the forwards of a layer: by path, their outputs if the value is
-    true, else their inputs. Return them and a function that ends it.
+    true, else those inputs that their own parameters may multiply, which have a size of one in
+    their last dimension. Return them and a function that ends it.
     """
     values: dict[str, list[Tensor]] = {path: [] for path in modules}
 
     def make_hook(path: str) -> Any:
-        def hook(_module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
-            used = output if modules[path] else (args, keywords)
-            values[path].extend(tensor.clone() for _, tensor in name_tensors(used))
+        def hook(module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
+            used = [x for _, x in name_tensors(output if modules[path] else (args, keywords))]
+            if not modules[path]:
+                sizes = {n for x in module.parameters(recurse=False) for n in x.shape}
+                used = [x for x in used if sizes & {*x.shape[-1:]}]
+            values[path].extend(tensor.clone() for tensor in used)
 
         return hook
 

@@ -237,8 +237,8 @@ def plan_memory(
             if block.experts.inside and block.experts.hidden != width:  # in a file of their own
                 sums = max(sums, block.experts.hidden)
             quantized = decisions[block.experts.first].action == "quantize"
-            one = estimate_expert_bytes(block.experts, quantized, grams, rounded_bytes)
-            expert = max(expert, one)
+            copy = estimate_expert_bytes(block.experts, quantized, grams, rounded_bytes)
+            expert = max(expert, copy)
             max_experts = max(max_experts, block.experts.count)
     room = budget_bytes - BASE_BYTES - dense - batch
     part, fitting = (choose_slice_size(max_experts), room // expert) if expert else (0, 0)
@@ -251,8 +251,7 @@ def plan_memory(
     # original weights and those from stored ones
     numbers = (2 * width + sums + expert_width) * texts + expert_width * tokens["calibration"]
     if wave < max_experts:  # a wave advances those of stored weights besides those of the journal
-        moved = tokens["calibration"] + stored * tokens["fidelity"]
-        numbers += (sums or width) * moved
+        numbers += (sums or width) * (tokens["calibration"] + stored * tokens["fidelity"])
     return MemoryPlan(
         budget_bytes=budget_bytes,
         base_bytes=BASE_BYTES,

@@ -73,9 +73,10 @@ def compute_work(plan: Plan) -> dict[str, float]:
     """Return the work of each step of a build of this plan; 0 for a step that it does not have.
 
     A forward pass multiplies every weight that a token uses by each token: the streams of the
-    fidelity text, three with a yardstick, and the calibration text with original and with stored weights. Statistics and
-    rounding of a matrix take tokens x in^2 and in^2 x (in + out) multiplications. Gold solutions
-    are left out: their number of tokens is not known before a tokenizer has read them.
+    fidelity text, three with a yardstick, and the calibration text with original and with stored
+    weights. Statistics and rounding of a matrix take tokens x in^2 and in^2 x (in + out)
+    multiplications. Gold solutions are left out: their number of tokens is not known before a
+    tokenizer has read them.
     """
     calibration, fidelity = (count_text_tokens(plan, use) for use in TEXT_USES)
     has_yardstick = plan.recipe.fidelity is not None and plan.recipe.fidelity.yardstick is not None

@@ -203,7 +203,7 @@ def format_task(row: BenchmarkResult, *, with_source: bool) -> str:
 
 def name_outcome(row: BenchmarkResult) -> str:
     """Return the verdict on a task without its figures: "not resolved"."""
-    return row.verdict.partition(" (")[0] or row.status
+    return "not valid" if row.fault else row.verdict.partition(" (")[0] or row.status
 
 
 # --------------------------------------------------------------------------- warnings, next command
@@ -236,6 +236,9 @@ def _word_warnings(fidelity: Fidelity) -> Iterator[tuple[str, ...]]:
     if measured and describe_exposure(measured, seen):
         share = compute_unseen_share(measured, seen)
         yield (f"fidelity text: {share:.0%} of kinds that calibration did not have",)
+    for result in fidelity.benchmarks:
+        if result.fault:
+            yield (f"not valid: {result.fault}",)
     for row in fidelity.calibration.overlaps if fidelity.calibration else ():
         if row.overlapping:
             prompts = f"{row.overlapping:,} of {row.items:,} prompts"

@@ -39,7 +39,7 @@ def log_artifact(tracker: str, artifact: Path) -> str:
     send = choose_client(tracker)
     try:
         return send(values)
-    except Exception as fault:  # clients raise what their server, network and disk cause
+    except Exception as fault:  # clients raise any error of server, network or disk
         said = " ".join(str(fault).split())[:300] or type(fault).__name__
         raise TransferError(
             f"{TRACKERS[tracker]}: expected it to take the run, found: {said}; the artifact is "

@@ -20,7 +20,7 @@ MAX_VALUE = 5_000
 def send_to_mlflow(values: RunValues) -> str:
     """Make a run with parameters, metrics, files and the hash as a tag; return its address.
 
-    A run that fails on the way is marked as failed. Raises what the client raises.
+    A run that fails on the way is marked as failed. Raises the errors of the client.
     """
     import mlflow
     from mlflow.entities import Metric, Param
@@ -28,8 +28,8 @@ def send_to_mlflow(values: RunValues) -> str:
 
     client: Any = MlflowClient()
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    found = client.get_experiment_by_name(name)
-    experiment = found.experiment_id if found else client.create_experiment(name)
+    known = client.get_experiment_by_name(name)
+    experiment = known.experiment_id if known else client.create_experiment(name)
     tags = {
         "mlflow.runName": values.name,
         "quantkit.manifest_sha256": values.manifest,

@@ -1,4 +1,4 @@
-"""What a tracker stores of an artifact: settings, figures, series by block, files, its hash."""
+"""The values of an artifact for a tracker: settings, figures, series by block, files, hash."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ NOT_IN_NAMES = re.compile(r"[^\w\-. /]", re.ASCII)
 class RunValues:
     """One run of a tracker.
 
-    settings: what the artifact is made of, as text; figures: name -> finite number; series: name ->
-    a number per block, None where it is not finite; manifest: sha256 of the artifact's manifest,
-    which names every file by its hash; files: those that exist.
+    settings: source, scheme, texts and versions, as text; figures: name -> finite number; series:
+    name -> a number per block, None where it is not finite; manifest: sha256 of the artifact's
+    manifest, which names every file by its hash; files: those that exist.
     """
 
     name: str

@@ -19,7 +19,7 @@ BLOCK = "by_block/block"
 def send_to_wandb(values: RunValues) -> str:
     """Make a run with config, summary, series, the page and the hash; return its address.
 
-    A run that fails on the way ends with exit code 1. Raises what the client raises.
+    A run that fails on the way ends with exit code 1. Raises the errors of the client.
     """
     import wandb
 

@@ -227,7 +227,9 @@ def test_silent_module_that_shows_nothing_reads_no_scaled_input() -> None:
     norm = Absorber(module=f"{case.block.name}.input_layernorm")
     group = LinearGroup(name="right", readers=readers, absorber=norm)
     assert case.find_silent_modules() == {} and case.holds((group,))
-    assert not replace(case, silent={"self_attn": False}).holds((group,))
+    assert not replace(case, silent={"self_attn.q_proj": False}).holds((group,))
+    # no parameter of its own multiplies its input
+    assert replace(case, silent={"self_attn": False}).holds((group,))
 
 
 def test_absorber_of_another_width_in_the_real_model() -> None:

@@ -126,6 +126,13 @@ def test_benchmarks_get_shorter_without_losing_a_verdict() -> None:
     assert word_benchmarks([absent]) == ("humaneval not run: no sandbox", "1 not run")
 
 
+def test_task_that_is_not_valid_is_named_and_warned_of() -> None:
+    row = {**PASSED, "fault": "gsm8k: 40 % of the answers are cut"}
+    lines = show(make_example({"benchmarks": [row]}))
+    assert lines["benchmarks"] == "gsm8k 82.0 % from 82.3 % (not valid)"
+    assert "not valid: gsm8k: 40 % of the answers are cut" in lines.values()
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_no_word_is_broken(width: int) -> None:
     report = gates.apply_gates(GATES, make_example())

@@ -527,7 +527,13 @@ def test_kubernetes_deploys_one_node(built: Path) -> None:
         "--model-path",
         "/model",
     ]
-    assert engine["resources"]["limits"] == {"nvidia.com/gpu": 1}
+    resources = engine["resources"]
+    assert resources["limits"] == {"memory": "33Gi", "nvidia.com/gpu": 1}
+    assert resources["requests"] == {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": 1}
+    check_security(pod)
+    assert engine["command"][-2:] == ["--api-key", "$(ENGINE_API_KEY)"]
+    assert find_secret(engine, "ENGINE_API_KEY") in result.output.partition("apiVersion")[0]
+    assert "initContainers" not in pod
     assert {mount["name"] for mount in engine["volumeMounts"]} == {
         volume["name"] for volume in pod["volumes"]
     }
@@ -538,6 +544,52 @@ def test_kubernetes_deploys_one_node(built: Path) -> None:
     assert all(
         engine[probe].get("timeoutSeconds", 1) > 1 for probe in ("readinessProbe", "livenessProbe")
     )
+
+
+def check_security(pod: dict[str, Any]) -> None:
+    """No root, no capabilities, no token of the cluster."""
+    assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    for container in (*pod["containers"], *pod.get("initContainers", ())):
+        context = container["securityContext"]
+        assert context == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert set(container["resources"]) == {"requests", "limits"}
+        mounts = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounts <= {volume["name"] for volume in pod["volumes"]}
+
+
+def find_secret(container: dict[str, Any], variable: str) -> str:
+    """Return the command that makes the secret of a variable."""
+    (entry,) = [entry for entry in container["env"] if entry["name"] == variable]
+    secret = entry["valueFrom"]["secretKeyRef"]
+    return f"kubectl create secret generic {secret['name']} --from-literal={secret['key']}=KEY"
+
+
+def test_kubernetes_pulls_and_verifies_first(built: Path) -> None:
+    """The init container pulls into the folder that the engine mounts, which only it may write."""
+    asked = (str(built), "--gpu", "rtx4090", "--engine", "vllm", "--pull", "s3://models/tiny")
+    result = serve(*asked, "--kubernetes")
+    _, deployment = YAML(typ="safe", pure=True).load_all(result.output)
+    pod = deployment["spec"]["template"]["spec"]
+    check_security(pod)
+    (init,), (engine,) = pod["initContainers"], pod["containers"]
+    name = deployment["metadata"]["name"]
+    (written,) = [x for x in init["volumeMounts"] if x["name"] == "weights"]
+    (read,) = [x for x in engine["volumeMounts"] if x["name"] == "weights"]
+    assert init["command"] == [
+        "quantkit", "pull", "s3://models/tiny", f"{written['mountPath']}/{name}",
+    ]  # fmt: skip
+    assert read == {
+        "name": "weights", "mountPath": "/model", "readOnly": True, "subPath": name,
+    }  # fmt: skip
+    assert not pod["volumes"][0]["persistentVolumeClaim"]["readOnly"]
+    assert init["envFrom"][0]["secretRef"]["name"] == f"{name}-keys"
+    assert init["image"] in result.output.partition("apiVersion")[0]
+    refused = serve(V3, "--kubernetes", "--gpu", "h100", "--pull", "s3://m/v3", "--engine", "vllm")
+    assert refused.exit_code == 2 and "expected a model for one node, found 2" in refused.output
+    alone = serve(*asked)
+    assert alone.exit_code == 2 and "--pull: expected --kubernetes" in alone.output
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
@@ -552,7 +604,10 @@ def test_kubernetes_deploys_two_nodes(engine: str) -> None:
         stateful["spec"]["replicas"] == 2 and stateful["spec"]["podManagementPolicy"] == "Parallel"
     )
     container = stateful["spec"]["template"]["spec"]["containers"][0]
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+    assert container["resources"]["limits"]["memory"] == "346Gi"  # half of 627 GiB, and 32
+    check_security(stateful["spec"]["template"]["spec"])
+    find_secret(container, "VLLM_API_KEY" if engine == "vllm" else "ENGINE_API_KEY")
     assert container["readinessProbe"]["timeoutSeconds"] > 5, (
         "a busy engine has the seconds that the probe gives it"
     )
@@ -560,13 +615,14 @@ def test_kubernetes_deploys_two_nodes(engine: str) -> None:
         text = container["command"][2].replace("exec ", "printf '%s\\n' ", 1)
         run = subprocess.run(
             ["/bin/sh", "-c", text],
-            env={"POD_INDEX": rank},
+            env={"POD_INDEX": rank, "ENGINE_API_KEY": "k y"},
             capture_output=True,
             text=True,
             check=True,
         )
         words = values(run.stdout.split())
         assert words["--node-rank"] == rank
+        assert ("k y" in run.stdout.splitlines()) == (engine == "sglang")
         assert ("--headless" in words) == (engine == "vllm" and rank == "1")
         assert "deepseek-v3-0.deepseek-v3-nodes" in words.get(
             "--master-addr", words.get("--dist-init-addr", "")

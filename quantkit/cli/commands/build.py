@@ -93,8 +93,7 @@ def command(
     written to recipe.yaml, which builds the same artifact. If a build is interrupted, the same
     command resumes after the last finished block; the bytes are the same. Exits with 3 if a gate is
     missed. A recipe file that writes outside the working folder needs --output or a confirmation.
-    Ends with six lines: verdict, size, KL, benchmarks, page, and the next command. The log of the
-    build, module by module, is kept in OUTPUT.build.log.
+    Ends with six lines, from verdict to next command; OUTPUT.build.log has each block and module.
 
     \b
     Example: quantkit build tiny-v3-awq4
@@ -111,24 +110,21 @@ def command(
         model=target, method=method, bits=bits, format=format_name, rules=rules, output=output
     )
     text, parsed = prepare_recipe(request, overrides, recipe_file, quiet=json_out)
-    bars = sys.stderr.isatty() and not json_out and not verbose
+    bars, evaluate = sys.stderr.isatty() and not json_out and not verbose, not skip_evaluation
     with log_build(verbose=verbose) as log, ProgressBar(bars) as progress_bar:
         results = build_artifacts(
             parsed,
             text,
             overwrite=overwrite,
-            evaluate=not skip_evaluation,
+            evaluate=evaluate,
             trusted_code=trusted_code,
-            on_plan=partial(
-                start_build, log, progress_bar, quiet=json_out, evaluate=not skip_evaluation
-            ),
+            on_plan=partial(start_build, log, progress_bar, quiet=json_out, evaluate=evaluate),
             on_progress=progress_bar.update,
             restart=restart,
             on_message=log.show_message,
         )
     write_results(results, junit, json_out, full=full)
-    log_results(tracker, [result.path for result in results])
-    check_gates(results)
+    log_and_check_gates(results, tracker)
 
 
 def prepare_recipe(
@@ -213,6 +209,12 @@ def format_times(result: BuildResult) -> str:
     """Return the seconds of each step and the peak memory of a build."""
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
     return f"{times}; peak memory {result.peak_bytes / 1e9:.2f} GB"
+
+
+def log_and_check_gates(results: Sequence[BuildResult], tracker: str | None) -> None:
+    """Log artifacts to a tracker, and raise GateMissed if a gate of any of them was missed."""
+    log_results(tracker, [result.path for result in results])
+    check_gates(results)
 
 
 def check_gates(results: Sequence[BuildResult]) -> None:

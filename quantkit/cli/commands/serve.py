@@ -61,6 +61,12 @@ ENGINES = ["auto", "vllm", "sglang", "transformers"]
 @click.option("--docker", is_flag=True, help="Print a docker command only.")
 @click.option("--kubernetes", is_flag=True, help="Print a Kubernetes manifest only.")
 @click.option(
+    "--pull",
+    default="",
+    metavar="SRC",
+    help="kubernetes: an init container pulls the artifact from this address and verifies it.",
+)
+@click.option(
     "--gateway",
     is_flag=True,
     help="Start a gateway in front of the engine: queue, API keys, deadlines, failover, metrics.",
@@ -105,6 +111,19 @@ ENGINES = ["auto", "vllm", "sglang", "transformers"]
     help="gateway: serve /metrics and /ready without a key, also to other machines.",
 )
 @click.option(
+    "--canary",
+    "canary_seconds",
+    type=click.FloatRange(10),
+    metavar="SECONDS",
+    help="gateway: compare log-probabilities of known text with the report's, this often.",
+)
+@click.option(
+    "--monitoring",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write Prometheus' configuration, alert rules and a Grafana dashboard; start nothing.",
+)
+@click.option(
     "--start-seconds",
     type=click.FloatRange(1),
     default=3600,
@@ -124,10 +143,11 @@ ENGINES = ["auto", "vllm", "sglang", "transformers"]
 def command(  # noqa: PLR0913  # one parameter per option
     artifact: str, engine_flags: tuple[str, ...], engine: Any, dry_run: bool, context: int | None,
     users: int, gpu: str | None, kv: Any, host: str, port: int, name: str,
-    chat_template: Path | None, docker: bool, kubernetes: bool, gateway: bool,
+    chat_template: Path | None, docker: bool, kubernetes: bool, pull: str, gateway: bool,
     limits: tuple[str, ...], keys: Path | None, fallback: tuple[str, ...], fallback_key: str,
-    engine_key: str, allow_host: tuple[str, ...], open_metrics: bool, start_seconds: float,
-    no_verify: bool, private_copy: Path | None, json_out: bool,
+    engine_key: str, allow_host: tuple[str, ...], open_metrics: bool,
+    canary_seconds: float | None, monitoring: Path | None, start_seconds: float, no_verify: bool,
+    private_copy: Path | None, json_out: bool,
 ) -> None:  # fmt: skip
     """Verify an artifact, size it, and serve it.
 
@@ -137,18 +157,15 @@ def command(  # noqa: PLR0913  # one parameter per option
 
     Example: quantkit serve artifacts/tiny-v3-awq4 --dry-run --gpu rtx4090
     """
-    if gateway and (docker or kubernetes):
-        raise UsageError(
-            "--docker, --kubernetes: expected no --gateway, since they print an engine alone; "
-            "leave it out, and run `quantkit serve http://HOST:PORT/v1 --gateway` in front of the "
-            "engine's container"
-        )
-    if private_copy and (dry_run or docker or kubernetes or artifact.startswith("http")):
-        raise UsageError("--private-copy: expected an artifact to be started; leave it out")
+    is_container, is_started = docker or kubernetes, not (dry_run or docker or kubernetes)
+    check_modes(
+        gateway=gateway, is_container=is_container, pull=pull if not kubernetes else "",
+        is_copied_in_vain=bool(private_copy) and (not is_started or artifact.startswith("http")),
+    )  # fmt: skip
     gateway_options = GatewayOptions(
         is_enabled=gateway, host=host, port=port, limits=limits, keys=keys, fallbacks=fallback,
         key_variable=fallback_key, allowed_hosts=allow_host, has_open_metrics=open_metrics,
-        running=users,
+        running=users, canary_seconds=canary_seconds or 0.0,
     )  # fmt: skip
     gateway_options.check()
     if artifact.startswith(("http://", "https://")):
@@ -160,21 +177,45 @@ def command(  # noqa: PLR0913  # one parameter per option
         )
     # the engine of a gateway is reachable from this machine only
     engine_host, engine_port = (
-        (engine_process.LOOPBACK, engine_process.find_free_port()) if gateway else (host, port)
+        (engine_process.LOOPBACK, engine_process.choose_engine_port(port))
+        if gateway
+        else (host, port)
     )
     serve_options = launch_plan.ServeOptions(
         artifact=artifact, engine=engine, context=context, users=users, gpu=gpu, kv=kv,
         host=engine_host, port=engine_port, name=name, chat_template=chat_template,
         extra=engine_flags,
     )  # fmt: skip
-    plan = launch_plan.plan_launch(serve_options, containers=docker or kubernetes)
-    if docker or kubernetes:
-        for text in launch_plan.render_containers(plan, docker=docker, kubernetes=kubernetes):
+    plan = launch_plan.plan_launch(serve_options, containers=is_container)
+    if is_container:
+        for text in launch_plan.render_containers(
+            plan, docker=docker, kubernetes=kubernetes, pull=pull
+        ):
             click.echo(text)
+    elif monitoring is not None:
+        for file in start.write_monitoring(plan, gateway_options, monitoring):
+            click.echo(file)
     elif dry_run:
         print_plan(plan, gateway_options.adapt_to(plan), json_out)
     else:
         start_plan(plan, gateway_options, private_copy, no_verify, start_seconds)
+
+
+def check_modes(*, gateway: bool, is_container: bool, pull: str, is_copied_in_vain: bool) -> None:
+    """Raise UsageError for options that do not go together.
+
+    pull: the value of --pull without --kubernetes.
+    """
+    if gateway and is_container:
+        raise UsageError(
+            "--docker, --kubernetes: expected no --gateway, since they print an engine alone; "
+            "leave it out, and run `quantkit serve http://HOST:PORT/v1 --gateway` in front of the "
+            "engine's container"
+        )
+    if pull:
+        raise UsageError("--pull: expected --kubernetes with it; add it")
+    if is_copied_in_vain:
+        raise UsageError("--private-copy: expected an artifact to be started; leave it out")
 
 
 def start_plan(
@@ -216,6 +257,10 @@ def serve_address(
     if not gateway.is_enabled:
         raise UsageError(
             f"{address}: the address of a server: expected --gateway, to be started in front of it"
+        )
+    if gateway.canary_seconds:
+        raise UsageError(
+            "--canary: expected an artifact, found the address of a server; leave it out"
         )
     server = start.make_server_upstream(address, engine_key)
     if dry_run:

@@ -149,6 +149,18 @@ def find_free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def choose_engine_port(port: int) -> int:
+    """Return the port of a gateway's engine: the next after the gateway's, or a free one.
+
+    A fixed port lets Prometheus scrape the engine.
+    """
+    try:
+        check_port(LOOPBACK, port + 1)
+    except (UsageError, OverflowError):
+        return find_free_port()
+    return port + 1
+
+
 def format_api_url(host: str, port: int) -> str:
     """Return the base URL of the API; an IPv6 address gets brackets."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"

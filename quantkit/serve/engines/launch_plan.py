@@ -14,6 +14,7 @@ from quantkit.io.host import get_available_memory
 from quantkit.serve.engines.containers import (
     MODEL_MOUNT,
     TEMPLATE_MOUNT,
+    KubernetesOptions,
     render_docker,
     render_kubernetes,
 )
@@ -229,8 +230,13 @@ def make_transformers_launch(
     )
 
 
-def render_containers(plan: LaunchPlan, *, docker: bool, kubernetes: bool) -> list[str]:
-    """Return the command in containers: a docker command, a Kubernetes manifest."""
+def render_containers(
+    plan: LaunchPlan, *, docker: bool, kubernetes: bool, pull: str = ""
+) -> list[str]:
+    """Return the command in containers: a docker command, a Kubernetes manifest.
+
+    pull: the address from which Kubernetes pulls the artifact; "" if its volume has the weights.
+    """
     target, options = plan.target, plan.options
     folder = (
         str(Path(target.path).resolve()) if target.kind != "config" else f"/path/to/{target.name}"
@@ -240,7 +246,11 @@ def render_containers(plan: LaunchPlan, *, docker: bool, kubernetes: bool) -> li
     if docker:
         texts.append(render_docker(plan.launch, folder, options.host, options.port, template))
     if kubernetes:
-        texts.append(render_kubernetes(plan.launch, target.name, options.port, template))
+        manifest = KubernetesOptions(
+            name=target.name, port=options.port, weights_bytes=plan.memory.weights_bytes,
+            template=template, pull=pull,
+        )  # fmt: skip
+        texts.append(render_kubernetes(plan.launch, manifest))
     return texts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -10,8 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from quantkit.artifact.layout import MANIFEST
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.io.files import read_bytes, read_json
+from quantkit.io.files import describe_os_error, read_bytes, read_json, write_output
+from quantkit.serve.canary import ask_canary, read_canary
 from quantkit.serve.engines import engine_process
 from quantkit.serve.engines.launch import ENGINE_NAMES
 from quantkit.serve.engines.launch_plan import LaunchPlan, is_installed
@@ -31,7 +34,8 @@ class GatewayOptions:
 
     host, port: the address for clients; of the engine itself without a gateway. allowed_hosts:
     names that browsers may call it by if there are no keys. has_open_metrics: /metrics and /ready
-    need no key. running: concurrent turns at the engine if no limit sets them.
+    need no key. running: concurrent turns at the engine if no limit sets them. canary_seconds:
+    between two readings of the canary; 0 for none.
     """
 
     is_enabled: bool
@@ -44,16 +48,17 @@ class GatewayOptions:
     allowed_hosts: Sequence[str]
     has_open_metrics: bool
     running: int
+    canary_seconds: float = 0.0
 
     def check(self) -> None:
         """Check the options before anything is read or started; UsageError for invalid ones."""
         has_options = (
             self.limits or self.keys or self.fallbacks or self.key_variable or self.has_open_metrics
-        )
+        ) or self.canary_seconds
         if not self.is_enabled and has_options:
             raise UsageError(
-                "--limit, --keys, --fallback, --fallback-key, --open-metrics: expected --gateway "
-                "with them; add it"
+                "--limit, --keys, --fallback, --fallback-key, --open-metrics, --canary: expected "
+                "--gateway with them; add it"
             )
         if self.is_enabled:
             require_packages("fastapi", "uvicorn", "httptools", "httpx2", "prometheus_client")
@@ -298,7 +303,9 @@ def run_with_gateway(
     with engine_process.run_process(command, os.environ) as process:
         engine_process.wait_ready(process, plan.options.port, seconds, log)
         check_loaded()
-        server = make_gateway_server(gateway, make_engine_upstream(plan), log)
+        upstream = make_engine_upstream(plan)
+        canary = make_canary(plan, gateway, upstream)
+        server = make_gateway_server(gateway, upstream, log, canary)
 
         def report_exit(code: int) -> None:
             log(f"the engine exited with {code}")
@@ -343,13 +350,76 @@ def run_gateway(engine: Upstream, gateway: GatewayOptions, log: Log) -> None:
     make_gateway_server(gateway, engine, log).run()
 
 
-def make_gateway_server(gateway: GatewayOptions, engine: Upstream, log: Log) -> Any:
-    """Make the server of the gateway for this process."""
+def write_monitoring(plan: LaunchPlan, gateway: GatewayOptions, folder: Path) -> list[Path]:
+    """Write the files of `monitoring` for a launch into a folder; return their paths.
+
+    UsageError if the plan is of no artifact, whose hash is a label.
+    """
+    from quantkit.serve import monitoring
+
+    if plan.target.kind != "artifact":
+        raise UsageError(
+            f"--monitoring: expected an artifact, found a {plan.target.kind}; build one, or leave "
+            "the option out"
+        )
+    manifest = read_bytes(Path(plan.target.path) / MANIFEST, error=UsageError)
+    host = gateway.host if gateway.host != "0.0.0.0" else "localhost"
+    options = plan.options
+    service = monitoring.MonitoredService(
+        artifact=options.name or plan.target.name,
+        sha256=hashlib.sha256(manifest).hexdigest(),
+        engine=plan.launch.engine,
+        engine_address=format_address(options.host, options.port),
+        gateway_address=format_address(host, gateway.port) if gateway.is_enabled else "",
+        gpu_address=format_address(host, monitoring.DCGM_PORT),
+    )
+    files = monitoring.render_monitoring(service)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise UsageError(
+            f"--monitoring {folder}: {describe_os_error(fault)}; name another"
+        ) from None
+    for name, text in files.items():
+        write_output(folder / name, text.encode())
+    return [folder / name for name in files]
+
+
+def format_address(host: str, port: int) -> str:
+    """Return HOST:PORT; an IPv6 address gets brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def make_canary(plan: LaunchPlan, gateway: GatewayOptions, engine: Upstream) -> Any:
+    """Return the CanarySchedule of an artifact; None without --canary.
+
+    UsageError if the artifact has no samples, or the engine does not score prompts.
+    """
+    if not gateway.canary_seconds:
+        return None
+    if plan.launch.engine == "transformers" or plan.target.kind != "artifact":
+        raise UsageError(
+            "--canary: expected an artifact with vLLM or SGLang, which score prompts; leave it out"
+        )
+    from quantkit.serve.gateway.app import CanarySchedule
+
+    canary, name = read_canary(Path(plan.target.path)), plan.options.name or plan.target.name
+    return CanarySchedule(
+        read=lambda: ask_canary(canary, engine.url, engine.key, name).difference,
+        bound=canary.bound,
+        seconds=gateway.canary_seconds,
+    )
+
+
+def make_gateway_server(
+    gateway: GatewayOptions, engine: Upstream, log: Log, canary: Any = None
+) -> Any:
+    """Make the server of the gateway for this process; canary: a CanarySchedule, or None."""
     from quantkit.serve.gateway.app import make_app
 
     log(gateway.summarize())
     settings = gateway.make_settings(engine)
-    app = make_app(settings, gateway.read_keys())
+    app = make_app(settings, gateway.read_keys(), canary)
     return engine_process.make_server(app, gateway.host, gateway.port, settings.limits)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import count
 from secrets import token_hex
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.routing import Route
 
+from quantkit.errors import QuantkitError
 from quantkit.serve.gateway.access import HostPolicy, RawHeaders, is_loopback
 from quantkit.serve.gateway.admission_policy import AdmissionPolicy
 from quantkit.serve.gateway.admission_queue import AdmissionQueue, QueueFull
@@ -39,22 +42,40 @@ from quantkit.serve.gateway.response import GatewayResponse, Send
 from quantkit.serve.gateway.settings import GatewaySettings
 from quantkit.serve.gateway.upstreams import Upstreams
 
+LOG = logging.getLogger(__name__)
 Scope = MutableMapping[str, Any]
 TIMEOUT_GRACE = 5.0
 """Seconds that a client has to read the error after its deadline."""
 
 
-def make_app(settings: GatewaySettings, keys: tuple[ApiKey, ...] = ()) -> FastAPI:
+ReadCanary = Callable[[], float]
+"""Asks the engine; returns the difference in nats, or raises QuantkitError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanarySchedule:
+    """A canary that is read every `seconds`, in a thread; its bound in nats."""
+
+    read: ReadCanary
+    bound: float
+    seconds: float
+
+
+def make_app(
+    settings: GatewaySettings, keys: tuple[ApiKey, ...] = (), canary: CanarySchedule | None = None
+) -> FastAPI:
     """Make the application. Without keys every client is served."""
     gateway = Gateway(settings, keys)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        heartbeats = asyncio.create_task(gateway.send_heartbeats())
+        tasks = [asyncio.create_task(gateway.send_heartbeats())]
+        tasks += [asyncio.create_task(gateway.watch_canary(canary))] if canary else []
         try:
             yield
         finally:
-            heartbeats.cancel()
+            for task in tasks:
+                task.cancel()
             await gateway.upstreams.close()
 
     app = FastAPI(
@@ -306,6 +327,24 @@ class Gateway:
     async def _send_heartbeat(self, response: GatewayResponse) -> None:
         if await response.send_heartbeat():
             self.metrics.heartbeats.inc()
+
+    async def watch_canary(self, canary: CanarySchedule) -> None:
+        """Read the canary on its schedule until cancelled."""
+        while True:
+            difference: float | None = None
+            try:
+                difference = await asyncio.to_thread(canary.read)
+            except QuantkitError as fault:
+                LOG.warning("canary: %s", fault)
+            self.metrics.record_canary(difference, canary.bound, time.time())
+            if difference is not None and difference > canary.bound:
+                LOG.error(
+                    "canary: the log-probabilities differ by %.3f nats from the report's, more "
+                    "than %.3f; check the engine's files, version and flags",
+                    difference,
+                    canary.bound,
+                )
+            await asyncio.sleep(canary.seconds)
 
     def format_metrics(self) -> bytes:
         """Return the metrics in Prometheus' format, with the current queue."""

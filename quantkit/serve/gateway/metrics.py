@@ -52,6 +52,22 @@ class Metrics:
         self.waiting = Gauge(
             f"{METRIC_PREFIX}waiting", "Requests in the queue", registry=self.registry
         )
+        self.canary: CanaryMetrics | None = None  # made by the first reading
+
+    def record_canary(self, difference: float | None, bound: float, now: float) -> None:
+        """Record a reading of the canary, in nats; None if the engine gave none.
+
+        now: seconds since 1970. The gauge of the difference is NaN until the first reading: 0 would
+        say that all is well.
+        """
+        if self.canary is None:
+            self.canary = CanaryMetrics(self.registry)
+        self.canary.bound.set(bound)
+        if difference is None:
+            self.canary.failures.inc()
+        else:
+            self.canary.difference.set(difference)
+            self.canary.time.set(now)
 
     def format_text(self) -> bytes:
         """Return the metrics in Prometheus' exposition format."""
@@ -69,4 +85,27 @@ class Metrics:
             labels,
             buckets=BUCKETS,
             registry=self.registry,
+        )
+
+
+class CanaryMetrics:
+    """The metrics of a canary, which a gateway without one does not have."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        prefix = f"{METRIC_PREFIX}canary_"
+        self.difference = Gauge(
+            f"{prefix}difference_nats",
+            "Mean absolute difference of log-probabilities from the report's",
+            registry=registry,
+        )
+        self.difference.set(float("nan"))
+        self.bound = Gauge(
+            f"{prefix}bound_nats", "Difference above which the served model is wrong",
+            registry=registry,
+        )  # fmt: skip
+        self.time = Gauge(
+            f"{prefix}last_reading_timestamp_seconds", "Time of the last reading", registry=registry
+        )
+        self.failures = Counter(
+            f"{prefix}failures", "Readings that the engine did not give", registry=registry
         )

@@ -76,12 +76,12 @@ def check_with_map(
     CheckpointError for a size that config.json lacks.
     """
     name = read_class(config)
-    found = maps.models.get(name)
-    if found is None:
+    entry = maps.models.get(name)
+    if entry is None:
         return make_unchecked(maps, f"quantkit has no map of {name or 'an unnamed class'}")
     if any(TOGETHER.search(name) for name in tensors):
         return make_unchecked(maps, "experts are stored together, which the map does not cover")
-    _, model = found
+    _, model = entry
     text = model.text if isinstance(model, WrapperMap) else model
     prefixes: Mapping[str, str] = model.prefixes if isinstance(model, WrapperMap) else {}
     outside = model.parts if isinstance(model, WrapperMap) else ()
