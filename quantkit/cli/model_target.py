@@ -23,6 +23,11 @@ Command = TypeVar("Command", bound=Callable[..., object])
 _OPTIONS = (
     click.option("--method", metavar="NAME", help="For a model: awq (default), gptq, nf4, rtn."),
     click.option(
+        "--scheme",
+        metavar="NAME",
+        help="For a model: int (default), or FP4 as nvfp4 or mxfp4.",
+    ),
+    click.option(
         "--bits", type=click.IntRange(2, 8), help="For a model: bits of a weight.  [default: 4]"
     ),
     click.option(
@@ -37,7 +42,7 @@ _OPTIONS = (
 
 
 def add_model_options(command: Command) -> Command:
-    """Add --method, --bits, --format and --rules to a command."""
+    """Add --method, --scheme, --bits, --format and --rules to a command."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
 def command(
     target: str,
     method: str | None,
+    scheme: str | None,
     bits: int | None,
     format_name: str | None,
     rules: str | None,
@@ -107,7 +108,13 @@ def command(
 
     check_tracker_option(tracker)
     request = RecipeRequest(
-        model=target, method=method, bits=bits, format=format_name, rules=rules, output=output
+        model=target,
+        method=method,
+        scheme=scheme,
+        bits=bits,
+        format=format_name,
+        rules=rules,
+        output=output,
     )
     text, parsed = prepare_recipe(request, overrides, recipe_file, quiet=json_out)
     bars, evaluate = sys.stderr.isatty() and not json_out and not verbose, not skip_evaluation

@@ -35,6 +35,7 @@ from quantkit.errors import UsageError
 def command(
     model: str,
     method: str | None,
+    scheme: str | None,
     bits: int | None,
     format_name: str | None,
     rules: str | None,
@@ -74,7 +75,13 @@ def command(
         )
     kind = None if gpus is None else parse_gpus(gpus, read_gpus())
     request = RecipeRequest(
-        model=model, method=method, bits=bits, format=format_name, rules=rules, output=output
+        model=model,
+        method=method,
+        scheme=scheme,
+        bits=bits,
+        format=format_name,
+        rules=rules,
+        output=output,
     )
     source = read_model_facts(model)
     matched = match_source(source)

@@ -35,6 +35,7 @@ from quantkit.report.terminal_plan import render_plans
 def command(
     target: str,
     method: str | None,
+    scheme: str | None,
     bits: int | None,
     format_name: str | None,
     rules: str | None,
@@ -63,7 +64,13 @@ def command(
     from quantkit.plan.time_estimate import estimate_plan
 
     request = RecipeRequest(
-        model=target, method=method, bits=bits, format=format_name, rules=rules, output=output
+        model=target,
+        method=method,
+        scheme=scheme,
+        bits=bits,
+        format=format_name,
+        rules=rules,
+        output=output,
     )
     read = read_target(request, parse_overrides(overrides))
     if read.chosen is None:
