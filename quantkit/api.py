@@ -121,9 +121,8 @@ def build(
     apply_settings()
     from quantkit.pipeline import build_artifacts  # imports torch and transformers
 
-    read = _read_target_to_build(
-        _make_request(target, method, scheme, bits, format, rules, output), overrides
-    )
+    request = _make_request(target, method, scheme, bits, format, rules, output)
+    read = _read_target_to_build(request, overrides)
     return build_artifacts(
         read.recipe,
         read.text,

@@ -13,6 +13,7 @@ from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
     from quantkit.plan.choose_recipe import ChosenRecipe
+    from quantkit.plan.recipe_draft import RecipeRequest
     from quantkit.recipe.schema import Recipe
 
 CHOSEN_FILE = "recipe.yaml"
@@ -46,6 +47,29 @@ def add_model_options(command: Command) -> Command:
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
+
+
+def make_request(
+    model: str,
+    method: str | None,
+    scheme: str | None,
+    bits: int | None,
+    format_name: str | None,
+    rules: str | None,
+    output: str | None,
+) -> RecipeRequest:
+    """Return the request of the values of `add_model_options` and --output."""
+    from quantkit.plan.recipe_draft import RecipeRequest
+
+    return RecipeRequest(
+        model=model,
+        method=method,
+        scheme=scheme,
+        bits=bits,
+        format=format_name,
+        rules=rules,
+        output=output,
+    )
 
 
 def check_no_recipe_file(path: Path | None, recipe: str) -> None:
