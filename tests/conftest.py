@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # Builds in the process of the tests give the bytes of the command; before torch is imported.
 apply_settings()
 
+# Times and texts of the tests' models do not enter the user's cache, which plans read.
+os.environ.setdefault("QUANTKIT_CACHE", str(Path(__file__).parents[1] / "artifacts" / "test-cache"))
+
 # A shell ignores SIGINT in background jobs, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

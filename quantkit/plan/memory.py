@@ -247,8 +247,7 @@ def plan_memory(
     both = 2 if grams > 1 else 1  # the calibration text, also in the original model
     stored = 2 if yardstick else 1  # streams of the fidelity text under stored weights
     texts = both * tokens["calibration"] + (1 + stored) * tokens["fidelity"]
-    # states before and after a block; sums and inputs of the experts, for calibration those from
-    # original weights and those from stored ones
+    # states around a block; sums and inputs of the experts, for calibration from both weights
     numbers = (2 * width + sums + expert_width) * texts + expert_width * tokens["calibration"]
     if wave < max_experts:  # a wave advances those of stored weights besides those of the journal
         numbers += (sums or width) * (tokens["calibration"] + stored * tokens["fidelity"])

@@ -345,7 +345,8 @@ fidelty: {}
         "x.yaml:13: gates.kl_maen: no figure or task of evaluation.tasks named 'kl_maen'. Did you "
         "mean 'kl_mean'? Known: size, bits_overall, bits_per_weight, kl_worst_kind, kl_mean_kinds, "
         "shift, kl_mean, yardstick, kl_yardstick, kl_noise, kl_median, kl_p99, kl_p999, kl_max, "
-        "ppl_source, ppl_artifact, ppl_ratio, top1, mean_delta_p, rms_delta_p, router_agreement, block_error, module_error, "
+        "ppl_source, ppl_artifact, ppl_ratio, top1, mean_delta_p, rms_delta_p, router_agreement, "
+        "block_error, module_error, "
         "output_error, experts_uncalibrated, coverage, fallbacks, lost_items, overlapping_items, "
         "likelihood, gsm8k. Of one kind of text: kl_mean@code.",
         "x.yaml:13: gates.gsm8k: expected {min_recovery: NUMBER} or {margin_pp: NUMBER} or "
