@@ -33,12 +33,13 @@ def look_up(table: npt.NDArray[np.float32], index: Tensor) -> Tensor:
 def unpack_e2m1(codes: Tensor) -> Tensor:
     """Return the float32 values [..., 2 n] of pairs of FP4 codes, [..., n] of a one-byte dtype."""
     pairs = look_up(_PAIRS, codes.view(torch.uint8))  # [..., n] -> [..., n, 2]
-    return pairs.flatten(-2)  # [..., n, 2] -> [..., 2 n]
+    values: Tensor = pairs.flatten(-2)  # [..., n, 2] -> [..., 2 n]
+    return values
 
 
 def pack_e2m1(codes: Tensor) -> Tensor:
     """Pack pairs of FP4 codes, the first in the low bits: [..., 2 n] uint8 -> [..., n] uint8."""
-    pairs = codes.unflatten(-1, (-1, 2))  # [..., 2 n] -> [..., n, 2]
+    pairs: Tensor = codes.unflatten(-1, (-1, 2))  # [..., 2 n] -> [..., n, 2]
     return pairs[..., 0] | pairs[..., 1] << 4
 
 

@@ -235,7 +235,7 @@ def choose_group_size(
     """
     if request.method == "nf4":
         return NF4_BLOCK
-    if request.scheme in SCHEME_VALUES:
+    if request.scheme is not None and request.scheme in FP4_GROUPS:
         return FP4_GROUPS[request.scheme]
     draft = draft_recipe(request, matched, storage, GROUP_SIZES[0])
     _, decisions, _ = apply_rules(parse_draft(draft), source, matched, storage.format_name)
