@@ -37,6 +37,7 @@ def plan(
     target: str | Path,
     *,
     method: str | None = None,
+    scheme: str | None = None,
     bits: int | None = None,
     format: str | None = None,
     rules: str | None = None,
@@ -53,7 +54,7 @@ def plan(
     Args:
         target: a recipe file, the name of a recipe that ships with quantkit, or a model (a folder,
             a hub id or builtin:tiny-v3), for which a recipe is chosen.
-        method, bits, format, rules: of a model's recipe; by default chosen.
+        method, scheme, bits, format, rules: of a model's recipe; by default chosen.
         output: folder of the artifact.
         overrides: values by dotted key that replace the recipe's, e.g. {"memory": "8GB"}.
 
@@ -66,7 +67,7 @@ def plan(
     from quantkit.plan import sources  # imports torch
     from quantkit.plan.model_recipe import read_target
 
-    request = _make_request(target, method, bits, format, rules, output)
+    request = _make_request(target, method, scheme, bits, format, rules, output)
     parsed = read_target(request, _as_text(overrides)).recipe
     plans = plan_and_check(parsed, sources.resolve_source_facts(parsed))
     sampled = sources.describe_sampled_texts(plans[0].recipe)
@@ -77,6 +78,7 @@ def build(
     target: str | Path,
     *,
     method: str | None = None,
+    scheme: str | None = None,
     bits: int | None = None,
     format: str | None = None,
     rules: str | None = None,
@@ -119,9 +121,8 @@ def build(
     apply_settings()
     from quantkit.pipeline import build_artifacts  # imports torch and transformers
 
-    read = _read_target_to_build(
-        _make_request(target, method, bits, format, rules, output), overrides
-    )
+    request = _make_request(target, method, scheme, bits, format, rules, output)
+    read = _read_target_to_build(request, overrides)
     return build_artifacts(
         read.recipe,
         read.text,
@@ -216,6 +217,7 @@ def diff(a: str | Path, b: str | Path, *, partial: bool = False) -> Diff:
 def _make_request(
     target: str | Path,
     method: str | None,
+    scheme: str | None,
     bits: int | None,
     format_name: str | None,
     rules: str | None,
@@ -225,6 +227,7 @@ def _make_request(
     return RecipeRequest(
         model=str(target),
         method=method,
+        scheme=scheme,
         bits=bits,
         format=format_name,
         rules=rules,

@@ -13,6 +13,7 @@ from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
     from quantkit.plan.choose_recipe import ChosenRecipe
+    from quantkit.plan.recipe_draft import RecipeRequest
     from quantkit.recipe.schema import Recipe
 
 CHOSEN_FILE = "recipe.yaml"
@@ -22,6 +23,11 @@ Command = TypeVar("Command", bound=Callable[..., object])
 
 _OPTIONS = (
     click.option("--method", metavar="NAME", help="For a model: awq (default), gptq, nf4, rtn."),
+    click.option(
+        "--scheme",
+        metavar="NAME",
+        help="For a model: int (default), or FP4 as nvfp4 or mxfp4.",
+    ),
     click.option(
         "--bits", type=click.IntRange(2, 8), help="For a model: bits of a weight.  [default: 4]"
     ),
@@ -37,10 +43,33 @@ _OPTIONS = (
 
 
 def add_model_options(command: Command) -> Command:
-    """Add --method, --bits, --format and --rules to a command."""
+    """Add --method, --scheme, --bits, --format and --rules to a command."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
+
+
+def make_request(
+    model: str,
+    method: str | None,
+    scheme: str | None,
+    bits: int | None,
+    format_name: str | None,
+    rules: str | None,
+    output: str | None,
+) -> RecipeRequest:
+    """Return the request of the values of `add_model_options` and --output."""
+    from quantkit.plan.recipe_draft import RecipeRequest
+
+    return RecipeRequest(
+        model=model,
+        method=method,
+        scheme=scheme,
+        bits=bits,
+        format=format_name,
+        rules=rules,
+        output=output,
+    )
 
 
 def check_no_recipe_file(path: Path | None, recipe: str) -> None:

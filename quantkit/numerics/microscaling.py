@@ -26,19 +26,21 @@ def look_up(table: npt.NDArray[np.float32], index: Tensor) -> Tensor:
     """Return rows of a table [n, ...] for an index [...] uint8: [..., ...] float32."""
     if index.device.type == "cpu":
         return torch.from_numpy(table.take(index.numpy(), axis=0))
-    return torch.from_numpy(table).to(index.device)[index.int()]
+    rows: Tensor = torch.from_numpy(table).to(index.device)[index.int()]
+    return rows
 
 
 def unpack_e2m1(codes: Tensor) -> Tensor:
     """Return the float32 values [..., 2 n] of pairs of FP4 codes, [..., n] of a one-byte dtype."""
     pairs = look_up(_PAIRS, codes.view(torch.uint8))  # [..., n] -> [..., n, 2]
-    return pairs.flatten(-2)  # [..., n, 2] -> [..., 2 n]
+    values: Tensor = pairs.flatten(-2)  # [..., n, 2] -> [..., 2 n]
+    return values
 
 
 def pack_e2m1(codes: Tensor) -> Tensor:
     """Pack pairs of FP4 codes, the first in the low bits: [..., 2 n] uint8 -> [..., n] uint8."""
-    pairs = codes.unflatten(-1, (-1, 2))  # [..., 2 n] -> [..., n, 2]
-    return torch.bitwise_or(pairs[..., 0], pairs[..., 1] << 4)
+    pairs: Tensor = codes.unflatten(-1, (-1, 2))  # [..., 2 n] -> [..., n, 2]
+    return pairs[..., 0] | pairs[..., 1] << 4
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:

@@ -21,11 +21,13 @@ from quantkit.plan.plan import SourceFacts, apply_rules
 from quantkit.plan.recipe_draft import Draft, RecipeRequest, Storage, list_scheme
 from quantkit.recipe.parse import parse_recipe
 from quantkit.recipe.patterns import PRESETS
+from quantkit.recipe.quantize import SCHEME_METHOD, SCHEME_VALUES
 from quantkit.recipe.schema import Recipe
 from quantkit.recipe.write_recipe import Section, write_recipe
 
 GROUP_SIZES = (128, 64, 32)
 NF4_BLOCK = 64
+FP4_GROUPS = {"mxfp4": 32, "nvfp4": 16}
 CHOSEN_NAME = "recipe.yaml"
 
 
@@ -132,16 +134,30 @@ def check_request(request: RecipeRequest) -> None:
         ("method", request.method, registry.list_names("methods")),
         ("format", request.format, registry.list_names("formats")),
         ("rules", request.rules, tuple(PRESETS)),
+        ("scheme", request.scheme, ("int", *SCHEME_VALUES)),
     )
     for option, value, names in known:
         if value is not None and value not in names:
             raise UsageError(f"--{option}: {format_unknown_name(option, value, names)}")
     if request.method == "nf4" and request.bits not in {None, 4}:
         raise UsageError(f"--bits: expected 4 with method nf4, found {request.bits}; leave it out")
+    if request.scheme not in SCHEME_VALUES:
+        return
+    if request.bits not in {None, 4}:
+        raise UsageError(
+            f"--bits: expected 4 with scheme {request.scheme}, found {request.bits}; leave it out"
+        )
+    if request.scheme not in registry.get_method(request.method or SCHEME_METHOD).kinds:
+        raise UsageError(
+            f"--method: expected gptq, rtn or rtn_mse with scheme {request.scheme}, found "
+            f"{request.method}; leave it out"
+        )
 
 
 def list_storages(request: RecipeRequest) -> tuple[Storage, ...]:
     """Return the storages to try, in order."""
+    if request.scheme in SCHEME_VALUES:
+        return (Storage(format_name=request.format or KEEPING.format_name, symmetric=True),)
     storages = STORAGES.get(request.method or "awq", WITH_ZERO_POINTS)
     if request.format is None:
         return storages
@@ -161,7 +177,9 @@ def prefer_kept_codes(
     Other formats would store them as BF16. AWQ scales no input that such a linear reads.
     """
     is_plain = not source.encoded and source.fp8_side is None
-    if is_plain or request.method or request.format not in {None, KEEPING.format_name}:
+    if is_plain or request.method or request.scheme in SCHEME_VALUES:
+        return request
+    if request.format not in {None, KEEPING.format_name}:
         return request
     keeping = replace(
         request,
@@ -200,7 +218,8 @@ def draft_recipe(
     has_experts = any(block.experts for block in matched.layout.blocks)
     return Draft(
         request=request,
-        method=request.method or "awq",
+        method=request.method or (SCHEME_METHOD if request.scheme in SCHEME_VALUES else "awq"),
+        scheme=request.scheme or "int",
         bits=request.bits or 4,
         rules=request.rules or ("experts-only" if has_experts else "all-linear"),
         storage=storage,
@@ -216,6 +235,8 @@ def choose_group_size(
     """
     if request.method == "nf4":
         return NF4_BLOCK
+    if request.scheme is not None and request.scheme in FP4_GROUPS:
+        return FP4_GROUPS[request.scheme]
     draft = draft_recipe(request, matched, storage, GROUP_SIZES[0])
     _, decisions, _ = apply_rules(parse_draft(draft), source, matched, storage.format_name)
     widths = list_widths(decisions)

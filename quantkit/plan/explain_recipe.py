@@ -14,6 +14,7 @@ from quantkit.plan.decisions import Decision
 from quantkit.plan.match_checkpoint import MatchedLayout
 from quantkit.plan.plan import SourceFacts
 from quantkit.plan.recipe_draft import Draft, choose_rounding, list_scheme
+from quantkit.recipe.quantize import SCHEME_VALUES
 from quantkit.recipe.write_recipe import Choice, Section
 
 SHRINKAGE = 0.05
@@ -105,8 +106,11 @@ def explain_scheme(
         "method": "AWQ scaling with GPTQ rounding lost least in the measurements",
         "bits": "about a quarter of BF16; 8 lose less",
     }
+    if draft.scheme in SCHEME_VALUES:
+        default["method"] = "with FP4, AWQ alone was published to lose more than rounding"
     reasons = {
         "method": request.explain("method") if request.method else default["method"],
+        "scheme": request.explain("scheme"),
         "rounding": "codes compensate the rounding error of the columns before them"
         if choose_rounding(draft.method) == "gptq"
         else "the method uses no calibration text",
@@ -248,21 +252,24 @@ def choose_output(draft: Draft) -> str:
     name = draft.request.model.removeprefix("builtin:")
     last = expand_home(name).resolve().name if name.startswith((".", "~")) else Path(name).name
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "model"
-    return f"artifacts/{safe[:100]}{name_scheme(draft.method, draft.bits)}"
+    return f"artifacts/{safe[:100]}{name_scheme(draft.method, draft.bits, draft.scheme)}"
 
 
-def name_scheme(method: str, bits: int) -> str:
-    """Return the end of the name of an artifact's folder: "-awq4"."""
-    return "-nf4" if method == "nf4" else f"-{method.replace('_', '-')}{bits}"
+def name_scheme(method: str, bits: int, scheme: str) -> str:
+    """Return the end of the name of an artifact's folder: "-awq4", "-gptq-nvfp4"."""
+    if method == "nf4":
+        return "-nf4"
+    return f"-{method.replace('_', '-')}{bits if scheme == 'int' else f'-{scheme}'}"
 
 
 def describe_choice(draft: Draft, source: SourceFacts, matched: MatchedLayout) -> str:
     """Return the first line of the recipe's comment."""
     parameters = sum(spec.n_elements for spec in matched.specs.values())
     size = f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+    codes = f"{draft.bits} bits" if draft.scheme == "int" else draft.scheme
     return (
         f"{draft.request.model} ({source.config.text('model_type')}, {size} parameters) -> "
-        f"{draft.method}, {draft.bits} bits, format {draft.storage.format_name}"
+        f"{draft.method}, {codes}, format {draft.storage.format_name}"
     )
 
 

@@ -73,8 +73,12 @@ def rename_output(chosen: ChosenRecipe, final: Recipe) -> ChosenRecipe:
     before, after = chosen.recipe.quantize, final.quantize
     if before is None or after is None:
         return chosen
-    path = chosen.recipe.output.path.removesuffix(name_scheme(before.method, before.bits))
-    output = Choice(key="path", value=path + name_scheme(after.method, after.bits), is_text=True)
+    path = chosen.recipe.output.path.removesuffix(
+        name_scheme(before.method, before.bits, before.scheme)
+    )
+    output = Choice(
+        key="path", value=path + name_scheme(after.method, after.bits, after.scheme), is_text=True
+    )
     sections = tuple(
         replace(x, choices=(output,)) if x.name == "output" else x for x in chosen.sections
     )

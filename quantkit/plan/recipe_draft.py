@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from quantkit import registry
+from quantkit.recipe.quantize import SCHEME_VALUES
 from quantkit.recipe.write_recipe import Choice
 
 
@@ -18,6 +19,7 @@ class RecipeRequest:
 
     model: str
     method: str | None = None
+    scheme: str | None = None
     bits: int | None = None
     format: str | None = None
     rules: str | None = None
@@ -43,6 +45,7 @@ class Draft:
 
     request: RecipeRequest
     method: str
+    scheme: str
     bits: int
     rules: str
     storage: Storage
@@ -53,6 +56,12 @@ def list_scheme(draft: Draft) -> tuple[Choice, ...]:
     """Return the keys of `quantize` with their values, without reasons."""
     if draft.method == "nf4":
         return (Choice(key="method", value="nf4"),)
+    if draft.scheme in SCHEME_VALUES:  # the other keys follow
+        return (
+            Choice(key="scheme", value=draft.scheme),
+            Choice(key="method", value=draft.method),
+            Choice(key="rounding", value=choose_rounding(draft.method)),
+        )
     return (
         Choice(key="method", value=draft.method),
         Choice(key="rounding", value=choose_rounding(draft.method)),

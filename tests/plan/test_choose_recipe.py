@@ -196,6 +196,9 @@ def test_names_that_yaml_would_read_as_something_else_are_quoted(model: str) -> 
         ({"format": "ggml"}, "--format: no format named 'ggml'"),
         ({"rules": "experts"}, "--rules: no rules named 'experts'"),
         ({"method": "nf4", "bits": 8}, "--bits: expected 4 with method nf4, found 8"),
+        ({"scheme": "nvfp"}, "--scheme: no scheme named 'nvfp'. Did you mean"),
+        ({"scheme": "nvfp4", "bits": 8}, "--bits: expected 4 with scheme nvfp4, found 8"),
+        ({"scheme": "mxfp4", "method": "awq"}, "--method: expected gptq, rtn or rtn_mse with"),
     ],
 )
 def test_unknown_names_are_usage_errors(request_: dict[str, object], message: str) -> None:
@@ -206,3 +209,18 @@ def test_unknown_names_are_usage_errors(request_: dict[str, object], message: st
 def test_a_format_that_cannot_hold_the_request_is_refused_with_its_reason() -> None:
     with pytest.raises(RecipeError, match="read AWQ with 4-bit integers only, found 8 bits"):
         choose("llama", format="awq", bits=8)
+
+
+@pytest.mark.parametrize(("scheme", "group_size"), [("nvfp4", 16), ("mxfp4", 32)])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_fp4_is_chosen_on_request(model_type: str, scheme: str, group_size: int) -> None:
+    chosen = choose(model_type, scheme=scheme)
+    quantize = chosen.recipe.quantize
+    assert (quantize.scheme, quantize.method, quantize.rounding) == (scheme, "gptq", "gptq")
+    assert quantize.group_size == group_size and chosen.recipe.format == ("compressed_tensors",)
+    assert "vLLM" in chosen.engines and "SGLang" not in chosen.engines
+    assert ("transformers" in chosen.engines) == (model_type == "llama")
+    assert chosen.recipe.output.path == f"artifacts/name-gptq-{scheme}"
+    assert f"gptq, {scheme}, format compressed_tensors" in chosen.title
+    with pytest.raises(RecipeError, match="found .*fp4; use format compressed_tensors"):
+        choose("llama", scheme=scheme, format="awq")

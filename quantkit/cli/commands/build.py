@@ -15,6 +15,7 @@ from quantkit.cli.model_target import (
     CHOSEN_FILE,
     add_model_options,
     check_no_recipe_file,
+    make_request,
     save_chosen,
     show_choices,
 )
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
 def command(
     target: str,
     method: str | None,
+    scheme: str | None,
     bits: int | None,
     format_name: str | None,
     rules: str | None,
@@ -103,12 +105,9 @@ def command(
     from quantkit.cli.build_log import log_build
     from quantkit.cli.rich_output import ProgressBar
     from quantkit.pipeline import build_artifacts
-    from quantkit.plan.recipe_draft import RecipeRequest
 
     check_tracker_option(tracker)
-    request = RecipeRequest(
-        model=target, method=method, bits=bits, format=format_name, rules=rules, output=output
-    )
+    request = make_request(target, method, scheme, bits, format_name, rules, output)
     text, parsed = prepare_recipe(request, overrides, recipe_file, quiet=json_out)
     bars, evaluate = sys.stderr.isatty() and not json_out and not verbose, not skip_evaluation
     with log_build(verbose=verbose) as log, ProgressBar(bars) as progress_bar:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from quantkit.cli.console import handle_errors
-from quantkit.cli.model_target import add_model_options
+from quantkit.cli.model_target import add_model_options, make_request
 from quantkit.cli.options import SET, parse_overrides
 from quantkit.errors import UsageError
 
@@ -35,6 +35,7 @@ from quantkit.errors import UsageError
 def command(
     model: str,
     method: str | None,
+    scheme: str | None,
     bits: int | None,
     format_name: str | None,
     rules: str | None,
@@ -58,7 +59,6 @@ def command(
     from quantkit.plan.choose_recipe import choose_recipe
     from quantkit.plan.model_recipe import finish_recipe
     from quantkit.plan.plan import match_source
-    from quantkit.plan.recipe_draft import RecipeRequest
     from quantkit.plan.sources import read_model_facts
     from quantkit.recipe.recipe_file import is_model
     from quantkit.serve.sizing.choose_scheme import GpuTarget, choose_scheme, parse_gpus
@@ -73,9 +73,7 @@ def command(
             "the path"
         )
     kind = None if gpus is None else parse_gpus(gpus, read_gpus())
-    request = RecipeRequest(
-        model=model, method=method, bits=bits, format=format_name, rules=rules, output=output
-    )
+    request = make_request(model, method, scheme, bits, format_name, rules, output)
     source = read_model_facts(model)
     matched = match_source(source)
     if kind is None:

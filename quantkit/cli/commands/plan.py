@@ -10,6 +10,7 @@ from quantkit.cli.console import handle_errors, print_json_list
 from quantkit.cli.model_target import (
     add_model_options,
     check_no_recipe_file,
+    make_request,
     save_chosen,
     show_choices,
 )
@@ -35,6 +36,7 @@ from quantkit.report.terminal_plan import render_plans
 def command(
     target: str,
     method: str | None,
+    scheme: str | None,
     bits: int | None,
     format_name: str | None,
     rules: str | None,
@@ -58,13 +60,10 @@ def command(
     # Reading headers needs torch's dtypes: `quantkit plan --help` starts without.
     from quantkit.evaluate.check_plan import plan_and_check
     from quantkit.plan.model_recipe import read_target
-    from quantkit.plan.recipe_draft import RecipeRequest
     from quantkit.plan.sources import describe_sampled_texts, resolve_source_facts
     from quantkit.plan.time_estimate import estimate_plan
 
-    request = RecipeRequest(
-        model=target, method=method, bits=bits, format=format_name, rules=rules, output=output
-    )
+    request = make_request(target, method, scheme, bits, format_name, rules, output)
     read = read_target(request, parse_overrides(overrides))
     if read.chosen is None:
         check_no_recipe_file(recipe_file, target)
