@@ -53,7 +53,7 @@ from quantkit.models.layers import make_meta_model
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan, SourceFacts
 from quantkit.plan.read_texts import find_largest_id
-from quantkit.plan.select_texts import select_texts
+from quantkit.plan.select_texts import keeps_fidelity_text, select_texts
 from quantkit.plan.self_texts import list_self_texts
 from quantkit.plan.time_estimate import record_build
 from quantkit.progress import ProgressCallback
@@ -468,7 +468,12 @@ def quantize_and_measure(
         )
         both = load_stream_pair(model, plans[0].layout, source, head, streams)
         figures = StreamFigures(
-            tokens=sample_tokens(both, measure_text(both), texts.tokenizer),
+            tokens=sample_tokens(
+                both,
+                measure_text(both),
+                texts.tokenizer,
+                keeps_text=keeps_fidelity_text(plans[0].recipe),
+            ),
             solutions=solution_likelihood.score_solutions(both, texts.solutions.items),
         )
     for stream in streams.values():

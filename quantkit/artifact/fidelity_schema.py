@@ -419,6 +419,7 @@ class Fidelity(BaseModel):
     yardstick: Yardstick | None = None  # only if the recipe asks for it
     noise_floor: NoiseFloor | None = None  # None: the figures themselves are in bfloat16
     worst_tokens: Annotated[tuple[WorstToken, ...], Field(max_length=MOST_TOKENS)] = ()
+    keeps_text: bool = True  # False: the recipe keeps the fidelity text out of the artifact
     likelihood: tuple[LikelihoodResult, ...] = ()
     blocks: tuple[BlockError, ...] = ()
     modules: tuple[ModuleResult, ...] = ()

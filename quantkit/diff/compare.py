@@ -16,6 +16,12 @@ from quantkit.diff.sides import Side
 from quantkit.errors import NotComparable
 from quantkit.report.notes import describe_conversion
 
+WITHOUT_IDS = {
+    True: "was built by an earlier version, which kept no token ids",
+    False: "holds no text of its tokens (fidelity.keep_text)",
+}
+"""Why tokens cannot be listed, by `keeps_text` of the report."""
+
 
 def compare_sides(a: Side, b: Side, *, partial: bool = False) -> Diff:
     """Return the differences of B from A.
@@ -97,8 +103,8 @@ def _list_notes(a: Side, b: Side, allowed: Comparability) -> tuple[str, ...]:
         if side.kind != "source" and side.fidelity.converted_from is not None
     ]
     notes += [
-        f"{side.name} was built by an earlier version, which kept no token ids: the tokens that "
-        "got worse are not listed."
+        f"{side.name} {WITHOUT_IDS[side.fidelity.keeps_text]}: the tokens that got worse are not "
+        "listed."
         for side in (a, b)
         if side.tokens is not None and side.tokens.places is None and side.kind != "source"
     ]

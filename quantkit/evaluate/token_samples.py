@@ -44,7 +44,8 @@ class TokenSamples:
     """The figures of a text with its tokens as text.
 
     ids [n] int32, sequences: of every token of the text, scored or not, with their pieces of text;
-    names: the text of each token that is predicted.
+    names: the text of each token that is predicted. keeps_text: whether the artifact and its report
+    hold any of the text.
     """
 
     measured: TextFidelity
@@ -53,10 +54,16 @@ class TokenSamples:
     pieces: tuple[str, ...]
     predictions: Predictions
     names: dict[int, str]
+    keeps_text: bool
 
 
 def sample_tokens(
-    pair: StreamPair, measured: TextFidelity, tokenizer: Tokenizer, count: int = PREDICTED
+    pair: StreamPair,
+    measured: TextFidelity,
+    tokenizer: Tokenizer,
+    count: int = PREDICTED,
+    *,
+    keeps_text: bool = True,
 ) -> TokenSamples:
     """Decode the text and take the predictions of both models at the tokens of largest KL."""
     tokens = pair.reference.tokens
@@ -73,12 +80,18 @@ def sample_tokens(
         pieces=tuple(piece for row in rows for piece in split_text(tokenizer, row)),
         predictions=Predictions(places=places, ids=ids, p=p),
         names=name_tokens(tokenizer, (*ids.flatten().tolist(), *true), flat),
+        keeps_text=keeps_text,
     )
 
 
 def list_worst_tokens(samples: TokenSamples) -> tuple[WorstToken, ...]:
-    """Return the tokens with the largest KL, one of those that repeat another document."""
+    """Return the tokens with the largest KL, one of those that repeat another document.
+
+    Without the text there are none.
+    """
     measured, worst, seen = samples.measured, list[WorstToken](), set[tuple[int, int]]()
+    if not samples.keeps_text:
+        return ()
     for n, place in enumerate(samples.predictions.places.tolist()):
         row = int(measured.rows[place]) + 1  # of the true token
         start = samples.sequences.index(samples.sequences[row])
@@ -121,26 +134,32 @@ def write_tokens(samples: TokenSamples, folder: Path) -> None:
     """Write the samples as Parquet, in the order of the text.
 
     tokens.parquet has the figures of every scored token, text.parquet a row for every token of the
-    text, predictions.parquet the predictions where KL is largest.
+    text, predictions.parquet the predictions where KL is largest. If the text is not kept, there is
+    only the first, without tokens and positions.
     """
     measured, predictions = samples.measured, samples.predictions
     true = measured.rows + 1
     positions = torch.tensor(count_positions(samples.sequences), dtype=torch.int32)
     sequences = torch.tensor(samples.sequences, dtype=torch.int32)
+    tokens = {
+        "sequence": sequences[true],
+        "position": positions[true],
+        "token": samples.ids[true],
+    }
     write_columns(
         folder / TOKEN_SAMPLES,
         {
             "domain": measured.domains,
             "document": measured.documents,
-            "sequence": sequences[true],
-            "position": positions[true],
-            "token": samples.ids[true],
+            **(tokens if samples.keeps_text else {}),
             "kl": measured.tokens.kl,
             "nll_source": measured.tokens.nll_source,
             "nll_artifact": measured.tokens.nll_quantized,
             "same_top": measured.tokens.same_top,
         },
     )
+    if not samples.keeps_text:
+        return
     write_columns(
         folder / TEXT_SAMPLES,
         {"sequence": sequences, "token": samples.ids, "text": samples.pieces},

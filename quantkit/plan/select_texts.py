@@ -1,9 +1,11 @@
-"""The texts that a build of a recipe runs. Pure."""
+"""The texts that a build of a recipe runs."""
 
 from __future__ import annotations
 
+from quantkit.io.package_data import locate_folder
 from quantkit.plan.plan import TextUse
 from quantkit.recipe.schema import Recipe
+from quantkit.texts.corpus_spec import is_shipped_set
 
 
 def select_texts(recipe: Recipe) -> list[tuple[TextUse, str, int | None, int, int]]:
@@ -21,3 +23,14 @@ def select_texts(recipe: Recipe) -> list[tuple[TextUse, str, int | None, int, in
     if fidelity := recipe.fidelity:
         selected.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
     return selected
+
+
+def keeps_fidelity_text(recipe: Recipe) -> bool:
+    """Return whether the artifact holds the tokens of the fidelity text.
+
+    Unless the recipe says so, not those of the user's own files, which may be private.
+    """
+    text = recipe.fidelity
+    if text is None or text.keep_text is not None:
+        return text is not None and bool(text.keep_text)
+    return is_shipped_set(text.set, locate_folder("calibration"))

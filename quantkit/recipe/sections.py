@@ -184,11 +184,22 @@ class FidelityText(BaseModel):
         ),
     ] = None
 
+    keep_text: Annotated[
+        bool | None,
+        describe(
+            "Whether the artifact holds the tokens of this text, which show the worst ones in "
+            "report and diff. `null`: for the sets of calibration/, not for text of your own "
+            "files, which would be published with the artifact.",
+            "true",
+        ),
+    ] = None
+
     @model_serializer(mode="wrap")
-    def omit_yardstick(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `yardstick` out if it is unset, as in recipes before this key: their hash stays."""
+    def omit_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out keys that are unset, as in recipes before these keys: their hash stays."""
         values: dict[str, Any] = handler(self)
-        return {key: value for key, value in values.items() if key != "yardstick" or value}
+        late = ("yardstick", "keep_text")
+        return {key: x for key, x in values.items() if key not in late or x is not None}
 
 
 class Evaluation(BaseModel):

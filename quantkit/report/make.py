@@ -99,6 +99,7 @@ def make_report(
         yardstick=summarize_yardstick(measured) if measured else None,
         noise_floor=summarize_noise(measured) if measured else None,
         worst_tokens=list_worst_tokens(samples) if samples else (),
+        keeps_text=samples is None or samples.keeps_text,
         likelihood=tuple(likelihood),
         blocks=tuple(
             fidelity_schema.BlockError(block=block.name, relative_error=block.output_error)

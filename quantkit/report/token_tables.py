@@ -59,6 +59,11 @@ def describe_no_tokens(fidelity: Fidelity) -> str:
     """Return why a report shows no token: one sentence; "" if it shows some."""
     if fidelity.worst_tokens:
         return ""
+    if not fidelity.keeps_text:
+        return (
+            "The artifact holds none of the fidelity text, which is of your own files: set "
+            "fidelity.keep_text: true to see the worst tokens; it is published with the artifact."
+        )
     if any(row.domain == ALL_TEXT for row in fidelity.distribution):
         return (
             "An earlier version of quantkit made this report and kept no text of the tokens: "

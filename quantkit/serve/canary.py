@@ -75,7 +75,8 @@ def read_canary(artifact: Path) -> Canary:
     if not all(file.is_file() for file in files):
         raise UsageError(
             f"{artifact}: expected samples of a fidelity text ({TEXT_SAMPLES}), found none; build "
-            "it with `fidelity:`, or leave the canary out"
+            "it with `fidelity:`, with keep_text: true for text of your own, or leave the canary "
+            "out"
         )
     text = read_columns(files[0], ["sequence", "token"])
     names = ["sequence", "position", "nll_source", "nll_artifact"]

@@ -231,6 +231,11 @@ def get_first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
+def is_shipped_set(name_or_path: str, folder: Path) -> bool:
+    """Return whether a set is one of `folder`, not a file of the user's own."""
+    return is_file(folder / f"{name_or_path}.yaml") and Path(name_or_path).name == name_or_path
+
+
 def _find_spec(name_or_path: str, folder: Path) -> Path:
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)

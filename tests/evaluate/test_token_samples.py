@@ -20,6 +20,8 @@ from quantkit.evaluate.token_fidelity import StreamPair, measure_text
 from quantkit.evaluate.token_samples import TokenSamples, list_worst_tokens, sample_tokens
 from quantkit.evaluate.token_samples import write_tokens as write
 from quantkit.numerics import fidelity
+from quantkit.plan.select_texts import keeps_fidelity_text
+from quantkit.recipe.parse import parse_recipe
 from quantkit.texts.tokens import TokenSequence, pack_tokens
 
 WORDS = ("<s>", " the", " cat", " sat", " dog", "\n|<b>", " ran", " end")
@@ -173,6 +175,33 @@ def test_diff_lists_the_token_that_got_worse(tmp_path: Path) -> None:
     assert row.b[0].text == WORDS[PLANTED[2]] and row.a[0].text == row.source[0].text
     assert row.kl_b > 100 * row.kl_a and row.p_b < row.p_a
     assert list_worse(b, a) == ()
+
+
+def test_text_that_is_not_kept_leaves_figures_alone(tmp_path: Path) -> None:
+    samples = make_samples(make_source_logits() * 1.5)
+    private = replace(samples, keeps_text=False)
+    assert list_worst_tokens(samples) and list_worst_tokens(private) == ()
+    kept, folder = write_folder(tmp_path / "a", samples), write_folder(tmp_path / "b", private)
+    assert [file.name for file in (folder / SAMPLES_FOLDER).iterdir()] == ["tokens.parquet"]
+    table, full = (parquet.read_table(x / TOKEN_SAMPLES) for x in (folder, kept))
+    assert table.equals(full.drop_columns(["sequence", "position", "token"]))
+    assert list_worse(folder, kept) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("set: tiny-v3-heldout", True),
+        ("set: tiny-v3-heldout, keep_text: false", False),
+        ("set: own.txt", False),
+        ("set: own.yaml", False),
+        ("set: own.txt, keep_text: true", True),
+    ],
+)
+def test_text_of_own_files_is_kept_only_if_the_recipe_says_so(text: str, kept: bool) -> None:
+    lines = f"version: 1\nsource: {{model: m}}\nfidelity: {{{text}}}\nformat: awq\n"
+    recipe = parse_recipe(f"{lines}rules: all-linear\noutput: {{path: x}}\n", "x.yaml")
+    assert keeps_fidelity_text(recipe) is kept
 
 
 def test_samples_of_an_earlier_version_list_nothing(tmp_path: Path) -> None:
