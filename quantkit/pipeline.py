@@ -52,7 +52,8 @@ from quantkit.io.host import HEAP_BYTES, keep_freed_memory, return_freed_memory
 from quantkit.models.layers import make_meta_model
 from quantkit.plan import sources
 from quantkit.plan.plan import Plan, SourceFacts
-from quantkit.plan.read_texts import find_largest_id, select_texts
+from quantkit.plan.read_texts import find_largest_id
+from quantkit.plan.select_texts import select_texts
 from quantkit.plan.self_texts import list_self_texts
 from quantkit.plan.time_estimate import record_build
 from quantkit.progress import ProgressCallback

@@ -10,7 +10,7 @@ from quantkit.formats.common.engine_names import TRIED
 from quantkit.plan.engine_limits import find_unsupported_engines
 from quantkit.plan.plan import Plan, TextUse
 from quantkit.plan.plan_schema import PlanEngine, PlanStream, PlanTasks
-from quantkit.plan.read_texts import select_texts
+from quantkit.plan.select_texts import select_texts
 from quantkit.recipe.schema import Gate
 
 QUANTKIT = "quantkit.load"

@@ -13,28 +13,12 @@ from pathlib import Path
 from quantkit.checkpoint.remote_code import allows_remote_code
 from quantkit.io import package_data
 from quantkit.plan.plan import TextUse
+from quantkit.plan.select_texts import select_texts
 from quantkit.plan.self_texts import list_self_texts
 from quantkit.recipe.schema import Recipe
 from quantkit.texts import corpora
 from quantkit.texts.corpus_spec import CorpusSpec, read_spec
 from quantkit.texts.tokens import Tokens
-
-
-def select_texts(recipe: Recipe) -> list[tuple[TextUse, str, int | None, int, int]]:
-    """Return (stream, set, sequences, length, seed) of the texts that a build runs."""
-    selected: list[tuple[TextUse, str, int | None, int, int]] = []
-    calibration = recipe.calibration if recipe.needs_calibration else None
-    if calibration:
-        selected.append((
-            "calibration",
-            calibration.set,
-            calibration.sequences,
-            calibration.length,
-            calibration.seed,
-        ))
-    if fidelity := recipe.fidelity:
-        selected.append(("fidelity", fidelity.set, fidelity.windows, fidelity.length, 0))
-    return selected
 
 
 @dataclass(frozen=True, kw_only=True)

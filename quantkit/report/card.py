@@ -10,8 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from quantkit.artifact.fidelity_schema import Fidelity
 from quantkit.report import (
     card_data,
+    engine_tables,
     format_numbers,
-    loading,
     markdown,
     notes,
     reproduce,
@@ -52,7 +52,7 @@ def _render(fidelity: Fidelity, rows: int, cell: int) -> str:
             head=card_data.format_front_matter(fidelity, cell),
             title=card_data.make_title(fidelity),
             snippets=snippets,
-            loading=loading,
+            engine_tables=engine_tables,
             rows=rows,
             tables=tables,
             notes=notes,

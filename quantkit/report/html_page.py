@@ -33,8 +33,8 @@ from quantkit.io import user_cache
 from quantkit.io.files import is_file, write_atomic, write_output
 from quantkit.io.path_safety import check_no_link
 from quantkit.report import (
+    engine_tables,
     format_numbers,
-    loading,
     module_ranges,
     notes,
     reproduce,
@@ -136,7 +136,7 @@ def render_page(fidelity: Fidelity, samples: Samples) -> str:
         items=items,
         hidden=len(samples.changed) - len(items),
         tables=tables,
-        loading=loading,
+        engine_tables=engine_tables,
         notes=notes,
         tiles=make_tiles(fidelity),
         alike=token_tables.ALIKE,

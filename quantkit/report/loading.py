@@ -1,4 +1,4 @@
-"""Engines that load an artifact: checks of names and shapes in its report, and their table."""
+"""Checks of names and shapes, as engines map them, in the report of a build."""
 
 from __future__ import annotations
 
@@ -10,15 +10,10 @@ from quantkit.artifact.fidelity_schema import EngineLoading, Fidelity
 from quantkit.artifact.make_manifest import list_part_roots, make_module_entry
 from quantkit.artifact.records import BlockRecord, list_kept_codes
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.formats.common.engine_names import DISABLE_SHARED_FUSION, TRIED
 from quantkit.plan.plan import Plan
 from quantkit.report.make import account_source
-from quantkit.report.table import Table
 from quantkit.verify.engines.check_loading import check_engines
 from quantkit.verify.engines.compare import EngineCheck, join_faults
-
-NOT_TRIED = "no test of quantkit runs it"
-UNKNOWN = "not checked"
 
 
 def add_checks(
@@ -64,35 +59,3 @@ def make_row(check: EngineCheck) -> EngineLoading:
         skipped=check.skipped,
         faults=check.faults,
     )
-
-
-def describe_loading(fidelity: Fidelity, engine: str) -> str:
-    """Return how the names and shapes of an artifact were checked against an engine."""
-    row = next((row for row in fidelity.loading if row.engine == engine), None)
-    return EngineCheck(**row.model_dump()).describe_check() if row else UNKNOWN
-
-
-def make_engine_table(fidelity: Fidelity) -> Table:
-    """Return the engines that load the artifact, how that was checked, and the needed flag."""
-    rows = tuple(
-        (
-            serving.engine,
-            describe_loading(fidelity, serving.engine),
-            describe_trial(serving.engine, fidelity.artifact.format),
-            DISABLE_SHARED_FUSION if DISABLE_SHARED_FUSION in serving.command else "",
-        )
-        for serving in fidelity.artifact.serving
-    )
-    note = (
-        "Names and shapes: every parameter of the engine's model has a tensor of the artifact, and "
-        "every tensor has a parameter. Tried: the tests of quantkit load small models of this "
-        "format with this version."
-    )
-    columns = ("engine", "names and shapes", "tried with", "needs")
-    return Table(title="Engines", columns=columns, rows=rows, note=note if rows else "")
-
-
-def describe_trial(engine: str, format_name: str) -> str:
-    """Return the version of an engine with which tests load a format."""
-    version, formats = TRIED.get(engine, ("", frozenset[str]()))
-    return version if format_name in formats else NOT_TRIED

@@ -14,7 +14,7 @@ from support.paths import ROOT
 from support.report_example import FIDELITY
 from support.report_variants import make_example, render_to_text
 
-from quantkit.report import card, format_numbers, html_page, loading, runs, terminal
+from quantkit.report import card, engine_tables, format_numbers, html_page, runs, terminal
 
 SYMMETRIC = "{method: rtn, bits: 4, group_size: 64, symmetric: true}"
 
@@ -86,7 +86,7 @@ def test_engines_say_how_names_and_shapes_were_checked() -> None:
     serving = [{"engine": name, "command": name} for name in ("vLLM", "SGLang", "transformers")]
     artifact = {**dict(FIDELITY["artifact"]), "serving": serving}  # type: ignore[call-overload]
     report = make_example({"artifact": artifact, "loading": rows})
-    table = {row[0]: row[1] for row in loading.make_engine_table(report).rows}
+    table = {row[0]: row[1] for row in engine_tables.make_engine_table(report).rows}
     assert table == {
         "vLLM": "52 tensors by the published map of vLLM 0.32.0; not run; it skips 9 others",
         "SGLang": "not checked: no map of ArceeForCausalLM",
