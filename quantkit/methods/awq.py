@@ -21,13 +21,18 @@ def solve(weight: Tensor, stats: InputStats | None, scheme: Scheme) -> Quantized
     under the gram is never above RTN's; an input that was never seen (a gram of zeros) gives RTN.
     Raises NumericsError without statistics.
     """
-    from quantkit.numerics import affine, range_search  # torch is imported with the first weight
+    from quantkit.numerics import affine, fp4, gptq, range_search  # torch with the first weight
 
     if stats is None:
         raise NumericsError(
             "awq chooses ranges by calibration statistics, found none; "
             "use method rtn for this linear"
         )
+    if scheme.kind in fp4.KINDS:
+        diagonal = stats.gram.diagonal(dim1=-2, dim2=-1)
+        searched = fp4.quantize(weight, *fp4.search_scales(weight, diagonal, scheme), scheme)
+        plain = fp4.quantize_rtn(weight, scheme)
+        return gptq.select_better_rows(weight, stats.gram, searched, plain, scheme)
     scale, zero = range_search.search_ranges(weight, stats.gram, scheme)
     return affine.quantize(weight, scale, zero, scheme)
 
@@ -46,4 +51,8 @@ def compute_error(weight: Tensor, gram: Tensor, candidate: Tensor, scheme: Schem
     return awq_scales.compute_scaling_error(weight, gram, candidate, scheme)
 
 
-METHOD = Method(solve=solve, rescale=Rescale(candidates=compute_candidates, error=compute_error))
+METHOD = Method(
+    solve=solve,
+    rescale=Rescale(candidates=compute_candidates, error=compute_error),
+    kinds=("int", "mxfp4", "nvfp4"),
+)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.contracts import Scheme
-from quantkit.numerics import affine, gram, range_search
+from quantkit.numerics import affine, fp4, gram, range_search
 
 RATIOS = tuple(step / 20 for step in range(20))
 """AWQ's grid; ratio 0 does not scale the input."""
@@ -97,13 +97,17 @@ def compute_unscaled_delta(
     scaled = weight * scale
     if scheme is None:
         return scaled.bfloat16().float().div_(scale).sub_(weight)
+    if scheme.kind in fp4.KINDS:
+        best = fp4.search_scales(scaled, diagonal.squeeze(-2), scheme)
+        quantized = fp4.quantize(scaled, *best, scheme)
+        return fp4.dequantize(quantized, scheme).div_(scale).sub_(weight)
     size = scheme.group_size
     importance = affine.split_groups(diagonal, size)  # [..., 1, in] -> [..., 1, n_groups, group]
     groups = affine.split_groups(scaled, size)
     ranges = affine.compute_qparams(*affine.compute_min_max(scaled, size), scheme)
     errors = torch.full_like(ranges[0], torch.inf, dtype=torch.float32)
-    best, _ = range_search.select_scales_and_zeros(
+    ranges, _ = range_search.select_scales_and_zeros(
         groups, importance, (ranges, errors), CLIP_RATIOS, (0,), scheme
     )
-    rounded = affine.fake_quantize(groups, *best, scheme).flatten(-2)  # -> [..., rows, in]
+    rounded = affine.fake_quantize(groups, *ranges, scheme).flatten(-2)  # -> [..., rows, in]
     return rounded.div_(scale).sub_(weight)

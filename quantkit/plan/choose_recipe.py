@@ -149,7 +149,7 @@ def check_request(request: RecipeRequest) -> None:
         )
     if request.scheme not in registry.get_method(request.method or SCHEME_METHOD).kinds:
         raise UsageError(
-            f"--method: expected gptq, rtn or rtn_mse with scheme {request.scheme}, found "
+            f"--method: expected gptq, awq, rtn or rtn_mse with scheme {request.scheme}, found "
             f"{request.method}; leave it out"
         )
 

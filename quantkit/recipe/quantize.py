@@ -31,9 +31,7 @@ differ.
 """
 
 SCHEME_METHOD = "gptq"
-"""The default method of FP4: on published tables AWQ alone is worse there than rounding to nearest
-(vllm-project/llm-compressor issue 3001).
-"""
+"""The default method of FP4: AWQ scaling before GPTQ gains nothing there (numerics/README.md)."""
 SCHEME_VALUES: Mapping[str, Mapping[str, object]] = {
     "mxfp4": {"bits": 4, "group_size": 32, "symmetric": True, "scale_dtype": "auto"},
     "nvfp4": {"bits": 4, "group_size": 16, "symmetric": True, "scale_dtype": "auto"},
@@ -69,8 +67,8 @@ class Quantize(BaseModel):
         describe(
             "Codes: integers, or FP4 (E2M1) with a scale per group: `mxfp4` has powers of two for "
             "32 weights, `nvfp4` FP8 scales for 16 weights and one factor per matrix. bits, "
-            "group_size, symmetric and scale_dtype of FP4 are fixed; methods rtn, rtn_mse and gptq "
-            "(the default), format compressed_tensors.",
+            "group_size, symmetric and scale_dtype of FP4 are fixed, the default method is gptq, "
+            "and format compressed_tensors stores it.",
             "nvfp4",
         ),
     ] = "int"
@@ -167,7 +165,7 @@ class Quantize(BaseModel):
         if self.scheme not in registry.get_method(self.method).kinds:
             raise ValueError(
                 f"method {self.method} makes no codes of scheme {self.scheme}; use method gptq, "
-                "rtn or rtn_mse"
+                "awq, rtn or rtn_mse"
             )
         fixed = SCHEME_VALUES[self.scheme]
         wrong = {key: getattr(self, key) for key in fixed if getattr(self, key) != fixed[key]}

@@ -19,7 +19,7 @@ from torch import Tensor
 from quantkit import registry
 from quantkit.contracts import InputStats, Linear, Quantized, Scheme
 from quantkit.errors import NumericsError
-from quantkit.methods import gptq, rtn, rtn_mse
+from quantkit.methods import awq, gptq, rtn, rtn_mse
 from quantkit.numerics import cholesky, coordinate_descent, fp4, gram, grids
 from quantkit.numerics import gptq as rounding
 from quantkit.numerics.microscaling import (
@@ -184,18 +184,20 @@ def test_rounding_equals_textbook_gptq(scheme: Scheme, seed: int) -> None:
     size=st.sampled_from([1e-4, 1.0, 1e4]),
     seed=st.integers(0, 1000),
 )
-def test_gptq_is_never_worse_than_rtn(
+def test_gptq_and_awq_are_never_worse_than_rtn(
     kind: str, tokens: int, outliers: int, size: float, seed: int
 ) -> None:
     weight, x = make_correlated_inputs(8, 64, tokens, seed)
     weight[:, :outliers] *= 50
     stats, spec = make_stats(size * x), SCHEMES[kind]
-    rows = [
-        gram.compute_row_errors(fp4.dequantize(q.solve(weight, stats, spec), spec) - weight, g)
-        for q, g in ((gptq, stats.gram), (rtn, stats.gram))
-    ]
-    energy = gram.compute_row_errors(weight, stats.gram)
-    assert bool((rows[0] <= rows[1] * (1 + 1e-3) + 1e-9 * energy).all())
+    by_gptq, by_awq, by_rtn = (
+        gram.compute_row_errors(
+            fp4.dequantize(method.solve(weight, stats, spec), spec) - weight, stats.gram
+        )
+        for method in (gptq, awq, rtn)
+    )
+    allowed = by_rtn * (1 + 1e-3) + 1e-9 * gram.compute_row_errors(weight, stats.gram)
+    assert bool((by_gptq <= allowed).all()) and bool((by_awq <= allowed).all())
 
 
 def test_each_step_lowers_the_error(scheme: Scheme) -> None:
@@ -241,7 +243,7 @@ def test_a_batch_equals_its_matrices_and_inputs_stay(scheme: Scheme) -> None:
 
 def test_codes_and_scales_have_the_dtypes_of_the_contract(scheme: Scheme) -> None:
     weight, x = make_correlated_inputs(6, 64)
-    for name in ("rtn", "rtn_mse", "gptq"):
+    for name in ("rtn", "rtn_mse", "gptq", "awq"):
         method = registry.get_method(name)
         assert scheme.kind in method.kinds
         quantized = method.solve(weight, make_stats(x), scheme)
@@ -249,6 +251,29 @@ def test_codes_and_scales_have_the_dtypes_of_the_contract(scheme: Scheme) -> Non
         assert str(quantized.scale.dtype) == f"torch.{scheme.scale_dtype}"
         assert quantized.scale.shape == (6, scheme.groups(64)) and quantized.zero is None
         assert (quantized.global_scale is None) == (scheme.kind == "mxfp4")
+
+
+def test_error_of_an_input_scale_is_that_of_the_scaled_and_rounded_weight(scheme: Scheme) -> None:
+    weight, x = make_correlated_inputs(6, 64, seed=9)
+    stats = make_stats(x)
+    candidate = awq.compute_candidates(stats.mean_abs)[8]
+    error = float(awq.compute_error(weight, stats.gram, candidate, scheme))
+    scale, inputs = candidate.double().numpy(), x.double().numpy()
+    scaled = weight * candidate
+    first = rtn.solve(scaled, None, scheme)
+    whole = 1.0 if first.global_scale is None else float(first.global_scale)
+    result = np.empty((6, 64))
+    for row in range(6):
+        for group in range(scheme.groups(64)):
+            part = slice(group * scheme.group_size, (group + 1) * scheme.group_size)
+            target = scaled[row, part].double().numpy()
+            counts = np.square(inputs[:, part] / scale[part]).sum(0)
+            start = int(first.scale.view(torch.uint8)[row, group])
+            errors = search(target, counts, start, scheme.kind, whole)
+            best = min(errors, key=lambda bits: errors[bits])
+            result[row, part] = back(target, scale_step(scheme.kind)(best) / whole) / scale[part]
+    expected = output_error(result - weight.double().numpy(), inputs)
+    assert error == pytest.approx(expected, rel=1e-3)
 
 
 # --------------------------------------------------------------------------------------- edge cases

@@ -198,7 +198,7 @@ def test_names_that_yaml_would_read_as_something_else_are_quoted(model: str) -> 
         ({"method": "nf4", "bits": 8}, "--bits: expected 4 with method nf4, found 8"),
         ({"scheme": "nvfp"}, "--scheme: no scheme named 'nvfp'. Did you mean"),
         ({"scheme": "nvfp4", "bits": 8}, "--bits: expected 4 with scheme nvfp4, found 8"),
-        ({"scheme": "mxfp4", "method": "awq"}, "--method: expected gptq, rtn or rtn_mse with"),
+        ({"scheme": "mxfp4", "method": "nf4"}, "--method: expected gptq, awq, rtn or rtn_mse with"),
     ],
 )
 def test_unknown_names_are_usage_errors(request_: dict[str, object], message: str) -> None:

@@ -936,7 +936,6 @@ def test_values_of_a_scheme_do_not_pass_to_another() -> None:
         ),
         ("{scheme: mxfp4, symmetric: false}", "found symmetric: false; leave that out"),
         ("{scheme: mxfp4, scale_dtype: float16}", "found scale_dtype: float16; leave that out"),
-        ("{scheme: nvfp4, method: awq}", "method awq makes no codes of scheme nvfp4; use method"),
         ("{scheme: nvfp4, method: nf4}", "method nf4 "),
         ("{group_size: 16}", "group_size: 16 is that of scheme nvfp4, integer codes have 32"),
         ("{scheme: fp4}", "expected int, mxfp4 or nvfp4, found 'fp4'"),
