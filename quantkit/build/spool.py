@@ -9,6 +9,7 @@ mapped pages count as resident memory.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
@@ -55,6 +56,8 @@ class Spool:
         self.dtype = _DTYPES[dtype]
         self.finite = True
         self._descriptor = descriptor
+        # a build that fails leaves its spools to the garbage collector
+        self._release = weakref.finalize(self, os.close, descriptor)
         self._row_bytes = width * self.dtype.itemsize
 
     @classmethod
@@ -150,9 +153,8 @@ class Spool:
 
     def close(self) -> None:
         """Close the file, which stays; safe to call twice."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._release()
+        self._descriptor = -1
 
     def delete(self) -> None:
         """Close and remove the file."""

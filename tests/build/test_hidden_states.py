@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from pathlib import Path
@@ -152,6 +153,20 @@ def test_a_spool_notices_what_is_not_finite(dtype: str, value: float, tmp_path: 
             assert not spool.finite
             spool.write(0, torch.ones(4, 3))
             assert not spool.finite
+
+
+def test_a_spool_without_an_owner_is_closed(tmp_path: Path) -> None:
+    """A build that fails raises past its spools; a process that goes on keeps no file open."""
+    path = tmp_path / "h"
+    spools = [Spool.create(path, 3, 2, "float32"), Spool.open(path, 3, 2, "float32")]
+    links = {os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
+    assert str(path) in links
+    spools[0].close()
+    spools[0].close()
+    del spools
+    gc.collect()
+    links = {os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
+    assert str(path) not in links
 
 
 def test_rows_that_are_not_there(tmp_path: Path) -> None:
