@@ -66,8 +66,8 @@ class TimeKeeper:
         if running is None or progress.stage != running.stage or progress.done < running.done:
             self._began = self._last
             places = range(self._next, len(self._phases))
-            found = (n for n in places if self._phases[n].stage == progress.stage)
-            self._next = next(found, self._next - 1) + 1
+            matching = (n for n in places if self._phases[n].stage == progress.stage)
+            self._next = next(matching, self._next - 1) + 1
         self._running, self._last = progress, now
         work = progress.total - progress.began
         share = (progress.done - progress.began) / work if work > 0 else 1.0

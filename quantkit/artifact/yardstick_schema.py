@@ -1,4 +1,4 @@
-"""Schema of what the KL of an artifact is compared with: rounding to nearest, and bfloat16."""
+"""Schema of the references for the KL of an artifact: rounding to nearest, and bfloat16."""
 
 from __future__ import annotations
 

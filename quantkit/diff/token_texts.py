@@ -61,7 +61,7 @@ class TokenFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTexts:
-    """The fidelity text by sequence, token by token, and what was predicted where KL is largest.
+    """The fidelity text by sequence, token by token, and the predictions where KL is largest.
 
     ids, pieces: of every token; names: of predicted tokens by id.
     """
@@ -101,7 +101,7 @@ def read_texts(folder: Path, read_columns: ReadColumns) -> TokenTexts | None:
         ids.setdefault(sequence, []).append(number)
         pieces.setdefault(sequence, []).append(piece)
     path = folder / PREDICTION_SAMPLES
-    found, names = dict[tuple[Place, str], list[TokenChoice]](), dict[int, str]()
+    predicted, names = dict[tuple[Place, str], list[TokenChoice]](), dict[int, str]()
     for row in read_columns(path, _PREDICTION).to_pylist():
         try:
             choice = TokenChoice(text=row["text"], p=row["p"])
@@ -110,7 +110,7 @@ def read_texts(folder: Path, read_columns: ReadColumns) -> TokenTexts | None:
                 f"{path}: expected tokens with a probability between 0 and 1, found "
                 f"{fault.errors()[0]['msg']}; pull or build the artifact again"
             ) from None
-        choices = found.setdefault(((row["sequence"], row["position"]), row["side"]), [])
+        choices = predicted.setdefault(((row["sequence"], row["position"]), row["side"]), [])
         if len(choices) < MOST_CHOICES:
             choices.append(choice)
         names[row["token"]] = choice.text
@@ -118,7 +118,7 @@ def read_texts(folder: Path, read_columns: ReadColumns) -> TokenTexts | None:
         ids=ids,
         pieces=pieces,
         names=names,
-        predictions={key: tuple(choices) for key, choices in found.items()},
+        predictions={key: tuple(choices) for key, choices in predicted.items()},
     )
 
 
@@ -173,8 +173,8 @@ def list_worse_tokens(
 
 def get_choices(place: Place, side: str, texts: Sequence[TokenTexts | None]) -> Choices:
     """Return the predictions of a model at a place, from the first texts that have them."""
-    found = (each.predictions.get((place, side), ()) for each in texts if each is not None)
-    return next((choices for choices in found if choices), ())
+    listed = (each.predictions.get((place, side), ()) for each in texts if each is not None)
+    return next((choices for choices in listed if choices), ())
 
 
 def to_probability(nll: float) -> float:

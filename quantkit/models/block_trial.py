@@ -1,4 +1,4 @@
-"""One block of a small random instance: its readers, and what a change of its tensors changes."""
+"""One block of a small random instance: its readers, and the effect of a change of its tensors."""
 
 from __future__ import annotations
 

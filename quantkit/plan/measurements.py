@@ -112,7 +112,7 @@ def find_trial(engine: str, format_name: str) -> str:
 
 
 def explain_scratch(plan: Plan) -> str:
-    """Return what the scratch disk holds."""
+    """Return the contents of the scratch disk."""
     if not plan.memory.scratch_bytes:
         return ""
     counts = " and ".join(f"{n:,} {use} tokens" for use, n in plan.tokens.items() if n)

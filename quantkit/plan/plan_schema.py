@@ -46,7 +46,7 @@ class PlanMemory(BaseModel):
     peak: int
     parts: dict[str, int] = {}
     scratch_disk: int = 0
-    scratch_reason: str = ""  # what the scratch disk holds
+    scratch_reason: str = ""  # its contents
     experts_per_wave: int | None = None
 
 

@@ -79,7 +79,7 @@ def summarize_plan(
 
 
 def describe_costs(plan: Plan) -> tuple[str, ...]:
-    """Return what the yardstick costs: a sentence, nothing without one."""
+    """Return the cost of the yardstick as a sentence; nothing without one."""
     text = plan.recipe.fidelity
     if text is None or text.yardstick is None:
         return ()

@@ -54,7 +54,7 @@ class SloFigure:
 
     @property
     def meaning(self) -> str:
-        """What it measures, and its unit."""
+        """The measured quantity and its unit."""
         if self.percentile is None:
             return RATES[self.name][0]
         text = f"p{self.percentile} of the {TIMES[self.name]}"

@@ -111,7 +111,7 @@ def ask_canary(canary: Canary, url: str, key: str = "", model: str = "") -> Cana
     name = model or read_served_model(url, key)
     differences = list[float]()
     for prompt in canary.prompts:
-        found = fetch_logprobs(prompt, url, key, name)
+        values = fetch_logprobs(prompt, url, key, name)
         differences += [
             abs(found[position] - expected)
             for position, expected in zip(prompt.positions, prompt.expected, strict=True)
@@ -140,12 +140,12 @@ def fetch_logprobs(prompt: CanaryPrompt, url: str, key: str, model: str) -> list
     try:
         values: Any = response.json()
         logprobs = values["choices"][0]["logprobs"]["token_logprobs"]
-        found = [0.0, *map(float, logprobs[1 : len(prompt.tokens)])]
+        values = [0.0, *map(float, logprobs[1 : len(prompt.tokens)])]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        found = []
-    if len(found) != len(prompt.tokens) or not all(map(isfinite, found)):
+        values = []
+    if len(values) != len(prompt.tokens) or not all(map(isfinite, values)):
         raise QuantkitError(
             f"{address}: expected log-probabilities of {len(prompt.tokens)} echoed tokens, found "
-            f"{len(found)}; the canary needs `echo` with `logprobs`"
+            f"{len(values)}; the canary needs `echo` with `logprobs`"
         )
-    return found
+    return values

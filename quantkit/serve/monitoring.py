@@ -58,7 +58,7 @@ ENGINES: Mapping[str, EngineMetrics] = {
 
 @dataclass(frozen=True, kw_only=True)
 class MonitoredService:
-    """What is monitored: addresses as HOST:PORT, the gateway's "" without one."""
+    """Monitored servers: addresses as HOST:PORT, the gateway's "" without one."""
 
     artifact: str
     sha256: str

@@ -1,6 +1,6 @@
 """`--log-to`: an artifact's figures, page and hash as a run of an experiment tracker.
 
-A tracker is asked for before a build starts, and used after the artifact is sealed and has its
+A tracker is opened before a build starts, and used after the artifact is sealed and has its
 name: whatever the tracker does then, the artifact is complete.
 """
 

@@ -197,7 +197,7 @@ def command(  # noqa: PLR0913  # one parameter per option
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What a run is judged by and compared with; None for what no option names."""
+    """Targets and references of a run; None without the option."""
 
     slo: Slo | None
     assumptions: Assumptions | None

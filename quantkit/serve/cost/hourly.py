@@ -1,4 +1,4 @@
-"""What the GPUs of a set of assumptions cost per hour, for figures of a load test. Pure."""
+"""Cost per hour of the GPUs of a set of assumptions, for figures of a load test. Pure."""
 
 from __future__ import annotations
 

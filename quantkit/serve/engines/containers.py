@@ -84,7 +84,7 @@ def group_by_flag(arguments: list[str]) -> list[list[str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class KubernetesOptions:
-    """What a manifest needs besides the launch.
+    """Values of a manifest next to the launch.
 
     template: the machine's file for TEMPLATE_MOUNT, "" for none. pull: the address from which an
     init container pulls and verifies the artifact, "" if the volume has the weights.

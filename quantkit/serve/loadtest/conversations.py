@@ -1,4 +1,4 @@
-"""Conversations of several turns with a common system prompt: what a prefix cache is for. Pure."""
+"""Conversations of several turns with a common system prompt, which a prefix cache serves. Pure."""
 
 from __future__ import annotations
 

@@ -63,13 +63,13 @@ def parse_answers(benchmark: Mapping[str, Any], texts: Sequence[str]) -> tuple[A
     Long answers are cut, and prompts after the first MAX_ANSWERS are left out.
     """
     numbers = {text: number for number, text in reversed([*enumerate(texts[:MAX_ANSWERS])])}
-    found: dict[int, str] = {}
+    texts: dict[int, str] = {}
     for row in benchmark.get("requests", {}).get("successful") or ():
         number = numbers.get(extract_prompt(row.get("request_args")))
         text = row.get("output")
         if number is not None and isinstance(text, str):
-            found.setdefault(number, text[:MAX_ANSWER_CHARACTERS])
-    return tuple(Answer(prompt=number, text=found[number]) for number in sorted(found))
+            texts.setdefault(number, text[:MAX_ANSWER_CHARACTERS])
+    return tuple(Answer(prompt=number, text=texts[number]) for number in sorted(texts))
 
 
 def extract_prompt(arguments: object) -> str:

@@ -1,4 +1,4 @@
-"""Service-level objectives: what a load test measured against its targets. Pure.
+"""Service-level objectives: figures of a load test against its targets. Pure.
 
 Percentiles have intervals of order statistics, as in the report; requests of a conversation are one
 unit. Rates over time have intervals of batch means: the level is divided into BATCHES equal parts

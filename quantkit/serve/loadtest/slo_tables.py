@@ -128,7 +128,7 @@ def format_reading(reading: Reading, key: str = "") -> str:
 
 
 def make_server_table(run: LoadTest) -> Table:
-    """Make the table of what the server's metrics say: GPUs and prefix cache."""
+    """Make the table of the server's own metrics: GPUs and prefix cache."""
     rows = []
     for level in run.levels:
         gpu = level.gpu

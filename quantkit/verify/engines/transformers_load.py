@@ -25,7 +25,7 @@ from quantkit.verify.engines.compare import EngineCheck, is_skipped
 ENGINE = "transformers"
 READS_PACKED = frozenset({"compressed-tensors"})
 """Values of quant_method whose quantizer loads meta tensors. The others read values, or need a
-package with kernels: their weights are given as what they decode to, in unquantized linears."""
+package with kernels: their weights are decoded and given to unquantized linears."""
 COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
