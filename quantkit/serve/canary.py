@@ -111,9 +111,9 @@ def ask_canary(canary: Canary, url: str, key: str = "", model: str = "") -> Cana
     name = model or read_served_model(url, key)
     differences = list[float]()
     for prompt in canary.prompts:
-        values = fetch_logprobs(prompt, url, key, name)
+        observed = fetch_logprobs(prompt, url, key, name)
         differences += [
-            abs(found[position] - expected)
+            abs(observed[position] - expected)
             for position, expected in zip(prompt.positions, prompt.expected, strict=True)
         ]
     return CanaryReading(difference=sum(differences) / len(differences), tokens=len(differences))
@@ -140,12 +140,12 @@ def fetch_logprobs(prompt: CanaryPrompt, url: str, key: str, model: str) -> list
     try:
         values: Any = response.json()
         logprobs = values["choices"][0]["logprobs"]["token_logprobs"]
-        values = [0.0, *map(float, logprobs[1 : len(prompt.tokens)])]
+        observed = [0.0, *map(float, logprobs[1 : len(prompt.tokens)])]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        values = []
-    if len(values) != len(prompt.tokens) or not all(map(isfinite, values)):
+        observed = []
+    if len(observed) != len(prompt.tokens) or not all(map(isfinite, observed)):
         raise QuantkitError(
             f"{address}: expected log-probabilities of {len(prompt.tokens)} echoed tokens, found "
-            f"{len(values)}; the canary needs `echo` with `logprobs`"
+            f"{len(observed)}; the canary needs `echo` with `logprobs`"
         )
-    return values
+    return observed

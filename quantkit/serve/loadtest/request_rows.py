@@ -63,13 +63,13 @@ def parse_answers(benchmark: Mapping[str, Any], texts: Sequence[str]) -> tuple[A
     Long answers are cut, and prompts after the first MAX_ANSWERS are left out.
     """
     numbers = {text: number for number, text in reversed([*enumerate(texts[:MAX_ANSWERS])])}
-    texts: dict[int, str] = {}
+    kept: dict[int, str] = {}
     for row in benchmark.get("requests", {}).get("successful") or ():
         number = numbers.get(extract_prompt(row.get("request_args")))
         text = row.get("output")
         if number is not None and isinstance(text, str):
-            texts.setdefault(number, text[:MAX_ANSWER_CHARACTERS])
-    return tuple(Answer(prompt=number, text=texts[number]) for number in sorted(texts))
+            kept.setdefault(number, text[:MAX_ANSWER_CHARACTERS])
+    return tuple(Answer(prompt=number, text=kept[number]) for number in sorted(kept))
 
 
 def extract_prompt(arguments: object) -> str:
