@@ -32,6 +32,7 @@ State = Literal["ok", "note", "broken"]
 EXTRAS: Mapping[str, str] = {
     "bitsandbytes": "format bitsandbytes (method nf4)",
     "gcs": "publishing to and pulling from gs://",
+    "mlflow": "build and report with --log-to mlflow",
     "math": "the benchmark minerva_math",
     "oci": "publishing to and pulling from oci://",
     "openai": "quantkit eval --backend openai",
@@ -39,6 +40,7 @@ EXTRAS: Mapping[str, str] = {
     "sentencepiece": "models whose tokenizer is a tokenizer.model alone",
     "serve": "quantkit serve with --gateway or the transformers engine",
     "sign": "quantkit sign, and checks of signatures",
+    "wandb": "build and report with --log-to wandb",
 }
 """Extra -> feature that it enables."""
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "guidellm": "GuideLLM"}

@@ -99,3 +99,13 @@ class TimeKeeper:
 
 MEASURED_SHARE = 0.05
 """Share of a stage after which its own speed is used, and not the expected one."""
+
+
+def format_duration(seconds: float) -> str:
+    """Return 42.3 as "42 s", 300 as "5 min", 9000 as "2.5 h"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90 * 60:
+        return f"{round(seconds / 60)} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 10 else f"{hours:,.0f} h"

@@ -21,8 +21,7 @@ from rich.segment import Segment
 from rich.table import Column
 
 from quantkit.cli.console import escape_controls
-from quantkit.progress import Phase, Progress, TimeKeeper, TimeLeft
-from quantkit.report.format_numbers import format_duration
+from quantkit.progress import Phase, Progress, TimeKeeper, TimeLeft, format_duration
 
 BAR = 16
 """Characters of a bar, so that stage, bar and error fit into 80."""

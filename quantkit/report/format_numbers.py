@@ -91,16 +91,6 @@ def format_digits(value: float | None, significant: int = 3) -> str:
     return f"{value:.{places}f}"
 
 
-def format_duration(seconds: float) -> str:
-    """Return 42.3 as "42 s", 300 as "5 min", 9000 as "2.5 h"."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 90 * 60:
-        return f"{round(seconds / 60)} min"
-    hours = seconds / 3600
-    return f"{hours:.1f} h" if hours < 10 else f"{hours:,.0f} h"
-
-
 def format_percent(share: float | None, places: int = 2) -> str:
     """Return 0.9953 as "99.53 %"."""
     return MISSING if share is None else f"{100 * share:.{places}f} %"

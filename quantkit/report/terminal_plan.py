@@ -15,8 +15,8 @@ from quantkit.plan.plan_schema import (
     PlanTasks,
     PlanTime,
 )
+from quantkit.progress import format_duration
 from quantkit.report import format_numbers
-from quantkit.report.format_numbers import format_duration
 from quantkit.report.short_form import LabeledLines, SummaryLine, escape_line
 from quantkit.report.table import Table
 from quantkit.report.terminal_tables import render_table, strip_control_characters

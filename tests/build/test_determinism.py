@@ -70,7 +70,7 @@ def test_threads_and_memory_change_no_byte(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
     first = build(tmp_path / "x", "artifact", 1)
-    second = build(tmp_path / "y", "artifact", 2, "--set", "memory=964MB")
+    second = build(tmp_path / "y", "artifact", 2, "--set", "memory=968MB")
     one, two = files(first), files(second)
     assert json.loads((second / "quantkit/timings.json").read_text())["threads"] == 2
     assert one.keys() == two.keys()

@@ -289,7 +289,7 @@ def test_eval_averages_seeds_per_item(tmp_path):
         return RIGHT[prompt] if (number(prompt) + body["seed"]) % 4 < 2 else " No idea."
 
     with Server(answer=answer_by_seed) as server:
-        results = evaluate(
+        message = evaluate(
             server,
             tmp_path / "out",
             "--limit",
@@ -300,10 +300,13 @@ def test_eval_averages_seeds_per_item(tmp_path):
             "0.6",
             "--top-p",
             "0.95",
+            code=1,  # more answers without a result than a valid task has
         )
         assert {(r.body["temperature"], r.body["top_p"]) for r in server.records} == {(0.6, 0.95)}
         assert Counter(r.body["seed"] for r in server.records) == {0: 10, 1: 10, 2: 10}
         assert "--temperature" in evaluate(server, tmp_path / "no", "--seeds", "3", code=2)
+    assert "tiny-v3-math: expected at most 20%, but 47% of the answers" in message
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
     items = read_items(tmp_path / "out" / "items.parquet")
     expected = [
         sum((number(doc["prompt"]) + seed) % 4 < 2 for seed in range(3)) / 3 for doc in DOCS[:10]
