@@ -27,6 +27,9 @@ apply_settings()
 # Times and texts of the tests' models do not enter the user's cache, which plans read.
 os.environ.setdefault("QUANTKIT_CACHE", str(Path(__file__).parents[1] / "artifacts" / "test-cache"))
 
+# The workers of xdist have the width of its terminal, and commands print for it.
+os.environ.pop("COLUMNS", None)
+
 # A shell ignores SIGINT in background jobs, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
