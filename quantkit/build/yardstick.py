@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from quantkit import registry
 from quantkit.build.block_plan import BlockPlan
 from quantkit.build.context import BlockContext
 from quantkit.build.dense import ScaledBlock, iterate_dense
@@ -22,6 +23,7 @@ from quantkit.models.layers import make_decoder_layer
 from quantkit.plan.decisions import Decision
 
 STREAM: StreamName = "yardstick"
+RTN = "rtn"
 
 
 def is_measured(context: BlockContext) -> bool:
@@ -30,12 +32,13 @@ def is_measured(context: BlockContext) -> bool:
 
 
 def round_decision(decision: Decision) -> Decision:
-    """Return a decision with its scheme and method rtn; codes that no grid has keep their
+    """Return a decision with its scheme and method rtn; codes that rtn does not choose keep their
     method.
     """
     if decision.scheme is None:
         return decision
-    method = "rtn" if decision.scheme.kind == "int" else decision.method
+    kinds = registry.get_method(RTN).kinds
+    method = RTN if decision.scheme.kind in kinds else decision.method
     return replace(decision, method=method, rounding=FALLBACK_ROUNDING, shrinkage=0.0)
 
 

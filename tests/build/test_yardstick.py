@@ -63,6 +63,27 @@ def test_yardstick_equals_a_build_that_rounds_to_nearest(
     assert top1 is not None and own.yardstick.top1.value == top1.value
 
 
+@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4"])
+def test_yardstick_of_fp4_equals_a_build_that_rounds_to_nearest(
+    source: Path, tmp_path: Path, scheme: str
+) -> None:
+    """The yardstick has the codes of the recipe, whatever method chose them."""
+    means = []
+    for name, method, extra in (("own", "rtn_mse", ", yardstick: rtn"), ("rtn", "rtn", "")):
+        report = build(
+            source,
+            tmp_path / name,
+            quantize=f"{{scheme: {scheme}, method: {method}}}",
+            calibration=CALIBRATION,
+            fidelity=TEXT.format(extra),
+            rules="all-linear",
+            format="compressed_tensors",
+        ).fidelity
+        kl = report.distribution[0].figures["kl_mean"]
+        means.append(report.yardstick.kl_mean.value if report.yardstick else kl and kl.value)
+    assert means[0] == means[1] is not None
+
+
 def test_yardstick_changes_no_weight(source: Path, tmp_path: Path) -> None:
     for name, extra in (("with", ", yardstick: rtn"), ("without", "")):
         build_one(source, tmp_path / name, "awq", "gptq", extra)
